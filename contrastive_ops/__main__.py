@@ -1,0 +1,314 @@
+"""Command line: ``python -m contrastive_ops info | check | bench``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+import contrastive_ops
+
+PACKAGE = Path(__file__).resolve().parent
+# Largest relative error of a result and of each gradient against the reference in float64.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m contrastive_ops")
+    commands = parser.add_subparsers(dest="command", required=True)
+    info = commands.add_parser("info", help="what is installed, what can run, and why not")
+    info.add_argument("--json", action="store_true", help="print JSON, for issues and scripts")
+    commands.add_parser("check", help="compare every available backend with the reference")
+    commands.add_parser("bench", help="run the benchmark suite of a source checkout", add_help=False)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "bench":  # only bench hands its arguments on
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command == "info":
+        facts = collect_info()
+        print(json.dumps(facts, indent=2) if options.json else "\n".join(format_info(facts)))
+        return 0
+    return run_check() if options.command == "check" else run_bench(rest)
+
+
+# ---------------------------------------------------------------------------------------------
+# info
+
+
+def collect_info() -> dict[str, Any]:
+    """Facts about the installation; a fact that cannot be had is replaced by its error."""
+    return {
+        "contrastive_ops": probe(
+            lambda: {
+                "version": contrastive_ops.__version__,
+                "location": str(PACKAGE),
+                "editable": _install_record().get("dir_info", {}).get("editable", False),
+            }
+        ),
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": probe(lambda: {"version": str(torch.__version__), "cuda": torch.version.cuda}),
+        "extension": probe(_extension_info),
+        "cpu": probe(_cpu_info),
+        "backends": probe(_backends),
+        "triton": probe(_triton_version),
+        "cuda_devices": probe(_cuda_devices),
+        "environment": {name: value for name, value in os.environ.items() if name.startswith("CONTRASTIVE_OPS_")},
+    }
+
+
+def probe(fact: Callable[[], Any]) -> Any:
+    """The fact, or the text of the error that hides it: `info` must not fail where it is needed."""
+    try:
+        return fact()
+    except Exception as error:
+        return f"unknown: {type(error).__name__}: {error}"
+
+
+def _extension_info() -> dict[str, Any]:
+    from contrastive_ops import _extension
+
+    module = _extension.load()
+    report = probe(lambda: json.loads((PACKAGE / "_build_report.json").read_text()))
+    report = report if isinstance(report, dict) else {}
+    if module is None:
+        # The build knows the cause; the failed import knows it only if there is a file to import.
+        why = report.get("why_no_extension") or probe(_extension.why_missing)
+        return {"present": False, "why": why or "unknown", "fix": _fix_commands()}
+    config = dict(module.build_config())
+    facts: dict[str, Any] = {"present": True, "build": report.get("summary"), "config": config}
+    built, running = config.get("torch"), str(torch.__version__)
+    if built is not None and built != running:
+        facts["warning"] = f"built against torch {built}, but torch {running} is running"
+        facts["fix"] = _fix_commands()
+    return facts
+
+
+def _install_record() -> dict[str, Any]:
+    """Where pip installed the package from (PEP 610); empty for an installation from an index."""
+    text = importlib.metadata.distribution("contrastive-ops").read_text("direct_url.json")
+    record: dict[str, Any] = json.loads(text) if text else {}
+    return record
+
+
+def _fix_commands() -> list[str]:
+    """The commands that build the extension in this environment."""
+    python = sys.executable or "python"
+    commands = []
+    if not any(shutil.which(name) for name in (os.environ.get("CXX"), "c++", "g++") if name):
+        commands.append("install a C++ compiler, for example: apt-get install g++")
+    if importlib.util.find_spec("setuptools") is None:
+        commands.append(f'{python} -m pip install "setuptools>=77" ninja')
+    record = probe(_install_record)
+    record = record if isinstance(record, dict) else {}
+    source = record.get("url", "").removeprefix("file://") or "contrastive-ops"
+    if "vcs_info" in record:
+        source = f"{record['vcs_info']['vcs']}+{record['url']}"
+    if record.get("dir_info", {}).get("editable"):
+        source = f"-e {source}"
+    elif source == "contrastive-ops":
+        # Only a source distribution compiles on this machine.
+        source = "--no-binary contrastive-ops contrastive-ops"
+    commands.append(
+        f"CONTRASTIVE_OPS_EXT=1 {python} -m pip install --no-build-isolation --no-deps "
+        f"--no-cache-dir --force-reinstall {source}"
+    )
+    return commands
+
+
+def _cpu_info() -> dict[str, Any]:
+    from contrastive_ops import _extension
+
+    module = _extension.load()
+    facts: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "openmp_runtimes": probe(_openmp_runtimes),
+    }
+    if module is not None:
+        facts["simd_detected"] = probe(module.cpu_capability_detected)
+        facts["simd_used"] = probe(module.cpu_capability)
+        facts["simd_cap"] = os.environ.get("CONTRASTIVE_OPS_CPU_CAPABILITY") or None
+    return facts
+
+
+def _openmp_runtimes() -> list[str]:
+    """The OpenMP libraries of this process; two of them oversubscribe the cores."""
+    names = ("libgomp", "libiomp", "libomp")
+    mapped = {Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines()}
+    return sorted(str(path) for path in mapped if path.name.startswith(names))
+
+
+def _backends() -> dict[str, str]:
+    from contrastive_ops import _dispatch
+
+    return {name: reason or "available" for name, reason in _dispatch.backends().items()}
+
+
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cuda_devices() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory >> 20} MiB" for p in properties]
+
+
+def format_info(facts: Any, indent: int = 0) -> Iterator[str]:
+    """The lines of a nested dictionary, one fact a line."""
+    pad = " " * indent
+    for name, value in facts.items():
+        label = name.replace("_", " ") if indent == 0 else name
+        if isinstance(value, dict) and value:
+            yield f"{pad}{label}"
+            yield from format_info(value, indent + 2)
+        elif isinstance(value, list) and len(value) > 1:
+            yield f"{pad}{label}"
+            yield from (f"{pad}  {item}" for item in value)
+        else:
+            text = value[0] if isinstance(value, list) and value else value
+            yield f"{pad}{label:<{20 - indent}} {_say(text)}"
+
+
+def _say(value: Any) -> str:
+    if value is None or value == [] or value == {}:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
+
+
+# ---------------------------------------------------------------------------------------------
+# check
+
+Case = Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor]
+
+
+def check_cases() -> dict[str, Case]:
+    """Small calls of the public functions: two matrices and a backend in, a scalar out."""
+    co = contrastive_ops
+
+    def reduce_rows(x: torch.Tensor, y: torch.Tensor, backend: str) -> torch.Tensor:
+        lse = cast(torch.Tensor, co.similarity_reduce(x, y, scale=3.0, backend=backend))
+        return lse.square().sum()
+
+    def reduce_self(x: torch.Tensor, y: torch.Tensor, backend: str) -> torch.Tensor:
+        # One row has no pair then: its result is -inf, which exp turns into a number.
+        pairs = co.Pairs(diagonal=0)
+        lse = co.similarity_reduce(x, scale=3.0, pairs=pairs, backend=backend)
+        return cast(torch.Tensor, lse).exp().sum()
+
+    return {
+        "similarity_reduce": reduce_rows,
+        "similarity_reduce, self": reduce_self,
+        "info_nce": lambda x, y, backend: co.info_nce(x, y[: len(x)], temperature=0.2, backend=backend),
+        "clip": lambda x, y, backend: co.clip(x, y[: len(x)], temperature=0.2, backend=backend),
+        "nt_xent": lambda x, y, backend: co.nt_xent(x, y[: len(x)], temperature=0.2, backend=backend),
+    }
+
+
+def run_check() -> int:
+    """Compares values and gradients of every available backend with the float64 reference."""
+    from contrastive_ops import _dispatch
+
+    started, failures, compared = time.perf_counter(), 0, 0
+    for backend, reason in _dispatch.backends().items():
+        on_gpu = backend in ("triton", "cuda")
+        if on_gpu and reason is None and not torch.cuda.is_available():
+            reason = "no CUDA device"
+        if reason is not None:
+            print(f"skip  {backend}: {reason}")
+            continue
+        # Triton has no float64 here, and the reference in float64 is the truth itself.
+        only_float32 = on_gpu or backend == "reference"
+        for dtype in (torch.float32,) if only_float32 else (torch.float64, torch.float32):
+            for name, case in check_cases().items():
+                worst, note = _worst_error(case, backend, dtype, "cuda" if on_gpu else "cpu")
+                good = worst <= TOLERANCE[dtype]
+                failures += not good
+                compared += 1
+                kind = str(dtype).removeprefix("torch.")
+                print(f"{'ok' if good else 'FAIL':<5} {backend:<10} {kind:<8} {name:<24} {note}")
+    seconds = time.perf_counter() - started
+    print(f"{compared - failures} of {compared} comparisons passed in {seconds:.1f} s")
+    if failures:
+        print("report this with the output of: python -m contrastive_ops info --json")
+    return 1 if failures or not compared else 0
+
+
+def _worst_error(case: Case, backend: str, dtype: torch.dtype, device: str) -> tuple[float, str]:
+    """The largest relative error over a few shapes, and a remark on it."""
+    worst, where = 0.0, ""
+    for shape in ((1, 1, 8), (37, 41, 24), (65, 130, 67)):
+        try:
+            error = _error_at(case, backend, dtype, device, shape)
+        except Exception as problem:
+            return float("inf"), f"{shape}: {type(problem).__name__}: {problem}"
+        if not error <= worst:  # also true for NaN
+            worst, where = error, f" at N, M, D = {shape}"
+    return worst, f"relative error {worst:.1e}{where}"
+
+
+def _error_at(case: Case, backend: str, dtype: torch.dtype, device: str, shape: tuple[int, int, int]) -> float:
+    rows, columns, dim = shape
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(n, dim, generator=generator, dtype=dtype) for n in (rows, columns)]
+    unit = [torch.nn.functional.normalize(matrix, dim=1) for matrix in matrices]
+    ours = _value_and_gradients(case, unit, backend, device)
+    truth = _value_and_gradients(case, [m.double() for m in unit], "reference", "cpu")
+    error = 0.0
+    for got, expected in zip(ours, truth, strict=True):
+        scale = expected.abs().max().clamp_min(1e-3)
+        distance = float((got.double().cpu() - expected).abs().max() / scale)
+        if not distance <= error:
+            error = distance
+    return error
+
+
+def _value_and_gradients(case: Case, matrices: list[torch.Tensor], backend: str, device: str) -> list[torch.Tensor]:
+    leaves = [matrix.detach().to(device).requires_grad_() for matrix in matrices]
+    value = case(leaves[0], leaves[1], backend)
+    gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+    filled = [
+        torch.zeros_like(leaf) if gradient is None else gradient
+        for leaf, gradient in zip(leaves, gradients, strict=True)
+    ]
+    return [value.detach(), *filled]
+
+
+# ---------------------------------------------------------------------------------------------
+# bench
+
+
+def run_bench(arguments: list[str]) -> int:
+    """Runs ``benchmarks.run`` where a checkout is at hand."""
+    for root in (PACKAGE.parent, Path.cwd()):
+        if (root / "benchmarks" / "run.py").exists():
+            command = [sys.executable, "-m", "benchmarks.run", *arguments]
+            return subprocess.run(command, cwd=root, check=False).returncode
+    print(
+        "the benchmark suite is part of the source checkout, not of the installed package\n"
+        "  clone the repository and run `make bench` there, or call this from its root folder",
+        file=sys.stderr,
+    )
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

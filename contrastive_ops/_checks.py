@@ -1,0 +1,115 @@
+"""The only place that words errors about arguments: `function: argument must ..., got ...`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def shape(tensor: Tensor) -> str:
+    """Return a shape as users write it: (4096, 512)."""
+    return str(tuple(tensor.shape))
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of statistics and sums: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_matrix(function: str, name: str, x: object) -> None:
+    """`x` must be a floating matrix."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{function}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATING:
+        raise TypeError(
+            f"{function}: {name} must be float32, float64, bfloat16 or float16, got {x.dtype}\n"
+            f"  convert it first: {name}.float()"
+        )
+    if x.dim() != 2:
+        raise ValueError(f"{function}: {name} must have two dimensions (rows, D), got {shape(x)}")
+
+
+def check_matrices(function: str, x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
+    """`y` must be a matrix that has inner products with the rows of `x`."""
+    check_matrix(function, x_name, x)
+    check_matrix(function, y_name, y)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"{function}: {y_name} must have the same last dimension as {x_name}, "
+            f"got {x_name} {shape(x)} and {y_name} {shape(y)}"
+        )
+    if x.dtype != y.dtype:
+        raise TypeError(
+            f"{function}: {y_name} must have the same dtype as {x_name}, got {x_name} {x.dtype} and "
+            f"{y_name} {y.dtype}\n  convert one of them, or use torch.autocast"
+        )
+    check_device(function, x_name, x, y_name, y)
+
+
+def check_device(function: str, x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
+    """`y` must be on the device of `x`."""
+    if x.device != y.device:
+        raise ValueError(
+            f"{function}: {y_name} must be on the same device as {x_name}, "
+            f"got {x_name} on {x.device} and {y_name} on {y.device}"
+        )
+
+
+def check_vector(function: str, name: str, v: object, size: int, x_name: str, x: Tensor) -> None:
+    """`v` must be a floating vector of `size` numbers on the device of `x`."""
+    if not isinstance(v, Tensor):
+        raise TypeError(f"{function}: {name} must be a tensor, got {type(v).__name__}")
+    if v.dtype not in FLOATING:
+        raise TypeError(f"{function}: {name} must be a floating tensor, got {v.dtype}")
+    if v.dim() != 1 or v.shape[0] != size:
+        raise ValueError(f"{function}: {name} must have shape ({size},), got {shape(v)}")
+    check_device(function, x_name, x, name, v)
+
+
+def check_index(function: str, name: str, index: object, rows: int, x_name: str, x: Tensor) -> None:
+    """`index` must be an int64 vector with one column number per row; values are checked when they are read."""
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{function}: {name} must be a tensor, got {type(index).__name__}")
+    if index.dtype != torch.int64:
+        raise TypeError(f"{function}: {name} must be int64, got {index.dtype}")
+    if index.dim() != 1 or index.shape[0] != rows:
+        raise ValueError(f"{function}: {name} must have shape ({rows},), got {shape(index)}")
+    check_device(function, x_name, x, name, index)
+
+
+def check_index_values(function: str, name: str, index: Tensor, columns: int) -> None:
+    """Every column number must exist. Reads the data: called inside an operator, never while tracing."""
+    if index.numel() == 0:
+        return
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= columns:
+        got = low if low < 0 else high
+        raise ValueError(f"{function}: {name} must be in [0, {columns}), got {got}")
+
+
+def check_choice(function: str, name: str, value: object, choices: tuple[object, ...]) -> None:
+    """`value` must be one of `choices`."""
+    if value not in choices:
+        known = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{function}: {name} must be one of {known}, got {value!r}")
+
+
+def scale_tensor(function: str, scale: object, x_name: str, x: Tensor) -> Tensor:
+    """Return `scale` (float, 0-d or (N,) tensor) in the accumulation dtype on the device of `x`."""
+    dtype = accumulator(x.dtype)
+    if isinstance(scale, Tensor):
+        if not scale.is_floating_point():
+            raise TypeError(f"{function}: scale must be a float or a floating tensor, got {scale.dtype}")
+        if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != x.shape[0]):
+            raise ValueError(
+                f"{function}: scale must be a float, a 0-d tensor or have shape ({x.shape[0]},), got {shape(scale)}"
+            )
+        # A 0-d CPU tensor may meet tensors of any device, as in plain PyTorch.
+        if scale.dim() == 1:
+            check_device(function, x_name, x, "scale", scale)
+        return scale.to(device=x.device, dtype=dtype)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{function}: scale must be a float or a tensor, got {type(scale).__name__}")
+    return torch.full((), scale, dtype=dtype, device=x.device)

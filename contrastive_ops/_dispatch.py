@@ -1,0 +1,94 @@
+"""Which backend runs a call: one table per operator, one rule, one wording of refusals."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from . import _extension
+
+ENVIRONMENT_VARIABLE = "CONTRASTIVE_OPS_BACKEND"
+_logger = logging.getLogger("contrastive_ops")
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of a primitive.
+
+    Attributes:
+        source: the file that holds the code, relative to the repository.
+        functions: returns the object with the launchers; called only when the backend is used.
+        unsupported: reasons why these inputs cannot run; alone chooses, refuses and explains.
+    """
+
+    source: str
+    functions: Callable[[], Any]
+    unsupported: Callable[[Tensor], list[str]]
+
+
+# In order of preference per device type.
+ORDER: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("triton", "cuda", "reference"),
+}
+
+
+def unsupported_by_cpu(x: Tensor) -> list[str]:
+    """Reasons why the C++ backend cannot run on `x`."""
+    reasons = []
+    if x.device.type != "cpu":
+        reasons.append(f"device={x.device} (supported: cpu)")
+    missing = _extension.why_missing()
+    if missing is not None:
+        reasons.append(missing)
+    return reasons
+
+
+def choose(function: str, table: Mapping[str, Backend], x: Tensor, backend: str) -> str:
+    """Return the name of the backend that runs `function` on inputs like `x`."""
+    if backend == "auto":
+        backend = os.environ.get(ENVIRONMENT_VARIABLE, "") or "auto"
+    if backend != "auto":
+        if backend not in table:
+            known = ", ".join(repr(name) for name in ("auto", *table))
+            raise ValueError(f"{function}: backend must be one of {known}, got {backend!r}")
+        reasons = table[backend].unsupported(x)
+        if reasons:
+            lines = "\n    ".join(reasons)
+            raise NotImplementedError(
+                f"{function}: backend {backend!r} cannot run these inputs:\n    {lines}\n"
+                '  use backend="auto" to let contrastive_ops choose'
+            )
+        return backend
+    refused: list[str] = []
+    for name in ORDER.get(x.device.type, ("reference",)):
+        if name not in table:
+            continue
+        reasons = table[name].unsupported(x)
+        if not reasons:
+            if name == "reference" and refused:
+                _warn_once(function, x.device.type, refused)
+            return name
+        refused.append(f"{name}: {'; '.join(reasons)}")
+    raise NotImplementedError(f"{function}: no backend can run these inputs: {refused}")
+
+
+def _warn_once(function: str, device: str, refused: list[str]) -> None:
+    key = f"{function} {device}"
+    if key not in _warned:
+        _warned.add(key)
+        _logger.warning("%s runs on the slow reference backend: %s", function, " | ".join(refused))
+
+
+def backends() -> dict[str, str | None]:
+    """Return each backend's name with None where it is available, else the reason why not."""
+    from .ops.similarity_reduce import BACKENDS
+
+    missing = _extension.why_missing()
+    return {name: missing if name == "cpu" else None for name in BACKENDS}

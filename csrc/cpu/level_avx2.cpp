@@ -1,0 +1,4 @@
+// The avx2 level: every primitive, compiled with this level's flags (setup.py).
+#define LEVEL level_avx2
+#define VECTOR_BYTES 32
+#include "similarity_reduce.cpp"

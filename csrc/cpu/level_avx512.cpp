@@ -1,0 +1,4 @@
+// The avx512 level: every primitive, compiled with this level's flags (setup.py).
+#define LEVEL level_avx512
+#define VECTOR_BYTES 64
+#include "similarity_reduce.cpp"

@@ -1,0 +1,5 @@
+// The avx512_bf16 level: every primitive, compiled with this level's flags (setup.py).
+#define LEVEL level_avx512_bf16
+#define VECTOR_BYTES 64
+#define HAS_BF16_DOT 1
+#include "similarity_reduce.cpp"

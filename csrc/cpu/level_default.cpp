@@ -1,0 +1,4 @@
+// The default level: every primitive, compiled with this level's flags (setup.py).
+#define LEVEL level_default
+#define VECTOR_BYTES 16
+#include "similarity_reduce.cpp"

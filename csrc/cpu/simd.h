@@ -1,0 +1,212 @@
+// Vectors of one SIMD level: element types, conversions, exp, transpose.
+//
+// Compiled once per level (level_*.cpp). Everything is in an unnamed namespace: a function that had external
+// linkage would become a weak symbol, and the linker could choose the AVX-512 one for a processor without it.
+// GCC and Clang vector extensions serve all levels from one source; only the bfloat16 dot needs intrinsics.
+#pragma once
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cstdint>
+#include <new>
+#include <type_traits>
+#include <utility>
+
+#ifdef HAS_BF16_DOT
+#include <immintrin.h>
+#endif
+
+namespace contrastive_ops {
+namespace LEVEL {
+namespace {
+
+#define INLINE inline __attribute__((always_inline))
+
+template <class T>
+constexpr int kLanes = VECTOR_BYTES / sizeof(T);
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(VECTOR_BYTES)));
+  typedef T unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+
+template <class T>
+INLINE Vec<T> load(const T* from) {
+  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(from);
+}
+template <class T>
+INLINE void store(T* to, Vec<T> value) {
+  *reinterpret_cast<typename VectorOf<T>::unaligned*>(to) = value;
+}
+template <class T>
+INLINE Vec<T> broadcast(T value) {
+  return Vec<T>{} + value;
+}
+template <class To, class From>
+INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class T>
+INLINE T minimum(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+INLINE T maximum(T a, T b) {
+  return a < b ? b : a;
+}
+INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Reductions over lanes halve the vector log2(lanes) times.
+template <int Step, class T, size_t... Lane>
+INLINE Vec<T> rotated(Vec<T> v, std::index_sequence<Lane...>) {
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  const Vec<Index> from = {static_cast<Index>((Lane + Step) % kLanes<T>)...};
+  return __builtin_shuffle(v, from);
+}
+template <int Step = kLanes<float> / 2, class T, class Combine>
+INLINE Vec<T> across_lanes(Vec<T> v, Combine combine) {
+  constexpr auto lanes = std::make_index_sequence<kLanes<T>>{};
+  if constexpr (Step < kLanes<T>) v = combine(v, rotated<Step, T>(v, lanes));
+  if constexpr (Step > 1) v = across_lanes<Step / 2, T>(v, combine);
+  return v;
+}
+template <class T>
+INLINE T lane_sum(Vec<T> v) {
+  return across_lanes<kLanes<float> / 2, T>(v, [](Vec<T> a, Vec<T> b) { return a + b; })[0];
+}
+template <class T>
+INLINE T lane_max(Vec<T> v) {
+  return across_lanes<kLanes<float> / 2, T>(v, [](Vec<T> a, Vec<T> b) { return a < b ? b : a; })[0];
+}
+
+// exp with a relative error below 2 units in the last place; 0 below -87.3, inf above 88.4, NaN for NaN.
+INLINE Vec<float> exponential(Vec<float> x) {
+  using V = Vec<float>;
+  const V clamped = x < -87.33f ? broadcast(-87.33f) : (x > 89.0f ? broadcast(89.0f) : x);
+  // Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the low bits.
+  const V shifted = clamped * 1.44269504088896341f + 12582912.0f;
+  const V n = shifted - 12582912.0f;
+  V f = clamped - n * 0.693359375f;
+  f = f - n * -2.12194440e-4f;
+  V p = f * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * (f * f) + f + 1.0f;
+  const Vec<int32_t> power = (bit_cast<Vec<int32_t>>(shifted) - 0x4B400000 + 127) << 23;
+  const V result = p * bit_cast<V>(power);
+  return x < -87.33f ? V{} : result;
+}
+INLINE Vec<double> exponential(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = exp(x[i]);
+  return x;
+}
+
+INLINE float natural_log(float x) { return logf(x); }
+INLINE double natural_log(double x) { return log(x); }
+
+// ---- 16-bit floating types -----------------------------------------------------------------------------
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+// As many 16-bit numbers as a vector holds 32-bit ones.
+typedef uint16_t HalfWidth __attribute__((vector_size(VECTOR_BYTES / 2)));
+
+INLINE HalfWidth load_half_width(const void* from) {
+  HalfWidth v;
+  memcpy(&v, from, sizeof(v));
+  return v;
+}
+INLINE Vec<uint32_t> widen(HalfWidth v) { return __builtin_convertvector(v, Vec<uint32_t>); }
+
+INLINE Vec<float> to_float(const float* from) { return load(from); }
+INLINE Vec<float> to_float(const BFloat16* from) {
+  return bit_cast<Vec<float>>(Vec<uint32_t>(widen(load_half_width(from)) << 16));
+}
+INLINE Vec<float> to_float(const Half* from) {
+  const Vec<uint32_t> h = widen(load_half_width(from));
+  const Vec<uint32_t> magnitude = (h & 0x7FFFu) << 13;
+  // Multiplying by 2^112 rebiases the exponent and normalises subnormal numbers at the same time.
+  const Vec<uint32_t> scaled = bit_cast<Vec<uint32_t>>(Vec<float>(bit_cast<Vec<float>>(magnitude) * 0x1p112f));
+  const Vec<uint32_t> special = magnitude >= 0x0F800000u ? Vec<uint32_t>{} + 0x7F800000u : Vec<uint32_t>{};
+  return bit_cast<Vec<float>>(Vec<uint32_t>(scaled | special | ((h & 0x8000u) << 16)));
+}
+
+// ---- Transpose -----------------------------------------------------------------------------------------
+
+// One stage exchanges blocks of `Step` lanes between rows that are `Step` apart.
+template <int Step, class T, size_t... Lane>
+INLINE void transpose_stage(Vec<T>* rows, std::index_sequence<Lane...>) {
+  constexpr int L = kLanes<T>;
+  const Vec<T> low = {static_cast<T>((Lane & Step) ? L + Lane - Step : Lane)...};
+  const Vec<T> high = {static_cast<T>((Lane & Step) ? L + Lane : Lane + Step)...};
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    if (i & Step) continue;
+    const Vec<T> a = rows[i], b = rows[i + Step];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + Step] = __builtin_shuffle(a, b, high);
+  }
+}
+
+// A square of kLanes<T> x kLanes<T>; T is an unsigned integer, used as a bag of bits.
+template <class T>
+INLINE void transpose(Vec<T>* rows) {
+  constexpr auto lanes = std::make_index_sequence<kLanes<T>>{};
+  if constexpr (kLanes<T> >= 16) transpose_stage<8, T>(rows, lanes);
+  if constexpr (kLanes<T> >= 8) transpose_stage<4, T>(rows, lanes);
+  if constexpr (kLanes<T> >= 4) transpose_stage<2, T>(rows, lanes);
+  transpose_stage<1, T>(rows, lanes);
+}
+
+// ---- Memory --------------------------------------------------------------------------------------------
+
+// Uninitialised memory on a cache line; throws std::bad_alloc, which pybind11 turns into MemoryError.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t size) { allocate(size); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { free(data_); }
+  void allocate(int64_t size) {
+    free(data_);
+    data_ = nullptr;
+    void* data = nullptr;
+    if (posix_memalign(&data, 64, static_cast<size_t>(size > 0 ? size : 1) * sizeof(T)) != 0) throw std::bad_alloc();
+    data_ = static_cast<T*>(data);
+  }
+  T* get() const { return data_; }
+  // Allocates on first use, so that each thread touches its own scratch first.
+  T* once(int64_t size) {
+    if (!data_) allocate(size);
+    return data_;
+  }
+
+ private:
+  T* data_ = nullptr;
+};
+
+template <class Body>
+void run_parallel(void (*run)(int64_t, void (*)(void*, int64_t, int), void*), int64_t count, Body& body) {
+  run(count, [](void* context, int64_t index, int thread) { (*static_cast<Body*>(context))(index, thread); }, &body);
+}
+
+}  // namespace
+}  // namespace LEVEL
+}  // namespace contrastive_ops

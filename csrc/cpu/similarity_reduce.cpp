@@ -1,0 +1,343 @@
+// similarity_reduce on the CPU: forward, backward, and the weighted total that forms its gradients in one pass.
+//
+// Not a translation unit of its own: level_*.cpp include it once per SIMD level. The schedule is in
+// similarity_sweep.h, the arithmetic on a block in similarity_epilogue.h, the matmul in similarity_tile.h.
+#include "similarity_sweep.h"
+
+namespace contrastive_ops {
+namespace LEVEL {
+namespace {
+
+template <class C, class S>
+void forward(const SimilarityProblem& p, const SimilarityForward& out, const Parallel& parallel) {
+  using A = typename C::Acc;
+  using Scratch = typename Sweep<C, S>::Scratch;
+  Sweep<C, S> sweep(p, parallel, false);
+  Fold<A> rows, cols;
+  if (out.row_lse) sweep.start_fold(rows, static_cast<A*>(out.row_lse), true, p.self);
+  if (out.col_lse) sweep.start_fold(cols, static_cast<A*>(out.col_lse), p.self, true);
+  A* target_logit = static_cast<A*>(out.target_logit);
+
+  sweep.for_each_chunk([&](const Chunk& chunk) {
+    sweep.for_each_block(chunk, 0, chunk.blocks(), [&](const Block& block, Scratch& s) {
+      A* dots = sweep.kept ? sweep.stored_block(sweep.kept, chunk, block) : sweep.block_buffer(s.dots);
+      A* l = sweep.block_buffer(s.e);
+      sweep.multiply_block(chunk, block, s, dots);
+      sweep.logits_block(chunk, block, false, dots, l, s.view, target_logit);
+      if (rows.lse) sweep.fold_i_side(rows, block, l, block.rows);
+      if (cols.lse) sweep.fold_j_side(cols, block, l, block.rows);
+      if (!p.self) return;
+      sweep.logits_block(chunk, block, true, dots, l, s.view, target_logit);
+      if (rows.lse) sweep.fold_j_side(rows, block, l, block.mirrored);
+      if (cols.lse) sweep.fold_i_side(cols, block, l, block.mirrored);
+    });
+    if (rows.i_side) sweep.finish_i_side(rows, chunk);
+    if (cols.i_side) sweep.finish_i_side(cols, chunk);
+  });
+  if (cols.lse && !cols.i_side) sweep.finish_j_side(cols);
+}
+
+// ---- Gradients ---------------------------------------------------------------------------------------------
+
+// lse and upstream gradient of one fold, made safe for exp(l - lse) (see FoldWeights), padded by one vector.
+template <class A>
+struct Upstream {
+  Buffer<A> lse, weight;
+  bool used = false;
+
+  void allocate(int64_t size) {
+    used = true;
+    lse.allocate(size);
+    weight.allocate(size);
+  }
+  void set(int64_t i, A value, A gradient) {
+    const bool empty = value == -infinity<A>();
+    lse.get()[i] = empty ? infinity<A>() : value;
+    weight.get()[i] = empty ? 0 : gradient;
+  }
+  void set_all(int64_t size, const void* values, const void* gradients) {
+    if (!gradients) return;
+    allocate(size);
+    for (int64_t i = 0; i < size; ++i) set(i, static_cast<const A*>(values)[i], static_cast<const A*>(gradients)[i]);
+  }
+};
+
+// Forms the gradients of a chunk once the upstream gradients of its folds are known.
+template <class C, class S>
+class Gradients {
+ public:
+  using A = typename C::Acc;
+  using U = typename C::Unit;
+  using Scratch = typename Sweep<C, S>::Scratch;
+
+  Gradients(const SimilarityProblem& problem, const SimilarityBackward& outputs, Sweep<C, S>& sweep)
+      : p(problem), out(outputs), sweep_(sweep) {
+    const int64_t rows = round_up(sweep.chunk_rows, kLaneGroup<C>), units = depth_units<C>(rows);
+    super_units_ = depth_units<C>(minimum(round_up(maximum<int64_t>(p.M, 1), kBlock), kSuperBlock));
+    if (out.dx) weight_panels_.allocate(rows * super_units_);
+    if (dy()) x_columns_.allocate(round_up(p.D, kLaneGroup<C>) * units);
+    if (sums()) {
+      const int64_t blocks = super_units_ * C::kDepth / kBlock;
+      for (Buffer<A>* part : {&direct_e_, &direct_edot_, &mirrored_e_, &mirrored_edot_}) {
+        part->allocate(blocks * sweep.chunk_rows);
+      }
+      for (Buffer<double>* total : {&dscale_, &drow_bias_}) zero(*total, p.N);
+      zero(dcol_bias_, p.M);
+    }
+  }
+
+  // `stored`: the chunk's inner products, or null to compute them again.
+  void add_chunk(const Chunk& chunk, A* stored) {
+    pack_x_columns(chunk);
+    const int64_t step = kSuperBlock / kBlock;
+    for (int64_t first = 0; first < chunk.blocks(); first += step) {
+      const int64_t last = minimum(first + step, chunk.blocks());
+      sweep_.for_each_block(chunk, first, last, [&](const Block& block, Scratch& s) {
+        A* dots = stored ? sweep_.stored_block(stored, chunk, block) : sweep_.block_buffer(s.dots);
+        if (!stored) sweep_.multiply_block(chunk, block, s, dots);
+        add_block(chunk, block, first, s, dots);
+      });
+      if (out.dx) add_dx(chunk, first, last);
+      if (sums()) add_sums(chunk, first, last);
+    }
+  }
+
+  void finish() {
+    if (out.dscale) copy(out.dscale, dscale_, p.N);
+    if (out.drow_bias) copy(out.drow_bias, drow_bias_, p.N);
+    if (out.dcol_bias) copy(out.dcol_bias, dcol_bias_, p.M);
+  }
+
+  Upstream<A> rows, cols;
+  const A* d_target = nullptr;
+
+ private:
+  bool sums() const { return out.dscale || out.drow_bias || out.dcol_bias; }
+  A* dy() const { return static_cast<A*>(p.self ? out.dx : out.dy); }
+  static void zero(Buffer<double>& buffer, int64_t size) {
+    buffer.allocate(size);
+    memset(buffer.get(), 0, size * sizeof(double));
+  }
+  static void copy(void* to, const Buffer<double>& from, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) static_cast<A*>(to)[i] = static_cast<A>(from.get()[i]);
+  }
+
+  // e = dtotal/dl of one view.
+  void weigh(const Chunk& chunk, const Block& block, bool mirrored, const A* dots, A* e, Scratch& s) {
+    sweep_.set_view(chunk, block, mirrored, s.view);
+    Upstream<A>&on_i = mirrored ? cols : rows, &on_j = mirrored ? rows : cols;
+    FoldWeights<A> side_i{}, side_j{};
+    if (on_i.used) side_i = {on_i.lse.get() + chunk.begin, on_i.weight.get() + chunk.begin};
+    if (on_j.used) {
+      for (int64_t j = 0; j < kBlock; ++j) {
+        const bool inside = j < block.cols;
+        s.lse_j[j] = inside ? on_j.lse.get()[block.j + j] : infinity<A>();
+        s.weight_j[j] = inside ? on_j.weight.get()[block.j + j] : 0;
+      }
+      side_j = {s.lse_j, s.weight_j};
+    }
+    weights(s.view, side_i, side_j, dots, e, mirrored ? block.mirrored : block.rows, block.cols);
+    sweep_.for_each_special(
+        chunk, block, mirrored, [&](int64_t i, int64_t j) { e[i * kBlock + j] = 0; },
+        [&](int64_t i, int64_t j, int64_t owner) { e[i * kBlock + j] = d_target ? d_target[owner] : 0; });
+  }
+
+  void add_block(const Chunk& chunk, const Block& block, int64_t first, Scratch& s, const A* dots) {
+    A* e = sweep_.block_buffer(s.e);
+    A* g = p.self ? sweep_.block_buffer(s.g) : e;
+    const int64_t part = (block.index - first) * sweep_.chunk_rows;
+    weigh(chunk, block, false, dots, e, s);
+    if (sums()) {
+      s.sums.e_i = direct_e_.get() + part;
+      s.sums.edot_i = direct_edot_.get() + part;
+      accumulate<A, false, true>(s.view, dots, e, g, block.rows, block.cols, &s.sums);
+      add_to(dcol_bias_.get() + block.j, s.sums.e_j, block.cols);
+    } else {
+      accumulate<A, false, false>(s.view, dots, e, g, block.rows, block.cols, nullptr);
+    }
+    if (p.self) add_mirrored(chunk, block, part, s, dots, e, g);
+
+    const int64_t depth_offset = (block.index - first) * kBlock / C::kDepth;
+    if (out.dx) {
+      pack_rows<C, kRows>(weight_panels_.get() + depth_offset * kRows, kRows * super_units_, g, kBlock, block.rows,
+                          chunk.rows, block.cols);
+    }
+    if (dy()) {
+      const int64_t units = depth_units<C>(block.rows);
+      U* panels = s.weights_panels.once(kBlock * depth_units<C>(round_up(sweep_.chunk_rows, kLaneGroup<C>)));
+      pack_columns<C, kRows>(panels, kRows * units, g, kBlock, block.cols, block.rows);
+      multiply<C>(block.cols, p.D, units, panels, kRows * units, x_columns_.get(),
+                  kCols<C> * depth_units<C>(chunk.rows), dy() + block.j * p.D, p.D, true);
+    }
+  }
+
+  void add_mirrored(const Chunk& chunk, const Block& block, int64_t part, Scratch& s, const A* dots, A* e, A* g) {
+    weigh(chunk, block, true, dots, e, s);
+    if (!sums()) {
+      accumulate<A, true, false>(s.view, dots, e, g, block.mirrored, block.cols, nullptr);
+      return;
+    }
+    s.sums.e_i = mirrored_e_.get() + part;
+    s.sums.edot_i = mirrored_edot_.get() + part;
+    accumulate<A, true, true>(s.view, dots, e, g, block.mirrored, block.cols, &s.sums);
+    add_to(drow_bias_.get() + block.j, s.sums.e_j, block.cols);
+    add_to(dscale_.get() + block.j, s.sums.edot_j, block.cols);
+  }
+
+  static void add_to(double* to, const A* from, int64_t count) {
+    for (int64_t j = 0; j < count; ++j) to[j] += from[j];
+  }
+
+  // The i-side sums of blocks [first, last), in block order.
+  void add_sums(const Chunk& chunk, int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t part = (b - first) * sweep_.chunk_rows, j_end = chunk.j_begin + b * kBlock + kBlock;
+      const int64_t used = p.self ? minimum(chunk.rows, minimum(j_end, chunk.j_end) - chunk.begin) : chunk.rows;
+      add_to(drow_bias_.get() + chunk.begin, direct_e_.get() + part, used);
+      add_to(dscale_.get() + chunk.begin, direct_edot_.get() + part, used);
+      if (p.self) add_to(dcol_bias_.get() + chunk.begin, mirrored_e_.get() + part, minimum(chunk.rows, b * kBlock));
+    }
+  }
+
+  // The chunk's rows packed as B panels: depth runs over rows, lanes over the embedding dimension.
+  void pack_x_columns(const Chunk& chunk) {
+    if (!dy()) return;
+    const int64_t units = depth_units<C>(chunk.rows);
+    sweep_.run((p.D + kLaneGroup<C> - 1) / kLaneGroup<C>, [&](int64_t group, int) {
+      const int64_t d = group * kLaneGroup<C>;
+      pack_columns<C, kCols<C>>(x_columns_.get() + d * units, kCols<C> * units,
+                                static_cast<const S*>(p.x) + chunk.begin * p.x_stride + d, p.x_stride,
+                                minimum<int64_t>(kLaneGroup<C>, p.D - d), chunk.rows);
+    });
+  }
+
+  // dx of the chunk's rows += weights x columns of y, over blocks [first, last). A task owns some rows and dimensions.
+  void add_dx(const Chunk& chunk, int64_t first, int64_t last) {
+    constexpr int64_t kDepthStep = 512;
+    const int64_t begin = chunk.j_begin + first * kBlock, end = minimum(chunk.j_begin + last * kBlock, chunk.j_end);
+    const int64_t panels = (p.D + kCols<C> - 1) / kCols<C>, tasks = 2 * sweep_.parallel_.threads;
+    const int64_t group = maximum<int64_t>(1, minimum<int64_t>(4, panels / tasks));
+    const int64_t groups = (panels + group - 1) / group;
+    const int64_t segment = round_up((chunk.rows + tasks / groups) / (tasks / groups + 1), kRows);
+    const int64_t segments = (chunk.rows + segment - 1) / segment;
+    sweep_.run(groups * segments, [&](int64_t index, int thread) {
+      const int64_t d = index % groups * group * kCols<C>, lanes = minimum(group * kCols<C>, p.D - d);
+      const int64_t i = index / groups * segment, rows = minimum(segment, chunk.rows - i);
+      const int64_t step_units = depth_units<C>(kDepthStep);
+      U* y_columns = sweep_.scratch(thread).y_columns.once(4 * kCols<C> * step_units);
+      for (int64_t j = begin; j < end; j += kDepthStep) {
+        const int64_t depth = minimum(kDepthStep, end - j);
+        pack_columns<C, kCols<C>>(y_columns, kCols<C> * step_units, static_cast<const S*>(p.y) + j * p.y_stride + d,
+                                  p.y_stride, lanes, depth);
+        multiply<C>(rows, lanes, depth_units<C>(depth),
+                    weight_panels_.get() + i * super_units_ + (j - begin) / C::kDepth * kRows, kRows * super_units_,
+                    y_columns, kCols<C> * step_units, static_cast<A*>(out.dx) + (chunk.begin + i) * p.D + d, p.D, true);
+      }
+    });
+  }
+
+  const SimilarityProblem& p;
+  const SimilarityBackward& out;
+  Sweep<C, S>& sweep_;
+  int64_t super_units_ = 0;
+  Buffer<U> weight_panels_, x_columns_;
+  Buffer<A> direct_e_, direct_edot_, mirrored_e_, mirrored_edot_;
+  Buffer<double> dscale_, drow_bias_, dcol_bias_;
+};
+
+template <class C, class S>
+void backward(const SimilarityProblem& p, const SimilarityBackward& b, const Parallel& parallel) {
+  using A = typename C::Acc;
+  Sweep<C, S> sweep(p, parallel, false);
+  Gradients<C, S> gradients(p, b, sweep);
+  gradients.rows.set_all(p.N, b.row_lse, b.d_rows);
+  gradients.cols.set_all(p.M, b.col_lse, b.d_cols);
+  gradients.d_target = static_cast<const A*>(b.d_target);
+  sweep.for_each_chunk([&](const Chunk& chunk) { gradients.add_chunk(chunk, sweep.kept); });
+  gradients.finish();
+}
+
+// ---- The weighted total ------------------------------------------------------------------------------------
+
+// Loss of row i and its derivatives by lse_i, extra_i and the target's logit.
+template <class A>
+void row_loss(const SimilarityTotal& t, int64_t i, A lse, Upstream<A>& rows, A* d_target) {
+  const A* extra = static_cast<const A*>(t.extra);
+  const A* target_weight = static_cast<const A*>(t.target_weight);
+  A all = lse;
+  if (extra) {
+    const A top = maximum(lse, extra[i]), low = minimum(lse, extra[i]);
+    all = top == -infinity<A>() ? top : top + static_cast<A>(log1p(exp(static_cast<double>(low - top))));
+  }
+  const A z = all - static_cast<const A*>(t.target_logit)[i];
+  const A d_all = static_cast<const A*>(t.weight)[i] * sigmoid(z);
+  static_cast<A*>(t.losses)[i] = softplus(z);
+  const bool empty = all == -infinity<A>();
+  const A share = extra && !empty ? static_cast<A>(exp(static_cast<double>(lse - all))) : 1;
+  rows.set(i, lse, d_all * share);
+  if (t.dextra) {
+    static_cast<A*>(t.dextra)[i] = empty ? 0 : d_all * static_cast<A>(exp(static_cast<double>(extra[i] - all)));
+  }
+  d_target[i] = (target_weight ? target_weight[i] : 0) - d_all;
+}
+
+template <class C, class S>
+void total(const SimilarityProblem& p, const SimilarityTotal& t, const Parallel& parallel) {
+  using A = typename C::Acc;
+  using Scratch = typename Sweep<C, S>::Scratch;
+  Sweep<C, S> sweep(p, parallel, true);
+  Gradients<C, S> gradients(p, t.gradients, sweep);
+  gradients.rows.allocate(p.N);
+  Buffer<A> lse(p.N), d_target(p.N), dots;
+  gradients.d_target = d_target.get();
+  Fold<A> rows;
+  sweep.start_fold(rows, lse.get(), true, false);
+  sweep.for_each_chunk([&](const Chunk& chunk) {
+    if (!dots.get()) dots.allocate(sweep.stored_size(chunk));
+    sweep.for_each_block(chunk, 0, chunk.blocks(), [&](const Block& block, Scratch& s) {
+      A* block_dots = sweep.stored_block(dots.get(), chunk, block);
+      A* l = sweep.block_buffer(s.e);
+      sweep.multiply_block(chunk, block, s, block_dots);
+      sweep.logits_block(chunk, block, false, block_dots, l, s.view, static_cast<A*>(t.target_logit));
+      sweep.fold_i_side(rows, block, l, block.rows);
+    });
+    sweep.finish_i_side(rows, chunk);
+    for (int64_t i = chunk.begin; i < chunk.begin + chunk.rows; ++i) {
+      row_loss<A>(t, i, lse.get()[i], gradients.rows, d_target.get());
+    }
+    gradients.add_chunk(chunk, dots.get());
+  });
+  gradients.finish();
+}
+
+// ---- Types -------------------------------------------------------------------------------------------------
+
+#ifdef HAS_BF16_DOT
+using ComputeForBFloat16 = ComputeBFloat16;
+#else
+using ComputeForBFloat16 = ComputeFloat;
+#endif
+
+#define CONTRASTIVE_OPS_FOR_TYPE(function, Argument)                                                    \
+  void function##_any(const SimilarityProblem& p, const Argument& argument, const Parallel& parallel) { \
+    switch (p.dtype) {                                                                                  \
+      case DType::float32:                                                                              \
+        return function<ComputeFloat, float>(p, argument, parallel);                                    \
+      case DType::float64:                                                                              \
+        return function<ComputeDouble, double>(p, argument, parallel);                                  \
+      case DType::bfloat16:                                                                             \
+        return function<ComputeForBFloat16, BFloat16>(p, argument, parallel);                           \
+      case DType::float16:                                                                              \
+        return function<ComputeFloat, Half>(p, argument, parallel);                                     \
+    }                                                                                                   \
+  }
+CONTRASTIVE_OPS_FOR_TYPE(forward, SimilarityForward)
+CONTRASTIVE_OPS_FOR_TYPE(backward, SimilarityBackward)
+CONTRASTIVE_OPS_FOR_TYPE(total, SimilarityTotal)
+
+}  // namespace
+
+SimilarityReduce similarity_reduce() { return {forward_any, backward_any, total_any}; }
+
+}  // namespace LEVEL
+}  // namespace contrastive_ops

@@ -1,0 +1,242 @@
+// The packed tile loop that every primitive runs on: C (m x n) (+)= A^T B over packed panels.
+//
+// A panels hold kRows lanes, B panels kCols lanes; both are depth-major, so that one step of the depth loop reads
+// kRows numbers to broadcast and kCols numbers as vectors, and all accumulators stay in registers. The depth loop
+// is not blocked: 32 columns of B stay in the level-2 cache up to a depth of several thousand, which measured no
+// slower than blocking by 256 and leaves complete inner products for the epilogue.
+#pragma once
+
+#include "simd.h"
+
+namespace contrastive_ops {
+namespace LEVEL {
+namespace {
+
+// What is multiplied. `Unit` is what one lane of a packed panel holds: `kDepth` consecutive numbers.
+struct ComputeFloat {
+  using Acc = float;
+  using Unit = uint32_t;
+  static constexpr int kDepth = 1;
+};
+struct ComputeDouble {
+  using Acc = double;
+  using Unit = uint64_t;
+  static constexpr int kDepth = 1;
+};
+#ifdef HAS_BF16_DOT
+struct ComputeBFloat16 {  // pairs of bfloat16 numbers, products accumulated in float32
+  using Acc = float;
+  using Unit = uint32_t;
+  static constexpr int kDepth = 2;
+};
+#endif
+
+// 8 x 32 on AVX-512 (16 accumulators of 32 registers), 4 x 16 on AVX2, 4 x 8 on SSE2: enough independent sums to
+// hide the latency of a fused multiply-add, few enough loads to keep both multipliers busy.
+constexpr int kRows = VECTOR_BYTES == 64 ? 8 : 4;
+constexpr int kVectors = 2;
+template <class C>
+constexpr int kCols = kVectors * kLanes<typename C::Acc>;
+// Packing works on whole vectors of lanes, so panels are laid out for a multiple of both.
+template <class C>
+constexpr int kLaneGroup = kCols<C>;
+
+template <class C>
+INLINE int64_t depth_units(int64_t depth) {
+  return (depth + C::kDepth - 1) / C::kDepth;
+}
+
+// ---- Units from source elements --------------------------------------------------------------------------
+
+// `along`: kLanes units of one row, consecutive in depth.
+template <class S>
+INLINE Vec<uint32_t> units_along(ComputeFloat, const S* from) {
+  return bit_cast<Vec<uint32_t>>(to_float(from));
+}
+INLINE Vec<uint64_t> units_along(ComputeDouble, const double* from) { return bit_cast<Vec<uint64_t>>(load(from)); }
+// `across`: kLanes units at one depth; `next` is the row that follows in depth (only pairs read it).
+template <class S>
+INLINE Vec<uint32_t> units_across(ComputeFloat c, const S* from, const S*) {
+  return units_along(c, from);
+}
+INLINE Vec<uint64_t> units_across(ComputeDouble c, const double* from, const double*) { return units_along(c, from); }
+#ifdef HAS_BF16_DOT
+INLINE Vec<uint32_t> units_along(ComputeBFloat16, const BFloat16* from) {
+  return load(reinterpret_cast<const uint32_t*>(from));
+}
+INLINE Vec<uint32_t> units_along(ComputeBFloat16, const float* from) {
+  return bit_cast<Vec<uint32_t>>(_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from)));
+}
+INLINE Vec<uint32_t> pair(Vec<uint32_t> first, Vec<uint32_t> second) { return first | (second << 16); }
+INLINE Vec<uint32_t> units_across(ComputeBFloat16, const BFloat16* from, const BFloat16* next) {
+  return pair(widen(load_half_width(from)), widen(load_half_width(next)));
+}
+INLINE Vec<uint32_t> units_across(ComputeBFloat16, const float* from, const float* next) {
+  const auto first = _mm512_cvtneps_pbh(_mm512_loadu_ps(from)), second = _mm512_cvtneps_pbh(_mm512_loadu_ps(next));
+  return pair(widen(bit_cast<HalfWidth>(first)), widen(bit_cast<HalfWidth>(second)));
+}
+#endif
+
+// ---- Packing ---------------------------------------------------------------------------------------------
+
+template <class C, int Lanes>
+INLINE void store_group(typename C::Unit* to, int64_t panel_stride, int64_t group, int64_t depth,
+                        Vec<typename C::Unit> units) {
+  using U = typename C::Unit;
+  constexpr int width = kLanes<U>;
+  constexpr int piece = width < Lanes ? width : Lanes;
+#pragma GCC unroll 4
+  for (int p = 0; p < width / piece; ++p) {
+    const int64_t lane = group * width + p * piece;
+    U* at = to + lane / Lanes * panel_stride + depth * Lanes + lane % Lanes;
+    memcpy(at, reinterpret_cast<const U*>(&units) + p * piece, piece * sizeof(U));
+  }
+}
+
+// Packs lanes that are rows of the source (depth runs along a row): a transpose.
+// Panels are `panel_stride` units apart; lanes from `lanes` up to `filled_lanes`, rounded up to kLaneGroup, are zero.
+template <class C, int Lanes, class S>
+void pack_rows(typename C::Unit* to, int64_t panel_stride, const S* from, int64_t stride, int64_t lanes,
+               int64_t filled_lanes, int64_t depth) {
+  using U = typename C::Unit;
+  constexpr int width = kLanes<U>, step = width * C::kDepth;
+  const int64_t groups = round_up(filled_lanes, kLaneGroup<C>) / width;
+  for (int64_t group = 0; group < groups; ++group) {
+    for (int64_t k = 0; k < depth; k += step) {
+      Vec<U> tile[width];
+      const int64_t left = depth - k;
+#pragma GCC unroll 16
+      for (int r = 0; r < width; ++r) {
+        const int64_t lane = group * width + r;
+        if (lane >= lanes) {
+          tile[r] = Vec<U>{};
+        } else if (left >= step) {
+          tile[r] = units_along(C{}, from + lane * stride + k);
+        } else {
+          S tail[step] = {};
+          for (int64_t q = 0; q < left; ++q) tail[q] = from[lane * stride + k + q];
+          tile[r] = units_along(C{}, tail);
+        }
+      }
+      transpose<U>(tile);
+      const int64_t filled = minimum<int64_t>(width, depth_units<C>(left));
+#pragma GCC unroll 16
+      for (int u = 0; u < width; ++u) {
+        if (u < filled) store_group<C, Lanes>(to, panel_stride, group, k / C::kDepth + u, tile[u]);
+      }
+    }
+  }
+}
+
+// Packs lanes that are columns of the source (depth runs down the rows): a copy.
+template <class C, int Lanes, class S>
+void pack_columns(typename C::Unit* to, int64_t panel_stride, const S* from, int64_t stride, int64_t lanes,
+                  int64_t depth) {
+  using U = typename C::Unit;
+  constexpr int width = kLanes<U>;
+  const int64_t groups = round_up(lanes, kLaneGroup<C>) / width;
+  const S zeros[width] = {};
+  for (int64_t k = 0; k < depth; k += C::kDepth) {
+    const S* row = from + k * stride;
+    const bool has_next = k + 1 < depth;
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t lane = group * width;
+      Vec<U> units;
+      if (lane + width <= lanes) {
+        units = units_across(C{}, row + lane, has_next ? row + stride + lane : zeros);
+      } else {
+        S first[width] = {}, second[width] = {};
+        for (int64_t q = 0; q < lanes - lane; ++q) {
+          first[q] = row[lane + q];
+          if (C::kDepth == 2 && has_next) second[q] = row[stride + lane + q];
+        }
+        units = units_across(C{}, first, second);
+      }
+      store_group<C, Lanes>(to, panel_stride, group, k / C::kDepth, units);
+    }
+  }
+}
+
+// ---- The tile ----------------------------------------------------------------------------------------------
+
+template <class C>
+INLINE void multiply_add(Vec<typename C::Acc>& sum, typename C::Unit a, Vec<typename C::Unit> b) {
+  using A = typename C::Acc;
+#ifdef HAS_BF16_DOT
+  if constexpr (C::kDepth == 2) {
+    const auto left = bit_cast<__m512bh>(broadcast(a)), right = bit_cast<__m512bh>(b);
+    sum = _mm512_dpbf16_ps(sum, left, right);
+    return;
+  }
+#endif
+  sum += bit_cast<A>(a) * bit_cast<Vec<A>>(b);
+}
+
+// kRows x kCols outputs over `depth` units; adds to C if `add`.
+template <class C>
+void tile(int64_t depth, const typename C::Unit* a, const typename C::Unit* b, typename C::Acc* c, int64_t ldc,
+          bool add) {
+  using A = typename C::Acc;
+  using U = typename C::Unit;
+  constexpr int width = kLanes<A>;
+  // The outputs are met once per depth loop and lie far apart: without the hint their misses end every tile.
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c + i * ldc + v * width, 1);
+  }
+  Vec<A> sums[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[i][v] = Vec<A>{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<U> columns[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) columns[v] = load(b + k * kCols<C> + v * width);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) multiply_add<C>(sums[i][v], a[k * kRows + i], columns[v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      A* at = c + i * ldc + v * width;
+      store(at, add ? load(at) + sums[i][v] : sums[i][v]);
+    }
+  }
+}
+
+// C (m x n) (+)= A^T B, m and n arbitrary: tiles that stick out go through a small buffer.
+template <class C>
+void multiply(int64_t m, int64_t n, int64_t depth, const typename C::Unit* a, int64_t a_panel_stride,
+              const typename C::Unit* b, int64_t b_panel_stride, typename C::Acc* c, int64_t ldc, bool add) {
+  using A = typename C::Acc;
+  constexpr int cols = kCols<C>;
+  for (int64_t j = 0; j < n; j += cols) {
+    const typename C::Unit* panel = b + j / cols * b_panel_stride;
+    for (int64_t i = 0; i < m; i += kRows) {
+      const typename C::Unit* rows = a + i / kRows * a_panel_stride;
+      if (i + kRows <= m && j + cols <= n) {
+        tile<C>(depth, rows, panel, c + i * ldc + j, ldc, add);
+        continue;
+      }
+      alignas(64) A edge[kRows * cols];
+      tile<C>(depth, rows, panel, edge, cols, false);
+      for (int64_t r = 0; r < minimum<int64_t>(kRows, m - i); ++r) {
+        for (int64_t q = 0; q < minimum<int64_t>(cols, n - j); ++q) {
+          A* at = c + (i + r) * ldc + j + q;
+          *at = add ? *at + edge[r * cols + q] : edge[r * cols + q];
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace LEVEL
+}  // namespace contrastive_ops

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per primitive; imported as ``contrastive_ops.kernels``."""
