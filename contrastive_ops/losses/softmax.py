@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .. import _checks
+from .. import _autocast, _checks
 from ..ops.pairs import Pairs
 from ..ops.similarity_reduce import Reduced, merge_lse, needs_gradient, similarity_reduce, softplus_total
 from . import _arguments
@@ -92,6 +92,7 @@ def info_nce(
     _arguments.check_reduction(name, reduction)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    query, key, negatives, row_negatives = _autocast.cast(query, key, negatives, row_negatives)
     _checks.check_matrices(name, "query", query, "key", key)
     scale = _arguments.resolve_scale(name, temperature, scale, 0.07)
     target = _own_column(name, query, key) if target is None else target
@@ -173,6 +174,7 @@ def clip(
     """
     name = "clip"
     _arguments.check_reduction(name, reduction)
+    image, text = _autocast.cast(image, text)
     _check_partners(name, "image", image, "text", text)
     if weight is not None:
         _checks.check_vector(name, "weight", weight, image.shape[0], "image", image)
@@ -237,6 +239,7 @@ def nt_xent(
     """
     name = "nt_xent"
     _arguments.check_reduction(name, reduction)
+    z0, z1 = _autocast.cast(z0, z1)
     _check_partners(name, "z0", z0, "z1", z1)
     scale = _arguments.resolve_scale(name, temperature, scale, 0.5)
     z = torch.cat([z0, z1])
@@ -322,14 +325,16 @@ def _check_row_negatives(function: str, query: Tensor, row_negatives: object) ->
 def _row_logits(query: Tensor, row_negatives: Tensor, scale: float | Tensor) -> Tensor:
     """(N, K) logits of each query with its own negatives, in the accumulation dtype."""
     dtype = _checks.accumulator(query.dtype)
-    dots = torch.einsum("nd,nkd->nk", query.to(dtype), row_negatives.to(dtype))
+    with _autocast.disabled(query):
+        dots = torch.einsum("nd,nkd->nk", query.to(dtype), row_negatives.to(dtype))
     return _by_row(scale, dots) * dots
 
 
 def _mean_logit(query: Tensor, key: Tensor, own: Tensor | None, scale: float | Tensor) -> Tensor:
     """(N,) mean logit over all columns; linear, so that sums of columns are enough."""
     dtype = _checks.accumulator(query.dtype)
-    dots = query.to(dtype) @ key.to(dtype).sum(0)
+    with _autocast.disabled(query):
+        dots = query.to(dtype) @ key.to(dtype).sum(0)
     total = (scale.to(dtype) if isinstance(scale, Tensor) else scale) * dots
     if own is None:
         return total / key.shape[0]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _autocast
 from .._checks import accumulator, check_index_values
 from .._dispatch import Backend
 from ..reference import similarity_reduce as reference
@@ -42,16 +43,19 @@ def register(backends: Mapping[str, Backend]) -> None:
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         *problem, backend = arguments
         _check_target(problem)
-        return backends[backend].functions().forward(*problem)
+        with _autocast.disabled(problem[0]):
+            return backends[backend].functions().forward(*problem)
 
     def backward(*arguments: Any) -> tuple[Tensor, ...]:
         *problem, backend = arguments
-        return backends[backend].functions().backward(*problem)
+        with _autocast.disabled(problem[0]):
+            return backends[backend].functions().backward(*problem)
 
     def total(*arguments: Any) -> tuple[Tensor, ...]:
         *problem, backend = arguments
         _check_target(problem)
-        losses, target_logit, *gradients = backends[backend].functions().total(*problem)
+        with _autocast.disabled(problem[0]):
+            losses, target_logit, *gradients = backends[backend].functions().total(*problem)
         weight, target_weight = problem[7], problem[9]
         value = (weight * losses).sum()
         if target_weight is not None:
@@ -155,7 +159,7 @@ def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _backward_derivative(ctx: Any, *d_gradients: Any) -> tuple[Any, ...]:
     """The second derivative: autograd through the streamed reference, whatever the backend was."""
     *tensors, kept = ctx.saved_tensors
-    with torch.enable_grad():
+    with torch.enable_grad(), _autocast.disabled(tensors[0]):
         # Aliases: only what this operator itself does with an input counts, not how row_lse came from x.
         aliases = [t if t is None or not t.is_floating_point() else t.view_as(t) for t in tensors]
         leaves = [a for a in aliases if a is not None and a.requires_grad]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks, _extension
+from .. import _autocast, _checks, _extension
 from .._dispatch import Backend, choose, unsupported_by_cpu
 from ..reference import similarity_reduce as reference
 from ._similarity_reduce_autograd import register
@@ -169,8 +169,7 @@ def prepare(
     y_name: str = "y",
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Check what every operator of this stem takes and bring it to the dtypes that the backends expect."""
-    x = _autocast(x)
-    y = None if y is None else _autocast(y)
+    x, y = _autocast.cast(x, y)
     if y is None:
         _checks.check_matrix(function, x_name, x)
     else:
@@ -202,16 +201,6 @@ def _directions(dim: object) -> tuple[bool, bool]:
     if not isinstance(dims, tuple) or not dims or not set(dims) <= {0, 1} or len(set(dims)) != len(dims):
         raise ValueError(f"similarity_reduce: dim must be 0, 1 or (0, 1), got {dim!r}")
     return 1 in dims, 0 in dims
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """Follow the autocast region, as a matmul would; float64 is left alone, as autocast does."""
-    if not isinstance(x, Tensor) or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return x
-    device = x.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return x
-    return x.to(torch.get_autocast_dtype(device))
 
 
 def _kept_size(x: Tensor, y: Tensor | None, memory_budget: int | None) -> int:

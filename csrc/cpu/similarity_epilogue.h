@@ -188,6 +188,24 @@ void accumulate(const View<A>& view, const A* dots, const A* e, A* g, int64_t ro
   }
 }
 
+// What rounding takes from the weights: sums of g - rounded(g) along both sides.
+template <class C>
+void residuals(const typename C::Acc* g, int64_t rows, int64_t cols, typename C::Acc* residual_i,
+               typename C::Acc* residual_j) {
+  using A = typename C::Acc;
+  constexpr int W = kLanes<A>;
+  memset(residual_j, 0, kBlock * sizeof(A));
+  for (int64_t i = 0; i < rows; ++i) {
+    Vec<A> sum = {};
+    for (int64_t j = 0; j < cols; j += W) {
+      const Vec<A> v = load(g + i * kBlock + j), lost = v - rounded<C>(v);
+      sum += lost;
+      store(residual_j + j, load(residual_j + j) + lost);
+    }
+    residual_i[i] = lane_sum<A>(sum);
+  }
+}
+
 // softplus(z) and its derivative, without overflow and exact for large negative z.
 template <class A>
 INLINE A softplus(A z) {

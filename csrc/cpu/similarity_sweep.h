@@ -12,8 +12,8 @@ namespace LEVEL {
 namespace {
 
 constexpr int64_t kChunkRows = 512;
-// Packed gradient weights of a chunk are kept for this many columns at a time (8 MiB of float32).
-constexpr int64_t kSuperBlock = 4096;
+// Packed gradient weights of a chunk are kept for this many columns at a time (4 MiB of float32).
+constexpr int64_t kSuperBlock = 2048;
 // Inner products that a chunk keeps between its fold and its gradients: bounds the rows of a chunk.
 constexpr int64_t kChunkElements = int64_t{16} << 20;
 
@@ -65,7 +65,7 @@ class Sweep {
     Buffer<U> y_panel, weights_panels, y_columns;
     View<A> view;
     Sums<A> sums;
-    A lse_j[kBlock], weight_j[kBlock];
+    A lse_j[kBlock], weight_j[kBlock], residual_j[kBlock];
   };
 
   // Calls body(chunk) for the chunks in order.

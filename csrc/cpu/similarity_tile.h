@@ -31,6 +31,17 @@ struct ComputeBFloat16 {  // pairs of bfloat16 numbers, products accumulated in 
 };
 #endif
 
+// A number as it is multiplied: packing rounds float32 to bfloat16 for the pairs.
+template <class C>
+INLINE Vec<typename C::Acc> rounded(Vec<typename C::Acc> v) {
+#ifdef HAS_BF16_DOT
+  if constexpr (C::kDepth == 2) {
+    return bit_cast<Vec<float>>(Vec<uint32_t>(widen(bit_cast<HalfWidth>(_mm512_cvtneps_pbh(v))) << 16));
+  }
+#endif
+  return v;
+}
+
 // 8 x 32 on AVX-512 (16 accumulators of 32 registers), 4 x 16 on AVX2, 4 x 8 on SSE2: enough independent sums to
 // hide the latency of a fused multiply-add, few enough loads to keep both multipliers busy.
 constexpr int kRows = VECTOR_BYTES == 64 ? 8 : 4;

@@ -1,0 +1,77 @@
+# Everything a checkout needs, in a virtual environment of its own:
+#
+#   make demo     make test     make lint     make bench
+#
+# A fresh machine needs python3 (3.10 or newer) and a C++ compiler. Without the compiler the package
+# is installed as pure Python. `make <target> ARGS="..."` hands arguments to the command it runs.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/python
+
+# With a compiler at hand a broken build must be an error; without one pure Python will do.
+CONTRASTIVE_OPS_EXT ?= $(if $(shell command -v $(firstword $(CXX)) 2>/dev/null),1,auto)
+export CONTRASTIVE_OPS_EXT
+
+# Python files are used in place; only these make a new build necessary.
+BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+CPP_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench bench-peers clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(RUN):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "$(PYTHON) must be Python 3.10 or newer; name another one with make PYTHON=..." >&2; \
+	  exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "python -m venv must work; on Debian and Ubuntu: apt-get install python3-venv" >&2; \
+	  rm -rf $(VENV); exit 1; }
+
+$(VENV)/.dev: requirements/dev.txt | $(RUN)
+	$(RUN) -m pip install --no-compile --disable-pip-version-check -q -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.peers: requirements/peers.txt $(VENV)/.dev
+	$(RUN) -m pip install --no-compile --disable-pip-version-check -q -r requirements/peers.txt
+	@touch $@
+
+# Never `build_ext --inplace`: it would leave the mapping of contrastive_ops.kernels out.
+$(VENV)/.install: $(BUILD_INPUTS) $(VENV)/.dev
+	$(RUN) -m pip install --no-build-isolation --no-deps --disable-pip-version-check -q -e .
+	@touch $@
+
+install: $(VENV)/.install ## the package and its tools, editable, in .venv
+
+demo: install ## search this package's own docstrings with a small trained encoder
+	$(RUN) examples/docstring_search.py $(ARGS)
+
+test: install ## the tests; ARGS="-k name -x"
+	$(RUN) -m pytest tests $(ARGS)
+
+lint: install ## ruff, mypy and clang-format, nothing is changed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy contrastive_ops
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+
+format: $(VENV)/.dev ## apply what lint asks for where that is mechanical
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+bench: install ## the benchmark suite
+	$(RUN) -m benchmarks.run $(ARGS)
+
+bench-peers: install $(VENV)/.peers ## the same against the packages in requirements/peers.txt
+	$(RUN) -m benchmarks.run --peers $(ARGS)
+
+clean: ## remove build products and caches, keep .venv
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -f contrastive_ops/_C*.so contrastive_ops/_build_report.json $(VENV)/.install
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

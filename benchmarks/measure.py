@@ -1,0 +1,86 @@
+"""Times the providers of one case against each other, so that noise hits all of them alike.
+
+A shared machine changes its speed by a third within a second. Timing one provider after the other
+compares two moments as much as two programs; here each round calls every provider once (short ones
+several times), the order rotates from round to round, and ratios are formed of minima.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+# A provider faster than this is called several times a round: single short calls sit on timer and
+# scheduler noise, and a minimum needs chances.
+SLICE_SECONDS = 0.05
+MAX_CALLS = 20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one step: the minimum, the median, and the 20th and 80th percentiles."""
+
+    minimum: float
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Timing:
+        """Summarises samples; with one sample all four are that sample."""
+        ordered = sorted(samples)
+        last = len(ordered) - 1
+        p20, p80 = ordered[round(0.2 * last)], ordered[round(0.8 * last)]
+        return cls(ordered[0], statistics.median(ordered), p20, p80)
+
+
+def _timed(step: Callable[[], object], device: str) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    result = step()
+    synchronise(device)
+    elapsed = time.perf_counter() - start
+    # Freeing the gradients belongs to nobody's time.
+    del result
+    return elapsed
+
+
+def synchronise(device: str) -> None:
+    """Waits for the device's queue; a CPU has none."""
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def interleave(steps: Mapping[str, Callable[[], object]], *, rounds: int, device: str = "cpu") -> dict[str, Timing]:
+    """Timings of every step over ``rounds`` rounds, each step once warm before the first.
+
+    Args:
+        steps: what to time, by provider.
+        rounds: at least 1.
+        device: "cpu", or the type of an accelerator to synchronise.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    names = list(steps)
+    calls = {}
+    for name in names:
+        warm = max(_timed(steps[name], device), 1e-9)
+        calls[name] = min(MAX_CALLS, max(1, round(SLICE_SECONDS / warm)))
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in range(rounds):
+            first = turn % len(names) if names else 0
+            for name in names[first:] + names[:first]:
+                samples[name] += [_timed(steps[name], device) for _ in range(calls[name])]
+            gc.collect()
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Timing.of(values) for name, values in samples.items()}

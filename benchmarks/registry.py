@@ -1,0 +1,157 @@
+"""The one registry of cases: what is computed, on which inputs, by whom, and what it has to reach.
+
+A case family is a module ``benchmarks/cases_<family>.py`` that calls :func:`register` at import.
+Adding a family means adding the module and its name to ``FAMILIES``; nothing else knows them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+# The name of this package's provider with its defaults.
+OURS = "contrastive_ops"
+
+FAMILIES = ("cases_softmax",)
+
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+# What --quick and the pytest-benchmark level shrink every case to: large enough for more than one
+# tile and chunk, small enough for a second.
+QUICK_SHAPES = {"N": 192, "M": 192, "D": 48}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every provider of a case gets: the tensors it differentiates, and plain numbers.
+
+    ``copies`` says that the rows of each matrix are that many copies of the first ones, one block
+    after the other. Batches of copies have an exact truth at any size (see ``truth.py``).
+    """
+
+    tensors: Mapping[str, Tensor]
+    constants: Mapping[str, float] = field(default_factory=dict)
+    copies: int = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The loss and its gradients by the name of the input."""
+
+    loss: Tensor
+    grads: Mapping[str, Tensor]
+
+
+Step = Callable[[], "Outcome | None"]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute a case.
+
+    ``build(inputs)`` imports what it needs (ImportError: the provider is named as missing) and
+    returns a step: one forward and backward from fresh leaves. ``kind`` is "ours", "torch", "peer",
+    or "matmul" for the bare matrix products of the case, which have no outcome to check.
+    """
+
+    name: str
+    build: Callable[[Inputs], Step]
+    kind: str = "peer"
+    package: str = "torch"
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number to reach, from one row of the design (``row`` names it in ``targets.py``).
+
+    metric "faster": time(against) / time(ours) >= bound
+           "time":   time(ours) / time(against) <= bound
+           "memory": extra memory(ours) / extra memory(against) <= bound
+           "peak":   extra memory(ours) in MiB <= bound
+           "error":  relative gradient error(ours) <= bound
+    """
+
+    row: str
+    metric: str
+    bound: float
+    ours: str = OURS
+    against: str | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape and dtype, with everybody who can compute it.
+
+    ``flops`` is what the op cannot do without (multiply-add = 2), so a provider's share of the
+    machine's matmul rate may exceed 1 where it needs fewer products or multiplies faster.
+    ``measure`` says which numbers are wanted: "time", "memory" or both.
+    """
+
+    op: str
+    shapes: Mapping[str, int]
+    dtype: torch.dtype
+    make_inputs: Callable[[Case], Inputs]
+    truth: Callable[[Inputs], Outcome]
+    providers: tuple[Provider, ...]
+    baseline: str
+    flops: Callable[[Mapping[str, int]], float]
+    tolerance: float
+    targets: tuple[Target, ...] = ()
+    measure: tuple[str, ...] = ("time", "memory")
+    copies: int = 1
+    device: str = "cpu"
+
+    @property
+    def shape_text(self) -> str:
+        """The shapes as people read them: ``N=4096 D=768``."""
+        return " ".join(f"{letter}={size}" for letter, size in self.shapes.items())
+
+    @property
+    def name(self) -> str:
+        """The key of the case in the registry and in the CSV."""
+        shape = "-".join(f"{letter}{size}" for letter, size in self.shapes.items())
+        suffix = "" if self.device == "cpu" else f"-{self.device}"
+        return f"{self.op}-{DTYPE_NAMES[self.dtype]}-{shape}{suffix}"
+
+    def provider(self, name: str) -> Provider:
+        """The provider of that name."""
+        for provider in self.providers:
+            if provider.name == name:
+                return provider
+        raise KeyError(f"case {self.name} has no provider {name!r}")
+
+    def shrunk(self) -> Case:
+        """The same case at a size that takes milliseconds, under its own name."""
+        shapes = {k: min(size, QUICK_SHAPES.get(k, size)) for k, size in self.shapes.items()}
+        return replace(self, shapes=shapes, copies=min(self.copies, 2))
+
+
+_CASES: dict[str, Case] = {}
+
+
+def register(*cases: Case) -> None:
+    """Adds cases; a name may be used once."""
+    for case in cases:
+        if case.name in _CASES:
+            raise ValueError(f"benchmark case {case.name!r} is registered twice")
+        _CASES[case.name] = case
+
+
+def all_cases() -> dict[str, Case]:
+    """Every registered case by name, in the order of registration."""
+    for family in FAMILIES:
+        importlib.import_module(f"benchmarks.{family}")
+    return dict(_CASES)
+
+
+def select(op: str | None = None, case: str | None = None) -> list[Case]:
+    """The cases of one op and/or whose name contains ``case``."""
+    found = [c for c in all_cases().values() if (op is None or c.op == op) and (case is None or case in c.name)]
+    if not found:
+        raise ValueError(f"no benchmark case matches op={op!r} case={case!r}; see --list")
+    return found

@@ -1,0 +1,237 @@
+"""Runs benchmark cases: checks every provider against the float64 truth, then times them in turns.
+
+    python -m benchmarks.run                     everything; appends to benchmarks/results/
+    python -m benchmarks.run --op clip           the cases of one op
+    python -m benchmarks.run --case N2048        the cases whose name contains this
+    python -m benchmarks.run --quick             tiny shapes, written nowhere unless --csv is given
+    python -m benchmarks.run --list              the cases, their providers and targets
+
+A provider that fails the check is named as wrong and not timed. The exit status is 1 if that, or an
+error, happens to this package, and with --peers also if a peer is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import measure, memory, provenance, report, results
+from benchmarks.registry import Case, Inputs, Outcome, Provider, Step, select
+from benchmarks.report import Measurement
+from benchmarks.truth import errors
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure of each case, and how."""
+
+    rounds: int = 7
+    quick: bool = False
+    memory: bool = True
+    peers: bool = True
+    optional: bool = False
+    csv: Path | None = None
+
+
+def _checked(provider: Provider, inputs: Inputs, truth: Outcome, tolerance: float) -> tuple[Measurement, Step | None]:
+    """The measurement so far and, if the provider is right, its step."""
+    found = Measurement(provider)
+    try:
+        step = provider.build(inputs)
+        outcome = step()
+    except ImportError as error:
+        found.status = "missing"
+        found.note = f"{provider.name}: not installed ({provider.package}): {error}"
+        return found, None
+    except Exception as error:  # a peer's failure must not end the run; it is printed
+        found.status = "failed"
+        found.note = f"{provider.name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return found, None
+    if outcome is None:
+        return found, step
+    found.loss_error, found.grad_error = errors(outcome, truth)
+    return found, (step if _right(found, tolerance) else None)
+
+
+def _right(found: Measurement, tolerance: float) -> bool:
+    """Whether the errors are within the tolerance; NaN is not."""
+    if found.loss_error <= tolerance and found.grad_error <= tolerance:
+        return True
+    found.status = "wrong"
+    found.note = (
+        f"{found.provider.name}: WRONG, not measured: loss error {found.loss_error:.1e}, "
+        f"gradient error {found.grad_error:.1e}, allowed {tolerance:.0e}"
+    )
+    return False
+
+
+def _wanted(case: Case, options: Options) -> list[Provider]:
+    return [
+        provider
+        for provider in case.providers
+        if (options.peers or provider.kind != "peer") and (options.optional or not provider.optional)
+    ]
+
+
+def _measure_time(case: Case, options: Options) -> list[Measurement]:
+    """Checks and times every provider in this process."""
+    inputs = case.make_inputs(case)
+    truth = case.truth(inputs)
+    measurements, steps = [], {}
+    for provider in _wanted(case, options):
+        found, step = _checked(provider, inputs, truth, case.tolerance)
+        measurements.append(found)
+        if step is not None:
+            steps[provider.name] = step
+    del truth
+    timings = measure.interleave(steps, rounds=options.rounds, device=case.device)
+    for found in measurements:
+        if found.provider.name in timings:
+            found.timing = timings[found.provider.name]
+            found.rounds = options.rounds
+    return measurements
+
+
+def _measure_memory(registered: Case, measurements: list[Measurement], options: Options) -> None:
+    """Adds the peak of every right provider, each in a process of its own."""
+    for found in measurements:
+        if found.status != "ok" or found.provider.kind == "matmul":
+            continue
+        check = found.grad_error is None
+        try:
+            numbers = memory.measure(registered, found.provider, quick=options.quick, check=check)
+        except RuntimeError as error:
+            found.status, found.note = "failed", f"memory of {error}"
+            continue
+        if check:
+            found.loss_error, found.grad_error = numbers["loss_error"], numbers["grad_error"]
+            if not _right(found, registered.tolerance):
+                continue
+        found.peak_extra_mib = numbers["peak_extra_mib"]
+
+
+def run_case(registered: Case, options: Options) -> tuple[list[results.Row], list[str]]:
+    """Measures one case; returns its rows without provenance, and notes to print."""
+    case = registered.shrunk() if options.quick else registered
+    if "time" in case.measure:
+        measurements = _measure_time(case, options)
+    else:
+        measurements = [Measurement(provider) for provider in _wanted(case, options)]
+    if options.memory and "memory" in case.measure:
+        _measure_memory(registered, measurements, options)
+    floors = [m.timing for m in measurements if m.provider.kind == "matmul" and m.timing]
+    rate = report.gflops_of(case, floors[0]) if floors else None
+    rows = [
+        report.to_row(case, found, rate, provenance.version(found.provider.package))
+        for found in measurements
+        if found.status != "missing" or found.provider.kind == "ours"
+    ]
+    return rows, [found.note for found in measurements if found.note]
+
+
+def csv_of(case: Case, options: Options) -> Path | None:
+    """The file a case's rows go to; None for a quick run that was given no file."""
+    if options.csv is not None or options.quick:
+        return options.csv
+    return results.RESULTS / f"{provenance.machine_kind(case.device)}.csv"
+
+
+def run(cases: Sequence[Case], options: Options) -> list[results.Row]:
+    """Runs the cases one by one, prints each table, appends its rows at once."""
+    everything = []
+    started = provenance.now()
+    for registered in cases:
+        rows, notes = run_case(registered, options)
+        stamp = {"run": started, **provenance.gather(registered.device)}
+        rows = [{**row, **stamp} for row in rows]
+        shown = registered.shrunk() if options.quick else registered
+        print(report.table(shown, rows, notes), end="\n\n", flush=True)
+        path = csv_of(registered, options)
+        if path is not None:
+            results.append(path, rows)
+            print(f"appended {len(rows)} rows to {path}", flush=True)
+        everything += rows
+    return everything
+
+
+def list_cases(cases: Sequence[Case]) -> None:
+    """Prints every case with its providers and targets."""
+    for case in cases:
+        print(f"{case.name}  ({', '.join(case.measure)})")
+        names = (p.name + (" (optional)" if p.optional else "") for p in case.providers)
+        print(f"  providers: {', '.join(names)}")
+        for target in case.targets:
+            print(f"  {' against '.join(report.providers_of(target))}: {report.bound_text(target)}")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--op", help="only the cases of this op")
+    parser.add_argument("--case", help="only the cases whose name contains this")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of timing (default: 7)")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, 2 rounds, no file")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--list", action="store_true", help="print the cases and end")
+    parser.add_argument("--csv", type=Path, help="file to append to (default: by machine kind)")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
+    parser.add_argument("--optional", action="store_true", help="also torch.compile")
+    peers = parser.add_mutually_exclusive_group()
+    peers.add_argument("--peers", action="store_true", help="a peer not installed is an error")
+    peers.add_argument("--no-peers", action="store_true", help="only this package and torch")
+    return parser.parse_args(arguments)
+
+
+def _runnable(cases: Sequence[Case], options: Options) -> list[Case]:
+    """The cases whose device is here and of which something is to be measured."""
+    found: dict[str, Case] = {}
+    for case in cases:
+        here = case.device == "cpu" or torch.accelerator.is_available()
+        if here and ("time" in case.measure or options.memory):
+            # Several cases shrink to one; a quick run needs it once.
+            key = f"{case.shrunk().name} {case.measure}" if options.quick else case.name
+            found.setdefault(key, case)
+    return list(found.values())
+
+
+def _missing_peers(cases: Sequence[Case]) -> list[str]:
+    packages = {p.package for case in cases for p in case.providers if p.kind == "peer"}
+    return sorted(package for package in packages if not provenance.version(package))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    args = parse(arguments)
+    try:
+        cases = select(args.op, args.case)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if args.list:
+        list_cases(cases)
+        return 0
+    missing = _missing_peers(cases) if args.peers else []
+    if missing:
+        print(f"not installed: {', '.join(missing)}; pip install -r requirements/peers.txt")
+        return 1
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    options = Options(
+        rounds=min(args.rounds, 2) if args.quick else args.rounds,
+        quick=args.quick,
+        memory=not args.no_memory,
+        peers=not args.no_peers,
+        optional=args.optional,
+        csv=args.csv,
+    )
+    rows = run(_runnable(cases, options), options)
+    return int(any(row["kind"] == "ours" and row["status"] != "ok" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""Writes the README's benchmark tables from the CSV files; no number in them is typed.
+
+    python -m benchmarks.tables            rewrite the tables of README.md
+    python -m benchmarks.tables --check    exit 1 if they are not what the CSV files say
+
+A table stands between ``<!-- benchmark:NAME -->`` and ``<!-- /benchmark -->``. NAME is ``targets``,
+``memory``, or an op of the registry (``clip``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks import report, results, targets
+from benchmarks.registry import OURS, Case, Target, all_cases
+from benchmarks.results import Row
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+MARKERS = re.compile(r"(<!-- benchmark:([\w-]+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
+NOTHING = "Not measured yet.\n"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], right_from: int) -> str:
+    rule = ["---" if index < right_from else "--:" for index in range(len(header))]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *rows))
+
+
+def _origin(rows: Sequence[Row]) -> str:
+    """One sentence per machine and version that the rows come from."""
+    sentences = []
+    for row in rows:
+        changed = " with local changes" if row["dirty"] == "yes" else ""
+        commit = f", commit {row['commit']}{changed}" if row["commit"] else ""
+        sentence = (
+            f"{row['device']}, {row['threads']} threads, {row['capability']}, "
+            f"torch {row['torch']}, contrastive_ops {row['contrastive_ops']}{commit}, "
+            f"{row['date'][:10]}."
+        )
+        if sentence not in sentences:
+            sentences.append(sentence)
+    return "\n" + "<br>\n".join(sentences) + "\n" if sentences else ""
+
+
+def _described(case: Case) -> str:
+    return f"{case.op} {case.name.split('-')[1]} {case.shape_text}"
+
+
+def _timed_case(case: Case, rows: Sequence[Row]) -> tuple[list[list[str]], list[Row]]:
+    """The table lines of one case and the rows they come from."""
+    timed = results.newest(rows, case.name, "min_ms", [OURS, case.baseline])
+    timed = timed or results.newest(rows, case.name, "min_ms", [OURS])
+    if timed is None:
+        return [], []
+    # A run without memory does not hide the memory of an older one.
+    peaks = results.newest(rows, case.name, "peak_extra_mib", [OURS]) or {}
+    lines = []
+    for name, row in timed.items():
+        version = f" {row['version']}" if row["kind"] == "peer" else ""
+        lines.append(
+            [
+                case.shape_text + f" {row['dtype']}",
+                name + version,
+                f"{float(row['min_ms']):.1f}",
+                report.speed_text(row, timed.get(case.baseline)),
+                peaks.get(name, {}).get("peak_extra_mib", ""),
+                row["grad_error"],
+                report.share_text(row),
+            ]
+        )
+    return lines, list(timed.values())
+
+
+def op_table(op: str, rows: Sequence[Row]) -> str:
+    """Every provider of every timed case of one op."""
+    lines, used = [], []
+    timed = [case for case in all_cases().values() if case.op == op and "time" in case.measure]
+    for case in timed:
+        case_lines, case_rows = _timed_case(case, rows)
+        lines += case_lines
+        used += case_rows
+    if not lines:
+        return NOTHING
+    baselines = sorted({case.baseline for case in timed})
+    header = (
+        "shape", "provider", "ms", f"speed against {', '.join(baselines)}", "extra MiB",
+        "gradient error", "of matmul rate",
+    )  # fmt: skip
+    return _markdown(header, lines, right_from=2) + _origin(used)
+
+
+def memory_table(rows: Sequence[Row]) -> str:
+    """Peak memory of the cases whose logits would not fit."""
+    lines, used = [], []
+    for case in all_cases().values():
+        found = results.newest(rows, case.name, "peak_extra_mib", [OURS])
+        if case.measure != ("memory",) or found is None:
+            continue
+        row = found[OURS]
+        lines.append([case.op, case.shape_text, row["peak_extra_mib"], row["grad_error"]])
+        used.append(row)
+    if not lines:
+        return NOTHING
+    header = ("op", "shape", "peak MiB above inputs and gradients", "gradient error")
+    return _markdown(header, lines, right_from=2) + _origin(used)
+
+
+def measured(case: Case, target: Target, rows: Sequence[Row]) -> tuple[float, list[Row]] | None:
+    """The newest value of a target and the rows it comes from; None if it was never measured."""
+    names = report.providers_of(target)
+    found = results.newest(rows, case.name, report.METRIC_COLUMN[target.metric], names)
+    if found is None:
+        return None
+    value = report.value_of(target, found)
+    return None if value is None else (value, [found[name] for name in names])
+
+
+def targets_table(rows: Sequence[Row]) -> str:
+    """What finished work had to reach, and what it reached."""
+    due = {row.key for row in targets.ROWS if row.group in targets.FINISHED}
+    lines, used = [], []
+    for case in all_cases().values():
+        for target in case.targets:
+            found = measured(case, target, rows) if target.row in due else None
+            if found is None:
+                continue
+            value, target_rows = found
+            outcome = "ok" if report.is_met(target, value) else "**missed**"
+            who = " against ".join(report.providers_of(target))
+            reached = report.value_text(target, value)
+            lines.append([_described(case), who, report.bound_text(target), reached, outcome])
+            used += target_rows
+    if not lines:
+        return NOTHING
+    header = ("case", "what", "reach", "measured", "")
+    return _markdown(header, lines, right_from=5) + _origin(used)
+
+
+def tables(rows: Sequence[Row]) -> dict[str, Callable[[], str]]:
+    """The known tables by name."""
+    ops = dict.fromkeys(case.op for case in all_cases().values())
+    known: dict[str, Callable[[], str]] = {op: lambda op=op: op_table(op, rows) for op in ops}
+    known["memory"] = lambda: memory_table(rows)
+    known["targets"] = lambda: targets_table(rows)
+    return known
+
+
+def updated(text: str, rows: Sequence[Row]) -> str:
+    """The text with every marked table written anew.
+
+    ValueError for a table nobody knows, and for markers that do not pair up.
+    """
+    known = tables(rows)
+
+    def replacement(match: re.Match[str]) -> str:
+        opening, name, closing = match.groups()
+        if name not in known:
+            raise ValueError(f"benchmark:{name} must be one of {', '.join(known)}")
+        return f"{opening}\n{known[name]()}\n{closing}"
+
+    if text.count("<!-- benchmark:") != len(MARKERS.findall(text)):
+        raise ValueError("a <!-- benchmark:NAME --> marker has no <!-- /benchmark --> of its own")
+    return MARKERS.sub(replacement, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only say whether they are current")
+    parser.add_argument("--readme", type=Path, default=README)
+    args = parser.parse_args(arguments)
+    old = args.readme.read_text()
+    new = updated(old, results.read())
+    if new == old:
+        return 0
+    if args.check:
+        print(f"{args.readme.name}: tables out of date; run python -m benchmarks.tables")
+        return 1
+    args.readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""The micro level: every fast case at a shape of milliseconds, through pytest-benchmark.
+
+    python -m pytest benchmarks/test_micro.py --benchmark-group-by=param:case
+
+What it shows is overhead a call, not throughput: compare two commits with ``--benchmark-autosave``
+and ``--benchmark-compare``. Nothing here asserts a time.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.registry import all_cases
+from benchmarks.truth import errors
+
+# Several registered cases shrink to one shape; each is measured once, under its shrunk name.
+SHRUNK = {case.shrunk().name: case.shrunk() for case in all_cases().values() if "time" in case.measure}
+PAIRS = [
+    pytest.param(name, provider.name, id=f"{name}-{provider.name}".replace(" ", "_"))
+    for name, case in SHRUNK.items()
+    for provider in case.providers
+    if not provider.optional
+]
+
+
+@pytest.mark.parametrize(("case", "provider"), PAIRS)
+def test_micro(benchmark, case, provider):
+    """Times one provider after checking it."""
+    chosen = SHRUNK[case]
+    inputs = chosen.make_inputs(chosen)
+    try:
+        step = chosen.provider(provider).build(inputs)
+    except ImportError as error:
+        pytest.skip(f"{chosen.provider(provider).package} is not installed: {error}")
+    outcome = step()
+    if outcome is not None:
+        assert max(errors(outcome, chosen.truth(inputs))) <= chosen.tolerance
+    benchmark(step)

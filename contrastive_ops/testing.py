@@ -1,0 +1,150 @@
+"""What tests and benchmarks share: dense truth in float64, sample inputs, tolerances."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+# Added to twice the error of plain torch in the same dtype. float32 sums of M terms lose a few units in the last
+# place; 16-bit gradients are rounded once on output.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+# Bound on the relative error (2-norm) of a 16-bit gradient, whatever torch's own error is.
+GRADIENT_ERROR_16_BIT = 5e-3
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """2-norm of the difference relative to the truth; inf where the two differ in what is not finite."""
+    value, truth = value.detach().double(), truth.detach().double()
+    if value.shape != truth.shape:
+        raise ValueError(f"relative_error: shapes must be equal, got {tuple(value.shape)} and {tuple(truth.shape)}")
+    finite = truth.isfinite()
+    same = torch.equal(value.isfinite(), finite) and torch.equal(
+        value[~finite].nan_to_num(nan=7.0), truth[~finite].nan_to_num(nan=7.0)
+    )
+    if not same:
+        return float("inf")
+    difference, size = (value - truth)[finite].norm().item(), truth[finite].norm().item()
+    return difference / size if size > 0 else difference
+
+
+@dataclass
+class Problem:
+    """Inputs of one similarity_reduce call."""
+
+    x: Tensor
+    y: Tensor | None = None
+    scale: Tensor | float = 1.0
+    row_bias: Tensor | None = None
+    col_bias: Tensor | None = None
+    target: Tensor | None = None
+    diagonal: int | None = None
+
+    def leaves(self) -> list[Tensor]:
+        """The tensors that gradients are taken for."""
+        fields = (self.x, self.y, self.scale, self.row_bias, self.col_bias)
+        return [t for t in fields if isinstance(t, Tensor) and t.requires_grad]
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same numbers as leaves of another dtype."""
+
+        def convert(t: Tensor | float | None) -> Tensor | float | None:
+            return t.detach().to(dtype).requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
+
+        converted = {name: convert(getattr(self, name)) for name in ("x", "y", "scale", "row_bias", "col_bias")}
+        return replace(self, **converted)  # type: ignore[arg-type]
+
+
+def sample_problem(
+    rows: int,
+    columns: int,
+    depth: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    self_similarity: bool = False,
+    per_row_scale: bool = True,
+    biases: bool = True,
+    target: bool = True,
+    diagonal: int | None = None,
+    seed: int = 0,
+) -> Problem:
+    """Random inputs with everything that `similarity_reduce` takes, all requiring gradients."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int, low_precision: bool = False) -> Tensor:
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        kind = dtype if low_precision else torch.float64 if dtype == torch.float64 else torch.float32
+        return values.to(kind).requires_grad_()
+
+    x = random(rows, depth, low_precision=True)
+    y = None if self_similarity else random(columns, depth, low_precision=True)
+    columns = rows if self_similarity else columns
+    column = (torch.arange(rows) * 7 + 1 + (diagonal or 0)) % max(columns, 1)
+    scale = random(rows) if per_row_scale else random(1).detach().squeeze(0).requires_grad_()
+    return Problem(
+        x=x,
+        y=y,
+        scale=scale,
+        row_bias=random(rows) if biases else None,
+        col_bias=random(columns) if biases else None,
+        target=column if target and columns else None,
+        diagonal=diagonal,
+    )
+
+
+def dense(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Row lse, column lse and target logits in plain torch, in the dtype of the inputs, N x M and all."""
+    p = problem
+    y = p.x if p.y is None else p.y
+    scale = p.scale[:, None] if isinstance(p.scale, Tensor) and p.scale.dim() else p.scale
+    logits = scale * (p.x @ y.T)
+    logits = logits if p.row_bias is None else logits + p.row_bias[:, None]
+    logits = logits if p.col_bias is None else logits + p.col_bias
+    columns = torch.arange(logits.shape[1])
+    drop = torch.zeros(logits.shape, dtype=torch.bool)
+    if p.diagonal is not None:
+        drop |= torch.arange(logits.shape[0])[:, None] + p.diagonal == columns
+    target_logit = None
+    if p.target is not None:
+        target_logit = logits.gather(1, p.target[:, None]).squeeze(1)
+        drop |= p.target[:, None] == columns
+    kept = logits.masked_fill(drop, -torch.inf)
+    return _safe_lse(kept, 1), _safe_lse(kept, 0), target_logit
+
+
+def _safe_lse(logits: Tensor, dim: int) -> Tensor:
+    """Logsumexp with gradient 0 where everything is -inf."""
+    empty = (logits == -torch.inf).all(dim)
+    filled = logits.masked_fill(empty.unsqueeze(dim), 0.0)
+    return filled.logsumexp(dim).masked_fill(empty, -torch.inf)
+
+
+def clustered_pairs(
+    rows: int, depth: int, loss: float, *, dtype: torch.dtype, scale: float = 50.0, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Unit rows (query, key) whose InfoNCE loss is about `loss`, with negatives in clusters of eight.
+
+    Clusters keep some negatives close to the positive, which is what makes gradients near convergence hard: the softmax
+    of the positive is close to 1 and `lse - logit` cancels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    center = torch.randn((rows + 7) // 8, depth, generator=generator, dtype=torch.float64).repeat_interleave(8, 0)[
+        :rows
+    ]
+    own = torch.randn(rows, depth, generator=generator, dtype=torch.float64)
+    noise = torch.randn(rows, depth, generator=generator, dtype=torch.float64)
+
+    def build(spread: float) -> tuple[Tensor, Tensor, float]:
+        key = normalize(center + spread * own, dim=1)
+        query = normalize(key + 0.3 * noise / depth**0.5, dim=1)
+        value = torch.nn.functional.cross_entropy(scale * query @ key.T, torch.arange(rows)).item()
+        return query, key, value
+
+    low, high = 0.0, 4.0  # the wider a cluster, the smaller the loss
+    for _ in range(40):
+        middle = (low + high) / 2
+        query, key, value = build(middle)
+        low, high = (middle, high) if value > loss else (low, middle)
+    return query.to(dtype), key.to(dtype)

@@ -1,0 +1,275 @@
+"""Train a docstring search engine twice: once with PyTorch's loss, once with contrastive_ops.
+
+A (signature, docstring) pair is collected for every documented function that is installed, a
+two-tower encoder learns to bring the two sides together, and the only difference between the two
+trainings is the line that computes the loss. The end is a table of what that line cost, and a plot.
+
+    python examples/docstring_search.py            # a few minutes on two cores
+    python examples/docstring_search.py --quick    # seconds, to see that it works
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import sys
+import time
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from _loss_meter import LAYERS, MEASURED, MIB, Largest, LossLayer, Trial, largest_batch, measure
+from _pairs import Pair, collect_pairs, split_identifier
+from _report import Result, draw, takeaway, to_json, to_table
+from torch import Tensor, nn
+
+BUCKETS = 1 << 15
+BAG_WIDTH = 128
+HELD_OUT = 2000
+LEARNING_RATE = 3e-3
+QUERIES = (
+    "remove an edge from a graph",
+    "the inverse of a square matrix",
+    "read the bytes of a compressed file",
+)
+
+
+def progress(items: Iterable, label: str) -> Iterable:
+    """A progress bar where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, desc=label, mininterval=0.5, dynamic_ncols=True)
+
+
+def say(text: str) -> None:
+    """Progress in words goes to stderr, so that stdout is the table alone."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# --- text to n-gram ids --------------------------------------------------------------------------
+
+
+class Bags(NamedTuple):
+    """Ragged lists of n-gram ids: text i owns ids[offsets[i]:offsets[i + 1]]."""
+
+    ids: Tensor
+    offsets: Tensor
+
+    def __getitem__(self, texts: Tensor) -> Bags:
+        starts, ends = self.offsets[texts], self.offsets[texts + 1]
+        offsets = F.pad((ends - starts).cumsum(0), (1, 0))
+        shift = torch.repeat_interleave(starts - offsets[:-1], ends - starts)
+        return Bags(self.ids[torch.arange(int(offsets[-1])) + shift], offsets)
+
+
+def ngram_ids(word: str) -> list[int]:
+    """Ids of a word and its 3- to 5-grams; crc32, because Python's hash changes between runs."""
+    marked = f"<{word}>"
+    grams = [marked[i : i + n] for n in (3, 4, 5) for i in range(len(marked) - n + 1)]
+    return [zlib.crc32(gram.encode()) % BUCKETS for gram in [word, *grams]]
+
+
+def make_bags(texts: list[str]) -> Bags:
+    """Distinct n-gram ids of every text, computed once for all of training."""
+    known: dict[str, list[int]] = {}
+    ids: list[int] = []
+    offsets = [0]
+    for text in texts:
+        bag = {0}  # never empty, so that every text has an embedding
+        for word in map(str.lower, split_identifier(text)):
+            if word not in known:
+                known[word] = ngram_ids(word)
+            bag.update(known[word])
+        ids.extend(sorted(bag))
+        offsets.append(len(ids))
+    return Bags(torch.tensor(ids), torch.tensor(offsets))
+
+
+# --- the model, trained twice --------------------------------------------------------------------
+
+
+class TwoTower(nn.Module):
+    """One table of n-gram vectors, a projection for each side, a learnable logit scale."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(BUCKETS, BAG_WIDTH, mode="mean", include_last_offset=True)
+        self.signature = nn.Linear(BAG_WIDTH, dim, bias=False)
+        self.sentence = nn.Linear(BAG_WIDTH, dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def forward(self, signatures: Bags, sentences: Bags) -> tuple[Tensor, Tensor]:
+        return (
+            F.normalize(self.signature(F.normalize(self.table(*signatures), dim=1)), dim=1),
+            F.normalize(self.sentence(F.normalize(self.table(*sentences), dim=1)), dim=1),
+        )
+
+
+class Training:
+    """A model with its optimiser and loss layer, and what happened to it."""
+
+    def __init__(self, model: TwoTower, layer: LossLayer) -> None:
+        self.model, self.layer = model, layer
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+
+    def step(self, signatures: Bags, sentences: Bags) -> None:
+        """One training step; the loss layer is cut out of the graph so that it is timed alone."""
+        outputs = (*self.model(signatures, sentences), self.model.logit_scale.exp())
+        inputs = [output.detach().requires_grad_() for output in outputs]
+        start = time.perf_counter()
+        loss = self.layer(*inputs)
+        loss.backward()
+        self.seconds.append(time.perf_counter() - start)
+        self.losses.append(loss.item())
+        self.optimizer.zero_grad()
+        torch.autograd.backward(outputs, [x.grad for x in inputs])
+        self.optimizer.step()
+
+
+def batches(count: int, batch: int, steps: int, generator: torch.Generator) -> list[Tensor]:
+    """Batches of row numbers: no repeats inside an epoch, so no pair is its own negative."""
+    chosen: list[Tensor] = []
+    while len(chosen) < steps:
+        order = torch.randperm(count, generator=generator)
+        chosen.extend(order[: count // batch * batch].split(batch))
+    return chosen[:steps]
+
+
+def train_both(
+    bags: tuple[Bags, Bags], rows: Tensor, args: argparse.Namespace, generator: torch.Generator
+) -> dict[str, Training]:
+    """Two trainings from the same weights on the same batches.
+
+    They advance together, taking turns to go first, so that whatever else the machine does
+    slows both loss layers down alike.
+    """
+    torch.manual_seed(args.seed)
+    model = TwoTower(args.dim)
+    runs = {name: Training(copy.deepcopy(model), layer) for name, layer in LAYERS.items()}
+    plan = batches(len(rows), args.batch, args.steps, generator)
+    for number, chosen in enumerate(progress(plan, "training both")):
+        signatures, sentences = (side[rows[chosen]] for side in bags)
+        order = list(runs.values())[:: 1 if number % 2 else -1]
+        for run in order:
+            run.step(signatures, sentences)
+    return runs
+
+
+# --- what was learnt -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def mrr_at_10(model: TwoTower, bags: tuple[Bags, Bags], rows: Tensor) -> float:
+    """Mean reciprocal rank of the right signature for a held-out sentence, 0 beyond rank 10."""
+    signatures, sentences = model(bags[0][rows], bags[1][rows])
+    scores = sentences @ signatures.T
+    # Ties count against the model: a rank is the number of signatures scored at least as high.
+    rank = (scores >= scores.diagonal()[:, None]).sum(1)
+    return (1 / rank).where(rank <= 10, 0).mean().item()
+
+
+@torch.no_grad()
+def search(model: TwoTower, pairs: list[Pair], signatures: Bags, query: str) -> list[str]:
+    """The three best signatures for a query in words."""
+    everything = torch.arange(len(pairs))
+    keys, words = model(signatures[everything], make_bags([query]))
+    best = (words @ keys.T)[0].topk(3).indices.tolist()
+    return [pairs[i].signature for i in best]
+
+
+def find_largest(name: str, first: Trial, args: argparse.Namespace) -> Largest:
+    """Search for the largest batch within the memory limit, telling how it goes."""
+
+    def run(batch: int, timeout: float) -> Trial | None:
+        trial = measure(name, batch, args.dim, timeout)
+        cost = f"{trial.extra_bytes / MIB:,.0f} MiB" if trial else "time is up"
+        say(f"  {name}, batch {batch:,}: {cost}")
+        return trial
+
+    return largest_batch(first, run, limit=args.limit_mib * MIB, seconds=args.search_seconds)
+
+
+def run_demo(args: argparse.Namespace) -> tuple[Result, list[str]]:
+    """Collect, train, measure; the result and the lines that show the search at work."""
+    pairs = collect_pairs(stdlib_only=args.quick, progress=progress)
+    bags = (make_bags([p.signature for p in pairs]), make_bags([p.sentence for p in pairs]))
+    generator = torch.Generator().manual_seed(args.seed)
+    held_out, rows = torch.randperm(len(pairs), generator=generator).tensor_split([HELD_OUT])
+    if len(rows) < args.batch:
+        raise SystemExit(f"--batch must be at most {len(rows)}, the number of training pairs")
+    say(f"{len(pairs):,} pairs, {len(rows):,} to train on and {len(held_out):,} held out")
+    runs = train_both(bags, rows, args, generator)
+
+    say("measuring memory, each trial in a process of its own")
+    measured = LAYERS if args.quick else MEASURED
+    trials = {name: measure(name, args.batch, args.dim) for name in measured}
+    largest = {name: find_largest(name, trials[name], args) for name in LAYERS}
+    result = Result(
+        pairs=len(pairs),
+        held_out=len(held_out),
+        batch=args.batch,
+        dim=args.dim,
+        limit_mib=args.limit_mib,
+        losses={name: run.losses for name, run in runs.items()},
+        ms_min={name: 1e3 * min(run.seconds) for name, run in runs.items()},
+        ms_median={name: 1e3 * statistics.median(run.seconds) for name, run in runs.items()},
+        extra_mib={name: trial.extra_bytes / MIB for name, trial in trials.items()},
+        mrr={name: mrr_at_10(run.model, bags, held_out) for name, run in runs.items()},
+        mrr_chance=sum(1 / rank for rank in range(1, 11)) / len(held_out),
+        largest=largest,
+    )
+    model = runs["contrastive_ops"].model
+    answers = [
+        f'"{query}"\n' + "".join(f"    {hit}\n" for hit in search(model, pairs, bags[0], query)) for query in QUERIES
+    ]
+    return result, answers
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Options; --quick replaces the defaults, not what is asked for explicitly."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--dim", type=int, default=512, help="output dimension of the towers")
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder of the plot")
+    parser.add_argument("--json", type=Path, help="also write every number to this file")
+    parser.add_argument("--limit-mib", type=int, default=2048, help="for the largest batch")
+    parser.add_argument("--search-seconds", type=float, default=50, help="time cap of the search, for each layer")
+    parser.add_argument("--quick", action="store_true", help="standard library only, a few steps")
+    if parser.parse_known_args(argv)[0].quick:
+        parser.set_defaults(batch=512, dim=256, steps=6, limit_mib=64, search_seconds=0)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the demo; fails where the two trainings do not agree."""
+    start = time.monotonic()
+    args = parse_arguments(argv)
+    result, answers = run_demo(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    picture = args.out / "docstring_search.png"
+    draw(result, picture)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(to_json(result), indent=2) + "\n")
+    print(to_table(result))
+    print("\nWhat the encoder trained with contrastive_ops finds:\n")
+    print("\n".join(answers))
+    print(takeaway(result))
+    say(f"\nwrote {picture} after {time.monotonic() - start:.0f} s")
+    return 0 if result.agrees else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
