@@ -1,17 +1,15 @@
-"""Loads the compiled extension once and remembers why it could not be loaded."""
+"""The compiled extension, or why it could not be loaded."""
 
 from __future__ import annotations
 
-import functools
 import importlib
 from types import ModuleType, SimpleNamespace
 
-import torch  # noqa: F401  # the extension links against libraries that importing torch loads
+import torch  # the extension links against libraries that importing torch loads
 
-REINSTALL = "pip install --no-build-isolation --force-reinstall --no-deps contrastive-ops"
+HOW_TO_FIX = "run `python -m contrastive_ops info`, which prints the command that builds it"
 
 
-@functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("contrastive_ops._C"), None
@@ -22,26 +20,25 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, f"the extension does not load with torch {torch.__version__}: {error}"
 
 
+# At import, so that a traced program sees constants instead of an import.
+_MODULE, _REASON = _load()
+
+
 def load() -> ModuleType | None:
     """Return the module `contrastive_ops._C`, or None where it is missing."""
-    return _load()[0]
+    return _MODULE
 
 
 def why_missing() -> str | None:
     """Return None if the extension is loaded, else the reason and how to fix it."""
-    reason = _load()[1]
-    if reason is None:
-        return None
-    return f"{reason}; install g++ and run: {REINSTALL}"
+    return None if _REASON is None else f"{_REASON}; {HOW_TO_FIX}"
 
 
-@functools.cache
 def functions(stem: str) -> SimpleNamespace:
     """Return the compiled launchers of a primitive under the names that its reference module uses."""
-    module = load()
-    if module is None:
-        raise NotImplementedError(f"contrastive_ops: {why_missing()}")
+    if _MODULE is None:
+        raise NotImplementedError(f"{stem}: {why_missing()}")
     prefix = f"{stem}_"
     return SimpleNamespace(
-        **{name.removeprefix(prefix): getattr(module, name) for name in dir(module) if name.startswith(prefix)}
+        **{name.removeprefix(prefix): getattr(_MODULE, name) for name in dir(_MODULE) if name.startswith(prefix)}
     )

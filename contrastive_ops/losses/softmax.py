@@ -95,7 +95,7 @@ def info_nce(
     query, key, negatives, row_negatives = _autocast.cast(query, key, negatives, row_negatives)
     _checks.check_matrices(name, "query", query, "key", key)
     scale = _arguments.resolve_scale(name, temperature, scale, 0.07)
-    target = _own_column(name, query, key) if target is None else target
+    target = _own_column(name, query, key) if target is None else _checked_target(name, target, query, key)
     if negatives is not None:
         _checks.check_matrices(name, "query", query, "negatives", negatives)
         key = torch.cat([key, negatives])
@@ -295,6 +295,13 @@ def _own_column(function: str, query: Tensor, key: Tensor) -> Tensor:
             f"got query {_checks.shape(query)} and key {_checks.shape(key)}"
         )
     return torch.arange(query.shape[0], device=query.device)
+
+
+def _checked_target(function: str, target: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    _checks.check_index(function, "target", target, query.shape[0], "query", query)
+    # Of the keys alone: a target among the shared negatives is a mistake that the operator could not see.
+    _checks.check_index_values(function, "target", target, key.shape[0])
+    return target
 
 
 def _check_partners(function: str, x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ BACKENDS = {
     ),
     "cpu": Backend(
         source="csrc/cpu/similarity_reduce.cpp",
-        functions=lambda: _extension.functions("similarity_reduce"),
+        functions=functools.cache(lambda: _extension.functions("similarity_reduce")),
         unsupported=unsupported_by_cpu,
     ),
 }

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .._checks import accumulator
 
-# Logits that one chunk of rows may hold: 16 MiB of float32, a few times that with temporaries.
-CHUNK_ELEMENTS = 1 << 22
+# Logits that one chunk of rows may hold: 4 MiB of float32, some twenty times that with temporaries.
+CHUNK_ELEMENTS = 1 << 20
 
 
 def merge_lse(*lse: Tensor) -> Tensor:

@@ -1,0 +1,188 @@
+"""Every message a user can meet: which function, which argument, what it must be, what it was."""
+
+import re
+
+import pytest
+import torch
+
+from contrastive_ops import Pairs, clip, info_nce, merge_lse, nn, nt_xent, similarity_reduce
+
+X, Y = torch.randn(4, 3), torch.randn(5, 3)
+CASES = [
+    (
+        lambda: similarity_reduce(X, torch.randn(5, 2)),
+        ValueError,
+        "y must have the same last dimension as x, got x (4, 3) and y (5, 2)",
+    ),
+    (lambda: similarity_reduce(X[0], Y), ValueError, "x must have two dimensions (rows, D), got (3,)"),
+    (lambda: similarity_reduce(X, Y[None]), ValueError, "y must have two dimensions (rows, D), got (1, 5, 3)"),
+    (
+        lambda: similarity_reduce(X, Y.double()),
+        TypeError,
+        "y must have the same dtype as x, got x torch.float32 and y torch.float64",
+    ),
+    (
+        lambda: similarity_reduce(X.long(), Y),
+        TypeError,
+        "x must be float32, float64, bfloat16 or float16, got torch.int64",
+    ),
+    (lambda: similarity_reduce([1.0], Y), TypeError, "x must be a tensor, got list"),
+    (
+        lambda: similarity_reduce(X, Y.to("meta")),
+        ValueError,
+        "y must be on the same device as x, got x on cpu and y on meta",
+    ),
+    (lambda: similarity_reduce(X, Y, reduce="mean"), ValueError, "reduce must be one of 'logsumexp', got 'mean'"),
+    (lambda: similarity_reduce(X, Y, dim=2), ValueError, "dim must be 0, 1 or (0, 1), got 2"),
+    (lambda: similarity_reduce(X, Y, dim=(0, 0)), ValueError, "dim must be 0, 1 or (0, 1), got (0, 0)"),
+    (lambda: similarity_reduce(X, Y, dim="rows"), ValueError, "dim must be 0, 1 or (0, 1), got 'rows'"),
+    (
+        lambda: similarity_reduce(X, Y, scale=torch.ones(5)),
+        ValueError,
+        "scale must be a float, a 0-d tensor or have shape (4,), got (5,)",
+    ),
+    (
+        lambda: similarity_reduce(X, Y, scale=torch.ones(4, dtype=torch.int64)),
+        TypeError,
+        "scale must be a float or a floating tensor, got torch.int64",
+    ),
+    (
+        lambda: similarity_reduce(X, Y, scale=torch.ones(4, 1)),
+        ValueError,
+        "scale must be a float, a 0-d tensor or have shape (4,), got (4, 1)",
+    ),
+    (lambda: similarity_reduce(X, Y, scale="1"), TypeError, "scale must be a float or a tensor, got str"),
+    (lambda: similarity_reduce(X, Y, row_bias=torch.ones(5)), ValueError, "row_bias must have shape (4,), got (5,)"),
+    (lambda: similarity_reduce(X, Y, col_bias=torch.ones(4)), ValueError, "col_bias must have shape (5,), got (4,)"),
+    (
+        lambda: similarity_reduce(X, Y, col_bias=torch.ones(5).long()),
+        TypeError,
+        "col_bias must be a floating tensor, got torch.int64",
+    ),
+    (lambda: similarity_reduce(X, Y, col_bias=1.0), TypeError, "col_bias must be a tensor, got float"),
+    (
+        lambda: similarity_reduce(X, Y, target=torch.arange(4).float()),
+        TypeError,
+        "target must be int64, got torch.float32",
+    ),
+    (lambda: similarity_reduce(X, Y, target=torch.arange(3)), ValueError, "target must have shape (4,), got (3,)"),
+    (lambda: similarity_reduce(X, Y, target=torch.arange(4) + 2), ValueError, "target must be in [0, 5), got 5"),
+    (lambda: similarity_reduce(X, Y, target=torch.arange(4) - 1), ValueError, "target must be in [0, 5), got -1"),
+    (lambda: similarity_reduce(X, Y[:0], target=torch.arange(4)), ValueError, "target must be in [0, 0), got 3"),
+    (
+        lambda: similarity_reduce(X.requires_grad_(), Y, memory_budget=-1),
+        ValueError,
+        "memory_budget must be a number of bytes >= 0, got -1",
+    ),
+    (
+        lambda: similarity_reduce(X, Y, backend="gpu"),
+        ValueError,
+        "backend must be one of 'auto', 'reference', 'cpu', got 'gpu'",
+    ),
+    (
+        lambda: similarity_reduce(X.to("meta"), Y.to("meta"), backend="cpu"),
+        NotImplementedError,
+        "backend 'cpu' cannot run these inputs:\n    device=meta (supported: cpu)",
+    ),
+]
+LOSS_CASES = [
+    (
+        lambda: info_nce(X, torch.randn(5, 2)),
+        ValueError,
+        "info_nce: key must have the same last dimension as query, got query (4, 3) and key (5, 2)",
+    ),
+    (
+        lambda: info_nce(Y, X),
+        ValueError,
+        "info_nce: key must have at least as many rows as query where target is not given, got query (5, 3) and",
+    ),
+    (lambda: info_nce(X, Y, target=torch.full((4,), 9)), ValueError, "info_nce: target must be in [0, 5), got 9"),
+    (
+        lambda: info_nce(X, Y, temperature=0.1, scale=10.0),
+        ValueError,
+        "info_nce: temperature and scale must not both be given",
+    ),
+    (lambda: info_nce(X, Y, temperature=0.0), ValueError, "info_nce: temperature must be positive, got 0.0"),
+    (lambda: info_nce(X, Y, temperature=float("nan")), ValueError, "info_nce: temperature must be positive, got nan"),
+    (lambda: info_nce(X, Y, temperature="x"), TypeError, "info_nce: temperature must be a float or a tensor, got str"),
+    (
+        lambda: info_nce(X, Y, reduction="avg"),
+        ValueError,
+        "info_nce: reduction must be one of 'mean', 'sum', 'none', got 'avg'",
+    ),
+    (lambda: info_nce(X, Y, label_smoothing=1.5), ValueError, "info_nce: label_smoothing must be in [0, 1], got 1.5"),
+    (lambda: info_nce(X, Y, weight=torch.ones(5)), ValueError, "info_nce: weight must have shape (4,), got (5,)"),
+    (
+        lambda: info_nce(X, Y, torch.ones(2, 4)),
+        ValueError,
+        "info_nce: negatives must have the same last dimension as query",
+    ),
+    (
+        lambda: info_nce(X, Y, row_negatives=torch.ones(2, 4, 3)),
+        ValueError,
+        "info_nce: row_negatives must have shape (4, K, 3), got (2, 4, 3)",
+    ),
+    (
+        lambda: info_nce(X, Y, row_negatives=torch.ones(4, 2, 3).half()),
+        TypeError,
+        "info_nce: row_negatives must have the same dtype as query",
+    ),
+    (lambda: clip(X, Y), ValueError, "clip: text must have the same shape as image, got image (4, 3) and text (5, 3)"),
+    (lambda: nt_xent(X, Y), ValueError, "nt_xent: z1 must have the same shape as z0, got z0 (4, 3) and z1 (5, 3)"),
+    (
+        lambda: clip(X, X, scale=torch.ones(3)),
+        ValueError,
+        "scale must be a float, a 0-d tensor or have shape (4,), got (3,)",
+    ),
+    (lambda: merge_lse(), ValueError, "merge_lse: lse must be at least one tensor, got none"),
+    (
+        lambda: merge_lse(torch.ones(2), torch.ones(3)),
+        ValueError,
+        "merge_lse: lse must have one shape, got (2,) and (3,)",
+    ),
+    (lambda: Pairs(diagonal=0.5), TypeError, "Pairs: diagonal must be an int or None, got float"),
+    (lambda: nn.CLIPLoss(-1.0), ValueError, "CLIPLoss: temperature must be positive, got -1.0"),
+    (lambda: nn.InfoNCELoss(max_scale=0.0), ValueError, "InfoNCELoss: max_scale must be positive, got 0.0"),
+]
+
+
+@pytest.mark.parametrize("call,error,message", CASES, ids=[m[:50] for *_, m in CASES])
+def test_similarity_reduce(call, error, message):
+    with pytest.raises(error, match="^" + re.escape(f"similarity_reduce: {message}")):
+        call()
+
+
+@pytest.mark.parametrize("call,error,message", LOSS_CASES, ids=[m[:50] for *_, m in LOSS_CASES])
+def test_losses(call, error, message):
+    with pytest.raises(error, match="^" + re.escape(message) if ":" in message else re.escape(message)):
+        call()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_target_out_of_range_is_found_by_every_backend(backend):
+    with pytest.raises(ValueError, match=r"target must be in \[0, 5\), got 7"):
+        info_nce(X.detach().requires_grad_(), Y, target=torch.tensor([0, 1, 7, 2]), backend=backend)
+
+
+def test_environment_variable_replaces_auto_only(monkeypatch):
+    monkeypatch.setenv("CONTRASTIVE_OPS_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="backend must be one of .* got 'gpu'"):
+        similarity_reduce(X, Y)
+    similarity_reduce(X, Y, backend="reference")
+
+
+def test_wrong_capability_is_an_error_not_an_abort(monkeypatch):
+    monkeypatch.setenv("CONTRASTIVE_OPS_CPU_CAPABILITY", "sse9")
+    with pytest.raises(ValueError, match="CONTRASTIVE_OPS_CPU_CAPABILITY: value must be default, avx2, .* got sse9"):
+        similarity_reduce(X, Y, backend="cpu")
+
+
+def test_compiled_functions_protect_memory():
+    """Called behind Python's back with sizes that do not fit, the extension refuses."""
+    from contrastive_ops import _extension
+
+    functions = _extension.functions("similarity_reduce")
+    with pytest.raises((ValueError, RuntimeError), match="row_bias must have shape"):
+        functions.forward(X, Y, torch.ones(4), torch.ones(3), None, None, None, True, True, 0)
+    with pytest.raises((ValueError, RuntimeError), match="same last dimension"):
+        functions.forward(X, torch.ones(5, 9), torch.ones(4), None, None, None, None, True, True, 0)

@@ -1,0 +1,132 @@
+"""Bitwise equality of runs and thread counts, agreement of SIMD levels, and threads that really run."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from contrastive_ops import clip, info_nce, nt_xent
+from contrastive_ops.testing import clustered_pairs, relative_error
+
+LOSSES = {"info_nce": info_nce, "clip": clip, "nt_xent": nt_xent}
+
+
+def run(loss, dtype, backend, rows=1500, depth=72, memory_budget=None):
+    a, b = (t.requires_grad_() for t in clustered_pairs(rows, depth, 0.3, dtype=dtype))
+    scale = torch.tensor(20.0, requires_grad=True)
+    value = loss(a, b, scale=scale, memory_budget=memory_budget, backend=backend)
+    return [value.detach(), *torch.autograd.grad(value, [a, b, scale])]
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_two_runs_and_any_number_of_threads_agree_bitwise(name, dtype, threads):
+    results = []
+    for count in (1, 1, 2, 3, 2):
+        threads(count)
+        results.append(run(LOSSES[name], dtype, "cpu"))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_reference_is_deterministic(name):
+    first, second = (run(LOSSES[name], torch.float32, "reference", rows=300) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+CHILD = """
+import json, sys, torch
+sys.path.insert(0, {tests!r})
+from test_determinism import LOSSES, run
+from contrastive_ops import _extension
+out = {{"level": _extension.load().cpu_capability()}}
+for name, loss in LOSSES.items():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        out[f"{{name}} {{dtype}}"] = [t.double().flatten().tolist() for t in run(loss, dtype, "cpu", 300, 40)]
+small = torch.arange(-40, 40).reshape(16, 5).remainder(4).float()
+from contrastive_ops import similarity_reduce
+out["dots"] = similarity_reduce(small, small[:1], scale=1.0).tolist()
+print(json.dumps(out))
+"""
+
+
+@pytest.fixture(scope="module")
+def levels():
+    """Results of every SIMD level that this processor has, one process each."""
+    if not torch.backends.cpu.get_cpu_capability():
+        pytest.skip("no capability is known")
+    results = {}
+    for level in ("default", "avx2", "avx512", "avx512_bf16"):
+        code = CHILD.format(tests=os.path.dirname(__file__))
+        environment = {**os.environ, "CONTRASTIVE_OPS_CPU_CAPABILITY": level}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        out = json.loads(done.stdout)
+        results[out.pop("level")] = out
+    return results
+
+
+def test_levels_agree(levels):
+    from contrastive_ops import _extension
+
+    assert "default" in levels
+    # Each level that the processor has must have run as itself, not as its fallback.
+    names = ["default", "avx2", "avx512", "avx512_bf16"]
+    cap = os.environ.get("CONTRASTIVE_OPS_CPU_CAPABILITY")
+    detected = _extension.load().cpu_capability_detected()
+    assert set(levels) == set(names[: names.index(detected) + 1]), cap
+    truth = levels["default"]
+    for level, results in levels.items():
+        for name, expected in truth.items():
+            if name == "dots":
+                # One logit per row and small integers: exact arithmetic, so exact agreement.
+                assert results[name] == expected, level
+                continue
+            # Only avx512_bf16 multiplies bfloat16 numbers; the other levels convert them to float32.
+            bound = 1e-12 if "float64" in name else 4e-3 if "bfloat16" in name else 5e-4 if "16" in name else 2e-5
+            for got, want in zip(results[name], expected, strict=True):
+                assert relative_error(torch.tensor(got), torch.tensor(want)) <= bound, (level, name)
+
+
+# Raw thread times: a thread that never ran tile work stays far below the one that did.
+THREADS_CHILD = """
+import glob, json, os, sys, torch
+from contrastive_ops import clip
+torch.set_num_threads(int(sys.argv[1]))
+a, b = torch.randn(3000, 256), torch.randn(3000, 256)
+def times():
+    ticks = {}
+    for path in glob.glob("/proc/self/task/*/stat"):
+        fields = open(path).read().rsplit(")", 1)[1].split()
+        ticks[path] = int(fields[11]) + int(fields[12])
+    return ticks
+before = times()
+for _ in range(12):
+    clip(a, b, backend="cpu")
+after = times()
+print(json.dumps(sorted((t - before.get(p, 0) for p, t in after.items()), reverse=True)))
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's per-thread times")
+def test_two_threads_run_and_set_num_threads_is_honoured():
+    def ticks(count):
+        done = subprocess.run(
+            [sys.executable, "-c", THREADS_CHILD, str(count)], capture_output=True, text=True, check=True
+        )
+        return json.loads(done.stdout)
+
+    one, two = ticks(1), ticks(2)
+    assert one[0] > 5 and one[1] <= max(2, one[0] // 10)
+    # Far below a half: on a busy machine the second thread may be kept waiting, but without work it stays at 0.
+    assert two[1] > max(2, two[0] // 20)

@@ -1,0 +1,306 @@
+"""InfoNCE, CLIP and NT-Xent against torch.nn.functional.cross_entropy in float64."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from contrastive_ops import clip, info_nce, nt_xent
+from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, TOLERANCE, clustered_pairs, relative_error
+
+DOUBLE = torch.float64
+
+
+def leaf(*shape, dtype=DOUBLE):
+    return torch.randn(*shape, dtype=DOUBLE).to(dtype).requires_grad_()
+
+
+def dense_info_nce(query, key, scale, target=None, negatives=None, row_negatives=None, label_smoothing=0.0):
+    columns = key if negatives is None else torch.cat([key, negatives])
+    by_row = scale[:, None] if isinstance(scale, torch.Tensor) and scale.dim() else scale
+    logits = by_row * (query @ columns.T)
+    if row_negatives is not None:
+        logits = torch.cat([logits, by_row * torch.einsum("nd,nkd->nk", query, row_negatives)], 1)
+    target = torch.arange(len(query)) if target is None else target
+    return F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
+
+
+def dense_clip(image, text, scale):
+    logits, labels = scale * image @ text.T, torch.arange(len(image))
+    each = [F.cross_entropy(v, labels, reduction="none") for v in (logits, logits.T)]
+    return (each[0] + each[1]) / 2
+
+
+def dense_nt_xent(z0, z1, scale, normalize=True):
+    z = torch.cat([z0, z1])
+    z = F.normalize(z) if normalize else z
+    logits = (scale * z @ z.T).masked_fill(torch.eye(len(z), dtype=torch.bool), -torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(z)).roll(len(z0)), reduction="none")
+
+
+def reduced(rows, reduction, weight=None):
+    rows = rows if weight is None else rows * weight
+    if reduction == "none":
+        return rows
+    return rows.sum() if reduction == "sum" else rows.sum() / (len(rows) if weight is None else weight.sum())
+
+
+def check(value, truth, leaves, tolerance=1e-10):
+    cotangent = torch.randn_like(truth)
+    torch.testing.assert_close(value, truth, rtol=tolerance, atol=tolerance)
+    got = torch.autograd.grad(value, leaves, cotangent)
+    for a, b in zip(got, torch.autograd.grad(truth, leaves, cotangent), strict=True):
+        assert relative_error(a, b) <= tolerance
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("negatives", ["", "shared", "row", "shared row"])
+def test_info_nce(backend, reduction, weighted, label_smoothing, negatives):
+    query, key, scale = leaf(37, 12), leaf(41, 12), torch.tensor(1.7, dtype=DOUBLE, requires_grad=True)
+    options = {}
+    if "shared" in negatives:
+        options["negatives"] = leaf(13, 12)
+    if "row" in negatives:
+        options["row_negatives"] = leaf(37, 3, 12)
+    weight = torch.rand(37, dtype=DOUBLE, requires_grad=True) if weighted else None
+    value = info_nce(
+        query,
+        key,
+        scale=scale,
+        weight=weight,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        backend=backend,
+        **options,
+    )
+    truth = reduced(dense_info_nce(query, key, scale, label_smoothing=label_smoothing, **options), reduction, weight)
+    check(value, truth, [query, key, scale, *options.values(), *([weight] if weighted else [])])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_info_nce_with_targets_that_repeat(backend, reduction):
+    query, key = leaf(30, 8), leaf(9, 8)
+    target = torch.randint(0, 9, (30,))
+    value = info_nce(query, key, target=target, temperature=0.5, reduction=reduction, backend=backend)
+    check(value, reduced(dense_info_nce(query, key, 2.0, target), reduction), [query, key])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_scale_per_row(backend, reduction):
+    query, key, scale = leaf(30, 8), leaf(31, 8), torch.rand(30, dtype=DOUBLE, requires_grad=True)
+    value = info_nce(query, key, leaf(3, 8).detach(), scale=scale, reduction=reduction, backend=backend)
+    assert value.isfinite().all()
+    value = info_nce(query, key, scale=scale, reduction=reduction, backend=backend)
+    check(value, reduced(dense_info_nce(query, key, scale), reduction), [query, key, scale])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_clip(backend, reduction, weighted):
+    image, text, scale = leaf(37, 12), leaf(37, 12), torch.tensor(1.7, dtype=DOUBLE, requires_grad=True)
+    weight = torch.rand(37, dtype=DOUBLE, requires_grad=True) if weighted else None
+    value = clip(image, text, scale=scale, weight=weight, reduction=reduction, backend=backend)
+    truth = reduced(dense_clip(image, text, scale), reduction, weight)
+    check(value, truth, [image, text, scale, *([weight] if weighted else [])])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 70, 300])
+def test_nt_xent(backend, reduction, normalize, count):
+    z0, z1, temperature = leaf(count, 12), leaf(count, 12), torch.tensor(0.3, dtype=DOUBLE, requires_grad=True)
+    value = nt_xent(z0, z1, temperature=temperature, reduction=reduction, normalize=normalize, backend=backend)
+    check(value, reduced(dense_nt_xent(z0, z1, 1 / temperature, normalize), reduction), [z0, z1, temperature])
+
+
+@pytest.mark.parametrize("loss", [info_nce, clip])
+def test_normalize_inside(backend, loss):
+    a, b = leaf(20, 6), leaf(20, 6)
+    inside = loss(a, b, normalize=True, backend=backend)
+    check(inside, loss(F.normalize(a), F.normalize(b), backend=backend), [a, b])
+
+
+def test_normalize_of_row_negatives(backend):
+    query, key, own = leaf(20, 6), leaf(20, 6), leaf(20, 2, 6)
+    value = info_nce(query, key, row_negatives=own, normalize=True, backend=backend)
+    rows = dense_info_nce(F.normalize(query), F.normalize(key), 1 / 0.07, row_negatives=F.normalize(own, dim=-1))
+    check(value, rows.mean(), [query, key, own])
+
+
+def test_an_infinite_lse_of_own_negatives_is_a_row_without_any(backend):
+    query, key = leaf(5, 6), leaf(5, 6)
+    none = torch.zeros(5, 0, 6, dtype=DOUBLE)
+    value = info_nce(query, key, row_negatives=none, backend=backend)
+    check(value, info_nce(query, key, backend=backend), [query, key])
+
+
+def test_one_pair_has_loss_zero_and_gradient_zero(backend):
+    for loss in (info_nce, clip, nt_xent):
+        a, b = leaf(1, 4), leaf(1, 4)
+        value = loss(a, b, backend=backend)
+        assert value == 0
+        assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(value, [a, b]))
+
+
+@pytest.mark.parametrize("loss", [info_nce, clip, nt_xent])
+def test_no_rows(backend, loss):
+    a, b = leaf(0, 4), leaf(0, 4)
+    assert loss(a, b, reduction="none", backend=backend).shape == (0,)
+    assert loss(a, b, reduction="sum", backend=backend) == 0
+    assert loss(a, b, backend=backend).isnan()  # as torch's cross_entropy
+
+
+@pytest.mark.parametrize("loss", [info_nce, clip])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_evaluation_gives_the_training_value(backend, loss, reduction):
+    a, b = leaf(50, 64, dtype=torch.float32), leaf(50, 64, dtype=torch.float32)
+    training = loss(a, b, reduction=reduction, backend=backend)
+    with torch.no_grad():
+        evaluation = loss(a, b, reduction=reduction, backend=backend)
+    assert not evaluation.requires_grad
+    torch.testing.assert_close(training, evaluation, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_gradient_of_one_tower_alone(backend, reduction, wanted):
+    every = [leaf(20, 6), leaf(20, 6), torch.tensor(3.0, dtype=DOUBLE, requires_grad=True)]
+    chosen = [t if k in wanted else t.detach() for k, t in enumerate(every)]
+    value = info_nce(chosen[0], chosen[1], scale=chosen[2], reduction=reduction, backend=backend)
+    check(value, reduced(dense_info_nce(*chosen), reduction), [chosen[k] for k in wanted])
+
+
+@pytest.mark.parametrize("loss,reduction", [(info_nce, "mean"), (info_nce, "none"), (clip, "mean"), (nt_xent, "mean")])
+def test_gradcheck(backend, loss, reduction):
+    a, b, scale = leaf(5, 3), leaf(5, 3), torch.tensor(1.3, dtype=DOUBLE, requires_grad=True)
+
+    def function(a, b, scale):
+        return loss(a, b, scale=scale, reduction=reduction, backend=backend)
+
+    assert torch.autograd.gradcheck(function, (a, b, scale))
+    assert torch.autograd.gradgradcheck(function, (a, b, scale))
+
+
+def test_gradgradcheck_with_every_option(backend):
+    weight = torch.rand(4, dtype=DOUBLE, requires_grad=True)
+
+    def function(query, key, negatives, own, weight):
+        return info_nce(
+            query,
+            key,
+            negatives,
+            row_negatives=own,
+            weight=weight,
+            label_smoothing=0.2,
+            scale=1.5,
+            backend=backend,
+        )
+
+    leaves = (leaf(4, 3), leaf(4, 3), leaf(2, 3), leaf(4, 2, 3), weight)
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def test_retained_graph_gives_the_same_gradient_twice(backend):
+    a, b = leaf(20, 6), leaf(20, 6)
+    value = info_nce(a, b, backend=backend)
+    first = torch.autograd.grad(value, a, retain_graph=True)[0].clone()
+    assert torch.equal(torch.autograd.grad(4 * value, a)[0], 4 * first)  # a power of two rounds nothing
+
+
+# ---- Near convergence -----------------------------------------------------------------------------------------
+
+LOW = [torch.bfloat16, torch.float16]
+PAIRED = {"info_nce": (info_nce, dense_info_nce), "clip": (clip, dense_clip), "nt_xent": (nt_xent, dense_nt_xent)}
+
+
+@pytest.mark.parametrize("dtype", [*LOW, torch.float32], ids=str)
+@pytest.mark.parametrize("level", [0.3, 0.01, 0.001])
+@pytest.mark.parametrize("name", PAIRED)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradient_error_in_three_regimes(backend, dtype, level, name, reduction):
+    loss, dense = PAIRED[name]
+    a, b = (t.requires_grad_() for t in clustered_pairs(512, 96, level, dtype=dtype))
+    exact = [t.detach().double().requires_grad_() for t in (a, b)]
+    options = {"normalize": False} if name == "nt_xent" else {}
+    truth = dense(*exact, 50.0, **options).mean()
+    value = loss(a, b, scale=50.0, reduction=reduction, backend=backend, **options).mean()
+    assert relative_error(value, truth) <= 1e-3
+    bound = GRADIENT_ERROR_16_BIT if dtype in LOW else 1e-4
+    gradients = zip(torch.autograd.grad(value, [a, b]), torch.autograd.grad(truth, exact), strict=True)
+    for got, expected in gradients:
+        assert got.dtype == dtype
+        assert relative_error(got, expected) <= bound
+
+
+@pytest.mark.parametrize("dtype", [*LOW, torch.float32], ids=str)
+def test_no_row_is_ever_negative(backend, dtype):
+    """lse and the positive's logit from different precisions gave half of the rows a negative loss elsewhere."""
+    a, b = clustered_pairs(256, 64, 1e-5, dtype=dtype, scale=100.0)
+    for loss in (info_nce, clip, nt_xent):
+        assert (loss(a, b, scale=100.0, reduction="none", backend=backend) >= 0).all()
+
+
+def test_small_losses_are_exact_in_float32(backend):
+    """log(x + tiny) and lse - logit both lose losses below 1e-7; softplus does not."""
+    query = torch.eye(8)
+    truth = 7 * torch.exp(torch.tensor(-30.0, dtype=DOUBLE))
+    assert relative_error(info_nce(query, query, scale=30.0, backend=backend), truth) <= 1e-5
+
+
+def test_large_logits_do_not_saturate(backend):
+    """A temperature of 0.01 on cosines: exp underflows without a maximum, and log(0 + tiny) is a wrong constant."""
+    query = F.normalize(torch.randn(64, 16, dtype=DOUBLE))
+    truth = dense_info_nce(query, -query, 100.0).mean()
+    assert truth > 100
+    assert relative_error(info_nce(query.float(), -query.float(), temperature=0.01, backend=backend), truth) <= 1e-6
+
+
+def test_gradient_survives_float16_mean_over_many_rows(backend):
+    """1 / N is applied in float32 after accumulation: in float16 it would make every weight subnormal."""
+    a, b = (t.half().requires_grad_() for t in (torch.randn(3000, 8), torch.randn(3000, 8)))
+    value = info_nce(a, b, scale=1.0, backend=backend) * 65536.0
+    exact = [t.detach().double().requires_grad_() for t in (a, b)]
+    truth = torch.autograd.grad(dense_info_nce(*exact, 1.0).mean() * 65536.0, exact)
+    for got, expected in zip(torch.autograd.grad(value, [a, b]), truth, strict=True):
+        assert relative_error(got, expected) <= TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(backend, dtype):
+    query, key = torch.randn(30, 8, requires_grad=True), torch.randn(30, 8)
+    own = torch.randn(30, 2, 8)
+    with torch.autocast("cpu", dtype=dtype):
+        inside = info_nce(query, key, row_negatives=own, label_smoothing=0.1, backend=backend)
+    low = (t.to(dtype) for t in (query, key, own))
+    query_low, key_low, own_low = low
+    outside = info_nce(query_low, key_low, row_negatives=own_low, label_smoothing=0.1, backend=backend)
+    assert torch.equal(inside, outside)
+    inside.backward()
+    assert query.grad.dtype == torch.float32
+
+
+def test_training_follows_plain_torch(backend):
+    """A hundred steps of a two-tower model: the same loss curve."""
+
+    def curve(loss):
+        torch.manual_seed(1)
+        towers = torch.nn.Linear(16, 24), torch.nn.Linear(12, 24)
+        log_scale = torch.nn.Parameter(torch.tensor(2.0))
+        inputs = torch.randn(128, 16), torch.randn(128, 12)
+        optimizer = torch.optim.SGD([*towers[0].parameters(), *towers[1].parameters(), log_scale], lr=0.05)
+        values = []
+        for _ in range(100):
+            a, b = (F.normalize(tower(x)) for tower, x in zip(towers, inputs, strict=True))
+            value = loss(a, b, log_scale.exp())
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            values.append(value.item())
+        return torch.tensor(values)
+
+    plain = curve(lambda a, b, s: dense_clip(a, b, s).mean())
+    ours = curve(lambda a, b, s: clip(a, b, scale=s, backend=backend))
+    assert plain[0] - plain[-1] > 0.1
+    assert (plain - ours).abs().max() <= 1e-3

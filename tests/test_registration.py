@@ -1,0 +1,158 @@
+"""torch.library: opcheck, torch.compile without graph breaks or recompilation, meta tensors, saved tensors."""
+
+import pytest
+import torch
+
+import contrastive_ops
+from contrastive_ops import Pairs, clip, info_nce, nt_xent, similarity_reduce
+from contrastive_ops.testing import sample_problem
+
+ops = torch.ops.contrastive_ops
+
+
+def arguments(backend, self_similarity=False, target=True, biases=True, depth=64, dtype=torch.float64):
+    p = sample_problem(9, 7, depth, dtype=dtype, self_similarity=self_similarity, target=target, biases=biases)
+    return [p.x, p.y, p.scale.detach().abs().requires_grad_(), p.row_bias, p.col_bias, p.target, 0]
+
+
+@pytest.mark.parametrize("self_similarity", [False, True])
+@pytest.mark.parametrize("rows,cols", [(True, False), (False, True), (True, True)])
+def test_opcheck_forward(backend, self_similarity, rows, cols):
+    torch.library.opcheck(ops.similarity_reduce_forward, (*arguments(backend, self_similarity), rows, cols, 0, backend))
+
+
+def test_opcheck_forward_with_kept_products(backend):
+    torch.library.opcheck(
+        ops.similarity_reduce_forward,
+        (*arguments(backend), True, True, 16, backend),
+        # Kept products are memory that only backward reads; comparing them between runs would compare garbage.
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def test_opcheck_forward_without_options(backend):
+    problem = arguments(backend, target=False, biases=False)
+    problem = [t.detach() if isinstance(t, torch.Tensor) else t for t in problem]
+    torch.library.opcheck(ops.similarity_reduce_forward, (*problem[:6], None, True, False, 0, backend))
+
+
+@pytest.mark.parametrize("needs", [31, 1, 2, 20])
+def test_opcheck_backward(backend, needs):
+    problem = arguments(backend)
+    rows, cols, _, kept = ops.similarity_reduce_forward(*problem, True, True, 0, backend)
+    upstream = [torch.randn(n, dtype=torch.float64, requires_grad=True) for n in (9, 7, 9)]
+    torch.library.opcheck(
+        ops.similarity_reduce_backward,
+        (*problem, rows.detach(), cols.detach(), *upstream, kept.detach(), needs, backend),
+        # Second derivatives recompute through the reference; AOT tracing of them is not promised.
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+@pytest.mark.parametrize("extra", [False, True])
+def test_opcheck_total(backend, extra):
+    weight = torch.rand(9, dtype=torch.float64, requires_grad=True)
+    more = [torch.randn(9, dtype=torch.float64, requires_grad=True) for _ in range(2)] if extra else [None, None]
+    problem = arguments(backend)
+    problem[6] = None
+    torch.library.opcheck(ops.similarity_reduce_total, (*problem, weight, *more, 31, backend))
+
+
+LOSSES = {
+    "info_nce": lambda a, b, s: info_nce(a, b, scale=s),
+    "info_nce none": lambda a, b, s: info_nce(a, b, scale=s, reduction="none").square().sum(),
+    "info_nce smooth": lambda a, b, s: info_nce(a, b, scale=s, label_smoothing=0.1, normalize=True),
+    "clip": lambda a, b, s: clip(a, b, scale=s),
+    "clip kept": lambda a, b, s: clip(a, b, scale=s, memory_budget=20_000),
+    "nt_xent": lambda a, b, s: nt_xent(a, b, scale=s),
+    "self": lambda a, b, s: similarity_reduce(a, scale=s, dim=(0, 1), pairs=Pairs(diagonal=1)).rows[:-1].sum(),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_compile_without_graph_break_or_recompilation(name):
+    function = LOSSES[name]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=None)
+    for count in (64, 65, 100, 130):
+        a, b = (torch.randn(count, 64, requires_grad=True) for _ in range(2))
+        s = torch.tensor(2.0, requires_grad=True)
+        if count == 64:
+            for t in (a, b):
+                torch._dynamo.mark_dynamic(t, 0)
+        value, expected = compiled(a, b, s), function(a, b, s)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+        got = torch.autograd.grad(value, [a, s] if name == "self" else [a, b, s])
+        want = torch.autograd.grad(expected, [a, s] if name == "self" else [a, b, s])
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-6)
+    assert counter.frame_count == 1
+
+
+def test_compile_of_evaluation():
+    compiled = torch.compile(lambda a, b: clip(a, b, scale=3.0), fullgraph=True, backend="aot_eager")
+    a, b = torch.randn(20, 8), torch.randn(20, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(a, b), clip(a, b, scale=3.0))
+
+
+def test_inductor_compiles_the_module():
+    loss = contrastive_ops.nn.CLIPLoss()
+    compiled = torch.compile(loss, fullgraph=True)
+    a, b = (torch.randn(40, 64, requires_grad=True) for _ in range(2))
+    value = compiled(a, b)
+    torch.testing.assert_close(value, loss(a, b))
+    value.backward()
+    assert loss.logit_scale.grad is not None and a.grad is not None
+
+
+def test_meta_tensors():
+    x, y = torch.empty(5, 4, device="meta"), torch.empty(6, 4, device="meta")
+    got = similarity_reduce(x, y, dim=(0, 1))
+    assert got.rows.shape == (5,) and got.cols.shape == (6,) and got.rows.device.type == "meta"
+    assert clip(x, x).shape == ()
+
+
+def test_export():
+    class Step(torch.nn.Module):
+        def forward(self, a, b):
+            return info_nce(a, b)
+
+    batch = torch.export.Dim("batch", min=2)
+    shapes = {"a": {0: batch}, "b": {0: batch}}
+    program = torch.export.export(Step(), (torch.randn(8, 4), torch.randn(8, 4)), dynamic_shapes=shapes)
+    a, b = torch.randn(11, 4), torch.randn(11, 4)
+    torch.testing.assert_close(program.module()(a, b), info_nce(a, b))
+
+
+def test_one_table_names_every_implementation():
+    """The stem rule: what the table says is where the code is."""
+    import pathlib
+
+    from contrastive_ops.ops.similarity_reduce import BACKENDS
+
+    root = pathlib.Path(__file__).parent.parent
+    for name, backend in BACKENDS.items():
+        path = root / backend.source
+        assert path.is_file() and path.stem == "similarity_reduce", backend.source
+        if not backend.unsupported(torch.zeros(1)):
+            functions = backend.functions()
+            assert all(callable(getattr(functions, f)) for f in ("forward", "backward", "total")), name
+
+
+def test_a_first_call_imports_nothing_heavy():
+    """torch._dynamo would cost three seconds and 150 MiB in a script that only evaluates."""
+    import subprocess
+    import sys
+
+    code = """
+import sys, torch, contrastive_ops
+before = set(sys.modules)
+a = torch.randn(9, 4, requires_grad=True)
+contrastive_ops.clip(a, a.detach()).backward()
+contrastive_ops.info_nce(a, a.detach()).backward()
+assert "torch._dynamo" not in sys.modules and "sympy" not in sys.modules
+assert len(set(sys.modules) - before) < 20, set(sys.modules) - before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
