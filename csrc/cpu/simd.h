@@ -14,7 +14,7 @@
 #include <type_traits>
 #include <utility>
 
-#ifdef HAS_BF16_DOT
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -65,6 +65,23 @@ INLINE T maximum(T a, T b) {
 }
 INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// a > b ? a : b, so b where either is NaN. GCC makes two instructions of the expression; x86 has one for it.
+template <class T>
+INLINE Vec<T> greater(Vec<T> a, Vec<T> b) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(T) == 4) {
+#if VECTOR_BYTES == 64
+    return _mm512_max_ps(a, b);
+#elif VECTOR_BYTES == 32
+    return _mm256_max_ps(a, b);
+#else
+    return _mm_max_ps(a, b);
+#endif
+  }
+#endif
+  return a > b ? a : b;
+}
+
 // Reductions over lanes halve the vector log2(lanes) times.
 template <int Step, class T, size_t... Lane>
 INLINE Vec<T> rotated(Vec<T> v, std::index_sequence<Lane...>) {
@@ -85,13 +102,14 @@ INLINE T lane_sum(Vec<T> v) {
 }
 template <class T>
 INLINE T lane_max(Vec<T> v) {
-  return across_lanes<kLanes<float> / 2, T>(v, [](Vec<T> a, Vec<T> b) { return a < b ? b : a; })[0];
+  return across_lanes<kLanes<float> / 2, T>(v, [](Vec<T> a, Vec<T> b) { return greater<T>(a, b); })[0];
 }
 
-// exp with a relative error below 2 units in the last place; 0 below -87.3, inf above 88.4, NaN for NaN.
+// exp with a relative error below 2 units in the last place; 0 below -87.7, inf above 88.4, NaN for NaN.
 INLINE Vec<float> exponential(Vec<float> x) {
   using V = Vec<float>;
-  const V clamped = x < -87.33f ? broadcast(-87.33f) : (x > 89.0f ? broadcast(89.0f) : x);
+  // In this order of operands a NaN stays. At -88 the power below is 2^-127, whose bits are those of 0.
+  const V clamped = -greater<float>(broadcast(-89.0f), -greater<float>(broadcast(-88.0f), x));
   // Adding 1.5 * 2^23 rounds to an integer and leaves that integer in the low bits.
   const V shifted = clamped * 1.44269504088896341f + 12582912.0f;
   const V n = shifted - 12582912.0f;
@@ -103,9 +121,8 @@ INLINE Vec<float> exponential(Vec<float> x) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * (f * f) + f + 1.0f;
-  const Vec<int32_t> power = (bit_cast<Vec<int32_t>>(shifted) - 0x4B400000 + 127) << 23;
-  const V result = p * bit_cast<V>(power);
-  return x < -87.33f ? V{} : result;
+  const Vec<int32_t> power = (bit_cast<Vec<int32_t>>(shifted) + (127 - 0x4B400000)) << 23;
+  return p * bit_cast<V>(power);
 }
 INLINE Vec<double> exponential(Vec<double> x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = exp(x[i]);

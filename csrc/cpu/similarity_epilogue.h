@@ -55,7 +55,7 @@ void logits(const View<A>& view, const A* dots, A* l, int64_t rows, int64_t cols
 // so that -inf rows give 0, and +inf and NaN propagate.
 template <class A>
 INLINE void merge(Vec<A>& max, Vec<A>& sum, Vec<A> other_max, Vec<A> other_sum) {
-  const Vec<A> top = max < other_max ? other_max : max;
+  const Vec<A> top = greater<A>(other_max, max);
   const Vec<A> reference = finite_or_zero<A>(top);
   sum = sum * exponential(finite_or_zero<A>(max) - reference) +
         other_sum * exponential(finite_or_zero<A>(other_max) - reference);
@@ -74,8 +74,7 @@ void fold_rows(const A* l, int64_t rows, int64_t cols, A* max_out, A* sum_out) {
     const A* row = l + i * kBlock;
     Vec<A> top = broadcast(-infinity<A>());
     for (int64_t j = 0; j < cols; j += W) {
-      const Vec<A> v = load(row + j);
-      top = top < v ? v : top;
+      top = greater<A>(load(row + j), top);
     }
     const A max = lane_max<A>(top), reference = finite_or_zero(max);
     Vec<A> sum = {};
@@ -92,8 +91,7 @@ void fold_columns(const A* l, int64_t rows, int64_t cols, A* running_max, A* run
   for (int64_t j = 0; j < cols; j += W) {
     Vec<A> max = broadcast(-infinity<A>());
     for (int64_t i = 0; i < rows; ++i) {
-      const Vec<A> v = load(l + i * kBlock + j);
-      max = max < v ? v : max;
+      max = greater<A>(load(l + i * kBlock + j), max);
     }
     const Vec<A> reference = finite_or_zero<A>(max);
     Vec<A> sum = {};

@@ -90,17 +90,27 @@ INLINE Vec<uint32_t> units_across(ComputeBFloat16, const float* from, const floa
 
 // ---- Packing ---------------------------------------------------------------------------------------------
 
+template <int First, class U, size_t... Lane>
+INLINE void store_lanes(U* to, Vec<U> units, std::index_sequence<Lane...>) {
+  const auto part = __builtin_shufflevector(units, units, (First + Lane)...);
+  memcpy(to, &part, sizeof(part));
+}
+
+// Stores one vector of lanes at `depth` of the panel, or of the two panels, that they belong to.
 template <class C, int Lanes>
 INLINE void store_group(typename C::Unit* to, int64_t panel_stride, int64_t group, int64_t depth,
                         Vec<typename C::Unit> units) {
   using U = typename C::Unit;
   constexpr int width = kLanes<U>;
-  constexpr int piece = width < Lanes ? width : Lanes;
-#pragma GCC unroll 4
-  for (int p = 0; p < width / piece; ++p) {
-    const int64_t lane = group * width + p * piece;
-    U* at = to + lane / Lanes * panel_stride + depth * Lanes + lane % Lanes;
-    memcpy(at, reinterpret_cast<const U*>(&units) + p * piece, piece * sizeof(U));
+  static_assert(width <= 2 * Lanes, "a vector spans two panels at most");
+  const int64_t lane = group * width;
+  U* at = to + lane / Lanes * panel_stride + depth * Lanes + lane % Lanes;
+  if constexpr (width == 2 * Lanes) {
+    constexpr auto half = std::make_index_sequence<Lanes>{};
+    store_lanes<0>(at, units, half);
+    store_lanes<Lanes>(at + panel_stride, units, half);
+  } else {
+    store(at, units);
   }
 }
 
@@ -147,11 +157,12 @@ void pack_columns(typename C::Unit* to, int64_t panel_stride, const S* from, int
   constexpr int width = kLanes<U>;
   const int64_t groups = round_up(lanes, kLaneGroup<C>) / width;
   const S zeros[width] = {};
-  for (int64_t k = 0; k < depth; k += C::kDepth) {
-    const S* row = from + k * stride;
-    const bool has_next = k + 1 < depth;
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t lane = group * width;
+  // Groups outside: panels lie a power of two apart, and writing to all of them in turn would hit one cache set.
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t lane = group * width;
+    for (int64_t k = 0; k < depth; k += C::kDepth) {
+      const S* row = from + k * stride;
+      const bool has_next = k + 1 < depth;
       Vec<U> units;
       if (lane + width <= lanes) {
         units = units_across(C{}, row + lane, has_next ? row + stride + lane : zeros);
