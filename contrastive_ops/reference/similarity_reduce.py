@@ -135,17 +135,12 @@ def backward(
 
     # Under autograd (second derivatives) each chunk is computed again instead of being stored.
     run = (lambda part: checkpoint(one_chunk, part, use_reentrant=False)) if torch.is_grad_enabled() else one_chunk
-    by_row: tuple[list[Tensor], ...] = ([], [], [])
-    dy, dcol_bias = x.new_zeros(columns.shape, dtype=dtype), x.new_zeros((len(columns),), dtype=dtype)
+    dx, dy = (x.new_zeros(t.shape, dtype=dtype) for t in (x, columns))
+    dscale, drow_bias, dcol_bias = (x.new_zeros((len(t),), dtype=dtype) for t in (x, x, columns))
     for part in _chunks(len(x), len(columns)):
-        dx_part, dy_part, *sums, dcol_part = run(part)
-        for gathered, value in zip(by_row, (dx_part, *sums), strict=True):
-            gathered.append(value)
-        dy, dcol_bias = dy + dy_part, dcol_bias + dcol_part
-    dx, dscale, drow_bias = (
-        torch.cat(parts) if parts else x.new_zeros((0, *size), dtype=dtype)
-        for parts, size in zip(by_row, (x.shape[1:], (), ()), strict=True)
-    )
+        dx[part], dy_part, dscale[part], drow_bias[part], dcol_part = run(part)
+        dy += dy_part
+        dcol_bias += dcol_part
     if y is None:
         dx, dy = dx + dy, dy[:0]
     full = (dx, dy, dscale, drow_bias, dcol_bias)
