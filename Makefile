@@ -48,7 +48,7 @@ $(VENV)/.install: $(BUILD_INPUTS) $(VENV)/.dev
 
 install: $(VENV)/.install ## the package and its tools, editable, in .venv
 
-demo: install ## search this package's own docstrings with a small trained encoder
+demo: install ## train a docstring search twice, with plain PyTorch and with contrastive_ops
 	$(RUN) examples/docstring_search.py $(ARGS)
 
 test: install ## the tests; ARGS="-k name -x"

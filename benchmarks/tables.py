@@ -4,22 +4,26 @@
     python -m benchmarks.tables --check    exit 1 if they are not what the CSV files say
 
 A table stands between ``<!-- benchmark:NAME -->`` and ``<!-- /benchmark -->``. NAME is ``targets``,
-``memory``, or an op of the registry (``clip``).
+``memory``, an op of the registry (``clip``), or ``demo`` and ``headline`` for what
+``make demo ARGS="--json benchmarks/results/demo.json --out docs/images"`` wrote.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import report, results, targets
 from benchmarks.registry import OURS, Case, Target, all_cases
 from benchmarks.results import Row
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+DEMO = Path(__file__).resolve().parent / "results" / "demo.json"
 MARKERS = re.compile(r"(<!-- benchmark:([\w-]+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
 NOTHING = "Not measured yet.\n"
 
@@ -139,12 +143,54 @@ def targets_table(rows: Sequence[Row]) -> str:
     return _markdown(header, lines, right_from=5) + _origin(used)
 
 
+def demo_table(demo: dict[str, Any]) -> str:
+    """The demo's two trainings side by side."""
+    labels = {"pytorch": "plain PyTorch", "contrastive_ops": "contrastive_ops"}
+
+    def line(label: str, value: Callable[[str], str]) -> list[str]:
+        return [label, *(value(name) for name in labels)]
+
+    def largest(name: str) -> str:
+        found = demo["largest"][name]
+        return f"{'at least ' if found['at_least'] else ''}{found['batch']:,}"
+
+    lines = [
+        line("loss at the last step", lambda name: f"{demo['losses'][name][-1]:.5f}"),
+        line("loss layer, ms per step (minimum)", lambda name: f"{demo['ms_min'][name]:.0f}"),
+        line("loss layer, ms per step (median)", lambda name: f"{demo['ms_median'][name]:.0f}"),
+        line("loss layer, peak extra memory", lambda name: f"{demo['extra_mib'][name]:.0f} MiB"),
+        line(f"MRR@10 on {demo['held_out']:,} held-out pairs", lambda name: f"{demo['mrr'][name]:.4f}"),
+        line(f"largest batch whose loss layer fits in {demo['limit_mib'] // 1024} GiB", largest),
+    ]
+    header = (f"{demo['pairs']:,} pairs, batch {demo['batch']:,}, dimension {demo['dim']}", *labels.values())
+    extra = (
+        f"\nThe curves differ by at most {demo['max_difference']:.1e}. With `memory_budget=0` contrastive_ops needs "
+        f"{demo['extra_mib']['uncached']:.0f} MiB. {demo['provenance']}\n"
+    )
+    return _markdown(header, lines, right_from=1) + extra
+
+
+def headline(demo: dict[str, Any]) -> str:
+    """The one number of the first screen."""
+    speed = demo["ms_min"]["pytorch"] / demo["ms_min"]["contrastive_ops"]
+    batches = {name: found["batch"] for name, found in demo["largest"].items()}
+    return (
+        f"On {demo['threads']} CPU cores, in the demo below: a loss layer **{speed:.1f} times as fast**, and a batch "
+        f"of {batches['pytorch']:,} pairs that fills {demo['limit_mib'] // 1024} GiB grows to "
+        f"{'at least ' if demo['largest']['contrastive_ops']['at_least'] else ''}{batches['contrastive_ops']:,}.\n"
+    )
+
+
 def tables(rows: Sequence[Row]) -> dict[str, Callable[[], str]]:
     """The known tables by name."""
     ops = dict.fromkeys(case.op for case in all_cases().values())
     known: dict[str, Callable[[], str]] = {op: lambda op=op: op_table(op, rows) for op in ops}
     known["memory"] = lambda: memory_table(rows)
     known["targets"] = lambda: targets_table(rows)
+    if DEMO.exists():
+        demo = json.loads(DEMO.read_text())
+        known["demo"] = lambda: demo_table(demo)
+        known["headline"] = lambda: headline(demo)
     return known
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
 from _loss_meter import Largest
+
+import contrastive_ops
 
 PLAIN, OURS = "pytorch", "contrastive_ops"
 UNCACHED = "uncached"  # contrastive_ops with memory_budget=0, measured for memory alone
@@ -52,7 +57,18 @@ def to_json(result: Result) -> dict[str, Any]:
         "final_difference": result.differences[-1],
         "tolerance": TOLERANCE,
         "agrees": result.agrees,
+        "threads": torch.get_num_threads(),
+        "provenance": provenance(),
     }
+
+
+def provenance() -> str:
+    """One sentence on where the numbers come from."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return (
+        f"{platform.system()} {platform.machine()}, {capability}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, contrastive_ops {contrastive_ops.__version__}, {date.today().isoformat()}."
+    )
 
 
 def show_batch(found: Largest) -> str:

@@ -275,6 +275,19 @@ def test_offsets_beyond_32_bits(backend):
     assert torch.equal(got, similarity_reduce(x, y.contiguous(), backend=backend))
 
 
+def test_more_than_2_to_31_pairs():
+    """All logits equal: the fold only counts columns, and every index in between exceeds 32 bits."""
+    x, y = torch.ones(1, 1).expand(70_000, 1), torch.ones(1, 1).expand(32_000, 1)
+    assert x.shape[0] * y.shape[0] > 1 << 31
+    got = similarity_reduce(x, y, dim=(0, 1), scale=0.5, target=torch.arange(70_000) % 32_000, backend="cpu")
+    rows = torch.full((70_000,), 0.5) + torch.tensor(31_999.0).log()
+    torch.testing.assert_close(got.rows, rows, rtol=1e-6, atol=0)
+    # Columns 0 to 5,999 are the target of three rows, the others of two.
+    left_out = torch.where(torch.arange(32_000) < 6_000, 3.0, 2.0)
+    torch.testing.assert_close(got.cols, 0.5 + (70_000 - left_out).log(), rtol=1e-6, atol=0)
+    assert torch.equal(got.target, torch.full((70_000,), 0.5))
+
+
 def test_autocast_casts_as_a_matmul_would(backend):
     x, y = torch.randn(20, 16, requires_grad=True), torch.randn(30, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
