@@ -51,8 +51,8 @@ install: $(VENV)/.install ## the package and its tools, editable, in .venv
 demo: install ## train a docstring search twice, with plain PyTorch and with contrastive_ops
 	$(RUN) examples/docstring_search.py $(ARGS)
 
-test: install ## the tests; ARGS="-k name -x"
-	$(RUN) -m pytest tests $(ARGS)
+test: install ## the tests; ARGS="-k name -x", ARGS="tests/test_nn.py"
+	$(RUN) -m pytest $(ARGS)
 
 lint: install ## ruff, mypy and clang-format, nothing is changed
 	$(BIN)/ruff check .
