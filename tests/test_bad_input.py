@@ -70,7 +70,7 @@ CASES = [
     (lambda: similarity_reduce(X, Y, target=torch.arange(4) - 1), ValueError, "target must be in [0, 5), got -1"),
     (lambda: similarity_reduce(X, Y[:0], target=torch.arange(4)), ValueError, "target must be in [0, 0), got 3"),
     (
-        lambda: similarity_reduce(X.requires_grad_(), Y, memory_budget=-1),
+        lambda: similarity_reduce(X, Y, memory_budget=-1),
         ValueError,
         "memory_budget must be a number of bytes >= 0, got -1",
     ),
@@ -132,7 +132,17 @@ LOSS_CASES = [
     (
         lambda: clip(X, X, scale=torch.ones(3)),
         ValueError,
-        "scale must be a float, a 0-d tensor or have shape (4,), got (3,)",
+        "clip: scale must be a float, a 0-d tensor or have shape (4,), got (3,)",
+    ),
+    (
+        lambda: clip(X, X, backend="gpu"),
+        ValueError,
+        "clip: backend must be one of 'auto', 'reference', 'cpu', got 'gpu'",
+    ),
+    (
+        lambda: nt_xent(X, X, memory_budget=-5),
+        ValueError,
+        "nt_xent: memory_budget must be a number of bytes >= 0, got -5",
     ),
     (lambda: merge_lse(), ValueError, "merge_lse: lse must be at least one tensor, got none"),
     (

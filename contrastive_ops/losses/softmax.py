@@ -20,7 +20,7 @@ from torch.nn.functional import logsigmoid
 
 from .. import _autocast, _checks
 from ..ops.pairs import Pairs
-from ..ops.similarity_reduce import Reduced, merge_lse, needs_gradient, similarity_reduce, softplus_total
+from ..ops.similarity_reduce import fold, merge_lse, needs_gradient, softplus_total
 from . import _arguments
 
 
@@ -114,8 +114,10 @@ def info_nce(
         return _info_nce_total(
             query, key, scale, target, weight, extra, mean_logit, label_smoothing, reduction, backend
         )
-    reduced = similarity_reduce(query, key, scale=scale, target=target, memory_budget=memory_budget, backend=backend)
-    rows, target_logit = _rows_and_target(reduced)
+    names = (name, "query", "key")
+    rows, _, target_logit = fold(
+        query, key, scale=scale, target=target, memory_budget=memory_budget, names=names, backend=backend
+    )
     losses = softplus((rows if extra is None else merge_lse(rows, extra)) - target_logit)
     if mean_logit is not None:
         losses = losses + label_smoothing * (target_logit - mean_logit)
@@ -182,11 +184,11 @@ def clip(
     if normalize:
         image, text = _arguments.normalized(image), _arguments.normalized(text)
     target = torch.arange(image.shape[0], device=image.device)
-    reduced = similarity_reduce(
-        image, text, dim=(0, 1), scale=scale, target=target, memory_budget=memory_budget, backend=backend
+    names = (name, "image", "text")
+    rows, cols, target_logit = fold(
+        image, text, dim=(0, 1), scale=scale, target=target, memory_budget=memory_budget, names=names, backend=backend
     )
-    rows, target_logit = _rows_and_target(reduced)
-    losses = (softplus(rows - target_logit) + softplus(reduced.cols - target_logit)) / 2  # type: ignore[union-attr,operator]
+    losses = (softplus(rows - target_logit) + softplus(cols - target_logit)) / 2
     return _arguments.reduce_rows(losses, weight, reduction)
 
 
@@ -247,10 +249,10 @@ def nt_xent(
         z = _arguments.normalized(z)
     count = z0.shape[0]
     target = torch.arange(2 * count, device=z.device).roll(count)
-    reduced = similarity_reduce(
-        z, scale=scale, target=target, pairs=Pairs(diagonal=0), memory_budget=memory_budget, backend=backend
+    names, pairs = (name, "z0", "z1"), Pairs(diagonal=0)
+    rows, _, target_logit = fold(
+        z, scale=scale, target=target, pairs=pairs, memory_budget=memory_budget, names=names, backend=backend
     )
-    rows, target_logit = _rows_and_target(reduced)
     return _arguments.reduce_rows(softplus(rows - target_logit), None, reduction)
 
 
@@ -282,10 +284,6 @@ def _info_nce_total(
     if mean_logit is not None:
         total = total - label_smoothing * (row_weight * mean_logit).sum()
     return total if reduction == "sum" else _arguments.divide(total, row_weight, weight)
-
-
-def _rows_and_target(reduced: Tensor | Reduced) -> tuple[Tensor, Tensor]:
-    return reduced.rows, reduced.target  # type: ignore[union-attr,return-value]
 
 
 def _own_column(function: str, query: Tensor, key: Tensor) -> Tensor:

@@ -139,37 +139,71 @@ def similarity_reduce(
         >>> torch.allclose(lse, (2.0 * x @ y.T).logsumexp(1), atol=1e-5)
         True
     """
-    name = "similarity_reduce"
-    _checks.check_choice(name, "reduce", reduce, FOLDS)
-    rows, cols = _directions(dim)
-    x, y, scale, row_bias, col_bias = prepare(name, x, y, scale, row_bias, col_bias, target)
-    arguments = (x, y, scale, row_bias, col_bias, target, None if pairs is None else pairs.diagonal)
-    chosen = choose(name, BACKENDS, x, backend)
-    kept_size = _kept_size(x, y, memory_budget) if needs_gradient(*arguments) and chosen != "reference" else 0
-    row_lse, col_lse, target_logit, _ = torch.ops.contrastive_ops.similarity_reduce_forward(
-        *arguments, rows, cols, kept_size, chosen
+    _checks.check_choice("similarity_reduce", "reduce", reduce, FOLDS)
+    row_fold, col_fold, target_logit = fold(
+        x,
+        y,
+        dim=dim,
+        scale=scale,
+        row_bias=row_bias,
+        col_bias=col_bias,
+        target=target,
+        pairs=pairs,
+        memory_budget=memory_budget,
+        backend=backend,
     )
     if target is None and isinstance(dim, int):
-        return row_lse if rows else col_lse
+        return row_fold if dim == 1 else col_fold
+    rows, cols = _directions("similarity_reduce", dim)
     return Reduced(
-        rows=row_lse if rows else None,
-        cols=col_lse if cols else None,
+        rows=row_fold if rows else None,
+        cols=col_fold if cols else None,
         target=None if target is None else target_logit,
     )
 
 
+def fold(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    dim: int | tuple[int, ...] = 1,
+    scale: float | Tensor = 1.0,
+    row_bias: Tensor | None = None,
+    col_bias: Tensor | None = None,
+    target: Tensor | None = None,
+    pairs: Pairs | None = None,
+    memory_budget: int | None = None,
+    names: tuple[str, str, str] = ("similarity_reduce", "x", "y"),
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`similarity_reduce` for losses: arguments as there, and `names` to name in errors: the loss, its x, its y.
+
+    Returns:
+        The folds of rows and columns and the targets' logits; empty where not asked for.
+    """
+    rows, cols = _directions(names[0], dim)
+    x, y, scale, row_bias, col_bias = prepare(names, x, y, scale, row_bias, col_bias, target)
+    arguments = (x, y, scale, row_bias, col_bias, target, None if pairs is None else pairs.diagonal)
+    chosen = choose(names[0], BACKENDS, x, backend)
+    budget = _bytes(names[0], memory_budget)
+    keeps = needs_gradient(*arguments) and chosen != "reference"
+    kept_size = _kept_size(x, y, budget) if keeps else 0
+    folded = torch.ops.contrastive_ops.similarity_reduce_forward(*arguments, rows, cols, kept_size, chosen)
+    row_fold, col_fold, target_logit, _ = folded
+    return row_fold, col_fold, target_logit
+
+
 def prepare(
-    function: str,
+    names: tuple[str, str, str],
     x: Tensor,
     y: Tensor | None,
     scale: float | Tensor,
     row_bias: Tensor | None,
     col_bias: Tensor | None,
     target: Tensor | None,
-    x_name: str = "x",
-    y_name: str = "y",
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Check what every operator of this stem takes and bring it to the dtypes that the backends expect."""
+    function, x_name, y_name = names
     x, y = _autocast.cast(x, y)
     if y is None:
         _checks.check_matrix(function, x_name, x)
@@ -197,18 +231,23 @@ def needs_gradient(*arguments: object) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
 
 
-def _directions(dim: object) -> tuple[bool, bool]:
+def _directions(function: str, dim: object) -> tuple[bool, bool]:
     dims = (dim,) if isinstance(dim, int) else dim
     if not isinstance(dims, tuple) or not dims or not set(dims) <= {0, 1} or len(set(dims)) != len(dims):
-        raise ValueError(f"similarity_reduce: dim must be 0, 1 or (0, 1), got {dim!r}")
+        raise ValueError(f"{function}: dim must be 0, 1 or (0, 1), got {dim!r}")
     return 1 in dims, 0 in dims
 
 
-def _kept_size(x: Tensor, y: Tensor | None, memory_budget: int | None) -> int:
+def _bytes(function: str, memory_budget: object) -> int:
+    if memory_budget is None:
+        return DEFAULT_MEMORY_BUDGET
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:
+        raise ValueError(f"{function}: memory_budget must be a number of bytes >= 0, got {memory_budget!r}")
+    return memory_budget
+
+
+def _kept_size(x: Tensor, y: Tensor | None, budget: int) -> int:
     """How many inner products forward may keep for backward."""
-    budget = DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget
-    if isinstance(budget, bool) or not isinstance(budget, int) or budget < 0:
-        raise ValueError(f"similarity_reduce: memory_budget must be a number of bytes >= 0, got {memory_budget!r}")
     if budget == 0 or x.shape[1] < KEEP_FROM_DIMENSION:
         return 0
     size = budget // _checks.accumulator(x.dtype).itemsize
@@ -255,9 +294,8 @@ def softplus_total(
     Returns:
         The total, 0-d.
     """
-    function, x_name, y_name = names
-    prepared = prepare(function, x, y, scale, None, None, target, x_name, y_name)
+    prepared = prepare(names, x, y, scale, None, None, target)
     arguments = (*prepared, target, None, weight, extra, target_weight)
     needs = sum(1 << bit for bit, a in enumerate(prepared) if a is not None and a.requires_grad)
-    chosen = choose(function, BACKENDS, prepared[0], backend)
+    chosen = choose(names[0], BACKENDS, prepared[0], backend)
     return torch.ops.contrastive_ops.similarity_reduce_total(*arguments, needs, chosen)[0]

@@ -111,8 +111,8 @@ struct FoldWeights {
   const A* weight;
 };
 
-// e = dtotal/dl: weight_i exp(l - lse_i) + weight_j exp(l - lse_j).
-template <class A, bool kSideI, bool kSideJ>
+// e = dtotal/dl: weight_i exp(l - lse_i) + weight_j exp(l - lse_j); scaled: times dl/d(inner product).
+template <class A, bool kSideI, bool kSideJ, bool kScaled>
 void weights(const View<A>& view, FoldWeights<A> side_i, FoldWeights<A> side_j, const A* dots, A* e, int64_t rows,
              int64_t cols) {
   constexpr int W = kLanes<A>;
@@ -121,27 +121,33 @@ void weights(const View<A>& view, FoldWeights<A> side_i, FoldWeights<A> side_j, 
     const A *from = dots + i * kBlock, scale = view.scale_i[i], bias = view.bias_i[i];
     A* to = e + i * kBlock;
     for (int64_t j = 0; j < padded; j += W) {
-      const Vec<A> l = load(from + j) * (scale * load(view.scale_j + j)) + (bias + load(view.bias_j + j));
+      const Vec<A> slope = scale * load(view.scale_j + j);
+      const Vec<A> l = load(from + j) * slope + (bias + load(view.bias_j + j));
       Vec<A> value = {};
       if (kSideI) value = side_i.weight[i] * exponential(l - side_i.lse[i]);
       if (kSideJ) value += load(side_j.weight + j) * exponential(l - load(side_j.lse + j));
-      store(to + j, value);
+      store(to + j, kScaled ? value * slope : value);
     }
     for (int64_t j = cols; j < padded; ++j) to[j] = 0;
   }
 }
 
 template <class A>
-void weights(const View<A>& view, FoldWeights<A> side_i, FoldWeights<A> side_j, const A* dots, A* e, int64_t rows,
-             int64_t cols) {
+void weights(const View<A>& view, FoldWeights<A> side_i, FoldWeights<A> side_j, bool scaled, const A* dots, A* e,
+             int64_t rows, int64_t cols) {
+  const auto run = [&](auto on_i, auto on_j) {
+    constexpr bool i = decltype(on_i)::value, j = decltype(on_j)::value;
+    scaled ? weights<A, i, j, true>(view, side_i, side_j, dots, e, rows, cols)
+           : weights<A, i, j, false>(view, side_i, side_j, dots, e, rows, cols);
+  };
   if (side_i.lse && side_j.lse) {
-    weights<A, true, true>(view, side_i, side_j, dots, e, rows, cols);
+    run(std::true_type{}, std::true_type{});
   } else if (side_i.lse) {
-    weights<A, true, false>(view, side_i, side_j, dots, e, rows, cols);
+    run(std::true_type{}, std::false_type{});
   } else if (side_j.lse) {
-    weights<A, false, true>(view, side_i, side_j, dots, e, rows, cols);
+    run(std::false_type{}, std::true_type{});
   } else {
-    weights<A, false, false>(view, side_i, side_j, dots, e, rows, cols);
+    run(std::false_type{}, std::false_type{});
   }
 }
 
