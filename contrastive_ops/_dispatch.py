@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import _extension
@@ -72,7 +73,8 @@ def choose(function: str, table: Mapping[str, Backend], x: Tensor, backend: str)
             continue
         reasons = table[name].unsupported(x)
         if not reasons:
-            if name == "reference" and refused:
+            # A logger would break a traced graph, and tracing runs once anyway.
+            if name == "reference" and refused and not torch.compiler.is_compiling():
                 _warn_once(function, x.device.type, refused)
             return name
         refused.append(f"{name}: {'; '.join(reasons)}")
