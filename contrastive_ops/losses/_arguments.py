@@ -47,7 +47,7 @@ def divide(total: Tensor, losses: Tensor, weight: Tensor | None) -> Tensor:
     """Turn a sum into the mean; NaN for no rows, as everywhere in PyTorch."""
     if weight is not None:
         return total / weight.to(total.dtype).sum()
-    return total / losses.shape[0] if losses.shape[0] else total * torch.nan
+    return total / losses.shape[0]  # 0 / 0 is NaN; testing for 0 would fix a traced batch size
 
 
 def check_reduction(function: str, reduction: str) -> None:

@@ -254,8 +254,7 @@ def _kept_size(x: Tensor, y: Tensor | None, budget: int) -> int:
     rows, columns = x.shape[0], x.shape[0] if y is None else y.shape[0]
     # Upper bounds: tiles are padded, and self-similarity keeps what lies on and above the diagonal.
     whole = (rows + 512) * (rows + 512) // 2 if y is None else (rows + 32) * (columns + 128)
-    # sym_min keeps a traced batch size symbolic, where min would compile for one size.
-    return torch.sym_min(size, whole)  # type: ignore[return-value]
+    return min(size, whole)
 
 
 def softplus_total(
