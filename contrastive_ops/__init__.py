@@ -11,6 +11,7 @@ similarity matrix without storing it.
 from . import nn
 from .losses import clip, info_nce, nt_xent
 from .ops import Pairs, Reduced, merge_lse, similarity_reduce
+from .reference.stream import stream_rows
 
 __version__ = "0.1.0"
 
@@ -24,4 +25,5 @@ __all__ = [
     "nn",
     "nt_xent",
     "similarity_reduce",
+    "stream_rows",
 ]

@@ -9,7 +9,11 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
-MODULES = ["contrastive_ops.losses.softmax", "contrastive_ops.ops.similarity_reduce"]
+MODULES = [
+    "contrastive_ops.losses.softmax",
+    "contrastive_ops.ops.similarity_reduce",
+    "contrastive_ops.reference.stream",
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

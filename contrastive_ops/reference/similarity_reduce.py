@@ -6,6 +6,7 @@ differentiable operations, so that it also defines the second derivative of ever
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -29,13 +30,17 @@ def merge_lse(*lse: Tensor) -> Tensor:
     return torch.where(empty, -torch.inf, top + torch.where(empty, 1.0, total).log())
 
 
-def _chunks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, min(rows, CHUNK_ELEMENTS // max(columns, 1)))
-    for begin in range(0, rows, step):
+def chunks_of_rows(rows: int, step: int) -> Iterator[slice]:
+    """Slices of at most `step` rows; one empty slice for no rows, so that shapes are still found out."""
+    for begin in range(0, max(rows, 1), step):
         yield slice(begin, min(begin + step, rows))
 
 
-def _dots(x: Tensor, y: Tensor) -> Tensor:
+def _chunks(rows: int, columns: int) -> Iterator[slice]:
+    return chunks_of_rows(rows, max(1, CHUNK_ELEMENTS // max(columns, 1)))
+
+
+def inner_products(x: Tensor, y: Tensor) -> Tensor:
     """Inner products in the accumulation dtype: low-precision inputs never give rounded logits."""
     dtype = accumulator(x.dtype)
     return x.to(dtype) @ y.to(dtype).T
@@ -83,7 +88,7 @@ def forward(
     col_lse = x.new_full((len(y) if cols else 0,), -torch.inf, dtype=dtype)
     target_logit = x.new_empty((0 if target is None else len(x),), dtype=dtype)
     for part in _chunks(len(x), len(y)):
-        logits = _logits(_dots(x[part], y), part, scale, row_bias, col_bias)
+        logits = _logits(inner_products(x[part], y), part, scale, row_bias, col_bias)
         if target is not None:
             target_logit[part] = logits.gather(1, target[part, None]).squeeze(1)
         drop = _left_out(part, logits, target, diagonal)
@@ -117,7 +122,7 @@ def backward(
     dtype = accumulator(x.dtype)
 
     def one_chunk(part: slice) -> tuple[Tensor, ...]:
-        dots = _dots(x[part], columns)
+        dots = inner_products(x[part], columns)
         logits = _logits(dots, part, scale, row_bias, col_bias)
         drop = _left_out(part, logits, target, diagonal)
         e = torch.zeros_like(logits)
@@ -134,7 +139,9 @@ def backward(
         return dx, dy, (e * dots.masked_fill(e == 0, 0.0)).sum(1), e.sum(1), e.sum(0)
 
     # Under autograd (second derivatives) each chunk is computed again instead of being stored.
-    run = (lambda part: checkpoint(one_chunk, part, use_reentrant=False)) if torch.is_grad_enabled() else one_chunk
+    run = one_chunk
+    if torch.is_grad_enabled():
+        run = functools.partial(checkpoint, one_chunk, use_reentrant=False, preserve_rng_state=False)
     dx, dy = (x.new_zeros(t.shape, dtype=dtype) for t in (x, columns))
     dscale, drow_bias, dcol_bias = (x.new_zeros((len(t),), dtype=dtype) for t in (x, x, columns))
     for part in _chunks(len(x), len(columns)):
