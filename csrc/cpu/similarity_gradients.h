@@ -242,7 +242,9 @@ class Gradients {
     const int64_t panels = (p.D + kCols<C> - 1) / kCols<C>, tasks = 2 * sweep_.parallel_.threads;
     const int64_t group = maximum<int64_t>(1, minimum<int64_t>(4, panels / tasks));
     const int64_t groups = (panels + group - 1) / group;
-    const int64_t segment = round_up((chunk.rows + tasks / groups) / (tasks / groups + 1), kRows);
+    // Splitting rows packs the same columns of y once more, so only as far as dimensions leave threads idle.
+    const int64_t splits = (tasks + groups - 1) / groups;
+    const int64_t segment = round_up((chunk.rows + splits - 1) / splits, kRows);
     const int64_t segments = (chunk.rows + segment - 1) / segment;
     sweep_.run(groups * segments, [&](int64_t index, int thread) {
       const int64_t d = index % groups * group * kCols<C>, lanes = minimum(group * kCols<C>, p.D - d);
