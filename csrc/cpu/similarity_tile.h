@@ -2,8 +2,8 @@
 //
 // A panels hold kRows lanes, B panels kCols lanes; both are depth-major, so that one step of the depth loop reads
 // kRows numbers to broadcast and kCols numbers as vectors, and all accumulators stay in registers. The depth loop
-// is not blocked: 32 columns of B stay in the level-2 cache up to a depth of several thousand, which measured no
-// slower than blocking by 256 and leaves complete inner products for the epilogue.
+// is not blocked: 32 columns of B stay in a 1 MiB level-2 cache up to a depth of several thousand (at 768 the tile
+// measured 2% slower than at 256), and complete inner products reach the epilogue.
 #pragma once
 
 #include "simd.h"
