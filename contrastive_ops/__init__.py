@@ -10,12 +10,14 @@ similarity matrix without storing it.
 
 from . import nn
 from .losses import clip, info_nce, nt_xent
-from .ops import Pairs, Reduced, merge_lse, similarity_reduce
+from .ops import Fold, Guide, Pairs, Reduced, merge_lse, similarity_reduce
 from .reference.stream import stream_rows
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Fold",
+    "Guide",
     "Pairs",
     "Reduced",
     "__version__",

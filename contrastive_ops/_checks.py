@@ -68,25 +68,32 @@ def check_vector(function: str, name: str, v: object, size: int, x_name: str, x:
     check_device(function, x_name, x, name, v)
 
 
-def check_index(function: str, name: str, index: object, rows: int, x_name: str, x: Tensor) -> None:
-    """`index` must be an int64 vector with one column number per row."""
+def check_index(function: str, name: str, index: object, rows: int | None, x_name: str, x: Tensor) -> None:
+    """`index` must be an int64 vector, of `rows` numbers where that is given, on the device of `x`."""
     if not isinstance(index, Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(index).__name__}")
     if index.dtype != torch.int64:
         raise TypeError(f"{function}: {name} must be int64, got {index.dtype}")
-    if index.dim() != 1 or index.shape[0] != rows:
-        raise ValueError(f"{function}: {name} must have shape ({rows},), got {shape(index)}")
+    if index.dim() != 1 or (rows is not None and index.shape[0] != rows):
+        raise ValueError(f"{function}: {name} must have shape ({'n' if rows is None else rows},), got {shape(index)}")
     check_device(function, x_name, x, name, index)
 
 
-def check_index_values(function: str, name: str, index: Tensor, columns: int) -> None:
-    """Every column number must exist. Reads the data, which a traced or meta tensor does not have."""
+def check_index_values(function: str, name: str, index: Tensor, columns: int, or_none: bool = False) -> None:
+    """Every number must exist (or be -1 for none). Reads the data, which a traced or meta tensor does not have."""
     if torch.compiler.is_compiling() or index.device.type == "meta" or index.numel() == 0:
         return
     low, high = int(index.min()), int(index.max())
-    if low < 0 or high >= columns:
-        got = low if low < 0 else high
-        raise ValueError(f"{function}: {name} must be in [0, {columns}), got {got}")
+    lowest = -1 if or_none else 0
+    if low < lowest or high >= columns:
+        got = low if low < lowest else high
+        raise ValueError(f"{function}: {name} must be in [{lowest}, {columns}), got {got}")
+
+
+def check_constant(function: str, name: str, tensor: Tensor) -> None:
+    """`tensor` must not ask for a gradient that nobody computes."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        raise ValueError(f"{function}: {name} must not require a gradient, got one that does; detach it")
 
 
 def check_choice(function: str, name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -96,20 +103,20 @@ def check_choice(function: str, name: str, value: object, choices: tuple[object,
         raise ValueError(f"{function}: {name} must be one of {known}, got {value!r}")
 
 
-def scale_tensor(function: str, scale: object, x_name: str, x: Tensor) -> Tensor:
-    """Return `scale` (float, 0-d or (N,) tensor) in the accumulation dtype on the device of `x`."""
+def scale_tensor(function: str, scale: object, x_name: str, x: Tensor, name: str = "scale") -> Tensor:
+    """Return `scale` (float, 0-d or one number per row of `x`) in the accumulation dtype on the device of `x`."""
     dtype = accumulator(x.dtype)
     if isinstance(scale, Tensor):
         if not scale.is_floating_point():
-            raise TypeError(f"{function}: scale must be a float or a floating tensor, got {scale.dtype}")
+            raise TypeError(f"{function}: {name} must be a float or a floating tensor, got {scale.dtype}")
         if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != x.shape[0]):
             raise ValueError(
-                f"{function}: scale must be a float, a 0-d tensor or have shape ({x.shape[0]},), got {shape(scale)}"
+                f"{function}: {name} must be a float, a 0-d tensor or have shape ({x.shape[0]},), got {shape(scale)}"
             )
         # A 0-d CPU tensor may meet tensors of any device, as in plain PyTorch.
         if scale.dim() == 1:
-            check_device(function, x_name, x, "scale", scale)
+            check_device(function, x_name, x, name, scale)
         return scale.to(device=x.device, dtype=dtype)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"{function}: scale must be a float or a tensor, got {type(scale).__name__}")
+        raise TypeError(f"{function}: {name} must be a float or a tensor, got {type(scale).__name__}")
     return torch.full((), scale, dtype=dtype, device=x.device)

@@ -1,6 +1,9 @@
 // Folds the rows and columns of a similarity matrix that is never stored; shared by cpu/ and cuda/.
 //
-//   l_ij = scale_i * <x_i, y_j> + row_bias_i + col_bias_j        for the pairs (i, j) that take part
+//   l_ij = +-(scale * <x_i, y_j> + row_bias_i + col_bias_j + log_weight_ij)      for the pairs (i, j) that take part
+//
+// A set is one reading of the inner products: scale, sign, and which pairs take part. A fold reduces one set along one
+// direction. Numbers of kinds and slots are those of contrastive_ops/_similarity.py.
 //
 // Raw pointers only: files that are compiled for one SIMD level must not include a torch header, whose
 // inline functions the linker could then pick for the whole library.
@@ -19,7 +22,36 @@ struct Parallel {
   int threads;
 };
 
-// Every `void*` below points to the accumulation type: double for float64 inputs, float otherwise.
+enum class FoldKind : int { logsumexp = 0, max = 1, sum_softplus = 2, sum_relu = 3, sum = 4, count = 5 };
+enum class ScaleOf : int { all = 0, rows = 1, columns = 2 };
+
+// Every `void*` below points to the accumulation type: double for float64 inputs, float otherwise. A rule whose
+// pointers are null does not apply. `_rows` are (N,), `_cols` (M,).
+struct SimilaritySet {
+  const void* scale;  // 1, N or M numbers
+  ScaleOf scale_of;
+  bool negate;
+  bool has_diagonal;  // drop column i + diagonal of row i
+  int64_t diagonal;
+  const int64_t *differ_rows, *differ_cols;         // drop equal ids; -1 equals nothing
+  const int64_t *same_rows, *same_cols;             // drop ids that differ
+  const int64_t *exclude_indptr, *exclude_indices;  // drop listed columns; ascending in each row
+  const void *below_rows, *below_cols;              // drop inner products above
+  const void *above_rows, *above_cols;              // drop inner products below
+  const void *guide_below_rows, *guide_below_cols;  // drop guide similarities above
+  const int64_t *class_rows, *class_cols;           // rows and columns of log_weight; -1 for none
+  const void* log_weight;                           // (row classes, column classes)
+  int64_t log_weight_rows, log_weight_cols;
+  bool has_fill;  // dropped pairs have this logit, and no gradient, in place of taking no part
+  double fill;
+};
+
+struct SimilarityFold {
+  int set;
+  FoldKind kind;
+  bool cols;  // fold each column, not each row
+};
+
 struct SimilarityProblem {
   DType dtype;
   const void* x;  // (N, D), unit column stride
@@ -27,44 +59,52 @@ struct SimilarityProblem {
   int64_t N, M, D;
   int64_t x_stride, y_stride;  // between rows, in elements
   bool self;                   // y is x: only the tiles on and above the diagonal are computed
-  const void* scale;           // (N,)
   const void* row_bias;        // (N,) or null
   const void* col_bias;        // (M,) or null
   const int64_t* target;       // (N,) or null: the column of each row that no fold sees
-  bool has_diagonal;           // drop column i + diagonal of row i
-  int64_t diagonal;
+  const SimilaritySet* sets;   // the first is that of the targets and of the lists
+  int set_count;
+  const SimilarityFold* folds;
+  int fold_count;
+  const void *guide_x, *guide_y;  // (N, guide_depth), (M, guide_depth), accumulation type, contiguous; or null
+  int64_t guide_depth;
+  const int64_t *linear_indptr, *linear_indices;  // lists of columns per row, ascending; or null
+  const void* linear_weight;
   void* kept;         // inner products kept from forward for backward, or null
   int64_t kept_size;  // in elements of the accumulation type
 };
 
 struct SimilarityForward {
-  void* row_lse;       // (N,) or null
-  void* col_lse;       // (M,) or null
-  void* target_logit;  // (N,) or null
+  void* const* values;     // per fold: (N,) or (M,)
+  int64_t* const* argmax;  // per fold: (N,) or (M,) for a maximum, else null
+  void* target_logit;      // (N,) or null
+  void* linear;            // (N,) or null: weighted sums of the listed logits
 };
 
-// Gradients of a total whose derivative by row_lse, col_lse and target_logit is given. Outputs that are
-// null are not needed. dx and dy have row stride D and are overwritten.
+// Gradients of a total whose derivative by the folds, the targets' logits and the linear sums is given. Outputs that
+// are null are not needed. dx and dy have row stride D and are zero on entry.
 struct SimilarityBackward {
-  const void* row_lse;   // (N,) or null
-  const void* col_lse;   // (M,) or null
-  const void* d_rows;    // (N,) or null
-  const void* d_cols;    // (M,) or null
+  const void* const* values;    // per fold, from forward
+  const void* const* d_values;  // per fold; null where there is none
+  const int64_t* const* argmax;
   const void* d_target;  // (N,) or null
+  const void* d_linear;  // (N,) or null
   void* dx;
-  void* dy;  // null for self-similarity
-  void* dscale;
+  void* dy;             // null for self-similarity
+  void* const* dscale;  // per set: 1, N or M numbers; or null
   void* drow_bias;
   void* dcol_bias;
 };
 
-// sum_i weight_i * softplus(lse_i - t_i), lse_i over the other columns and extra_i, t_i the target's logit,
-// plus sum_i target_weight_i * t_i. The gradients are formed in the same pass: 6 N M D.
+// sum_i weight_i * loss_i + target_weight_i * t_i over the first fold, with t_i the target's logit and
+//   logsumexp:     loss_i = softplus(lse_i - t_i), lse_i over the other columns and extra_i
+//   sum_softplus:  loss_i = fold_i + softplus(-t_i)
+// The gradients are formed in the same pass: 6 N M D.
 struct SimilarityTotal {
   const void* weight;            // (N,)
   const void* extra;             // (N,) or null
   const void* target_weight;     // (N,) or null
-  void* losses;                  // (N,) softplus(lse_i - t_i)
+  void* losses;                  // (N,)
   void* target_logit;            // (N,)
   void* dextra;                  // (N,) or null
   SimilarityBackward gradients;  // only its outputs are read

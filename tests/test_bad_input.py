@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from contrastive_ops import Pairs, clip, info_nce, merge_lse, nn, nt_xent, similarity_reduce
+from contrastive_ops import Fold, Guide, Pairs, clip, info_nce, merge_lse, nn, nt_xent, similarity_reduce
+from contrastive_ops._similarity import Layout, LogitSet, ScaleOf, SetFold, Slot
 
 X, Y = torch.randn(4, 3), torch.randn(5, 3)
 CASES = [
@@ -32,7 +33,7 @@ CASES = [
         ValueError,
         "y must be on the same device as x, got x on cpu and y on meta",
     ),
-    (lambda: similarity_reduce(X, Y, reduce="mean"), ValueError, "reduce must be one of 'logsumexp', got 'mean'"),
+    (lambda: similarity_reduce(X, Y, reduce="mean"), ValueError, "reduce must be one of 'logsumexp', 'max', "),
     (lambda: similarity_reduce(X, Y, dim=2), ValueError, "dim must be 0, 1 or (0, 1), got 2"),
     (lambda: similarity_reduce(X, Y, dim=(0, 0)), ValueError, "dim must be 0, 1 or (0, 1), got (0, 0)"),
     (lambda: similarity_reduce(X, Y, dim="rows"), ValueError, "dim must be 0, 1 or (0, 1), got 'rows'"),
@@ -85,6 +86,105 @@ CASES = [
         "backend 'cpu' cannot run these inputs:\n    device=meta (supported: cpu)",
     ),
 ]
+IDS, OTHER_IDS = torch.arange(4), torch.arange(5)
+FOLD_CASES = [
+    (lambda: Fold("mean"), ValueError, "Fold: name must be one of 'logsumexp', 'max', "),
+    (lambda: Fold("max", pairs={}), TypeError, "Fold: pairs must be Pairs or None, got dict"),
+    (lambda: Pairs(differ=IDS), TypeError, "Pairs: differ must be a tuple of 2 tensors, got Tensor"),
+    (lambda: Pairs(same=(IDS,)), TypeError, "Pairs: same must be a tuple of 2 tensors, got 1 elements"),
+    (lambda: Pairs(guide=X), TypeError, "Pairs: guide must be a Guide or None, got Tensor"),
+    (lambda: Pairs(fill="0"), TypeError, "Pairs: fill must be a float or None, got str"),
+    (lambda: reduce(()), ValueError, "similarity_reduce: reduce must name at least one fold, got ()"),
+    (lambda: reduce(3), TypeError, "similarity_reduce: reduce must be a name, a Fold or a tuple of these, got int"),
+    (
+        lambda: ruled(differ=(IDS, IDS)),
+        ValueError,
+        "similarity_reduce: pairs.differ of the columns must have shape (5,)",
+    ),
+    (
+        lambda: ruled(same=(IDS.float(), OTHER_IDS)),
+        TypeError,
+        "similarity_reduce: pairs.same of the rows must be int64, got torch.float32",
+    ),
+    (
+        lambda: ruled(exclude=(torch.tensor([0, 1, 1, 2, 3]), torch.tensor([0, 5, 1]))),
+        ValueError,
+        "similarity_reduce: exclude indices must be in [0, 5), got 5 in the list of row 2",
+    ),
+    (
+        lambda: ruled(exclude=(torch.tensor([0, 2, 1, 2, 2]), torch.tensor([0, 1]))),
+        ValueError,
+        "similarity_reduce: exclude indptr must rise from 0 to the 2 indices, got 0 to 2, not monotonic",
+    ),
+    (
+        lambda: ruled(exclude=(torch.tensor([0, 1, 1, 2]), torch.tensor([0, 1]))),
+        ValueError,
+        "similarity_reduce: exclude indptr must have shape (5,), got (4,)",
+    ),
+    (
+        lambda: ruled(below="1"),
+        TypeError,
+        "similarity_reduce: pairs.below must be a float or a floating tensor, got str",
+    ),
+    (
+        lambda: ruled(above=torch.ones(5)),
+        ValueError,
+        "similarity_reduce: pairs.above must be 0-d or have shape (4,), (4, 1) or (1, 5), got (5,)",
+    ),
+    (
+        lambda: ruled(guide=Guide(X, Y[:4], 0.5)),
+        ValueError,
+        "similarity_reduce: guide.gy must have 5 rows, got (4, 3)",
+    ),
+    (
+        lambda: similarity_reduce(X, pairs=Pairs(guide=Guide(X, X, 0.5))),
+        ValueError,
+        "similarity_reduce: guide.gy must be None where a matrix is compared with itself, got (4, 3)",
+    ),
+    (
+        lambda: reduce(
+            (Fold("max", pairs=Pairs(guide=Guide(X, Y, 0.5))), Fold("max", pairs=Pairs(guide=Guide(X * 2, Y, 1.0))))
+        ),
+        NotImplementedError,
+        "similarity_reduce: pairs.guide must be one guide for all folds of a sweep",
+    ),
+    (
+        lambda: ruled(log_weight=(torch.ones(2, 2), IDS, OTHER_IDS)),
+        ValueError,
+        "similarity_reduce: pairs.log_weight classes of the rows must be in [-1, 2), got 3",
+    ),
+    (
+        lambda: ruled(log_weight=(torch.ones(5, 5, requires_grad=True), IDS, OTHER_IDS)),
+        ValueError,
+        "similarity_reduce: pairs.log_weight must not require a gradient, got one that does; detach it",
+    ),
+    (lambda: similarity_reduce(X, Y, pairs={}), TypeError, "similarity_reduce: pairs must be Pairs or None, got dict"),
+    (
+        lambda: similarity_reduce(X, Y, linear=IDS),
+        TypeError,
+        "similarity_reduce: linear must be (indptr, indices) or (indptr, indices, weights), got Tensor",
+    ),
+    (
+        lambda: similarity_reduce(X, Y, linear=(torch.tensor([0, 1, 1, 1, 1]), torch.tensor([2]), torch.ones(2))),
+        ValueError,
+        "similarity_reduce: linear weights must have shape (1,), got (2,)",
+    ),
+    (
+        lambda: similarity_reduce(X, Y, dim=0, col_scale=torch.ones(4)),
+        ValueError,
+        "similarity_reduce: col_scale must be a float, a 0-d tensor or have shape (5,), got (4,)",
+    ),
+]
+
+
+def reduce(folds):
+    return similarity_reduce(X, Y, reduce=folds)
+
+
+def ruled(**rules):
+    return similarity_reduce(X, Y, pairs=Pairs(**rules))
+
+
 LOSS_CASES = [
     (
         lambda: info_nce(X, torch.randn(5, 2)),
@@ -162,6 +262,12 @@ def test_similarity_reduce(call, error, message):
         call()
 
 
+@pytest.mark.parametrize("call,error,message", FOLD_CASES, ids=[m[:70] for *_, m in FOLD_CASES])
+def test_folds_and_pairs(call, error, message):
+    with pytest.raises(error, match="^" + re.escape(message)):
+        call()
+
+
 @pytest.mark.parametrize("call,error,message", LOSS_CASES, ids=[m[:50] for *_, m in LOSS_CASES])
 def test_losses(call, error, message):
     with pytest.raises(error, match="^" + re.escape(message) if ":" in message else re.escape(message)):
@@ -192,7 +298,25 @@ def test_compiled_functions_protect_memory():
     from contrastive_ops import _extension
 
     functions = _extension.functions("similarity_reduce")
-    with pytest.raises((ValueError, RuntimeError), match="row_bias must have shape"):
-        functions.forward(X, Y, torch.ones(4), torch.ones(3), None, None, None, True, True, 0)
-    with pytest.raises((ValueError, RuntimeError), match="same last dimension"):
-        functions.forward(X, torch.ones(5, 9), torch.ones(4), None, None, None, None, True, True, 0)
+
+    def forward(y=Y, scale=1, row_bias=None, data=None, folds=((0, "logsumexp", False),)):
+        each = LogitSet(ScaleOf.ALL, data=data or {})
+        layout = Layout((each,), tuple(SetFold(*fold) for fold in folds))
+        functions.forward(X, y, torch.ones(scale), row_bias, None, None, *layout.encode(), 0)
+
+    forward()
+    ids, indptr = torch.arange(4), torch.tensor([0, 1, 1, 1, 1])
+    for arguments, message in (
+        ({"row_bias": torch.ones(3)}, "row_bias must have shape"),
+        ({"y": torch.ones(5, 9)}, "same last dimension"),
+        ({"scale": 4}, "scale must have shape"),
+        ({"folds": ((1, "max", False),)}, "spec must name sets and kinds"),
+        ({"data": {Slot.DIFFER_ROWS: ids, Slot.DIFFER_COLS: ids}}, "differ must have shape"),
+        ({"data": {Slot.EXCLUDE_INDPTR: indptr, Slot.EXCLUDE_INDICES: torch.tensor([5])}}, "indices must be below 5"),
+        ({"data": {Slot.EXCLUDE_INDPTR: indptr, Slot.EXCLUDE_INDICES: ids}}, "indptr must span the indices"),
+        ({"data": {Slot.GUIDE_X: X, Slot.GUIDE_Y: torch.ones(5, 2)}}, "guide_y must have shape"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            forward(**arguments)
+    with pytest.raises((ValueError, RuntimeError), match="spec must describe all sets and folds"):
+        functions.forward(X, Y, torch.ones(1), None, None, None, [], [1, 1], 0)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import contrastive_ops
-from contrastive_ops import Pairs, clip, info_nce, nt_xent, similarity_reduce
+from contrastive_ops import Fold, Pairs, clip, info_nce, nt_xent, similarity_reduce
+from contrastive_ops._similarity import Layout, LogitSet, ScaleOf, SetFold, Slot
 from contrastive_ops.testing import sample_problem
 
 ops = torch.ops.contrastive_ops
@@ -12,19 +14,28 @@ ops = torch.ops.contrastive_ops
 
 def arguments(backend, self_similarity=False, target=True, biases=True, depth=64, dtype=torch.float64):
     p = sample_problem(9, 7, depth, dtype=dtype, self_similarity=self_similarity, target=target, biases=biases)
-    return [p.x, p.y, p.scale.detach().abs().requires_grad_(), p.row_bias, p.col_bias, p.target, 0]
+    return [p.x, p.y, p.scale.detach().abs().requires_grad_(), p.row_bias, p.col_bias, p.target]
+
+
+def layout(rows=True, cols=True, kinds=("logsumexp", "max"), scale_of=ScaleOf.ROWS, rules=True):
+    """(pair_data, spec) of one set, folded in the directions asked for."""
+    data = {Slot.BELOW_ROWS: torch.full((9,), 50.0, dtype=torch.float64)} if rules else {}
+    each = LogitSet(scale_of, negate=False, diagonal=0, data=data)
+    folds = [SetFold(0, kind, side) for kind in kinds for side, wanted in ((False, rows), (True, cols)) if wanted]
+    return Layout((each,), tuple(folds)).encode()
 
 
 @pytest.mark.parametrize("self_similarity", [False, True])
 @pytest.mark.parametrize("rows,cols", [(True, False), (False, True), (True, True)])
 def test_opcheck_forward(backend, self_similarity, rows, cols):
-    torch.library.opcheck(ops.similarity_reduce_forward, (*arguments(backend, self_similarity), rows, cols, 0, backend))
+    problem = arguments(backend, self_similarity)
+    torch.library.opcheck(ops.similarity_reduce_forward, (*problem, *layout(rows, cols), 0, backend))
 
 
 def test_opcheck_forward_with_kept_products(backend):
     torch.library.opcheck(
         ops.similarity_reduce_forward,
-        (*arguments(backend), True, True, 16, backend),
+        (*arguments(backend), *layout(), 16, backend),
         # Kept products are memory that only backward reads; comparing them between runs would compare garbage.
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
@@ -33,29 +44,36 @@ def test_opcheck_forward_with_kept_products(backend):
 def test_opcheck_forward_without_options(backend):
     problem = arguments(backend, target=False, biases=False)
     problem = [t.detach() if isinstance(t, torch.Tensor) else t for t in problem]
-    torch.library.opcheck(ops.similarity_reduce_forward, (*problem[:6], None, True, False, 0, backend))
+    torch.library.opcheck(ops.similarity_reduce_forward, (*problem, *layout(cols=False, rules=False), 0, backend))
 
 
 @pytest.mark.parametrize("needs", [31, 1, 2, 20])
 def test_opcheck_backward(backend, needs):
     problem = arguments(backend)
-    rows, cols, _, kept = ops.similarity_reduce_forward(*problem, True, True, 0, backend)
-    upstream = [torch.randn(n, dtype=torch.float64, requires_grad=True) for n in (9, 7, 9)]
+    folds, argmax, _, _, kept = ops.similarity_reduce_forward(*problem, *layout(), 0, backend)
+    upstream = [torch.randn(n, dtype=torch.float64, requires_grad=True) for n in (32, 9)]
     torch.library.opcheck(
         ops.similarity_reduce_backward,
-        (*problem, rows.detach(), cols.detach(), *upstream, kept.detach(), needs, backend),
+        (*problem, *layout(), folds.detach(), argmax, *upstream, None, kept.detach(), needs, backend),
         # Second derivatives recompute through the reference; AOT tracing of them is not promised.
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
 
-@pytest.mark.parametrize("extra", [False, True])
-def test_opcheck_total(backend, extra):
+@pytest.mark.parametrize("kind,extra", [("logsumexp", False), ("logsumexp", True), ("sum_softplus", False)])
+def test_opcheck_total(backend, kind, extra):
     weight = torch.rand(9, dtype=torch.float64, requires_grad=True)
     more = [torch.randn(9, dtype=torch.float64, requires_grad=True) for _ in range(2)] if extra else [None, None]
     problem = arguments(backend)
-    problem[6] = None
-    torch.library.opcheck(ops.similarity_reduce_total, (*problem, weight, *more, 31, backend))
+    rules = layout(cols=False, kinds=(kind,))
+    torch.library.opcheck(ops.similarity_reduce_total, (*problem, *rules, weight, *more, 31, backend))
+
+
+def folds_of_one_sweep(a, b, s):
+    ids = torch.arange(a.shape[0])
+    folds = ("logsumexp", Fold("sum_softplus", scale=s, negate=True), Fold("max", pairs=Pairs(diagonal=0)))
+    reduced = similarity_reduce(a, b, reduce=folds, dim=(0, 1), pairs=Pairs(differ=(ids, ids // 2), below=30.0))
+    return sum(v.sum() for v in (*reduced.rows, *reduced.cols))
 
 
 LOSSES = {
@@ -65,6 +83,7 @@ LOSSES = {
     "clip": lambda a, b, s: clip(a, b, scale=s),
     "clip kept": lambda a, b, s: clip(a, b, scale=s, memory_budget=20_000),
     "nt_xent": lambda a, b, s: nt_xent(a, b, scale=s),
+    "folds": lambda a, b, s: folds_of_one_sweep(a, b, s),
     "self": lambda a, b, s: similarity_reduce(a, scale=s, dim=(0, 1), pairs=Pairs(diagonal=1)).rows[:-1].sum(),
 }
 

@@ -25,7 +25,7 @@ SHAPES = [
 
 
 def fold(problem: Problem, backend: str, dim=(0, 1), memory_budget=0):
-    return similarity_reduce(
+    reduced = similarity_reduce(
         problem.x,
         problem.y,
         dim=dim,
@@ -37,14 +37,13 @@ def fold(problem: Problem, backend: str, dim=(0, 1), memory_budget=0):
         memory_budget=memory_budget,
         backend=backend,
     )
+    return [v for v in reduced[:3] if v is not None]
 
 
 def total_of(values, cotangents):
     """A scalar that weighs every finite output; rows without a pair (-inf) have no say."""
     parts = [
-        (v.masked_fill(v == -torch.inf, 0.0) * c.to(v.dtype)).sum()
-        for v, c in zip(values, cotangents, strict=True)
-        if v is not None
+        (v.masked_fill(v == -torch.inf, 0.0) * c.to(v.dtype)).sum() for v, c in zip(values, cotangents, strict=True)
     ]
     return sum(parts)
 
@@ -52,13 +51,13 @@ def total_of(values, cotangents):
 def check_against_truth(problem: Problem, backend: str, memory_budget=0, tolerance=None):
     tolerance = tolerance or TOLERANCE[problem.x.dtype]
     truth, eager = problem.to(torch.float64), problem.to(problem.x.dtype)
-    expected, plain = dense(truth), dense(eager)
+    expected, plain = ([v for v in dense(p) if v is not None] for p in (truth, eager))
     got = fold(problem, backend, memory_budget=memory_budget)
-    cotangents = [torch.randn(v.shape) if v is not None else None for v in expected]
+    cotangents = [torch.randn(v.shape) for v in expected]
     gradients = torch.autograd.grad(total_of(got, cotangents), problem.leaves())
     expected_gradients = torch.autograd.grad(total_of(expected, cotangents), truth.leaves())
     plain_gradients = torch.autograd.grad(total_of(plain, cotangents), eager.leaves())
-    rows = [(g, e, p) for g, e, p in zip(got, expected, plain, strict=True) if e is not None]
+    rows = list(zip(got, expected, plain, strict=True))
     rows += list(zip(gradients, expected_gradients, plain_gradients, strict=True))
     for value, exact, low in rows:
         assert relative_error(value, exact) <= 2 * relative_error(low, exact) + tolerance

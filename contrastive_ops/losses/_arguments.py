@@ -5,9 +5,70 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _autocast, _checks
 
 REDUCTIONS = ("mean", "sum", "none")
+
+
+def two_sides(
+    function: str,
+    sides: tuple[tuple[str, Tensor], tuple[str, Tensor]],
+    *,
+    temperature: float | Tensor | None,
+    scale: float | Tensor | None,
+    default_temperature: float,
+    reduction: str,
+    weight: Tensor | None = None,
+    normalize: bool = False,
+    partners: bool = False,
+) -> tuple[Tensor, Tensor, float | Tensor]:
+    """Check what every loss takes; return both matrices, cast and normalised as asked for, and the scale.
+
+    Args:
+        function: the loss, for errors.
+        sides: the names and matrices of rows and columns.
+        temperature: or `scale`; the default is `default_temperature`.
+        scale: factor of the inner products.
+        default_temperature: the loss's own.
+        reduction: "mean", "sum" or "none".
+        weight: (rows,) or None.
+        normalize: scale the rows of both matrices to length 1.
+        partners: row i of one side belongs to row i of the other, so both must have one shape.
+    """
+    check_reduction(function, reduction)
+    (x_name, x), (y_name, y) = sides
+    x, y = _autocast.cast(x, y)
+    _checks.check_matrices(function, x_name, x, y_name, y)
+    if partners:
+        check_partners(function, x_name, x, y_name, y)
+    if weight is not None:
+        check_weight(function, weight, x.shape[0], x_name, x)
+    factor = resolve_scale(function, temperature, scale, default_temperature)
+    if normalize:
+        x, y = normalized(x), normalized(y)
+    return x, y, factor
+
+
+def one_side(
+    function: str,
+    name: str,
+    x: Tensor,
+    *,
+    temperature: float | Tensor | None,
+    scale: float | Tensor | None,
+    default_temperature: float,
+    reduction: str,
+    weight: Tensor | None = None,
+    normalize: bool = False,
+) -> tuple[Tensor, float | Tensor]:
+    """`two_sides` for a loss that compares the rows of one matrix with each other."""
+    check_reduction(function, reduction)
+    (x,) = _autocast.cast(x)
+    _checks.check_matrix(function, name, x)
+    if weight is not None:
+        check_weight(function, weight, x.shape[0], name, x)
+    factor = resolve_scale(function, temperature, scale, default_temperature)
+    return normalized(x) if normalize else x, factor
 
 
 def resolve_scale(
@@ -50,6 +111,57 @@ def divide(total: Tensor, losses: Tensor, weight: Tensor | None) -> Tensor:
     return total / losses.shape[0]  # 0 / 0 is NaN; testing for 0 would fix a traced batch size
 
 
+def mean_over(rows: Tensor, counted: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """`reduce_rows` for losses in which some rows do not count: they are 0, and the mean leaves them out.
+
+    Where no row counts, the mean is 0 with gradient 0.
+    """
+    rows = torch.where(counted, rows, 0.0)
+    if reduction != "mean":
+        return reduce_rows(rows, weight, reduction)
+    share = counted.to(rows.dtype) if weight is None else counted * weight.to(rows.dtype)
+    size = share.sum()
+    return (rows * share).sum() / torch.where(size == 0, 1.0, size)
+
+
 def check_reduction(function: str, reduction: str) -> None:
     """`reduction` must be one that PyTorch knows."""
     _checks.check_choice(function, "reduction", reduction, REDUCTIONS)
+
+
+def check_partners(function: str, x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
+    """Row i of one matrix belongs to row i of the other."""
+    if x.shape != y.shape:
+        raise ValueError(
+            f"{function}: {y_name} must have the same shape as {x_name}, "
+            f"got {x_name} {_checks.shape(x)} and {y_name} {_checks.shape(y)}"
+        )
+
+
+def check_weight(function: str, weight: Tensor, size: int, x_name: str, x: Tensor) -> None:
+    """`weight` must be (size,) numbers >= 0. Reads the data, which a traced or meta tensor does not have."""
+    _checks.check_vector(function, "weight", weight, size, x_name, x)
+    if torch.compiler.is_compiling() or weight.device.type == "meta":
+        return
+    negative = weight.detach()[weight.detach() < 0]
+    if negative.numel():
+        raise ValueError(f"{function}: weight must not be negative, got {float(negative[0])}")
+
+
+def check_margin(function: str, margin: object) -> None:
+    """`margin` must be a finite number >= 0."""
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+        raise TypeError(f"{function}: margin must be a float, got {type(margin).__name__}")
+    if not 0 <= margin < float("inf"):
+        raise ValueError(f"{function}: margin must be a finite number >= 0, got {margin}")
+
+
+def check_number(function: str, name: str, value: object, interval: str) -> None:
+    """`value` must be a number in `interval`, which is written as in mathematics: "[0, 1)"."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    if not (above and below):
+        raise ValueError(f"{function}: {name} must be in {interval}, got {value}")

@@ -3,10 +3,13 @@
 Each is softplus(lse over the other columns - target logit) per row. How their gradients are formed:
 
     loss      reduction      gradients                                multiply-adds (2 each), N = M
-    info_nce  mean, sum      in the forward pass (softplus_total)     6 N^2 D
+    info_nce  mean, sum      in the forward pass (weighted_total)     6 N^2 D
     info_nce  none           recomputed in backward, or kept          8 N^2 D, 6 if kept
     clip      any            recomputed in backward, or kept          8 N^2 D, 6 if kept
     nt_xent   any            recomputed in backward, or kept          4 N^2 D, 3 if kept (N = both views)
+
+A margin, a z-loss, label smoothing of filtered pairs and diagnostics need more of the sweep than its weighted total:
+with any of them info_nce recomputes whatever its reduction is.
 
 Both directions of clip need every column's statistics before the first gradient, and so do the mirrored tiles of
 nt_xent, which is why they cannot form gradients in their forward pass.
@@ -14,19 +17,30 @@ nt_xent, which is why they cannot form gradients in their forward pass.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from .. import _autocast, _checks
 from ..ops.pairs import Pairs
-from ..ops.similarity_reduce import fold, merge_lse, needs_gradient, softplus_total
+from ..ops.similarity_reduce import fold
+from ..reference.similarity_reduce import softplus
 from . import _arguments
-
-
-def softplus(z: Tensor) -> Tensor:
-    """log(1 + exp(z)), exact on both sides (torch's softplus becomes the identity above 20)."""
-    return -logsigmoid(-z)
+from ._columns import (
+    check_pairs,
+    check_row_negatives,
+    checked_target,
+    mean_logit,
+    own_column,
+    partner_similarity,
+    scaled,
+    smoothing_folds,
+    smoothing_share,
+    sum_and_count,
+)
+from ._row_softmax import row_softmax
+from .diagnostics import Ranking
 
 
 def info_nce(
@@ -38,20 +52,27 @@ def info_nce(
     target: Tensor | None = None,
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
-    label_smoothing: float = 0.0,
+    pairs: Pairs | None = None,
+    margin: float = 0.0,
+    label_smoothing: float | Tensor = 0.0,
+    z_loss: float = 0.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
+    diagnostics: bool = False,
     memory_budget: int | None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Any:
     """InfoNCE in one direction: every query must find its key among all keys.
 
     Equivalent to::
 
         logits = query @ torch.cat([key, negatives]).T                              # (N, M + K)
-        logits = torch.cat([logits, torch.einsum("nd,nkd->nk", query, row_negatives)], 1) / temperature
-        F.cross_entropy(logits, target, reduction=reduction, label_smoothing=label_smoothing)
+        logits = logits.masked_fill(~keep, -torch.inf)                              # the rules of Pairs, not the target
+        logits = torch.cat([logits, torch.einsum("nd,nkd->nk", query, row_negatives)], 1)
+        logits = (logits - margin * F.one_hot(target, logits.shape[1])) / temperature
+        loss = F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
+        (loss + z_loss * logits.logsumexp(1) ** 2).mean()
 
     Args:
         query: (N, D) float32, bfloat16, float16 or float64.
@@ -61,7 +82,13 @@ def info_nce(
         target: (N,) int64 in [0, M). None: query i belongs to key i, and M >= N.
         temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead; not both.
-        label_smoothing: share of the target distribution that is spread evenly over all columns.
+        pairs: which of the M + K columns are negatives of a query: ids of false negatives, bounds on the similarity, a
+            guide, ... The target always takes part, and so do ``row_negatives``.
+        margin: subtracted from the similarity of each query with its key (additive margin).
+        label_smoothing: share of the target distribution that is spread evenly over all columns that take part; a
+            float, or (N,) with a share for each row, differentiable.
+        z_loss: factor of the squared logarithm of the softmax's denominator, which is added to the loss.
+        diagnostics: also return `Diagnostics` (accuracy, ranks, mean similarities) from the same sweep.
         weight: (N,) weight of each row; the mean divides by its sum. Differentiable.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first; O(N D).
@@ -69,18 +96,21 @@ def info_nce(
         backend: "auto", "reference" or "cpu".
 
     Returns:
-        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative without label
-        smoothing. For N = 0 the mean is NaN, as in `torch.nn.functional.cross_entropy`.
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs); with ``diagnostics`` the pair
+        (loss, Diagnostics). Never negative without label smoothing. A row without any negative has loss 0 and
+        gradient 0. For N = 0 the mean is NaN, as in `torch.nn.functional.cross_entropy`.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
 
     Note:
-        Memory O((N + M) D). A mean or sum forms its gradients in the forward pass (6 N M D); without gradients only
-        the forward is paid (2 N M D).
+        Memory O((N + M) D). A mean or sum forms its gradients in the forward pass (6 N M D), unless ``margin``,
+        ``z_loss``, ``diagnostics`` or ``label_smoothing`` with ``pairs`` need the rows themselves (8 N M D, 6 if
+        kept); without gradients only the forward is paid (2 N M D).
 
     Source:
-        van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018.
+        van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018. The margin: Yang et al.,
+        Improving Multilingual Sentence Embedding using Bi-directional Dual Encoder with Additive Margin Softmax, 2019.
 
     Example:
         >>> query, key = torch.randn(8, 16), torch.randn(8, 16)
@@ -90,38 +120,45 @@ def info_nce(
     """
     name = "info_nce"
     _arguments.check_reduction(name, reduction)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    check_pairs(name, pairs)
+    _arguments.check_margin(name, margin)
+    _arguments.check_number(name, "z_loss", z_loss, "[0, inf)")
     query, key, negatives, row_negatives = _autocast.cast(query, key, negatives, row_negatives)
     _checks.check_matrices(name, "query", query, "key", key)
     scale = _arguments.resolve_scale(name, temperature, scale, 0.07)
-    target = _own_column(name, query, key) if target is None else _checked_target(name, target, query, key)
+    share = smoothing_share(name, label_smoothing, "query", query)
+    if target is None:
+        target = own_column(name, query, key)
+    else:
+        target = checked_target(name, "target", target, "query", query, key.shape[0])
     if negatives is not None:
         _checks.check_matrices(name, "query", query, "negatives", negatives)
         key = torch.cat([key, negatives])
     if row_negatives is not None:
-        _check_row_negatives(name, query, row_negatives)
+        check_row_negatives(name, query, row_negatives)
     if weight is not None:
-        _checks.check_vector(name, "weight", weight, query.shape[0], "query", query)
+        _arguments.check_weight(name, weight, query.shape[0], "query", query)
     if normalize:
         query, key = _arguments.normalized(query), _arguments.normalized(key)
         row_negatives = None if row_negatives is None else _arguments.normalized(row_negatives)
 
-    own = None if row_negatives is None else _row_logits(query, row_negatives, scale)
-    extra = None if own is None else own.logsumexp(1)
-    mean_logit = _mean_logit(query, key, own, scale) if label_smoothing else None
-    if reduction != "none" and needs_gradient(query, key, scale, weight, extra):
-        return _info_nce_total(
-            query, key, scale, target, weight, extra, mean_logit, label_smoothing, reduction, backend
-        )
-    names = (name, "query", "key")
-    rows, _, target_logit = fold(
-        query, key, scale=scale, target=target, memory_budget=memory_budget, names=names, backend=backend
+    return row_softmax(
+        (name, "query", "key"),
+        query,
+        key,
+        target=target,
+        scale=scale,
+        pairs=pairs,
+        own=None if row_negatives is None else partner_similarity(query, row_negatives),
+        own_logit=(lambda logit: logit - scaled(scale, torch.full_like(logit, margin))) if margin else None,
+        share=share,
+        z_loss=z_loss,
+        weight=weight,
+        reduction=reduction,
+        diagnostics=diagnostics,
+        memory_budget=memory_budget,
+        backend=backend,
     )
-    losses = softplus((rows if extra is None else merge_lse(rows, extra)) - target_logit)
-    if mean_logit is not None:
-        losses = losses + label_smoothing * (target_logit - mean_logit)
-    return _arguments.reduce_rows(losses, weight, reduction)
 
 
 def clip(
@@ -130,17 +167,21 @@ def clip(
     *,
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
+    pairs: Pairs | None = None,
+    label_smoothing: float | Tensor = 0.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = False,
+    diagnostics: bool = False,
     memory_budget: int | None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Any:
     """CLIP's loss: InfoNCE from images to texts and from texts to images, averaged, from one sweep.
 
     Equivalent to::
 
         logits, labels = scale * image @ text.T, torch.arange(N)
+        logits = logits.masked_fill(~keep, -torch.inf)                              # the rules of Pairs, not the target
         (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
     Args:
@@ -148,15 +189,21 @@ def clip(
         text: (N, D); row i belongs to row i of ``image``.
         temperature: divides the inner products; float or 0-d tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead, for instance ``logit_scale.exp()``; not both.
+        pairs: which images and texts are negatives of each other: ids of false negatives, bounds on the similarity, a
+            guide, ... An image and its own text always take part.
+        label_smoothing: share of the target distribution that is spread evenly over all columns that take part; a
+            float, or (N,) with a share for each pair, differentiable.
         weight: (N,) weight of each pair; the mean divides by its sum. Differentiable.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first; O(N D).
+        diagnostics: also return `Diagnostics` of both directions from the same sweep.
         memory_budget: bytes of inner products kept for backward: 0 keeps none (8 N^2 D), 4 N^2 keeps all of them
             (6 N^2 D). None: 128 MiB. Does not change the result.
         backend: "auto", "reference" or "cpu".
 
     Returns:
-        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative.
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs); with ``diagnostics`` the pair
+        (loss, (Diagnostics of images, Diagnostics of texts)). Never negative without label smoothing.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
@@ -175,21 +222,42 @@ def clip(
         True
     """
     name = "clip"
-    _arguments.check_reduction(name, reduction)
-    image, text = _autocast.cast(image, text)
-    _check_partners(name, "image", image, "text", text)
-    if weight is not None:
-        _checks.check_vector(name, "weight", weight, image.shape[0], "image", image)
-    scale = _arguments.resolve_scale(name, temperature, scale, 0.07)
-    if normalize:
-        image, text = _arguments.normalized(image), _arguments.normalized(text)
-    target = torch.arange(image.shape[0], device=image.device)
-    names = (name, "image", "text")
-    rows, cols, target_logit = fold(
-        image, text, dim=(0, 1), scale=scale, target=target, memory_budget=memory_budget, names=names, backend=backend
+    image, text, scale = _arguments.two_sides(
+        name,
+        (("image", image), ("text", text)),
+        temperature=temperature,
+        scale=scale,
+        default_temperature=0.07,
+        reduction=reduction,
+        weight=weight,
+        normalize=normalize,
+        partners=True,
     )
+    check_pairs(name, pairs)
+    share = smoothing_share(name, label_smoothing, "image", image)
+    of_smoothing = smoothing_folds(share, pairs)
+    ranking = Ranking(image, text, text, pairs, both=True) if diagnostics else None
+    folded = fold(
+        image,
+        text,
+        reduce=("logsumexp", *of_smoothing, *(ranking.folds if ranking else ())),
+        dim=(0, 1),
+        scale=scale,
+        target=torch.arange(image.shape[0], device=image.device),
+        pairs=pairs,
+        memory_budget=memory_budget,
+        names=(name, "image", "text"),
+        backend=backend,
+    )
+    (rows, *of_rows), (cols, *of_cols), target_logit, *_ = folded
+    end = len(of_smoothing)
     losses = (softplus(rows - target_logit) + softplus(cols - target_logit)) / 2
-    return _arguments.reduce_rows(losses, weight, reduction)
+    if share is not None:
+        row_mean = mean_logit(*sum_and_count(image, text, scale, target_logit, of_rows[:end]))
+        col_mean = mean_logit(*sum_and_count(image, text, scale, target_logit, of_cols[:end], of_columns=True))
+        losses = losses + share * (target_logit - (row_mean + col_mean) / 2)
+    loss = _arguments.reduce_rows(losses, weight, reduction)
+    return (loss, (ranking.read(of_rows[end:]), ranking.read(of_cols[end:], dim=0))) if ranking else loss
 
 
 def nt_xent(
@@ -240,114 +308,21 @@ def nt_xent(
         torch.Size([8])
     """
     name = "nt_xent"
-    _arguments.check_reduction(name, reduction)
-    z0, z1 = _autocast.cast(z0, z1)
-    _check_partners(name, "z0", z0, "z1", z1)
-    scale = _arguments.resolve_scale(name, temperature, scale, 0.5)
+    z0, z1, scale = _arguments.two_sides(
+        name,
+        (("z0", z0), ("z1", z1)),
+        temperature=temperature,
+        scale=scale,
+        default_temperature=0.5,
+        reduction=reduction,
+        normalize=normalize,
+        partners=True,
+    )
     z = torch.cat([z0, z1])
-    if normalize:
-        z = _arguments.normalized(z)
     count = z0.shape[0]
     target = torch.arange(2 * count, device=z.device).roll(count)
     names, pairs = (name, "z0", "z1"), Pairs(diagonal=0)
-    rows, _, target_logit = fold(
+    (rows,), _, target_logit, *_ = fold(
         z, scale=scale, target=target, pairs=pairs, memory_budget=memory_budget, names=names, backend=backend
     )
     return _arguments.reduce_rows(softplus(rows - target_logit), None, reduction)
-
-
-def _info_nce_total(
-    query: Tensor,
-    key: Tensor,
-    scale: float | Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    extra: Tensor | None,
-    mean_logit: Tensor | None,
-    label_smoothing: float,
-    reduction: str,
-    backend: str,
-) -> Tensor:
-    dtype = _checks.accumulator(query.dtype)
-    row_weight = query.new_ones(query.shape[:1], dtype=dtype) if weight is None else weight.to(dtype)
-    total = softplus_total(
-        query,
-        key,
-        scale=scale,
-        target=target,
-        weight=row_weight,
-        extra=extra,
-        target_weight=None if mean_logit is None else label_smoothing * row_weight,
-        names=("info_nce", "query", "key"),
-        backend=backend,
-    )
-    if mean_logit is not None:
-        total = total - label_smoothing * (row_weight * mean_logit).sum()
-    return total if reduction == "sum" else _arguments.divide(total, row_weight, weight)
-
-
-def _own_column(function: str, query: Tensor, key: Tensor) -> Tensor:
-    if key.shape[0] < query.shape[0]:
-        raise ValueError(
-            f"{function}: key must have at least as many rows as query where target is not given, "
-            f"got query {_checks.shape(query)} and key {_checks.shape(key)}"
-        )
-    return torch.arange(query.shape[0], device=query.device)
-
-
-def _checked_target(function: str, target: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    _checks.check_index(function, "target", target, query.shape[0], "query", query)
-    # Of the keys alone: a target among the shared negatives is a mistake that the operator could not see.
-    _checks.check_index_values(function, "target", target, key.shape[0])
-    return target
-
-
-def _check_partners(function: str, x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
-    _checks.check_matrices(function, x_name, x, y_name, y)
-    if x.shape != y.shape:
-        raise ValueError(
-            f"{function}: {y_name} must have the same shape as {x_name}, "
-            f"got {x_name} {_checks.shape(x)} and {y_name} {_checks.shape(y)}"
-        )
-
-
-def _check_row_negatives(function: str, query: Tensor, row_negatives: object) -> None:
-    if not isinstance(row_negatives, Tensor):
-        raise TypeError(f"{function}: row_negatives must be a tensor, got {type(row_negatives).__name__}")
-    if row_negatives.dim() != 3 or row_negatives.shape[::2] != query.shape:
-        raise ValueError(
-            f"{function}: row_negatives must have shape ({query.shape[0]}, K, {query.shape[1]}), "
-            f"got {_checks.shape(row_negatives)}"
-        )
-    if row_negatives.dtype != query.dtype:
-        raise TypeError(
-            f"{function}: row_negatives must have the same dtype as query, "
-            f"got query {query.dtype} and row_negatives {row_negatives.dtype}"
-        )
-    _checks.check_device(function, "query", query, "row_negatives", row_negatives)
-
-
-def _row_logits(query: Tensor, row_negatives: Tensor, scale: float | Tensor) -> Tensor:
-    """(N, K) logits of each query with its own negatives, in the accumulation dtype."""
-    dtype = _checks.accumulator(query.dtype)
-    with _autocast.disabled(query):
-        dots = torch.einsum("nd,nkd->nk", query.to(dtype), row_negatives.to(dtype))
-    return _by_row(scale, dots) * dots
-
-
-def _mean_logit(query: Tensor, key: Tensor, own: Tensor | None, scale: float | Tensor) -> Tensor:
-    """(N,) mean logit over all columns; linear, so that sums of columns are enough."""
-    dtype = _checks.accumulator(query.dtype)
-    with _autocast.disabled(query):
-        dots = query.to(dtype) @ key.to(dtype).sum(0)
-    total = (scale.to(dtype) if isinstance(scale, Tensor) else scale) * dots
-    if own is None:
-        return total / key.shape[0]
-    return (total + own.sum(1)) / (key.shape[0] + own.shape[1])
-
-
-def _by_row(scale: float | Tensor, like: Tensor) -> float | Tensor:
-    if not isinstance(scale, Tensor):
-        return scale
-    scale = scale.to(device=like.device, dtype=like.dtype)
-    return scale[:, None] if scale.dim() == 1 else scale

@@ -16,17 +16,22 @@ from torch import Tensor
 from .. import _autocast
 from .._checks import accumulator, check_index_values
 from .._dispatch import Backend
+from .._similarity import Layout
 from ..reference import similarity_reduce as reference
 
 # Not torch.library.custom_op, whose first call imports torch._dynamo: three seconds and 150 MiB for a plain evaluation.
 _LIBRARY = torch.library.Library("contrastive_ops", "FRAGMENT")
 
-_PROBLEM = "Tensor x, Tensor? y, Tensor scale, Tensor? row_bias, Tensor? col_bias, Tensor{q} target, SymInt? diagonal"
-_FORWARD = f"({_PROBLEM.format(q='?')}, bool rows, bool cols, SymInt kept_size, str backend)" + (
-    " -> (Tensor row_lse, Tensor col_lse, Tensor target_logit, Tensor kept)"
+_PROBLEM = (
+    "Tensor x, Tensor? y, Tensor scale, Tensor? row_bias, Tensor? col_bias, Tensor{q} target,"
+    " Tensor[] pair_data, SymInt[] spec"
+)
+_FORWARD = (
+    f"({_PROBLEM.format(q='?')}, SymInt kept_size, str backend)"
+    " -> (Tensor folds, Tensor argmax, Tensor target_logit, Tensor linear, Tensor kept)"
 )
 _BACKWARD = (
-    f"({_PROBLEM.format(q='?')}, Tensor? row_lse, Tensor? col_lse, Tensor? d_rows, Tensor? d_cols, Tensor? d_target,"
+    f"({_PROBLEM.format(q='?')}, Tensor folds, Tensor argmax, Tensor? d_folds, Tensor? d_target, Tensor? d_linear,"
     " Tensor kept, int needs, str backend)"
     " -> (Tensor dx, Tensor dy, Tensor dscale, Tensor drow_bias, Tensor dcol_bias)"
 )
@@ -36,8 +41,8 @@ _TOTAL = (
     " Tensor dcol_bias, Tensor dextra)"
 )
 
-# Inputs that can need a gradient; bit b of `needs` stands for input b.
-_X, _Y, _SCALE, _ROW_BIAS, _COL_BIAS = range(5)
+# Inputs that can need a gradient; bit b of `needs` stands for input b. `pair_data` and `spec` follow the target.
+_X, _Y, _SCALE, _ROW_BIAS, _COL_BIAS, _TARGET, _PAIR_DATA, _SPEC = range(8)
 
 
 def register(backends: Mapping[str, Backend]) -> None:
@@ -59,7 +64,7 @@ def register(backends: Mapping[str, Backend]) -> None:
         _check_target(problem)
         with _autocast.disabled(problem[0]):
             losses, target_logit, *gradients = backends[backend].functions().total(*problem)
-        weight, target_weight = problem[7], problem[9]
+        weight, _, target_weight = problem[_SPEC + 1 : _SPEC + 4]
         value = (weight * losses).sum()
         if target_weight is not None:
             value = value + (target_weight * target_logit).sum()
@@ -78,17 +83,17 @@ def register(backends: Mapping[str, Backend]) -> None:
 
 
 def _check_target(problem: list[Any]) -> None:
-    x, y, target = problem[0], problem[1], problem[5]
+    x, y, target = problem[_X], problem[_Y], problem[_TARGET]
     if target is not None:
         check_index_values("similarity_reduce", "target", target, len(x if y is None else y))
 
 
-def _gradient_shapes(x: Tensor, y: Tensor | None, needs: int) -> list[tuple[Any, ...]]:
+def _gradient_shapes(x: Tensor, y: Tensor | None, scale: Tensor, needs: int) -> list[tuple[Any, ...]]:
     rows, depth = x.shape
     columns = rows if y is None else y.shape[0]
     wants = [bool(needs >> bit & 1) for bit in range(5)]
     wants[_Y] = wants[_Y] and y is not None
-    shapes = [(rows, depth), (columns, depth), (rows,), (rows,), (columns,)]
+    shapes = [(rows, depth), (columns, depth), tuple(scale.shape), (rows,), (columns,)]
     return [shape if want else (0, *shape[1:]) for shape, want in zip(shapes, wants, strict=True)]
 
 
@@ -96,86 +101,102 @@ def _needs(ctx: Any) -> int:
     return sum(1 << bit for bit in range(5) if ctx.needs_input_grad[bit])
 
 
+def _save(ctx: Any, inputs: tuple[Any, ...], *others: Any) -> None:
+    """Keep the problem and other tensors for `_saved`."""
+    pair_data = inputs[_PAIR_DATA]
+    ctx.save_for_backward(*inputs[:_PAIR_DATA], *pair_data, *others)
+    ctx.set_materialize_grads(False)  # a gradient of zeros for `kept` would be as large as the matrix
+    ctx.spec, ctx.pair_count = inputs[_SPEC], len(pair_data)
+
+
+def _saved(ctx: Any) -> tuple[list[Any], list[Any]]:
+    """Return the problem, as the operators take it, and the other tensors that were kept."""
+    tensors = list(ctx.saved_tensors)
+    end = _PAIR_DATA + ctx.pair_count
+    return [*tensors[:_PAIR_DATA], tensors[_PAIR_DATA:end], ctx.spec], tensors[end:]
+
+
+def _no_gradients(ctx: Any, others: int) -> tuple[Any, ...]:
+    """For the target, pair_data, spec and whatever else follows them."""
+    return (None, [None] * ctx.pair_count, None, *(None,) * others)
+
+
 # ---- forward ---------------------------------------------------------------------------------------------------
 
 
-def _forward_fake(  # noqa: PLR0913
-    x: Tensor, y: Any, scale: Tensor, row_bias: Any, col_bias: Any, target: Any, diagonal: Any, rows: bool,
-    cols: bool, kept_size: int, backend: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    dtype = accumulator(x.dtype)
-    columns = x if y is None else y
-    sizes = (x.shape[0] if rows else 0, columns.shape[0] if cols else 0, 0 if target is None else x.shape[0], kept_size)
-    return tuple(x.new_empty((size,), dtype=dtype) for size in sizes)
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    x, y, *_, target, pair_data, spec, kept_size, _ = arguments
+    rows, columns = x.shape[0], x.shape[0] if y is None else y.shape[0]
+    layout, dtype = Layout.decode(pair_data, spec), accumulator(x.dtype)
+    return (
+        x.new_empty((sum(layout.sizes(rows, columns)),), dtype=dtype),
+        x.new_empty((sum(layout.argmax_sizes(rows, columns)),), dtype=torch.int64),
+        x.new_empty((0 if target is None else rows,), dtype=dtype),
+        x.new_empty((rows if layout.has_linear else 0,), dtype=dtype),
+        x.new_empty((kept_size,), dtype=dtype),
+    )
 
 
 def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, diagonal, rows, cols, _, backend = inputs
-    row_lse, col_lse, _, kept = output
-    ctx.save_for_backward(*tensors, row_lse if rows else None, col_lse if cols else None, kept)
-    ctx.mark_non_differentiable(kept)
-    ctx.set_materialize_grads(False)  # a gradient of zeros for `kept` would be as large as the matrix
-    ctx.diagonal, ctx.backend = diagonal, backend
+    folds, argmax, _, linear, kept = output
+    _save(ctx, inputs, folds, argmax, kept)
+    ctx.mark_non_differentiable(argmax, kept)
+    ctx.backend, ctx.has_linear = inputs[-1], linear.shape[0] != 0
 
 
-def _forward_derivative(ctx: Any, d_rows: Any, d_cols: Any, d_target: Any, _: Any) -> tuple[Any, ...]:
-    *tensors, row_lse, col_lse, kept = ctx.saved_tensors
-    no_gradients = (None,) * 11
+def _forward_derivative(ctx: Any, d_folds: Any, _: Any, d_target: Any, d_linear: Any, __: Any) -> tuple[Any, ...]:
+    problem, (folds, argmax, kept) = _saved(ctx)
     # An output that was not asked for is empty, and so is whatever gradient arrives for it.
-    d_rows = None if row_lse is None else d_rows
-    d_cols = None if col_lse is None else d_cols
-    d_target = None if tensors[5] is None else d_target
-    if d_rows is None and d_cols is None and d_target is None:
-        return no_gradients
+    d_target = None if problem[_TARGET] is None else d_target
+    d_linear = d_linear if ctx.has_linear else None
+    if d_folds is None and d_target is None and d_linear is None:
+        return (None,) * 5 + _no_gradients(ctx, 2)
     needs = _needs(ctx)
     gradients = torch.ops.contrastive_ops.similarity_reduce_backward(
-        *tensors, ctx.diagonal, row_lse, col_lse, d_rows, d_cols, d_target, kept, needs, ctx.backend
+        *problem, folds, argmax, d_folds, d_target, d_linear, kept, needs, ctx.backend
     )
-    return _to_inputs(tensors, gradients, needs) + no_gradients[5:]
+    return _to_inputs(problem, gradients, needs) + _no_gradients(ctx, 2)
 
 
 def _to_inputs(inputs: list[Any], gradients: Any, needs: int) -> tuple[Any, ...]:
-    """Gradients in the dtype and shape of the first five inputs; None where none is needed."""
-    result: list[Tensor | None] = []
-    for bit, (tensor, gradient) in enumerate(zip(inputs[:5], gradients, strict=True)):
-        if not needs >> bit & 1 or tensor is None:
-            result.append(None)
-        elif bit == _SCALE and tensor.dim() == 0:
-            result.append(gradient.sum().to(tensor.dtype))
-        else:
-            result.append(gradient.to(tensor.dtype))
-    return tuple(result)
+    """Gradients in the dtype of the first five inputs; None where none is needed."""
+    return tuple(
+        gradient.to(tensor.dtype) if needs >> bit & 1 and tensor is not None else None
+        for bit, (tensor, gradient) in enumerate(zip(inputs[:5], gradients, strict=True))
+    )
 
 
 # ---- backward --------------------------------------------------------------------------------------------------
 
 
-def _backward_fake(x: Tensor, y: Any, *arguments: Any) -> tuple[Tensor, ...]:
+def _backward_fake(x: Tensor, y: Any, scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     needs = arguments[-2]
-    return tuple(x.new_empty(shape, dtype=accumulator(x.dtype)) for shape in _gradient_shapes(x, y, needs))
+    return tuple(x.new_empty(shape, dtype=accumulator(x.dtype)) for shape in _gradient_shapes(x, y, scale, needs))
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, kept, needs, _ = inputs
-    diagonal = tensors.pop(6)
-    ctx.save_for_backward(*tensors, kept)
-    ctx.set_materialize_grads(False)
-    ctx.diagonal, ctx.needs = diagonal, needs
+    *others, needs, _ = inputs[_SPEC + 1 :]
+    _save(ctx, inputs, *others)
+    ctx.needs = needs
 
 
 def _backward_derivative(ctx: Any, *d_gradients: Any) -> tuple[Any, ...]:
     """The second derivative: autograd through the streamed reference, whatever the backend was."""
-    *tensors, kept = ctx.saved_tensors
-    with torch.enable_grad(), _autocast.disabled(tensors[0]):
-        # Aliases: only what this operator itself does with an input counts, not how row_lse came from x.
-        aliases = [t if t is None or not t.is_floating_point() else t.view_as(t) for t in tensors]
-        leaves = [a for a in aliases if a is not None and a.requires_grad]
-        arguments: list[Any] = [*aliases[:6], ctx.diagonal, *aliases[6:], kept, ctx.needs]
+    problem, others = _saved(ctx)
+    with torch.enable_grad(), _autocast.disabled(problem[0]):
+        # Aliases: only what this operator itself does with an input counts, not how the folds came from x.
+        tensors = [_alias(t) for t in (*problem[:_TARGET], *others)]
+        leaves = [a for a in tensors if a is not None and a.requires_grad]
+        arguments: list[Any] = [*tensors[:_TARGET], *problem[_TARGET:], *tensors[_TARGET:], ctx.needs]
         outputs = reference.backward(*arguments)
         pairs = [(o, d) for o, d in zip(outputs, d_gradients, strict=True) if d is not None and o.requires_grad]
         found = iter(_grad([o for o, _ in pairs], leaves, [d for _, d in pairs]))
-    gradients = [next(found) if a is not None and a.requires_grad else None for a in aliases]
-    return (*gradients[:6], None, *gradients[6:], None, None, None)
+    gradients = [next(found) if a is not None and a.requires_grad else None for a in tensors]
+    return (*gradients[:_TARGET], *_no_gradients(ctx, 0), *gradients[_TARGET:], None, None)
+
+
+def _alias(t: Any) -> Any:
+    return t if t is None or not t.is_floating_point() else t.view_as(t)
 
 
 def _grad(outputs: list[Tensor], inputs: list[Tensor], d_outputs: list[Tensor]) -> tuple[Tensor | None, ...]:
@@ -187,51 +208,48 @@ def _grad(outputs: list[Tensor], inputs: list[Tensor], d_outputs: list[Tensor]) 
 # ---- total -----------------------------------------------------------------------------------------------------
 
 
-def _total_fake(
-    x: Tensor, y: Any, scale: Tensor, row_bias: Any, col_bias: Any, target: Tensor, diagonal: Any, weight: Tensor,
-    extra: Any, target_weight: Any, needs: int, backend: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _total_fake(x: Tensor, y: Any, scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    extra, needs = arguments[-4], arguments[-2]
     rows = x.shape[0]
-    shapes = [(), (rows,), (rows,), *_gradient_shapes(x, y, needs), (0 if extra is None else rows,)]
+    shapes = [(), (rows,), (rows,), *_gradient_shapes(x, y, scale, needs), (0 if extra is None else rows,)]
     return tuple(x.new_empty(shape, dtype=accumulator(x.dtype)) for shape in shapes)
 
 
 def _total_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, needs, backend = inputs
-    diagonal = tensors.pop(6)
-    ctx.save_for_backward(*tensors, *output[1:])
+    *row_wise, needs, backend = inputs[_SPEC + 1 :]
+    _save(ctx, inputs, *row_wise, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.diagonal, ctx.needs, ctx.backend = diagonal, needs, backend
+    ctx.needs, ctx.backend = needs, backend
 
 
 def _total_derivative(ctx: Any, d_total: Any, *_: Any) -> tuple[Any, ...]:
-    inputs, (losses, target_logit, *gradients) = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+    problem, (*row_wise, losses, target_logit, dx, dy, dscale, drow_bias, dcol_bias, dextra) = _saved(ctx)
     if d_total is None:
-        return (None,) * 12
+        return (None,) * 5 + _no_gradients(ctx, 5)
     if torch.is_grad_enabled():
-        found = _total_again(ctx, inputs, d_total)
+        gradients, of_rows = _total_again(ctx, problem, row_wise, d_total)
     else:
         # Out of place, so that the graph can be retained; float32 until the upstream factor is in.
-        *gradients, dextra = (gradient * d_total for gradient in gradients)
-        row_wise = (losses * d_total, dextra, target_logit * d_total)
-        optional = (g if t is not None else None for t, g in zip(inputs[6:], row_wise, strict=True))
-        found = (*_to_inputs(list(inputs), gradients, ctx.needs), None, *optional)
-    return (*found[:6], None, *found[6:], None, None)
+        scaled = [gradient * d_total for gradient in (dx, dy, dscale, drow_bias, dcol_bias)]
+        gradients = _to_inputs(problem, scaled, ctx.needs)
+        values = (losses * d_total, dextra * d_total, target_logit * d_total)
+        of_rows = tuple(g if t is not None else None for t, g in zip(row_wise, values, strict=True))
+    return (*gradients, *_no_gradients(ctx, 0), *of_rows, None, None)
 
 
-def _total_again(ctx: Any, inputs: tuple[Any, ...], d_total: Tensor) -> tuple[Any, ...]:
+def _total_again(
+    ctx: Any, problem: list[Any], row_wise: list[Any], d_total: Tensor
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The same gradients as functions of the inputs, for second derivatives."""
-    aliases = [t if t is None or not t.is_floating_point() else t.view_as(t) for t in inputs]
-    *problem, weight, extra, target_weight = aliases
-    lse, _, target_logit, _ = torch.ops.contrastive_ops.similarity_reduce_forward(
-        *problem, ctx.diagonal, True, False, 0, ctx.backend
-    )
-    if extra is not None:
-        lse = reference.merge_lse(lse, extra)
-    total = (weight * -torch.nn.functional.logsigmoid(target_logit - lse)).sum()
+    aliases = [_alias(t) for t in (*problem[:_TARGET], *row_wise)]
+    weight, extra, target_weight = aliases[_TARGET:]
+    arguments = (*aliases[:_TARGET], *problem[_TARGET:])
+    fold, _, target_logit, _, _ = torch.ops.contrastive_ops.similarity_reduce_forward(*arguments, 0, ctx.backend)
+    kind = Layout.decode(*problem[_PAIR_DATA:]).folds[0].kind
+    total = (weight * reference.row_losses(kind, fold, target_logit, extra)).sum()
     if target_weight is not None:
         total = total + (target_weight * target_logit).sum()
     leaves = [a for a in aliases if a is not None and a.requires_grad]
     found = iter(_grad([total], leaves, [d_total]))
-    return tuple(next(found) if a is not None and a.requires_grad else None for a in aliases)
+    gradients = tuple(next(found) if a is not None and a.requires_grad else None for a in aliases)
+    return gradients[:_TARGET], gradients[_TARGET:]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks, _extension
+from .. import _checks, _extension
 from .._dispatch import Backend, choose, unsupported_by_cpu
+from .._similarity import Layout, SetFold
 from ..reference import similarity_reduce as reference
+from ._logit_sets import LogitSets, prepare
 from ._similarity_reduce_autograd import register
+from .folds import Fold, Folded, Reduced, as_fold
 from .pairs import Pairs
 
 # One hop to every implementation; each offers forward, backward and total with the same arguments.
@@ -34,22 +37,6 @@ register(BACKENDS)
 DEFAULT_MEMORY_BUDGET = 128 << 20
 # Below this dimension reading a kept inner product costs as much as computing it.
 KEEP_FROM_DIMENSION = 64
-
-FOLDS = ("logsumexp",)
-
-
-class Reduced(NamedTuple):
-    """The folds of one sweep; None where a fold was not asked for.
-
-    Attributes:
-        rows: (N,) the fold of each row.
-        cols: (M,) the fold of each column.
-        target: (N,) the logit of each row's target.
-    """
-
-    rows: Tensor | None = None
-    cols: Tensor | None = None
-    target: Tensor | None = None
 
 
 def merge_lse(*lse: Tensor) -> Tensor:
@@ -83,12 +70,14 @@ def similarity_reduce(
     x: Tensor,
     y: Tensor | None = None,
     *,
-    reduce: str = "logsumexp",
+    reduce: str | Fold | tuple[str | Fold, ...] = "logsumexp",
     dim: int | tuple[int, ...] = 1,
     scale: float | Tensor = 1.0,
+    col_scale: float | Tensor | None = None,
     row_bias: Tensor | None = None,
     col_bias: Tensor | None = None,
     target: Tensor | None = None,
+    linear: tuple[Tensor, ...] | None = None,
     pairs: Pairs | None = None,
     memory_budget: int | None = None,
     backend: str = "auto",
@@ -99,29 +88,36 @@ def similarity_reduce(
 
         logits = scale * (x @ y.T) + row_bias[:, None] + col_bias      # (N, M), in float32
         target_logit = logits.gather(1, target[:, None]).squeeze(1)
+        linear_sum = (sparse_csr(*linear).to_dense() * logits).sum(1)
+        logits = logits.masked_fill(~keep, -torch.inf)                  # the rules of Pairs
         logits = logits.scatter(1, target[:, None], -torch.inf)         # left out of every fold
         rows, cols = logits.logsumexp(1), logits.logsumexp(0)
 
     Args:
         x: (N, D) float32, bfloat16, float16 or float64.
         y: (M, D) of the same dtype; None for self-similarity (y = x) at half the work.
-        reduce: "logsumexp".
+        reduce: what a row or column becomes: "logsumexp", "max", "sum_softplus", "sum_relu", "sum", "count", or a
+            `Fold` with a scale, pairs or sign of its own; a tuple of these shares one sweep and its matmul.
         dim: 1 folds each row, 0 folds each column, (0, 1) does both in one sweep.
         scale: float, 0-d tensor, or (N,) tensor with one scale per row. Differentiable.
+        col_scale: the scale of the folds of columns where it is another one: float, 0-d or (M,). Differentiable.
         row_bias: (N,) added to the logits of each row. Differentiable.
         col_bias: (M,) added to the logits of each column. Differentiable.
         target: (N,) int64, one column per row that is left out of every fold; its logit is returned from the same
             accumulators, so that a loss can be ``softplus(rows - target)``, which is never negative and exact
             near convergence, where ``logsumexp - target`` cancels.
+        linear: (indptr (N + 1,), indices[, weights]): a list of columns per row, whose weighted logits are summed in
+            the tile, so that its gradient joins that of the folds before anything is rounded. Weights default to 1 and
+            are not differentiable. Rules and target do not apply to it.
         pairs: which pairs take part. The target is returned even where a rule drops its pair.
         memory_budget: bytes of inner products to keep between forward and backward, so that backward need not
             compute them again; 0 keeps none. None: 128 MiB. Does not change results.
         backend: "auto", "reference" or "cpu". An explicit backend runs or raises.
 
     Returns:
-        (N,) for ``dim=1``, (M,) for ``dim=0``; a `Reduced` of ``rows``, ``cols``, ``target`` for ``dim=(0, 1)`` or
-        with a target. float32 (float64 for float64 inputs). A row or column in which no pair takes part gives -inf
-        and has gradient 0. NaN and inf propagate.
+        (N,) for ``dim=1``, (M,) for ``dim=0``; a `Reduced` for ``dim=(0, 1)``, "max", several folds, a target or
+        lists. float32 (float64 for float64 inputs). A row or column in which no pair takes part gives the value that
+        `Fold` names and has gradient 0. NaN and inf propagate.
 
     Raises:
         ValueError: shapes, devices or values that do not fit.
@@ -138,27 +134,44 @@ def similarity_reduce(
         >>> lse = similarity_reduce(x, y, scale=2.0)
         >>> torch.allclose(lse, (2.0 * x @ y.T).logsumexp(1), atol=1e-5)
         True
+        >>> ids = torch.tensor([0, 1, 0, 1, 2, 2])
+        >>> largest = Fold("max", pairs=Pairs(diagonal=0, differ=(ids, ids)))
+        >>> similarity_reduce(x, reduce=("logsumexp", largest)).row_argmax[1].shape
+        torch.Size([6])
     """
-    _checks.check_choice("similarity_reduce", "reduce", reduce, FOLDS)
-    row_fold, col_fold, target_logit = fold(
+    name = "similarity_reduce"
+    requests = reduce if isinstance(reduce, tuple) else (reduce,)
+    folded = fold(
         x,
         y,
+        reduce=requests,
         dim=dim,
         scale=scale,
+        col_scale=col_scale,
         row_bias=row_bias,
         col_bias=col_bias,
         target=target,
+        linear=linear,
         pairs=pairs,
         memory_budget=memory_budget,
         backend=backend,
     )
-    if target is None and isinstance(dim, int):
-        return row_fold if dim == 1 else col_fold
-    rows, cols = _directions("similarity_reduce", dim)
+    one = not isinstance(reduce, tuple)
+    has_max = any(as_fold(name, each).name == "max" for each in requests)
+    if one and isinstance(dim, int) and target is None and linear is None and not has_max:
+        return (folded.rows if dim == 1 else folded.cols)[0]
+    by_rows, by_cols = _directions(name, dim)
+
+    def shown(values: tuple[Tensor, ...], wanted: bool) -> Any:
+        return None if not wanted else values[0] if one else values
+
     return Reduced(
-        rows=row_fold if rows else None,
-        cols=col_fold if cols else None,
-        target=None if target is None else target_logit,
+        rows=shown(folded.rows, by_rows),
+        cols=shown(folded.cols, by_cols),
+        target=None if target is None else folded.target,
+        linear=None if linear is None else folded.linear,
+        row_argmax=shown(folded.row_argmax, by_rows and has_max),
+        col_argmax=shown(folded.col_argmax, by_cols and has_max),
     )
 
 
@@ -166,63 +179,61 @@ def fold(
     x: Tensor,
     y: Tensor | None = None,
     *,
+    reduce: tuple[str | Fold, ...] = ("logsumexp",),
     dim: int | tuple[int, ...] = 1,
     scale: float | Tensor = 1.0,
+    col_scale: float | Tensor | None = None,
     row_bias: Tensor | None = None,
     col_bias: Tensor | None = None,
     target: Tensor | None = None,
+    linear: tuple[Tensor, ...] | None = None,
     pairs: Pairs | None = None,
     memory_budget: int | None = None,
     names: tuple[str, str, str] = ("similarity_reduce", "x", "y"),
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Folded:
     """`similarity_reduce` for losses: arguments as there, and `names` to name in errors: the loss, its x, its y.
 
     Returns:
-        The folds of rows and columns and the targets' logits; empty where not asked for.
+        One entry per fold of `reduce`, whatever `dim` is; empty where not asked for.
     """
-    rows, cols = _directions(names[0], dim)
-    x, y, scale, row_bias, col_bias = prepare(names, x, y, scale, row_bias, col_bias, target)
-    arguments = (x, y, scale, row_bias, col_bias, target, None if pairs is None else pairs.diagonal)
+    by_rows, by_cols = _directions(names[0], dim)
+    if not reduce:
+        raise ValueError(f"{names[0]}: reduce must name at least one fold, got ()")
+    x, y, row_bias, col_bias = prepare(names, x, y, row_bias, col_bias, target)
+    sets = LogitSets(names, x, y)
+    if target is not None or linear is not None:
+        sets.add(scale, pairs, linear=linear)  # the first set is that of the targets and of the lists
+    folds = []
+    for request in reduce:
+        each = as_fold(names[0], request)
+        own_scale = scale if each.scale is None else each.scale
+        own_pairs = pairs if each.pairs is None else each.pairs
+        if by_rows:
+            folds.append(SetFold(sets.add(own_scale, own_pairs, each.negate), each.name, cols=False))
+        if by_cols and each.scale is None and col_scale is not None:
+            folds.append(SetFold(sets.add(col_scale, own_pairs, each.negate, of_columns=True), each.name, cols=True))
+        elif by_cols:
+            folds.append(SetFold(sets.add(own_scale, own_pairs, each.negate), each.name, cols=True))
+    layout = Layout(tuple(sets.sets), tuple(folds))
+    arguments = (x, y, sets.scale(), row_bias, col_bias, target, *layout.encode())
     chosen = choose(names[0], BACKENDS, x, backend)
     budget = _bytes(names[0], memory_budget)
     keeps = needs_gradient(*arguments) and chosen != "reference"
     kept_size = _kept_size(x, y, budget) if keeps else 0
-    folded = torch.ops.contrastive_ops.similarity_reduce_forward(*arguments, rows, cols, kept_size, chosen)
-    row_fold, col_fold, target_logit, _ = folded
-    return row_fold, col_fold, target_logit
-
-
-def prepare(
-    names: tuple[str, str, str],
-    x: Tensor,
-    y: Tensor | None,
-    scale: float | Tensor,
-    row_bias: Tensor | None,
-    col_bias: Tensor | None,
-    target: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Check what every operator of this stem takes and bring it to the dtypes that the backends expect."""
-    function, x_name, y_name = names
-    x, y = _autocast.cast(x, y)
-    if y is None:
-        _checks.check_matrix(function, x_name, x)
-    else:
-        _checks.check_matrices(function, x_name, x, y_name, y)
-    columns = x if y is None else y
-    if row_bias is not None:
-        _checks.check_vector(function, "row_bias", row_bias, x.shape[0], x_name, x)
-    if col_bias is not None:
-        _checks.check_vector(function, "col_bias", col_bias, columns.shape[0], x_name, x)
-    if target is not None:
-        _checks.check_index(function, "target", target, x.shape[0], x_name, x)
-    dtype = _checks.accumulator(x.dtype)
-    return (
-        x,
-        y,
-        _checks.scale_tensor(function, scale, x_name, x),
-        None if row_bias is None else row_bias.to(dtype),
-        None if col_bias is None else col_bias.to(dtype),
+    values, argmax, target_logit, linear_sum, _ = torch.ops.contrastive_ops.similarity_reduce_forward(
+        *arguments, kept_size, chosen
+    )
+    shape = (x.shape[0], x.shape[0] if y is None else y.shape[0])
+    each_value, each_winner = values.split(layout.sizes(*shape)), argmax.split(layout.argmax_sizes(*shape))
+    by_fold = list(zip(folds, each_value, each_winner, strict=True))
+    return Folded(
+        rows=tuple(value for each, value, _ in by_fold if not each.cols),
+        cols=tuple(value for each, value, _ in by_fold if each.cols),
+        target=target_logit,
+        linear=linear_sum,
+        row_argmax=tuple(winner for each, _, winner in by_fold if not each.cols),
+        col_argmax=tuple(winner for each, _, winner in by_fold if each.cols),
     )
 
 
@@ -257,12 +268,15 @@ def _kept_size(x: Tensor, y: Tensor | None, budget: int) -> int:
     return min(size, whole)
 
 
-def softplus_total(
+def weighted_total(
     x: Tensor,
     y: Tensor,
     *,
+    kind: str = "logsumexp",
     scale: float | Tensor,
+    row_bias: Tensor | None = None,
     target: Tensor,
+    pairs: Pairs | None = None,
     weight: Tensor,
     extra: Tensor | None = None,
     target_weight: Tensor | None = None,
@@ -273,19 +287,26 @@ def softplus_total(
 
     Equivalent to::
 
-        _, _, t = reduced = similarity_reduce(x, y, scale=scale, target=target)
-        lse = merge_lse(reduced.rows, extra)
-        total = (weight * F.softplus(lse - t)).sum() + (target_weight * t).sum()
+        reduced = similarity_reduce(x, y, reduce=kind, scale=scale, row_bias=row_bias, target=target, pairs=pairs)
+        t = reduced.target
+        if kind == "logsumexp":
+            losses = F.softplus(merge_lse(reduced.rows, extra) - t)
+        else:  # "sum_softplus"
+            losses = reduced.rows + F.softplus(-t)
+        total = (weight * losses).sum() + (target_weight * t).sum()
 
     For losses whose row weights are known before the sweep; not part of the public surface.
 
     Args:
         x: (N, D).
         y: (M, D).
+        kind: the fold, "logsumexp" or "sum_softplus".
         scale: as in `similarity_reduce`.
+        row_bias: as in `similarity_reduce`.
         target: (N,) int64.
+        pairs: as in `similarity_reduce`.
         weight: (N,) weight of each row's loss. Differentiable.
-        extra: (N,) lse of logits that the sweep does not see. Differentiable.
+        extra: (N,) lse of logits that the sweep does not see; for "logsumexp". Differentiable.
         target_weight: (N,) weight of each target's logit. Differentiable.
         names: the function and the arguments to name in errors.
         backend: as in `similarity_reduce`.
@@ -293,8 +314,12 @@ def softplus_total(
     Returns:
         The total, 0-d.
     """
-    prepared = prepare(names, x, y, scale, None, None, target)
-    arguments = (*prepared, target, None, weight, extra, target_weight)
-    needs = sum(1 << bit for bit, a in enumerate(prepared) if a is not None and a.requires_grad)
-    chosen = choose(names[0], BACKENDS, prepared[0], backend)
-    return torch.ops.contrastive_ops.similarity_reduce_total(*arguments, needs, chosen)[0]
+    x, y_or_none, row_bias, _ = prepare(names, x, y, row_bias, None, target)
+    sets = LogitSets(names, x, y_or_none)
+    folds = (SetFold(sets.add(scale, pairs), kind, cols=False),)
+    layout = Layout(tuple(sets.sets), folds)
+    problem = (x, y_or_none, sets.scale(), row_bias, None, target, *layout.encode())
+    differentiable = problem[:5]
+    needs = sum(1 << bit for bit, a in enumerate(differentiable) if a is not None and a.requires_grad)
+    chosen = choose(names[0], BACKENDS, x, backend)
+    return torch.ops.contrastive_ops.similarity_reduce_total(*problem, weight, extra, target_weight, needs, chosen)[0]

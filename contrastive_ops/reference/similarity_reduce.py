@@ -7,13 +7,16 @@ differentiable operations, so that it also defines the second derivative of ever
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 
 from .._checks import accumulator
+from .._similarity import Layout, ScaleOf, SetFold
+from .pairs import SetOfChunk, chunk_sets, inner_products
 
 # Logits that one chunk of rows may hold: 4 MiB of float32, some twenty times that with temporaries.
 CHUNK_ELEMENTS = 1 << 20
@@ -40,33 +43,50 @@ def _chunks(rows: int, columns: int) -> Iterator[slice]:
     return chunks_of_rows(rows, max(1, CHUNK_ELEMENTS // max(columns, 1)))
 
 
-def inner_products(x: Tensor, y: Tensor) -> Tensor:
-    """Inner products in the accumulation dtype: low-precision inputs never give rounded logits."""
-    dtype = accumulator(x.dtype)
-    return x.to(dtype) @ y.to(dtype).T
+# ---- Forward -------------------------------------------------------------------------------------------------------
+
+# What a fold is before its first pair.
+_EMPTY = {"logsumexp": -torch.inf, "max": -torch.inf, "sum_softplus": 0.0, "sum_relu": 0.0, "sum": 0.0, "count": 0.0}
 
 
-def _of_rows(scale: Tensor, rows: slice) -> Tensor:
-    return scale[rows, None] if scale.dim() else scale
+def softplus(z: Tensor) -> Tensor:
+    """log(1 + exp(z)), exact on both sides (torch's softplus becomes the identity above 20)."""
+    return -logsigmoid(-z)
 
 
-def _logits(dots: Tensor, rows: slice, scale: Tensor, row_bias: Tensor | None, col_bias: Tensor | None) -> Tensor:
-    logits = dots * _of_rows(scale, rows)
-    if row_bias is not None:
-        logits = logits + row_bias[rows, None]
-    return logits if col_bias is None else logits + col_bias
+def _fold(kind: str, logits: Tensor, dim: int) -> Tensor:
+    """The fold of logits in which pairs that take no part are -inf."""
+    if kind == "logsumexp":
+        return logits.logsumexp(dim)
+    if kind == "count":
+        return (logits != -torch.inf).to(logits.dtype).sum(dim)
+    if kind == "sum":
+        return logits.masked_fill(logits == -torch.inf, 0.0).sum(dim)
+    return (softplus(logits) if kind == "sum_softplus" else logits.relu()).sum(dim)
 
 
-def _left_out(rows: slice, logits: Tensor, target: Tensor | None, diagonal: int | None) -> Tensor | None:
-    """True where a pair is in no fold: the diagonal rule, and the target that is returned on its own."""
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    drop = None
-    if diagonal is not None:
-        drop = torch.arange(rows.start, rows.stop, device=logits.device)[:, None] + diagonal == columns
-    if target is not None:
-        own = target[rows, None] == columns
-        drop = own if drop is None else drop | own
-    return drop
+def _fold_into(fold: SetFold, logits: Tensor, part: slice, value: Tensor, winner: Tensor) -> None:
+    """Add a chunk's logits to the result of a fold, in place."""
+    if fold.cols:
+        if not logits.shape[0]:
+            return
+        if fold.kind == "max":
+            best, index = logits.max(0)
+            better = (best > value) | (best.isnan() & ~value.isnan())  # the smallest index wins a tie
+            value.copy_(torch.where(better, best, value))
+            winner.copy_(torch.where(better, index + part.start, winner))
+        elif fold.kind == "logsumexp":
+            value.copy_(merge_lse(value, logits.logsumexp(0)))
+        else:
+            value += _fold(fold.kind, logits, 0)
+        return
+    if not logits.shape[1]:
+        return
+    if fold.kind == "max":
+        value[part], index = logits.max(1)
+        winner[part] = torch.where(value[part] == -torch.inf, -1, index)
+    else:
+        value[part] = _fold(fold.kind, logits, 1)
 
 
 def forward(
@@ -76,29 +96,86 @@ def forward(
     row_bias: Tensor | None,
     col_bias: Tensor | None,
     target: Tensor | None,
-    diagonal: int | None,
-    rows: bool,
-    cols: bool,
+    pair_data: Sequence[Tensor],
+    spec: Sequence[int],
     kept_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (row_lse, col_lse, target_logit, kept); what was not asked for is empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return (folds, argmax, target_logit, linear, kept); what was not asked for is empty."""
     y = x if y is None else y
     dtype = accumulator(x.dtype)
-    row_lse = x.new_full((len(x) if rows else 0,), -torch.inf, dtype=dtype)
-    col_lse = x.new_full((len(y) if cols else 0,), -torch.inf, dtype=dtype)
+    layout = Layout.decode(pair_data, spec)
+    sizes, argmax_sizes = layout.sizes(len(x), len(y)), layout.argmax_sizes(len(x), len(y))
+    folds = x.new_empty((sum(sizes),), dtype=dtype)
+    argmax = x.new_full((sum(argmax_sizes),), -1, dtype=torch.int64)
+    values, winners = folds.split(sizes), argmax.split(argmax_sizes)
+    for fold, value in zip(layout.folds, values, strict=True):
+        value.fill_(_EMPTY[fold.kind])
     target_logit = x.new_empty((0 if target is None else len(x),), dtype=dtype)
+    linear = x.new_zeros((len(x) if layout.has_linear else 0,), dtype=dtype)
     for part in _chunks(len(x), len(y)):
-        logits = _logits(inner_products(x[part], y), part, scale, row_bias, col_bias)
-        if target is not None:
-            target_logit[part] = logits.gather(1, target[part, None]).squeeze(1)
-        drop = _left_out(part, logits, target, diagonal)
-        if drop is not None:
-            logits = logits.masked_fill(drop, -torch.inf)
-        if rows and len(y):
-            row_lse[part] = logits.logsumexp(1)
-        if cols:
-            col_lse = merge_lse(col_lse, logits.logsumexp(0))
-    return row_lse, col_lse, target_logit, x.new_empty((kept_size,), dtype=dtype)
+        dots = inner_products(x[part], y)
+        for index, each in enumerate(chunk_sets(layout, part, dots, x, y, scale, row_bias, col_bias, target)):
+            if index == 0 and target is not None:
+                target_logit[part] = each.logits.gather(1, target[part, None]).squeeze(1)
+            if index == 0 and layout.has_linear:
+                linear[part] = each.linear_sum()
+            shown = each.shown()
+            for fold, value, winner in zip(layout.folds, values, winners, strict=True):
+                if fold.set == index:
+                    _fold_into(fold, shown, part, value, winner)
+    return folds, argmax, target_logit, linear, x.new_empty((kept_size,), dtype=dtype)
+
+
+# ---- Backward ------------------------------------------------------------------------------------------------------
+
+
+def _probability(logits: Tensor, lse: Tensor) -> Tensor:
+    """exp(logits - lse), 0 where lse is -inf: a row or column without a pair has no gradient."""
+    empty = lse == -torch.inf
+    return (logits - lse.masked_fill(empty, 0.0)).exp().masked_fill(empty, 0.0)
+
+
+def _slope(fold: SetFold, logits: Tensor, part: slice, value: Tensor, winner: Tensor, d_value: Tensor) -> Tensor:
+    """The derivative of the total by the logits through one fold."""
+    own = slice(None) if fold.cols else part
+    upstream, shape = d_value[own], (1, -1) if fold.cols else (-1, 1)
+    if fold.kind == "logsumexp":
+        return _probability(logits, value[own].reshape(shape)) * upstream.reshape(shape)
+    if fold.kind == "max":
+        zero = torch.zeros_like(logits)
+        if fold.cols:
+            here = (winner >= part.start) & (winner < part.stop)
+            row = torch.where(here, winner - part.start, 0)
+            return zero.scatter_add(0, row[None], (upstream * here)[None]) if len(logits) else zero
+        column = winner[own]
+        column, upstream = column.clamp_min(0), upstream * (column >= 0)
+        return zero.scatter_add(1, column[:, None], upstream[:, None]) if logits.shape[1] else zero
+    if fold.kind == "sum_softplus":
+        slope = logits.sigmoid()
+    else:
+        slope = (logits > 0 if fold.kind == "sum_relu" else logits != -torch.inf).to(logits.dtype)
+    return slope * upstream.reshape(shape)
+
+
+def _weights(
+    each: SetOfChunk,
+    folds: list[tuple[SetFold, Tensor, Tensor, Tensor]],
+    d_target: Tensor | None,
+    d_linear: Tensor | None,
+) -> Tensor:
+    """The derivative of the total by the logits of a set."""
+    logits, part = each.without_left_out(), each.rows
+    e = torch.zeros_like(logits)
+    for fold, value, winner, d_value in folds:
+        e = e + _slope(fold, logits, part, value, winner, d_value)
+    left_out = each.left_out()
+    if left_out is not None:
+        e = e.masked_fill(left_out, 0.0)
+    if d_target is not None and each.target is not None:
+        e = e.scatter_add(1, each.target[part, None], d_target[part, None])
+    if d_linear is not None:
+        e = each.add_linear(e, d_linear[part])
+    return e
 
 
 def backward(
@@ -108,56 +185,69 @@ def backward(
     row_bias: Tensor | None,
     col_bias: Tensor | None,
     target: Tensor | None,
-    diagonal: int | None,
-    row_lse: Tensor | None,
-    col_lse: Tensor | None,
-    d_rows: Tensor | None,
-    d_cols: Tensor | None,
+    pair_data: Sequence[Tensor],
+    spec: Sequence[int],
+    folds: Tensor,
+    argmax: Tensor,
+    d_folds: Tensor | None,
     d_target: Tensor | None,
+    d_linear: Tensor | None,
     kept: Tensor,
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, y, scale per row, row_bias, col_bias in the accumulation dtype."""
+    """Return the gradients of x, y, scale, row_bias, col_bias in the accumulation dtype."""
     columns = x if y is None else y
     dtype = accumulator(x.dtype)
+    layout = Layout.decode(pair_data, spec)
+    sizes, argmax_sizes = layout.sizes(len(x), len(columns)), layout.argmax_sizes(len(x), len(columns))
+    active: list[tuple[SetFold, Tensor, Tensor, Tensor]] = []
+    if d_folds is not None:
+        parts = (folds.split(sizes), argmax.split(argmax_sizes), d_folds.split(sizes))
+        active = [each for each in zip(layout.folds, *parts, strict=True) if each[0].kind != "count"]
 
     def one_chunk(part: slice) -> tuple[Tensor, ...]:
         dots = inner_products(x[part], columns)
-        logits = _logits(dots, part, scale, row_bias, col_bias)
-        drop = _left_out(part, logits, target, diagonal)
-        e = torch.zeros_like(logits)
-        if d_rows is not None and row_lse is not None:
-            e = e + _probability(logits, row_lse[part, None]) * d_rows[part, None]
-        if d_cols is not None and col_lse is not None:
-            e = e + _probability(logits, col_lse) * d_cols
-        if drop is not None:
-            e = e.masked_fill(drop, 0.0)
-        if d_target is not None and target is not None:
-            e = e.scatter_add(1, target[part, None], d_target[part, None])
-        weights = e * _of_rows(scale, part)
+        weights, e_rows, e_cols = torch.zeros_like(dots), dots.new_zeros(len(dots)), dots.new_zeros(len(columns))
+        dscale = []
+        for index, each in enumerate(chunk_sets(layout, part, dots, x, columns, scale, row_bias, col_bias, target)):
+            first = index == 0
+            of_set = [f for f in active if f[0].set == index]
+            e = _weights(each, of_set, d_target if first else None, d_linear if first else None)
+            weights = weights + e * each.scale
+            dscale.append(each.scale_gradient(e * dots.masked_fill(e == 0, 0.0)))
+            e_rows, e_cols = e_rows + each.sign * e.sum(1), e_cols + each.sign * e.sum(0)
         dx, dy = weights @ columns.to(dtype), weights.T @ x[part].to(dtype)
-        return dx, dy, (e * dots.masked_fill(e == 0, 0.0)).sum(1), e.sum(1), e.sum(0)
+        return dx, dy, e_rows, e_cols, *dscale
 
     # Under autograd (second derivatives) each chunk is computed again instead of being stored.
     run = one_chunk
     if torch.is_grad_enabled():
         run = functools.partial(checkpoint, one_chunk, use_reentrant=False, preserve_rng_state=False)
     dx, dy = (x.new_zeros(t.shape, dtype=dtype) for t in (x, columns))
-    dscale, drow_bias, dcol_bias = (x.new_zeros((len(t),), dtype=dtype) for t in (x, x, columns))
+    dscale = torch.zeros_like(scale)
+    drow_bias, dcol_bias = (x.new_zeros((len(t),), dtype=dtype) for t in (x, columns))
+    slices = layout.scale_slices(len(x), len(columns))
     for part in _chunks(len(x), len(columns)):
-        dx[part], dy_part, dscale[part], drow_bias[part], dcol_part = run(part)
+        dx[part], dy_part, drow_bias[part], dcol_part, *dscale_parts = run(part)
         dy += dy_part
         dcol_bias += dcol_part
+        for each, own, dscale_part in zip(layout.sets, slices, dscale_parts, strict=True):
+            begin = own.start + part.start if each.scale_of == ScaleOf.ROWS else own.start
+            dscale[begin : begin + len(dscale_part)] += dscale_part
     if y is None:
         dx, dy = dx + dy, dy[:0]
     full = (dx, dy, dscale, drow_bias, dcol_bias)
     return tuple(g if needs >> bit & 1 else g[:0] for bit, g in enumerate(full))  # type: ignore[return-value]
 
 
-def _probability(logits: Tensor, lse: Tensor) -> Tensor:
-    """exp(logits - lse), 0 where lse is -inf: a row or column without a pair has no gradient."""
-    empty = lse == -torch.inf
-    return (logits - lse.masked_fill(empty, 0.0)).exp().masked_fill(empty, 0.0)
+# ---- The weighted total --------------------------------------------------------------------------------------------
+
+
+def row_losses(kind: str, fold: Tensor, target_logit: Tensor, extra: Tensor | None) -> Tensor:
+    """The loss of each row from its fold over the others and its target's logit."""
+    if kind == "sum_softplus":
+        return fold + softplus(-target_logit)
+    return softplus((fold if extra is None else merge_lse(fold, extra)) - target_logit)
 
 
 def total(
@@ -167,20 +257,27 @@ def total(
     row_bias: Tensor | None,
     col_bias: Tensor | None,
     target: Tensor,
-    diagonal: int | None,
+    pair_data: Sequence[Tensor],
+    spec: Sequence[int],
     weight: Tensor,
     extra: Tensor | None,
     target_weight: Tensor | None,
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (losses, target_logit, dx, dy, dscale, drow_bias, dcol_bias, dextra)."""
-    problem = (x, y, scale, row_bias, col_bias, target, diagonal)
-    lse, _, target_logit, kept = forward(*problem, True, False, 0)
-    everything = lse if extra is None else merge_lse(lse, extra)
-    z = everything - target_logit
-    d_all = weight * z.sigmoid()
-    d_target = -d_all if target_weight is None else target_weight - d_all
-    gradients = backward(*problem, lse, None, d_all * _probability(lse, everything), None, d_target, kept, needs)
-    dextra = x.new_empty((0,), dtype=lse.dtype) if extra is None else d_all * _probability(extra, everything)
-    # -logsigmoid(-z) is softplus without torch's switch to the identity above 20.
-    return -torch.nn.functional.logsigmoid(-z), target_logit, *gradients, dextra
+    problem = (x, y, scale, row_bias, col_bias, target, pair_data, spec)
+    kind = Layout.decode(pair_data, spec).folds[0].kind
+    fold, argmax, target_logit, _, kept = forward(*problem, 0)
+    losses = row_losses(kind, fold, target_logit, extra)
+    dextra = fold.new_empty((0,))
+    if kind == "sum_softplus":
+        d_fold, d_target = weight, -weight * (-target_logit).sigmoid()
+    else:
+        everything = fold if extra is None else merge_lse(fold, extra)
+        d_all = weight * (everything - target_logit).sigmoid()
+        d_fold, d_target = d_all * _probability(fold, everything), -d_all
+        if extra is not None:
+            dextra = d_all * _probability(extra, everything)
+    d_target = d_target if target_weight is None else d_target + target_weight
+    gradients = backward(*problem, fold, argmax, d_fold, d_target, None, kept, needs)
+    return losses, target_logit, *gradients, dextra

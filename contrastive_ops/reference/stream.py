@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import _autocast, _checks
-from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, inner_products
+from .pairs import inner_products
+from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows
 
 RowFunction = Callable[[Tensor, slice], "Tensor | tuple[Tensor, ...]"]
 

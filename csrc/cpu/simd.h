@@ -10,6 +10,8 @@
 #include <string.h>
 
 #include <cstdint>
+#include <limits>
+#include <memory>
 #include <new>
 #include <type_traits>
 #include <utility>

@@ -1,154 +1,95 @@
-// What is done with one block of inner products while it is in the level-2 cache: logits, folds, gradient weights.
-//
-// A block is row-major with row stride kBlock: rows i of one chunk, columns j of one task. A View reads the same
-// inner products as the elements (i, j) of the similarity matrix, or, for self-similarity, as the mirrored
-// elements (j, i); "i-side" and "j-side" below are rows and columns of the block, not of the matrix.
+// Arithmetic on one block in backward: derivatives by logits, by inner products, and their sums.
 #pragma once
 
-#include "similarity_tile.h"
+#include "similarity_folds.h"
 
 namespace contrastive_ops {
 namespace LEVEL {
 namespace {
 
-// Columns of a block. 512 rows of it take 256 KiB, which leaves room for packed panels in a 1 MiB cache.
-constexpr int64_t kBlock = 128;
-
+// Upstream gradients of one fold, made safe for exp(l - lse): an lse of -inf (no pair took part) is stored as +inf with
+// weight 0, which makes every exp(l - lse) of that row 0 without a test in the loop.
 template <class A>
-struct View {
-  const A* scale_i;  // per row of the chunk
-  const A* bias_i;
-  A scale_j[kBlock];
-  A bias_j[kBlock];
+struct Upstream {
+  FoldKind kind = FoldKind::logsumexp;
+  bool used = false;
+  Buffer<A> lse, weight;
+  const int64_t* argmax = nullptr;
+
+  void allocate(FoldKind of, int64_t size) {
+    kind = of;
+    used = true;
+    // A block past the end is read in whole vectors.
+    weight.allocate(size + kBlock);
+    lse.allocate(kind == FoldKind::logsumexp ? size + kBlock : 0);
+    for (int64_t i = size; i < size + kBlock; ++i) set(i, -infinity<A>(), 0);
+  }
+  void set(int64_t i, A value, A gradient) {
+    weight.get()[i] = gradient;
+    if (kind != FoldKind::logsumexp) return;
+    const bool empty = value == -infinity<A>();
+    lse.get()[i] = empty ? infinity<A>() : value;
+    if (empty) weight.get()[i] = 0;
+  }
+  // A gradient of zeros is no gradient: a result that the caller did not use costs nothing.
+  void set_all(FoldKind of, int64_t size, const void* values, const void* gradients, const int64_t* winners) {
+    const A* d = static_cast<const A*>(gradients);
+    bool any = false;
+    for (int64_t i = 0; d && i < size; ++i) any |= !(d[i] == 0);
+    if (!any || of == FoldKind::count) return;
+    allocate(of, size);
+    argmax = winners;
+    for (int64_t i = 0; i < size; ++i) set(i, static_cast<const A*>(values)[i], d[i]);
+  }
 };
 
-template <class A>
-INLINE A infinity() {
-  return static_cast<A>(__builtin_inf());
-}
-template <class A>
-INLINE Vec<A> finite_or_zero(Vec<A> v) {
-  const Vec<A> zero = {};
-  return (v - v == zero) ? v : zero;  // inf - inf and NaN - NaN are NaN, which equals nothing
-}
-template <class A>
-INLINE A finite_or_zero(A v) {
-  return v - v == 0 ? v : 0;
-}
-
-// l = dot * scale + bias; columns past `cols` become -inf.
-template <class A>
-void logits(const View<A>& view, const A* dots, A* l, int64_t rows, int64_t cols) {
-  constexpr int W = kLanes<A>;
-  const int64_t padded = round_up(cols, W);
-  for (int64_t i = 0; i < rows; ++i) {
-    const A *from = dots + i * kBlock, scale = view.scale_i[i], bias = view.bias_i[i];
-    A* to = l + i * kBlock;
-    for (int64_t j = 0; j < padded; j += W) {
-      store(to + j, load(from + j) * (scale * load(view.scale_j + j)) + (bias + load(view.bias_j + j)));
-    }
-    for (int64_t j = cols; j < padded; ++j) to[j] = -infinity<A>();
-  }
-}
-
-// A fold is a pair (max, sum of exp(l - max)); where the maximum is not finite, the sum is taken relative to 0,
-// so that -inf rows give 0, and +inf and NaN propagate.
-template <class A>
-INLINE void merge(Vec<A>& max, Vec<A>& sum, Vec<A> other_max, Vec<A> other_sum) {
-  const Vec<A> top = greater<A>(other_max, max);
-  const Vec<A> reference = finite_or_zero<A>(top);
-  sum = sum * exponential(finite_or_zero<A>(max) - reference) +
-        other_sum * exponential(finite_or_zero<A>(other_max) - reference);
-  max = top;
-}
-
-template <class A>
-INLINE A finish(A max, A sum) {
-  return sum == 0 ? -infinity<A>() : finite_or_zero(max) + natural_log(sum);
-}
-
-template <class A>
-void fold_rows(const A* l, int64_t rows, int64_t cols, A* max_out, A* sum_out) {
-  constexpr int W = kLanes<A>;
-  for (int64_t i = 0; i < rows; ++i) {
-    const A* row = l + i * kBlock;
-    Vec<A> top = broadcast(-infinity<A>());
-    for (int64_t j = 0; j < cols; j += W) {
-      top = greater<A>(load(row + j), top);
-    }
-    const A max = lane_max<A>(top), reference = finite_or_zero(max);
-    Vec<A> sum = {};
-    for (int64_t j = 0; j < cols; j += W) sum += exponential(load(row + j) - reference);
-    max_out[i] = max;
-    sum_out[i] = lane_sum<A>(sum);
-  }
-}
-
-// Folds down the rows and merges into the running fold of each column. Vectors past `cols` hold no column.
-template <class A>
-void fold_columns(const A* l, int64_t rows, int64_t cols, A* running_max, A* running_sum) {
-  constexpr int W = kLanes<A>;
-  for (int64_t j = 0; j < cols; j += W) {
-    Vec<A> max = broadcast(-infinity<A>());
-    for (int64_t i = 0; i < rows; ++i) {
-      max = greater<A>(load(l + i * kBlock + j), max);
-    }
-    const Vec<A> reference = finite_or_zero<A>(max);
-    Vec<A> sum = {};
-    for (int64_t i = 0; i < rows; ++i) sum += exponential(load(l + i * kBlock + j) - reference);
-    Vec<A> old_max = load(running_max + j), old_sum = load(running_sum + j);
-    merge<A>(old_max, old_sum, max, sum);
-    store(running_max + j, old_max);
-    store(running_sum + j, old_sum);
-  }
-}
-
-// Upstream gradients of the folds along one side of a block. An lse of -inf (no pair took part) is stored as +inf
-// with weight 0, which makes every exp(l - lse) of that row 0 without a test in the loop.
+// One fold of a block's rows and one of its columns that share a kind; null where there is none.
 template <class A>
 struct FoldWeights {
-  const A* lse;  // null: this side has no fold
-  const A* weight;
+  const A *lse_i, *weight_i, *lse_j, *weight_j;
 };
 
-// e = dtotal/dl: weight_i exp(l - lse_i) + weight_j exp(l - lse_j); scaled: times dl/d(inner product).
-template <class A, bool kSideI, bool kSideJ, bool kScaled>
-void weights(const View<A>& view, FoldWeights<A> side_i, FoldWeights<A> side_j, const A* dots, A* e, int64_t rows,
+// e (+)= dtotal/dl through two folds of one kind; scaled: times dl/d(inner product). `l` may be `e`.
+template <class A, FoldKind K, bool kSideI, bool kSideJ>
+void weights(const View<A>& view, FoldWeights<A> w, bool add, bool scaled, const A* l, A* e, int64_t rows,
              int64_t cols) {
   constexpr int W = kLanes<A>;
-  const int64_t padded = round_up(cols, W);
   for (int64_t i = 0; i < rows; ++i) {
-    const A *from = dots + i * kBlock, scale = view.scale_i[i], bias = view.bias_i[i];
+    const A* from = l + i * kBlock;
     A* to = e + i * kBlock;
-    for (int64_t j = 0; j < padded; j += W) {
-      const Vec<A> slope = scale * load(view.scale_j + j);
-      const Vec<A> l = load(from + j) * slope + (bias + load(view.bias_j + j));
+    const A weight_i = kSideI ? w.weight_i[i] : 0, scale = scaled ? view.scale_i[i] : 1;
+    const A lse_i = kSideI && K == FoldKind::logsumexp ? w.lse_i[i] : 0;
+    for (int64_t j = 0; j < cols; j += W) {
+      const Vec<A> logit = load(from + j);
       Vec<A> value = {};
-      if (kSideI) value = side_i.weight[i] * exponential(l - side_i.lse[i]);
-      if (kSideJ) value += load(side_j.weight + j) * exponential(l - load(side_j.lse + j));
-      store(to + j, kScaled ? value * slope : value);
+      if constexpr (K == FoldKind::logsumexp) {
+        if (kSideI) value = weight_i * exponential(logit - lse_i);
+        if (kSideJ) value += load(w.weight_j + j) * exponential(logit - load(w.lse_j + j));
+      } else {
+        Vec<A> weight = broadcast(weight_i);
+        if (kSideJ) weight += load(w.weight_j + j);
+        const Vec<A> zero = {};
+        if constexpr (K == FoldKind::sum_softplus) value = weight * sigmoid<A>(logit);
+        if constexpr (K == FoldKind::sum_relu) value = logit > zero ? weight : zero;
+        if constexpr (K == FoldKind::sum) value = logit != broadcast(-infinity<A>()) ? weight : zero;
+      }
+      if (scaled) value *= scale * load(view.scale_j + j);
+      store(to + j, add ? load(to + j) + value : value);
     }
-    for (int64_t j = cols; j < padded; ++j) to[j] = 0;
   }
 }
 
 template <class A>
-void weights(const View<A>& view, FoldWeights<A> side_i, FoldWeights<A> side_j, bool scaled, const A* dots, A* e,
+void weights(FoldKind kind, const View<A>& view, FoldWeights<A> w, bool add, bool scaled, const A* l, A* e,
              int64_t rows, int64_t cols) {
-  const auto run = [&](auto on_i, auto on_j) {
-    constexpr bool i = decltype(on_i)::value, j = decltype(on_j)::value;
-    scaled ? weights<A, i, j, true>(view, side_i, side_j, dots, e, rows, cols)
-           : weights<A, i, j, false>(view, side_i, side_j, dots, e, rows, cols);
-  };
-  if (side_i.lse && side_j.lse) {
-    run(std::true_type{}, std::true_type{});
-  } else if (side_i.lse) {
-    run(std::true_type{}, std::false_type{});
-  } else if (side_j.lse) {
-    run(std::false_type{}, std::true_type{});
-  } else {
-    run(std::false_type{}, std::false_type{});
-  }
+  with_kind(kind, [&](auto k) {
+    constexpr FoldKind K = decltype(k)::value;
+    if constexpr (K != FoldKind::max && K != FoldKind::count) {
+      if (w.weight_i && w.weight_j) return weights<A, K, true, true>(view, w, add, scaled, l, e, rows, cols);
+      if (w.weight_i) return weights<A, K, true, false>(view, w, add, scaled, l, e, rows, cols);
+      weights<A, K, false, true>(view, w, add, scaled, l, e, rows, cols);
+    }
+  });
 }
 
 // Sums of e and e * dot along both sides: the gradients of biases and scales, from float32 values.
@@ -192,6 +133,18 @@ void accumulate(const View<A>& view, const A* dots, const A* e, A* g, int64_t ro
   }
 }
 
+template <class A>
+void accumulate(bool add, bool with_sums, const View<A>& view, const A* dots, const A* e, A* g, int64_t rows,
+                int64_t cols, Sums<A>* sums) {
+  if (add) {
+    with_sums ? accumulate<A, true, true>(view, dots, e, g, rows, cols, sums)
+              : accumulate<A, true, false>(view, dots, e, g, rows, cols, sums);
+  } else {
+    with_sums ? accumulate<A, false, true>(view, dots, e, g, rows, cols, sums)
+              : accumulate<A, false, false>(view, dots, e, g, rows, cols, sums);
+  }
+}
+
 // What rounding takes from the weights: sums of g - rounded(g) along both sides.
 template <class C>
 void residuals(const typename C::Acc* g, int64_t rows, int64_t cols, typename C::Acc* residual_i,
@@ -210,13 +163,13 @@ void residuals(const typename C::Acc* g, int64_t rows, int64_t cols, typename C:
   }
 }
 
-// softplus(z) and its derivative, without overflow and exact for large negative z.
+// softplus(z) and its derivative for single numbers, without overflow and exact for large negative z.
 template <class A>
-INLINE A softplus(A z) {
+INLINE A softplus_of(A z) {
   return (z > 0 ? z : 0) + static_cast<A>(log1p(exp(-fabs(static_cast<double>(z)))));
 }
 template <class A>
-INLINE A sigmoid(A z) {
+INLINE A sigmoid_of(A z) {
   return z >= 0 ? 1 / (1 + static_cast<A>(exp(-static_cast<double>(z))))
                 : static_cast<A>(exp(static_cast<double>(z)) / (1 + exp(static_cast<double>(z))));
 }

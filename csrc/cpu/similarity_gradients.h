@@ -4,34 +4,12 @@
 // dx. Weights g = dtotal/d(inner product) of the chunk are kept packed for kSuperBlock columns in between.
 #pragma once
 
+#include "similarity_epilogue.h"
 #include "similarity_sweep.h"
 
 namespace contrastive_ops {
 namespace LEVEL {
 namespace {
-
-// lse and upstream gradient of one fold, made safe for exp(l - lse) (see FoldWeights).
-template <class A>
-struct Upstream {
-  Buffer<A> lse, weight;
-  bool used = false;
-
-  void allocate(int64_t size) {
-    used = true;
-    lse.allocate(size);
-    weight.allocate(size);
-  }
-  void set(int64_t i, A value, A gradient) {
-    const bool empty = value == -infinity<A>();
-    lse.get()[i] = empty ? infinity<A>() : value;
-    weight.get()[i] = empty ? 0 : gradient;
-  }
-  void set_all(int64_t size, const void* values, const void* gradients) {
-    if (!gradients) return;
-    allocate(size);
-    for (int64_t i = 0; i < size; ++i) set(i, static_cast<const A*>(values)[i], static_cast<const A*>(gradients)[i]);
-  }
-};
 
 // Forms the gradients of a chunk once the upstream gradients of its folds are known.
 template <class C, class S>
@@ -47,21 +25,27 @@ class Gradients {
     super_units_ = depth_units<C>(minimum(round_up(maximum<int64_t>(p.M, 1), kBlock), kSuperBlock));
     if (out.dx) weight_panels_.allocate(rows * super_units_);
     if (dy()) x_columns_.allocate(round_up(p.D, kLaneGroup<C>) * units);
-    if (sums()) {
-      const int64_t blocks = super_units_ * C::kDepth / kBlock;
-      for (Buffer<A>* part : {&direct_e_, &direct_edot_, &mirrored_e_, &mirrored_edot_}) {
-        part->allocate(blocks * sweep.chunk_rows);
-      }
-      for (Buffer<double>* total : {&dscale_, &drow_bias_}) zero(*total, p.N);
+    upstream.reset(new Upstream<A>[p.fold_count]);
+    sums_.reset(new SetSums[p.set_count]);
+    const int64_t parts = super_units_ * C::kDepth / kBlock * sweep.chunk_rows;
+    for (int set = 0; set < p.set_count; ++set) {
+      SetSums& s = sums_[set];
+      s.used = out.drow_bias || out.dcol_bias || dscale(set);
+      if (!s.used) continue;
+      for (Buffer<A>* part : {&s.direct_e, &s.direct_edot, &s.mirrored_e, &s.mirrored_edot}) part->allocate(parts);
+      zero(s.dscale, scale_of(set) == ScaleOf::columns ? p.M : p.N);
+      any_sums_ = true;
+    }
+    if (any_sums_) {
+      zero(drow_bias_, p.N);
       zero(dcol_bias_, p.M);
     }
     if (kRounds && p.target) {
-      residual_.allocate(super_units_ * C::kDepth / kBlock * sweep.chunk_rows);
+      residual_.allocate(parts);
       zero(residual_rows_, p.N);
       zero(residual_columns_, p.M);
     }
   }
-
   // `stored`: the chunk's inner products, or null to compute them again.
   void add_chunk(const Chunk& chunk, A* stored) {
     pack_x_columns(chunk);
@@ -74,7 +58,7 @@ class Gradients {
         add_block(chunk, block, first, s, dots);
       });
       if (out.dx) add_dx(chunk, first, last);
-      if (sums() || compensates()) add_sums(chunk, first, last);
+      if (any_sums_ || compensates()) add_sums(chunk, first, last);
     }
   }
 
@@ -82,18 +66,28 @@ class Gradients {
     if constexpr (kRounds) {
       if (compensates()) compensate();
     }
-    if (out.dscale) copy(out.dscale, dscale_, p.N);
+    for (int set = 0; set < p.set_count; ++set) write_dscale(set);
     if (out.drow_bias) copy(out.drow_bias, drow_bias_, p.N);
     if (out.dcol_bias) copy(out.dcol_bias, dcol_bias_, p.M);
   }
 
-  Upstream<A> rows, cols;
-  const A* d_target = nullptr;
+  std::unique_ptr<Upstream<A>[]> upstream;  // per fold
+  const A *d_target = nullptr, *d_linear = nullptr;
 
  private:
   static constexpr bool kRounds = C::kDepth == 2;
-  bool compensates() const { return kRounds && p.target && d_target; }
-  bool sums() const { return out.dscale || out.drow_bias || out.dcol_bias; }
+
+  // Sums by the dtotal/dl of one set: per block and row of the chunk, and complete ones.
+  struct SetSums {
+    bool used = false;
+    Buffer<A> direct_e, direct_edot, mirrored_e, mirrored_edot;
+    Buffer<double> dscale;
+  };
+
+  bool compensates() const { return kRounds && p.target; }
+  void* dscale(int set) const { return out.dscale ? out.dscale[set] : nullptr; }
+  ScaleOf scale_of(int set) const { return p.sets[set].scale_of; }
+  double sign_of(int set) const { return p.sets[set].negate ? -1 : 1; }
   A* dy() const { return static_cast<A*>(p.self ? out.dx : out.dy); }
   static void zero(Buffer<double>& buffer, int64_t size) {
     buffer.allocate(size);
@@ -102,79 +96,162 @@ class Gradients {
   static void copy(void* to, const Buffer<double>& from, int64_t size) {
     for (int64_t i = 0; i < size; ++i) static_cast<A*>(to)[i] = static_cast<A>(from.get()[i]);
   }
-
-  // e = dtotal/dl of one view, or, scaled, g = dtotal/d(inner product).
-  void weigh(const Chunk& chunk, const Block& block, bool mirrored, bool scaled, const A* dots, A* e, Scratch& s) {
-    sweep_.set_view(chunk, block, mirrored, s.view);
-    Upstream<A>&on_i = mirrored ? cols : rows, &on_j = mirrored ? rows : cols;
-    FoldWeights<A> side_i{}, side_j{};
-    if (on_i.used) side_i = {on_i.lse.get() + chunk.begin, on_i.weight.get() + chunk.begin};
-    if (on_j.used) {
-      for (int64_t j = 0; j < kBlock; ++j) {
-        const bool inside = j < block.cols;
-        s.lse_j[j] = inside ? on_j.lse.get()[block.j + j] : infinity<A>();
-        s.weight_j[j] = inside ? on_j.weight.get()[block.j + j] : 0;
-      }
-      side_j = {s.lse_j, s.weight_j};
+  void write_dscale(int set) {
+    if (!dscale(set)) return;
+    if (scale_of(set) != ScaleOf::all) {
+      return copy(dscale(set), sums_[set].dscale, scale_of(set) == ScaleOf::rows ? p.N : p.M);
     }
-    weights(s.view, side_i, side_j, scaled, dots, e, mirrored ? block.mirrored : block.rows, block.cols);
-    const auto drop = [&](int64_t i, int64_t j) { e[i * kBlock + j] = 0; };
-    sweep_.for_each_special(chunk, block, mirrored, drop, [&](int64_t i, int64_t j, int64_t owner) {
-      const A scale = scaled ? s.view.scale_i[i] * s.view.scale_j[j] : 1;
-      e[i * kBlock + j] = d_target ? d_target[owner] * scale : 0;
+    double total = 0;
+    for (int64_t i = 0; i < p.N; ++i) total += sums_[set].dscale.get()[i];
+    *static_cast<A*>(dscale(set)) = static_cast<A>(total);
+  }
+
+  // Calls body(rows, cols) for the folds of a set that have gradients, one of each direction at a time and of one kind.
+  template <class Body>
+  void for_each_group(int set, Body body) {
+    const auto has = [&](int fold, bool cols) {
+      return p.folds[fold].set == set && p.folds[fold].cols == cols && upstream[fold].used;
+    };
+    for (int f = 0; f < p.fold_count; ++f) {
+      if (!has(f, false) && !has(f, true)) continue;
+      const bool cols = p.folds[f].cols;
+      // The n-th fold of a kind along rows shares a pass with the n-th along columns.
+      int rank = 0, other = -1;
+      for (int g = 0; g < f; ++g) rank += has(g, cols) && upstream[g].kind == upstream[f].kind;
+      for (int g = 0, left = rank; g < p.fold_count && other < 0; ++g) {
+        if (has(g, !cols) && upstream[g].kind == upstream[f].kind && left-- == 0) other = g;
+      }
+      if (other >= 0 && cols) continue;
+      const Upstream<A>*own = &upstream[f], *paired = other < 0 ? nullptr : &upstream[other];
+      cols ? body(own->kind, paired, own) : body(own->kind, own, paired);
+    }
+  }
+
+  // e = dtotal/dl of one view of a set, or, scaled, g = dtotal/d(inner product).
+  void weigh(const Chunk& chunk, const Block& block, int set, bool mirrored, bool scaled, const A* dots, const A* guide,
+             A* e, Scratch& s) {
+    const int64_t rows = mirrored ? block.mirrored : block.rows;
+    int passes = 0;
+    bool has_max = false;
+    for_each_group(set, [&](FoldKind kind, auto*, auto*) { kind == FoldKind::max ? has_max = true : ++passes; });
+    // Logits are turned into e in place where nothing else looks at them afterwards.
+    A* l = passes > 1 || has_max ? sweep_.block_buffer(s.l) : e;
+    sweep_.logits_block(chunk, block, set, mirrored, false, dots, guide, l, s.view, [](A*) {});
+    const bool scaled_in_pass = scaled && passes == 1;
+    bool add = false;
+    for_each_group(set, [&](FoldKind kind, const Upstream<A>* of_rows, const Upstream<A>* of_cols) {
+      if (kind == FoldKind::max) return;
+      const Upstream<A>*on_i = mirrored ? of_cols : of_rows, *on_j = mirrored ? of_rows : of_cols;
+      const bool lse = kind == FoldKind::logsumexp;
+      const FoldWeights<A> w{
+          on_i && lse ? on_i->lse.get() + chunk.begin : nullptr, on_i ? on_i->weight.get() + chunk.begin : nullptr,
+          on_j && lse ? on_j->lse.get() + block.j : nullptr, on_j ? on_j->weight.get() + block.j : nullptr};
+      weights(kind, s.view, w, add, scaled_in_pass, l, e, rows, block.cols);
+      add = true;
+    });
+    if (!add) memset(e, 0, rows * kBlock * sizeof(A));
+    const auto put = [&](int64_t i, int64_t j, A value) {
+      e[i * kBlock + j] += scaled_in_pass ? value * (s.view.scale_i[i] * s.view.scale_j[j]) : value;
+    };
+    if (has_max) add_winners(chunk, block, set, mirrored, l, put);
+    if (set == 0) add_named(chunk, block, mirrored, put);
+    if (scaled && !scaled_in_pass) accumulate<A>(false, false, s.view, dots, e, e, rows, block.cols, nullptr);
+  }
+
+  // The maxima of rows and columns. One that `fill` made is at -inf here and has no gradient.
+  template <class Put>
+  void add_winners(const Chunk& chunk, const Block& block, int set, bool mirrored, const A* l, Put put) {
+    const int64_t rows = mirrored ? block.mirrored : block.rows;
+    const auto add = [&](int64_t i, int64_t j, A weight) {
+      if (i >= 0 && i < rows && j >= 0 && j < block.cols && l[i * kBlock + j] != -infinity<A>()) put(i, j, weight);
+    };
+    for_each_group(set, [&](FoldKind kind, const Upstream<A>* of_rows, const Upstream<A>* of_cols) {
+      if (kind != FoldKind::max) return;
+      const Upstream<A>*on_i = mirrored ? of_cols : of_rows, *on_j = mirrored ? of_rows : of_cols;
+      for (int64_t i = 0; on_i && i < rows; ++i) {
+        add(i, on_i->argmax[chunk.begin + i] - block.j, on_i->weight.get()[chunk.begin + i]);
+      }
+      for (int64_t j = 0; on_j && j < block.cols; ++j) {
+        add(on_j->argmax[block.j + j] - chunk.begin, j, on_j->weight.get()[block.j + j]);
+      }
     });
   }
 
-  void add_block(const Chunk& chunk, const Block& block, int64_t first, Scratch& s, const A* dots) {
-    A* e = sweep_.block_buffer(s.e);
-    A* g = p.self ? sweep_.block_buffer(s.g) : e;
-    const int64_t part = (block.index - first) * sweep_.chunk_rows;
-    // With one view and no sums by e, e itself is of no use: its pass writes g.
-    const bool scaled = !p.self && !sums();
-    weigh(chunk, block, false, scaled, dots, e, s);
-    if (sums()) {
-      s.sums.e_i = direct_e_.get() + part;
-      s.sums.edot_i = direct_edot_.get() + part;
-      accumulate<A, false, true>(s.view, dots, e, g, block.rows, block.cols, &s.sums);
-      add_to(dcol_bias_.get() + block.j, s.sums.e_j, block.cols);
-    } else if (!scaled) {
-      accumulate<A, false, false>(s.view, dots, e, g, block.rows, block.cols, nullptr);
+  // The targets' logits and the linear lists belong to the first set; folds see neither.
+  template <class Put>
+  void add_named(const Chunk& chunk, const Block& block, bool mirrored, Put put) {
+    if (d_target) {
+      sweep_.for_each_target(chunk, block, mirrored,
+                             [&](int64_t i, int64_t j, int64_t owner) { put(i, j, d_target[owner]); });
     }
-    if (p.self) add_mirrored(chunk, block, part, s, dots, e, g);
-    if (compensates()) {
-      residuals<C>(g, block.rows, block.cols, residual_.get() + part, s.residual_j);
-      add_to(residual_columns_.get() + block.j, s.residual_j, block.cols);
+    if (d_linear) {
+      sweep_.for_each_linear(chunk, block, mirrored, [&](int64_t i, int64_t j, int64_t entry) {
+        const int64_t owner = mirrored ? block.j + j : chunk.begin + i;
+        put(i, j, d_linear[owner] * static_cast<const A*>(p.linear_weight)[entry]);
+      });
     }
+  }
 
+  void add_block(const Chunk& chunk, const Block& block, int64_t first, Scratch& s, const A* dots) {
+    const A* guide = sweep_.guide_block(chunk, block, s);
+    A* e = sweep_.block_buffer(s.e);
+    // With one view and no sums by e, e itself is of no use: its pass writes g.
+    const bool one_view = p.set_count == 1 && !p.self && !any_sums_;
+    A* g = one_view ? e : sweep_.block_buffer(s.g);
+    const int64_t part = (block.index - first) * sweep_.chunk_rows;
+    if (one_view) {
+      weigh(chunk, block, 0, false, true, dots, guide, e, s);
+    } else {
+      for (int set = 0; set < p.set_count; ++set) {
+        weigh(chunk, block, set, false, false, dots, guide, e, s);
+        add_view(block, set, false, set > 0, part, dots, e, g, s);
+        if (!p.self) continue;
+        weigh(chunk, block, set, true, false, dots, guide, e, s);
+        add_view(block, set, true, true, part, dots, e, g, s);
+      }
+    }
+    if (compensates()) {
+      A residual_j[kBlock];
+      residuals<C>(g, block.rows, block.cols, residual_.get() + part, residual_j);
+      add_to(residual_columns_.get() + block.j, residual_j, block.cols);
+    }
+    multiply_weights(chunk, block, first, g, s);
+  }
+
+  // g (+)= what one view of a set says, and the sums that its own block owns.
+  void add_view(const Block& block, int set, bool mirrored, bool add, int64_t part, const A* dots, const A* e, A* g,
+                Scratch& s) {
+    SetSums& own = sums_[set];
+    Sums<A> sums;
+    if (own.used) {
+      sums.e_i = (mirrored ? own.mirrored_e : own.direct_e).get() + part;
+      sums.edot_i = (mirrored ? own.mirrored_edot : own.direct_edot).get() + part;
+    }
+    accumulate<A>(add, own.used, s.view, dots, e, g, mirrored ? block.mirrored : block.rows, block.cols, &sums);
+    if (!own.used) return;
+    add_to((mirrored ? drow_bias_ : dcol_bias_).get() + block.j, sums.e_j, block.cols, sign_of(set));
+    if ((scale_of(set) == ScaleOf::columns) != mirrored) {
+      add_to(own.dscale.get() + block.j, sums.edot_j, block.cols, sign_of(set));
+    }
+  }
+
+  // Packs g for dx and adds this block's rows of dy.
+  void multiply_weights(const Chunk& chunk, const Block& block, int64_t first, const A* g, Scratch& s) {
     const int64_t depth_offset = (block.index - first) * kBlock / C::kDepth;
     if (out.dx) {
       pack_rows<C, kRows>(weight_panels_.get() + depth_offset * kRows, kRows * super_units_, g, kBlock, block.rows,
                           chunk.rows, block.cols);
     }
-    if (dy()) {
-      const int64_t units = depth_units<C>(block.rows);
-      U* panels = s.weights_panels.once(kBlock * depth_units<C>(round_up(sweep_.chunk_rows, kLaneGroup<C>)));
-      pack_columns<C, kRows>(panels, kRows * units, g, kBlock, block.cols, block.rows);
-      multiply<C>(block.cols, p.D, units, panels, kRows * units, x_columns_.get(),
-                  kCols<C> * depth_units<C>(chunk.rows), dy() + block.j * p.D, p.D, true);
-    }
+    if (!dy()) return;
+    const int64_t units = depth_units<C>(block.rows);
+    U* panels = s.weights_panels.once(kBlock * depth_units<C>(round_up(sweep_.chunk_rows, kLaneGroup<C>)));
+    pack_columns<C, kRows>(panels, kRows * units, g, kBlock, block.cols, block.rows);
+    multiply<C>(block.cols, p.D, units, panels, kRows * units, x_columns_.get(), kCols<C> * depth_units<C>(chunk.rows),
+                dy() + block.j * p.D, p.D, true);
   }
 
-  void add_mirrored(const Chunk& chunk, const Block& block, int64_t part, Scratch& s, const A* dots, A* e, A* g) {
-    weigh(chunk, block, true, false, dots, e, s);
-    if (!sums()) {
-      accumulate<A, true, false>(s.view, dots, e, g, block.mirrored, block.cols, nullptr);
-      return;
-    }
-    s.sums.e_i = mirrored_e_.get() + part;
-    s.sums.edot_i = mirrored_edot_.get() + part;
-    accumulate<A, true, true>(s.view, dots, e, g, block.mirrored, block.cols, &s.sums);
-    add_to(drow_bias_.get() + block.j, s.sums.e_j, block.cols);
-    add_to(dscale_.get() + block.j, s.sums.edot_j, block.cols);
-  }
-
-  static void add_to(double* to, const A* from, int64_t count) {
-    for (int64_t j = 0; j < count; ++j) to[j] += from[j];
+  static void add_to(double* to, const A* from, int64_t count, double sign = 1) {
+    for (int64_t j = 0; j < count; ++j) to[j] += sign * from[j];
   }
 
   // The i-side sums of blocks [first, last), in block order.
@@ -182,11 +259,17 @@ class Gradients {
     for (int64_t b = first; b < last; ++b) {
       const int64_t part = (b - first) * sweep_.chunk_rows, j_end = chunk.j_begin + b * kBlock + kBlock;
       const int64_t used = p.self ? minimum(chunk.rows, minimum(j_end, chunk.j_end) - chunk.begin) : chunk.rows;
+      const int64_t mirrored = p.self ? minimum(chunk.rows, b * kBlock) : 0;
       if (compensates()) add_to(residual_rows_.get() + chunk.begin, residual_.get() + part, used);
-      if (!sums()) continue;
-      add_to(drow_bias_.get() + chunk.begin, direct_e_.get() + part, used);
-      add_to(dscale_.get() + chunk.begin, direct_edot_.get() + part, used);
-      if (p.self) add_to(dcol_bias_.get() + chunk.begin, mirrored_e_.get() + part, minimum(chunk.rows, b * kBlock));
+      for (int set = 0; set < p.set_count; ++set) {
+        const SetSums& own = sums_[set];
+        if (!own.used) continue;
+        const bool of_columns = scale_of(set) == ScaleOf::columns;
+        add_to(drow_bias_.get() + chunk.begin, own.direct_e.get() + part, used, sign_of(set));
+        add_to(dcol_bias_.get() + chunk.begin, own.mirrored_e.get() + part, mirrored, sign_of(set));
+        add_to(own.dscale.get() + chunk.begin, (of_columns ? own.mirrored_edot : own.direct_edot).get() + part,
+               of_columns ? mirrored : used, sign_of(set));
+      }
     }
   }
 
@@ -267,9 +350,10 @@ class Gradients {
   Sweep<C, S>& sweep_;
   int64_t super_units_ = 0;
   Buffer<U> weight_panels_, x_columns_;
-  Buffer<A> direct_e_, direct_edot_, mirrored_e_, mirrored_edot_;
+  std::unique_ptr<SetSums[]> sums_;  // per set
+  bool any_sums_ = false;
   Buffer<A> residual_;
-  Buffer<double> dscale_, drow_bias_, dcol_bias_, residual_rows_, residual_columns_;
+  Buffer<double> drow_bias_, dcol_bias_, residual_rows_, residual_columns_;
 };
 
 }  // namespace

@@ -2,7 +2,8 @@
 //
 // Not a translation unit of its own: level_*.cpp include it once per SIMD level. The schedule is in
 // similarity_sweep.h, gradients of a chunk in similarity_gradients.h, the arithmetic on a block in
-// similarity_epilogue.h, the matmul in similarity_tile.h.
+// similarity_epilogue.h, folds in similarity_folds.h, rules for pairs in similarity_pairs.h, the matmul in
+// similarity_tile.h.
 #include "similarity_gradients.h"
 
 namespace contrastive_ops {
@@ -14,28 +15,50 @@ void forward(const SimilarityProblem& p, const SimilarityForward& out, const Par
   using A = typename C::Acc;
   using Scratch = typename Sweep<C, S>::Scratch;
   Sweep<C, S> sweep(p, parallel, false);
-  Fold<A> rows, cols;
-  if (out.row_lse) sweep.start_fold(rows, static_cast<A*>(out.row_lse), true, p.self);
-  if (out.col_lse) sweep.start_fold(cols, static_cast<A*>(out.col_lse), p.self, true);
+  std::unique_ptr<FoldState<A>[]> folds(new FoldState<A>[p.fold_count]);
+  for (int f = 0; f < p.fold_count; ++f) sweep.start_fold(folds[f], p.folds[f], out.values[f], out.argmax[f]);
   A* target_logit = static_cast<A*>(out.target_logit);
+  Buffer<A> listed(out.linear ? p.linear_indptr[p.N] : 0);  // the logit of each list entry
+
+  // Folds a view of a set; the first set's targets and lists are read before rules hide any pair.
+  const auto fold_view = [&](const Chunk& chunk, const Block& block, int set, bool mirrored, const A* dots,
+                             const A* guide, Scratch& s) {
+    A* l = sweep.block_buffer(s.e);
+    sweep.logits_block(chunk, block, set, mirrored, true, dots, guide, l, s.view, [&](const A* all) {
+      if (set != 0) return;
+      const auto read = [&](A* to) {
+        return [=](int64_t i, int64_t j, int64_t position) { to[position] = all[i * kBlock + j]; };
+      };
+      if (target_logit) sweep.for_each_target(chunk, block, mirrored, read(target_logit));
+      if (out.linear) sweep.for_each_linear(chunk, block, mirrored, read(listed.get()));
+    });
+    for (int f = 0; f < p.fold_count; ++f) {
+      if (p.folds[f].set == set) sweep.add_to_fold(folds[f], p.folds[f].cols, chunk, block, mirrored, l);
+    }
+  };
 
   sweep.for_each_chunk([&](const Chunk& chunk) {
     sweep.for_each_block(chunk, 0, chunk.blocks(), [&](const Block& block, Scratch& s) {
       A* dots = sweep.kept ? sweep.stored_block(sweep.kept, chunk, block) : sweep.block_buffer(s.dots);
-      A* l = sweep.block_buffer(s.e);
       sweep.multiply_block(chunk, block, s, dots);
-      sweep.logits_block(chunk, block, false, dots, l, s.view, target_logit);
-      if (rows.lse) sweep.fold_i_side(rows, block, l, block.rows);
-      if (cols.lse) sweep.fold_j_side(cols, block, l, block.rows);
-      if (!p.self) return;
-      sweep.logits_block(chunk, block, true, dots, l, s.view, target_logit);
-      if (rows.lse) sweep.fold_j_side(rows, block, l, block.mirrored);
-      if (cols.lse) sweep.fold_i_side(cols, block, l, block.mirrored);
+      const A* guide = sweep.guide_block(chunk, block, s);
+      for (int set = 0; set < p.set_count; ++set) {
+        fold_view(chunk, block, set, false, dots, guide, s);
+        if (p.self) fold_view(chunk, block, set, true, dots, guide, s);
+      }
     });
-    if (rows.i_side) sweep.finish_i_side(rows, chunk);
-    if (cols.i_side) sweep.finish_i_side(cols, chunk);
+    for (int f = 0; f < p.fold_count; ++f) sweep.finish_chunk(folds[f], chunk);
   });
-  if (cols.lse && !cols.i_side) sweep.finish_j_side(cols);
+  for (int f = 0; f < p.fold_count; ++f) {
+    if (!folds[f].i_side) folds[f].finish_j(p.M);
+  }
+  for (int64_t i = 0; out.linear && i < p.N; ++i) {
+    double sum = 0;
+    for (int64_t e = p.linear_indptr[i]; e < p.linear_indptr[i + 1]; ++e) {
+      sum += static_cast<double>(static_cast<const A*>(p.linear_weight)[e]) * listed.get()[e];
+    }
+    static_cast<A*>(out.linear)[i] = static_cast<A>(sum);
+  }
 }
 
 // ---- Backward ----------------------------------------------------------------------------------------------------
@@ -45,35 +68,46 @@ void backward(const SimilarityProblem& p, const SimilarityBackward& b, const Par
   using A = typename C::Acc;
   Sweep<C, S> sweep(p, parallel, false);
   Gradients<C, S> gradients(p, b, sweep);
-  gradients.rows.set_all(p.N, b.row_lse, b.d_rows);
-  gradients.cols.set_all(p.M, b.col_lse, b.d_cols);
+  for (int f = 0; f < p.fold_count; ++f) {
+    const SimilarityFold& fold = p.folds[f];
+    gradients.upstream[f].set_all(fold.kind, fold.cols ? p.M : p.N, b.values[f], b.d_values[f], b.argmax[f]);
+  }
   gradients.d_target = static_cast<const A*>(b.d_target);
+  gradients.d_linear = static_cast<const A*>(b.d_linear);
   sweep.for_each_chunk([&](const Chunk& chunk) { gradients.add_chunk(chunk, sweep.kept); });
   gradients.finish();
 }
 
 // ---- The weighted total ------------------------------------------------------------------------------------
 
-// Loss of row i and its derivatives by lse_i, extra_i and the target's logit.
+// Loss of row i and its derivatives by the fold, extra_i and the target's logit.
 template <class A>
-void row_loss(const SimilarityTotal& t, int64_t i, A lse, Upstream<A>& rows, A* d_target) {
+void row_loss(const SimilarityTotal& t, FoldKind kind, int64_t i, A fold, Upstream<A>& upstream, A* d_target) {
   const A* extra = static_cast<const A*>(t.extra);
   const A* target_weight = static_cast<const A*>(t.target_weight);
-  A all = lse;
+  const A logit = static_cast<const A*>(t.target_logit)[i], weight = static_cast<const A*>(t.weight)[i];
+  A* loss = static_cast<A*>(t.losses) + i;
+  d_target[i] = target_weight ? target_weight[i] : 0;
+  if (kind == FoldKind::sum_softplus) {
+    *loss = fold + softplus_of(-logit);
+    upstream.set(i, fold, weight);
+    d_target[i] -= weight * sigmoid_of(-logit);
+    return;
+  }
+  A all = fold;
   if (extra) {
-    const A top = maximum(lse, extra[i]), low = minimum(lse, extra[i]);
+    const A top = maximum(fold, extra[i]), low = minimum(fold, extra[i]);
     all = top == -infinity<A>() ? top : top + static_cast<A>(log1p(exp(static_cast<double>(low - top))));
   }
-  const A z = all - static_cast<const A*>(t.target_logit)[i];
-  const A d_all = static_cast<const A*>(t.weight)[i] * sigmoid(z);
-  static_cast<A*>(t.losses)[i] = softplus(z);
+  const A z = all - logit, d_all = weight * sigmoid_of(z);
+  *loss = softplus_of(z);
   const bool empty = all == -infinity<A>();
-  const A share = extra && !empty ? static_cast<A>(exp(static_cast<double>(lse - all))) : 1;
-  rows.set(i, lse, d_all * share);
+  const A share = extra && !empty ? static_cast<A>(exp(static_cast<double>(fold - all))) : 1;
+  upstream.set(i, fold, d_all * share);
   if (t.dextra) {
     static_cast<A*>(t.dextra)[i] = empty ? 0 : d_all * static_cast<A>(exp(static_cast<double>(extra[i] - all)));
   }
-  d_target[i] = (target_weight ? target_weight[i] : 0) - d_all;
+  d_target[i] -= d_all;
 }
 
 template <class C, class S>
@@ -82,23 +116,29 @@ void total(const SimilarityProblem& p, const SimilarityTotal& t, const Parallel&
   using Scratch = typename Sweep<C, S>::Scratch;
   Sweep<C, S> sweep(p, parallel, true);
   Gradients<C, S> gradients(p, t.gradients, sweep);
-  gradients.rows.allocate(p.N);
-  Buffer<A> lse(p.N), d_target(p.N), dots;
+  const FoldKind kind = p.folds[0].kind;
+  gradients.upstream[0].allocate(kind, p.N);
+  Buffer<A> values(p.N), d_target(p.N), dots;
   gradients.d_target = d_target.get();
-  Fold<A> rows;
-  sweep.start_fold(rows, lse.get(), true, false);
+  FoldState<A> fold;
+  sweep.start_fold(fold, p.folds[0], values.get(), nullptr);
   sweep.for_each_chunk([&](const Chunk& chunk) {
     if (!dots.get()) dots.allocate(sweep.stored_size(chunk));
     sweep.for_each_block(chunk, 0, chunk.blocks(), [&](const Block& block, Scratch& s) {
       A* block_dots = sweep.stored_block(dots.get(), chunk, block);
       A* l = sweep.block_buffer(s.e);
       sweep.multiply_block(chunk, block, s, block_dots);
-      sweep.logits_block(chunk, block, false, block_dots, l, s.view, static_cast<A*>(t.target_logit));
-      sweep.fold_i_side(rows, block, l, block.rows);
+      const A* guide = sweep.guide_block(chunk, block, s);
+      sweep.logits_block(chunk, block, 0, false, true, block_dots, guide, l, s.view, [&](const A* all) {
+        sweep.for_each_target(chunk, block, false, [&](int64_t i, int64_t j, int64_t owner) {
+          static_cast<A*>(t.target_logit)[owner] = all[i * kBlock + j];
+        });
+      });
+      sweep.add_to_fold(fold, false, chunk, block, false, l);
     });
-    sweep.finish_i_side(rows, chunk);
+    sweep.finish_chunk(fold, chunk);
     for (int64_t i = chunk.begin; i < chunk.begin + chunk.rows; ++i) {
-      row_loss<A>(t, i, lse.get()[i], gradients.rows, d_target.get());
+      row_loss<A>(t, kind, i, values.get()[i], gradients.upstream[0], d_target.get());
     }
     gradients.add_chunk(chunk, dots.get());
   });

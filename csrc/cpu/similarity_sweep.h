@@ -4,8 +4,7 @@
 // bitwise the same for any number of threads, and no thread keeps a private copy of dy.
 #pragma once
 
-#include "../similarity_reduce.h"
-#include "similarity_epilogue.h"
+#include "similarity_folds.h"
 
 namespace contrastive_ops {
 namespace LEVEL {
@@ -29,24 +28,21 @@ struct Block {
   int64_t mirrored;  // of them, those that also stand for the element below the diagonal
 };
 
-// One fold of the matrix: partial results of the chunk per block on the i-side, running results on the j-side.
-template <class A>
-struct Fold {
-  A* lse = nullptr;
-  bool i_side = false, j_side = false;
-  Buffer<A> partial_max, partial_sum;  // (blocks, chunk rows)
-  Buffer<A> running_max, running_sum;  // (M)
-};
-
 template <class C, class S>
 class Sweep {
  public:
   using A = typename C::Acc;
   using U = typename C::Unit;
+  using G = std::conditional_t<sizeof(A) == 4, ComputeFloat, ComputeDouble>;  // what the guide is computed in
 
   Sweep(const SimilarityProblem& problem, const Parallel& parallel, bool holds_chunk)
       : p(problem), parallel_(parallel), chunk_rows(rows_of_a_chunk(problem, holds_chunk)) {
     padded_columns = round_up(p.M, kBlock) + kBlock;
+    rules.reset(new Rules<A>[p.set_count]);
+    for (int set = 0; set < p.set_count; ++set) {
+      rules[set].prepare(p, p.sets[set]);
+      guided_ |= rules[set].uses_guide();
+    }
     zeros.allocate(chunk_rows);
     ones.allocate(chunk_rows);
     for (int64_t i = 0; i < chunk_rows; ++i) {
@@ -54,18 +50,15 @@ class Sweep {
       ones.get()[i] = 1;
     }
     x_panels.allocate(round_up(chunk_rows, kLaneGroup<C>) * depth_units<C>(p.D));
-    scratch_ = new Scratch[parallel.threads];
+    if (guided_) guide_panels_.allocate(round_up(chunk_rows, kLaneGroup<G>) * depth_units<G>(p.guide_depth));
+    scratch_.reset(new Scratch[parallel.threads]);
   }
-  ~Sweep() { delete[] scratch_; }
-  Sweep(const Sweep&) = delete;
-  Sweep& operator=(const Sweep&) = delete;
 
   struct Scratch {
-    Buffer<A> dots, e, g;
+    Buffer<A> dots, l, e, g, guide;
     Buffer<U> y_panel, weights_panels, y_columns;
+    Buffer<typename G::Unit> guide_panel;
     View<A> view;
-    Sums<A> sums;
-    A lse_j[kBlock], weight_j[kBlock], residual_j[kBlock];
   };
 
   // Calls body(chunk) for the chunks in order.
@@ -75,7 +68,8 @@ class Sweep {
       Chunk chunk{begin, minimum(chunk_rows, p.N - begin), p.self ? begin : 0, p.M};
       kept = p.kept && kept_used + stored_size(chunk) <= p.kept_size ? static_cast<A*>(p.kept) + kept_used : nullptr;
       if (kept) kept_used += stored_size(chunk);
-      pack_x(chunk);
+      pack<C, S>(chunk, p.x, p.x_stride, p.D, x_panels);
+      if (guided_) pack<G, A>(chunk, p.guide_x, p.guide_depth, p.guide_depth, guide_panels_);
       body(chunk);
     }
   }
@@ -104,117 +98,123 @@ class Sweep {
 
   // Inner products of the block's columns with the chunk's rows, complete in depth.
   void multiply_block(const Chunk& chunk, const Block& block, Scratch& s, A* dots) {
-    const int64_t units = depth_units<C>(p.D);
-    U* y_panel = s.y_panel.once(kCols<C> * units);
-    const int64_t rows = minimum(round_up(block.rows, kRows), padded_rows(chunk));
-    for (int64_t j = 0; j < kBlock; j += kCols<C>) {
-      const int64_t lanes = maximum<int64_t>(0, minimum<int64_t>(kCols<C>, block.cols - j));
-      const S* from = static_cast<const S*>(p.y) + (block.j + (lanes ? j : 0)) * p.y_stride;
-      pack_rows<C, kCols<C>>(y_panel, 0, from, p.y_stride, lanes, kCols<C>, p.D);
-      multiply<C>(rows, kCols<C>, units, x_panels.get(), kRows * units, y_panel, 0, dots + j, kBlock, false);
-    }
+    products<C, S>(chunk, block, x_panels, p.y, p.y_stride, p.D, s.y_panel, dots);
+  }
+  // The guide's similarities of a block, or null where no set has a guide.
+  const A* guide_block(const Chunk& chunk, const Block& block, Scratch& s) {
+    if (!guided_) return nullptr;
+    A* guide = block_buffer(s.guide);
+    products<G, A>(chunk, block, guide_panels_, p.guide_y, p.guide_depth, p.guide_depth, s.guide_panel, guide);
+    return guide;
   }
 
-  // The matrix elements (i, j), or, mirrored, (j, i) of self-similarity.
-  void set_view(const Chunk& chunk, const Block& block, bool mirrored, View<A>& view) {
-    const A* scale = static_cast<const A*>(p.scale);
-    const A* row_bias = static_cast<const A*>(p.row_bias);
-    const A* col_bias = static_cast<const A*>(p.col_bias);
-    const A* bias_i = mirrored ? col_bias : row_bias;
-    const A* bias_j = mirrored ? row_bias : col_bias;
-    view.scale_i = mirrored ? ones.get() : scale + chunk.begin;
+  // The elements (i, j) of a set, or, mirrored, the elements (j, i) of self-similarity.
+  void set_view(const Chunk& chunk, const Block& block, int set, bool mirrored, View<A>& view) {
+    const Rules<A>& rule = rules[set];
+    const SimilaritySet& from = *rule.set;
+    const auto numbers = [](const void* v) { return static_cast<const A*>(v); };
+    const A *bias_i = numbers(mirrored ? p.col_bias : p.row_bias),
+            *bias_j = numbers(mirrored ? p.row_bias : p.col_bias);
+    const A* scale = numbers(from.scale);
+    const bool along_i = from.scale_of == (mirrored ? ScaleOf::columns : ScaleOf::rows);
+    view.sign = from.negate ? -1 : 1;
+    view.scale_i = along_i ? scale + chunk.begin : ones.get();
     view.bias_i = bias_i ? bias_i + chunk.begin : zeros.get();
     for (int64_t j = 0; j < kBlock; ++j) {
       const bool inside = j < block.cols;
-      view.scale_j[j] = mirrored && inside ? scale[block.j + j] : 1;
-      view.bias_j[j] = bias_j && inside ? bias_j[block.j + j] : 0;
+      const A own = along_i ? 1 : from.scale_of == ScaleOf::all ? scale[0] : inside ? scale[block.j + j] : 1;
+      view.scale_j[j] = view.sign * own;
+      view.bias_j[j] = bias_j && inside ? view.sign * bias_j[block.j + j] : 0;
     }
+    const auto sides = [&](auto& side, auto rows, auto cols, auto past_end) {
+      side.set(rows, cols, mirrored, chunk.begin, block.j, block.cols, past_end);
+    };
+    sides(view.differ, rule.differ.rows(), rule.differ.cols(), Id<A>(0));
+    sides(view.same, rule.same.rows(), rule.same.cols(), Id<A>(0));
+    view.log_weight = rule.log_weight.get();
+    sides(view.classes, static_cast<const Id<A>*>(rule.class_rows.get()),
+          static_cast<const Id<A>*>(rule.class_cols.get()), Id<A>(0));
+    sides(view.below, numbers(from.below_rows), numbers(from.below_cols), A(0));
+    sides(view.above, numbers(from.above_rows), numbers(from.above_cols), A(0));
+    sides(view.guide_below, numbers(from.guide_below_rows), numbers(from.guide_below_cols), A(0));
   }
 
-  // Calls dropped(i, j) for pairs that no fold sees, then target(i, j, owner) for the targets, in block coordinates.
-  template <class Dropped, class Target>
-  void for_each_special(const Chunk& chunk, const Block& block, bool mirrored, Dropped dropped, Target target) {
-    const int64_t i_count = mirrored ? block.mirrored : block.rows, j_count = block.cols;
-    const int64_t owners = mirrored ? j_count : i_count, others = mirrored ? i_count : j_count;
-    const int64_t owner_begin = mirrored ? block.j : chunk.begin, other_begin = mirrored ? chunk.begin : block.j;
-    for (int64_t o = 0; p.has_diagonal && o < owners; ++o) {
-      const int64_t q = owner_begin + o + p.diagonal - other_begin;
-      if (q >= 0 && q < others) mirrored ? dropped(q, o) : dropped(o, q);
-    }
-    for (int64_t o = 0; p.target && o < owners; ++o) {
-      const int64_t q = p.target[owner_begin + o] - other_begin;
-      if (q >= 0 && q < others) mirrored ? target(q, o, owner_begin + o) : target(o, q, owner_begin + o);
+  // Calls body(i, j, position) for each pair of a block that a row names, in block coordinates: `others(owner, from,
+  // to, call)` calls call(column, position) for the columns in [from, to) that row `owner` names.
+  template <class Others, class Body>
+  void for_each_named(const Chunk& chunk, const Block& block, bool mirrored, Others others, Body body) {
+    const int64_t owners = mirrored ? block.cols : block.rows, count = mirrored ? block.mirrored : block.cols;
+    const int64_t owner_begin = mirrored ? block.j : chunk.begin, begin = mirrored ? chunk.begin : block.j;
+    for (int64_t o = 0; o < owners; ++o) {
+      others(owner_begin + o, begin, begin + count, [&](int64_t column, int64_t position) {
+        mirrored ? body(column - begin, o, position) : body(o, column - begin, position);
+      });
     }
   }
+  template <class Body>
+  void for_each_target(const Chunk& chunk, const Block& block, bool mirrored, Body body) {
+    if (!p.target) return;
+    const auto own = [&](int64_t owner, int64_t from, int64_t to, auto call) {
+      if (p.target[owner] >= from && p.target[owner] < to) call(p.target[owner], owner);
+    };
+    for_each_named(chunk, block, mirrored, own, body);
+  }
+  template <class Body>
+  void for_each_linear(const Chunk& chunk, const Block& block, bool mirrored, Body body) {
+    if (!p.linear_indptr) return;
+    const auto own = [&](int64_t owner, int64_t from, int64_t to, auto call) {
+      for_each_listed(p.linear_indptr, p.linear_indices, owner, from, to, call);
+    };
+    for_each_named(chunk, block, mirrored, own, body);
+  }
 
-  // Logits of a view into `l`, special pairs at -inf, the targets' logits written out.
-  void logits_block(const Chunk& chunk, const Block& block, bool mirrored, const A* dots, A* l, View<A>& view,
-                    A* target_logit) {
-    set_view(chunk, block, mirrored, view);
-    logits(view, dots, l, mirrored ? block.mirrored : block.rows, block.cols);
-    if (target_logit) {
-      for_each_special(
-          chunk, block, mirrored, [](int64_t, int64_t) {},
-          [&](int64_t i, int64_t j, int64_t owner) { target_logit[owner] = l[i * kBlock + j]; });
+  // Logits of a view into `l`, with -inf where a pair is in no fold. `filled`: dropped pairs have the set's constant
+  // instead, as folds see them. `named(l)` is called while `l` still has the logits of all pairs.
+  template <class Named>
+  void logits_block(const Chunk& chunk, const Block& block, int set, bool mirrored, bool filled, const A* dots,
+                    const A* guide, A* l, View<A>& view, Named named) {
+    const SimilaritySet& from = p.sets[set];
+    const int64_t rows = mirrored ? block.mirrored : block.rows;
+    const A dropped = filled && from.has_fill ? static_cast<A>(from.fill) : -infinity<A>();
+    set_view(chunk, block, set, mirrored, view);
+    logits(view, dots, l, rows, block.cols);
+    named(l);
+    if (rules[set].looks()) apply_rules(view, dots, guide, l, rows, block.cols, dropped);
+    const auto drop = [&](int64_t i, int64_t j, int64_t) { l[i * kBlock + j] = dropped; };
+    if (from.has_diagonal) {
+      const auto own = [&](int64_t owner, int64_t begin, int64_t end, auto call) {
+        const int64_t column = owner + from.diagonal;
+        if (column >= begin && column < end) call(column, owner);
+      };
+      for_each_named(chunk, block, mirrored, own, drop);
     }
-    const auto drop = [&](int64_t i, int64_t j) { l[i * kBlock + j] = -infinity<A>(); };
-    for_each_special(chunk, block, mirrored, drop, [&](int64_t i, int64_t j, int64_t) { drop(i, j); });
+    if (from.exclude_indptr) {
+      const auto own = [&](int64_t owner, int64_t begin, int64_t end, auto call) {
+        for_each_listed(from.exclude_indptr, from.exclude_indices, owner, begin, end, call);
+      };
+      for_each_named(chunk, block, mirrored, own, drop);
+    }
+    for_each_target(chunk, block, mirrored, [&](int64_t i, int64_t j, int64_t) { l[i * kBlock + j] = -infinity<A>(); });
   }
 
   // ---- Folds ----------------------------------------------------------------------------------------------
 
-  void start_fold(Fold<A>& fold, A* lse, bool i_side, bool j_side) {
-    fold.lse = lse;
-    fold.i_side = i_side;
-    fold.j_side = j_side;
-    if (i_side) {
-      const int64_t size = (p.M + kBlock - 1) / kBlock * chunk_rows;
-      fold.partial_max.allocate(size);
-      fold.partial_sum.allocate(size);
-    }
-    if (j_side) {
-      fold.running_max.allocate(padded_columns);
-      fold.running_sum.allocate(padded_columns);
-      for (int64_t j = 0; j < padded_columns; ++j) {
-        fold.running_max.get()[j] = -infinity<A>();
-        fold.running_sum.get()[j] = 0;
-      }
-    }
+  void start_fold(FoldState<A>& fold, const SimilarityFold& of, void* value, int64_t* argmax) {
+    fold.start(of.kind, static_cast<A*>(value), argmax, p.self || !of.cols, p.self || of.cols,
+               (p.M + kBlock - 1) / kBlock, chunk_rows, padded_columns);
   }
-
-  void fold_i_side(Fold<A>& fold, const Block& block, const A* l, int64_t rows) {
-    A* max = fold.partial_max.get() + block.index * chunk_rows;
-    A* sum = fold.partial_sum.get() + block.index * chunk_rows;
-    fold_rows(l, rows, block.cols, max, sum);
-    for (int64_t i = rows; i < chunk_rows; ++i) {
-      max[i] = -infinity<A>();
-      sum[i] = 0;
-    }
+  // Adds a block of logits; a row of the matrix is the i-side of a direct and the j-side of a mirrored view.
+  void add_to_fold(FoldState<A>& fold, bool cols, const Chunk& chunk, const Block& block, bool mirrored, const A* l) {
+    const int64_t rows = mirrored ? block.mirrored : block.rows;
+    cols == mirrored ? fold.fold_i(block.index, block.j, l, rows, block.cols)
+                     : fold.fold_j(block.j, chunk.begin, l, rows, block.cols);
   }
-  void fold_j_side(Fold<A>& fold, const Block& block, const A* l, int64_t rows) {
-    fold_columns(l, rows, block.cols, fold.running_max.get() + block.j, fold.running_sum.get() + block.j);
-  }
-
-  // Merges the chunk's partial folds, in block order, and writes the lse of its rows.
-  void finish_i_side(Fold<A>& fold, const Chunk& chunk) {
-    constexpr int W = kLanes<A>;
-    auto task = [&](int64_t index, int) {
-      const int64_t i = index * W;
-      Vec<A> max = broadcast(-infinity<A>()), sum = {};
-      if (fold.j_side) {
-        max = load(fold.running_max.get() + chunk.begin + i);
-        sum = load(fold.running_sum.get() + chunk.begin + i);
-      }
-      for (int64_t b = 0; b < chunk.blocks(); ++b) {
-        merge<A>(max, sum, load(fold.partial_max.get() + b * chunk_rows + i),
-                 load(fold.partial_sum.get() + b * chunk_rows + i));
-      }
-      for (int q = 0; q < W && i + q < chunk.rows; ++q) fold.lse[chunk.begin + i + q] = finish<A>(max[q], sum[q]);
-    };
-    run_parallel(parallel_.run, (chunk.rows + W - 1) / W, task);
-  }
-  void finish_j_side(Fold<A>& fold) {
-    for (int64_t j = 0; j < p.M; ++j) fold.lse[j] = finish<A>(fold.running_max.get()[j], fold.running_sum.get()[j]);
+  // Writes the results of the chunk's rows where the i-side is complete.
+  void finish_chunk(FoldState<A>& fold, const Chunk& chunk) {
+    constexpr int64_t W = kLanes<A>;
+    if (!fold.i_side) return;
+    run((chunk.rows + W - 1) / W,
+        [&](int64_t group, int) { fold.finish_i(chunk.blocks(), chunk.begin, group * W, chunk.rows); });
   }
 
   A* block_buffer(Buffer<A>& buffer) { return buffer.once(kBlock * round_up(chunk_rows, kLaneGroup<C>)); }
@@ -229,6 +229,7 @@ class Sweep {
   const Parallel& parallel_;
   const int64_t chunk_rows;
   int64_t padded_columns = 0;
+  std::unique_ptr<Rules<A>[]> rules;  // per set
   Buffer<A> zeros, ones;
   Buffer<U> x_panels;  // the chunk's rows, packed as A panels
   A* kept = nullptr;   // where this chunk's inner products are kept, or null
@@ -241,16 +242,33 @@ class Sweep {
     return minimum(rows, round_up(maximum<int64_t>(p.N, 1), kLaneGroup<C>));
   }
 
-  void pack_x(const Chunk& chunk) {
-    const int64_t units = depth_units<C>(p.D);
-    run((chunk.rows + kLaneGroup<C> - 1) / kLaneGroup<C>, [&](int64_t group, int) {
-      const int64_t i = group * kLaneGroup<C>, lanes = minimum<int64_t>(kLaneGroup<C>, chunk.rows - i);
-      pack_rows<C, kRows>(x_panels.get() + i * units, kRows * units,
-                          static_cast<const S*>(p.x) + (chunk.begin + i) * p.x_stride, p.x_stride, lanes, lanes, p.D);
+  // The chunk's rows of a matrix, packed as A panels.
+  template <class K, class T>
+  void pack(const Chunk& chunk, const void* from, int64_t stride, int64_t depth, Buffer<typename K::Unit>& panels) {
+    const int64_t units = depth_units<K>(depth);
+    run((chunk.rows + kLaneGroup<K> - 1) / kLaneGroup<K>, [&](int64_t group, int) {
+      const int64_t i = group * kLaneGroup<K>, lanes = minimum<int64_t>(kLaneGroup<K>, chunk.rows - i);
+      pack_rows<K, kRows>(panels.get() + i * units, kRows * units,
+                          static_cast<const T*>(from) + (chunk.begin + i) * stride, stride, lanes, lanes, depth);
     });
   }
+  template <class K, class T>
+  void products(const Chunk& chunk, const Block& block, const Buffer<typename K::Unit>& x, const void* y,
+                int64_t stride, int64_t depth, Buffer<typename K::Unit>& scratch, A* dots) {
+    const int64_t units = depth_units<K>(depth);
+    auto* panel = scratch.once(kCols<K> * units);
+    const int64_t rows = minimum(round_up(block.rows, kRows), padded_rows(chunk));
+    for (int64_t j = 0; j < kBlock; j += kCols<K>) {
+      const int64_t lanes = maximum<int64_t>(0, minimum<int64_t>(kCols<K>, block.cols - j));
+      const T* from = static_cast<const T*>(y) + (block.j + (lanes ? j : 0)) * stride;
+      pack_rows<K, kCols<K>>(panel, 0, from, stride, lanes, kCols<K>, depth);
+      multiply<K>(rows, kCols<K>, units, x.get(), kRows * units, panel, 0, dots + j, kBlock, false);
+    }
+  }
 
-  Scratch* scratch_;
+  bool guided_ = false;
+  Buffer<typename G::Unit> guide_panels_;
+  std::unique_ptr<Scratch[]> scratch_;
 };
 
 }  // namespace

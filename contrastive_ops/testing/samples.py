@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: dense truth in float64, sample inputs, tolerances."""
+"""Sample inputs, error measures and tolerances."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from ..ops.pairs import Pairs
+from .dense import dense_reduce
 
 # Added to twice the error of plain torch in the same dtype. float32 sums of M terms lose a few units in the last
 # place; 16-bit gradients are rounded once on output.
@@ -97,28 +100,17 @@ def sample_problem(
 def dense(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
     """Row lse, column lse and target logits in plain torch, in the dtype of the inputs, N x M and all."""
     p = problem
-    y = p.x if p.y is None else p.y
-    scale = p.scale[:, None] if isinstance(p.scale, Tensor) and p.scale.dim() else p.scale
-    logits = scale * (p.x @ y.T)
-    logits = logits if p.row_bias is None else logits + p.row_bias[:, None]
-    logits = logits if p.col_bias is None else logits + p.col_bias
-    columns = torch.arange(logits.shape[1])
-    drop = torch.zeros(logits.shape, dtype=torch.bool)
-    if p.diagonal is not None:
-        drop |= torch.arange(logits.shape[0])[:, None] + p.diagonal == columns
-    target_logit = None
-    if p.target is not None:
-        target_logit = logits.gather(1, p.target[:, None]).squeeze(1)
-        drop |= p.target[:, None] == columns
-    kept = logits.masked_fill(drop, -torch.inf)
-    return _safe_lse(kept, 1), _safe_lse(kept, 0), target_logit
-
-
-def _safe_lse(logits: Tensor, dim: int) -> Tensor:
-    """Logsumexp with gradient 0 where everything is -inf."""
-    empty = (logits == -torch.inf).all(dim)
-    filled = logits.masked_fill(empty.unsqueeze(dim), 0.0)
-    return filled.logsumexp(dim).masked_fill(empty, -torch.inf)
+    reduced = dense_reduce(
+        p.x,
+        p.y,
+        dim=(0, 1),
+        scale=p.scale,
+        row_bias=p.row_bias,
+        col_bias=p.col_bias,
+        target=p.target,
+        pairs=Pairs(diagonal=p.diagonal),
+    )
+    return reduced.rows[0], reduced.cols[0], reduced.target  # type: ignore[index]
 
 
 def clustered_pairs(

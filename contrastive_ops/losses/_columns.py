@@ -1,0 +1,132 @@
+"""What softmax losses share about columns: whose target, a row's own negatives, label smoothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _autocast, _checks
+from ..ops.folds import Fold
+from ..ops.pairs import Pairs
+
+
+def own_column(function: str, query: Tensor, key: Tensor) -> Tensor:
+    """Row i's target is column i, which must exist."""
+    if key.shape[0] < query.shape[0]:
+        raise ValueError(
+            f"{function}: key must have at least as many rows as query where target is not given, "
+            f"got query {_checks.shape(query)} and key {_checks.shape(key)}"
+        )
+    return torch.arange(query.shape[0], device=query.device)
+
+
+def checked_target(function: str, name: str, target: Tensor, x_name: str, x: Tensor, columns: int) -> Tensor:
+    """`target` must name one of the first `columns` columns for each row of `x`."""
+    _checks.check_index(function, name, target, x.shape[0], x_name, x)
+    # Of these columns alone: a target among shared negatives is a mistake that the operator could not see.
+    _checks.check_index_values(function, name, target, columns)
+    return target
+
+
+def check_row_negatives(function: str, query: Tensor, row_negatives: object) -> None:
+    """`row_negatives` must be (N, K, D), of the query's dtype and device."""
+    if not isinstance(row_negatives, Tensor):
+        raise TypeError(f"{function}: row_negatives must be a tensor, got {type(row_negatives).__name__}")
+    if row_negatives.dim() != 3 or row_negatives.shape[::2] != query.shape:
+        raise ValueError(
+            f"{function}: row_negatives must have shape ({query.shape[0]}, K, {query.shape[1]}), "
+            f"got {_checks.shape(row_negatives)}"
+        )
+    if row_negatives.dtype != query.dtype:
+        raise TypeError(
+            f"{function}: row_negatives must have the same dtype as query, "
+            f"got query {query.dtype} and row_negatives {row_negatives.dtype}"
+        )
+    _checks.check_device(function, "query", query, "row_negatives", row_negatives)
+
+
+def check_pairs(function: str, pairs: object) -> None:
+    """`pairs` must be rules."""
+    if pairs is not None and not isinstance(pairs, Pairs):
+        raise TypeError(f"{function}: pairs must be Pairs or None, got {type(pairs).__name__}")
+
+
+def partner_similarity(x: Tensor, y: Tensor) -> Tensor:
+    """(N,) inner product of each row with its partner, or (N, K) with its K partners, in the accumulation dtype."""
+    dtype = _checks.accumulator(x.dtype)
+    with _autocast.disabled(x):
+        if y.dim() == 3:
+            return torch.einsum("nd,nkd->nk", x.to(dtype), y.to(dtype))
+        return (x.to(dtype) * y.to(dtype)).sum(1)
+
+
+def by_row(scale: float | Tensor, like: Tensor) -> float | Tensor:
+    """The scale in the dtype of `like`; one of each row as a column vector."""
+    if not isinstance(scale, Tensor):
+        return scale
+    scale = scale.to(device=like.device, dtype=like.dtype)
+    return scale[:, None] if scale.dim() == 1 else scale
+
+
+def scaled(scale: float | Tensor, rows: Tensor) -> Tensor:
+    """`rows` (N,) or (N, K) times the scale, which may be one of each row."""
+    factor = by_row(scale, rows)
+    if isinstance(factor, Tensor) and factor.dim() == 2 and rows.dim() == 1:
+        return factor[:, 0] * rows
+    return factor * rows
+
+
+# ---- Label smoothing -----------------------------------------------------------------------------------------------
+
+
+def smoothing_share(function: str, label_smoothing: float | Tensor, x_name: str, x: Tensor) -> float | Tensor | None:
+    """Check `label_smoothing`: a number or (N,) numbers in [0, 1]. None where there is nothing to smooth."""
+    if not isinstance(label_smoothing, Tensor):
+        if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+            kind = type(label_smoothing).__name__
+            raise TypeError(f"{function}: label_smoothing must be a float or a tensor, got {kind}")
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"{function}: label_smoothing must be in [0, 1], got {label_smoothing}")
+        return label_smoothing or None
+    _checks.check_vector(function, "label_smoothing", label_smoothing, x.shape[0], x_name, x)
+    if not torch.compiler.is_compiling() and label_smoothing.device.type != "meta":
+        wrong = label_smoothing.detach()[~((label_smoothing >= 0) & (label_smoothing <= 1))]
+        if wrong.numel():
+            raise ValueError(f"{function}: label_smoothing must be in [0, 1], got {float(wrong[0])}")
+    return label_smoothing.to(_checks.accumulator(x.dtype))
+
+
+def smoothing_folds(share: float | Tensor | None, pairs: Pairs | None) -> tuple[Fold, ...]:
+    """What label smoothing needs of the sweep: nothing where every pair takes part, because sums of rows are enough."""
+    return () if share is None or pairs is None else (Fold("sum"), Fold("count"))
+
+
+def logit_sums(x: Tensor, y: Tensor, scale: float | Tensor, of_columns: bool = False) -> Tensor:
+    """Each row's (or column's) sum of logits; linear, so that it takes O((N + M) D)."""
+    dtype = _checks.accumulator(x.dtype)
+    with _autocast.disabled(x):
+        x, y = x.to(dtype), y.to(dtype)
+        if of_columns:
+            return y @ (by_row(scale, x) * x).sum(0)
+        return scaled(scale, x @ y.sum(0))
+
+
+def sum_and_count(
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    target_logit: Tensor,
+    folded: Sequence[Tensor],
+    of_columns: bool = False,
+) -> tuple[Tensor, int | Tensor]:
+    """Each row's (or column's) sum and number of logits that take part; `folded`: the results of `smoothing_folds`."""
+    if folded:
+        return folded[0] + target_logit, folded[1] + 1
+    return logit_sums(x, y, scale, of_columns), (x if of_columns else y).shape[0]
+
+
+def mean_logit(total: Tensor, count: int | Tensor, own: Tensor | None = None) -> Tensor:
+    """(N,) mean logit over the columns of the sweep and the logits (N, K) of those of each row alone."""
+    return total / count if own is None else (total + own.sum(1)) / (count + own.shape[1])

@@ -1,0 +1,105 @@
+"""How well a loss's positives rank, from the sweep that the loss makes anyway."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..ops.folds import Fold
+from ..ops.pairs import Bound, Pairs
+from ._columns import partner_similarity
+
+
+class Diagnostics(NamedTuple):
+    """Ranking measures of one direction of a loss; detached, in float32 (float64 for float64 inputs).
+
+    Attributes:
+        accuracy: 0-d, the share of rows whose positive is more similar than every other pair that takes part.
+        rank: (N,) int64, the place of each row's positive among the pairs that take part; 1 is the best. Ties, also
+            those within the rounding error of an inner product, count against the positive.
+        positive_similarity: 0-d, the mean inner product of a row and its positive, without scale.
+        negative_similarity: 0-d, the mean inner product of all other pairs that take part; NaN where there are none.
+    """
+
+    accuracy: Tensor
+    rank: Tensor
+    positive_similarity: Tensor
+    negative_similarity: Tensor
+
+
+class Ranking:
+    """Which folds a loss adds to its sweep for `Diagnostics`, and how to read them.
+
+    Args:
+        x: (N, D) the rows.
+        y: (M, D) the columns.
+        positive: (N, D) the positive of each row, which is the target of the sweep.
+        pairs: the rules of the loss. Pairs that `fill` keeps as a constant do not count.
+        own: (N, K) similarities of each row with columns that the sweep does not see.
+        both: also rank along the columns, where row i and column i belong together.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        positive: Tensor,
+        pairs: Pairs | None = None,
+        *,
+        own: Tensor | None = None,
+        both: bool = False,
+    ) -> None:
+        with torch.no_grad():
+            self.positive = partner_similarity(x, positive)
+            # The positive comes from another order of summation than the sweep's inner products, so that equal
+            # vectors may differ by rounding.
+            slack = 8 * torch.finfo(self.positive.dtype).eps * partner_similarity(x.abs(), positive.abs())
+            self.bound = self.positive - slack
+        self.own = None if own is None else own.detach()
+        rules = Pairs() if pairs is None else dataclasses.replace(pairs, fill=None, log_weight=None)
+        self.folds: tuple[Fold, ...] = (_count_above(rules, self.bound),)
+        if both:
+            self.folds += (_count_above(rules, self.bound[None]),)
+        self._all_pairs: tuple[Tensor, Tensor] | None = None
+        if pairs is None:
+            self._all_pairs = self._sum_of_all(x, y)
+        else:
+            self.folds += (Fold("sum", scale=1.0, pairs=rules), Fold("count", scale=1.0, pairs=rules))
+
+    def read(self, values: Sequence[Tensor], dim: int = 1) -> Diagnostics:
+        """Return the measures from the results of `folds`, of the rows (dim=1) or of the columns (dim=0)."""
+        values = [each.detach() for each in values]
+        above = values[1 - dim]
+        total, count = (values[-2].sum(), values[-1].sum()) if self._all_pairs is None else self._all_pairs
+        if self.own is not None:
+            above = above + (self.own >= self.bound[:, None]).sum(1)
+            total, count = total + self.own.sum(), count + self.own.numel()
+        rank = above.to(torch.int64) + 1
+        return Diagnostics(
+            accuracy=(rank == 1).to(total.dtype).mean(),
+            rank=rank,
+            positive_similarity=self.positive.mean(),
+            negative_similarity=torch.where(count > 0, total / count, torch.nan),
+        )
+
+    def _sum_of_all(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum and number of all negatives where no rule drops any: linear in the similarities."""
+        dtype = _checks.accumulator(x.dtype)
+        with torch.no_grad():
+            total = (x.sum(0, dtype=dtype) * y.sum(0, dtype=dtype)).sum() - self.positive.sum()
+            return total, torch.full_like(total, x.shape[0] * (y.shape[0] - 1))
+
+
+def _count_above(rules: Pairs, bound: Tensor) -> Fold:
+    """Count the pairs that are at least as similar as the positive."""
+    given: tuple[Bound, ...]
+    if isinstance(rules.above, tuple):
+        given = rules.above
+    else:
+        given = () if rules.above is None else (rules.above,)
+    return Fold("count", scale=1.0, pairs=dataclasses.replace(rules, above=(*given, bound)))

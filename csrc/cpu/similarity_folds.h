@@ -1,0 +1,323 @@
+// Folds of blocks of logits: what a row or column is reduced to, in parts that merge in a fixed order.
+//
+// What a part holds depends on the kind:
+//   logsumexp     a = max, b = sum of exp(l - max)
+//   max           a = max, index = where
+//   sums, count   a = sum
+// Logits of -inf are pairs that take no part.
+#pragma once
+
+#include "similarity_pairs.h"
+
+namespace contrastive_ops {
+namespace LEVEL {
+namespace {
+
+template <class A>
+struct Part {
+  A *a, *b;
+  int64_t* index;
+  Part at(int64_t k) const { return {a + k, b ? b + k : b, index ? index + k : index}; }
+};
+
+template <FoldKind K>
+using Kind = std::integral_constant<FoldKind, K>;
+
+// Calls body with the kind as a constant.
+template <class Body>
+INLINE void with_kind(FoldKind kind, Body body) {
+  switch (kind) {
+    case FoldKind::logsumexp:
+      return body(Kind<FoldKind::logsumexp>{});
+    case FoldKind::max:
+      return body(Kind<FoldKind::max>{});
+    case FoldKind::sum_softplus:
+      return body(Kind<FoldKind::sum_softplus>{});
+    case FoldKind::sum_relu:
+      return body(Kind<FoldKind::sum_relu>{});
+    case FoldKind::sum:
+      return body(Kind<FoldKind::sum>{});
+    case FoldKind::count:
+      return body(Kind<FoldKind::count>{});
+  }
+}
+
+// ---- Numbers ---------------------------------------------------------------------------------------------
+
+template <class A>
+INLINE Vec<A> finite_or_zero(Vec<A> v) {
+  const Vec<A> zero = {};
+  return (v - v == zero) ? v : zero;  // inf - inf and NaN - NaN are NaN, which equals nothing
+}
+template <class A>
+INLINE A finite_or_zero(A v) {
+  return v - v == 0 ? v : 0;
+}
+
+template <class A>
+INLINE Vec<A> absolute(Vec<A> v) {
+  return v < Vec<A>{} ? -v : v;
+}
+template <class A>
+INLINE Vec<A> positive_part(Vec<A> v) {
+  return v < Vec<A>{} ? Vec<A>{} : v;  // NaN stays
+}
+
+// log(1 + u) for u in [0, 1] as 2 atanh(u / (2 + u)), whose series keeps the relative accuracy of small u.
+INLINE Vec<float> log_one_plus(Vec<float> u) {
+  const Vec<float> s = u / (u + 2.0f), z = s * s;
+  Vec<float> p = z * 0.121447793f + 0.107153703f;
+  p = p * z + 0.143082984f;
+  p = p * z + 0.199994442f;
+  p = p * z + 0.333333378f;
+  return 2.0f * s * (p * z + 1.0f);
+}
+INLINE Vec<double> log_one_plus(Vec<double> u) {
+  for (int i = 0; i < kLanes<double>; ++i) u[i] = log1p(u[i]);
+  return u;
+}
+template <class A>
+INLINE Vec<A> softplus(Vec<A> l) {
+  return positive_part<A>(l) + log_one_plus(exponential(-absolute<A>(l)));
+}
+template <class A>
+INLINE Vec<A> sigmoid(Vec<A> l) {
+  const Vec<A> u = exponential(-absolute<A>(l));
+  return (l < Vec<A>{} ? u : broadcast(A(1))) / (u + A(1));
+}
+
+// What one logit adds to a sum.
+template <class A, FoldKind K>
+INLINE Vec<A> term(Vec<A> l) {
+  [[maybe_unused]] const auto nothing = l == broadcast(-infinity<A>());
+  if constexpr (K == FoldKind::sum_softplus) return softplus<A>(l);
+  if constexpr (K == FoldKind::sum_relu) return positive_part<A>(l);
+  if constexpr (K == FoldKind::sum) return nothing ? Vec<A>{} : l;
+  return nothing ? Vec<A>{} : broadcast(A(1));
+}
+
+// ---- Merging parts ---------------------------------------------------------------------------------------
+
+// Whether a later candidate replaces the best so far: ties stay with the first, and NaN, once met, wins.
+template <class A>
+INLINE bool beats(A candidate, A best) {
+  return candidate > best || (candidate != candidate && best == best);
+}
+
+// A logsumexp is a pair (max, sum of exp(l - max)); where the maximum is not finite, the sum is taken relative to 0,
+// so that -inf rows give 0, and +inf and NaN propagate.
+template <class A>
+INLINE void merge(Vec<A>& max, Vec<A>& sum, Vec<A> other_max, Vec<A> other_sum) {
+  const Vec<A> top = greater<A>(other_max, max);
+  const Vec<A> reference = finite_or_zero<A>(top);
+  sum = sum * exponential(finite_or_zero<A>(max) - reference) +
+        other_sum * exponential(finite_or_zero<A>(other_max) - reference);
+  max = top;
+}
+
+// Merges kLanes results, `from` after `into`.
+template <class A, FoldKind K>
+INLINE void merge_parts(Part<A> into, Part<A> from) {
+  if constexpr (K == FoldKind::logsumexp) {
+    Vec<A> max = load(into.a), sum = load(into.b);
+    merge<A>(max, sum, load(from.a), load(from.b));
+    store(into.a, max);
+    store(into.b, sum);
+  } else if constexpr (K == FoldKind::max) {
+    for (int q = 0; q < kLanes<A>; ++q) {
+      if (!beats(from.a[q], into.a[q])) continue;
+      into.a[q] = from.a[q];
+      into.index[q] = from.index[q];
+    }
+  } else {
+    store(into.a, load(into.a) + load(from.a));
+  }
+}
+
+template <class A>
+INLINE A finish(FoldKind kind, A a, A b) {
+  if (kind != FoldKind::logsumexp) return a;
+  return b == 0 ? -infinity<A>() : finite_or_zero(a) + natural_log(b);
+}
+
+template <class A>
+INLINE A empty_fold(FoldKind kind) {
+  return kind == FoldKind::logsumexp || kind == FoldKind::max ? -infinity<A>() : 0;
+}
+
+// ---- Blocks ----------------------------------------------------------------------------------------------
+
+// Lane by lane the best so far and its position along the loop.
+template <class A>
+INLINE void keep_best(Vec<A>& best, Vec<Id<A>>& at, Vec<A> l, Vec<Id<A>> position) {
+  const auto better = (l > best) | ((l != l) & (best == best));
+  best = better ? l : best;
+  at = better ? position : at;
+}
+
+template <class A>
+INLINE Vec<Id<A>> lane_numbers() {
+  Vec<Id<A>> lanes = {};
+  for (int q = 0; q < kLanes<A>; ++q) lanes[q] = q;
+  return lanes;
+}
+
+// Folds each row of a block; `j_begin` is the number of its first column in the matrix.
+template <class A, FoldKind K>
+void fold_rows(const A* l, int64_t rows, int64_t cols, int64_t j_begin, Part<A> out) {
+  constexpr int W = kLanes<A>;
+  for (int64_t i = 0; i < rows; ++i) {
+    const A* row = l + i * kBlock;
+    if constexpr (K == FoldKind::logsumexp) {
+      Vec<A> top = broadcast(-infinity<A>());
+      for (int64_t j = 0; j < cols; j += W) top = greater<A>(load(row + j), top);
+      const A max = lane_max<A>(top), reference = finite_or_zero(max);
+      Vec<A> sum = {};
+      for (int64_t j = 0; j < cols; j += W) sum += exponential(load(row + j) - reference);
+      out.a[i] = max;
+      out.b[i] = lane_sum<A>(sum);
+    } else if constexpr (K == FoldKind::max) {
+      Vec<A> best = broadcast(-infinity<A>());
+      Vec<Id<A>> at = {}, position = lane_numbers<A>();
+      for (int64_t j = 0; j < cols; j += W, position += W) keep_best<A>(best, at, load(row + j), position);
+      A value = -infinity<A>();
+      int64_t index = -1;
+      for (int q = 0; q < W; ++q) {
+        const bool tie = best[q] == value || (best[q] != best[q] && value != value);
+        if (beats(A(best[q]), value) || (tie && index >= 0 && at[q] < index)) {
+          value = best[q];
+          index = at[q];
+        }
+      }
+      out.a[i] = value;
+      out.index[i] = index < 0 ? -1 : j_begin + index;
+    } else {
+      Vec<A> sum = {};
+      for (int64_t j = 0; j < cols; j += W) sum += term<A, K>(load(row + j));
+      out.a[i] = lane_sum<A>(sum);
+    }
+  }
+}
+
+// Folds down the rows and merges into the running fold of each column. Vectors past `cols` hold no column.
+template <class A, FoldKind K>
+void fold_columns(const A* l, int64_t rows, int64_t cols, int64_t i_begin, Part<A> running) {
+  constexpr int W = kLanes<A>;
+  for (int64_t j = 0; j < cols; j += W) {
+    alignas(64) A a[W], b[W];
+    int64_t index[W];
+    const Part<A> part{a, b, index};
+    if constexpr (K == FoldKind::logsumexp) {
+      Vec<A> max = broadcast(-infinity<A>()), sum = {};
+      for (int64_t i = 0; i < rows; ++i) max = greater<A>(load(l + i * kBlock + j), max);
+      const Vec<A> reference = finite_or_zero<A>(max);
+      for (int64_t i = 0; i < rows; ++i) sum += exponential(load(l + i * kBlock + j) - reference);
+      store(a, max);
+      store(b, sum);
+    } else if constexpr (K == FoldKind::max) {
+      Vec<A> best = broadcast(-infinity<A>());
+      Vec<Id<A>> at = {}, position = {};
+      for (int64_t i = 0; i < rows; ++i, position += 1) keep_best<A>(best, at, load(l + i * kBlock + j), position);
+      store(a, best);
+      for (int q = 0; q < W; ++q) index[q] = i_begin + at[q];
+    } else {
+      Vec<A> sum = {};
+      for (int64_t i = 0; i < rows; ++i) sum += term<A, K>(load(l + i * kBlock + j));
+      store(a, sum);
+    }
+    merge_parts<A, K>(running.at(j), part);
+  }
+}
+
+// ---- One fold of the matrix ------------------------------------------------------------------------------
+
+// Partial results of the chunk per block on the i-side, running results on the j-side.
+template <class A>
+class FoldState {
+ public:
+  FoldKind kind = FoldKind::logsumexp;
+  bool i_side = false, j_side = false;
+
+  void start(FoldKind of, A* value, int64_t* argmax, bool on_i, bool on_j, int64_t blocks, int64_t chunk_rows,
+             int64_t padded_columns) {
+    kind = of;
+    value_ = value;
+    argmax_ = argmax;
+    i_side = on_i;
+    j_side = on_j;
+    chunk_rows_ = chunk_rows;
+    if (on_i) partial_.allocate(kind, blocks * chunk_rows);
+    if (on_j) {
+      running_.allocate(kind, padded_columns);
+      running_.clear(kind, 0, padded_columns);
+    }
+  }
+
+  void fold_i(int64_t block, int64_t j_begin, const A* l, int64_t rows, int64_t cols) {
+    const Part<A> part = partial_.at(block * chunk_rows_);
+    with_kind(kind, [&](auto k) { fold_rows<A, decltype(k)::value>(l, rows, cols, j_begin, part); });
+    partial_.clear(kind, block * chunk_rows_ + rows, chunk_rows_ - rows);
+  }
+  void fold_j(int64_t j_begin, int64_t i_begin, const A* l, int64_t rows, int64_t cols) {
+    const Part<A> part = running_.at(j_begin);
+    with_kind(kind, [&](auto k) { fold_columns<A, decltype(k)::value>(l, rows, cols, i_begin, part); });
+  }
+
+  // Merges the chunk's parts for rows [i, i + kLanes) of it, in block order, and writes their results.
+  void finish_i(int64_t blocks, int64_t chunk_begin, int64_t i, int64_t chunk_rows) {
+    constexpr int W = kLanes<A>;
+    alignas(64) A a[W], b[W];
+    int64_t index[W];
+    for (int q = 0; q < W; ++q) {
+      const int64_t row = chunk_begin + i + q;
+      a[q] = j_side ? running_.at(row).a[0] : empty_fold<A>(kind);
+      b[q] = j_side && kind == FoldKind::logsumexp ? running_.at(row).b[0] : 0;
+      index[q] = j_side && kind == FoldKind::max ? running_.at(row).index[0] : -1;
+    }
+    with_kind(kind, [&](auto k) {
+      for (int64_t block = 0; block < blocks; ++block) {
+        merge_parts<A, decltype(k)::value>({a, b, index}, partial_.at(block * chunk_rows_ + i));
+      }
+    });
+    for (int q = 0; q < W && i + q < chunk_rows; ++q) write(chunk_begin + i + q, a[q], b[q], index[q]);
+  }
+  void finish_j(int64_t columns) {
+    for (int64_t j = 0; j < columns; ++j) {
+      const Part<A> part = running_.at(j);
+      write(j, part.a[0], kind == FoldKind::logsumexp ? part.b[0] : 0, kind == FoldKind::max ? part.index[0] : -1);
+    }
+  }
+
+ private:
+  struct Parts {
+    Buffer<A> a, b;
+    Buffer<int64_t> index;
+    void allocate(FoldKind kind, int64_t size) {
+      a.allocate(size);
+      if (kind == FoldKind::logsumexp) b.allocate(size);
+      if (kind == FoldKind::max) index.allocate(size);
+    }
+    void clear(FoldKind kind, int64_t begin, int64_t count) {
+      for (int64_t k = begin; k < begin + count; ++k) {
+        a.get()[k] = empty_fold<A>(kind);
+        if (kind == FoldKind::logsumexp) b.get()[k] = 0;
+        if (kind == FoldKind::max) index.get()[k] = -1;
+      }
+    }
+    Part<A> at(int64_t k) const { return Part<A>{a.get(), b.get(), index.get()}.at(k); }
+  };
+
+  void write(int64_t at, A a, A b, int64_t index) {
+    value_[at] = finish<A>(kind, a, b);
+    if (argmax_) argmax_[at] = a == -infinity<A>() ? -1 : index;
+  }
+
+  A* value_ = nullptr;
+  int64_t* argmax_ = nullptr;
+  int64_t chunk_rows_ = 0;
+  Parts partial_, running_;
+};
+
+}  // namespace
+}  // namespace LEVEL
+}  // namespace contrastive_ops
