@@ -1,0 +1,375 @@
+"""Softmax losses with several positives in a row: SupCon, decoupled multi-positive InfoNCE, soft targets.
+
+Positives come from labels or from lists of columns; neither needs an N x M mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _autocast, _checks
+from ..ops.folds import Fold
+from ..ops.pairs import Pairs, check_lists
+from ..ops.similarity_reduce import fold
+from ..reference.similarity_reduce import softplus
+from . import _arguments, _columns
+
+# How far from 1 the target weights of a row may sum up: room for 16-bit weights, none for scores that are no shares.
+TARGET_TOLERANCE = 1e-2
+
+
+def sup_con(
+    x: Tensor,
+    labels: Tensor,
+    y: Tensor | None = None,
+    col_labels: Tensor | None = None,
+    *,
+    positives: str = "mean_log",
+    temperature: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = True,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """SupCon: every row must find all rows (or columns of y) that have its label.
+
+    Equivalent to::
+
+        x = F.normalize(x)
+        logits = (x @ x.T / temperature).fill_diagonal_(-torch.inf)                 # y = None
+        positive = ((labels[:, None] == labels) & (labels[:, None] != -1)).fill_diagonal_(False)
+        log_p = logits.log_softmax(1)
+        rows = -log_p.masked_fill(~positive, 0.0).sum(1) / positive.sum(1)          # "mean_log"
+        rows = positive.sum(1).log() - log_p.masked_fill(~positive, -torch.inf).logsumexp(1)       # "log_mean"
+        rows[positive.any(1)].mean()
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64.
+        labels: (N,) int64. -1 is no label: such a row is a negative of all others and has no loss of its own.
+        y: (M, D), columns to compare with; None compares the rows of x with each other, at half the work.
+        col_labels: (M,) int64, the labels of y; given together with it.
+        positives: how the positives of a row are averaged: "mean_log" is the mean of their log-probabilities (the
+            paper's L_out), "log_mean" the logarithm of their mean probability (L_in).
+        temperature: divides the cosines; float or 0-d tensor, differentiable. Default 0.1.
+        scale: 1 / temperature instead; not both.
+        weight: (N,) weight of each row; the mean divides by its sum over the rows that count. Differentiable.
+        reduction: "mean" (over rows with a positive), "sum" or "none".
+        normalize: scale all rows to length 1 first; O((N + M) D).
+        memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative. A row without
+        a positive has loss 0 and gradient 0 and is left out of the mean, which is 0 where no row has one.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
+
+    Note:
+        Memory O((N + M) D) beside ``memory_budget``: one sweep with four folds. The factor
+        temperature / base_temperature of the authors' code is left to the caller.
+
+    Source:
+        Khosla et al., Supervised Contrastive Learning, 2020, equations 2 and 3.
+
+    Example:
+        >>> x, labels = torch.randn(6, 8), torch.tensor([0, 1, 0, 1, 2, -1])
+        >>> (sup_con(x, labels, reduction="none") > 0).tolist()
+        [True, True, True, True, False, False]
+    """
+    name = "sup_con"
+    _checks.check_choice(name, "positives", positives, ("mean_log", "log_mean"))
+    x, y, scale, of_others, of_same = _labelled(
+        name, x, labels, y, col_labels, temperature, scale, 0.1, reduction, weight, normalize
+    )
+    folds = (
+        Fold("logsumexp", pairs=of_others),
+        Fold("logsumexp", pairs=of_same),
+        Fold("count", pairs=of_same),
+        *((Fold("sum", pairs=of_same),) if positives == "mean_log" else ()),
+    )
+    names = (name, "x", "y")
+    (others, same, count, *total), *_ = fold(
+        x, y, reduce=folds, scale=scale, memory_budget=memory_budget, names=names, backend=backend
+    )
+    counted = count > 0
+    count = count.clamp_min(1.0)
+    same = torch.where(counted, same, 0.0)  # -inf, which the mask of the rows would turn into NaN gradients
+    # The probability of all positives together, and how it is shared among them: neither is ever negative.
+    shared = same - total[0] / count if total else count.log()
+    return _arguments.mean_over(softplus(others - same) + shared, counted, weight, reduction)
+
+
+def multi_positive_info_nce(
+    x: Tensor,
+    labels: Tensor,
+    y: Tensor | None = None,
+    col_labels: Tensor | None = None,
+    *,
+    mean_over: str = "rows",
+    temperature: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = True,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """InfoNCE for each positive by itself: its denominator is that positive and the row's negatives.
+
+    Equivalent to::
+
+        x = F.normalize(x)
+        logits = x @ x.T / temperature                                              # y = None
+        same = (labels[:, None] == labels) & (labels[:, None] != -1)
+        positive = same & ~torch.eye(N, dtype=torch.bool)
+        lse = logits.masked_fill(same, -torch.inf).logsumexp(1, keepdim=True)       # over the negatives
+        each = torch.logaddexp(logits, lse) - logits                                # the loss of each positive
+        rows = each.masked_fill(~positive, 0.0).sum(1) / positive.sum(1)
+        rows[positive.any(1)].mean()                                                # mean_over="rows"
+        each[positive].mean()                                                       # mean_over="pairs"
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64.
+        labels: (N,) int64. -1 is no label: such a row is a negative of all others and has no loss of its own.
+        y: (M, D), columns to compare with; None compares the rows of x with each other, at half the work.
+        col_labels: (M,) int64, the labels of y; given together with it.
+        mean_over: what ``reduction="mean"`` averages: "rows" with a positive, or "pairs", all positive pairs, which
+            counts rows with many positives more (pytorch-metric-learning's NTXentLoss).
+        temperature: divides the cosines; float or 0-d tensor, differentiable. Default 0.07.
+        scale: 1 / temperature instead; not both.
+        weight: (N,) weight of each row; the mean divides by its sum over rows or pairs. Differentiable.
+        reduction: "mean", "sum" or "none".
+        normalize: scale all rows to length 1 first; O((N + M) D).
+        memory_budget: bytes of inner products kept for backward by each of two sweeps; see `similarity_reduce`.
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs): the mean over each row's
+        positives. Never negative. A row without a positive has loss 0 and gradient 0 and is left out of the mean; a
+        row with positives alone has loss 0 and counts.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
+
+    Note:
+        Memory O((N + M) D) beside ``memory_budget``. Two sweeps: the second needs the lse of the negatives. 16-bit
+        inputs are swept in float32, because the two gradients cancel in part. The other positives of a row are not
+        pushed away, as they are by `sup_con`.
+
+    Source:
+        Sohn, Improved Deep Metric Learning with Multi-class N-pair Loss Objective, 2016, for one positive;
+        pytorch-metric-learning, NTXentLoss, for several.
+
+    Example:
+        >>> x, labels = torch.randn(6, 8), torch.tensor([0, 1, 0, 1, 2, -1])
+        >>> (multi_positive_info_nce(x, labels, reduction="none") > 0).tolist()
+        [True, True, True, True, False, False]
+    """
+    name = "multi_positive_info_nce"
+    _checks.check_choice(name, "mean_over", mean_over, ("rows", "pairs"))
+    x, y, scale, of_others, of_same = _labelled(
+        name, x, labels, y, col_labels, temperature, scale, 0.07, reduction, weight, normalize
+    )
+    sweep: dict[str, Any] = {
+        "scale": scale,
+        "memory_budget": memory_budget,
+        "names": (name, "x", "y"),
+        "backend": backend,
+    }
+    with _autocast.disabled(x):
+        # The gradients of the two sweeps largely cancel near convergence: they must meet before they are rounded.
+        dtype = _checks.accumulator(x.dtype)
+        x, y = x.to(dtype), None if y is None else y.to(dtype)
+        (others,), *_ = fold(x, y, pairs=of_others, **sweep)
+        alone = others == -torch.inf  # no negatives: the loss is 0, and an infinite bias would be NaN times 0
+        folds = (Fold("sum_softplus", negate=True), Fold("count"))
+        bias = -others.masked_fill(alone, 0.0)
+        (total, count), *_ = fold(x, y, reduce=folds, row_bias=bias, pairs=of_same, **sweep)
+    rows = torch.where(alone, 0.0, total / count.clamp_min(1.0))
+    if mean_over == "pairs" and reduction == "mean":
+        weight = count if weight is None else count * weight.to(count.dtype)
+    return _arguments.mean_over(rows, count > 0, weight, reduction)
+
+
+def soft_info_nce(
+    query: Tensor,
+    key: Tensor,
+    targets: tuple[Tensor, Tensor, Tensor],
+    *,
+    label_smoothing: float | Tensor = 0.0,
+    temperature: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy with soft targets: every query has a short list of keys and the share of each.
+
+    Equivalent to::
+
+        t = torch.sparse_csr_tensor(*targets, size=(N, M)).to_dense()
+        t = (1 - label_smoothing) * t + label_smoothing / M
+        F.cross_entropy(query @ key.T / temperature, t, reduction=reduction)
+
+    Args:
+        query: (N, D) float32, bfloat16, float16 or float64.
+        key: (M, D).
+        targets: (indptr (N + 1,), indices, weights): query i belongs to the keys ``indices[indptr[i]:indptr[i + 1]]``
+            with those weights, which are >= 0 and sum to 1 up to 0.01. Not differentiable. Repeated keys add up. A
+            query with an empty list has no loss.
+        label_smoothing: share of the target distribution that is spread evenly over all keys: a float, or an (N,)
+            tensor with a share of each query, differentiable.
+        temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 0.07.
+        scale: 1 / temperature instead; not both.
+        weight: (N,) weight of each row; the mean divides by its sum over the rows that count. Differentiable.
+        reduction: "mean" (over queries with targets), "sum" or "none".
+        normalize: scale all rows to length 1 first; O((N + M) D).
+        memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Its minimum is the entropy of
+        the targets.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
+
+    Note:
+        Memory O((N + M) D) and the lists, beside ``memory_budget``. The key of the largest weight leaves the sweep as
+        the target of `info_nce` does, so that nearly one-hot targets are as exact as one key for each query.
+
+    Source:
+        Szegedy et al., Rethinking the Inception Architecture for Computer Vision, 2016, for soft targets and
+        smoothing; van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018.
+
+    Example:
+        >>> query, key = torch.randn(2, 8), torch.randn(4, 8)
+        >>> shares = torch.tensor([[0.5, 0.0, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0]])
+        >>> targets = torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1]), torch.tensor([0.5, 0.5, 1.0])
+        >>> loss = soft_info_nce(query, key, targets, temperature=1.0)
+        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(query @ key.T, shares), atol=1e-5)
+        True
+    """
+    name = "soft_info_nce"
+    query, key, scale = _arguments.two_sides(
+        name,
+        (("query", query), ("key", key)),
+        temperature=temperature,
+        scale=scale,
+        default_temperature=0.07,
+        reduction=reduction,
+        weight=weight,
+        normalize=normalize,
+    )
+    share = _columns.smoothing_share(name, label_smoothing, "query", query)
+    lists, row = _checked_targets(name, targets, query, key)
+    counted = lists[0].diff() > 0
+    if not key.shape[0]:
+        return _arguments.mean_over(query.sum(1).to(lists[2].dtype), counted, weight, reduction)
+    (others,), _, first, listed, *_ = fold(
+        query,
+        key,
+        scale=scale,
+        target=_largest(lists, row, key),
+        linear=lists,
+        memory_budget=memory_budget,
+        names=(name, "query", "key"),
+        backend=backend,
+    )
+    total = lists[2].new_zeros(query.shape[:1]).index_add(0, row, lists[2])
+    # total * lse - listed, with the largest logit taken out of both: that difference would cancel.
+    losses = total * softplus(others - first) + (total * first - listed)
+    if share is not None:
+        mean_logit = _columns.logit_sums(query, key, scale) / key.shape[0]
+        losses = losses + share * (listed - total * mean_logit)
+    return _arguments.mean_over(losses, counted, weight, reduction)
+
+
+# ---- Positives from labels -----------------------------------------------------------------------------------------
+
+
+def _labelled(
+    function: str,
+    x: Tensor,
+    labels: Tensor,
+    y: Tensor | None,
+    col_labels: Tensor | None,
+    temperature: float | Tensor | None,
+    scale: float | Tensor | None,
+    default_temperature: float,
+    reduction: str,
+    weight: Tensor | None,
+    normalize: bool,
+) -> tuple[Tensor, Tensor | None, float | Tensor, Pairs, Pairs]:
+    """Return x, y and the scale, and the pairs of different and of the same label."""
+    common: dict[str, Any] = {
+        "temperature": temperature,
+        "scale": scale,
+        "default_temperature": default_temperature,
+        "reduction": reduction,
+        "weight": weight,
+        "normalize": normalize,
+    }
+    if (y is None) != (col_labels is None):
+        missing, given = ("col_labels", "y") if col_labels is None else ("y", "col_labels")
+        raise ValueError(f"{function}: {missing} must be given together with {given}, got {given} alone")
+    if y is None:
+        x, factor = _arguments.one_side(function, "x", x, **common)
+    else:
+        x, y, factor = _arguments.two_sides(function, (("x", x), ("y", y)), **common)
+    _checks.check_index(function, "labels", labels, x.shape[0], "x", x)
+    if y is None or col_labels is None:
+        ids, diagonal = (labels, labels), 0
+        return x, y, factor, Pairs(diagonal=diagonal, differ=ids), Pairs(diagonal=diagonal, same=ids)
+    _checks.check_index(function, "col_labels", col_labels, y.shape[0], "y", y)
+    ids = (labels, col_labels)
+    return x, y, factor, Pairs(differ=ids), Pairs(same=ids)
+
+
+# ---- Positives from lists ------------------------------------------------------------------------------------------
+
+
+def _checked_targets(
+    function: str, targets: object, query: Tensor, key: Tensor
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Return the lists, with weights in the accumulation dtype, and the row of each entry."""
+    if not isinstance(targets, tuple) or len(targets) != 3:
+        got = f"{len(targets)} elements" if isinstance(targets, tuple) else type(targets).__name__
+        raise TypeError(f"{function}: targets must be a tuple (indptr, indices, weights), got {got}")
+    indptr, indices, order = check_lists(function, "targets", targets, query, key)
+    _checks.check_vector(function, "targets weights", targets[2], indices.shape[0], "query", query)
+    _checks.check_constant(function, "targets weights", targets[2])
+    weights = targets[2].detach().to(_checks.accumulator(query.dtype))[order]
+    # Not repeat_interleave, whose size depends on the data: it could not be traced.
+    row = torch.searchsorted(indptr, torch.arange(indices.shape[0], device=indices.device), right=True) - 1
+    if torch.compiler.is_compiling() or weights.device.type == "meta":
+        return (indptr, indices, weights), row
+    if bool((weights < 0).any()):
+        raise ValueError(f"{function}: targets weights must not be negative, got {float(weights.min())}")
+    total = weights.new_zeros(query.shape[:1]).index_add(0, row, weights)
+    wrong = ((indptr.diff() > 0) & ~((total - 1).abs() <= TARGET_TOLERANCE)).nonzero()
+    if len(wrong):
+        at = int(wrong[0])
+        raise ValueError(
+            f"{function}: targets weights of each row must sum to 1, got {float(total[at]):.6g} in row {at}\n"
+            "  divide each row's weights by their sum"
+        )
+    return (indptr, indices, weights), row
+
+
+def _largest(lists: tuple[Tensor, Tensor, Tensor], row: Tensor, key: Tensor) -> Tensor:
+    """(N,) the first key of the largest weight in each list; key 0 for an empty list, whose row does not count."""
+    indptr, indices, weights = lists
+    rows = indptr.shape[0] - 1
+    largest = weights.new_zeros((rows,)).scatter_reduce(0, row, weights, "amax")
+    candidate = torch.where(weights == largest[row], indices, key.shape[0])
+    first = indices.new_full((rows,), key.shape[0]).scatter_reduce(0, row, candidate, "amin")
+    return torch.where(first == key.shape[0], 0, first)

@@ -1,0 +1,219 @@
+"""Global contrastive loss: denominators are averaged over batches, so that small batches do not bias them.
+
+A sample's denominator over the whole data set is estimated by a running mean of those that it had in its batches.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks
+from ..ops.similarity_reduce import fold
+from . import _arguments
+
+
+class RunningDenominator(nn.Module):
+    """The running denominators of a data set's samples, in log space; the state of `sog_clr`.
+
+    Equivalent to::
+
+        u[index] = where(never seen, g, (1 - gamma) * u[index] + gamma * g)         # u = exp(log_u), g = exp(log_mean)
+
+    Args:
+        size: number of samples in the data set.
+        gamma: weight of the newest batch, in (0, 1]. 1 forgets all others. An attribute: schedules may set it between
+            steps.
+
+    Attributes:
+        log_u: (2, size) float32 buffer, saved in the state dict: the logarithms of the denominators of images and of
+            texts. -inf is a sample that was never seen.
+
+    Note:
+        8 bytes a sample. Keep the module in float32: `module.bfloat16()` would round the buffer. It may stay on
+        another device than the batch; then the rows of each batch are copied.
+
+    Example:
+        >>> state = RunningDenominator(1000, gamma=0.5)
+        >>> log_u = state(torch.tensor([3, 7]), torch.zeros(2, 2))
+        >>> int(state.log_u.isfinite().sum())
+        4
+    """
+
+    log_u: Tensor
+
+    def __init__(self, size: int, gamma: float = 0.9) -> None:
+        super().__init__()
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"RunningDenominator: size must be an int, got {type(size).__name__}")
+        if size < 0:
+            raise ValueError(f"RunningDenominator: size must be >= 0, got {size}")
+        _arguments.check_number("RunningDenominator", "gamma", gamma, "(0, 1]")
+        self.gamma = gamma
+        self.register_buffer("log_u", torch.full((2, size), -torch.inf))
+
+    @torch.no_grad()
+    def forward(self, index: Tensor, log_mean: Tensor) -> Tensor:
+        """Return the updated denominators of a batch; in training mode, store them.
+
+        Args:
+            index: (N,) int64, the batch's samples. Where one occurs more than once, the largest of its new
+                denominators is stored.
+            log_mean: (2, N) the logarithms of this batch's denominators, of images and of texts. What is not finite
+                is not stored.
+
+        Returns:
+            (2, N) in the dtype of `log_mean`.
+        """
+        index = index.to(self.log_u.device)
+        old = self.log_u[:, index].to(device=log_mean.device, dtype=log_mean.dtype)
+        keep = math.log1p(-self.gamma) if self.gamma < 1 else -math.inf
+        new = torch.where(old == -torch.inf, log_mean, torch.logaddexp(old + keep, log_mean + math.log(self.gamma)))
+        if self.training:
+            # A batch without negatives, or one that overflowed, must not spoil what other batches have found.
+            stored = torch.where(log_mean.isfinite(), new, old).to(self.log_u)
+            self.log_u.scatter_reduce_(1, index.expand(2, -1), stored, "amax", include_self=False)
+        return new
+
+    def extra_repr(self) -> str:
+        """The size and gamma."""
+        return f"size={self.log_u.shape[1]}, gamma={self.gamma}"
+
+
+def sog_clr(
+    image: Tensor,
+    text: Tensor,
+    index: Tensor,
+    state: RunningDenominator,
+    *,
+    temperature: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
+    text_temperature: float | Tensor | None = None,
+    text_scale: float | Tensor | None = None,
+    eps: float = 1e-14,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """SogCLR's global contrastive loss of images and texts, with running denominators: small batches suffice.
+
+    Equivalent to::
+
+        s = image @ text.T
+        difference = (s - s.diagonal()[:, None]) / temperature, (s.T - s.diagonal()[:, None]) / temperature
+        other = 1 - torch.eye(N)
+        g = torch.stack([(d.exp() * other).sum(1) / (N - 1) for d in difference])   # (2, N), of this batch
+        u = (1 - gamma) * state.u[:, index] + gamma * g.detach()                    # stored; u = g at first sight
+        value = (u + eps).log().mean(0)                                             # what is returned ...
+        gradient_of = (g / (u + eps)).mean(0)                                       # ... and what is differentiated
+
+    Args:
+        image: (N, D) float32, bfloat16, float16 or float64.
+        text: (N, D); row i belongs to row i of ``image``.
+        index: (N,) int64, which sample of the data set each pair is.
+        state: the running denominators. Updated if it is in training mode, and only read by ``state.eval()``.
+        temperature: divides the inner products; float, 0-d or, for a temperature of each sample, (N,) tensor,
+            differentiable. Default 0.07.
+        scale: 1 / temperature instead; not both.
+        text_temperature: the temperature from texts to images where it is another one; the same forms.
+        text_scale: 1 / text_temperature instead; not both.
+        eps: added to the denominators, >= 0: samples whose negatives are all farther than log(1 / eps) have almost
+            no gradient.
+        weight: (N,) weight of each pair; the mean divides by its sum. Differentiable.
+        reduction: "mean", "sum" or "none".
+        normalize: scale all rows to length 1 first; O(N D).
+        memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs): the logarithm of the running
+        denominators, averaged over both directions, which estimates the loss over the whole data set. May be
+        negative. Its gradient is the estimator of the papers, grad(g) / (u + eps), and not that of the value, which
+        would be gamma times as large. A single pair has no negatives: loss 0, and its denominators stay.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
+
+    Note:
+        Memory O(N D) beside ``memory_budget``; one sweep for both directions. With ``gamma=1`` and ``eps=0`` it is the
+        decoupled loss of the batch alone. Where the temperature is learned, ``temperature * (loss + rho)`` is the
+        objective of FastCLIP-v3. Second derivatives take g / (u + eps) as a constant.
+
+    Source:
+        Yuan et al., Provable Stochastic Optimization for Global Contrastive Learning, 2022;
+        Wei et al., FastCLIP, 2024.
+
+    Example:
+        >>> image, text, state = torch.randn(4, 8), torch.randn(4, 8), RunningDenominator(100)
+        >>> loss = sog_clr(image, text, torch.tensor([3, 14, 15, 92]), state, normalize=True)
+        >>> int(state.log_u.isfinite().sum())
+        8
+    """
+    name = "sog_clr"
+    _arguments.check_number(name, "eps", eps, "[0, inf)")
+    image, text, scale = _arguments.two_sides(
+        name,
+        (("image", image), ("text", text)),
+        temperature=temperature,
+        scale=scale,
+        default_temperature=0.07,
+        reduction=reduction,
+        weight=weight,
+        normalize=normalize,
+        partners=True,
+    )
+    _check_samples(name, index, state, image)
+    text_scale = _scale_of_texts(name, text_temperature, text_scale, text)
+    per_sample = isinstance(scale, Tensor) and scale.dim() == 1
+    (rows,), (cols,), positive, *_ = fold(
+        image,
+        text,
+        dim=(0, 1),
+        scale=scale,
+        col_scale=scale if text_scale is None and per_sample else text_scale,
+        target=torch.arange(image.shape[0], device=image.device),
+        memory_budget=memory_budget,
+        names=(name, "image", "text"),
+        backend=backend,
+    )
+    text_positive = positive
+    if text_scale is not None:
+        text_positive = positive * (text_scale / _checks.scale_tensor(name, scale, "image", image))
+    negatives = positive.new_full((), image.shape[0] - 1).clamp_min(1.0)
+    log_mean = torch.stack([rows - positive, cols - text_positive]) - negatives.log()
+    log_u = state(index, log_mean.detach())
+    if eps:
+        log_u = torch.logaddexp(log_u, log_u.new_full((), eps).log())
+    counted = rows != -torch.inf
+    log_mean, log_u = torch.where(counted, log_mean, 0.0), torch.where(counted, log_u, 0.0)
+    # The value of log u with the gradient of g / u, which is that of log g times g / u.
+    share = (log_mean.detach() - log_u).exp()
+    losses = (log_u + share * (log_mean - log_mean.detach())).mean(0)
+    return _arguments.mean_over(losses, counted, weight, reduction)
+
+
+def _check_samples(function: str, index: Tensor, state: object, image: Tensor) -> None:
+    if not isinstance(state, RunningDenominator):
+        raise TypeError(f"{function}: state must be a RunningDenominator, got {type(state).__name__}")
+    _checks.check_index(function, "index", index, image.shape[0], "image", image)
+    _checks.check_index_values(function, "index", index, state.log_u.shape[1])
+
+
+def _scale_of_texts(
+    function: str, temperature: float | Tensor | None, scale: float | Tensor | None, text: Tensor
+) -> Tensor | None:
+    """The scale from texts to images, as a tensor, where it is another one."""
+    if temperature is not None and scale is not None:
+        raise ValueError(
+            f"{function}: text_temperature and text_scale must not both be given (text_scale = 1 / text_temperature)"
+        )
+    if isinstance(temperature, Tensor):
+        scale = temperature.reciprocal()
+    elif temperature is not None:
+        _arguments.check_number(function, "text_temperature", temperature, "(0, inf)")
+        scale = 1.0 / temperature
+    return None if scale is None else _checks.scale_tensor(function, scale, "text", text, "text_scale")
