@@ -1,31 +1,89 @@
 """Fused kernels for contrastive training in PyTorch.
 
-    from contrastive_ops import clip, info_nce, nt_xent
+    from contrastive_ops import clip, info_nce, siglip, sup_con
 
     loss = clip(image_features, text_features, scale=logit_scale.exp())
 
 Every loss is short algebra on one primitive, `similarity_reduce`, which folds the rows and columns of a
-similarity matrix without storing it.
+similarity matrix without storing it. `Pairs` says which pairs take part, `Fold` what a row or column becomes.
 """
 
 from . import nn
-from .losses import clip, info_nce, nt_xent
+from .losses import (
+    Diagnostics,
+    RunningDenominator,
+    arc_face,
+    batch_hard_triplet,
+    batch_semi_hard_triplet,
+    bixse,
+    clip,
+    contrastive,
+    cos_face,
+    dcl,
+    debiased,
+    energy_hinge,
+    gist,
+    gte,
+    hcl,
+    hn_nce,
+    info_nce,
+    margin_softmax,
+    moco,
+    multi_positive_info_nce,
+    multi_positive_siglip,
+    nt_xent,
+    pair_bce,
+    siglip,
+    simctg,
+    soft_info_nce,
+    sog_clr,
+    sup_con,
+    triplet,
+    vse,
+)
 from .ops import Fold, Guide, Pairs, Reduced, merge_lse, similarity_reduce
 from .reference.stream import stream_rows
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Diagnostics",
     "Fold",
     "Guide",
     "Pairs",
     "Reduced",
+    "RunningDenominator",
     "__version__",
+    "arc_face",
+    "batch_hard_triplet",
+    "batch_semi_hard_triplet",
+    "bixse",
     "clip",
+    "contrastive",
+    "cos_face",
+    "dcl",
+    "debiased",
+    "energy_hinge",
+    "gist",
+    "gte",
+    "hcl",
+    "hn_nce",
     "info_nce",
+    "margin_softmax",
     "merge_lse",
+    "moco",
+    "multi_positive_info_nce",
+    "multi_positive_siglip",
     "nn",
     "nt_xent",
+    "pair_bce",
+    "siglip",
+    "simctg",
     "similarity_reduce",
+    "soft_info_nce",
+    "sog_clr",
     "stream_rows",
+    "sup_con",
+    "triplet",
+    "vse",
 ]

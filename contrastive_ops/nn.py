@@ -1,8 +1,8 @@
-"""Modules of the losses: the functions' argument names, and a temperature that can be learned.
+"""Modules of the losses: the functions' argument names, and what can be learned: temperature, bias, prototypes.
 
-A module's `logit_scale` is the logarithm of the scale (log 1 / temperature), under the key that CLIP checkpoints use.
-With a fixed temperature a module has no state. A learnable temperature is a parameter: put the module inside the model
-that DistributedDataParallel wraps, and leave `logit_scale` out of weight decay.
+A module's `logit_scale` is the logarithm of the scale (log 1 / temperature) and its `logit_bias` the bias itself, under
+the keys that CLIP and SigLIP checkpoints use. What is fixed is no state. What is learned is a parameter: put the module
+inside the model that DistributedDataParallel wraps, and leave scale and bias out of weight decay.
 """
 
 from __future__ import annotations
@@ -16,21 +16,84 @@ import torch
 from torch import Tensor, nn
 
 from . import losses
+from .losses import RunningDenominator
 
-__all__ = ["CLIPLoss", "InfoNCELoss", "NTXentLoss"]
+__all__ = [
+    "ArcFaceLoss",
+    "BatchHardTripletLoss",
+    "BatchSemiHardTripletLoss",
+    "BiXSELoss",
+    "CLIPLoss",
+    "ContrastiveLoss",
+    "CosFaceLoss",
+    "DCLLoss",
+    "DebiasedLoss",
+    "EnergyHingeLoss",
+    "GISTEmbedLoss",
+    "GTELoss",
+    "HCLLoss",
+    "HNNCELoss",
+    "InfoNCELoss",
+    "MoCoLoss",
+    "MultiPositiveInfoNCELoss",
+    "MultiPositiveSigLIPLoss",
+    "NTXentLoss",
+    "PairBCELoss",
+    "RunningDenominator",
+    "SigLIPLoss",
+    "SimCTGLoss",
+    "SoftInfoNCELoss",
+    "SogCLRLoss",
+    "SupConLoss",
+    "TripletLoss",
+    "VSELoss",
+]
 
 
-class ScaledLoss(nn.Module):
-    """A loss function with its options and a temperature, fixed or learnable. Subclasses name the function.
+class Loss(nn.Module):
+    """A loss function with its options. Subclasses name the function.
+
+    Args:
+        options: any keyword argument of the function that the module does not own: margin, reduction, normalize, ...
+    """
+
+    function: ClassVar[Callable[..., Any]]
+    owned: ClassVar[tuple[str, ...]] = ()  # keyword arguments that the module itself provides
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        parameters = inspect.signature(self.function).parameters.values()
+        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in self.owned]
+        for option in options:
+            if option not in known:
+                raise TypeError(f"{type(self).__name__}: options must be among {', '.join(known)}, got {option}")
+        self.options = options
+
+    def provided(self) -> dict[str, Any]:
+        """The arguments that the module itself provides."""
+        return {}
+
+    def forward(self, *tensors: Any, **keywords: Any) -> Any:
+        """Return what the function returns; tensors and keywords as there."""
+        return self.function(*tensors, **self.provided(), **{**self.options, **keywords})
+
+    def extra_repr(self) -> str:
+        """The options that were given."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class ScaledLoss(Loss):
+    """A loss with a temperature, fixed or learnable.
 
     Args:
         temperature: divides the inner products; the start value if learnable. Default: that of the class.
-        learnable: make the temperature a parameter, `logit_scale` = log(1 / temperature).
+        learnable: make the temperature (and the bias, where there is one) a parameter, `logit_scale` =
+            log(1 / temperature). Default: that of the class.
         max_scale: upper bound of exp(logit_scale) in training.
-        options: any keyword argument of the function that is not a tensor: reduction, normalize, memory_budget, ...
+        options: as in `Loss`.
     """
 
-    function: ClassVar[Callable[..., Tensor]]
+    owned: ClassVar[tuple[str, ...]] = ("temperature", "scale")
     default_temperature: ClassVar[float]
     default_learnable: ClassVar[bool] = False
 
@@ -42,23 +105,17 @@ class ScaledLoss(nn.Module):
         max_scale: float = 100.0,
         **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**options)
         name = type(self).__name__
         temperature = self.default_temperature if temperature is None else temperature
-        learnable = self.default_learnable if learnable is None else learnable
+        self.learnable = self.default_learnable if learnable is None else learnable
         if not temperature > 0:
             raise ValueError(f"{name}: temperature must be positive, got {temperature}")
         if not max_scale > 0:
             raise ValueError(f"{name}: max_scale must be positive, got {max_scale}")
-        parameters = inspect.signature(self.function).parameters.values()
-        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("temperature", "scale")]
-        for option in options:
-            if option not in known:
-                raise TypeError(f"{name}: options must be among {', '.join(known)}, got {option}")
         self.temperature = temperature
         self.max_scale = max_scale
-        self.options = options
-        self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if learnable else None
+        self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if self.learnable else None
 
     def scale(self) -> float | Tensor:
         """The factor of the inner products: 1 / temperature, or exp(logit_scale), at most `max_scale`."""
@@ -71,14 +128,68 @@ class ScaledLoss(nn.Module):
                 self.logit_scale.clamp_(max=math.log(self.max_scale))
         return self.logit_scale.exp()
 
-    def forward(self, *tensors: Tensor | None, **keywords: Any) -> Tensor:
-        """Return the loss; tensors and keywords as in the function."""
-        return self.function(*tensors, scale=self.scale(), **{**self.options, **keywords})
+    def provided(self) -> dict[str, Any]:
+        """The scale."""
+        return {"scale": self.scale()}
 
     def extra_repr(self) -> str:
         """The temperature and the options that were given."""
-        kind = "fixed" if self.logit_scale is None else "learnable"
-        return ", ".join([f"temperature={self.temperature} ({kind})", *(f"{k}={v!r}" for k, v in self.options.items())])
+        kind = "learnable" if self.learnable else "fixed"
+        return ", ".join(filter(None, [f"temperature={self.temperature} ({kind})", super().extra_repr()]))
+
+
+class BiasedLoss(ScaledLoss):
+    """A sigmoid loss with a temperature and a bias, both fixed or both learnable.
+
+    Args:
+        temperature: as in `ScaledLoss`.
+        bias: added to every logit; the start value of the parameter `logit_bias` if learnable.
+        learnable: as in `ScaledLoss`.
+        options: as in `ScaledLoss`.
+    """
+
+    owned: ClassVar[tuple[str, ...]] = ("temperature", "scale", "bias")
+    default_temperature = 0.1
+    default_learnable = True
+    default_bias: ClassVar[float] = -10.0
+
+    def __init__(
+        self,
+        temperature: float | None = None,
+        bias: float | None = None,
+        *,
+        learnable: bool | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(temperature, learnable=learnable, **options)
+        self.bias = self.default_bias if bias is None else bias
+        self.logit_bias = nn.Parameter(torch.tensor(float(self.bias))) if self.learnable else None
+
+    def provided(self) -> dict[str, Any]:
+        """The scale and the bias."""
+        return {**super().provided(), "bias": self.bias if self.logit_bias is None else self.logit_bias}
+
+
+class PrototypeLoss(ScaledLoss):
+    """A margin softmax over class prototypes that the module owns: ``loss(embeddings, labels)``.
+
+    Args:
+        classes: the number of classes.
+        dimension: the size of an embedding.
+        temperature: as in `ScaledLoss`.
+        options: as in `ScaledLoss`.
+    """
+
+    default_temperature = 1 / 64
+
+    def __init__(self, classes: int, dimension: int, temperature: float | None = None, **options: Any) -> None:
+        super().__init__(temperature, **options)
+        self.prototypes = nn.Parameter(torch.empty(classes, dimension))
+        nn.init.xavier_uniform_(self.prototypes)
+
+    def forward(self, x: Tensor, labels: Tensor, **keywords: Any) -> Any:
+        """Return the loss of embeddings (N, D) with labels (N,)."""
+        return super().forward(x, self.prototypes, labels, **keywords)
 
 
 class InfoNCELoss(ScaledLoss):
@@ -101,3 +212,177 @@ class NTXentLoss(ScaledLoss):
 
     function = staticmethod(losses.nt_xent)
     default_temperature = 0.5
+
+
+class SupConLoss(ScaledLoss):
+    """`contrastive_ops.sup_con` as a module: ``SupConLoss(0.1)(embeddings, labels)``."""
+
+    function = staticmethod(losses.sup_con)
+    default_temperature = 0.1
+
+
+class MultiPositiveInfoNCELoss(ScaledLoss):
+    """`contrastive_ops.multi_positive_info_nce` as a module: ``MultiPositiveInfoNCELoss()(embeddings, labels)``."""
+
+    function = staticmethod(losses.multi_positive_info_nce)
+    default_temperature = 0.07
+
+
+class SoftInfoNCELoss(ScaledLoss):
+    """`contrastive_ops.soft_info_nce` as a module: ``SoftInfoNCELoss()(query, key, (indptr, indices, weights))``."""
+
+    function = staticmethod(losses.soft_info_nce)
+    default_temperature = 0.07
+
+
+class DCLLoss(ScaledLoss):
+    """`contrastive_ops.dcl` as a module: ``DCLLoss(0.1)(view0, view1)``; ``sigma=0.5`` weighs the positives (DCLW)."""
+
+    function = staticmethod(losses.dcl)
+    default_temperature = 0.1
+
+
+class DebiasedLoss(ScaledLoss):
+    """`contrastive_ops.debiased` as a module: ``DebiasedLoss(0.5, tau_plus=0.1)(view0, view1)``."""
+
+    function = staticmethod(losses.debiased)
+    default_temperature = 0.5
+
+
+class HCLLoss(ScaledLoss):
+    """`contrastive_ops.hcl` as a module: ``HCLLoss(0.5, beta=1.0, tau_plus=0.1)(view0, view1)``."""
+
+    function = staticmethod(losses.hcl)
+    default_temperature = 0.5
+
+
+class HNNCELoss(ScaledLoss):
+    """`contrastive_ops.hn_nce` as a module with a learnable temperature: ``HNNCELoss()(image, text)``."""
+
+    function = staticmethod(losses.hn_nce)
+    default_temperature = 0.07
+    default_learnable = True
+
+
+class GTELoss(ScaledLoss):
+    """`contrastive_ops.gte` as a module: ``GTELoss()(query, document, hard_negatives)``."""
+
+    function = staticmethod(losses.gte)
+    default_temperature = 0.01
+
+
+class GISTEmbedLoss(ScaledLoss):
+    """`contrastive_ops.gist` as a module: ``GISTEmbedLoss()(query, key, guide_query, guide_key)``."""
+
+    function = staticmethod(losses.gist)
+    default_temperature = 0.01
+
+
+class MoCoLoss(ScaledLoss):
+    """`contrastive_ops.moco` as a module: ``MoCoLoss()(query, key, queue)``."""
+
+    function = staticmethod(losses.moco)
+    default_temperature = 0.07
+
+
+class SogCLRLoss(ScaledLoss):
+    """`contrastive_ops.sog_clr` with the running denominators it needs: ``SogCLRLoss(size)(image, text, index)``.
+
+    Args:
+        size: the number of samples in the data set.
+        gamma: the share of a new estimate in the moving average.
+        temperature: as in `ScaledLoss`.
+        options: as in `ScaledLoss`.
+    """
+
+    function = staticmethod(losses.sog_clr)
+    default_temperature = 0.07
+
+    def __init__(self, size: int, gamma: float = 0.9, temperature: float | None = None, **options: Any) -> None:
+        super().__init__(temperature, **options)
+        self.state = RunningDenominator(size, gamma)
+
+    def forward(self, image: Tensor, text: Tensor, index: Tensor, **keywords: Any) -> Any:
+        """Return the loss of pairs whose numbers in the data set are `index` (N,)."""
+        return super().forward(image, text, index, self.state, **keywords)
+
+
+class CosFaceLoss(PrototypeLoss):
+    """`contrastive_ops.cos_face` with its prototypes: ``CosFaceLoss(classes, dimension, margin=0.35)(x, labels)``."""
+
+    function = staticmethod(losses.cos_face)
+
+
+class ArcFaceLoss(PrototypeLoss):
+    """`contrastive_ops.arc_face` with its prototypes: ``ArcFaceLoss(classes, dimension, margin=0.5)(x, labels)``."""
+
+    function = staticmethod(losses.arc_face)
+
+
+class SigLIPLoss(BiasedLoss):
+    """`contrastive_ops.siglip` as a module with a learnable scale and bias: ``SigLIPLoss()(image, text)``."""
+
+    function = staticmethod(losses.siglip)
+
+
+class MultiPositiveSigLIPLoss(BiasedLoss):
+    """`contrastive_ops.multi_positive_siglip` as a module: ``MultiPositiveSigLIPLoss()(x, y, row_ids, col_ids)``."""
+
+    function = staticmethod(losses.multi_positive_siglip)
+
+
+class BiXSELoss(BiasedLoss):
+    """`contrastive_ops.bixse` as a module: ``BiXSELoss()(query, key, grades)``."""
+
+    function = staticmethod(losses.bixse)
+
+
+class PairBCELoss(BiasedLoss):
+    """`contrastive_ops.pair_bce` as a module: ``PairBCELoss()(x, y, rows, cols, labels)``."""
+
+    function = staticmethod(losses.pair_bce)
+    default_temperature = 1.0
+    default_learnable = False
+    default_bias = 0.0
+
+
+class TripletLoss(Loss):
+    """`contrastive_ops.triplet` as a module: ``TripletLoss(margin=1.0)(anchor, positive, negative)``."""
+
+    function = staticmethod(losses.triplet)
+
+
+class BatchHardTripletLoss(Loss):
+    """`contrastive_ops.batch_hard_triplet` as a module: ``BatchHardTripletLoss(margin=0.2)(embeddings, labels)``."""
+
+    function = staticmethod(losses.batch_hard_triplet)
+
+
+class BatchSemiHardTripletLoss(Loss):
+    """`contrastive_ops.batch_semi_hard_triplet` as a module: ``BatchSemiHardTripletLoss()(embeddings, labels)``."""
+
+    function = staticmethod(losses.batch_semi_hard_triplet)
+
+
+class ContrastiveLoss(Loss):
+    """`contrastive_ops.contrastive` as a module: ``ContrastiveLoss(margin=0.5)(x, y, labels)``."""
+
+    function = staticmethod(losses.contrastive)
+
+
+class VSELoss(Loss):
+    """`contrastive_ops.vse` as a module: ``VSELoss(margin=0.2, hardest=True)(image, text)``."""
+
+    function = staticmethod(losses.vse)
+
+
+class EnergyHingeLoss(Loss):
+    """`contrastive_ops.energy_hinge` as a module: ``EnergyHingeLoss(margin=0.2)(query, key)``."""
+
+    function = staticmethod(losses.energy_hinge)
+
+
+class SimCTGLoss(Loss):
+    """`contrastive_ops.simctg` as a module: ``SimCTGLoss(margin=0.5)(token_states, segments)``."""
+
+    function = staticmethod(losses.simctg)

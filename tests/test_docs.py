@@ -10,7 +10,11 @@ import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODULES = [
-    "contrastive_ops.losses.softmax",
+    *(
+        f"contrastive_ops.losses.{family}"
+        for family in ("classifier", "hardness", "margin", "multi_positive", "partition", "queue", "running")
+    ),
+    *(f"contrastive_ops.losses.{family}" for family in ("sigmoid", "softmax", "triplet")),
     "contrastive_ops.ops.similarity_reduce",
     "contrastive_ops.reference.stream",
 ]

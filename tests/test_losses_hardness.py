@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from contrastive_ops import clip, nt_xent
 from contrastive_ops.losses.hardness import dcl, debiased, hcl, hn_nce
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, clustered_pairs, relative_error
+from contrastive_ops.testing.compare import check, leaf, reduced
 
 DOUBLE = torch.float64
 FUZZ = settings(
@@ -21,10 +22,6 @@ FUZZ = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 REDUCTIONS = st.sampled_from(["mean", "sum", "none"])
-
-
-def leaf(*shape, dtype=DOUBLE):
-    return torch.randn(*shape, dtype=DOUBLE).to(dtype).requires_grad_()
 
 
 # ---- The definitions -----------------------------------------------------------------------------------------------
@@ -71,21 +68,6 @@ def dense_hn_nce(image, text, scale, alpha, beta, normalize=False):
         total = (importance * logits.exp()).sum(1)
         losses = losses - (positive.exp() / (alpha * positive.exp() + total)).log()
     return losses / 2
-
-
-def reduced(rows, reduction, weight=None):
-    weight = torch.ones_like(rows) if weight is None else weight
-    if reduction == "none":
-        return rows * weight
-    return (rows * weight).sum() / (weight.sum() if reduction == "mean" else 1.0)
-
-
-def check(value, truth, leaves, tolerance=1e-9):
-    cotangent = torch.randn_like(truth)
-    torch.testing.assert_close(value, truth, rtol=tolerance, atol=tolerance)
-    got = torch.autograd.grad(value, leaves, cotangent)
-    for a, b in zip(got, torch.autograd.grad(truth, leaves, cotangent), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 # ---- Values and gradients ------------------------------------------------------------------------------------------

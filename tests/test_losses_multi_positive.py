@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from contrastive_ops.losses.multi_positive import multi_positive_info_nce, soft_info_nce, sup_con
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, clustered_pairs, relative_error
+from contrastive_ops.testing.compare import check, leaf, reduced
 
 DOUBLE = torch.float64
 FUZZ = settings(
@@ -19,10 +20,6 @@ FUZZ = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 REDUCTIONS = ["mean", "sum", "none"]
-
-
-def leaf(*shape, dtype=DOUBLE):
-    return torch.randn(*shape, dtype=DOUBLE).to(dtype).requires_grad_()
 
 
 # ---- The definitions, from the papers, row by row ------------------------------------------------------------------
@@ -62,25 +59,6 @@ def dense_multi_positive(logits, positive, negative):
 def dense_soft(logits, shares, smoothing):
     shares = (1 - smoothing) * shares + smoothing / logits.shape[1]
     return F.cross_entropy(logits, shares, reduction="none")
-
-
-def reduced(rows, counted, reduction, weight=None):
-    weight = torch.ones_like(rows) if weight is None else weight
-    rows = torch.where(counted, rows, 0.0)
-    if reduction == "none":
-        return rows * weight
-    total = (rows * weight).sum()
-    size = (weight * counted).sum()
-    return total if reduction == "sum" else total / size if size > 0 else 0.0 * total
-
-
-def check(value, truth, leaves, tolerance=1e-9):
-    cotangent = torch.randn_like(truth)
-    torch.testing.assert_close(value, truth, rtol=tolerance, atol=tolerance)
-    got = torch.autograd.grad(value, leaves, cotangent)
-    expected = torch.autograd.grad(truth, leaves, cotangent, materialize_grads=True)
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def lists_of(shares):
@@ -133,7 +111,7 @@ def run_labelled(loss, dense, case, backend, **options):
     total_weight = weight
     if options.get("mean_over") == "pairs" and reduction == "mean":
         total_weight = counts if weight is None else counts * weight
-    truth = reduced(rows, counts > 0, reduction, total_weight)
+    truth = reduced(rows, reduction, total_weight, counts > 0)
     leaves = [x, temperature, *([columns["y"]] if columns else []), *([weight] if weighted else [])]
     check(value, truth, leaves)
 
@@ -254,7 +232,7 @@ def test_soft_info_nce(backend, case):
     a, b = (F.normalize(query), F.normalize(key)) if normalize else (query, key)
     by_row = scale[:, None] if per_row else scale
     spread = share[:, None] if smoothing == "rows" else share
-    truth = reduced(dense_soft(by_row * (a @ b.T), shares, spread), shares.sum(1) > 0, reduction, weight)
+    truth = reduced(dense_soft(by_row * (a @ b.T), shares, spread), reduction, weight, shares.sum(1) > 0)
     leaves = [query, key, scale, *([weight] if weighted else []), *([share] if smoothing == "rows" else [])]
     check(value, truth, leaves)
 
@@ -267,7 +245,7 @@ def test_unsorted_and_repeated_targets_add_up(backend):
     shares[0, 4], shares[0, 0], shares[2, 2], shares[2, 1] = 0.5, 0.5, 0.75, 0.25
     value = soft_info_nce(query, key, (indptr, indices, weights), backend=backend)
     rows = dense_soft(query @ key.T / 0.07, shares, 0.0)
-    check(value, reduced(rows, shares.sum(1) > 0, "mean"), [query, key])
+    check(value, reduced(rows, "mean", counted=shares.sum(1) > 0), [query, key])
 
 
 def test_one_key_for_each_query_is_info_nce(backend):

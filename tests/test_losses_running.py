@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from contrastive_ops.losses.running import RunningDenominator, sog_clr
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, clustered_pairs, relative_error
+from contrastive_ops.testing.compare import check, leaf, reduced
 
 DOUBLE = torch.float64
 FUZZ = settings(
@@ -19,10 +20,6 @@ FUZZ = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-
-
-def leaf(*shape, dtype=DOUBLE):
-    return torch.randn(*shape, dtype=DOUBLE).to(dtype).requires_grad_()
 
 
 class Dense:
@@ -47,22 +44,6 @@ class Dense:
             u = torch.stack(u) + self.eps
             rows = rows + (u.log() + g / u - (g / u).detach()) / 2
         return rows
-
-
-def reduced(rows, reduction, weight=None):
-    weight = torch.ones_like(rows) if weight is None else weight
-    if reduction == "none":
-        return rows * weight
-    return (rows * weight).sum() / (weight.sum() if reduction == "mean" else 1.0)
-
-
-def check(value, truth, leaves, tolerance=1e-5):
-    """The buffer is float32, and so is the agreement from the second batch on."""
-    cotangent = torch.randn_like(truth)
-    torch.testing.assert_close(value, truth, rtol=tolerance, atol=tolerance)
-    got = torch.autograd.grad(value, leaves, cotangent)
-    for a, b in zip(got, torch.autograd.grad(truth, leaves, cotangent), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 # ---- Values and gradients ------------------------------------------------------------------------------------------
@@ -108,6 +89,7 @@ def test_three_batches(backend, count, gamma, eps, reduction, normalize, scales)
         a, b = (F.normalize(image), F.normalize(text)) if normalize else (image, text)
         truth = reduced(dense(a, b, index, *used), reduction, weight)
         leaves = [image, text, *(s for s in used if isinstance(s, torch.Tensor)), *([weight] if step else [])]
+        # The buffer is float32, and so is the agreement from the second batch on.
         check(value, truth, leaves, 1e-5 if step else 1e-9)
 
 

@@ -6,12 +6,9 @@ from torch.nn import functional as F
 
 from contrastive_ops import clip, info_nce, nt_xent
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, TOLERANCE, clustered_pairs, relative_error
+from contrastive_ops.testing.compare import check, leaf, reduced
 
 DOUBLE = torch.float64
-
-
-def leaf(*shape, dtype=DOUBLE):
-    return torch.randn(*shape, dtype=DOUBLE).to(dtype).requires_grad_()
 
 
 def dense_info_nce(query, key, scale, target=None, negatives=None, row_negatives=None, label_smoothing=0.0):
@@ -35,21 +32,6 @@ def dense_nt_xent(z0, z1, scale, normalize=True):
     z = F.normalize(z) if normalize else z
     logits = (scale * z @ z.T).masked_fill(torch.eye(len(z), dtype=torch.bool), -torch.inf)
     return F.cross_entropy(logits, torch.arange(len(z)).roll(len(z0)), reduction="none")
-
-
-def reduced(rows, reduction, weight=None):
-    rows = rows if weight is None else rows * weight
-    if reduction == "none":
-        return rows
-    return rows.sum() if reduction == "sum" else rows.sum() / (len(rows) if weight is None else weight.sum())
-
-
-def check(value, truth, leaves, tolerance=1e-10):
-    cotangent = torch.randn_like(truth)
-    torch.testing.assert_close(value, truth, rtol=tolerance, atol=tolerance)
-    got = torch.autograd.grad(value, leaves, cotangent)
-    for a, b in zip(got, torch.autograd.grad(truth, leaves, cotangent), strict=True):
-        assert relative_error(a, b) <= tolerance
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

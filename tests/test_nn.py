@@ -35,6 +35,75 @@ def test_state_dict(module):
     assert fresh.scale().item() == pytest.approx(4.0)
 
 
+IDS = torch.tensor([0, 1, 2, 0, 1, 2])
+ROWS, COLS = torch.tensor([0, 3, 5]), torch.tensor([1, 1, 4])
+LISTS = torch.arange(7), torch.arange(6), torch.ones(6)
+# Every other module with what it takes besides two matrices (or one), and the options that differ from the function's.
+OTHERS = [
+    (nn.SupConLoss, lambda a, b: (a, IDS), {"positives": "log_mean"}),
+    (nn.MultiPositiveInfoNCELoss, lambda a, b: (a, IDS), {"mean_over": "pairs"}),
+    (nn.SoftInfoNCELoss, lambda a, b: (a, b, LISTS), {"label_smoothing": 0.1}),
+    (nn.DCLLoss, lambda a, b: (a, b), {"sigma": 0.5}),
+    (nn.DebiasedLoss, lambda a, b: (a, b), {"tau_plus": 0.05}),
+    (nn.HCLLoss, lambda a, b: (a, b), {"beta": 0.5}),
+    (nn.HNNCELoss, lambda a, b: (a, b), {"alpha": 0.9}),
+    (nn.GTELoss, lambda a, b: (a, b), {"partition": "joint"}),
+    (nn.GISTEmbedLoss, lambda a, b: (a, b, b, a), {"margin": 0.1}),
+    (nn.MoCoLoss, lambda a, b: (a, b, a + b), {}),
+    (nn.SigLIPLoss, lambda a, b: (a, b), {}),
+    (nn.MultiPositiveSigLIPLoss, lambda a, b: (a, b, IDS), {"balanced": True}),
+    (nn.BiXSELoss, lambda a, b: (a, b, torch.linspace(0, 1, 6)), {}),
+    (nn.PairBCELoss, lambda a, b: (a, b, ROWS, COLS, torch.ones(3)), {}),
+    (nn.TripletLoss, lambda a, b: (a, b, a - b), {"margin": 0.3}),
+    (nn.BatchHardTripletLoss, lambda a, b: (a, IDS), {"soft": True}),
+    (nn.BatchSemiHardTripletLoss, lambda a, b: (a, IDS, b, IDS), {"margin": 0.4}),
+    (nn.ContrastiveLoss, lambda a, b: (a, b, IDS.clamp_max(1)), {"distance": "euclidean"}),
+    (nn.VSELoss, lambda a, b: (a, b), {"hardest": True}),
+    (nn.EnergyHingeLoss, lambda a, b: (a, b), {"hardest": False}),
+    (nn.SimCTGLoss, lambda a, b: (a, IDS), {"margin": 0.4}),
+]
+
+
+@pytest.mark.parametrize("module,inputs,options", OTHERS, ids=[m.__name__ for m, *_ in OTHERS])
+def test_every_module_is_its_function(module, inputs, options):
+    tensors = inputs(torch.randn(6, 8), torch.randn(6, 8))
+    torch.testing.assert_close(module(**options)(*tensors), module.function(*tensors, **options))
+    if issubclass(module, nn.ScaledLoss):
+        learned = module(0.3, learnable=True, **options)
+        torch.testing.assert_close(learned(*tensors), module.function(*tensors, temperature=0.3, **options))
+        assert "logit_scale" in learned.state_dict()
+
+
+def test_every_module_is_tested():
+    tested = {m for m, *_ in OTHERS} | {m for m, _ in PAIRS} | {nn.SogCLRLoss, nn.CosFaceLoss, nn.ArcFaceLoss}
+    assert {getattr(nn, name) for name in nn.__all__} - {nn.RunningDenominator} == tested
+
+
+def test_bias_is_learned_under_the_key_of_checkpoints():
+    loss = nn.SigLIPLoss(0.1, -5.0)
+    assert list(loss.state_dict()) == ["logit_scale", "logit_bias"] and loss.logit_bias.item() == -5.0
+    loss(torch.randn(6, 8), torch.randn(6, 8)).backward()
+    assert loss.logit_bias.grad.abs() > 0 and loss.logit_scale.grad.abs() > 0
+    assert nn.SigLIPLoss(learnable=False).state_dict() == {}
+
+
+@pytest.mark.parametrize("module", [nn.CosFaceLoss, nn.ArcFaceLoss])
+def test_prototypes_are_learned(module):
+    loss = module(3, 8, margin=0.2)
+    x = torch.randn(6, 8)
+    torch.testing.assert_close(loss(x, IDS), module.function(x, loss.prototypes, IDS, margin=0.2))
+    loss(x, IDS).backward()
+    assert loss.prototypes.grad.shape == (3, 8) and list(loss.state_dict()) == ["prototypes"]
+
+
+def test_running_denominators_are_state():
+    loss = nn.SogCLRLoss(10, gamma=0.5)
+    index = torch.tensor([1, 3, 5, 7, 9, 0])
+    loss(torch.randn(6, 8), torch.randn(6, 8), index)
+    state = loss.state_dict()["state.log_u"]
+    assert state[:, index].isfinite().all() and (state[:, [2, 4, 6, 8]] == -torch.inf).all()
+
+
 def test_temperature_learns():
     a = torch.nn.functional.normalize(torch.randn(32, 8), dim=1)
     loss = nn.CLIPLoss(1.0)

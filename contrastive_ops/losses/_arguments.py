@@ -105,9 +105,10 @@ def reduce_rows(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor
 
 
 def divide(total: Tensor, losses: Tensor, weight: Tensor | None) -> Tensor:
-    """Turn a sum into the mean; NaN for no rows, as everywhere in PyTorch."""
+    """Turn a sum into the mean; NaN for no rows, as everywhere in PyTorch, and 0 where all weights are 0."""
     if weight is not None:
-        return total / weight.to(total.dtype).sum()
+        size = weight.to(total.dtype).sum()
+        return total / torch.where(size == 0, 1.0, size)
     return total / losses.shape[0]  # 0 / 0 is NaN; testing for 0 would fix a traced batch size
 
 

@@ -93,16 +93,23 @@ def sup_con(
         Fold("count", pairs=of_same),
         *((Fold("sum", pairs=of_same),) if positives == "mean_log" else ()),
     )
-    names = (name, "x", "y")
-    (others, same, count, *total), *_ = fold(
-        x, y, reduce=folds, scale=scale, memory_budget=memory_budget, names=names, backend=backend
+    target, counted = _one_positive(labels, col_labels)
+    (others, rest, more, *total), _, first, *_ = fold(
+        x,
+        y,
+        reduce=folds,
+        scale=scale,
+        target=target,
+        memory_budget=memory_budget,
+        names=(name, "x", "y"),
+        backend=backend,
     )
-    counted = count > 0
-    count = count.clamp_min(1.0)
-    same = torch.where(counted, same, 0.0)  # -inf, which the mask of the rows would turn into NaN gradients
-    # The probability of all positives together, and how it is shared among them: neither is ever negative.
-    shared = same - total[0] / count if total else count.log()
-    return _arguments.mean_over(softplus(others - same) + shared, counted, weight, reduction)
+    first = torch.zeros_like(others) if target is None else first
+    # One positive leaves the sweep as the target of `info_nce` does, and all of them are written relative to it: the
+    # probability of all positives together, and how it is shared among them. Neither term is ever negative.
+    spread = softplus(rest - first)
+    shared = spread - (total[0] - more * first) / (more + 1) if total else (more + 1).log()
+    return _arguments.mean_over(softplus(others - first - spread) + shared, counted, weight, reduction)
 
 
 def multi_positive_info_nce(
@@ -332,6 +339,26 @@ def _labelled(
     _checks.check_index(function, "col_labels", col_labels, y.shape[0], "y", y)
     ids = (labels, col_labels)
     return x, y, factor, Pairs(differ=ids), Pairs(same=ids)
+
+
+def _one_positive(labels: Tensor, col_labels: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """A column with each row's label, not its own, and where there is one; some column elsewhere, None without any."""
+    known = labels if col_labels is None else col_labels
+    if not known.shape[0]:
+        return None, torch.zeros_like(labels, dtype=torch.bool)
+    order = known.argsort(stable=True)
+    ascending = known[order]
+    begin = torch.searchsorted(ascending, labels).clamp_max(known.shape[0] - 1)
+    if col_labels is None:
+        # The next one of the same label, after the last one the first again.
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device)) + 1
+        following = place.clamp_max(known.shape[0] - 1)
+        begin = torch.where((place == following) & (ascending[following] == labels), following, begin)
+    target = order[begin]
+    found = (known[target] == labels) & (labels != -1)
+    if col_labels is None:
+        found &= target != torch.arange(target.shape[0], device=target.device)
+    return target, found
 
 
 # ---- Positives from lists ------------------------------------------------------------------------------------------

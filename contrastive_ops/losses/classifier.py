@@ -1,0 +1,312 @@
+"""Softmax over class prototypes with a margin on the own class: CosFace, ArcFace."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from . import _arguments
+from ._columns import checked_target
+from ._row_softmax import row_softmax
+
+KINDS = ("cosface", "arcface")
+
+
+def cos_face(
+    x: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    *,
+    margin: float | Tensor = 0.35,
+    temperature: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = True,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """CosFace: cross-entropy over class prototypes, with a margin subtracted from the cosine of the own class.
+
+    Equivalent to::
+
+        cosine = F.normalize(x) @ F.normalize(prototypes).T
+        F.cross_entropy(scale * (cosine - margin * F.one_hot(labels, C)), labels)
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64.
+        prototypes: (C, D), one of each class; differentiable, usually a parameter.
+        labels: (N,) int64 in [0, C).
+        margin: subtracted from the cosine; a float >= 0, or (N,) with a margin for each row, differentiable.
+        temperature: 1 / scale instead; not both.
+        scale: factor of the cosines; float, 0-d or (N,) tensor, differentiable. Default 64.
+        weight: (N,) weight of each row; the mean divides by its sum. Differentiable.
+        reduction: "mean", "sum" or "none".
+        normalize: scale all rows to length 1 first. Without it they must have that length already.
+        memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
+
+    Note:
+        Memory O((N + C) D) beside ``memory_budget``; never N x C. Work 8 N C D, 6 if kept, 2 without gradients.
+
+    Source:
+        Wang et al., CosFace: Large Margin Cosine Loss for Deep Face Recognition, 2018.
+
+    Example:
+        >>> x, prototypes, labels = torch.randn(6, 16), torch.randn(4, 16), torch.tensor([0, 1, 2, 3, 0, 1])
+        >>> cos_face(x, prototypes, labels, scale=16.0).shape
+        torch.Size([])
+    """
+    return _margin_softmax(
+        "cos_face",
+        x,
+        prototypes,
+        labels,
+        margin=margin,
+        kind="cosface",
+        easy_margin=False,
+        temperature=temperature,
+        scale=scale,
+        weight=weight,
+        reduction=reduction,
+        normalize=normalize,
+        memory_budget=memory_budget,
+        backend=backend,
+    )
+
+
+def arc_face(
+    x: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    *,
+    margin: float | Tensor = 0.5,
+    easy_margin: bool = False,
+    temperature: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = True,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """ArcFace: cross-entropy over class prototypes, with a margin added to the angle to the own class.
+
+    Equivalent to::
+
+        cosine = F.normalize(x) @ F.normalize(prototypes).T
+        own = cosine.gather(1, labels[:, None])
+        moved = torch.cos(torch.acos(own) + margin)
+        moved = torch.where(own >= -math.cos(margin), moved, own - margin * math.sin(margin))
+        F.cross_entropy(scale * cosine.scatter(1, labels[:, None], moved), labels)
+
+    The second case keeps the logit falling with the angle where the angle and the margin exceed 180 degrees. With
+    ``easy_margin`` the margin is for angles below 90 degrees alone: ``torch.where(own > 0, moved, own)``.
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64.
+        prototypes: (C, D), one of each class; differentiable, usually a parameter.
+        labels: (N,) int64 in [0, C).
+        margin: added to the angle, in radians (0.5 is 28.6 degrees); a float in [0, pi], or (N,) with a margin for each
+            row, differentiable.
+        easy_margin: no margin for angles of 90 degrees and more.
+        temperature: 1 / scale instead; not both.
+        scale: factor of the cosines; float, 0-d or (N,) tensor, differentiable. Default 64.
+        weight: (N,) weight of each row; the mean divides by its sum. Differentiable.
+        reduction: "mean", "sum" or "none".
+        normalize: scale all rows to length 1 first. Without it they must have that length already.
+        memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
+
+    Note:
+        Memory O((N + C) D) beside ``memory_budget``; never N x C. Work 8 N C D, 6 if kept, 2 without gradients. The
+        angle has no derivative where a row lies on its prototype; there the margin's part of the gradient is 0.
+
+    Source:
+        Deng et al., ArcFace: Additive Angular Margin Loss for Deep Face Recognition, 2019.
+
+    Example:
+        >>> x, prototypes, labels = torch.randn(6, 16), torch.randn(4, 16), torch.tensor([0, 1, 2, 3, 0, 1])
+        >>> arc_face(x, prototypes, labels, margin=0.3, scale=16.0, reduction="none").shape
+        torch.Size([6])
+    """
+    return _margin_softmax(
+        "arc_face",
+        x,
+        prototypes,
+        labels,
+        margin=margin,
+        kind="arcface",
+        easy_margin=easy_margin,
+        temperature=temperature,
+        scale=scale,
+        weight=weight,
+        reduction=reduction,
+        normalize=normalize,
+        memory_budget=memory_budget,
+        backend=backend,
+    )
+
+
+def margin_softmax(
+    x: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    *,
+    margin: float | Tensor,
+    kind: str = "cosface",
+    easy_margin: bool = False,
+    temperature: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = True,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy over class prototypes with a margin of the kind that is named.
+
+    Equivalent to::
+
+        {"cosface": cos_face, "arcface": arc_face}[kind](x, prototypes, labels, margin=margin, scale=scale)
+
+    Args:
+        x: (N, D), as in `cos_face`, as is everything else.
+        prototypes: (C, D).
+        labels: (N,) int64.
+        margin: of the cosine ("cosface") or of the angle in radians ("arcface").
+        kind: "cosface" or "arcface".
+        easy_margin: as in `arc_face`.
+        temperature: 1 / scale instead.
+        scale: factor of the cosines. Default 64.
+        weight: (N,).
+        reduction: "mean", "sum" or "none".
+        normalize: scale all rows to length 1 first.
+        memory_budget: bytes of inner products kept for backward.
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
+
+    Note:
+        Memory and work as in `cos_face`.
+
+    Source:
+        As `cos_face` and `arc_face`.
+
+    Example:
+        >>> x, prototypes, labels = torch.randn(6, 16), torch.randn(4, 16), torch.tensor([0, 1, 2, 3, 0, 1])
+        >>> loss = margin_softmax(x, prototypes, labels, margin=0.2, kind="cosface", scale=16.0)
+        >>> torch.equal(loss, cos_face(x, prototypes, labels, margin=0.2, scale=16.0))
+        True
+    """
+    return _margin_softmax(
+        "margin_softmax",
+        x,
+        prototypes,
+        labels,
+        margin=margin,
+        kind=kind,
+        easy_margin=easy_margin,
+        temperature=temperature,
+        scale=scale,
+        weight=weight,
+        reduction=reduction,
+        normalize=normalize,
+        memory_budget=memory_budget,
+        backend=backend,
+    )
+
+
+def _margin_softmax(
+    function: str,
+    x: Tensor,
+    prototypes: Tensor,
+    labels: Tensor,
+    *,
+    margin: float | Tensor,
+    kind: str,
+    easy_margin: bool,
+    temperature: float | Tensor | None,
+    scale: float | Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    normalize: bool,
+    memory_budget: int | None,
+    backend: str,
+) -> Tensor:
+    _checks.check_choice(function, "kind", kind, KINDS)
+    if easy_margin and kind != "arcface":
+        raise ValueError(f"{function}: easy_margin must be False for kind={kind!r}, got True")
+    x, prototypes, scale = _arguments.two_sides(
+        function,
+        (("x", x), ("prototypes", prototypes)),
+        temperature=temperature,
+        scale=scale,
+        default_temperature=1 / 64,
+        reduction=reduction,
+        weight=weight,
+        normalize=normalize,
+    )
+    scale = _checks.scale_tensor(function, scale, "x", x)
+    margin = _margin(function, margin, kind, x)
+
+    def own_logit(logit: Tensor) -> Tensor:
+        if kind == "cosface":
+            return logit - scale * margin
+        return scale * _add_angle(logit / scale, margin, easy_margin)
+
+    return row_softmax(
+        (function, "x", "prototypes"),
+        x,
+        prototypes,
+        target=checked_target(function, "labels", labels, "x", x, prototypes.shape[0]),
+        scale=scale,
+        own_logit=own_logit,
+        weight=weight,
+        reduction=reduction,
+        memory_budget=memory_budget,
+        backend=backend,
+    )
+
+
+def _margin(function: str, margin: float | Tensor, kind: str, x: Tensor) -> Tensor:
+    """Check the margin; return it in the accumulation dtype, 0-d or one of each row."""
+    dtype = _checks.accumulator(x.dtype)
+    if isinstance(margin, Tensor):
+        _checks.check_vector(function, "margin", margin, x.shape[0], "x", x)
+        return margin.to(dtype)
+    _arguments.check_margin(function, margin)
+    if kind == "arcface":
+        _arguments.check_number(function, "margin", margin, f"[0, {math.pi}]")
+    return torch.full((), margin, dtype=dtype, device=x.device)
+
+
+def _add_angle(cosine: Tensor, margin: Tensor, easy_margin: bool) -> Tensor:
+    """cos(acos(cosine) + margin), continued where that would rise with the angle."""
+    # Without acos, whose derivative is infinite at 1, where rounding often puts a cosine.
+    square = (1 - cosine) * (1 + cosine)
+    inside = square > 0
+    sine = torch.where(inside, torch.where(inside, square, 1.0).sqrt(), 0.0)
+    moved = cosine * margin.cos() - sine * margin.sin()
+    if easy_margin:
+        return torch.where(cosine > 0, moved, cosine)
+    return torch.where(cosine >= -margin.cos(), moved, cosine - margin * margin.sin())

@@ -1,0 +1,124 @@
+"""Contrast with a queue of keys from earlier batches: MoCo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _autocast, _checks
+from ..ops.pairs import Pairs
+from . import _arguments
+from ._columns import smoothing_share
+from ._row_softmax import row_softmax
+
+
+def moco(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    *,
+    ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
+    temperature: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
+    label_smoothing: float | Tensor = 0.0,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = True,
+    diagnostics: bool = False,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Any:
+    """MoCo: every query must find its own key among the keys of a queue; other keys of the batch are no negatives.
+
+    Equivalent to::
+
+        q, k, queue = F.normalize(query), F.normalize(key), F.normalize(queue.detach())
+        negatives = (q @ queue.T).masked_fill(ids[:, None] == queue_ids, -torch.inf)
+        logits = torch.cat([(q * k).sum(1, keepdim=True), negatives], 1) / temperature
+        F.cross_entropy(logits, torch.zeros(N, dtype=torch.int64))
+
+    Args:
+        query: (N, D) float32, bfloat16, float16 or float64.
+        key: (N, D); row i is the positive of query i. Differentiable, although the keys of a momentum encoder need no
+            gradient: compute them under `torch.no_grad`.
+        queue: (K, D) of the same dtype, after the region's cast under autocast. Frozen: it is detached.
+        ids: (N,) int64 with ``queue_ids``; -1 equals nothing.
+        queue_ids: (K,) int64: a query drops the entries with its own id, such as earlier keys of the same sample. Give
+            an entry that was never filled to nobody by leaving it out: ``queue[:filled]``.
+        temperature: divides the similarities; float, 0-d or (N,) tensor, differentiable. Default 0.07.
+        scale: 1 / temperature instead; not both.
+        label_smoothing: share of the target distribution that is spread evenly over the own key and the entries that
+            take part; a float, or (N,) with a share for each row, differentiable.
+        weight: (N,) weight of each row; the mean divides by its sum. Differentiable.
+        reduction: "mean", "sum" or "none".
+        normalize: scale all rows to length 1 first; O((N + K) D).
+        diagnostics: also return `Diagnostics` (accuracy, ranks, mean similarities) from the same sweep.
+        memory_budget: bytes kept for backward where it recomputes; see `similarity_reduce`.
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs); with ``diagnostics`` the pair
+        (loss, Diagnostics). Never negative without label smoothing. A row whose entries are all dropped has
+        loss 0 and gradient 0.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
+
+    Note:
+        Memory O((N + K) D). Work 4 N (N + K) D for a mean or sum, because the queue needs no gradient and that of the
+        queries is formed in the forward pass; 6 with ``reduction="none"``, label smoothing or diagnostics; 2 without
+        gradients. The part in N^2 is that of keys that other queries do not meet.
+
+    Source:
+        He et al., Momentum Contrast for Unsupervised Visual Representation Learning, 2020.
+
+    Example:
+        >>> query, key, queue = torch.randn(6, 16), torch.randn(6, 16), torch.randn(64, 16)
+        >>> loss, measures = moco(query, key, queue, diagnostics=True)
+        >>> measures.rank.shape
+        torch.Size([6])
+    """
+    name = "moco"
+    query, key, scale = _arguments.two_sides(
+        name,
+        (("query", query), ("key", key)),
+        temperature=temperature,
+        scale=scale,
+        default_temperature=0.07,
+        reduction=reduction,
+        weight=weight,
+        normalize=normalize,
+        partners=True,
+    )
+    (queue,) = _autocast.cast(queue)
+    _checks.check_matrices(name, "query", query, "queue", queue)
+    queue = _arguments.normalized(queue.detach()) if normalize else queue.detach()
+    count, entries = query.shape[0], queue.shape[0]
+    of_batch = torch.full((count,), -1, device=query.device)
+    # The keys join the sweep although each is a column for its own query alone: the positive and the negatives close to
+    # it nearly cancel in the gradient, which must therefore be summed before it is rounded to 16 bits.
+    of_queue = torch.zeros(entries, dtype=torch.int64, device=query.device)
+    same, differ = (torch.zeros_like(of_batch), torch.cat([of_batch, of_queue])), None
+    if ids is not None and queue_ids is not None:
+        _checks.check_index(name, "ids", ids, count, "query", query)
+        _checks.check_index(name, "queue_ids", queue_ids, entries, "query", query)
+        differ = (ids, torch.cat([of_batch, queue_ids]))
+    elif ids is not None or queue_ids is not None:
+        raise ValueError(f"{name}: ids and queue_ids must both be given, or neither")
+    return row_softmax(
+        (name, "query", "key and queue"),
+        query,
+        torch.cat([key, queue]),
+        target=torch.arange(count, device=query.device),
+        scale=scale,
+        pairs=Pairs(same=same, differ=differ),
+        share=smoothing_share(name, label_smoothing, "query", query),
+        weight=weight,
+        reduction=reduction,
+        diagnostics=diagnostics,
+        memory_budget=memory_budget,
+        backend=backend,
+    )

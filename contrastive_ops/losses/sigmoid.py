@@ -1,0 +1,371 @@
+"""Sigmoid losses: SigLIP, several positives, graded relevance, lists of pairs.
+
+Each pair is a binary classification of its own, -log sigmoid(l) for a positive and -log sigmoid(-l) for a negative, so
+that a row is a plain sum of softplus. How their gradients are formed:
+
+    loss                  reduction      gradients                                multiply-adds (2 each)
+    siglip                mean, sum      in the forward pass (weighted_total)     6 N^2 D
+    bixse, one grade      mean, sum      in the forward pass (weighted_total)     6 N M D
+    any other             any            recomputed in backward, or kept          8 N M D, 6 if kept
+    pair_bce              any            of the listed pairs alone                6 P D
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..ops.folds import Fold
+from ..ops.pairs import Pairs, check_lists
+from ..ops.similarity_reduce import fold
+from . import _arguments
+from ._binary import check_once, checked_labels, cross_entropy, one_grade, pair_logits, shared_bias
+from ._columns import checked_target, own_column
+
+
+def siglip(
+    image: Tensor,
+    text: Tensor,
+    *,
+    temperature: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
+    bias: float | Tensor = -10.0,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """SigLIP's loss: tell each image's own text from every other text, pair by pair.
+
+    Equivalent to::
+
+        logits = scale * image @ text.T + bias
+        sign = 2 * torch.eye(N) - 1                             # +1 for the own text, -1 for every other
+        -F.logsigmoid(sign * logits).sum() / N
+
+    Args:
+        image: (N, D) float32, bfloat16, float16 or float64.
+        text: (N, D); row i belongs to row i of ``image``.
+        temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 0.1.
+        scale: 1 / temperature instead, for instance ``logit_scale.exp()``; not both.
+        bias: added to every logit; float or 0-d tensor, differentiable. It starts at about -log(N): most pairs are
+            negative.
+        weight: (N,) weight >= 0 of each row; the mean divides by its sum. Differentiable.
+        reduction: "mean", "sum" or "none"; of rows, each of which is a sum over its N pairs.
+        normalize: scale all rows to length 1 first; O(N D).
+        memory_budget: bytes kept for backward with ``reduction="none"``; see `similarity_reduce`.
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative. The mean of no
+        rows is NaN, as in `torch.nn.functional.cross_entropy`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
+
+    Note:
+        Memory O(N D). A mean or sum forms its gradients in the forward pass (6 N^2 D); without gradients only the
+        forward is paid (2 N^2 D).
+
+    Source:
+        Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023; equal to open_clip's ``SigLipLoss``.
+
+    Example:
+        >>> image, text = torch.randn(8, 16), torch.randn(8, 16)
+        >>> sign = 2 * torch.eye(8) - 1
+        >>> truth = -torch.nn.functional.logsigmoid(sign * (2.0 * image @ text.T - 3.0)).sum() / 8
+        >>> torch.allclose(siglip(image, text, scale=2.0, bias=-3.0), truth, rtol=1e-4)
+        True
+    """
+    name = "siglip"
+    image, text, scale = _arguments.two_sides(
+        name,
+        (("image", image), ("text", text)),
+        temperature=temperature,
+        scale=scale,
+        default_temperature=0.1,
+        reduction=reduction,
+        weight=weight,
+        normalize=normalize,
+        partners=True,
+    )
+    target = torch.arange(image.shape[0], device=image.device)
+    names = (name, "image", "text")
+    bias = shared_bias(name, bias, image).expand(image.shape[0])
+    return one_grade(names, image, text, scale, bias, target, None, weight, reduction, memory_budget, backend)
+
+
+def multi_positive_siglip(
+    x: Tensor,
+    y: Tensor,
+    row_ids: Tensor,
+    col_ids: Tensor | None = None,
+    *,
+    temperature: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
+    bias: float | Tensor = -10.0,
+    balanced: bool = False,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """SigLIP with any number of positives per row: the pairs with equal ids.
+
+    Equivalent to::
+
+        logits = scale * x @ y.T + bias
+        positive = (row_ids[:, None] == col_ids) & (row_ids[:, None] != -1)
+        pulled = torch.where(positive, F.softplus(-logits), 0).sum(1)
+        pushed = torch.where(positive, 0, F.softplus(logits)).sum(1)
+        if balanced:
+            pulled, pushed = pulled / positive.sum(1).clamp(min=1), pushed / (~positive).sum(1).clamp(min=1)
+        (pulled + pushed).mean()
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64.
+        y: (M, D).
+        row_ids: (N,) int64. -1 equals nothing: a row of negatives alone.
+        col_ids: (M,) int64. None: those of the rows, and M = N.
+        temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 0.1.
+        scale: 1 / temperature instead; not both.
+        bias: added to every logit; float or 0-d tensor, differentiable.
+        balanced: divide each row's sum over positives and its sum over negatives by their numbers. False: every pair
+            counts the same, as in SigLIP.
+        weight: (N,) weight >= 0 of each row; the mean divides by its sum. Differentiable.
+        reduction: "mean", "sum" or "none"; of rows, each of which is a sum over its M pairs.
+        normalize: scale all rows to length 1 first; O((N + M) D).
+        memory_budget: bytes kept for backward; see `similarity_reduce`.
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative. A row without
+        positives keeps the loss of its negatives and counts. The mean of no rows is NaN.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
+
+    Note:
+        Memory O((N + M) D) beside ``memory_budget``. Positives and negatives share one sweep: 8 N M D.
+
+    Source:
+        Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023, with the sign +1 for every pair of one id.
+
+    Example:
+        >>> x, y = torch.randn(6, 16), torch.randn(4, 16)
+        >>> row_ids, col_ids = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 1, 1, 3])
+        >>> multi_positive_siglip(x, y, row_ids, col_ids, reduction="none").shape
+        torch.Size([6])
+    """
+    name = "multi_positive_siglip"
+    x, y, scale = _arguments.two_sides(
+        name,
+        (("x", x), ("y", y)),
+        temperature=temperature,
+        scale=scale,
+        default_temperature=0.1,
+        reduction=reduction,
+        weight=weight,
+        normalize=normalize,
+    )
+    _checks.check_index(name, "row_ids", row_ids, x.shape[0], "x", x)
+    col_ids = row_ids if col_ids is None else col_ids
+    _checks.check_index(name, "col_ids", col_ids, y.shape[0], "x", x)
+    same, differ = Pairs(same=(row_ids, col_ids)), Pairs(differ=(row_ids, col_ids))
+    folds: tuple[Fold, ...] = (Fold("sum_softplus", pairs=same, negate=True), Fold("sum_softplus", pairs=differ))
+    if balanced:
+        folds += (Fold("count", pairs=same, negate=True), Fold("count", pairs=differ))
+    row_bias, names = shared_bias(name, bias, x).expand(x.shape[0]), (name, "x", "y")
+    (pulled, pushed, *counts), *_ = fold(
+        x, y, reduce=folds, scale=scale, row_bias=row_bias, memory_budget=memory_budget, names=names, backend=backend
+    )
+    if balanced:
+        pulled, pushed = pulled / counts[0].clamp_min(1), pushed / counts[1].clamp_min(1)
+    return _arguments.reduce_rows(pulled + pushed, weight, reduction)
+
+
+def bixse(
+    query: Tensor,
+    key: Tensor,
+    grades: Tensor,
+    *,
+    target: Tensor | None = None,
+    indptr: Tensor | None = None,
+    temperature: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
+    bias: float | Tensor = -10.0,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """BiXSE: binary cross-entropy on graded relevance, all other keys of the batch being negatives.
+
+    Equivalent to::
+
+        logits = scale * query @ key.T + bias
+        label = torch.zeros(N, M)
+        label[torch.arange(N), target] = grades                  # with indptr: label[i, target[a:b]] = grades[a:b]
+        F.binary_cross_entropy_with_logits(logits, label, reduction="none").sum(1).mean()
+
+    Args:
+        query: (N, D) float32, bfloat16, float16 or float64.
+        key: (M, D).
+        grades: (N,) relevance in [0, 1] of one key per query, or (P,) of lists of keys. Differentiable.
+        target: (N,) int64 in [0, M), the graded key of each query; or (P,), the lists. None: query i's is key i.
+        indptr: (N + 1,) int64: query i's graded keys are ``target[indptr[i]:indptr[i + 1]]``, each at most once. None:
+            one per query.
+        temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 0.1.
+        scale: 1 / temperature instead; not both.
+        bias: added to every logit; float or 0-d tensor, differentiable.
+        weight: (N,) weight >= 0 of each query; the mean divides by its sum. Differentiable.
+        reduction: "mean", "sum" or "none"; of queries, each of which is a sum over its M keys.
+        normalize: scale all rows to length 1 first; O((N + M) D).
+        memory_budget: bytes kept for backward with lists or ``reduction="none"``; see `similarity_reduce`.
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). The mean of no rows is NaN.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
+
+    Note:
+        Memory O((N + M) D + P). One grade per query forms the gradients of a mean or sum in the forward pass
+        (6 N M D); lists take 8 N M D.
+
+    Source:
+        Tsirigotis et al., BiXSE: Improving Dense Retrieval via Probabilistic Graded Relevance Distillation, 2025:
+        ``softplus(l) - grade * l`` on the labelled pair and ``softplus(l)`` on in-batch pairs. Scale and bias are
+        those of SigLIP here.
+
+    Example:
+        >>> query, key = torch.randn(4, 16), torch.randn(6, 16)
+        >>> loss = bixse(query, key, torch.tensor([1.0, 0.7, 0.0, 0.3]))
+        >>> indptr, listed = torch.tensor([0, 2, 2, 3, 4]), torch.tensor([0, 5, 2, 3])
+        >>> bixse(query, key, torch.rand(4), target=listed, indptr=indptr, reduction="none").shape
+        torch.Size([4])
+    """
+    name, names = "bixse", ("bixse", "query", "key")
+    query, key, scale = _arguments.two_sides(
+        name,
+        (("query", query), ("key", key)),
+        temperature=temperature,
+        scale=scale,
+        default_temperature=0.1,
+        reduction=reduction,
+        weight=weight,
+        normalize=normalize,
+    )
+    row_bias = shared_bias(name, bias, query).expand(query.shape[0])
+    if indptr is None:
+        target = (
+            own_column(name, query, key)
+            if target is None
+            else checked_target(name, "target", target, "query", query, key.shape[0])
+        )
+        grades = checked_labels(name, "grades", grades, query.shape[0], "query", query)
+        return one_grade(names, query, key, scale, row_bias, target, grades, weight, reduction, memory_budget, backend)
+    if target is None:
+        raise ValueError(f"{name}: target must be given with indptr, got None\n  it holds the keys of all lists")
+    _checks.check_index(name, "target", target, None, "query", query)
+    grades = checked_labels(name, "grades", grades, target.shape[0], "query", query)
+    indptr, cols, order = check_lists(name, "target", (indptr, target), query, key)
+    rows = torch.repeat_interleave(indptr.diff(), output_size=cols.shape[0])
+    check_once(name, rows, cols)
+    pairs = Pairs(exclude=(indptr, cols))
+    (negatives,), *_ = fold(
+        query,
+        key,
+        reduce=("sum_softplus",),
+        scale=scale,
+        row_bias=row_bias,
+        pairs=pairs,
+        memory_budget=memory_budget,
+        names=names,
+        backend=backend,
+    )
+    logits = pair_logits(name, "query", query, key, rows, cols, scale, bias)
+    graded = torch.zeros_like(negatives).index_add(0, rows, cross_entropy(logits, grades[order]))
+    return _arguments.reduce_rows(negatives + graded, weight, reduction)
+
+
+def pair_bce(
+    x: Tensor,
+    y: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
+    bias: float | Tensor = 0.0,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+) -> Tensor:
+    """Binary cross-entropy of a list of pairs, each a row of x and a row of y.
+
+    Equivalent to::
+
+        logits = scale * (x[rows] * y[cols]).sum(1) + bias                                      # (P,)
+        F.binary_cross_entropy_with_logits(logits, labels, weight=weight, reduction=reduction)
+
+    except that a weighted mean divides by the sum of weights.
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64.
+        y: (M, D); may be ``x``.
+        rows: (P,) int64 in [0, N), the row of x of each pair. Pairs may repeat.
+        cols: (P,) int64 in [0, M), the row of y of each pair.
+        labels: (P,) probability in [0, 1] that the pair belongs together. Differentiable.
+        temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 1.
+        scale: 1 / temperature instead; not both.
+        bias: added to every logit; float or 0-d tensor, differentiable.
+        weight: (P,) weight >= 0 of each pair; the mean divides by its sum. Differentiable.
+        reduction: "mean", "sum" or "none"; of pairs.
+        normalize: scale all rows to length 1 first; O((N + M) D).
+
+    Returns:
+        0-d, or (P,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative, and exact for
+        logits of any size. The mean of no pairs is NaN.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+
+    Note:
+        Memory O(P + (N + M) D): gathered rows exist for a chunk of pairs (4 MiB) at a time. Work 6 P D.
+
+    Source:
+        Mikolov et al., Distributed Representations of Words and Phrases and their Compositionality, 2013 (negative
+        sampling), for labels of 0 and 1.
+
+    Example:
+        >>> x, y = torch.randn(4, 16), torch.randn(6, 16)
+        >>> rows, cols = torch.tensor([0, 0, 3]), torch.tensor([5, 1, 1])
+        >>> pair_bce(x, y, rows, cols, torch.tensor([1.0, 0.0, 0.2]), reduction="none").shape
+        torch.Size([3])
+    """
+    name = "pair_bce"
+    x, y, scale = _arguments.two_sides(
+        name,
+        (("x", x), ("y", y)),
+        temperature=temperature,
+        scale=scale,
+        default_temperature=1.0,
+        reduction=reduction,
+        normalize=normalize,
+    )
+    _checks.check_index(name, "rows", rows, None, "x", x)
+    _checks.check_index(name, "cols", cols, rows.shape[0], "x", x)
+    _checks.check_index_values(name, "rows", rows, x.shape[0])
+    _checks.check_index_values(name, "cols", cols, y.shape[0])
+    labels = checked_labels(name, "labels", labels, rows.shape[0], "x", x)
+    if weight is not None:
+        _arguments.check_weight(name, weight, rows.shape[0], "x", x)
+    losses = cross_entropy(pair_logits(name, "x", x, y, rows, cols, scale, bias), labels)
+    return _arguments.reduce_rows(losses, weight, reduction)

@@ -1,0 +1,342 @@
+"""Losses on distances: triplets, mined triplets, contrastive pairs.
+
+Triplets and pairs that are given cost O(N D). Mined ones are selected by one sweep without gradients (2 N M D), and the
+distances of what was selected are computed again from the rows themselves, so that neither values nor gradients
+(O(N D)) suffer from |x|^2 - 2 <x, y> + |y|^2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _autocast, _checks
+from ..ops.pairs import Pairs
+from ..reference.similarity_reduce import softplus
+from . import _arguments
+from ._distances import DISTANCES, farthest_and_nearest, paired_distance, semi_hard_negative, take_rows
+
+# What torch adds to each difference; it decides the gradient at distance 0.
+TORCH_EPS = 1e-6
+
+
+def triplet(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    margin: float = 1.0,
+    distance: str = "euclidean",
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Triplet margin loss of given triplets: row k of each matrix belongs to row k of the others.
+
+    Equivalent to::
+
+        d = F.pairwise_distance         # "cosine": 1 - F.cosine_similarity; "sqeuclidean": ((a - b) ** 2).sum(1)
+        F.relu(d(anchor, positive) - d(anchor, negative) + margin).mean()
+
+    Args:
+        anchor: (N, D) float32, bfloat16, float16 or float64.
+        positive: (N, D).
+        negative: (N, D).
+        margin: by how much the negative must be farther than the positive; a number >= 0.
+        distance: "euclidean", "sqeuclidean" or "cosine".
+        weight: (N,) weight >= 0 of each triplet; the mean divides by its sum. Differentiable.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). The mean of no triplets is NaN.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+
+    Note:
+        Memory and work O(N D). The Euclidean distance adds 1e-6 to each difference, as torch does, so that its gradient
+        at distance 0 is finite and that of `torch.nn.functional.triplet_margin_loss`.
+
+    Source:
+        Schroff et al., FaceNet: A Unified Embedding for Face Recognition and Clustering, 2015.
+
+    Example:
+        >>> anchor, positive, negative = torch.randn(3, 8, 16)
+        >>> truth = torch.nn.functional.triplet_margin_loss(anchor, positive, negative)
+        >>> torch.allclose(triplet(anchor, positive, negative), truth)
+        True
+    """
+    name = "triplet"
+    _arguments.check_reduction(name, reduction)
+    _arguments.check_margin(name, margin)
+    _checks.check_choice(name, "distance", distance, DISTANCES)
+    anchor, positive, negative = _autocast.cast(anchor, positive, negative)
+    for other_name, other in (("positive", positive), ("negative", negative)):
+        _checks.check_matrices(name, "anchor", anchor, other_name, other)
+        _arguments.check_partners(name, "anchor", anchor, other_name, other)
+    if weight is not None:
+        _arguments.check_weight(name, weight, anchor.shape[0], "anchor", anchor)
+    # One copy of the anchors, so that their two gradients are added before they are rounded.
+    anchor, positive, negative = (each.to(_checks.accumulator(each.dtype)) for each in (anchor, positive, negative))
+    near = paired_distance(anchor, positive, distance, TORCH_EPS)
+    far = paired_distance(anchor, negative, distance, TORCH_EPS)
+    return _arguments.reduce_rows((near - far + margin).relu(), weight, reduction)
+
+
+def batch_hard_triplet(
+    x: Tensor,
+    labels: Tensor,
+    y: Tensor | None = None,
+    col_labels: Tensor | None = None,
+    *,
+    margin: float | None = None,
+    soft: bool = False,
+    distance: str = "euclidean",
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Batch-hard triplet loss: each row with its farthest positive and its nearest negative.
+
+    Equivalent to::
+
+        d = torch.cdist(x, y)                                                           # (N, M)
+        same = labels[:, None] == col_labels
+        positive = same & ~torch.eye(N, dtype=torch.bool)                               # all of `same` where y is given
+        farthest = d.masked_fill(~positive, -torch.inf).amax(1)
+        nearest = d.masked_fill(same, torch.inf).amin(1)
+        F.relu(farthest - nearest + margin)[positive.any(1) & ~same.all(1)].mean()      # soft: F.softplus(f - n)
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64.
+        labels: (N,) int64. -1 equals nothing: such a row has no positive, and is a negative of all others.
+        y: (M, D) columns to select from; None for x itself, where a row is not its own positive.
+        col_labels: (M,) int64, with ``y`` alone.
+        margin: by how much the nearest negative must be farther than the farthest positive; a number >= 0. None: 0.2.
+        soft: softplus of the difference instead of a hinge; it has no margin.
+        distance: "euclidean", "sqeuclidean" or "cosine".
+        weight: (N,) weight >= 0 of each row; the mean divides by the sum over the rows that count. Differentiable.
+        reduction: "mean", "sum" or "none".
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). A row without a positive or
+        without a negative has loss 0 and gradient 0 and is left out of the mean; 0 where no row counts.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
+
+    Note:
+        Memory O((N + M) D). One sweep selects (2 N M D, half of it with y=None); gradients take O(N D). The gradient of
+        the Euclidean distance at 0 is 0. Of equally far columns the first is taken.
+
+    Source:
+        Hermans et al., In Defense of the Triplet Loss for Person Re-Identification, 2017. sentence-transformers'
+        ``BatchHardTripletLoss`` and ``BatchHardSoftMarginTripletLoss`` are equal where every label occurs twice and two
+        labels occur; they count rows without a positive, with a distance of 0.
+
+    Example:
+        >>> x, labels = torch.randn(6, 16), torch.tensor([0, 0, 1, 1, 2, 3])
+        >>> batch_hard_triplet(x, labels, margin=0.5, reduction="none")[4:]
+        tensor([0., 0.])
+    """
+    name = "batch_hard_triplet"
+    x, y, ids = _mined(name, x, labels, y, col_labels, distance, weight, reduction)
+    if soft and margin is not None:
+        raise ValueError(f"{name}: margin must be left out with soft=True, got {margin}")
+    margin = 0.2 if margin is None else margin
+    _arguments.check_margin(name, margin)
+    positives = Pairs(same=ids, diagonal=0 if y is None else None)
+    farthest, nearest = farthest_and_nearest((name, "x", "y"), x, y, distance, positives, Pairs(differ=ids), backend)
+    gap = _distance_gap(x, y, farthest, nearest, distance)
+    losses = softplus(gap) if soft else (gap + margin).relu()
+    return _arguments.mean_over(losses, (farthest >= 0) & (nearest >= 0), weight, reduction)
+
+
+def batch_semi_hard_triplet(
+    x: Tensor,
+    labels: Tensor,
+    y: Tensor | None = None,
+    col_labels: Tensor | None = None,
+    *,
+    target: Tensor | None = None,
+    margin: float = 0.2,
+    distance: str = "euclidean",
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Semi-hard triplet loss: each row with a given positive and the nearest negative that is farther than it.
+
+    Equivalent to::
+
+        d = torch.cdist(x, y)                                                           # (N, M)
+        negative = labels[:, None] != col_labels
+        positive = d.gather(1, target[:, None])
+        outside = d.masked_fill(~(negative & (d > positive)), torch.inf).amin(1)
+        inside = d.masked_fill(~negative, -torch.inf).amax(1)                           # where none is farther
+        F.relu(positive[:, 0] - torch.where(outside < torch.inf, outside, inside) + margin).mean()
+
+    One positive per row keeps the work at N M D. For every pair (row, positive), as in sentence-transformers, pass the
+    rows repeated: ``batch_semi_hard_triplet(x[rows], labels[rows], x, labels, target=positives)``.
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64.
+        labels: (N,) int64. -1 equals nothing: all columns are its negatives.
+        y: (M, D) columns to select from; None for x itself.
+        col_labels: (M,) int64, with ``y`` alone.
+        target: (N,) int64 in [-1, M), the column of each row's positive; -1 for none. None: column i, with ``y`` alone.
+        margin: by how much the negative must be farther than the positive; a number >= 0. A negative farther than that
+            costs nothing.
+        distance: "euclidean", "sqeuclidean" or "cosine".
+        weight: (N,) weight >= 0 of each row; the mean divides by the sum over the rows that count. Differentiable.
+        reduction: "mean", "sum" or "none".
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). A row without a positive or
+        without a negative has loss 0 and gradient 0 and is left out of the mean; 0 where no row counts.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
+
+    Note:
+        Memory O((N + M) D). One sweep selects (2 N M D); gradients take O(N D). A negative counts as farther where its
+        distance is larger by more than rounding.
+
+    Source:
+        Schroff et al., FaceNet: A Unified Embedding for Face Recognition and Clustering, 2015, with the fallback of
+        TensorFlow's ``triplet_semihard_loss`` where no negative is farther than the positive.
+
+    Example:
+        >>> x, y, labels = torch.randn(6, 16), torch.randn(6, 16), torch.arange(6)
+        >>> batch_semi_hard_triplet(x, labels, y, labels, reduction="none").shape
+        torch.Size([6])
+    """
+    name = "batch_semi_hard_triplet"
+    x, y, ids = _mined(name, x, labels, y, col_labels, distance, weight, reduction)
+    _arguments.check_margin(name, margin)
+    columns = x if y is None else y
+    if target is None:
+        if y is None:
+            raise ValueError(f"{name}: target must be given where y is not, got None")
+        _arguments.check_partners(name, "x", x, "y", columns)
+        target = torch.arange(x.shape[0], device=x.device)
+    _checks.check_index(name, "target", target, x.shape[0], "x", x)
+    _checks.check_index_values(name, "target", target, columns.shape[0], or_none=True)
+    chosen = semi_hard_negative((name, "x", "y"), x, y, distance, ids, target, backend)
+    gap = _distance_gap(x, y, target, chosen, distance)
+    return _arguments.mean_over((gap + margin).relu(), (target >= 0) & (chosen >= 0), weight, reduction)
+
+
+def contrastive(
+    x: Tensor,
+    y: Tensor,
+    labels: Tensor,
+    *,
+    margin: float = 0.5,
+    distance: str = "cosine",
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Contrastive loss of given pairs: pull what belongs together, push the rest to a margin.
+
+    Equivalent to::
+
+        d = 1 - F.cosine_similarity(x, y)                       # "euclidean": F.pairwise_distance(x, y)
+        (0.5 * (labels * d ** 2 + (1 - labels) * F.relu(margin - d) ** 2)).mean()
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64.
+        y: (N, D); row k of both is a pair.
+        labels: (N,) of any dtype: 1 where a pair belongs together, else 0.
+        margin: the distance that other pairs are pushed to; a number >= 0.
+        distance: "cosine" or "euclidean".
+        weight: (N,) weight >= 0 of each pair; the mean divides by its sum. Differentiable.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). The mean of no pairs is NaN.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+
+    Note:
+        Memory and work O(N D). The Euclidean distance adds 1e-6 to each difference, as torch does.
+
+    Source:
+        Hadsell et al., Dimensionality Reduction by Learning an Invariant Mapping, 2006; equal to sentence-transformers'
+        ``ContrastiveLoss``.
+
+    Example:
+        >>> x, y = torch.randn(4, 16), torch.randn(4, 16)
+        >>> loss = contrastive(x, y, torch.tensor([1, 0, 0, 1]))
+        >>> bool(loss >= 0)
+        True
+    """
+    name = "contrastive"
+    _arguments.check_reduction(name, reduction)
+    _arguments.check_margin(name, margin)
+    _checks.check_choice(name, "distance", distance, ("cosine", "euclidean"))
+    x, y = _autocast.cast(x, y)
+    _checks.check_matrices(name, "x", x, "y", y)
+    _arguments.check_partners(name, "x", x, "y", y)
+    if weight is not None:
+        _arguments.check_weight(name, weight, x.shape[0], "x", x)
+    dtype = _checks.accumulator(x.dtype)
+    together = _zero_or_one(name, labels, x).to(dtype)
+    d = paired_distance(x.to(dtype), y.to(dtype), distance, TORCH_EPS)
+    losses = (together * d.square() + (1 - together) * (margin - d).relu().square()) / 2
+    return _arguments.reduce_rows(losses, weight, reduction)
+
+
+def _mined(
+    function: str,
+    x: Tensor,
+    labels: Tensor,
+    y: Tensor | None,
+    col_labels: Tensor | None,
+    distance: str,
+    weight: Tensor | None,
+    reduction: str,
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
+    """Check what mined triplets take; return both matrices, cast, and the labels of rows and columns."""
+    _arguments.check_reduction(function, reduction)
+    _checks.check_choice(function, "distance", distance, DISTANCES)
+    x, y = _autocast.cast(x, y)
+    _checks.check_matrix(function, "x", x)
+    _checks.check_index(function, "labels", labels, x.shape[0], "x", x)
+    if weight is not None:
+        _arguments.check_weight(function, weight, x.shape[0], "x", x)
+    if y is None:
+        if col_labels is not None:
+            raise ValueError(
+                f"{function}: col_labels must be left out where y is, got a tensor\n  columns have `labels`"
+            )
+        return x, None, (labels, labels)
+    _checks.check_matrices(function, "x", x, "y", y)
+    if col_labels is None:
+        raise ValueError(f"{function}: col_labels must be given with y, got None")
+    _checks.check_index(function, "col_labels", col_labels, y.shape[0], "x", x)
+    return x, y, (labels, col_labels)
+
+
+def _distance_gap(x: Tensor, y: Tensor | None, positive: Tensor, negative: Tensor, distance: str) -> Tensor:
+    """(N,) distance of each row from the column `positive` less that from the column `negative`."""
+    dtype = _checks.accumulator(x.dtype)
+    rows = x.to(dtype)
+    columns = rows if y is None else y.to(dtype)
+    near = paired_distance(rows, take_rows(columns, positive), distance)
+    return near - paired_distance(rows, take_rows(columns, negative), distance)
+
+
+def _zero_or_one(function: str, labels: object, x: Tensor) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{function}: labels must be a tensor, got {type(labels).__name__}")
+    if tuple(labels.shape) != (x.shape[0],):
+        raise ValueError(f"{function}: labels must have shape ({x.shape[0]},), got {_checks.shape(labels)}")
+    _checks.check_device(function, "x", x, "labels", labels)
+    if not torch.compiler.is_compiling() and labels.device.type != "meta":
+        wrong = labels[(labels != 0) & (labels != 1)]
+        if wrong.numel():
+            raise ValueError(f"{function}: labels must be 0 or 1, got {wrong[0].item()}")
+    return labels

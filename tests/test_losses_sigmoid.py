@@ -1,0 +1,381 @@
+"""SigLIP, several positives and BiXSE against torch's binary cross-entropy in float64."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from contrastive_ops.losses.sigmoid import bixse, multi_positive_siglip, pair_bce, siglip
+from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, TOLERANCE, clustered_pairs, relative_error
+from contrastive_ops.testing.compare import check, leaf, number, reduced
+
+DOUBLE = torch.float64
+REDUCTIONS = ("mean", "sum", "none")
+FUZZ = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+def cross_entropy(logits, labels):
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+
+
+def dense_logits(x, y, scale, bias, normalize=False):
+    x, y = (F.normalize(x), F.normalize(y)) if normalize else (x, y)
+    scale = scale[:, None] if scale.dim() else scale
+    return scale * (x @ y.T) + bias
+
+
+def dense_siglip(x, y, scale, bias, normalize=False):
+    sign = 2 * torch.eye(len(x), dtype=DOUBLE) - 1
+    return -F.logsigmoid(sign * dense_logits(x, y, scale, bias, normalize)).sum(1)
+
+
+def dense_multi(x, y, scale, bias, row_ids, col_ids, balanced):
+    logits = dense_logits(x, y, scale, bias)
+    positive = (row_ids[:, None] == col_ids) & (row_ids[:, None] != -1)
+    losses = cross_entropy(logits, positive.to(DOUBLE))
+    if balanced:
+        counts = positive.sum(1, keepdim=True), (~positive).sum(1, keepdim=True)
+        losses = losses / torch.where(positive, *counts).clamp(min=1)
+    return losses.sum(1)
+
+
+def dense_bixse(x, y, scale, bias, rows, cols, grades):
+    labels = torch.zeros(len(x), len(y), dtype=DOUBLE).index_put((rows, cols), grades)
+    return cross_entropy(dense_logits(x, y, scale, bias), labels).sum(1)
+
+
+@st.composite
+def cases(draw):
+    """Shapes and options; tensors follow from the seed."""
+    torch.manual_seed(draw(st.integers(0, 1 << 20)))
+    rows, columns = draw(st.integers(0, 9)), draw(st.integers(0, 11))
+    case = {
+        "x": leaf(rows, 5),
+        "y": leaf(columns, 5),
+        "scale": number(1.7) if draw(st.booleans()) else (0.5 + torch.rand(rows, dtype=DOUBLE)).requires_grad_(),
+        "bias": number(-1.3),
+        "weight": torch.rand(rows, dtype=DOUBLE).requires_grad_() if draw(st.booleans()) else None,
+        "reduction": draw(st.sampled_from(REDUCTIONS)),
+    }
+    highest = draw(st.integers(-1, 6))
+    ids = st.integers(-1, highest)
+    case["row_ids"] = torch.tensor(draw(st.lists(ids, min_size=rows, max_size=rows)), dtype=torch.int64)
+    case["col_ids"] = torch.tensor(draw(st.lists(ids, min_size=columns, max_size=columns)), dtype=torch.int64)
+    case["flag"] = draw(st.booleans())
+    return case
+
+
+def common(case):
+    return {name: case[name] for name in ("scale", "bias", "weight", "reduction")}
+
+
+def leaves_of(case):
+    return [case[name] for name in ("x", "y", "scale", "bias", "weight")]
+
+
+@FUZZ
+@given(case=cases())
+def test_siglip(backend, case):
+    case["y"] = leaf(*case["x"].shape)
+    x, y, normalize = case["x"], case["y"], case["flag"]
+    value = siglip(x, y, normalize=normalize, backend=backend, **common(case))
+    truth = dense_siglip(x, y, case["scale"], case["bias"], normalize)
+    check(value, reduced(truth, case["reduction"], case["weight"]), leaves_of(case))
+
+
+@FUZZ
+@given(case=cases())
+def test_multi_positive_siglip(backend, case):
+    x, y, row_ids, col_ids, balanced = (case[name] for name in ("x", "y", "row_ids", "col_ids", "flag"))
+    value = multi_positive_siglip(x, y, row_ids, col_ids, balanced=balanced, backend=backend, **common(case))
+    truth = dense_multi(x, y, case["scale"], case["bias"], row_ids, col_ids, balanced)
+    check(value, reduced(truth, case["reduction"], case["weight"]), leaves_of(case))
+
+
+@FUZZ
+@given(case=cases())
+def test_bixse_with_one_grade(backend, case):
+    x, y, own = case["x"], case["y"], case["flag"]
+    if len(y) < (len(x) if own else 1):
+        y = case["y"] = leaf(len(x) + 1, 5)
+    grades = torch.rand(len(x), dtype=DOUBLE).requires_grad_()
+    target = torch.arange(len(x)) if own else torch.randint(0, len(y), (len(x),))
+    value = bixse(x, y, grades, target=None if own else target, backend=backend, **common(case))
+    truth = dense_bixse(x, y, case["scale"], case["bias"], torch.arange(len(x)), target, grades)
+    check(value, reduced(truth, case["reduction"], case["weight"]), [*leaves_of(case), grades])
+
+
+@FUZZ
+@given(case=cases())
+def test_bixse_with_lists(backend, case):
+    x, y = case["x"], case["y"]
+    listed = torch.rand(len(x), len(y)) < 0.3
+    rows, cols = listed.nonzero(as_tuple=True)
+    order = (rows + torch.rand(len(rows))).argsort()  # unsorted within each row
+    rows, cols = rows[order], cols[order]
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), listed.sum(1).cumsum(0)])
+    grades = torch.rand(len(rows), dtype=DOUBLE).round().requires_grad_() if case["flag"] else leaf(len(rows))
+    grades = grades if case["flag"] else grades.detach().sigmoid().requires_grad_()
+    value = bixse(x, y, grades, target=cols, indptr=indptr, backend=backend, **common(case))
+    truth = dense_bixse(x, y, case["scale"], case["bias"], rows, cols, grades)
+    check(value, reduced(truth, case["reduction"], case["weight"]), [*leaves_of(case), grades])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_more_rows_than_a_tile(backend, reduction):
+    x, y, scale, bias = leaf(300, 24), leaf(300, 24), number(1.1), number(-4.0)
+    options = {"scale": scale, "bias": bias, "reduction": reduction, "backend": backend}
+    check(siglip(x, y, **options), reduced(dense_siglip(x, y, scale, bias), reduction), [x, y, scale, bias])
+    ids = torch.randint(0, 40, (300,))
+    value = multi_positive_siglip(x, y, ids, **options)
+    check(value, reduced(dense_multi(x, y, scale, bias, ids, ids, False), reduction), [x, y, scale, bias])
+
+
+def test_defaults_are_those_of_the_paper(backend):
+    x, y = leaf(6, 4), leaf(6, 4)
+    check(siglip(x, y, backend=backend), dense_siglip(x, y, torch.tensor(10.0), -10.0).mean(), [x, y])
+    check(siglip(x, y, temperature=0.5, backend=backend), dense_siglip(x, y, torch.tensor(2.0), -10.0).mean(), [x, y])
+
+
+def test_distinct_ids_are_siglip_and_binary_grades_of_one_too(backend):
+    x, y = leaf(7, 4), leaf(7, 4)
+    truth = siglip(x, y, reduction="none", backend=backend)
+    torch.testing.assert_close(multi_positive_siglip(x, y, torch.arange(7), reduction="none", backend=backend), truth)
+    ones = torch.ones(7, dtype=DOUBLE)
+    torch.testing.assert_close(bixse(x, y, ones, reduction="none", backend=backend), truth)
+    lists = {"target": torch.arange(7), "indptr": torch.arange(8)}
+    torch.testing.assert_close(bixse(x, y, ones, reduction="none", backend=backend, **lists), truth)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck(backend, reduction):
+    x, y, scale, bias, weight = leaf(4, 3), leaf(4, 3), number(1.3), number(-0.7), torch.rand(4, dtype=DOUBLE)
+    ids, indptr, listed = torch.tensor([0, 0, 1, -1]), torch.tensor([0, 2, 2, 3, 4]), torch.tensor([3, 0, 1, 2])
+    grades = torch.rand(4, dtype=DOUBLE)
+    options = {"reduction": reduction, "backend": backend}
+
+    def of_siglip(x, y, scale, bias, weight, grades):
+        return siglip(x, y, scale=scale, bias=bias, weight=weight, **options)
+
+    def of_multi(x, y, scale, bias, weight, grades):
+        return multi_positive_siglip(x, y, ids, scale=scale, bias=bias, weight=weight, balanced=True, **options)
+
+    def of_bixse(x, y, scale, bias, weight, grades):
+        return bixse(x, y, grades, scale=scale, bias=bias, weight=weight, **options)
+
+    def of_lists(x, y, scale, bias, weight, grades):
+        lists = {"target": listed, "indptr": indptr}
+        return bixse(x, y, grades, scale=scale, bias=bias, weight=weight, **lists, **options)
+
+    leaves = (x, y, scale, bias, weight.requires_grad_(), grades.requires_grad_())
+    for function in (of_siglip, of_multi, of_bixse, of_lists):
+        assert torch.autograd.gradcheck(function, leaves)
+        assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("loss", [siglip, multi_positive_siglip, bixse])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_evaluation_gives_the_training_value(backend, loss, reduction):
+    x, y = leaf(50, 64, dtype=torch.float32), leaf(50, 64, dtype=torch.float32)
+    last = {siglip: (), multi_positive_siglip: (torch.arange(50) // 2,), bixse: (torch.rand(50),)}[loss]
+    training = loss(x, y, *last, reduction=reduction, backend=backend)
+    with torch.no_grad():
+        evaluation = loss(x, y, *last, reduction=reduction, backend=backend)
+    assert not evaluation.requires_grad
+    torch.testing.assert_close(training, evaluation, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (1, 3)])
+def test_gradients_of_some_inputs_alone(backend, wanted):
+    every = [leaf(20, 6), leaf(20, 6), number(3.0), number(-2.0)]
+    chosen = [t if k in wanted else t.detach() for k, t in enumerate(every)]
+    value = siglip(chosen[0], chosen[1], scale=chosen[2], bias=chosen[3], backend=backend)
+    check(value, dense_siglip(*chosen).mean(), [chosen[k] for k in wanted])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("level", [0.3, 0.001])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradient_error(backend, dtype, level, reduction):
+    a, b = (t.requires_grad_() for t in clustered_pairs(256, 96, level, dtype=dtype))
+    exact = [t.detach().double().requires_grad_() for t in (a, b)]
+    scale, bias, ids, grades = torch.tensor(40.0), -30.0, torch.arange(256) // 2, torch.rand(256)
+    options = {"scale": scale, "bias": bias, "reduction": reduction, "backend": backend}
+    rows, cols = torch.arange(256), torch.arange(256).roll(1)
+    lists = {"target": cols, "indptr": torch.arange(257)}
+    cases = [
+        (siglip(a, b, **options), dense_siglip(*exact, scale.double(), bias)),
+        (
+            multi_positive_siglip(a, b, ids, **options),
+            dense_multi(*exact, scale.double(), bias, ids, ids, False),
+        ),
+        (bixse(a, b, grades, **options), dense_bixse(*exact, scale.double(), bias, rows, rows, grades.double())),
+        (
+            bixse(a, b, grades, **lists, **options),
+            dense_bixse(*exact, scale.double(), bias, rows, cols, grades.double()),
+        ),
+        (
+            pair_bce(a, b, rows, cols, grades, scale=scale, bias=bias, reduction=reduction),
+            cross_entropy(scale * (exact[0] * exact[1][cols]).sum(1) + bias, grades.double()),
+        ),
+    ]
+    bound = 1e-4 if dtype == torch.float32 else GRADIENT_ERROR_16_BIT
+    for value, truth in cases:
+        assert value.dtype == torch.float32
+        value, truth = value.mean(), truth.mean()
+        assert relative_error(value, truth) <= 1e-4
+        gradients = zip(torch.autograd.grad(value, [a, b]), torch.autograd.grad(truth, exact), strict=True)
+        for got, expected in gradients:
+            assert got.dtype == dtype
+            assert relative_error(got, expected) <= bound
+
+
+def test_small_losses_are_exact_in_float32(backend):
+    """softplus(l) - l would be 0 or negative at l = 20."""
+    x = torch.eye(8)
+    truth = 8 * torch.exp(torch.tensor(-20.0, dtype=DOUBLE)).log1p()
+    options = {"scale": 40.0, "bias": -20.0, "backend": backend}
+    lists = {"target": torch.arange(8), "indptr": torch.arange(9)}
+    assert relative_error(siglip(x, x, **options), truth) <= 1e-6
+    assert relative_error(multi_positive_siglip(x, x, torch.arange(8), **options), truth) <= 1e-6
+    assert relative_error(bixse(x, x, torch.ones(8), **options), truth) <= 1e-6
+    assert relative_error(bixse(x, x, torch.ones(8), **lists, **options), truth) <= 1e-6
+    own = torch.arange(8)
+    assert relative_error(pair_bce(x, x, own, own, torch.ones(8), scale=40.0, bias=-20.0), truth / 8) <= 1e-6
+
+
+def test_rows_without_positives_count(backend):
+    x, y = leaf(5, 4), leaf(3, 4)
+    none = torch.full((5,), -1)
+    truth = F.softplus(dense_logits(x, y, torch.tensor(10.0), -10.0)).sum(1).mean()
+    check(multi_positive_siglip(x, y, none, torch.zeros(3, dtype=torch.int64), backend=backend), truth, [x, y])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(backend, dtype):
+    x, y = torch.randn(30, 8, requires_grad=True), torch.randn(30, 8)
+    rows, grades = torch.arange(30), torch.rand(30)
+
+    def every(x, y):
+        lists = {"target": rows.roll(1), "indptr": torch.arange(31)}
+        return torch.stack(
+            [
+                siglip(x, y, backend=backend),
+                multi_positive_siglip(x, y, rows // 2, backend=backend),
+                bixse(x, y, grades, backend=backend, **lists),
+                pair_bce(x, y, rows, rows, grades),
+            ]
+        )
+
+    with torch.autocast("cpu", dtype=dtype):
+        inside = every(x, y)
+    assert torch.equal(inside, every(x.to(dtype), y.to(dtype)))
+    inside.sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
+def test_open_clip(backend):
+    loss = pytest.importorskip("open_clip.loss")
+    x, y, scale, bias = leaf(40, 16), leaf(40, 16), number(10.0), number(-10.0)
+    truth = loss.SigLipLoss()(x, y, logit_scale=scale, logit_bias=bias)
+    check(siglip(x, y, scale=scale, bias=bias, backend=backend), truth, [x, y, scale, bias])
+
+
+def test_float16_mean_over_many_rows(backend):
+    a, b = (t.half().requires_grad_() for t in (torch.randn(2000, 8), torch.randn(2000, 8)))
+    value = siglip(a, b, scale=1.0, bias=-7.0, backend=backend) * 65536.0
+    exact = [t.detach().double().requires_grad_() for t in (a, b)]
+    truth = torch.autograd.grad(dense_siglip(*exact, torch.tensor(1.0), -7.0).mean() * 65536.0, exact)
+    for got, expected in zip(torch.autograd.grad(value, [a, b]), truth, strict=True):
+        assert relative_error(got, expected) <= TOLERANCE[torch.float16]
+
+
+# ---- Bad input -----------------------------------------------------------------------------------------------------
+
+X, Y, IDS, GRADES = torch.randn(4, 3), torch.randn(5, 3), torch.arange(4), torch.rand(4)
+CASES = [
+    (lambda: siglip(X, Y), ValueError, "siglip: text must have the same shape as image, got image (4, 3) and text"),
+    (
+        lambda: siglip(X, X, bias=torch.zeros(4)),
+        ValueError,
+        "siglip: bias must be a float or a 0-d tensor, got (4,)",
+    ),
+    (lambda: siglip(X, X, bias="0"), TypeError, "siglip: bias must be a float or a tensor, got str"),
+    (
+        lambda: siglip(X, X, bias=torch.tensor(1)),
+        TypeError,
+        "siglip: bias must be a float or a floating tensor, got torch.int64",
+    ),
+    (lambda: siglip(X, X, temperature=0.0), ValueError, "siglip: temperature must be positive, got 0.0"),
+    (lambda: siglip(X, X, weight=-GRADES), ValueError, "siglip: weight must not be negative, got -"),
+    (lambda: siglip(X, X, weight=GRADES[:2]), ValueError, "siglip: weight must have shape (4,), got (2,)"),
+    (
+        lambda: siglip(X, X, scale=GRADES[:2]),
+        ValueError,
+        "siglip: scale must be a float, a 0-d tensor or have shape (4,)",
+    ),
+    (
+        lambda: multi_positive_siglip(X, Y, IDS[:3], torch.arange(5)),
+        ValueError,
+        "multi_positive_siglip: row_ids must have shape (4,), got (3,)",
+    ),
+    (
+        lambda: multi_positive_siglip(X, Y, IDS),
+        ValueError,
+        "multi_positive_siglip: col_ids must have shape (5,), got (4,)",
+    ),
+    (
+        lambda: multi_positive_siglip(X, X, GRADES),
+        TypeError,
+        "multi_positive_siglip: row_ids must be int64, got torch.float32",
+    ),
+    (
+        lambda: bixse(Y, X, torch.rand(5)),
+        ValueError,
+        "bixse: key must have at least as many rows as query where target is not given",
+    ),
+    (lambda: bixse(X, Y, GRADES[:3]), ValueError, "bixse: grades must have shape (4,), got (3,)"),
+    (lambda: bixse(X, Y, GRADES + 1), ValueError, "bixse: grades must be in [0, 1], got 1."),
+    (lambda: bixse(X, Y, GRADES * torch.nan), ValueError, "bixse: grades must be in [0, 1], got nan"),
+    (lambda: bixse(X, Y, IDS), TypeError, "bixse: grades must be a floating tensor, got torch.int64"),
+    (lambda: bixse(X, Y, GRADES, target=IDS + 2), ValueError, "bixse: target must be in [0, 5), got 5"),
+    (
+        lambda: bixse(X, Y, GRADES, indptr=torch.arange(5)),
+        ValueError,
+        "bixse: target must be given with indptr, got None",
+    ),
+    (
+        lambda: bixse(X, Y, GRADES, target=IDS, indptr=torch.arange(4)),
+        ValueError,
+        "bixse: target indptr must have shape (5,), got (4,)",
+    ),
+    (
+        lambda: bixse(X, Y, GRADES, target=IDS + 2, indptr=torch.arange(5)),
+        ValueError,
+        "bixse: target indices must be in [0, 5), got 5 in the list of row 3",
+    ),
+    (
+        lambda: bixse(X, Y, GRADES, target=torch.ones(4).long(), indptr=torch.tensor([0, 1, 3, 3, 4])),
+        ValueError,
+        "bixse: target must name each key at most once per query, got 1 twice in the list of row 1",
+    ),
+    (
+        lambda: bixse(X, Y, GRADES, target="all", indptr=torch.arange(5)),
+        TypeError,
+        "bixse: target must be a tensor, got str",
+    ),
+]
+
+
+@pytest.mark.parametrize("call,error,message", CASES, ids=[m[:60] for *_, m in CASES])
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match="^" + re.escape(message)):
+        call()
