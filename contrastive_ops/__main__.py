@@ -214,12 +214,23 @@ def check_cases() -> dict[str, Case]:
         lse = co.similarity_reduce(x, scale=3.0, pairs=pairs, backend=backend)
         return cast(torch.Tensor, lse).exp().sum()
 
+    def reduce_folds(x: torch.Tensor, y: torch.Tensor, backend: str) -> torch.Tensor:
+        ids = torch.arange(len(x), device=x.device), torch.arange(len(y), device=x.device) // 2
+        kinds = ("logsumexp", "max", "sum_softplus", "sum_relu", "sum")
+        folds = (*kinds, co.Fold("sum_softplus", scale=2.0, pairs=co.Pairs(differ=ids, below=0.5), negate=True))
+        reduced = co.similarity_reduce(x, y, reduce=folds, dim=(0, 1), scale=3.0, backend=backend)
+        return sum((v.square().sum() for v in (*reduced.rows, *reduced.cols)), x.new_zeros(()))  # type: ignore[union-attr, misc]
+
     return {
         "similarity_reduce": reduce_rows,
         "similarity_reduce, self": reduce_self,
+        "similarity_reduce, folds": reduce_folds,
         "info_nce": lambda x, y, backend: co.info_nce(x, y[: len(x)], temperature=0.2, backend=backend),
         "clip": lambda x, y, backend: co.clip(x, y[: len(x)], temperature=0.2, backend=backend),
         "nt_xent": lambda x, y, backend: co.nt_xent(x, y[: len(x)], temperature=0.2, backend=backend),
+        "sup_con": lambda x, y, backend: co.sup_con(y, torch.arange(len(y), device=y.device) // 3, backend=backend),
+        "siglip": lambda x, y, backend: co.siglip(x, y[: len(x)], backend=backend),
+        "gte": lambda x, y, backend: co.gte(x, y[: len(x)], temperature=0.2, backend=backend),
     }
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from .. import _autocast, _checks
 from ..ops.folds import Fold
-from ..ops.pairs import Pairs, check_lists
+from ..ops.pairs import check_lists
 from ..ops.similarity_reduce import fold
 from ..reference.similarity_reduce import softplus
 from . import _arguments, _columns
+from ._labels import labelled, one_positive
 
 # How far from 1 the target weights of a row may sum up: room for 16-bit weights, none for scores that are no shares.
 TARGET_TOLERANCE = 1e-2
@@ -84,7 +85,7 @@ def sup_con(
     """
     name = "sup_con"
     _checks.check_choice(name, "positives", positives, ("mean_log", "log_mean"))
-    x, y, scale, of_others, of_same = _labelled(
+    x, y, scale, of_others, of_same = labelled(
         name, x, labels, y, col_labels, temperature, scale, 0.1, reduction, weight, normalize
     )
     folds = (
@@ -93,7 +94,7 @@ def sup_con(
         Fold("count", pairs=of_same),
         *((Fold("sum", pairs=of_same),) if positives == "mean_log" else ()),
     )
-    target, counted = _one_positive(labels, col_labels)
+    target, counted = one_positive(labels, col_labels)
     (others, rest, more, *total), _, first, *_ = fold(
         x,
         y,
@@ -180,7 +181,7 @@ def multi_positive_info_nce(
     """
     name = "multi_positive_info_nce"
     _checks.check_choice(name, "mean_over", mean_over, ("rows", "pairs"))
-    x, y, scale, of_others, of_same = _labelled(
+    x, y, scale, of_others, of_same = labelled(
         name, x, labels, y, col_labels, temperature, scale, 0.07, reduction, weight, normalize
     )
     sweep: dict[str, Any] = {
@@ -298,67 +299,6 @@ def soft_info_nce(
         mean_logit = _columns.logit_sums(query, key, scale) / key.shape[0]
         losses = losses + share * (listed - total * mean_logit)
     return _arguments.mean_over(losses, counted, weight, reduction)
-
-
-# ---- Positives from labels -----------------------------------------------------------------------------------------
-
-
-def _labelled(
-    function: str,
-    x: Tensor,
-    labels: Tensor,
-    y: Tensor | None,
-    col_labels: Tensor | None,
-    temperature: float | Tensor | None,
-    scale: float | Tensor | None,
-    default_temperature: float,
-    reduction: str,
-    weight: Tensor | None,
-    normalize: bool,
-) -> tuple[Tensor, Tensor | None, float | Tensor, Pairs, Pairs]:
-    """Return x, y and the scale, and the pairs of different and of the same label."""
-    common: dict[str, Any] = {
-        "temperature": temperature,
-        "scale": scale,
-        "default_temperature": default_temperature,
-        "reduction": reduction,
-        "weight": weight,
-        "normalize": normalize,
-    }
-    if (y is None) != (col_labels is None):
-        missing, given = ("col_labels", "y") if col_labels is None else ("y", "col_labels")
-        raise ValueError(f"{function}: {missing} must be given together with {given}, got {given} alone")
-    if y is None:
-        x, factor = _arguments.one_side(function, "x", x, **common)
-    else:
-        x, y, factor = _arguments.two_sides(function, (("x", x), ("y", y)), **common)
-    _checks.check_index(function, "labels", labels, x.shape[0], "x", x)
-    if y is None or col_labels is None:
-        ids, diagonal = (labels, labels), 0
-        return x, y, factor, Pairs(diagonal=diagonal, differ=ids), Pairs(diagonal=diagonal, same=ids)
-    _checks.check_index(function, "col_labels", col_labels, y.shape[0], "y", y)
-    ids = (labels, col_labels)
-    return x, y, factor, Pairs(differ=ids), Pairs(same=ids)
-
-
-def _one_positive(labels: Tensor, col_labels: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """A column with each row's label, not its own, and where there is one; some column elsewhere, None without any."""
-    known = labels if col_labels is None else col_labels
-    if not known.shape[0]:
-        return None, torch.zeros_like(labels, dtype=torch.bool)
-    order = known.argsort(stable=True)
-    ascending = known[order]
-    begin = torch.searchsorted(ascending, labels).clamp_max(known.shape[0] - 1)
-    if col_labels is None:
-        # The next one of the same label, after the last one the first again.
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device)) + 1
-        following = place.clamp_max(known.shape[0] - 1)
-        begin = torch.where((place == following) & (ascending[following] == labels), following, begin)
-    target = order[begin]
-    found = (known[target] == labels) & (labels != -1)
-    if col_labels is None:
-        found &= target != torch.arange(target.shape[0], device=target.device)
-    return target, found
 
 
 # ---- Positives from lists ------------------------------------------------------------------------------------------
