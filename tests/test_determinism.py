@@ -120,9 +120,16 @@ print(json.dumps(sorted((t - before.get(p, 0) for p, t in after.items()), revers
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's per-thread times")
 def test_two_threads_run_and_set_num_threads_is_honoured():
+    # A limit that this process was started with would leave the child without a second thread.
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+
     def ticks(count):
         done = subprocess.run(
-            [sys.executable, "-c", THREADS_CHILD, str(count)], capture_output=True, text=True, check=True
+            [sys.executable, "-c", THREADS_CHILD, str(count)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
         )
         return json.loads(done.stdout)
 

@@ -215,6 +215,20 @@ def test_small_softplus_keeps_its_relative_accuracy(backend, bias):
     assert relative_error(got, truth) <= 1e-6
 
 
+@pytest.mark.parametrize(
+    "dtype,bias", [(torch.float32, -90.0), (torch.float32, -1e4), (DOUBLE, -800.0), (DOUBLE, 800.0)]
+)
+@pytest.mark.parametrize("self_similarity", [False, True])
+def test_logits_far_from_zero(backend, dtype, bias, self_similarity):
+    """exp(-logit) overflows: a part without pairs must not be scaled by it."""
+    inputs = Inputs(300, 140, 8, self_similarity=self_similarity, dtype=dtype)
+    row_bias, pairs = torch.full((300,), bias, dtype=dtype), Pairs(diagonal=0)
+    got = similarity_reduce(inputs.x, inputs.y, dim=(0, 1), row_bias=row_bias, pairs=pairs, backend=backend)
+    truth = dense_reduce(inputs.x.double(), None if self_similarity else inputs.y.double(), pairs=pairs)
+    for value, expected in ((got.rows, truth.rows[0]), (got.cols, truth.cols[0])):
+        torch.testing.assert_close(value.double(), expected + bias, rtol=1e-6, atol=1e-3 if bias == -1e4 else 1e-5)
+
+
 # ---- Ties, NaN, infinities -------------------------------------------------------------------------------------------
 
 

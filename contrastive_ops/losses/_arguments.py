@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._ordered import ordered_sum
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -100,16 +101,18 @@ def reduce_rows(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor
     weighted = losses if weight is None else losses * weight.to(losses.dtype)
     if reduction == "none":
         return weighted
-    total = weighted.sum()
+    total = ordered_sum(weighted)
     return total if reduction == "sum" else divide(total, losses, weight)
 
 
 def divide(total: Tensor, losses: Tensor, weight: Tensor | None) -> Tensor:
     """Turn a sum into the mean; NaN for no rows, as everywhere in PyTorch, and 0 where all weights are 0."""
     if weight is not None:
-        size = weight.to(total.dtype).sum()
+        size = ordered_sum(weight.to(total.dtype))
         return total / torch.where(size == 0, 1.0, size)
-    return total / losses.shape[0]  # 0 / 0 is NaN; testing for 0 would fix a traced batch size
+    # Testing for 0 rows would fix a traced batch size, and 0 / 0 has an infinite gradient, which would reach the scale.
+    count = torch.full_like(total, losses.shape[0])
+    return total / count.clamp_min(1.0) + torch.where(count == 0, torch.nan, 0.0)
 
 
 def mean_over(rows: Tensor, counted: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
@@ -121,8 +124,8 @@ def mean_over(rows: Tensor, counted: Tensor, weight: Tensor | None, reduction: s
     if reduction != "mean":
         return reduce_rows(rows, weight, reduction)
     share = counted.to(rows.dtype) if weight is None else counted * weight.to(rows.dtype)
-    size = share.sum()
-    return (rows * share).sum() / torch.where(size == 0, 1.0, size)
+    size = ordered_sum(share)
+    return ordered_sum(rows * share) / torch.where(size == 0, 1.0, size)
 
 
 def check_reduction(function: str, reduction: str) -> None:

@@ -34,7 +34,7 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """The rows that `index` names; anything finite for -1."""
     if x.shape[0] == 0:
         return x.new_zeros((index.shape[0], x.shape[1]))
-    return x[index.clamp_min(0)]
+    return x.index_select(0, index.clamp_min(0))  # its gradient is summed in order, that of x[index] is not
 
 
 def farthest_and_nearest(

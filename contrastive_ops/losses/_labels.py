@@ -57,7 +57,7 @@ def one_positive(labels: Tensor, col_labels: Tensor | None) -> tuple[Tensor | No
         return None, torch.zeros_like(labels, dtype=torch.bool)
     order = known.argsort(stable=True)
     ascending = known[order]
-    begin = torch.searchsorted(ascending, labels).clamp_max(known.shape[0] - 1)
+    begin = torch.searchsorted(ascending, labels.contiguous()).clamp_max(known.shape[0] - 1)
     if col_labels is None:
         # The next one of the same label, after the last one the first again.
         place = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device)) + 1

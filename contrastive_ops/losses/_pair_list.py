@@ -1,6 +1,7 @@
 """Inner products of a list of pairs, a bounded chunk of gathered rows at a time.
 
-Both functions are bilinear and each is the other's derivative, so that they can be differentiated any number of times.
+Two bilinear operators, each the other's derivative, so that they can be differentiated any number of times. A traced
+program does not see the chunks, whose number would bind it to one length of the list.
 """
 
 from __future__ import annotations
@@ -14,53 +15,84 @@ from torch import Tensor
 from .. import _autocast, _checks
 from ..reference.similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows
 
+_LIBRARY = torch.library.Library("contrastive_ops", "FRAGMENT")
+
 
 def pair_similarity(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """(P,) inner products <x[rows[k]], y[cols[k]]> in the accumulation dtype; differentiable in x and y."""
-    # torch.compile refuses one tensor in two places.
-    y, cols = y.view_as(y) if y is x else y, cols.view_as(cols) if cols is rows else cols
-    return _PairSimilarity.apply(x, y, rows, cols)
+    return torch.ops.contrastive_ops.pair_similarity(x, y, rows, cols)
 
 
-class _PairSimilarity(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-        ctx.save_for_backward(x, y, rows, cols)
-        dtype = _checks.accumulator(x.dtype)
-        out = x.new_empty(rows.shape, dtype=dtype)
-        with _autocast.disabled(x):
-            for part in _chunks(rows, x):
-                out[part] = (x[rows[part]].to(dtype) * y[cols[part]].to(dtype)).sum(1)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, rows, cols = ctx.saved_tensors
-        dx = _ScatterPairs.apply(grad, y, rows, cols, len(x)).to(x.dtype) if ctx.needs_input_grad[0] else None
-        dy = _ScatterPairs.apply(grad, x, cols, rows, len(y)).to(y.dtype) if ctx.needs_input_grad[1] else None
-        return dx, dy, None, None
-
-
-class _ScatterPairs(torch.autograd.Function):
+def scatter_pairs(grad: Tensor, y: Tensor, rows: Tensor, cols: Tensor, size: int) -> Tensor:
     """(size, D): row r is the sum of grad[k] * y[cols[k]] over the pairs k with rows[k] = r."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, y: Tensor, rows: Tensor, cols: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(grad, y, rows, cols)
-        dtype = _checks.accumulator(y.dtype)
-        out = y.new_zeros((size, y.shape[1]), dtype=dtype)
-        with _autocast.disabled(y):
-            for part in _chunks(rows, y):
-                out.index_add_(0, rows[part], grad[part, None].to(dtype) * y[cols[part]].to(dtype))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        grad, y, rows, cols = ctx.saved_tensors
-        d_grad = _PairSimilarity.apply(d_out, y, rows, cols) if ctx.needs_input_grad[0] else None
-        dy = _ScatterPairs.apply(grad, d_out, cols, rows, len(y)).to(y.dtype) if ctx.needs_input_grad[1] else None
-        return d_grad, dy, None, None, None
+    return torch.ops.contrastive_ops.scatter_pairs(grad, y, rows, cols, size)
 
 
 def _chunks(pairs: Tensor, x: Tensor) -> Iterator[slice]:
     return chunks_of_rows(pairs.shape[0], max(1, CHUNK_ELEMENTS // max(x.shape[1], 1)))
+
+
+def _similarity(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    dtype = _checks.accumulator(x.dtype)
+    out = x.new_empty(rows.shape, dtype=dtype)
+    with _autocast.disabled(x):
+        for part in _chunks(rows, x):
+            out[part] = (x[rows[part]].to(dtype) * y[cols[part]].to(dtype)).sum(1)
+    return out
+
+
+def _similarity_fake(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    return x.new_empty(rows.shape, dtype=_checks.accumulator(x.dtype))
+
+
+def _similarity_derivative(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, y, rows, cols = ctx.saved_tensors
+    dx = scatter_pairs(grad, y, rows, cols, x.shape[0]).to(x.dtype) if ctx.needs_input_grad[0] else None
+    dy = scatter_pairs(grad, x, cols, rows, y.shape[0]).to(y.dtype) if ctx.needs_input_grad[1] else None
+    return dx, dy, None, None
+
+
+def _scatter(grad: Tensor, y: Tensor, rows: Tensor, cols: Tensor, size: int) -> Tensor:
+    dtype = _checks.accumulator(y.dtype)
+    out = y.new_zeros((size, y.shape[1]), dtype=dtype)
+    with _autocast.disabled(y):
+        for part in _chunks(rows, y):
+            out.index_add_(0, rows[part], grad[part, None].to(dtype) * y[cols[part]].to(dtype))
+    return out
+
+
+def _scatter_fake(grad: Tensor, y: Tensor, rows: Tensor, cols: Tensor, size: int) -> Tensor:
+    return y.new_empty((size, y.shape[1]), dtype=_checks.accumulator(y.dtype))
+
+
+def _scatter_derivative(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    grad, y, rows, cols = ctx.saved_tensors
+    d_grad = pair_similarity(d_out, y, rows, cols) if ctx.needs_input_grad[0] else None
+    dy = scatter_pairs(grad, d_out, cols, rows, y.shape[0]).to(y.dtype) if ctx.needs_input_grad[1] else None
+    return d_grad, dy, None, None, None
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+for _name, _schema, _function, _fake, _derivative in (
+    (
+        "pair_similarity",
+        "(Tensor x, Tensor y, Tensor rows, Tensor cols) -> Tensor",
+        _similarity,
+        _similarity_fake,
+        _similarity_derivative,
+    ),
+    (
+        "scatter_pairs",
+        "(Tensor grad, Tensor y, Tensor rows, Tensor cols, SymInt size) -> Tensor",
+        _scatter,
+        _scatter_fake,
+        _scatter_derivative,
+    ),
+):
+    _LIBRARY.define(f"{_name}{_schema}")
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"contrastive_ops::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"contrastive_ops::{_name}", _derivative, setup_context=_save, lib=_LIBRARY)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import _checks
+from .._ordered import ordered_sum
 from ..ops.pairs import Pairs
 from ..ops.similarity_reduce import fold, merge_lse, needs_gradient, weighted_total
 from ..reference.similarity_reduce import softplus
@@ -117,5 +118,5 @@ def _total(
         backend=backend,
     )
     if spread is not None and mean is not None:
-        total = total - (spread * mean).sum()
+        total = total - ordered_sum(spread * mean)
     return total if reduction == "sum" else _arguments.divide(total, row_weight, weight)

@@ -351,7 +351,7 @@ def _two_view_loss(
         mass = _log_difference(mass, positive + _log_count(positive, count) + math.log(tau_plus))
         mass = mass - math.log1p(-tau_plus)
     least = _log_count(positive, count) - _checks.scale_tensor(function, scale, "z0", z)
-    mass = torch.where(mass >= least, mass, least)
+    mass = torch.maximum(mass, least)
     return _arguments.mean_over(softplus(mass - positive), lse[0] != -torch.inf, None, common["reduction"])
 
 

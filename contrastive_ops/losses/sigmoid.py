@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._ordered import repeated
 from ..ops.folds import Fold
 from ..ops.pairs import Pairs, check_lists
 from ..ops.similarity_reduce import fold
@@ -93,7 +94,7 @@ def siglip(
     )
     target = torch.arange(image.shape[0], device=image.device)
     names = (name, "image", "text")
-    bias = shared_bias(name, bias, image).expand(image.shape[0])
+    bias = repeated(shared_bias(name, bias, image), image.shape[0])
     return one_grade(names, image, text, scale, bias, target, None, weight, reduction, memory_budget, backend)
 
 
@@ -178,7 +179,7 @@ def multi_positive_siglip(
     folds: tuple[Fold, ...] = (Fold("sum_softplus", pairs=same, negate=True), Fold("sum_softplus", pairs=differ))
     if balanced:
         folds += (Fold("count", pairs=same, negate=True), Fold("count", pairs=differ))
-    row_bias, names = shared_bias(name, bias, x).expand(x.shape[0]), (name, "x", "y")
+    row_bias, names = repeated(shared_bias(name, bias, x), x.shape[0]), (name, "x", "y")
     (pulled, pushed, *counts), *_ = fold(
         x, y, reduce=folds, scale=scale, row_bias=row_bias, memory_budget=memory_budget, names=names, backend=backend
     )
@@ -261,7 +262,7 @@ def bixse(
         weight=weight,
         normalize=normalize,
     )
-    row_bias = shared_bias(name, bias, query).expand(query.shape[0])
+    row_bias = repeated(shared_bias(name, bias, query), query.shape[0])
     if indptr is None:
         target = (
             own_column(name, query, key)

@@ -65,7 +65,7 @@ class LogitSets:
             # Identity of tensors by `is`: a traced program would be bound to the number that id() returns.
             same_number = isinstance(scale, (float, int)) and isinstance(known_scale, (float, int))
             same_scale = scale == known_scale if same_number else scale is known_scale
-            if same_scale and pairs is known_pairs and known == [negate, of_columns]:
+            if same_scale and pairs is known_pairs and tuple(known) == (negate, of_columns):
                 return index
         function, x_name, y_name = self.names
         like, like_name = (self.y, y_name) if of_columns else (self.x, x_name)

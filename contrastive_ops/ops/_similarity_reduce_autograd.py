@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import _autocast
 from .._checks import accumulator, check_index_values
 from .._dispatch import Backend
+from .._ordered import in_parts, ordered_sum
 from .._similarity import Layout
 from ..reference import similarity_reduce as reference
 
@@ -65,9 +66,9 @@ def register(backends: Mapping[str, Backend]) -> None:
         with _autocast.disabled(problem[0]):
             losses, target_logit, *gradients = backends[backend].functions().total(*problem)
         weight, _, target_weight = problem[_SPEC + 1 : _SPEC + 4]
-        value = (weight * losses).sum()
+        value = in_parts(weight * losses)
         if target_weight is not None:
-            value = value + (target_weight * target_logit).sum()
+            value = value + in_parts(target_weight * target_logit)
         return value, losses, target_logit, *gradients
 
     for name, schema, function, fake, setup, derivative in (
@@ -246,9 +247,9 @@ def _total_again(
     arguments = (*aliases[:_TARGET], *problem[_TARGET:])
     fold, _, target_logit, _, _ = torch.ops.contrastive_ops.similarity_reduce_forward(*arguments, 0, ctx.backend)
     kind = Layout.decode(*problem[_PAIR_DATA:]).folds[0].kind
-    total = (weight * reference.row_losses(kind, fold, target_logit, extra)).sum()
+    total = ordered_sum(weight * reference.row_losses(kind, fold, target_logit, extra))
     if target_weight is not None:
-        total = total + (target_weight * target_logit).sum()
+        total = total + ordered_sum(target_weight * target_logit)
     leaves = [a for a in aliases if a is not None and a.requires_grad]
     found = iter(_grad([total], leaves, [d_total]))
     gradients = tuple(next(found) if a is not None and a.requires_grad else None for a in aliases)

@@ -1,6 +1,8 @@
-"""What tests and benchmarks share: dense truth, sample inputs, tolerances."""
+"""What tests and benchmarks share: dense truth, sample inputs, tolerances, a registry of losses, memory."""
 
 from .dense import dense_keep, dense_reduce
+from .losses import LOSSES, LossCase, leaves
+from .memory import reset_peak, resident_bytes, saved_bytes
 from .samples import (
     GRADIENT_ERROR_16_BIT,
     TOLERANCE,
@@ -13,12 +15,18 @@ from .samples import (
 
 __all__ = [
     "GRADIENT_ERROR_16_BIT",
+    "LOSSES",
     "TOLERANCE",
+    "LossCase",
     "Problem",
     "clustered_pairs",
     "dense",
     "dense_keep",
     "dense_reduce",
+    "leaves",
     "relative_error",
+    "reset_peak",
+    "resident_bytes",
     "sample_problem",
+    "saved_bytes",
 ]

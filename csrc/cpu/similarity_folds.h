@@ -105,13 +105,17 @@ INLINE bool beats(A candidate, A best) {
 }
 
 // A logsumexp is a pair (max, sum of exp(l - max)); where the maximum is not finite, the sum is taken relative to 0,
-// so that -inf rows give 0, and +inf and NaN propagate.
+// so that -inf rows give 0, and +inf and NaN propagate. A part without pairs has no maximum to scale its sum of 0 with.
+template <class A>
+INLINE Vec<A> rescaled(Vec<A> sum, Vec<A> exponent) {
+  return sum == Vec<A>{} ? sum : sum * exponential(exponent);
+}
 template <class A>
 INLINE void merge(Vec<A>& max, Vec<A>& sum, Vec<A> other_max, Vec<A> other_sum) {
   const Vec<A> top = greater<A>(other_max, max);
   const Vec<A> reference = finite_or_zero<A>(top);
-  sum = sum * exponential(finite_or_zero<A>(max) - reference) +
-        other_sum * exponential(finite_or_zero<A>(other_max) - reference);
+  sum = rescaled<A>(sum, finite_or_zero<A>(max) - reference) +
+        rescaled<A>(other_sum, finite_or_zero<A>(other_max) - reference);
   max = top;
 }
 

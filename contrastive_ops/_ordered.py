@@ -1,0 +1,65 @@
+"""Sums whose bits do not depend on the number of threads.
+
+torch splits one long sum among its threads. Here it is cut into parts that are too short for that. Two operators, each
+the other's derivative: a traced program does not see the parts, whose number would bind it to one batch size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Half of the size from which torch splits a sum.
+PART = 1 << 14
+
+_LIBRARY = torch.library.Library("contrastive_ops", "FRAGMENT")
+
+
+def in_parts(values: Tensor) -> Tensor:
+    """The sum of a vector, for operators, which autograd does not look into."""
+    parts = [part.sum() for part in values.split(PART)]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+
+
+def ordered_sum(values: Tensor) -> Tensor:
+    """``values.sum()`` of a vector, differentiable, with the same bits for any number of threads."""
+    return torch.ops.contrastive_ops.ordered_sum(values)
+
+
+def repeated(value: Tensor, size: int) -> Tensor:
+    """``value.expand(size)`` of a 0-d tensor, whose gradient is an `ordered_sum`."""
+    return torch.ops.contrastive_ops.repeated(value, size)
+
+
+def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.size = inputs[0].shape[0]
+
+
+def _repeated_fake(value: Tensor, size: int) -> Tensor:
+    return value.new_empty((size,))
+
+
+for _name, _schema, _function, _fake, _setup, _derivative in (
+    (
+        "ordered_sum",
+        "(Tensor values) -> Tensor",
+        in_parts,
+        lambda values: values.new_empty(()),
+        _sum_setup,
+        lambda ctx, d_sum: repeated(d_sum, ctx.size),
+    ),
+    (
+        "repeated",
+        "(Tensor value, SymInt size) -> Tensor",
+        lambda value, size: value.expand(size).contiguous(),
+        _repeated_fake,
+        lambda ctx, inputs, output: None,
+        lambda ctx, d_repeated: (ordered_sum(d_repeated), None),
+    ),
+):
+    _LIBRARY.define(f"{_name}{_schema}")
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"contrastive_ops::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"contrastive_ops::{_name}", _derivative, setup_context=_setup, lib=_LIBRARY)

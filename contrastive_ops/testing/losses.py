@@ -1,0 +1,390 @@
+"""Every loss with inputs of any size, so that what is asked of one loss is asked of all of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from .. import losses
+from ..losses import RunningDenominator
+from ..ops.pairs import Pairs
+
+Inputs = dict[str, Tensor]
+# How many more columns than rows there are where columns are not partners: a size of their own tells them apart.
+MORE_COLUMNS = 5
+# Samples of the data set that batches are taken from.
+DATA_SET = 4096
+
+
+class Draw:
+    """Random inputs for one batch size: the same numbers whatever the dtype.
+
+    What has as many rows as the batch belongs to its rows; everything else is columns, or shared.
+    """
+
+    def __init__(self, rows: int, depth: int, dtype: torch.dtype, seed: int) -> None:
+        self.rows, self.depth, self.dtype = rows, depth, dtype
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def matrix(self) -> Tensor:
+        """(N, D) unit rows."""
+        return self._unit(self.rows).requires_grad_()
+
+    def columns(self) -> Tensor:
+        """(M, D) unit rows that are nobody's partners."""
+        return self.queue().requires_grad_()
+
+    def queue(self) -> Tensor:
+        """(M, D) unit rows without a gradient."""
+        return self._unit(self.rows + MORE_COLUMNS)
+
+    def of_each_row(self) -> Tensor:
+        """(N, 2, D): two unit rows for each row."""
+        return self._unit(self.rows, 2).requires_grad_()
+
+    def guide(self) -> Tensor:
+        """(N, D) unit rows of another model, in a dtype of its own."""
+        return self._unit(self.rows, dtype=self._wide)
+
+    def guide_columns(self) -> Tensor:
+        """(M, D) unit rows of another model."""
+        return self._unit(self.rows + MORE_COLUMNS, dtype=self._wide)
+
+    def scale(self) -> Tensor:
+        """0-d: what the inner products are multiplied with."""
+        return torch.tensor(6.0, dtype=self._wide, requires_grad=True)
+
+    def bias(self) -> Tensor:
+        """0-d: what is added to every logit."""
+        return torch.tensor(-1.0, dtype=self._wide, requires_grad=True)
+
+    def scale_of_rows(self) -> Tensor:
+        """(N,) between 3 and 8."""
+        return (3 + 5 * self._uniform(self.rows)).requires_grad_()
+
+    def weight(self) -> Tensor:
+        """(N,) between 0.5 and 1.5."""
+        return (0.5 + self._uniform(self.rows)).requires_grad_()
+
+    def share(self) -> Tensor:
+        """(N,) between 0 and 0.5."""
+        return (self._uniform(self.rows) / 2).requires_grad_()
+
+    def grades(self) -> Tensor:
+        """(N,) between 0 and 1."""
+        return self._uniform(self.rows).requires_grad_()
+
+    def list_grades(self) -> Tensor:
+        """(N, 2) between 0 and 1."""
+        return self._uniform(self.rows, 2).requires_grad_()
+
+    def shares_of_two(self) -> Tensor:
+        """(N, 2) with rows that sum to 1."""
+        first = self._uniform(self.rows, 1)
+        return torch.cat([first, 1 - first], 1)
+
+    def sample(self) -> Tensor:
+        """(N,) a sample of the data set."""
+        return torch.randint(DATA_SET, (self.rows,), generator=self._generator)
+
+    def log_u(self) -> Tensor:
+        """(2, samples) logarithms of running denominators."""
+        return self._uniform(2, DATA_SET).float()
+
+    def labels(self) -> Tensor:
+        """(N,) classes of two and more rows: two where there are two rows, then more than one class."""
+        return torch.arange(self.rows) % max(self.rows // 3, 1)
+
+    def col_labels(self) -> Tensor:
+        """(M,) the same classes."""
+        return torch.arange(self.rows + MORE_COLUMNS) % max(self.rows // 3, 1)
+
+    def own(self) -> Tensor:
+        """(N,) the number of each row."""
+        return torch.arange(self.rows)
+
+    def successor(self) -> Tensor:
+        """(N,) the number of another row."""
+        return (torch.arange(self.rows) + 1) % max(self.rows, 1)
+
+    def column(self) -> Tensor:
+        """(N,) one of the M columns."""
+        return torch.randint(self.rows + MORE_COLUMNS, (self.rows,), generator=self._generator)
+
+    def two_columns(self) -> Tensor:
+        """(N, 2) two different columns out of M."""
+        first = self.column()
+        return torch.stack([first, (first + 2) % (self.rows + MORE_COLUMNS)], 1)
+
+    def zero_or_one(self) -> Tensor:
+        """(N,) whether a pair belongs together."""
+        return torch.arange(self.rows) % 2
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def _unit(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        values = torch.randn(*shape, self.depth, generator=self._generator, dtype=torch.float64)
+        return normalize(values, dim=-1).to(self._wide).to(dtype or self.dtype)
+
+    def _uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self._generator, dtype=torch.float64).to(self._wide)
+
+
+def _mean(inputs: Inputs, rows: Tensor) -> Tensor:
+    return rows.sum() / (inputs["weight"].sum() if "weight" in inputs else rows.shape[0])
+
+
+def _mean_over_positives(inputs: Inputs, rows: Tensor) -> Tensor:
+    labels = inputs["labels"] if "labels" in inputs else inputs["segments"]
+    number = (labels[:, None] == labels).sum(1) - 1
+    return (rows * number).sum() / number.sum()
+
+
+@dataclass(eq=False)
+class LossCase:
+    """One loss, or an important variant of it.
+
+    Attributes:
+        function: the public function.
+        tensors: how each of its tensors is drawn; the first is a matrix that the rows of the loss belong to.
+        options: keyword arguments that are no tensors.
+        arrange: makes the keyword arguments out of the tensors where they are others.
+        mean: what reduction="mean" makes of the rows of the loss.
+        copies: rows of the loss for each row of the batch.
+        reductions: which it has.
+        permutes: whether its rows follow a permutation of the batch; not where a tensor names rows by number.
+    """
+
+    function: Callable[..., Any]
+    tensors: Mapping[str, Callable[[Draw], Tensor]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    arrange: Callable[[Inputs], dict[str, Any]] = dict
+    mean: Callable[[Inputs, Tensor], Tensor] = _mean
+    copies: int = 1
+    reductions: tuple[str, ...] = ("mean", "sum", "none")
+    permutes: bool = True
+
+    def __post_init__(self) -> None:
+        """Read which common options the function has."""
+        parameters = inspect.signature(self.function).parameters
+        self.takes_backend = "backend" in parameters
+        self.takes_memory_budget = "memory_budget" in parameters
+        self.takes_weight = "weight" in parameters
+
+    def inputs(self, rows: int, depth: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Inputs:
+        """Draw the tensors for a batch of `rows`; those that the loss is differentiated by require a gradient."""
+        draw = Draw(rows, depth, dtype, seed)
+        return {name: make(draw) for name, make in self.tensors.items()}
+
+    def __call__(self, inputs: Inputs, reduction: str = "mean", backend: str = "auto", **options: Any) -> Tensor:
+        """Return the loss of tensors that `inputs` has drawn; `options` replace arguments of the case."""
+        given = {**self.options, **self.arrange(inputs), "reduction": reduction, **options}
+        if self.takes_backend:
+            given["backend"] = backend
+        value = self.function(**given)
+        return value[0] if isinstance(value, tuple) else value  # the second are diagnostics
+
+
+def leaves(inputs: Inputs) -> list[Tensor]:
+    """The tensors that a loss is differentiated by."""
+    return [t for t in inputs.values() if t.requires_grad]
+
+
+# ---- Arguments that are made of tensors ----------------------------------------------------------------------------
+
+
+def _without(inputs: Inputs, *names: str) -> dict[str, Any]:
+    return {name: t for name, t in inputs.items() if name not in names}
+
+
+def _rules(inputs: Inputs) -> dict[str, Any]:
+    """Pairs of one id are no negatives, nor are those above a bound."""
+    pairs = Pairs(differ=(inputs["ids"], inputs["ids"]), below=0.8)
+    return {**_without(inputs, "ids"), "pairs": pairs}
+
+
+def _indptr(lists: Tensor) -> Tensor:
+    return torch.arange(lists.shape[0] + 1, device=lists.device) * lists.shape[1]
+
+
+def _soft_targets(inputs: Inputs) -> dict[str, Any]:
+    lists = inputs["indices"]
+    targets = (_indptr(lists), lists.flatten(), inputs["shares"].flatten())
+    return {**_without(inputs, "indices", "shares"), "targets": targets}
+
+
+def _graded_lists(inputs: Inputs) -> dict[str, Any]:
+    lists = inputs["target"]
+    flat = {"target": lists.flatten(), "grades": inputs["grades"].flatten(), "indptr": _indptr(lists)}
+    return {**inputs, **flat}
+
+
+def _state(inputs: Inputs) -> dict[str, Any]:
+    """Running denominators, a copy for every step: one that is stored could not be repeated."""
+    state = RunningDenominator(0)
+    state.register_buffer("log_u", inputs["log_u"].clone())
+    return {**_without(inputs, "log_u"), "state": state}
+
+
+# ---- The losses ----------------------------------------------------------------------------------------------------
+
+_QUERY_KEY = {"query": Draw.matrix, "key": Draw.matrix}
+_IMAGE_TEXT = {"image": Draw.matrix, "text": Draw.matrix}
+_VIEWS = {"z0": Draw.matrix, "z1": Draw.matrix, "scale": Draw.scale}
+_LABELLED = {"x": Draw.matrix, "labels": Draw.labels}
+_TWO_SIDED = {**_LABELLED, "y": Draw.columns, "col_labels": Draw.col_labels}
+_SCALE, _WEIGHT = {"scale": Draw.scale}, {"weight": Draw.weight}
+_CLASSES = {"x": Draw.matrix, "prototypes": Draw.columns, "labels": Draw.column}
+_GTE = {"query": Draw.matrix, "document": Draw.matrix, **_SCALE}
+_GIST = {**_QUERY_KEY, "guide_query": Draw.guide, "guide_key": Draw.guide, **_SCALE}
+_QWEN3 = ("query_to_doc", "query_to_query", "doc_to_doc")
+_TRIPLET = {"anchor": Draw.matrix, "positive": Draw.matrix, "negative": Draw.matrix}
+_PAIR_LIST = {"x": Draw.columns, "y": Draw.columns, "rows": Draw.own, "cols": Draw.column, "labels": Draw.grades}
+
+# The entry with the name of its function is the one that tests take where one is enough.
+LOSSES: dict[str, LossCase] = {
+    "info_nce": LossCase(losses.info_nce, {**_QUERY_KEY, **_SCALE}),
+    "info_nce columns": LossCase(
+        losses.info_nce,
+        {"query": Draw.matrix, "key": Draw.columns, "target": Draw.column, "scale": Draw.scale_of_rows, **_WEIGHT},
+    ),
+    "info_nce negatives": LossCase(
+        losses.info_nce,
+        {**_QUERY_KEY, **_SCALE, "negatives": Draw.columns, "row_negatives": Draw.of_each_row},
+        {"normalize": True},
+    ),
+    "info_nce pairs": LossCase(
+        losses.info_nce, {**_QUERY_KEY, **_SCALE, "ids": Draw.labels, **_WEIGHT}, arrange=_rules
+    ),
+    "info_nce z_loss": LossCase(losses.info_nce, {**_QUERY_KEY, **_SCALE}, {"z_loss": 0.1, "margin": 0.2}),
+    "info_nce smoothing": LossCase(losses.info_nce, {**_QUERY_KEY, **_SCALE, "label_smoothing": Draw.share, **_WEIGHT}),
+    "info_nce diagnostics": LossCase(losses.info_nce, {**_QUERY_KEY, **_SCALE}, {"diagnostics": True}),
+    "clip": LossCase(losses.clip, {**_IMAGE_TEXT, **_SCALE}),
+    "clip smoothing": LossCase(losses.clip, {**_IMAGE_TEXT, **_SCALE, **_WEIGHT}, {"label_smoothing": 0.1}),
+    "clip pairs": LossCase(
+        losses.clip,
+        {**_IMAGE_TEXT, **_SCALE, "ids": Draw.labels, "label_smoothing": Draw.share},
+        {"diagnostics": True},
+        arrange=_rules,
+    ),
+    "nt_xent": LossCase(losses.nt_xent, _VIEWS, copies=2),
+    "sup_con": LossCase(losses.sup_con, {**_LABELLED, **_SCALE}),
+    "sup_con two-sided": LossCase(losses.sup_con, {**_TWO_SIDED, **_SCALE, **_WEIGHT}),
+    "sup_con log_mean": LossCase(losses.sup_con, {**_LABELLED, **_SCALE}, {"positives": "log_mean"}),
+    "multi_positive_info_nce": LossCase(losses.multi_positive_info_nce, {**_LABELLED, **_SCALE}),
+    "multi_positive_info_nce pairs": LossCase(
+        losses.multi_positive_info_nce, {**_LABELLED, **_SCALE}, {"mean_over": "pairs"}, mean=_mean_over_positives
+    ),
+    "multi_positive_info_nce two-sided": LossCase(losses.multi_positive_info_nce, {**_TWO_SIDED, **_SCALE, **_WEIGHT}),
+    "soft_info_nce": LossCase(
+        losses.soft_info_nce,
+        {
+            "query": Draw.matrix,
+            "key": Draw.columns,
+            "indices": Draw.two_columns,
+            "shares": Draw.shares_of_two,
+            "label_smoothing": Draw.share,
+            **_SCALE,
+        },
+        arrange=_soft_targets,
+    ),
+    "dcl": LossCase(losses.dcl, _VIEWS, copies=2),
+    "dcl sigma": LossCase(losses.dcl, _VIEWS, {"sigma": 0.5}, copies=2),
+    "debiased": LossCase(losses.debiased, _VIEWS, copies=2),
+    "hcl": LossCase(losses.hcl, _VIEWS, copies=2),
+    "hn_nce": LossCase(losses.hn_nce, {**_IMAGE_TEXT, **_SCALE, **_WEIGHT}),
+    "sog_clr": LossCase(
+        losses.sog_clr,
+        {**_IMAGE_TEXT, **_SCALE, "index": Draw.sample, "log_u": Draw.log_u},
+        arrange=_state,
+    ),
+    "sog_clr temperatures": LossCase(
+        losses.sog_clr,
+        {
+            **_IMAGE_TEXT,
+            "scale": Draw.scale_of_rows,
+            "text_scale": Draw.scale_of_rows,
+            "index": Draw.sample,
+            "log_u": Draw.log_u,
+            **_WEIGHT,
+        },
+        arrange=_state,
+    ),
+    "gte": LossCase(losses.gte, _GTE),
+    "gte per_direction": LossCase(
+        losses.gte,
+        {**_GTE, "scale": Draw.scale_of_rows, **_WEIGHT},
+        {"partition": "per_direction", "directions": ("query_to_doc", "doc_to_query")},
+    ),
+    "gte hard negatives": LossCase(losses.gte, {**_GTE, "hard_negatives": Draw.of_each_row}),
+    "gte margin": LossCase(losses.gte, _GTE, {"directions": _QWEN3, "false_negative_margin": 0.1}),
+    "gist": LossCase(losses.gist, _GIST, {"margin": -0.05}),
+    "gist relative": LossCase(
+        losses.gist,
+        {**_GIST, "negatives": Draw.columns, "guide_negatives": Draw.guide_columns, **_WEIGHT},
+        {"margin_strategy": "relative", "margin": -0.5},
+    ),
+    "cos_face": LossCase(losses.cos_face, {**_CLASSES, **_SCALE}),
+    "arc_face": LossCase(losses.arc_face, {**_CLASSES, "scale": Draw.scale_of_rows, **_WEIGHT}),
+    "margin_softmax": LossCase(losses.margin_softmax, {**_CLASSES, "margin": Draw.share}, {"kind": "arcface"}),
+    "moco": LossCase(losses.moco, {**_QUERY_KEY, "queue": Draw.queue, **_SCALE}),
+    "moco ids": LossCase(
+        losses.moco,
+        {**_QUERY_KEY, "queue": Draw.queue, **_SCALE, "ids": Draw.labels, "queue_ids": Draw.col_labels, **_WEIGHT},
+    ),
+    "siglip": LossCase(losses.siglip, {**_IMAGE_TEXT, **_SCALE, "bias": Draw.bias}),
+    "multi_positive_siglip": LossCase(
+        losses.multi_positive_siglip,
+        {
+            "x": Draw.matrix,
+            "y": Draw.columns,
+            "row_ids": Draw.labels,
+            "col_ids": Draw.col_labels,
+            **_SCALE,
+            "bias": Draw.bias,
+            **_WEIGHT,
+        },
+        {"balanced": True},
+    ),
+    "bixse": LossCase(losses.bixse, {**_QUERY_KEY, "grades": Draw.grades, **_SCALE, "bias": Draw.bias}),
+    "bixse lists": LossCase(
+        losses.bixse,
+        {
+            "query": Draw.matrix,
+            "key": Draw.columns,
+            "target": Draw.two_columns,
+            "grades": Draw.list_grades,
+            "scale": Draw.scale_of_rows,
+            **_WEIGHT,
+        },
+        arrange=_graded_lists,
+    ),
+    "pair_bce": LossCase(losses.pair_bce, {**_PAIR_LIST, **_SCALE, "bias": Draw.bias, **_WEIGHT}),
+    "triplet": LossCase(losses.triplet, {**_TRIPLET, **_WEIGHT}),
+    "batch_hard_triplet": LossCase(losses.batch_hard_triplet, _LABELLED),
+    "batch_hard_triplet soft": LossCase(
+        losses.batch_hard_triplet, {**_TWO_SIDED, **_WEIGHT}, {"soft": True, "distance": "cosine"}
+    ),
+    "batch_semi_hard_triplet": LossCase(
+        losses.batch_semi_hard_triplet, {**_LABELLED, "target": Draw.successor}, permutes=False
+    ),
+    "batch_semi_hard_triplet two-sided": LossCase(
+        losses.batch_semi_hard_triplet, {**_TWO_SIDED, "target": Draw.column, **_WEIGHT}, {"distance": "sqeuclidean"}
+    ),
+    "contrastive": LossCase(losses.contrastive, {"x": Draw.matrix, "y": Draw.matrix, "labels": Draw.zero_or_one}),
+    "vse": LossCase(losses.vse, _IMAGE_TEXT),
+    "vse hardest": LossCase(losses.vse, {**_IMAGE_TEXT, "ids": Draw.labels, **_WEIGHT}, {"hardest": True}),
+    "energy_hinge": LossCase(losses.energy_hinge, {**_QUERY_KEY, "negatives": Draw.columns}),
+    "energy_hinge sum": LossCase(losses.energy_hinge, {**_QUERY_KEY, **_WEIGHT}, {"hardest": False}),
+    "simctg": LossCase(
+        losses.simctg, {"x": Draw.matrix, "segments": Draw.labels}, {"margin": 1.0}, mean=_mean_over_positives
+    ),
+}
