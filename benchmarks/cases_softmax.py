@@ -10,17 +10,11 @@ import torch
 
 from benchmarks import providers
 from benchmarks.inputs import paired_case_inputs
-from benchmarks.registry import OURS, Case, Inputs, Target, register
+from benchmarks.registry import OURS, TOLERANCE, Case, Inputs, Target, memory_case, register
 from benchmarks.truth import clip_truth, info_nce_truth, nt_xent_truth
 
 NO_CACHE = "contrastive_ops no cache"
 CACHE = "contrastive_ops cache"
-
-# Relative error of loss and gradients above which a provider computes something else. The bf16
-# value is wide because torch itself is several percent off there; the tables print the errors.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-PEAK_MIB = 256
-COPY_ROWS = 2048
 
 
 def clip_inputs(case: Case) -> Inputs:
@@ -126,24 +120,6 @@ def nt_xent_case(n: int, d: int) -> Case:
     )
 
 
-def memory_case(like: Case, n: int, d: int) -> Case:
-    """The same op where one matrix of logits would take 16 GiB: peak memory and errors only."""
-    return Case(
-        op=like.op,
-        shapes={"N": n, "D": d},
-        dtype=torch.float32,
-        make_inputs=like.make_inputs,
-        truth=like.truth,
-        providers=like.providers[:1],
-        baseline=OURS,
-        flops=like.flops,
-        tolerance=like.tolerance,
-        targets=(Target("memory-softmax", "peak", PEAK_MIB, OURS),),
-        measure=("memory",),
-        copies=n // COPY_ROWS,
-    )
-
-
 CLIP = [clip_case(4096, 768, faster=2.0), clip_case(8192, 512, faster=3.0)]
 INFO_NCE = [
     info_nce_case(n, d, dtype) for dtype in (torch.float32, torch.bfloat16) for n, d in ((2048, 512), (4096, 768))
@@ -152,8 +128,8 @@ NT_XENT = [nt_xent_case(2048, 512)]
 
 register(*CLIP, *INFO_NCE, *NT_XENT)
 register(
-    memory_case(CLIP[0], 65_536, 64),
-    memory_case(CLIP[0], 65_536, 256),
-    memory_case(INFO_NCE[0], 65_536, 64),
-    memory_case(NT_XENT[0], 65_536, 64),
+    memory_case("memory-softmax", CLIP[0], 65_536, 64),
+    memory_case("memory-softmax", CLIP[0], 65_536, 256),
+    memory_case("memory-softmax", INFO_NCE[0], 65_536, 64),
+    memory_case("memory-softmax", NT_XENT[0], 65_536, 64),
 )

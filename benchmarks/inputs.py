@@ -14,32 +14,35 @@ from torch import Tensor
 from benchmarks.registry import Case, Inputs
 
 CLUSTER_SIZE = 64
+# Rows of +1 and -1: with a power of 4 their length is a power of 2, and cosines are exact in float32.
+GUIDE_DIM = 256
 
 
 def _unit_rows(n: int, d: int, generator: torch.Generator) -> Tensor:
     return F.normalize(torch.randn(n, d, generator=generator), dim=1)
 
 
-def paired_embeddings(n: int, d: int, *, cosine: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Two views (n, d) of n things, float32 with unit rows.
+def views_of_things(n: int, d: int, *, cosine: float, views: int = 2, seed: int = 0) -> list[Tensor]:
+    """Views (n, d) of n things, float32 with unit rows.
 
     Args:
         n: rows of each view.
         d: dimension.
-        cosine: mean similarity of the two views of one thing; members of one cluster, of about 64,
-            have a third of it.
-        seed: of the generator.
+        cosine: mean similarity of two views of one thing; members of one cluster, of about 64, have
+            a third of it.
+        views: how many.
+        seed: of the generator; the things and their clusters depend on it, n and d alone.
     """
     generator = torch.Generator().manual_seed(seed)
     clusters = max(1, n // CLUSTER_SIZE)
     centres = _unit_rows(clusters, d, generator)
     labels = torch.randint(clusters, (n,), generator=generator)
     shared = (1 / 3) ** 0.5 * centres[labels] + (2 / 3) ** 0.5 * _unit_rows(n, d, generator)
-    views = []
-    for _ in range(2):
+    found = []
+    for _ in range(views):
         noise = _unit_rows(n, d, generator)
-        views.append(F.normalize(cosine**0.5 * shared + (1 - cosine) ** 0.5 * noise, dim=1))
-    return views[0], views[1]
+        found.append(F.normalize(cosine**0.5 * shared + (1 - cosine) ** 0.5 * noise, dim=1))
+    return found
 
 
 def paired_case_inputs(
@@ -56,20 +59,62 @@ def paired_case_inputs(
     Args:
         case: gives N, D, dtype, device and copies.
         names: argument names of the two views.
-        cosine: see :func:`paired_embeddings`.
+        cosine: see :func:`views_of_things`.
         learned: numbers that training learns (a scale): 0-d float32 tensors with a gradient.
         constants: numbers that it does not.
         unit: False gives rows of different lengths, for losses that normalise themselves.
     """
-    n, d = case.shapes["N"], case.shapes["D"]
-    if n % case.copies:
-        raise ValueError(f"N must be a multiple of copies, got {n} and {case.copies}")
-    views = paired_embeddings(n // case.copies, d, cosine=cosine)
+    views = views_of_things(_rows(case), case.shapes["D"], cosine=cosine)
     tensors: dict[str, Tensor] = {}
     for name, view in zip(names, views, strict=True):
         if not unit:
-            view = view * torch.linspace(0.5, 2.0, len(view))[:, None]
+            view = _of_many_lengths(view)
         tensors[name] = view.repeat(case.copies, 1).to(case.device, case.dtype)
     for name, value in (learned or {}).items():
         tensors[name] = torch.tensor(value, device=case.device)
     return Inputs(tensors, dict(constants or {}), case.copies)
+
+
+def labelled_case_inputs(
+    case: Case, name: str, *, per_class: int, cosine: float, constants: dict[str, float] | None = None
+) -> Inputs:
+    """One matrix of rows of different lengths under the argument name, and their ``labels``.
+
+    Args:
+        case: gives N, D, dtype, device and copies.
+        name: argument name of the matrix.
+        per_class: views of each thing, which share its label.
+        cosine: see :func:`views_of_things`.
+        constants: numbers that training does not learn.
+    """
+    things = _rows(case) // per_class
+    views = views_of_things(things, case.shapes["D"], cosine=cosine, views=per_class)
+    x = _of_many_lengths(torch.cat(views)).repeat(case.copies, 1).to(case.device, case.dtype)
+    labels = torch.arange(things, device=case.device).repeat(per_class * case.copies)
+    return Inputs({name: x}, dict(constants or {}), case.copies, {"labels": labels})
+
+
+def guide_embeddings(case: Case, names: tuple[str, str], *, cosine: float) -> dict[str, Tensor]:
+    """Embeddings (N, 256) of the case's pairs by another model, under the argument names.
+
+    They are the signs of random projections of two more views of the same things. So all cosines
+    are multiples of 1/128 and exact in every order of summation: who compares them with a bound
+    decides as all others do, where one pair decided otherwise would spoil the comparison of errors.
+    """
+    generator = torch.Generator().manual_seed(1)
+    projection = torch.randn(case.shapes["D"], GUIDE_DIM, generator=generator)
+    # The first two views have the noise of the case's own.
+    views = views_of_things(_rows(case), case.shapes["D"], cosine=cosine, views=4)[2:]
+    signs = (torch.where(view @ projection > 0, 1.0, -1.0) for view in views)
+    return {name: each.to(case.device) for name, each in zip(names, signs, strict=True)}
+
+
+def _rows(case: Case) -> int:
+    """Rows of the case before they are copied."""
+    if case.shapes["N"] % case.copies:
+        raise ValueError(f"N must be a multiple of copies, got {case.shapes['N']} and {case.copies}")
+    return case.shapes["N"] // case.copies
+
+
+def _of_many_lengths(rows: Tensor) -> Tensor:
+    return rows * torch.linspace(0.5, 2.0, len(rows))[:, None]

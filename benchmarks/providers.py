@@ -49,7 +49,7 @@ def ours(function: str, name: str = OURS, *, cache: bool | None = None) -> Provi
     def build(inputs: Inputs) -> Step:
         import contrastive_ops
 
-        options: dict[str, float] = dict(inputs.constants)
+        options = inputs.arguments
         if cache is not None:
             first, last = _rows(inputs)[0], _rows(inputs)[-1]
             options["memory_budget"] = 4 * len(first) * len(last) if cache else 0
@@ -68,20 +68,24 @@ def matmuls(products: str, *, self_similarity: bool = False) -> Provider:
 
     Args:
         products: one letter pair each: "NT" makes logits from x and y, "NN" a gradient of x from
-            logits and y, "TN" a gradient of y from logits and x.
-        self_similarity: x and y are both the concatenation of the two inputs.
+            logits and y, "TN" a gradient of y from logits and x. "GG" makes the similarities of all
+            embeddings of a guide.
+        self_similarity: x and y are both the concatenation of all inputs.
     """
 
     def build(inputs: Inputs) -> Step:
-        x, y = _rows(inputs)[:2]
+        x, y = _rows(inputs)[0], _rows(inputs)[-1]
         if self_similarity:
-            x = y = torch.cat([x, y])
+            x = y = torch.cat(_rows(inputs))
+        guides = [tensor for tensor in inputs.frozen.values() if tensor.ndim == 2]
+        guide = torch.cat(guides) if guides else x
         logits = torch.empty(len(x), len(y), dtype=x.dtype, device=x.device)
         dx, dy = torch.empty_like(x), torch.empty_like(y)
         calls = {
             "NT": lambda: torch.mm(x, y.T, out=logits),
             "NN": lambda: torch.mm(logits, y, out=dx),
             "TN": lambda: torch.mm(logits.T, x, out=dy),
+            "GG": lambda: torch.mm(guide, guide.T, out=logits),
         }
         order = [calls[pair] for pair in products.split()]
 
@@ -99,11 +103,11 @@ def matmuls(products: str, *, self_similarity: bool = False) -> Provider:
 
 
 def torch_eager(name: str, loss_of: Callable[..., Tensor], *, compiled: bool = False) -> Provider:
-    """``loss_of(**tensors, **constants)`` in eager torch, or under ``torch.compile``."""
+    """``loss_of(**tensors, **arguments)`` in eager torch, or under ``torch.compile``."""
 
     def build(inputs: Inputs) -> Step:
         loss = torch.compile(loss_of) if compiled else loss_of
-        return differentiate(lambda **leaves: loss(**leaves, **dict(inputs.constants)), inputs.tensors)
+        return differentiate(lambda **leaves: loss(**leaves, **inputs.arguments), inputs.tensors)
 
     return Provider(name, build, kind="torch", optional=compiled)
 
@@ -126,6 +130,47 @@ def eager_nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
     z = F.normalize(torch.cat([z0, z1]), dim=1)
     logits = (z @ z.T / temperature).fill_diagonal_(-math.inf)
     return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z0)))
+
+
+def eager_sup_con(x: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """SupCon as its authors write it: one matrix product, masks, the mean of log p over positives."""
+    z = F.normalize(x, dim=1)
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positive = (labels[:, None] == labels) & ~own
+    log_p = (z @ z.T / temperature).masked_fill(own, -math.inf).log_softmax(1)
+    return -(log_p.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()
+
+
+def eager_siglip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """SigLIP with one matrix product and a matrix of signs."""
+    logits = scale * (image @ text.T) + bias
+    signs = 2 * torch.eye(len(image), dtype=logits.dtype, device=image.device) - 1
+    return -F.logsigmoid(signs * logits).sum() / len(image)
+
+
+def eager_gte(query: Tensor, document: Tensor, scale: float) -> Tensor:
+    """GTE with the products that differ: the two between queries and documents are one."""
+    q, d = F.normalize(query, dim=1), F.normalize(document, dim=1)
+    between = scale * (q @ d.T)
+    alike = [(scale * (each @ each.T)).fill_diagonal_(-math.inf) for each in (q, d)]
+    return (torch.cat([between, between.T, *alike], 1).logsumexp(1) - between.diagonal()).mean()
+
+
+def eager_gist(
+    query: Tensor, key: Tensor, guide_query: Tensor, guide_key: Tensor, temperature: float, margin: float
+) -> Tensor:
+    """GISTEmbed with three matrix products, and three more of the guide."""
+    (q, k), (gq, gk) = (
+        [F.normalize(each, dim=1) for each in pair] for pair in ((query, key), (guide_query, guide_key))
+    )
+    own = torch.eye(len(q), dtype=torch.bool, device=q.device)
+    bound = (gq * gk).sum(1, keepdim=True) - margin
+    blocks = [
+        (q @ k.T).masked_fill((gq @ gk.T > bound) & ~own, -math.inf),
+        (q @ q.T).masked_fill((gq @ gq.T > bound) | own, -math.inf),
+        (k @ k.T).masked_fill((gk @ gk.T > bound) | own, -math.inf),
+    ]
+    return F.cross_entropy(torch.cat(blocks, 1) / temperature, torch.arange(len(q), device=q.device))
 
 
 def linear_cross_entropy(acc_policy: str) -> Provider:
@@ -193,3 +238,78 @@ def sentence_transformers_mnrl() -> Provider:
         )
 
     return Provider("sentence-transformers MNRL", build, package="sentence-transformers")
+
+
+def sentence_transformers_gte() -> Provider:
+    """The same loss in all four directions with one denominator; it normalises its inputs."""
+
+    def build(inputs: Inputs) -> Step:
+        from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+        loss = MultipleNegativesRankingLoss(
+            model=torch.nn.Module(),
+            scale=inputs.constants["scale"],
+            directions=("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"),
+            partition_mode="joint",
+        )
+        return differentiate(
+            lambda query, document: loss.compute_loss_from_embeddings([query, document], None),
+            inputs.tensors,
+        )
+
+    return Provider("sentence-transformers GTE", build, package="sentence-transformers")
+
+
+def sentence_transformers_gist() -> Provider:
+    """sentence-transformers' CachedGISTEmbedLoss: the stage between both runs of the model.
+
+    Its constructor demands a model and a guide with tokenizers, which this stage never uses, so the
+    attributes are set without it, to its defaults where the case has no other value.
+    """
+
+    def build(inputs: Inputs) -> Step:
+        from sentence_transformers.sentence_transformer.losses import CachedGISTEmbedLoss
+
+        loss = CachedGISTEmbedLoss.__new__(CachedGISTEmbedLoss)
+        torch.nn.Module.__init__(loss)
+        loss.similarity_fct = torch.nn.CosineSimilarity(dim=-1)
+        loss.cross_entropy_loss = torch.nn.CrossEntropyLoss()
+        loss.mini_batch_size = 32
+        loss.show_progress_bar = loss.gather_across_devices = False
+        loss.contrast_anchors = loss.contrast_positives = True
+        loss.margin_strategy, loss.margin = "absolute", inputs.constants["margin"]
+        loss.temperature = inputs.constants["temperature"]
+        guides = [[inputs.frozen["guide_query"]], [inputs.frozen["guide_key"]]]
+
+        def step() -> Outcome:
+            leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()}
+            value = loss.calculate_loss([[leaf] for leaf in leaves.values()], guides, with_backward=True)
+            return Outcome(value, {name: leaf.grad for name, leaf in leaves.items()})
+
+        return step
+
+    return Provider("sentence-transformers CachedGIST", build, package="sentence-transformers")
+
+
+def open_clip_siglip() -> Provider:
+    """open_clip's SigLipLoss on one process."""
+
+    def build(inputs: Inputs) -> Step:
+        from open_clip.loss import SigLipLoss
+
+        loss = SigLipLoss()
+        return differentiate(lambda image, text, scale, bias: loss(image, text, scale, bias), inputs.tensors)
+
+    return Provider("open_clip SigLipLoss", build, package="open_clip_torch")
+
+
+def metric_learning_sup_con() -> Provider:
+    """pytorch-metric-learning's SupConLoss; it normalises its inputs."""
+
+    def build(inputs: Inputs) -> Step:
+        from pytorch_metric_learning.losses import SupConLoss
+
+        loss, labels = SupConLoss(temperature=inputs.constants["temperature"]), inputs.frozen["labels"]
+        return differentiate(lambda x: loss(x, labels), inputs.tensors)
+
+    return Provider("pytorch-metric-learning SupConLoss", build, package="pytorch-metric-learning")

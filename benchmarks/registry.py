@@ -16,9 +16,17 @@ from torch import Tensor
 # The name of this package's provider with its defaults.
 OURS = "contrastive_ops"
 
-FAMILIES = ("cases_softmax",)
+FAMILIES = ("cases_softmax", "cases_multi_positive", "cases_sigmoid", "cases_partition")
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+# Relative error of loss and gradients above which a provider computes something else. The bf16
+# value is wide because torch itself is several percent off there; the tables print the errors.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+# Extra memory of a memory case, and the rows that its batch repeats.
+PEAK_MIB = 256
+COPY_ROWS = 2048
 
 # What --quick and the pytest-benchmark level shrink every case to: large enough for more than one
 # tile and chunk, small enough for a second.
@@ -27,7 +35,8 @@ QUICK_SHAPES = {"N": 192, "M": 192, "D": 48}
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every provider of a case gets: the tensors it differentiates, and plain numbers.
+    """What every provider of a case gets: the tensors it differentiates, plain numbers, and tensors
+    that nobody differentiates, such as labels.
 
     ``copies`` says that the rows of each matrix are that many copies of the first ones, one block
     after the other. Batches of copies have an exact truth at any size (see ``truth.py``).
@@ -36,6 +45,12 @@ class Inputs:
     tensors: Mapping[str, Tensor]
     constants: Mapping[str, float] = field(default_factory=dict)
     copies: int = 1
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> dict[str, float | Tensor]:
+        """All that a loss takes beside the tensors it differentiates."""
+        return {**self.constants, **self.frozen}
 
 
 @dataclass(frozen=True)
@@ -129,6 +144,22 @@ class Case:
         """The same case at a size that takes milliseconds, under its own name."""
         shapes = {k: min(size, QUICK_SHAPES.get(k, size)) for k, size in self.shapes.items()}
         return replace(self, shapes=shapes, copies=min(self.copies, 2))
+
+
+def memory_case(row: str, like: Case, n: int, d: int) -> Case:
+    """The op of another case where one matrix of logits would take GiBs: peak memory and errors only.
+
+    ``row`` is the row of the design that its target belongs to.
+    """
+    return replace(
+        like,
+        shapes={"N": n, "D": d},
+        providers=(like.provider(OURS),),
+        baseline=OURS,
+        targets=(Target(row, "peak", PEAK_MIB, OURS),),
+        measure=("memory",),
+        copies=n // COPY_ROWS,
+    )
 
 
 _CASES: dict[str, Case] = {}

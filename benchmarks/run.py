@@ -5,6 +5,7 @@
     python -m benchmarks.run --case N2048        the cases whose name contains this
     python -m benchmarks.run --quick             tiny shapes, written nowhere unless --csv is given
     python -m benchmarks.run --list              the cases, their providers and targets
+    python -m benchmarks.run --overhead          what each loss adds to its sweeps (see overhead.py)
 
 A provider that fails the check is named as wrong and not timed. The exit status is 1 if that, or an
 error, happens to this package, and with --peers also if a peer is not installed.
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import measure, memory, provenance, report, results
+from benchmarks import measure, memory, overhead, provenance, report, results
 from benchmarks.registry import Case, Inputs, Outcome, Provider, Step, select
 from benchmarks.report import Measurement
 from benchmarks.truth import errors
@@ -181,6 +182,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, help="file to append to (default: by machine kind)")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     parser.add_argument("--optional", action="store_true", help="also torch.compile")
+    parser.add_argument("--overhead", action="store_true", help="time losses against their sweeps")
+    parser.add_argument("--profile", action="store_true", help="with --overhead: where the rest goes")
     peers = parser.add_mutually_exclusive_group()
     peers.add_argument("--peers", action="store_true", help="a peer not installed is an error")
     peers.add_argument("--no-peers", action="store_true", help="only this package and torch")
@@ -207,6 +210,11 @@ def _missing_peers(cases: Sequence[Case]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     args = parse(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rounds = min(args.rounds, 2) if args.quick else args.rounds
+    if args.overhead:
+        return overhead.run(args.op, args.case, rounds=rounds, quick=args.quick, csv=args.csv, profiled=args.profile)
     try:
         cases = select(args.op, args.case)
     except ValueError as error:
@@ -219,10 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         print(f"not installed: {', '.join(missing)}; pip install -r requirements/peers.txt")
         return 1
-    if args.threads:
-        torch.set_num_threads(args.threads)
     options = Options(
-        rounds=min(args.rounds, 2) if args.quick else args.rounds,
+        rounds=rounds,
         quick=args.quick,
         memory=not args.no_memory,
         peers=not args.no_peers,

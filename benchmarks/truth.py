@@ -1,13 +1,15 @@
 """The float64 truth of each op: dense mathematics and autograd, sharing no code with the package.
 
-All three softmax losses are one formula, ``logsumexp over a row - logit of the positive``, applied
-to rows and columns (clip), to rows (info_nce), or to a batch against itself without the diagonal
+Three softmax losses are one formula, ``logsumexp over a row - logit of the positive``, applied to
+rows and columns (clip), to rows (info_nce), or to a batch against itself without the diagonal
 (nt_xent). Rows go through in checkpointed chunks so that a matrix of 8192 x 8192 float64 logits
 and its temporaries need not all live at once.
 
 Batches of copies: repeat every row ``r`` times and each row's sum has every column ``r`` times, its
-own ``r - 1`` times. So the truth of the large batch comes from the small one with ``log r`` and
-``log (r - 1)`` added to the logits; by symmetry each copy gets ``1 / r`` of the gradient.
+own ``r - 1`` times where a row does not meet itself (nt_xent, sup_con) or where its own column is
+another term than the rest (siglip). So the truth of the large batch comes from the small one with
+sums over columns that count them so often, which adds ``log r`` and ``log (r - 1)`` to the logits
+of a softmax; by symmetry each copy gets ``1 / r`` of the gradient.
 """
 
 from __future__ import annotations
@@ -40,16 +42,26 @@ def _row_losses(x: Tensor, y: Tensor, target: Tensor, scale: Tensor, copies: int
 def _mean_row_loss(
     x: Tensor, y: Tensor, target: Tensor, scale: Tensor, copies: int, self_similarity: bool = False
 ) -> Tensor:
-    rows = max(1, CHUNK_BYTES // (8 * len(y)))
-    total = x.new_zeros(())
-    for first in range(0, len(x), rows):
-        part = slice(first, first + rows)
-        arguments = (x[part], y, target[part], scale, copies, first if self_similarity else None)
-        if len(x) > rows:
-            total = total + checkpoint(_row_losses, *arguments, use_reentrant=False)
-        else:
-            total = total + _row_losses(*arguments)
-    return total / len(x)
+    def of_rows(part: slice) -> Tensor:
+        own = part.start if self_similarity else None
+        return _row_losses(x[part], y, target[part], scale, copies, own)
+
+    return _mean_over_rows(of_rows, len(x), len(y))
+
+
+def _mean_over_rows(of_rows: Callable[[slice], Tensor], rows: int, columns: int) -> Tensor:
+    """The mean over all rows, where ``of_rows`` gives the sum of some; only one chunk lives at a time."""
+    size = max(1, CHUNK_BYTES // (8 * columns))
+    parts = [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+    if len(parts) == 1:
+        return of_rows(parts[0]) / rows
+    sums = [checkpoint(of_rows, part, use_reentrant=False) for part in parts]
+    return torch.stack(sums).sum() / rows
+
+
+def _own_column(part: slice, columns: int) -> Tensor:
+    """(rows of the part, columns): where a row of the batch meets the column of its own number."""
+    return torch.arange(part.start, part.stop)[:, None] == torch.arange(columns)
 
 
 def _differentiate(loss_of: Callable[..., Tensor], inputs: Inputs) -> Outcome:
@@ -100,6 +112,91 @@ def nt_xent_truth(inputs: Inputs) -> Outcome:
         z = F.normalize(torch.cat([z0, z1]), dim=1)
         partner = _same_row(z).roll(len(z0))
         return _mean_row_loss(z, z, partner, scale, inputs.copies, self_similarity=True)
+
+    return _differentiate(loss_of, inputs)
+
+
+def sup_con_truth(inputs: Inputs) -> Outcome:
+    """SupCon: a row's mean of -log p over the others of its label, rows normalised."""
+    temperature = inputs.constants["temperature"]
+
+    def loss_of(x: Tensor) -> Tensor:
+        z, labels = F.normalize(x, dim=1), inputs.frozen["labels"][: len(x)]
+
+        def of_rows(part: slice) -> Tensor:
+            logits = z[part] @ z.T / temperature
+            times = inputs.copies - _own_column(part, len(z)).to(z.dtype)
+            log_p = logits - (logits + times.log()).logsumexp(1, keepdim=True)
+            positive = times * (labels[part, None] == labels)
+            return -((positive * log_p).sum(1) / positive.sum(1)).sum()
+
+        return _mean_over_rows(of_rows, len(z), len(z))
+
+    return _differentiate(loss_of, inputs)
+
+
+def siglip_truth(inputs: Inputs) -> Outcome:
+    """SigLIP: a row's sum of -log sigmoid(l) of its own text and -log sigmoid(-l) of all others."""
+
+    def loss_of(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        def of_rows(part: slice) -> Tensor:
+            logits = scale * (image[part] @ text.T) + bias
+            own = _own_column(part, len(text)).to(logits.dtype)
+            negative = (inputs.copies - own) * F.logsigmoid(-logits)
+            return -(negative + own * F.logsigmoid(logits)).sum()
+
+        return _mean_over_rows(of_rows, len(image), len(text))
+
+    return _differentiate(loss_of, inputs)
+
+
+def gte_truth(inputs: Inputs) -> Outcome:
+    """GTE: one softmax over the four blocks of similarities of queries and documents, rows normalised."""
+    scale = inputs.constants["scale"]
+
+    def loss_of(query: Tensor, document: Tensor) -> Tensor:
+        q, d = F.normalize(query, dim=1), F.normalize(document, dim=1)
+
+        def of_rows(part: slice) -> Tensor:
+            own = _own_column(part, len(q))
+            blocks = [
+                q[part] @ d.T,
+                (q[part] @ q.T).masked_fill(own, -torch.inf),
+                d[part] @ q.T,
+                (d[part] @ d.T).masked_fill(own, -torch.inf),
+            ]
+            lse = (scale * torch.cat(blocks, 1)).logsumexp(1)
+            return (lse - scale * (q[part] * d[part]).sum(1)).sum()
+
+        return _mean_over_rows(of_rows, len(q), 4 * len(q))
+
+    return _differentiate(loss_of, inputs)
+
+
+def gist_truth(inputs: Inputs) -> Outcome:
+    """GISTEmbed: three blocks, without the pairs that a guide finds as similar as the positive less a margin."""
+    temperature, margin = inputs.constants["temperature"], inputs.constants["margin"]
+    guide_query, guide_key = (F.normalize(inputs.frozen[f"guide_{side}"].double(), dim=1) for side in ("query", "key"))
+
+    def loss_of(query: Tensor, key: Tensor) -> Tensor:
+        q, k = F.normalize(query, dim=1), F.normalize(key, dim=1)
+        bound = (guide_query * guide_key).sum(1, keepdim=True) - margin
+
+        def of_rows(part: slice) -> Tensor:
+            own = _own_column(part, len(q))
+            blocks = []
+            for x, y, guide_x, guide_y in (
+                (q, k, guide_query, guide_key),
+                (q, q, guide_query, guide_query),
+                (k, k, guide_key, guide_key),
+            ):
+                drop = guide_x[part] @ guide_y.T > bound[part]
+                drop = drop & ~own if y is not x else drop | own
+                blocks.append((x[part] @ y.T / temperature).masked_fill(drop, -torch.inf))
+            positive = blocks[0][own]
+            return (torch.cat(blocks, 1).logsumexp(1) - positive).sum()
+
+        return _mean_over_rows(of_rows, len(q), 3 * len(q))
 
     return _differentiate(loss_of, inputs)
 

@@ -73,11 +73,17 @@ EAGER = {
     "clip": providers.eager_clip,
     "info_nce": providers.eager_info_nce,
     "nt_xent": providers.eager_nt_xent,
+    "sup_con": providers.eager_sup_con,
+    "siglip": providers.eager_siglip,
+    "gte": providers.eager_gte,
+    "gist": providers.eager_gist,
 }
 
 
 def in_float64(inputs: Inputs) -> Inputs:
-    return replace(inputs, tensors={k: tensor.double() for k, tensor in inputs.tensors.items()})
+    tensors = {k: tensor.double() for k, tensor in inputs.tensors.items()}
+    frozen = {k: tensor.double() if tensor.is_floating_point() else tensor for k, tensor in inputs.frozen.items()}
+    return replace(inputs, tensors=tensors, frozen=frozen)
 
 
 @pytest.mark.parametrize("op", EAGER)
@@ -118,6 +124,23 @@ def test_inputs_are_those_of_training():
     loss = providers.eager_info_nce(**inputs.tensors, **inputs.constants).item()
     assert 0.3 < loss < 2
     assert all(torch.equal(inputs.tensors[name], again.tensors[name]) for name in inputs.tensors)
+
+
+def test_labels_give_every_row_positives():
+    inputs = ONE_PER_OP["sup_con"].make_inputs(ONE_PER_OP["sup_con"])
+    labels = inputs.frozen["labels"]
+    assert labels.shape == inputs.tensors["x"].shape[:1]
+    assert set(labels.unique(return_counts=True)[1].tolist()) == {8}
+
+
+def test_guide_similarities_are_exact_and_drop_some_pairs():
+    case = ONE_PER_OP["gist"]
+    inputs = case.make_inputs(case)
+    query, key = (torch.nn.functional.normalize(each, dim=1) for each in inputs.frozen.values())
+    similarity = query @ key.T
+    assert torch.equal(similarity.double(), query.double() @ key.double().T)
+    dropped = similarity > similarity.diagonal()[:, None] - inputs.constants["margin"]
+    assert 0.005 < dropped.fill_diagonal_(False).double().mean() < 0.1
 
 
 def test_errors_are_relative_and_see_every_gradient():

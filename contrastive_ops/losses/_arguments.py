@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _autocast, _checks
 from .._ordered import ordered_sum
+from ._unit_rows import unit_rows
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -46,7 +47,7 @@ def two_sides(
         check_weight(function, weight, x.shape[0], x_name, x)
     factor = resolve_scale(function, temperature, scale, default_temperature)
     if normalize:
-        x, y = normalized(x), normalized(y)
+        x, y = unit_rows(x), unit_rows(y)
     return x, y, factor
 
 
@@ -69,7 +70,7 @@ def one_side(
     if weight is not None:
         check_weight(function, weight, x.shape[0], name, x)
     factor = resolve_scale(function, temperature, scale, default_temperature)
-    return normalized(x) if normalize else x, factor
+    return unit_rows(x) if normalize else x, factor
 
 
 def resolve_scale(
@@ -88,12 +89,6 @@ def resolve_scale(
     if not value > 0:
         raise ValueError(f"{function}: temperature must be positive, got {value}")
     return 1.0 / value
-
-
-def normalized(x: Tensor) -> Tensor:
-    """Rows of length 1, with the length computed in at least float32."""
-    dtype = _checks.accumulator(x.dtype)
-    return torch.nn.functional.normalize(x.to(dtype), dim=-1).to(x.dtype)
 
 
 def reduce_rows(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

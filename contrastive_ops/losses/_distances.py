@@ -2,38 +2,66 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pairwise_distance
+from torch.nn.functional import pairwise_distance
 
 from .. import _autocast, _checks
 from ..ops.folds import Fold
 from ..ops.pairs import Pairs
 from ..ops.similarity_reduce import fold
+from ._unit_rows import unit_rows
 
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
 
 
-def paired_distance(x: Tensor, y: Tensor, distance: str, eps: float = 0.0) -> Tensor:
-    """(N,) distance of each row of `x` from the same row of `y`, both in the accumulation dtype.
+class Points(NamedTuple):
+    """Rows as a distance sees them; made once, before rows are taken from them.
 
-    Computed from differences, which do not cancel where the rows are close. The gradient of the Euclidean distance at
+    Attributes:
+        rows: (N, D) in the accumulation dtype; unit rows for the cosine.
+        lacks: (N,) for the cosine, 1 where a row is 0.
+    """
+
+    rows: Tensor
+    lacks: Tensor | None
+
+    def take(self, index: Tensor) -> Points:
+        """The points that `index` names; anything finite for -1."""
+        return Points(take_rows(self.rows, index), None if self.lacks is None else take_rows(self.lacks, index))
+
+
+def points(x: Tensor, distance: str) -> Points:
+    """Rows of any floating dtype as `distance` sees them."""
+    x = _accumulated(x)
+    if distance != "cosine":
+        return Points(x, None)
+    x = unit_rows(x)
+    return Points(x, (x.detach().abs().amax(1) == 0).to(x.dtype) if x.shape[1] else x.new_ones(x.shape[:1]))
+
+
+def distance_between(x: Points, y: Points, distance: str, eps: float = 0.0) -> Tensor:
+    """(N,) distance of each point of `x` from the same one of `y`.
+
+    Computed from differences, which do not cancel where the points are close. The gradient of the Euclidean distance at
     0 is 0; with `eps`, which is added to each difference as torch does, it is that of torch.
     """
-    with _autocast.disabled(x):
+    with _autocast.disabled(x.rows):
         if distance == "euclidean":
-            return pairwise_distance(x, y, eps=eps)
-        if distance == "sqeuclidean":
-            return (x - y).square().sum(1)
+            return pairwise_distance(x.rows, y.rows, eps=eps)
+        square = (x.rows - y.rows).square().sum(1)
+        if x.lacks is None or y.lacks is None:
+            return square
         # Half the squared difference of unit rows is 1 - cosine; a row of zeros, whose cosines are 0, lacks its half.
-        lacks = (x == 0).all(1).to(x.dtype) + (y == 0).all(1).to(x.dtype)
-        return ((normalize(x) - normalize(y)).square().sum(1) + lacks) / 2
+        return (square + (x.lacks + y.lacks)) / 2
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """The rows that `index` names; anything finite for -1."""
     if x.shape[0] == 0:
-        return x.new_zeros((index.shape[0], x.shape[1]))
+        return x.new_zeros((index.shape[0], *x.shape[1:]))
     return x.index_select(0, index.clamp_min(0))  # its gradient is summed in order, that of x[index] is not
 
 
@@ -115,4 +143,4 @@ def _accumulated(x: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    return normalize(_accumulated(x))
+    return unit_rows(_accumulated(x))

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize as unit
 
 from .. import _autocast, _checks
 from ..ops.folds import Fold
@@ -26,6 +25,7 @@ from ..ops.similarity_reduce import fold
 from . import _arguments
 from ._columns import partner_similarity
 from ._distances import take_rows
+from ._unit_rows import unit_rows
 
 
 def vse(
@@ -314,7 +314,7 @@ def _rows(x: Tensor, normalize: bool) -> Tensor:
     if not normalize:
         return x
     with _autocast.disabled(x):
-        return unit(_accumulated(x))
+        return unit_rows(_accumulated(x))
 
 
 def _accumulated(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from ..reference.similarity_reduce import softplus
 from . import _arguments
 from ._blocks import DIRECTIONS, Blocks
 from ._columns import partner_similarity
+from ._unit_rows import unit_rows
 
 
 def gte(
@@ -281,7 +282,7 @@ def _shared_negatives(
 ) -> Tensor:
     (negatives,) = _autocast.cast(negatives)
     _checks.check_matrices(function, "query", query, name, negatives)
-    return _arguments.normalized(negatives) if normalize else negatives
+    return unit_rows(negatives) if normalize else negatives
 
 
 def _guide(function: str, name: str, guide: Tensor, like: Tensor, first: Tensor, normalize: bool) -> Tensor:
@@ -294,4 +295,4 @@ def _guide(function: str, name: str, guide: Tensor, like: Tensor, first: Tensor,
             f"got guide_{name} {_checks.shape(guide)} and {name} {_checks.shape(like)}"
         )
     guide = guide.detach().to(_checks.accumulator(like.dtype))
-    return _arguments.normalized(guide) if normalize else guide
+    return unit_rows(guide) if normalize else guide

@@ -12,6 +12,7 @@ from ..ops.pairs import Pairs
 from . import _arguments
 from ._columns import smoothing_share
 from ._row_softmax import row_softmax
+from ._unit_rows import unit_rows
 
 
 def moco(
@@ -95,7 +96,7 @@ def moco(
     )
     (queue,) = _autocast.cast(queue)
     _checks.check_matrices(name, "query", query, "queue", queue)
-    queue = _arguments.normalized(queue.detach()) if normalize else queue.detach()
+    queue = unit_rows(queue.detach()) if normalize else queue.detach()
     count, entries = query.shape[0], queue.shape[0]
     of_batch = torch.full((count,), -1, device=query.device)
     # The keys join the sweep although each is a column for its own query alone: the positive and the negatives close to

@@ -40,6 +40,7 @@ from ._columns import (
     sum_and_count,
 )
 from ._row_softmax import row_softmax
+from ._unit_rows import unit_rows
 from .diagnostics import Ranking
 
 
@@ -139,8 +140,8 @@ def info_nce(
     if weight is not None:
         _arguments.check_weight(name, weight, query.shape[0], "query", query)
     if normalize:
-        query, key = _arguments.normalized(query), _arguments.normalized(key)
-        row_negatives = None if row_negatives is None else _arguments.normalized(row_negatives)
+        query, key = unit_rows(query), unit_rows(key)
+        row_negatives = None if row_negatives is None else unit_rows(row_negatives)
 
     return row_softmax(
         (name, "query", "key"),

@@ -14,7 +14,7 @@ from .. import _autocast, _checks
 from ..ops.pairs import Pairs
 from ..reference.similarity_reduce import softplus
 from . import _arguments
-from ._distances import DISTANCES, farthest_and_nearest, paired_distance, semi_hard_negative, take_rows
+from ._distances import DISTANCES, distance_between, farthest_and_nearest, points, semi_hard_negative
 
 # What torch adds to each difference; it decides the gradient at distance 0.
 TORCH_EPS = 1e-6
@@ -76,9 +76,9 @@ def triplet(
     if weight is not None:
         _arguments.check_weight(name, weight, anchor.shape[0], "anchor", anchor)
     # One copy of the anchors, so that their two gradients are added before they are rounded.
-    anchor, positive, negative = (each.to(_checks.accumulator(each.dtype)) for each in (anchor, positive, negative))
-    near = paired_distance(anchor, positive, distance, TORCH_EPS)
-    far = paired_distance(anchor, negative, distance, TORCH_EPS)
+    of_anchor = points(anchor, distance)
+    near = distance_between(of_anchor, points(positive, distance), distance, TORCH_EPS)
+    far = distance_between(of_anchor, points(negative, distance), distance, TORCH_EPS)
     return _arguments.reduce_rows((near - far + margin).relu(), weight, reduction)
 
 
@@ -284,7 +284,7 @@ def contrastive(
         _arguments.check_weight(name, weight, x.shape[0], "x", x)
     dtype = _checks.accumulator(x.dtype)
     together = _zero_or_one(name, labels, x).to(dtype)
-    d = paired_distance(x.to(dtype), y.to(dtype), distance, TORCH_EPS)
+    d = distance_between(points(x, distance), points(y, distance), distance, TORCH_EPS)
     losses = (together * d.square() + (1 - together) * (margin - d).relu().square()) / 2
     return _arguments.reduce_rows(losses, weight, reduction)
 
@@ -322,11 +322,10 @@ def _mined(
 
 def _distance_gap(x: Tensor, y: Tensor | None, positive: Tensor, negative: Tensor, distance: str) -> Tensor:
     """(N,) distance of each row from the column `positive` less that from the column `negative`."""
-    dtype = _checks.accumulator(x.dtype)
-    rows = x.to(dtype)
-    columns = rows if y is None else y.to(dtype)
-    near = paired_distance(rows, take_rows(columns, positive), distance)
-    return near - paired_distance(rows, take_rows(columns, negative), distance)
+    rows = points(x, distance)
+    columns = rows if y is None else points(y, distance)
+    near = distance_between(rows, columns.take(positive), distance)
+    return near - distance_between(rows, columns.take(negative), distance)
 
 
 def _zero_or_one(function: str, labels: object, x: Tensor) -> Tensor:
