@@ -51,20 +51,20 @@ def labelled(
 
 
 def one_positive(labels: Tensor, col_labels: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """A column with each row's label, not its own, and where there is one; some column elsewhere, None without any."""
+    """A column with each row's label, not its own, and the number of such columns.
+
+    Where there is none the first is any column; it is None where there are no columns at all.
+    """
     known = labels if col_labels is None else col_labels
-    if not known.shape[0]:
-        return None, torch.zeros_like(labels, dtype=torch.bool)
+    columns = known.shape[0]
+    if not columns:
+        return None, torch.zeros_like(labels)
     order = known.argsort(stable=True)
-    ascending = known[order]
-    begin = torch.searchsorted(ascending, labels.contiguous()).clamp_max(known.shape[0] - 1)
+    ascending, wanted = known[order], labels.contiguous()
+    begin, end = (torch.searchsorted(ascending, wanted, right=right) for right in (False, True))
+    count, chosen = end - begin, begin.clamp_max(columns - 1)
     if col_labels is None:
         # The next one of the same label, after the last one the first again.
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device)) + 1
-        following = place.clamp_max(known.shape[0] - 1)
-        begin = torch.where((place == following) & (ascending[following] == labels), following, begin)
-    target = order[begin]
-    found = (known[target] == labels) & (labels != -1)
-    if col_labels is None:
-        found &= target != torch.arange(target.shape[0], device=target.device)
-    return target, found
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(columns, device=order.device)) + 1
+        count, chosen = count - 1, torch.where(place < end, place.clamp_max(columns - 1), chosen)
+    return order[chosen], torch.where(labels == -1, 0, count)

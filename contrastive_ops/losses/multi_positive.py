@@ -72,7 +72,7 @@ def sup_con(
         ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
 
     Note:
-        Memory O((N + M) D) beside ``memory_budget``: one sweep with four folds. The factor
+        Memory O((N + M) D) beside ``memory_budget``: one sweep with three folds. The factor
         temperature / base_temperature of the authors' code is left to the caller.
 
     Source:
@@ -91,11 +91,10 @@ def sup_con(
     folds = (
         Fold("logsumexp", pairs=of_others),
         Fold("logsumexp", pairs=of_same),
-        Fold("count", pairs=of_same),
         *((Fold("sum", pairs=of_same),) if positives == "mean_log" else ()),
     )
-    target, counted = one_positive(labels, col_labels)
-    (others, rest, more, *total), _, first, *_ = fold(
+    target, positive_count = one_positive(labels, col_labels)
+    (others, rest, *total), _, first, *_ = fold(
         x,
         y,
         reduce=folds,
@@ -108,9 +107,9 @@ def sup_con(
     first = torch.zeros_like(others) if target is None else first
     # One positive leaves the sweep as the target of `info_nce` does, and all of them are written relative to it: the
     # probability of all positives together, and how it is shared among them. Neither term is ever negative.
-    spread = softplus(rest - first)
-    shared = spread - (total[0] - more * first) / (more + 1) if total else (more + 1).log()
-    return _arguments.mean_over(softplus(others - first - spread) + shared, counted, weight, reduction)
+    spread, count = softplus(rest - first), positive_count.to(others.dtype).clamp_min(1.0)
+    shared = spread - (total[0] - (count - 1) * first) / count if total else count.log()
+    return _arguments.mean_over(softplus(others - first - spread) + shared, positive_count > 0, weight, reduction)
 
 
 def multi_positive_info_nce(
