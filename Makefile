@@ -20,7 +20,7 @@ BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 CPP_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench bench-peers clean
+.PHONY: help install peers demo test lint format bench bench-peers clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,8 @@ $(VENV)/.install: $(BUILD_INPUTS) $(VENV)/.dev
 	@touch $@
 
 install: $(VENV)/.install ## the package and its tools, editable, in .venv
+
+peers: $(VENV)/.peers ## the packages that tests and benchmarks compare with
 
 demo: install ## train a docstring search twice, with plain PyTorch and with contrastive_ops
 	$(RUN) examples/docstring_search.py $(ARGS)
