@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from contrastive_ops import Guide, Pairs, clip, info_nce
+from contrastive_ops import Guide, Pairs, clip, info_nce, moco
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, clustered_pairs, relative_error
 from contrastive_ops.testing.compare import check, leaf, reduced
 
@@ -358,3 +358,19 @@ CASES = [
 def test_bad_input(call, error, message):
     with pytest.raises(error, match="^" + re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("mode", ["in batch", "unpaired", "paired"])
+def test_parity_with_info_nce_pytorch(backend, mode):
+    """Explicit negatives replace those of the batch there: a queue for all rows, or a list for each."""
+    theirs = pytest.importorskip("info_nce").info_nce
+    query, key, shared, own = leaf(20, 8), leaf(20, 8), leaf(13, 8), leaf(20, 3, 8)
+    options = {"temperature": 0.1, "normalize": True, "backend": backend}
+    if mode == "in batch":
+        check(info_nce(query, key, **options), theirs(query, key), [query, key])
+    elif mode == "unpaired":
+        frozen = shared.detach()
+        check(moco(query, key, frozen, **options), theirs(query, key, frozen), [query, key])
+    else:
+        ours = info_nce(query, key, row_negatives=own, pairs=Pairs(below=-torch.inf), **options)
+        check(ours, theirs(query, key, own, negative_mode="paired"), [query, key, own])
