@@ -62,9 +62,10 @@ def one_positive(labels: Tensor, col_labels: Tensor | None) -> tuple[Tensor | No
     order = known.argsort(stable=True)
     ascending, wanted = known[order], labels.contiguous()
     begin, end = (torch.searchsorted(ascending, wanted, right=right) for right in (False, True))
-    count, chosen = end - begin, begin.clamp_max(columns - 1)
+    count, chosen = end - begin, begin
     if col_labels is None:
         # The next one of the same label, after the last one the first again.
         place = torch.empty_like(order).scatter_(0, order, torch.arange(columns, device=order.device)) + 1
-        count, chosen = count - 1, torch.where(place < end, place.clamp_max(columns - 1), chosen)
-    return order[chosen], torch.where(labels == -1, 0, count)
+        count, chosen = count - 1, torch.where(place < end, place, begin)
+    # A label above all others stands past the end; clamping to a traced size would fix the size.
+    return torch.cat([order, order[:1]])[chosen], torch.where(labels == -1, 0, count)

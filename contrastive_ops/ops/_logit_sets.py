@@ -73,7 +73,7 @@ class LogitSets:
         per_item = ScaleOf.COLUMNS if of_columns else ScaleOf.ROWS
         data = dict(self._rules(pairs))
         if linear is not None:
-            data |= _linear_lists(function, linear, self.x, self.y)
+            data.update(_linear_lists(function, linear, self.x, self.y))  # not |=, which torch 2.6 cannot trace
         diagonal = None if pairs is None else pairs.diagonal
         self.sets.append(LogitSet(per_item if tensor.dim() else ScaleOf.ALL, negate, diagonal, data))
         self._scales.append(tensor.reshape(-1))

@@ -115,7 +115,7 @@ class _Resolver:
             self._ids("same", pairs.same, Slot.SAME_ROWS, Slot.SAME_COLS)
         if pairs.exclude is not None:
             indptr, indices = check_lists(self.function, "exclude", pairs.exclude, self.x, self.y)[:2]
-            self.data |= {Slot.EXCLUDE_INDPTR: indptr, Slot.EXCLUDE_INDICES: indices}
+            self.data.update({Slot.EXCLUDE_INDPTR: indptr, Slot.EXCLUDE_INDICES: indices})
         if pairs.below is not None:
             self._bound("below", pairs.below, Slot.BELOW_ROWS, Slot.BELOW_COLS, torch.minimum)
         if pairs.above is not None:
