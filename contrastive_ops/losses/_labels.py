@@ -57,7 +57,7 @@ def one_positive(labels: Tensor, col_labels: Tensor | None) -> tuple[Tensor | No
     """
     known = labels if col_labels is None else col_labels
     columns = known.shape[0]
-    if not columns:
+    if columns == 0:  # "not columns" would fix a traced size
         return None, torch.zeros_like(labels)
     order = known.argsort(stable=True)
     ascending, wanted = known[order], labels.contiguous()

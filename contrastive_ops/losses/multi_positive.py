@@ -279,7 +279,7 @@ def soft_info_nce(
     share = _columns.smoothing_share(name, label_smoothing, "query", query)
     lists, row = _checked_targets(name, targets, query, key)
     counted = lists[0].diff() > 0
-    if not key.shape[0]:
+    if key.shape[0] == 0:
         return _arguments.mean_over(query.sum(1).to(lists[2].dtype), counted, weight, reduction)
     (others,), _, first, listed, *_ = fold(
         query,
