@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pairwise_distance
 
 from .. import _autocast, _checks
 from ..ops.folds import Fold
@@ -49,9 +48,10 @@ def distance_between(x: Points, y: Points, distance: str, eps: float = 0.0) -> T
     0 is 0; with `eps`, which is added to each difference as torch does, it is that of torch.
     """
     with _autocast.disabled(x.rows):
+        difference = x.rows - y.rows
         if distance == "euclidean":
-            return pairwise_distance(x.rows, y.rows, eps=eps)
-        square = (x.rows - y.rows).square().sum(1)
+            return torch.linalg.vector_norm(difference + eps if eps else difference, dim=1)
+        square = difference.square().sum(1)
         if x.lacks is None or y.lacks is None:
             return square
         # Half the squared difference of unit rows is 1 - cosine; a row of zeros, whose cosines are 0, lacks its half.
