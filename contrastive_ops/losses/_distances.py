@@ -76,14 +76,12 @@ def farthest_and_nearest(
 ) -> tuple[Tensor, Tensor]:
     """(N,) the columns at the largest distance among some pairs and at the smallest among others, or -1.
 
-    No gradient: the caller computes the distances of the selected pairs again, exactly and for O(N D).
+    No gradient: the caller computes the distances of the selected pairs again, exactly and for O(N D). For the cosine
+    `x` and `y` are the rows of its `points`: in the accumulation dtype, because unit rows in a lower one are rounded.
     """
     with torch.no_grad(), _autocast.disabled(x):
         scale, col_bias = 1.0, None
-        if distance == "cosine":
-            # In the accumulation dtype: unit rows in a lower one would be rounded.
-            x, y = _unit(x), None if y is None else _unit(y)
-        else:
+        if distance != "cosine":
             # |y|^2 - 2 <x, y> orders each row's columns as the distance does.
             dtype = _checks.accumulator(x.dtype)
             scale, col_bias = 2.0, -(x if y is None else y).to(dtype).square().sum(1)

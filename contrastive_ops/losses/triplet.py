@@ -14,7 +14,7 @@ from .. import _autocast, _checks
 from ..ops.pairs import Pairs
 from ..reference.similarity_reduce import softplus
 from . import _arguments
-from ._distances import DISTANCES, distance_between, farthest_and_nearest, points, semi_hard_negative
+from ._distances import DISTANCES, Points, distance_between, farthest_and_nearest, points, semi_hard_negative
 
 # What torch adds to each difference; it decides the gradient at distance 0.
 TORCH_EPS = 1e-6
@@ -146,8 +146,11 @@ def batch_hard_triplet(
     margin = 0.2 if margin is None else margin
     _arguments.check_margin(name, margin)
     positives = Pairs(same=ids, diagonal=0 if y is None else None)
+    rows, columns = points(x, distance), None if y is None else points(y, distance)
+    if distance == "cosine":
+        x, y = rows.rows, None if columns is None else columns.rows
     farthest, nearest = farthest_and_nearest((name, "x", "y"), x, y, distance, positives, Pairs(differ=ids), backend)
-    gap = _distance_gap(x, y, farthest, nearest, distance)
+    gap = _distance_gap(rows, columns, farthest, nearest, distance)
     losses = softplus(gap) if soft else (gap + margin).relu()
     return _arguments.mean_over(losses, (farthest >= 0) & (nearest >= 0), weight, reduction)
 
@@ -224,7 +227,8 @@ def batch_semi_hard_triplet(
     _checks.check_index(name, "target", target, x.shape[0], "x", x)
     _checks.check_index_values(name, "target", target, columns.shape[0], or_none=True)
     chosen = semi_hard_negative((name, "x", "y"), x, y, distance, ids, target, backend)
-    gap = _distance_gap(x, y, target, chosen, distance)
+    others = None if y is None else points(y, distance)
+    gap = _distance_gap(points(x, distance), others, target, chosen, distance)
     return _arguments.mean_over((gap + margin).relu(), (target >= 0) & (chosen >= 0), weight, reduction)
 
 
@@ -320,10 +324,9 @@ def _mined(
     return x, y, (labels, col_labels)
 
 
-def _distance_gap(x: Tensor, y: Tensor | None, positive: Tensor, negative: Tensor, distance: str) -> Tensor:
+def _distance_gap(rows: Points, columns: Points | None, positive: Tensor, negative: Tensor, distance: str) -> Tensor:
     """(N,) distance of each row from the column `positive` less that from the column `negative`."""
-    rows = points(x, distance)
-    columns = rows if y is None else points(y, distance)
+    columns = rows if columns is None else columns
     near = distance_between(rows, columns.take(positive), distance)
     return near - distance_between(rows, columns.take(negative), distance)
 
