@@ -12,6 +12,7 @@ environment variables steer the build:
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shlex
@@ -43,6 +44,7 @@ X86_LEVELS: dict[str, list[str]] = {
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 X86_LEVELS["avx512"] = [*X86_LEVELS["avx2"], *AVX512]
 X86_LEVELS["avx512_bf16"] = [*X86_LEVELS["avx512"], "-mavx512bf16"]
+X86_LEVELS["amx"] = [*X86_LEVELS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 
 # -fno-lto and -g0 overrule what the interpreter was built with. Link-time optimisation would merge
 # the levels again and let AVX-512 code into functions that every processor runs.
@@ -183,12 +185,23 @@ def is_x86() -> bool:
     return sysconfig.get_platform().rpartition("-")[2] == "x86_64"
 
 
+@functools.cache
+def has_amx() -> bool:
+    """Whether the compiler knows AMX (GCC 11, Clang 11), and the system is one whose kernel offers it."""
+    command = [*(find_compiler() or ["c++"]), *X86_LEVELS["amx"], "-E", "-x", "c++", os.devnull]
+    return sys.platform == "linux" and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def levels() -> dict[str, list[str]]:
-    return X86_LEVELS if is_x86() else {"default": []}
+    if not is_x86():
+        return {"default": []}
+    return {level: flags for level, flags in X86_LEVELS.items() if level != "amx" or has_amx()}
 
 
 def x86_macro() -> list[tuple[str, str]]:
-    return [("CONTRASTIVE_OPS_X86", "1")] if is_x86() else []
+    if not is_x86():
+        return []
+    return [("CONTRASTIVE_OPS_X86", "1"), *([("CONTRASTIVE_OPS_AMX", "1")] if has_amx() else [])]
 
 
 def sources(pattern: str) -> list[str]:

@@ -41,18 +41,20 @@ from .losses import (
     triplet,
     vse,
 )
-from .ops import Fold, Guide, Pairs, Reduced, merge_lse, similarity_reduce
+from .ops import Coarse, Fold, Guide, Pairs, Reduced, TopK, merge_lse, similarity_reduce, similarity_topk
 from .reference.stream import stream_rows
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Coarse",
     "Diagnostics",
     "Fold",
     "Guide",
     "Pairs",
     "Reduced",
     "RunningDenominator",
+    "TopK",
     "__version__",
     "arc_face",
     "batch_hard_triplet",
@@ -80,6 +82,7 @@ __all__ = [
     "siglip",
     "simctg",
     "similarity_reduce",
+    "similarity_topk",
     "soft_info_nce",
     "sog_clr",
     "stream_rows",

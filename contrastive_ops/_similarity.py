@@ -1,4 +1,4 @@
-"""What every backend of similarity_reduce is given: logit sets, folds and pair rules as arguments of an operator.
+"""What every backend of a primitive is given: logit sets, folds and pair rules as arguments of an operator.
 
 Operators take tensors, lists of tensors and integers. A *logit set* is one reading of the inner products, its scale,
 sign and rules for pairs; a *fold* reduces one set along one direction. `Layout.encode` turns both into ``pair_data``
@@ -20,6 +20,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
+
+# What similarity_topk counts over all columns of a row. The position is the row of its `statistics`.
+STATISTICS = ("eligible", "higher", "differ", "same", "below", "above", "guide")
 
 # The position is the number in `spec`.
 KINDS = ("logsumexp", "max", "sum_softplus", "sum_relu", "sum", "count")
@@ -49,6 +52,7 @@ class Slot(enum.IntEnum):
     LINEAR_INDPTR = 18
     LINEAR_INDICES = 19
     LINEAR_WEIGHT = 20
+    CODE_SCALE = 21
 
 
 class ScaleOf(enum.IntEnum):

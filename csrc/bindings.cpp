@@ -1,37 +1,19 @@
 // The pybind11 module contrastive_ops._C: checks what protects memory, allocates outputs, calls the SIMD level in
 // use. With its header the only file that includes torch/extension.h. Arguments for users are checked in Python.
-#include <ATen/Parallel.h>
 #include <torch/extension.h>
 
-#include <atomic>
 #include <map>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "bindings_similarity_problem.h"
+#include "bindings_similarity_topk.h"
 #include "cpu/capability.h"
+#include "similarity_reduce.h"
 
 namespace contrastive_ops {
 namespace {
-
-// Indices are handed out one by one: tasks differ in length, and every task owns its outputs, so who runs which
-// task does not change a result.
-void run_tasks(int64_t count, Parallel::Task task, void* context) {
-  const int64_t workers = std::min<int64_t>(count, at::get_num_threads());
-  if (workers <= 1 || at::in_parallel_region()) {
-    for (int64_t index = 0; index < count; ++index) task(context, index, 0);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t index = next++; index < count; index = next++) task(context, index, static_cast<int>(worker));
-    }
-  });
-}
-
-Parallel parallel() { return {run_tasks, at::get_num_threads()}; }
 
 struct Gradients {
   Tensor dx, dy, dscale, drow_bias, dcol_bias;
@@ -144,7 +126,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> simil
 std::map<std::string, std::string> build_config() {
   return {{"torch", CONTRASTIVE_OPS_TORCH_VERSION},
           {"compiler", __VERSION__},
-#ifdef CONTRASTIVE_OPS_X86
+#ifdef CONTRASTIVE_OPS_AMX
+          {"cpu_levels", "default avx2 avx512 avx512_bf16 amx"},
+#elif defined(CONTRASTIVE_OPS_X86)
           {"cpu_levels", "default avx2 avx512 avx512_bf16"},
 #else
           {"cpu_levels", "default"},
@@ -165,6 +149,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("similarity_reduce_forward", &similarity_reduce_forward);
   m.def("similarity_reduce_backward", &similarity_reduce_backward);
   m.def("similarity_reduce_total", &similarity_reduce_total);
+  m.def("similarity_topk_forward", &similarity_topk_forward);
+  m.def("similarity_topk_at", &similarity_topk_at);
+  m.def("similarity_topk_backward", &similarity_topk_backward);
+  m.def("similarity_topk_merge", &similarity_topk_merge);
   m.def("build_config", &build_config, "Versions and options at build time.");
   m.def("cpu_capability", [] { return std::string(capability_name(capability())); }, "The SIMD level in use.");
   m.def("cpu_capability_detected", [] { return std::string(capability_name(detected_capability())); });

@@ -1,18 +1,38 @@
 // Part of bindings.cpp, the only file that includes it: from the arguments of an operator to a SimilarityProblem.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <torch/extension.h>
 
+#include <atomic>
 #include <optional>
 #include <vector>
 
-#include "similarity_reduce.h"
+#include "similarity_problem.h"
 
 namespace contrastive_ops {
 namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// Indices are handed out one by one: tasks differ in length, and every task owns its outputs, so who runs which
+// task does not change a result.
+void run_tasks(int64_t count, Parallel::Task task, void* context) {
+  const int64_t workers = std::min<int64_t>(count, at::get_num_threads());
+  if (workers <= 1 || at::in_parallel_region()) {
+    for (int64_t index = 0; index < count; ++index) task(context, index, 0);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t index = next++; index < count; index = next++) task(context, index, static_cast<int>(worker));
+    }
+  });
+}
+
+Parallel parallel() { return {run_tasks, at::get_num_threads()}; }
 
 at::ScalarType accumulator(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
@@ -69,6 +89,7 @@ enum Slot : int64_t {
   kLinearIndptr,
   kLinearIndices,
   kLinearWeight,
+  kCodeScale,
   kSlots
 };
 
@@ -87,7 +108,8 @@ class Problem {
     const Tensor y_or_x = y_in ? *y_in : x_in;
     TORCH_CHECK_VALUE(x_in.dim() == 2 && y_or_x.dim() == 2, "x and y must be matrices");
     TORCH_CHECK_VALUE(x_in.size(1) == y_or_x.size(1), "x and y must have the same last dimension");
-    TORCH_CHECK_TYPE(x_in.scalar_type() == y_or_x.scalar_type(), "x and y must have the same dtype");
+    const bool codes = y_or_x.scalar_type() == at::kChar && x_in.scalar_type() == at::kBFloat16;
+    TORCH_CHECK_TYPE(codes || x_in.scalar_type() == y_or_x.scalar_type(), "x and y must have the same dtype");
     TORCH_CHECK_VALUE(x_in.device().is_cpu() && y_or_x.device().is_cpu(), "x and y must be on the CPU");
     x = rows_contiguous(x_in);
     y = y_in ? rows_contiguous(*y_in) : x;
@@ -107,6 +129,7 @@ class Problem {
     raw.col_bias = data_or_null(col_bias);
     raw.target = static_cast<const int64_t*>(data_or_null(target));
     read_spec(scale_in);
+    TORCH_CHECK_TYPE(codes == (raw.code_scale != nullptr), "int8 codes must come with their scale");
   }
 
   at::ScalarType type() const { return accumulator(x); }
@@ -167,7 +190,10 @@ class Problem {
         slots[slot] = pair_data_[used_++];
       }
       read_rules(slots, set);
-      if (k == 0) read_linear(slots);
+      if (k == 0) {
+        read_linear(slots);
+        raw.code_scale = numbers(slots[kCodeScale], raw.M, "code_scale");
+      }
       sets.push_back(set);
     }
     for (int64_t k = 0; k < fold_count; ++k) {

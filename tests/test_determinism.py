@@ -12,6 +12,7 @@ from contrastive_ops import clip, info_nce, nt_xent
 from contrastive_ops.testing import clustered_pairs, relative_error
 
 LOSSES = {"info_nce": info_nce, "clip": clip, "nt_xent": nt_xent}
+LEVELS = ("default", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def run(loss, dtype, backend, rows=1500, depth=72, memory_budget=None):
@@ -67,7 +68,7 @@ def levels():
     if not torch.backends.cpu.get_cpu_capability():
         pytest.skip("no capability is known")
     results = {}
-    for level in ("default", "avx2", "avx512", "avx512_bf16"):
+    for level in LEVELS:
         code = CHILD.format(tests=os.path.dirname(__file__))
         environment = {**os.environ, "CONTRASTIVE_OPS_CPU_CAPABILITY": level}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -81,7 +82,7 @@ def test_levels_agree(levels):
 
     assert "default" in levels
     # Each level that the processor has must have run as itself, not as its fallback.
-    names = ["default", "avx2", "avx512", "avx512_bf16"]
+    names = list(LEVELS)
     cap = os.environ.get("CONTRASTIVE_OPS_CPU_CAPABILITY")
     detected = _extension.load().cpu_capability_detected()
     assert set(levels) == set(names[: names.index(detected) + 1]), cap
@@ -92,7 +93,7 @@ def test_levels_agree(levels):
                 # One logit per row and small integers: exact arithmetic, so exact agreement.
                 assert results[name] == expected, level
                 continue
-            # Only avx512_bf16 multiplies bfloat16 numbers; the other levels convert them to float32.
+            # Only avx512_bf16 and amx multiply bfloat16 numbers; the other levels convert them to float32.
             bound = 1e-12 if "float64" in name else 4e-3 if "bfloat16" in name else 5e-4 if "16" in name else 2e-5
             for got, want in zip(results[name], expected, strict=True):
                 assert relative_error(torch.tensor(got), torch.tensor(want)) <= bound, (level, name)

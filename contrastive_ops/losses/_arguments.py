@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _autocast, _checks
 from .._ordered import ordered_sum
-from ._unit_rows import unit_rows
+from .._unit_rows import unit_rows
 
 REDUCTIONS = ("mean", "sum", "none")
 

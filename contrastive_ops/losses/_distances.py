@@ -11,7 +11,7 @@ from .. import _autocast, _checks
 from ..ops.folds import Fold
 from ..ops.pairs import Pairs
 from ..ops.similarity_reduce import fold
-from ._unit_rows import unit_rows
+from .._unit_rows import unit_rows
 
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
 

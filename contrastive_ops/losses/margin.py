@@ -25,7 +25,7 @@ from ..ops.similarity_reduce import fold
 from . import _arguments
 from ._columns import partner_similarity
 from ._distances import take_rows
-from ._unit_rows import unit_rows
+from .._unit_rows import unit_rows
 
 
 def vse(

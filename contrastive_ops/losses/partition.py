@@ -13,7 +13,7 @@ from ..reference.similarity_reduce import softplus
 from . import _arguments
 from ._blocks import DIRECTIONS, Blocks
 from ._columns import partner_similarity
-from ._unit_rows import unit_rows
+from .._unit_rows import unit_rows
 
 
 def gte(

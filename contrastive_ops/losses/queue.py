@@ -12,7 +12,7 @@ from ..ops.pairs import Pairs
 from . import _arguments
 from ._columns import smoothing_share
 from ._row_softmax import row_softmax
-from ._unit_rows import unit_rows
+from .._unit_rows import unit_rows
 
 
 def moco(

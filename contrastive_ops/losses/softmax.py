@@ -40,7 +40,7 @@ from ._columns import (
     sum_and_count,
 )
 from ._row_softmax import row_softmax
-from ._unit_rows import unit_rows
+from .._unit_rows import unit_rows
 from .diagnostics import Ranking
 
 

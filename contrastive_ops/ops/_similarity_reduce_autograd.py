@@ -19,9 +19,7 @@ from .._dispatch import Backend
 from .._ordered import in_parts, ordered_sum
 from .._similarity import Layout
 from ..reference import similarity_reduce as reference
-
-# Not torch.library.custom_op, whose first call imports torch._dynamo: three seconds and 150 MiB for a plain evaluation.
-_LIBRARY = torch.library.Library("contrastive_ops", "FRAGMENT")
+from ._autograd import LIBRARY, alias, grad, gradient_shapes, needed, to_inputs
 
 _PROBLEM = (
     "Tensor x, Tensor? y, Tensor scale, Tensor? row_bias, Tensor? col_bias, Tensor{q} target,"
@@ -77,29 +75,16 @@ def register(backends: Mapping[str, Backend]) -> None:
         ("total", _TOTAL, total, _total_fake, _total_setup, _total_derivative),
     ):
         qualified = f"contrastive_ops::similarity_reduce_{name}"
-        _LIBRARY.define(f"similarity_reduce_{name}{schema}")
-        _LIBRARY.impl(f"similarity_reduce_{name}", function, "CompositeExplicitAutograd")
-        torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-        torch.library.register_autograd(qualified, derivative, setup_context=setup, lib=_LIBRARY)
+        LIBRARY.define(f"similarity_reduce_{name}{schema}")
+        LIBRARY.impl(f"similarity_reduce_{name}", function, "CompositeExplicitAutograd")
+        torch.library.register_fake(qualified, fake, lib=LIBRARY)
+        torch.library.register_autograd(qualified, derivative, setup_context=setup, lib=LIBRARY)
 
 
 def _check_target(problem: list[Any]) -> None:
     x, y, target = problem[_X], problem[_Y], problem[_TARGET]
     if target is not None:
         check_index_values("similarity_reduce", "target", target, len(x if y is None else y))
-
-
-def _gradient_shapes(x: Tensor, y: Tensor | None, scale: Tensor, needs: int) -> list[tuple[Any, ...]]:
-    rows, depth = x.shape
-    columns = rows if y is None else y.shape[0]
-    wants = [bool(needs >> bit & 1) for bit in range(5)]
-    wants[_Y] = wants[_Y] and y is not None
-    shapes = [(rows, depth), (columns, depth), tuple(scale.shape), (rows,), (columns,)]
-    return [shape if want else (0, *shape[1:]) for shape, want in zip(shapes, wants, strict=True)]
-
-
-def _needs(ctx: Any) -> int:
-    return sum(1 << bit for bit in range(5) if ctx.needs_input_grad[bit])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], *others: Any) -> None:
@@ -152,19 +137,11 @@ def _forward_derivative(ctx: Any, d_folds: Any, _: Any, d_target: Any, d_linear:
     d_linear = d_linear if ctx.has_linear else None
     if d_folds is None and d_target is None and d_linear is None:
         return (None,) * 5 + _no_gradients(ctx, 2)
-    needs = _needs(ctx)
+    needs = needed(ctx)
     gradients = torch.ops.contrastive_ops.similarity_reduce_backward(
         *problem, folds, argmax, d_folds, d_target, d_linear, kept, needs, ctx.backend
     )
-    return _to_inputs(problem, gradients, needs) + _no_gradients(ctx, 2)
-
-
-def _to_inputs(inputs: list[Any], gradients: Any, needs: int) -> tuple[Any, ...]:
-    """Gradients in the dtype of the first five inputs; None where none is needed."""
-    return tuple(
-        gradient.to(tensor.dtype) if needs >> bit & 1 and tensor is not None else None
-        for bit, (tensor, gradient) in enumerate(zip(inputs[:5], gradients, strict=True))
-    )
+    return to_inputs(problem, gradients, needs) + _no_gradients(ctx, 2)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------
@@ -172,7 +149,7 @@ def _to_inputs(inputs: list[Any], gradients: Any, needs: int) -> tuple[Any, ...]
 
 def _backward_fake(x: Tensor, y: Any, scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     needs = arguments[-2]
-    return tuple(x.new_empty(shape, dtype=accumulator(x.dtype)) for shape in _gradient_shapes(x, y, scale, needs))
+    return tuple(x.new_empty(shape, dtype=accumulator(x.dtype)) for shape in gradient_shapes(x, y, scale, needs))
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -186,24 +163,14 @@ def _backward_derivative(ctx: Any, *d_gradients: Any) -> tuple[Any, ...]:
     problem, others = _saved(ctx)
     with torch.enable_grad(), _autocast.disabled(problem[0]):
         # Aliases: only what this operator itself does with an input counts, not how the folds came from x.
-        tensors = [_alias(t) for t in (*problem[:_TARGET], *others)]
+        tensors = [alias(t) for t in (*problem[:_TARGET], *others)]
         leaves = [a for a in tensors if a is not None and a.requires_grad]
         arguments: list[Any] = [*tensors[:_TARGET], *problem[_TARGET:], *tensors[_TARGET:], ctx.needs]
         outputs = reference.backward(*arguments)
         pairs = [(o, d) for o, d in zip(outputs, d_gradients, strict=True) if d is not None and o.requires_grad]
-        found = iter(_grad([o for o, _ in pairs], leaves, [d for _, d in pairs]))
+        found = iter(grad([o for o, _ in pairs], leaves, [d for _, d in pairs]))
     gradients = [next(found) if a is not None and a.requires_grad else None for a in tensors]
     return (*gradients[:_TARGET], *_no_gradients(ctx, 0), *gradients[_TARGET:], None, None)
-
-
-def _alias(t: Any) -> Any:
-    return t if t is None or not t.is_floating_point() else t.view_as(t)
-
-
-def _grad(outputs: list[Tensor], inputs: list[Tensor], d_outputs: list[Tensor]) -> tuple[Tensor | None, ...]:
-    if not outputs or not inputs:
-        return (None,) * len(inputs)
-    return torch.autograd.grad(outputs, inputs, d_outputs, create_graph=True, allow_unused=True)
 
 
 # ---- total -----------------------------------------------------------------------------------------------------
@@ -212,7 +179,7 @@ def _grad(outputs: list[Tensor], inputs: list[Tensor], d_outputs: list[Tensor]) 
 def _total_fake(x: Tensor, y: Any, scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     extra, needs = arguments[-4], arguments[-2]
     rows = x.shape[0]
-    shapes = [(), (rows,), (rows,), *_gradient_shapes(x, y, scale, needs), (0 if extra is None else rows,)]
+    shapes = [(), (rows,), (rows,), *gradient_shapes(x, y, scale, needs), (0 if extra is None else rows,)]
     return tuple(x.new_empty(shape, dtype=accumulator(x.dtype)) for shape in shapes)
 
 
@@ -232,7 +199,7 @@ def _total_derivative(ctx: Any, d_total: Any, *_: Any) -> tuple[Any, ...]:
     else:
         # Out of place, so that the graph can be retained; float32 until the upstream factor is in.
         scaled = [gradient * d_total for gradient in (dx, dy, dscale, drow_bias, dcol_bias)]
-        gradients = _to_inputs(problem, scaled, ctx.needs)
+        gradients = to_inputs(problem, scaled, ctx.needs)
         values = (losses * d_total, dextra * d_total, target_logit * d_total)
         of_rows = tuple(g if t is not None else None for t, g in zip(row_wise, values, strict=True))
     return (*gradients, *_no_gradients(ctx, 0), *of_rows, None, None)
@@ -242,7 +209,7 @@ def _total_again(
     ctx: Any, problem: list[Any], row_wise: list[Any], d_total: Tensor
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The same gradients as functions of the inputs, for second derivatives."""
-    aliases = [_alias(t) for t in (*problem[:_TARGET], *row_wise)]
+    aliases = [alias(t) for t in (*problem[:_TARGET], *row_wise)]
     weight, extra, target_weight = aliases[_TARGET:]
     arguments = (*aliases[:_TARGET], *problem[_TARGET:])
     fold, _, target_logit, _, _ = torch.ops.contrastive_ops.similarity_reduce_forward(*arguments, 0, ctx.backend)
@@ -251,6 +218,6 @@ def _total_again(
     if target_weight is not None:
         total = total + ordered_sum(target_weight * target_logit)
     leaves = [a for a in aliases if a is not None and a.requires_grad]
-    found = iter(_grad([total], leaves, [d_total]))
+    found = iter(grad([total], leaves, [d_total]))
     gradients = tuple(next(found) if a is not None and a.requires_grad else None for a in aliases)
     return gradients[:_TARGET], gradients[_TARGET:]

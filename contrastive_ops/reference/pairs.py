@@ -40,14 +40,22 @@ class SetOfChunk:
     logits: Tensor
     target: Tensor | None
 
-    def dropped(self) -> Tensor | None:
-        """True where a rule drops a pair."""
+    def rules(self) -> Iterator[tuple[str, Tensor]]:
+        """The name of each rule, and True where it drops a pair; a name may come twice."""
         data, rows = self.set.data, self.rows
-        drops = [*self._dropped_by_position(), *self._dropped_by_ids(), *_out_of_bounds(data, self.dots, rows)]
+        yield from self._dropped_by_position()
+        yield from self._dropped_by_ids()
+        yield from _exceeds("below", self.dots, data.get(Slot.BELOW_ROWS), data.get(Slot.BELOW_COLS), rows)
+        above = [data.get(slot) for slot in (Slot.ABOVE_ROWS, Slot.ABOVE_COLS)]
+        negated = [None if bound is None else -bound for bound in above]
+        yield from _exceeds("above", -self.dots, negated[0], negated[1], rows)
         if Slot.GUIDE_X in data:
             guide = inner_products(data[Slot.GUIDE_X][rows], data[Slot.GUIDE_Y])
-            drops += _exceeds(guide, data.get(Slot.GUIDE_BELOW_ROWS), data.get(Slot.GUIDE_BELOW_COLS), rows)
-        return _union(drops)
+            yield from _exceeds("guide", guide, data.get(Slot.GUIDE_BELOW_ROWS), data.get(Slot.GUIDE_BELOW_COLS), rows)
+
+    def dropped(self) -> Tensor | None:
+        """True where a rule drops a pair."""
+        return _union([drop for _, drop in self.rules()])
 
     def left_out(self) -> Tensor | None:
         """True where a pair is in no fold: dropped, or the target that is returned on its own."""
@@ -94,27 +102,27 @@ class SetOfChunk:
     def _columns(self) -> Tensor:
         return torch.arange(self.logits.shape[1], device=self.logits.device)
 
-    def _dropped_by_position(self) -> Iterator[Tensor]:
+    def _dropped_by_position(self) -> Iterator[tuple[str, Tensor]]:
         data, rows, diagonal = self.set.data, self.rows, self.set.diagonal
         if diagonal is not None:
             row = torch.arange(rows.start, rows.stop, device=self.logits.device)
-            yield row[:, None] + diagonal == self._columns()
+            yield "diagonal", row[:, None] + diagonal == self._columns()
         if Slot.EXCLUDE_INDPTR in data:
             row, column, _ = _lists(data[Slot.EXCLUDE_INDPTR], data[Slot.EXCLUDE_INDICES], rows)
             drop = torch.zeros_like(self.logits, dtype=torch.bool)
             drop[row, column] = True
-            yield drop
+            yield "exclude", drop
 
-    def _dropped_by_ids(self) -> Iterator[Tensor]:
+    def _dropped_by_ids(self) -> Iterator[tuple[str, Tensor]]:
         data = self.set.data
-        for rows, cols, drops_equal in (
-            (Slot.DIFFER_ROWS, Slot.DIFFER_COLS, True),
-            (Slot.SAME_ROWS, Slot.SAME_COLS, False),
+        for name, rows, cols in (
+            ("differ", Slot.DIFFER_ROWS, Slot.DIFFER_COLS),
+            ("same", Slot.SAME_ROWS, Slot.SAME_COLS),
         ):
             if rows in data:
                 row, column = data[rows][self.rows, None], data[cols]
                 equal = (row == column) & (row != -1)
-                yield equal if drops_equal else ~equal
+                yield name, equal if name == "differ" else ~equal
 
 
 def _lists(indptr: Tensor, indices: Tensor, rows: slice) -> tuple[Tensor, Tensor, slice]:
@@ -125,16 +133,11 @@ def _lists(indptr: Tensor, indices: Tensor, rows: slice) -> tuple[Tensor, Tensor
     return row, indices[entries], entries
 
 
-def _exceeds(similarity: Tensor, by_row: Tensor | None, by_column: Tensor | None, rows: slice) -> list[Tensor]:
+def _exceeds(
+    name: str, similarity: Tensor, by_row: Tensor | None, by_column: Tensor | None, rows: slice
+) -> Iterator[tuple[str, Tensor]]:
     bounds = [None if by_row is None else by_row[rows, None], by_column]
-    return [similarity > bound for bound in bounds if bound is not None]
-
-
-def _out_of_bounds(data: dict[Slot, Tensor], dots: Tensor, rows: slice) -> list[Tensor]:
-    drops = _exceeds(dots, data.get(Slot.BELOW_ROWS), data.get(Slot.BELOW_COLS), rows)
-    above = [data.get(slot) for slot in (Slot.ABOVE_ROWS, Slot.ABOVE_COLS)]
-    negated = [None if bound is None else -bound for bound in above]
-    return drops + _exceeds(-dots, negated[0], negated[1], rows)
+    yield from ((name, similarity > bound) for bound in bounds if bound is not None)
 
 
 def _union(drops: list[Tensor]) -> Tensor | None:

@@ -2,3 +2,4 @@
 #define LEVEL level_avx2
 #define VECTOR_BYTES 32
 #include "similarity_reduce.cpp"
+#include "similarity_topk.cpp"

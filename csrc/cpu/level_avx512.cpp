@@ -2,3 +2,4 @@
 #define LEVEL level_avx512
 #define VECTOR_BYTES 64
 #include "similarity_reduce.cpp"
+#include "similarity_topk.cpp"

@@ -3,3 +3,4 @@
 #define VECTOR_BYTES 64
 #define HAS_BF16_DOT 1
 #include "similarity_reduce.cpp"
+#include "similarity_topk.cpp"

@@ -2,3 +2,4 @@
 #define LEVEL level_default
 #define VECTOR_BYTES 16
 #include "similarity_reduce.cpp"
+#include "similarity_topk.cpp"

@@ -107,6 +107,37 @@ INLINE T lane_max(Vec<T> v) {
   return across_lanes<kLanes<float> / 2, T>(v, [](Vec<T> a, Vec<T> b) { return greater<T>(a, b); })[0];
 }
 
+// Bit q is set where lane q of a condition is (a comparison of vectors has lanes of 0 and -1).
+template <class I>
+INLINE unsigned bits_of(Vec<I> condition) {
+#if defined(__x86_64__) && VECTOR_BYTES == 64
+  if constexpr (sizeof(I) == 4) return _mm512_movepi32_mask(bit_cast<__m512i>(condition));
+  return _mm512_movepi64_mask(bit_cast<__m512i>(condition));
+#elif defined(__x86_64__) && VECTOR_BYTES == 32
+  if constexpr (sizeof(I) == 4) return _mm256_movemask_ps(bit_cast<__m256>(condition));
+  return _mm256_movemask_pd(bit_cast<__m256d>(condition));
+#elif defined(__x86_64__)
+  if constexpr (sizeof(I) == 4) return _mm_movemask_ps(bit_cast<__m128>(condition));
+  return _mm_movemask_pd(bit_cast<__m128d>(condition));
+#else
+  unsigned bits = 0;
+  for (int q = 0; q < kLanes<I>; ++q) bits |= (condition[q] & 1u) << q;
+  return bits;
+#endif
+}
+// Bit q is set where a[q] > b[q]; never for NaN.
+template <class T>
+INLINE unsigned above_bits(Vec<T> a, Vec<T> b) {
+#if defined(__x86_64__) && VECTOR_BYTES == 64
+  // GCC would make a vector of the comparison and bits of the vector.
+  if constexpr (sizeof(T) == 4) return _mm512_cmp_ps_mask(bit_cast<__m512>(a), bit_cast<__m512>(b), _CMP_GT_OQ);
+  return _mm512_cmp_pd_mask(bit_cast<__m512d>(a), bit_cast<__m512d>(b), _CMP_GT_OQ);
+#else
+  using I = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  return bits_of<I>(a > b);
+#endif
+}
+
 // exp with a relative error below 2 units in the last place; 0 below -87.7, inf above 88.4, NaN for NaN.
 INLINE Vec<float> exponential(Vec<float> x) {
   using V = Vec<float>;
@@ -152,7 +183,15 @@ INLINE HalfWidth load_half_width(const void* from) {
 }
 INLINE Vec<uint32_t> widen(HalfWidth v) { return __builtin_convertvector(v, Vec<uint32_t>); }
 
+// As many bytes as a vector holds 32-bit numbers.
+typedef int8_t QuarterWidth __attribute__((vector_size(VECTOR_BYTES / 4)));
+
 INLINE Vec<float> to_float(const float* from) { return load(from); }
+INLINE Vec<float> to_float(const int8_t* from) {
+  QuarterWidth v;
+  memcpy(&v, from, sizeof(v));
+  return __builtin_convertvector(__builtin_convertvector(v, Vec<int32_t>), Vec<float>);
+}
 INLINE Vec<float> to_float(const BFloat16* from) {
   return bit_cast<Vec<float>>(Vec<uint32_t>(widen(load_half_width(from)) << 16));
 }
@@ -163,6 +202,16 @@ INLINE Vec<float> to_float(const Half* from) {
   const Vec<uint32_t> scaled = bit_cast<Vec<uint32_t>>(Vec<float>(bit_cast<Vec<float>>(magnitude) * 0x1p112f));
   const Vec<uint32_t> special = magnitude >= 0x0F800000u ? Vec<uint32_t>{} + 0x7F800000u : Vec<uint32_t>{};
   return bit_cast<Vec<float>>(Vec<uint32_t>(scaled | special | ((h & 0x8000u) << 16)));
+}
+
+// kLanes numbers in the accumulation type.
+template <class A, class S>
+INLINE Vec<A> to_accumulator(const S* from) {
+  if constexpr (sizeof(A) == 8) {
+    return load(from);
+  } else {
+    return to_float(from);
+  }
 }
 
 // ---- Transpose -----------------------------------------------------------------------------------------
@@ -220,11 +269,6 @@ class Buffer {
  private:
   T* data_ = nullptr;
 };
-
-template <class Body>
-void run_parallel(void (*run)(int64_t, void (*)(void*, int64_t, int), void*), int64_t count, Body& body) {
-  run(count, [](void* context, int64_t index, int thread) { (*static_cast<Body*>(context))(index, thread); }, &body);
-}
 
 }  // namespace
 }  // namespace LEVEL

@@ -159,13 +159,6 @@ INLINE void keep_best(Vec<A>& best, Vec<Id<A>>& at, Vec<A> l, Vec<Id<A>> positio
   at = better ? position : at;
 }
 
-template <class A>
-INLINE Vec<Id<A>> lane_numbers() {
-  Vec<Id<A>> lanes = {};
-  for (int q = 0; q < kLanes<A>; ++q) lanes[q] = q;
-  return lanes;
-}
-
 // Folds each row of a block; `j_begin` is the number of its first column in the matrix.
 template <class A, FoldKind K>
 void fold_rows(const A* l, int64_t rows, int64_t cols, int64_t j_begin, Part<A> out) {

@@ -239,15 +239,15 @@ class Gradients {
   void multiply_weights(const Chunk& chunk, const Block& block, int64_t first, const A* g, Scratch& s) {
     const int64_t depth_offset = (block.index - first) * kBlock / C::kDepth;
     if (out.dx) {
-      pack_rows<C, kRows>(weight_panels_.get() + depth_offset * kRows, kRows * super_units_, g, kBlock, block.rows,
-                          chunk.rows, block.cols);
+      pack_rows<C, Side::a>(weight_panels_.get() + depth_offset * kRows<C>, kRows<C> * super_units_, g, kBlock,
+                            block.rows, chunk.rows, block.cols);
     }
     if (!dy()) return;
     const int64_t units = depth_units<C>(block.rows);
     U* panels = s.weights_panels.once(kBlock * depth_units<C>(round_up(sweep_.chunk_rows, kLaneGroup<C>)));
-    pack_columns<C, kRows>(panels, kRows * units, g, kBlock, block.cols, block.rows);
-    multiply<C>(block.cols, p.D, units, panels, kRows * units, x_columns_.get(), kCols<C> * depth_units<C>(chunk.rows),
-                dy() + block.j * p.D, p.D, true);
+    pack_columns<C, Side::a>(panels, kRows<C> * units, g, kBlock, block.cols, block.rows);
+    multiply<C>(block.cols, p.D, units, panels, kRows<C> * units, x_columns_.get(),
+                kCols<C> * depth_units<C>(chunk.rows), dy() + block.j * p.D, p.D, true);
   }
 
   static void add_to(double* to, const A* from, int64_t count, double sign = 1) {
@@ -312,9 +312,9 @@ class Gradients {
     const int64_t units = depth_units<C>(chunk.rows);
     sweep_.run((p.D + kLaneGroup<C> - 1) / kLaneGroup<C>, [&](int64_t group, int) {
       const int64_t d = group * kLaneGroup<C>;
-      pack_columns<C, kCols<C>>(x_columns_.get() + d * units, kCols<C> * units,
-                                static_cast<const S*>(p.x) + chunk.begin * p.x_stride + d, p.x_stride,
-                                minimum<int64_t>(kLaneGroup<C>, p.D - d), chunk.rows);
+      pack_columns<C, Side::b>(x_columns_.get() + d * units, kCols<C> * units,
+                               static_cast<const S*>(p.x) + chunk.begin * p.x_stride + d, p.x_stride,
+                               minimum<int64_t>(kLaneGroup<C>, p.D - d), chunk.rows);
     });
   }
 
@@ -327,7 +327,7 @@ class Gradients {
     const int64_t groups = (panels + group - 1) / group;
     // Splitting rows packs the same columns of y once more, so only as far as dimensions leave threads idle.
     const int64_t splits = (tasks + groups - 1) / groups;
-    const int64_t segment = round_up((chunk.rows + splits - 1) / splits, kRows);
+    const int64_t segment = round_up((chunk.rows + splits - 1) / splits, kRows<C>);
     const int64_t segments = (chunk.rows + segment - 1) / segment;
     sweep_.run(groups * segments, [&](int64_t index, int thread) {
       const int64_t d = index % groups * group * kCols<C>, lanes = minimum(group * kCols<C>, p.D - d);
@@ -336,11 +336,12 @@ class Gradients {
       U* y_columns = sweep_.scratch(thread).y_columns.once(4 * kCols<C> * step_units);
       for (int64_t j = begin; j < end; j += kDepthStep) {
         const int64_t depth = minimum(kDepthStep, end - j);
-        pack_columns<C, kCols<C>>(y_columns, kCols<C> * step_units, static_cast<const S*>(p.y) + j * p.y_stride + d,
-                                  p.y_stride, lanes, depth);
+        pack_columns<C, Side::b>(y_columns, kCols<C> * step_units, static_cast<const S*>(p.y) + j * p.y_stride + d,
+                                 p.y_stride, lanes, depth);
         multiply<C>(rows, lanes, depth_units<C>(depth),
-                    weight_panels_.get() + i * super_units_ + (j - begin) / C::kDepth * kRows, kRows * super_units_,
-                    y_columns, kCols<C> * step_units, static_cast<A*>(out.dx) + (chunk.begin + i) * p.D + d, p.D, true);
+                    weight_panels_.get() + i * super_units_ + (j - begin) / C::kDepth * kRows<C>,
+                    kRows<C> * super_units_, y_columns, kCols<C> * step_units,
+                    static_cast<A*>(out.dx) + (chunk.begin + i) * p.D + d, p.D, true);
       }
     });
   }

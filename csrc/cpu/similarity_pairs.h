@@ -5,7 +5,7 @@
 // elements (j, i); "i-side" and "j-side" are rows and columns of the block, not of the matrix.
 #pragma once
 
-#include "../similarity_reduce.h"
+#include "../similarity_problem.h"
 #include "similarity_tile.h"
 
 namespace contrastive_ops {
@@ -23,6 +23,13 @@ INLINE A infinity() {
 // Ids are compared lane by lane with logits, so they have the size of a logit.
 template <class A>
 using Id = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+
+template <class A>
+INLINE Vec<Id<A>> lane_numbers() {
+  Vec<Id<A>> lanes = {};
+  for (int q = 0; q < kLanes<A>; ++q) lanes[q] = q;
+  return lanes;
+}
 
 // Replaces ids by numbers of the size of a logit that are equal exactly where the ids are; -1 equals nothing.
 template <class I>
@@ -136,6 +143,14 @@ struct View {
   Sides<Id<A>> differ, same, classes;
   Sides<A> below, above, guide_below;
   const A* log_weight;
+
+  // The same of the rows that follow.
+  void advance(int64_t rows) {
+    scale_i += rows;
+    bias_i += rows;
+    for (auto* side : {&differ, &same, &classes}) side->i += side->i ? rows : 0;
+    for (auto* side : {&below, &above, &guide_below}) side->i += side->i ? rows : 0;
+  }
 };
 
 // l = +-(dot * scale + bias [+ log_weight]); columns past `cols` become -inf.
@@ -157,7 +172,32 @@ void logits(const View<A>& view, const A* dots, A* l, int64_t rows, int64_t cols
   }
 }
 
-// Gives `value` to the logits of pairs that a rule drops. Comparisons are false for NaN, which therefore stays.
+// The rules that look at every pair of a block.
+enum class Rule { differ, same, below, above, guide };
+
+// Calls visit(rule, drops) for each rule of row i, where drops(j) says of the columns [j, j + kLanes) which ones it
+// drops. Comparisons are false for NaN, which is not dropped. `dot`, `guide`: the row's similarities.
+template <class A, class Visit>
+INLINE void for_each_rule(const View<A>& view, const A* dot, const A* guide, int64_t i, Visit visit) {
+  if (view.differ.i) {
+    const Vec<Id<A>> own = broadcast(view.differ.i[i]);
+    visit(Rule::differ, [&](int64_t j) { return load(view.differ.j + j) == own; });
+  }
+  if (view.same.i) {
+    const Vec<Id<A>> own = broadcast(view.same.i[i]);
+    visit(Rule::same, [&](int64_t j) { return load(view.same.j + j) != own; });
+  }
+  const auto exceeds = [&](Rule rule, const Sides<A>& bound, const A* similarity) {
+    if (bound.i) visit(rule, [&](int64_t j) { return load(similarity + j) > broadcast(bound.i[i]); });
+    if (bound.has_j) visit(rule, [&](int64_t j) { return load(similarity + j) > load(bound.j + j); });
+  };
+  exceeds(Rule::below, view.below, dot);
+  if (guide) exceeds(Rule::guide, view.guide_below, guide);
+  if (view.above.i) visit(Rule::above, [&](int64_t j) { return load(dot + j) < broadcast(view.above.i[i]); });
+  if (view.above.has_j) visit(Rule::above, [&](int64_t j) { return load(dot + j) < load(view.above.j + j); });
+}
+
+// Gives `value` to the logits of pairs that a rule drops; NaN stays.
 template <class A>
 void apply_rules(const View<A>& view, const A* dots, const A* guide, A* l, int64_t rows, int64_t cols, A value) {
   constexpr int W = kLanes<A>;
@@ -165,29 +205,71 @@ void apply_rules(const View<A>& view, const A* dots, const A* guide, A* l, int64
   const Vec<A> dropped = broadcast(value);
   for (int64_t i = 0; i < rows; ++i) {
     A* row = l + i * kBlock;
-    const A* dot = dots + i * kBlock;
-    const auto drop_where = [&](auto condition) {
-      for (int64_t j = 0; j < padded; j += W) store(row + j, condition(j) ? dropped : load(row + j));
-    };
-    if (view.differ.i) {
-      const Vec<Id<A>> own = broadcast(view.differ.i[i]);
-      drop_where([&](int64_t j) { return load(view.differ.j + j) == own; });
-    }
-    if (view.same.i) {
-      const Vec<Id<A>> own = broadcast(view.same.i[i]);
-      drop_where([&](int64_t j) { return load(view.same.j + j) != own; });
-    }
-    const auto exceeds = [&](const Sides<A>& bound, const A* similarity) {
-      if (bound.i) drop_where([&](int64_t j) { return load(similarity + j) > broadcast(bound.i[i]); });
-      if (bound.has_j) drop_where([&](int64_t j) { return load(similarity + j) > load(bound.j + j); });
-    };
-    exceeds(view.below, dot);
-    if (guide) exceeds(view.guide_below, guide + i * kBlock);
-    if (view.above.i) drop_where([&](int64_t j) { return load(dot + j) < broadcast(view.above.i[i]); });
-    if (view.above.has_j) drop_where([&](int64_t j) { return load(dot + j) < load(view.above.j + j); });
+    for_each_rule(view, dots + i * kBlock, guide ? guide + i * kBlock : nullptr, i, [&](Rule, auto drops) {
+      for (int64_t j = 0; j < padded; j += W) store(row + j, drops(j) ? dropped : load(row + j));
+    });
     for (int64_t j = cols; j < padded; ++j) row[j] = -infinity<A>();
   }
 }
+
+// Where a view of a problem's sets is made.
+template <class A>
+class Views {
+ public:
+  Views(const SimilarityProblem& problem, int64_t rows_of_a_chunk) : problem_(problem) {
+    rules.reset(new Rules<A>[problem.set_count]);
+    for (int set = 0; set < problem.set_count; ++set) {
+      rules[set].prepare(problem, problem.sets[set]);
+      guided |= rules[set].uses_guide();
+    }
+    zeros.allocate(rows_of_a_chunk);
+    ones.allocate(rows_of_a_chunk);
+    for (int64_t i = 0; i < rows_of_a_chunk; ++i) {
+      zeros.get()[i] = 0;
+      ones.get()[i] = 1;
+    }
+  }
+
+  // The elements (i, j) of a set for the rows from `begin` on and the columns [j, j + cols), or, mirrored, the elements
+  // (j, i) of self-similarity.
+  void set_view(int64_t begin, int64_t j_begin, int64_t cols, int set, bool mirrored, View<A>& view) const {
+    const SimilarityProblem& p = problem_;
+    const Rules<A>& rule = rules[set];
+    const SimilaritySet& from = *rule.set;
+    const auto numbers = [](const void* v) { return static_cast<const A*>(v); };
+    const A *bias_i = numbers(mirrored ? p.col_bias : p.row_bias),
+            *bias_j = numbers(mirrored ? p.row_bias : p.col_bias);
+    const A* scale = numbers(from.scale);
+    const bool along_i = from.scale_of == (mirrored ? ScaleOf::columns : ScaleOf::rows);
+    view.sign = from.negate ? -1 : 1;
+    view.scale_i = along_i ? scale + begin : ones.get();
+    view.bias_i = bias_i ? bias_i + begin : zeros.get();
+    for (int64_t j = 0; j < kBlock; ++j) {
+      const bool inside = j < cols;
+      const A own = along_i ? 1 : from.scale_of == ScaleOf::all ? scale[0] : inside ? scale[j_begin + j] : 1;
+      view.scale_j[j] = view.sign * own;
+      view.bias_j[j] = bias_j && inside ? view.sign * bias_j[j_begin + j] : 0;
+    }
+    const auto sides = [&](auto& side, auto rows, auto columns, auto past_end) {
+      side.set(rows, columns, mirrored, begin, j_begin, cols, past_end);
+    };
+    sides(view.differ, rule.differ.rows(), rule.differ.cols(), Id<A>(0));
+    sides(view.same, rule.same.rows(), rule.same.cols(), Id<A>(0));
+    view.log_weight = rule.log_weight.get();
+    sides(view.classes, static_cast<const Id<A>*>(rule.class_rows.get()),
+          static_cast<const Id<A>*>(rule.class_cols.get()), Id<A>(0));
+    sides(view.below, numbers(from.below_rows), numbers(from.below_cols), A(0));
+    sides(view.above, numbers(from.above_rows), numbers(from.above_cols), A(0));
+    sides(view.guide_below, numbers(from.guide_below_rows), numbers(from.guide_below_cols), A(0));
+  }
+
+  std::unique_ptr<Rules<A>[]> rules;  // per set
+  bool guided = false;                // whether any set has a guide
+  Buffer<A> zeros, ones;
+
+ private:
+  const SimilarityProblem& problem_;
+};
 
 // First position in [begin, end) of an ascending list whose entry is not below `value`.
 INLINE int64_t lower_bound(const int64_t* list, int64_t begin, int64_t end, int64_t value) {

@@ -4,6 +4,8 @@
 // similarity_sweep.h, gradients of a chunk in similarity_gradients.h, the arithmetic on a block in
 // similarity_epilogue.h, folds in similarity_folds.h, rules for pairs in similarity_pairs.h, the matmul in
 // similarity_tile.h.
+#include "../similarity_reduce.h"
+
 #include "similarity_gradients.h"
 
 namespace contrastive_ops {
@@ -146,12 +148,6 @@ void total(const SimilarityProblem& p, const SimilarityTotal& t, const Parallel&
 }
 
 // ---- Types -------------------------------------------------------------------------------------------------
-
-#ifdef HAS_BF16_DOT
-using ComputeForBFloat16 = ComputeBFloat16;
-#else
-using ComputeForBFloat16 = ComputeFloat;
-#endif
 
 #define CONTRASTIVE_OPS_FOR_TYPE(function, Argument)                                                    \
   void function##_any(const SimilarityProblem& p, const Argument& argument, const Parallel& parallel) { \

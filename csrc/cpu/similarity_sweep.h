@@ -29,28 +29,20 @@ struct Block {
 };
 
 template <class C, class S>
-class Sweep {
+class Sweep : public Views<typename C::Acc> {
  public:
   using A = typename C::Acc;
   using U = typename C::Unit;
   using G = std::conditional_t<sizeof(A) == 4, ComputeFloat, ComputeDouble>;  // what the guide is computed in
 
   Sweep(const SimilarityProblem& problem, const Parallel& parallel, bool holds_chunk)
-      : p(problem), parallel_(parallel), chunk_rows(rows_of_a_chunk(problem, holds_chunk)) {
+      : Views<A>(problem, rows_of_a_chunk(problem, holds_chunk)),
+        p(problem),
+        parallel_(parallel),
+        chunk_rows(rows_of_a_chunk(problem, holds_chunk)) {
     padded_columns = round_up(p.M, kBlock) + kBlock;
-    rules.reset(new Rules<A>[p.set_count]);
-    for (int set = 0; set < p.set_count; ++set) {
-      rules[set].prepare(p, p.sets[set]);
-      guided_ |= rules[set].uses_guide();
-    }
-    zeros.allocate(chunk_rows);
-    ones.allocate(chunk_rows);
-    for (int64_t i = 0; i < chunk_rows; ++i) {
-      zeros.get()[i] = 0;
-      ones.get()[i] = 1;
-    }
     x_panels.allocate(round_up(chunk_rows, kLaneGroup<C>) * depth_units<C>(p.D));
-    if (guided_) guide_panels_.allocate(round_up(chunk_rows, kLaneGroup<G>) * depth_units<G>(p.guide_depth));
+    if (this->guided) guide_panels_.allocate(round_up(chunk_rows, kLaneGroup<G>) * depth_units<G>(p.guide_depth));
     scratch_.reset(new Scratch[parallel.threads]);
   }
 
@@ -69,7 +61,7 @@ class Sweep {
       kept = p.kept && kept_used + stored_size(chunk) <= p.kept_size ? static_cast<A*>(p.kept) + kept_used : nullptr;
       if (kept) kept_used += stored_size(chunk);
       pack<C, S>(chunk, p.x, p.x_stride, p.D, x_panels);
-      if (guided_) pack<G, A>(chunk, p.guide_x, p.guide_depth, p.guide_depth, guide_panels_);
+      if (this->guided) pack<G, A>(chunk, p.guide_x, p.guide_depth, p.guide_depth, guide_panels_);
       body(chunk);
     }
   }
@@ -102,41 +94,14 @@ class Sweep {
   }
   // The guide's similarities of a block, or null where no set has a guide.
   const A* guide_block(const Chunk& chunk, const Block& block, Scratch& s) {
-    if (!guided_) return nullptr;
+    if (!this->guided) return nullptr;
     A* guide = block_buffer(s.guide);
     products<G, A>(chunk, block, guide_panels_, p.guide_y, p.guide_depth, p.guide_depth, s.guide_panel, guide);
     return guide;
   }
 
-  // The elements (i, j) of a set, or, mirrored, the elements (j, i) of self-similarity.
   void set_view(const Chunk& chunk, const Block& block, int set, bool mirrored, View<A>& view) {
-    const Rules<A>& rule = rules[set];
-    const SimilaritySet& from = *rule.set;
-    const auto numbers = [](const void* v) { return static_cast<const A*>(v); };
-    const A *bias_i = numbers(mirrored ? p.col_bias : p.row_bias),
-            *bias_j = numbers(mirrored ? p.row_bias : p.col_bias);
-    const A* scale = numbers(from.scale);
-    const bool along_i = from.scale_of == (mirrored ? ScaleOf::columns : ScaleOf::rows);
-    view.sign = from.negate ? -1 : 1;
-    view.scale_i = along_i ? scale + chunk.begin : ones.get();
-    view.bias_i = bias_i ? bias_i + chunk.begin : zeros.get();
-    for (int64_t j = 0; j < kBlock; ++j) {
-      const bool inside = j < block.cols;
-      const A own = along_i ? 1 : from.scale_of == ScaleOf::all ? scale[0] : inside ? scale[block.j + j] : 1;
-      view.scale_j[j] = view.sign * own;
-      view.bias_j[j] = bias_j && inside ? view.sign * bias_j[block.j + j] : 0;
-    }
-    const auto sides = [&](auto& side, auto rows, auto cols, auto past_end) {
-      side.set(rows, cols, mirrored, chunk.begin, block.j, block.cols, past_end);
-    };
-    sides(view.differ, rule.differ.rows(), rule.differ.cols(), Id<A>(0));
-    sides(view.same, rule.same.rows(), rule.same.cols(), Id<A>(0));
-    view.log_weight = rule.log_weight.get();
-    sides(view.classes, static_cast<const Id<A>*>(rule.class_rows.get()),
-          static_cast<const Id<A>*>(rule.class_cols.get()), Id<A>(0));
-    sides(view.below, numbers(from.below_rows), numbers(from.below_cols), A(0));
-    sides(view.above, numbers(from.above_rows), numbers(from.above_cols), A(0));
-    sides(view.guide_below, numbers(from.guide_below_rows), numbers(from.guide_below_cols), A(0));
+    Views<A>::set_view(chunk.begin, block.j, block.cols, set, mirrored, view);
   }
 
   // Calls body(i, j, position) for each pair of a block that a row names, in block coordinates: `others(owner, from,
@@ -179,7 +144,7 @@ class Sweep {
     set_view(chunk, block, set, mirrored, view);
     logits(view, dots, l, rows, block.cols);
     named(l);
-    if (rules[set].looks()) apply_rules(view, dots, guide, l, rows, block.cols, dropped);
+    if (this->rules[set].looks()) apply_rules(view, dots, guide, l, rows, block.cols, dropped);
     const auto drop = [&](int64_t i, int64_t j, int64_t) { l[i * kBlock + j] = dropped; };
     if (from.has_diagonal) {
       const auto own = [&](int64_t owner, int64_t begin, int64_t end, auto call) {
@@ -229,8 +194,6 @@ class Sweep {
   const Parallel& parallel_;
   const int64_t chunk_rows;
   int64_t padded_columns = 0;
-  std::unique_ptr<Rules<A>[]> rules;  // per set
-  Buffer<A> zeros, ones;
   Buffer<U> x_panels;  // the chunk's rows, packed as A panels
   A* kept = nullptr;   // where this chunk's inner products are kept, or null
   int64_t kept_used = 0;
@@ -248,8 +211,8 @@ class Sweep {
     const int64_t units = depth_units<K>(depth);
     run((chunk.rows + kLaneGroup<K> - 1) / kLaneGroup<K>, [&](int64_t group, int) {
       const int64_t i = group * kLaneGroup<K>, lanes = minimum<int64_t>(kLaneGroup<K>, chunk.rows - i);
-      pack_rows<K, kRows>(panels.get() + i * units, kRows * units,
-                          static_cast<const T*>(from) + (chunk.begin + i) * stride, stride, lanes, lanes, depth);
+      pack_rows<K, Side::a>(panels.get() + i * units, kRows<K> * units,
+                            static_cast<const T*>(from) + (chunk.begin + i) * stride, stride, lanes, lanes, depth);
     });
   }
   template <class K, class T>
@@ -257,16 +220,15 @@ class Sweep {
                 int64_t stride, int64_t depth, Buffer<typename K::Unit>& scratch, A* dots) {
     const int64_t units = depth_units<K>(depth);
     auto* panel = scratch.once(kCols<K> * units);
-    const int64_t rows = minimum(round_up(block.rows, kRows), padded_rows(chunk));
+    const int64_t rows = minimum(round_up(block.rows, kRows<C>), padded_rows(chunk));
     for (int64_t j = 0; j < kBlock; j += kCols<K>) {
       const int64_t lanes = maximum<int64_t>(0, minimum<int64_t>(kCols<K>, block.cols - j));
       const T* from = static_cast<const T*>(y) + (block.j + (lanes ? j : 0)) * stride;
-      pack_rows<K, kCols<K>>(panel, 0, from, stride, lanes, kCols<K>, depth);
-      multiply<K>(rows, kCols<K>, units, x.get(), kRows * units, panel, 0, dots + j, kBlock, false);
+      pack_rows<K, Side::b>(panel, 0, from, stride, lanes, kCols<K>, depth);
+      multiply<K>(rows, kCols<K>, units, x.get(), kRows<K> * units, panel, 0, dots + j, kBlock, false);
     }
   }
 
-  bool guided_ = false;
   Buffer<typename G::Unit> guide_panels_;
   std::unique_ptr<Scratch[]> scratch_;
 };

@@ -31,6 +31,21 @@ struct ComputeBFloat16 {  // pairs of bfloat16 numbers, products accumulated in 
 };
 #endif
 
+// Whether tiles are multiplied by AMX, whose registers hold 16 lanes of 16 units.
+#ifdef HAS_AMX
+template <class C>
+constexpr bool kTiled = C::kDepth == 2;
+#else
+template <class C>
+constexpr bool kTiled = false;
+#endif
+
+#ifdef HAS_BF16_DOT
+using ComputeForBFloat16 = ComputeBFloat16;
+#else
+using ComputeForBFloat16 = ComputeFloat;
+#endif
+
 // A number as it is multiplied: packing rounds float32 to bfloat16 for the pairs.
 template <class C>
 INLINE Vec<typename C::Acc> rounded(Vec<typename C::Acc> v) {
@@ -44,7 +59,11 @@ INLINE Vec<typename C::Acc> rounded(Vec<typename C::Acc> v) {
 
 // 8 x 32 on AVX-512 (16 accumulators of 32 registers), 4 x 16 on AVX2, 4 x 8 on SSE2: enough independent sums to
 // hide the latency of a fused multiply-add, few enough loads to keep both multipliers busy.
-constexpr int kRows = VECTOR_BYTES == 64 ? 8 : 4;
+// 32 x 32 on AMX: four accumulators, so that each load is used twice.
+template <class C>
+constexpr int kRows = kTiled<C>            ? 32
+                      : VECTOR_BYTES == 64 ? 8
+                                           : 4;
 constexpr int kVectors = 2;
 template <class C>
 constexpr int kCols = kVectors * kLanes<typename C::Acc>;
@@ -52,9 +71,16 @@ constexpr int kCols = kVectors * kLanes<typename C::Acc>;
 template <class C>
 constexpr int kLaneGroup = kCols<C>;
 
+// The side of a product that a panel is for, and its lanes.
+enum class Side { a, b };
+template <class C, Side side>
+constexpr int kPanelLanes = side == Side::a ? kRows<C> : kCols<C>;
+
+// Units of a panel along the depth; those past the end are zero.
 template <class C>
 INLINE int64_t depth_units(int64_t depth) {
-  return (depth + C::kDepth - 1) / C::kDepth;
+  const int64_t units = (depth + C::kDepth - 1) / C::kDepth;
+  return kTiled<C> ? round_up(units, 16) : units;
 }
 
 // ---- Units from source elements --------------------------------------------------------------------------
@@ -77,6 +103,9 @@ INLINE Vec<uint32_t> units_along(ComputeBFloat16, const BFloat16* from) {
 }
 INLINE Vec<uint32_t> units_along(ComputeBFloat16, const float* from) {
   return bit_cast<Vec<uint32_t>>(_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from)));
+}
+INLINE Vec<uint32_t> units_along(ComputeBFloat16, const int8_t* from) {  // exact: codes have seven bits
+  return bit_cast<Vec<uint32_t>>(_mm512_cvtne2ps_pbh(to_float(from + 16), to_float(from)));
 }
 INLINE Vec<uint32_t> pair(Vec<uint32_t> first, Vec<uint32_t> second) { return first | (second << 16); }
 INLINE Vec<uint32_t> units_across(ComputeBFloat16, const BFloat16* from, const BFloat16* next) {
@@ -114,9 +143,20 @@ INLINE void store_group(typename C::Unit* to, int64_t panel_stride, int64_t grou
   }
 }
 
+// Where AMX reads the A side: squares of 16 lanes, 16 units each, two squares for one step of the depth.
+template <class C>
+INLINE void store_square(typename C::Unit* to, int64_t panel_stride, int64_t group, int64_t depth,
+                         const Vec<typename C::Unit>* lanes) {
+  constexpr int width = kLanes<typename C::Unit>;
+  const int64_t lane = group * width;
+  auto* at = to + lane / kRows<C> * panel_stride + depth * kRows<C> + lane % kRows<C> * width;
+#pragma GCC unroll 16
+  for (int r = 0; r < width; ++r) store(at + r * width, lanes[r]);
+}
+
 // Packs lanes that are rows of the source (depth runs along a row): a transpose.
 // Panels are `panel_stride` units apart; lanes from `lanes` up to `filled_lanes`, rounded up to kLaneGroup, are zero.
-template <class C, int Lanes, class S>
+template <class C, Side side, class S>
 void pack_rows(typename C::Unit* to, int64_t panel_stride, const S* from, int64_t stride, int64_t lanes,
                int64_t filled_lanes, int64_t depth) {
   using U = typename C::Unit;
@@ -139,18 +179,22 @@ void pack_rows(typename C::Unit* to, int64_t panel_stride, const S* from, int64_
           tile[r] = units_along(C{}, tail);
         }
       }
+      if constexpr (kTiled<C> && side == Side::a) {
+        store_square<C>(to, panel_stride, group, k / C::kDepth, tile);
+        continue;
+      }
       transpose<U>(tile);
       const int64_t filled = minimum<int64_t>(width, depth_units<C>(left));
 #pragma GCC unroll 16
       for (int u = 0; u < width; ++u) {
-        if (u < filled) store_group<C, Lanes>(to, panel_stride, group, k / C::kDepth + u, tile[u]);
+        if (u < filled) store_group<C, kPanelLanes<C, side>>(to, panel_stride, group, k / C::kDepth + u, tile[u]);
       }
     }
   }
 }
 
 // Packs lanes that are columns of the source (depth runs down the rows): a copy.
-template <class C, int Lanes, class S>
+template <class C, Side side, class S>
 void pack_columns(typename C::Unit* to, int64_t panel_stride, const S* from, int64_t stride, int64_t lanes,
                   int64_t depth) {
   using U = typename C::Unit;
@@ -160,21 +204,30 @@ void pack_columns(typename C::Unit* to, int64_t panel_stride, const S* from, int
   // Groups outside: panels lie a power of two apart, and writing to all of them in turn would hit one cache set.
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t lane = group * width;
-    for (int64_t k = 0; k < depth; k += C::kDepth) {
+    const auto units_at = [&](int64_t k) {
+      if (k >= depth) return Vec<U>{};
       const S* row = from + k * stride;
       const bool has_next = k + 1 < depth;
-      Vec<U> units;
-      if (lane + width <= lanes) {
-        units = units_across(C{}, row + lane, has_next ? row + stride + lane : zeros);
-      } else {
-        S first[width] = {}, second[width] = {};
-        for (int64_t q = 0; q < lanes - lane; ++q) {
-          first[q] = row[lane + q];
-          if (C::kDepth == 2 && has_next) second[q] = row[stride + lane + q];
-        }
-        units = units_across(C{}, first, second);
+      if (lane + width <= lanes) return units_across(C{}, row + lane, has_next ? row + stride + lane : zeros);
+      S first[width] = {}, second[width] = {};
+      for (int64_t q = 0; q < lanes - lane; ++q) {
+        first[q] = row[lane + q];
+        if (C::kDepth == 2 && has_next) second[q] = row[stride + lane + q];
       }
-      store_group<C, Lanes>(to, panel_stride, group, k / C::kDepth, units);
+      return units_across(C{}, first, second);
+    };
+    const int64_t units = depth_units<C>(depth);
+    if constexpr (kTiled<C> && side == Side::a) {
+      for (int64_t u = 0; u < units; u += width) {
+        Vec<U> square[width];
+        for (int q = 0; q < width; ++q) square[q] = units_at((u + q) * C::kDepth);
+        transpose<U>(square);
+        store_square<C>(to, panel_stride, group, u, square);
+      }
+    } else {
+      for (int64_t u = 0; u < units; ++u) {
+        store_group<C, kPanelLanes<C, side>>(to, panel_stride, group, u, units_at(u * C::kDepth));
+      }
     }
   }
 }
@@ -194,22 +247,70 @@ INLINE void multiply_add(Vec<typename C::Acc>& sum, typename C::Unit a, Vec<type
   sum += bit_cast<A>(a) * bit_cast<Vec<A>>(b);
 }
 
+#ifdef HAS_AMX
+// The tile registers of this thread, all 16 lanes x 16 units, as long as this lives.
+struct TileRegisters {
+  TileRegisters() {
+    alignas(64) uint8_t shape[64] = {1};
+    for (int t = 0; t < 8; ++t) {
+      shape[16 + 2 * t] = 64;  // bytes of a row
+      shape[48 + t] = 16;      // rows
+    }
+    _tile_loadconfig(shape);
+  }
+  ~TileRegisters() { _tile_release(); }
+};
+
+// 32 x 32 outputs; each step of 16 units is 4 KiB of loads for 64 cycles of products.
+INLINE void amx_tile(int64_t depth, const uint32_t* a, const uint32_t* b, float* c, int64_t ldc, bool add) {
+  const int64_t c_stride = ldc * static_cast<int64_t>(sizeof(float));
+  if (add) {
+    _tile_loadd(0, c, c_stride);
+    _tile_loadd(1, c + 16, c_stride);
+    _tile_loadd(2, c + 16 * ldc, c_stride);
+    _tile_loadd(3, c + 16 * ldc + 16, c_stride);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; k += 16, a += 16 * 32, b += 16 * 32) {
+    _tile_loadd(4, a, 64);
+    _tile_loadd(6, b, 128);
+    _tile_loadd(7, b + 16, 128);
+    _tile_loadd(5, a + 16 * 16, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, c_stride);
+  _tile_stored(1, c + 16, c_stride);
+  _tile_stored(2, c + 16 * ldc, c_stride);
+  _tile_stored(3, c + 16 * ldc + 16, c_stride);
+}
+#endif
+
 // kRows x kCols outputs over `depth` units; adds to C if `add`.
 template <class C>
 void tile(int64_t depth, const typename C::Unit* a, const typename C::Unit* b, typename C::Acc* c, int64_t ldc,
           bool add) {
+#ifdef HAS_AMX
+  if constexpr (kTiled<C>) return amx_tile(depth, a, b, c, ldc, add);
+#endif
   using A = typename C::Acc;
   using U = typename C::Unit;
   constexpr int width = kLanes<A>;
   // The outputs are met once per depth loop and lie far apart: without the hint their misses end every tile.
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
+  for (int i = 0; i < kRows<C>; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) __builtin_prefetch(c + i * ldc + v * width, 1);
   }
-  Vec<A> sums[kRows][kVectors];
+  Vec<A> sums[kRows<C>][kVectors];
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
+  for (int i = 0; i < kRows<C>; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[i][v] = Vec<A>{};
   }
@@ -218,19 +319,76 @@ void tile(int64_t depth, const typename C::Unit* a, const typename C::Unit* b, t
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) columns[v] = load(b + k * kCols<C> + v * width);
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < kRows<C>; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) multiply_add<C>(sums[i][v], a[k * kRows + i], columns[v]);
+      for (int v = 0; v < kVectors; ++v) multiply_add<C>(sums[i][v], a[k * kRows<C> + i], columns[v]);
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
+  for (int i = 0; i < kRows<C>; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       A* at = c + i * ldc + v * width;
       store(at, add ? load(at) + sums[i][v] : sums[i][v]);
     }
   }
+}
+
+// What one AMX step adds to a lane's sum: the even and the odd products on their own, each fused, and then their sum.
+INLINE Vec<float> as_one_tile_step(const uint32_t* a, const Vec<uint32_t>* b) {
+  Vec<float> even = {}, odd = {};
+#pragma GCC unroll 16
+  for (int u = 0; u < kLanes<float>; ++u) {
+    const float low = bit_cast<float>(a[u] << 16), high = bit_cast<float>(a[u] & 0xFFFF0000u);
+    even += low * bit_cast<Vec<float>>(Vec<uint32_t>(b[u] << 16));
+    odd += high * bit_cast<Vec<float>>(Vec<uint32_t>(b[u] & 0xFFFF0000u));
+  }
+  return even + odd;
+}
+
+// Inner products of a panel's first kRowCount rows with kLanes rows of the source, for few rows, where packing the
+// source would cost more than multiplying. Sums run along the depth as in `tile`, so the products are the same to the
+// bit.
+template <class C, int kRowCount, class S>
+void products_with(const typename C::Unit* panel, const S* const* from, int64_t depth, typename C::Acc* out,
+                   int64_t out_stride) {
+  using A = typename C::Acc;
+  using U = typename C::Unit;
+  constexpr int width = kLanes<U>, step = width * C::kDepth;
+  Vec<A> sums[kRowCount];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRowCount; ++r) sums[r] = Vec<A>{};
+  for (int64_t k = 0; k < depth; k += step) {
+    Vec<U> tile[width];
+    const int64_t left = depth - k;
+    if (left >= step) {
+#pragma GCC unroll 16
+      for (int q = 0; q < width; ++q) tile[q] = units_along(C{}, from[q] + k);
+    } else {
+      for (int q = 0; q < width; ++q) {
+        S tail[step] = {};
+        for (int64_t e = 0; e < left; ++e) tail[e] = from[q][k + e];
+        tile[q] = units_along(C{}, tail);
+      }
+    }
+    transpose<U>(tile);
+    const U* a = panel + k / C::kDepth * kRows<C>;
+    if constexpr (kTiled<C>) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kRowCount; ++r) sums[r] += as_one_tile_step(a + r * width, tile);
+    } else {
+      const int64_t filled = minimum<int64_t>(width, depth_units<C>(left));
+#pragma GCC unroll 16
+      for (int u = 0; u < width; ++u) {
+        if (u < filled) {
+#pragma GCC unroll 4
+          for (int r = 0; r < kRowCount; ++r) multiply_add<C>(sums[r], a[u * kRows<C> + r], tile[u]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRowCount; ++r) store(out + r * out_stride, sums[r]);
 }
 
 // C (m x n) (+)= A^T B, m and n arbitrary: tiles that stick out go through a small buffer.
@@ -241,15 +399,15 @@ void multiply(int64_t m, int64_t n, int64_t depth, const typename C::Unit* a, in
   constexpr int cols = kCols<C>;
   for (int64_t j = 0; j < n; j += cols) {
     const typename C::Unit* panel = b + j / cols * b_panel_stride;
-    for (int64_t i = 0; i < m; i += kRows) {
-      const typename C::Unit* rows = a + i / kRows * a_panel_stride;
-      if (i + kRows <= m && j + cols <= n) {
+    for (int64_t i = 0; i < m; i += kRows<C>) {
+      const typename C::Unit* rows = a + i / kRows<C> * a_panel_stride;
+      if (i + kRows<C> <= m && j + cols <= n) {
         tile<C>(depth, rows, panel, c + i * ldc + j, ldc, add);
         continue;
       }
-      alignas(64) A edge[kRows * cols];
+      alignas(64) A edge[kRows<C> * cols];
       tile<C>(depth, rows, panel, edge, cols, false);
-      for (int64_t r = 0; r < minimum<int64_t>(kRows, m - i); ++r) {
+      for (int64_t r = 0; r < minimum<int64_t>(kRows<C>, m - i); ++r) {
         for (int64_t q = 0; q < minimum<int64_t>(cols, n - j); ++q) {
           A* at = c + (i + r) * ldc + j + q;
           *at = add ? *at + edge[r * cols + q] : edge[r * cols + q];
@@ -257,6 +415,18 @@ void multiply(int64_t m, int64_t n, int64_t depth, const typename C::Unit* a, in
       }
     }
   }
+}
+
+// Runs body(index, thread) for every index in [0, count). Every multiplication happens in such a body.
+template <class Body>
+void run_parallel(void (*run)(int64_t, void (*)(void*, int64_t, int), void*), int64_t count, Body& body) {
+  const auto task = [](void* context, int64_t index, int thread) {
+#ifdef HAS_AMX
+    const TileRegisters registers;
+#endif
+    (*static_cast<Body*>(context))(index, thread);
+  };
+  run(count, task, &body);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
+from . import _autocast, _checks
 
 # As torch.nn.functional.normalize: shorter rows are divided by this.
 SHORTEST = 1e-12

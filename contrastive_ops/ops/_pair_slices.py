@@ -1,0 +1,104 @@
+"""The rules of `Pairs` for some of the rows or columns of the matrix that they were written for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .pairs import Bound, Guide, Pairs
+
+Bounds = Bound | tuple[Bound, ...] | None
+
+
+def map_bounds(bounds: Bounds, function: Callable[[Bound], Bound]) -> Bounds:
+    """Apply a function to each of the bounds that `Pairs.below`, `Pairs.above` and `Guide.below` may be."""
+    if bounds is None:
+        return None
+    return tuple(function(each) for each in bounds) if isinstance(bounds, tuple) else function(bounds)
+
+
+def rows_of(pairs: Pairs | None, rows: Tensor) -> Pairs | None:
+    """The rules for the rows that `rows` (int64) names, as rules of a matrix that has only these."""
+    if pairs is None:
+        return None
+
+    def bound(value: Bound) -> Bound:
+        per_row = isinstance(value, Tensor) and value.dim() > 0 and not (value.dim() == 2 and value.shape[0] == 1)
+        # One row may have a bound (1, 1), which is that of a row and of a column alike.
+        return value[rows] if per_row else value  # type: ignore[index]
+
+    def ids(value: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        return None if value is None else (value[0][rows], value[1])
+
+    exclude = None if pairs.exclude is None else _lists_of(*pairs.exclude, rows)
+    if pairs.diagonal is not None:
+        exclude = _with_own(exclude, rows + pairs.diagonal)
+    guide, weight = pairs.guide, pairs.log_weight
+    return replace(
+        pairs,
+        diagonal=None,
+        differ=ids(pairs.differ),
+        same=ids(pairs.same),
+        exclude=exclude,
+        below=map_bounds(pairs.below, bound),
+        above=map_bounds(pairs.above, bound),
+        guide=None if guide is None else Guide(guide.gx[rows], guide.gy, map_bounds(guide.below, bound)),  # type: ignore[arg-type]
+        log_weight=None if weight is None else (weight[0], weight[1][rows], weight[2]),
+    )
+
+
+def columns_of(pairs: Pairs | None, begin: int, end: int) -> Pairs | None:
+    """The rules for the columns [begin, end), as rules of a matrix that has only these."""
+    if pairs is None:
+        return None
+
+    def bound(value: Bound) -> Bound:
+        per_column = isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] == 1 and value.shape[1] != 1
+        return value[:, begin:end] if per_column else value  # type: ignore[index]
+
+    def ids(value: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        return None if value is None else (value[0], value[1][begin:end])
+
+    guide, weight = pairs.guide, pairs.log_weight
+    if guide is not None:
+        columns = guide.gx if guide.gy is None else guide.gy
+        guide = Guide(guide.gx, columns[begin:end], map_bounds(guide.below, bound))  # type: ignore[arg-type]
+    return replace(
+        pairs,
+        diagonal=None if pairs.diagonal is None else pairs.diagonal - begin,
+        differ=ids(pairs.differ),
+        same=ids(pairs.same),
+        exclude=None if pairs.exclude is None else _columns_of_lists(*pairs.exclude, begin, end),
+        below=map_bounds(pairs.below, bound),
+        above=map_bounds(pairs.above, bound),
+        guide=guide,
+        log_weight=None if weight is None else (weight[0], weight[1], weight[2][begin:end]),
+    )
+
+
+def _lists_of(indptr: Tensor, indices: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    lengths = indptr.diff()[rows]
+    starts = lengths.cumsum(0) - lengths
+    row = torch.repeat_interleave(lengths)
+    at = torch.arange(len(row), device=row.device) - starts[row] + indptr[:-1][rows][row]
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), indices[at]
+
+
+def _columns_of_lists(indptr: Tensor, indices: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    kept = (indices >= begin) & (indices < end)
+    before = torch.cat([indptr.new_zeros(1), kept.cumsum(0)])
+    return before[indptr], indices[kept] - begin
+
+
+def _with_own(lists: tuple[Tensor, Tensor] | None, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Lists with one more column for each row, where it is not negative."""
+    indptr, indices = (column.new_zeros(len(column) + 1), column[:0]) if lists is None else lists
+    row = torch.cat([torch.repeat_interleave(indptr.diff()), torch.arange(len(column), device=column.device)])
+    column = torch.cat([indices, column])
+    row, column = row[column >= 0], column[column >= 0]
+    order = row.argsort(stable=True)
+    lengths = torch.bincount(row, minlength=len(indptr) - 1)
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), column[order]

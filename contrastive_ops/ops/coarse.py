@@ -1,0 +1,227 @@
+"""A first pass of similarity_topk in a lower precision, with a proof per row that nothing was missed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..reference import similarity_topk as reference
+from ._pair_slices import map_bounds, rows_of
+from .pairs import Bound, Pairs
+
+DTYPES = (torch.bfloat16, torch.int8)
+
+
+class RoundedRows(NamedTuple):
+    """A corpus in a lower precision.
+
+    Attributes:
+        rows: (M, D) bfloat16, or int8 codes.
+        scale: (M,) for codes, what one unit of a row is worth.
+        error: (M,) length of what rounding took from each row.
+        norm: (M,) length of each row.
+    """
+
+    rows: Tensor
+    scale: Tensor | None
+    error: Tensor
+    norm: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Coarse:
+    """Rows of a corpus in a lower precision, for the first pass of `similarity_topk`.
+
+    The first pass keeps some candidates for each row; their scores are computed again from the corpus itself, and the
+    list is certified where no other column can belong to it: with x', y' the rounded rows,
+    ``|<x, y> - <x', y'>| <= |x - x'| |y| + |x'| |y - y'|``.
+
+    Args:
+        dtype: torch.bfloat16, or torch.int8 with a scale for each row.
+        candidates: columns that the first pass keeps for each row; None: 2 k + 64, for int8 8 k + 64. Those whose score
+            cannot reach the list are not computed again.
+        retry: search the rows without a certificate again in full precision. Otherwise their lists are the best of the
+            candidates, and `TopK.certified` tells.
+        rounded: the rounded rows; made from the corpus at each call where it is None. See `of`.
+
+    Example:
+        >>> corpus = torch.nn.functional.normalize(torch.randn(1000, 64), dim=1)
+        >>> coarse = Coarse.of(corpus, torch.int8)             # 64 kB in place of 256
+        >>> found = similarity_topk(corpus[:4], corpus, 10, coarse=coarse)
+        >>> found.indices[:, 0]
+        tensor([0, 1, 2, 3])
+    """
+
+    dtype: torch.dtype = torch.bfloat16
+    candidates: int | None = None
+    retry: bool = True
+    rounded: RoundedRows | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check what does not depend on the matrices."""
+        _checks.check_choice("Coarse", "dtype", self.dtype, DTYPES)
+        if self.candidates is not None and (not isinstance(self.candidates, int) or self.candidates < 1):
+            raise ValueError(f"Coarse: candidates must be a positive int or None, got {self.candidates!r}")
+
+    @classmethod
+    def of(
+        cls, y: Tensor, dtype: torch.dtype = torch.bfloat16, *, candidates: int | None = None, retry: bool = True
+    ) -> Coarse:
+        """Round the rows of a corpus once, for many searches.
+
+        Args:
+            y: (M, D) floating, as it will be searched: normalised already where the search is by cosine.
+            dtype: torch.bfloat16 or torch.int8.
+            candidates: see the class.
+            retry: see the class.
+
+        Raises:
+            ValueError, TypeError: arguments that do not fit.
+        """
+        _checks.check_matrix("Coarse.of", "y", y)
+        made = cls(dtype, candidates, retry)
+        return replace(made, rounded=made.round(y))
+
+    def round(self, y: Tensor) -> RoundedRows:
+        """The rows of `y` in the lower precision."""
+        y = y.detach()
+        wide = y.to(_checks.accumulator(y.dtype))
+        if self.dtype == torch.bfloat16:
+            rows, scale = y.to(torch.bfloat16), None
+            back = rows.to(wide.dtype)
+        else:
+            scale = wide.abs().amax(1) / 127 if y.shape[1] else wide.new_zeros(len(y))
+            unit = torch.where(scale > 0, scale, 1.0)[:, None]
+            rows = (wide / unit).round().clamp(-127, 127).nan_to_num(0.0).to(torch.int8)
+            back, scale = rows.to(wide.dtype) * scale[:, None], scale.float()
+        return RoundedRows(
+            rows, scale, torch.linalg.vector_norm(wide - back, dim=1), torch.linalg.vector_norm(wide, dim=1)
+        )
+
+
+def _doubt(x: Tensor, rounded: Tensor, corpus: RoundedRows) -> Tensor:
+    """(N,) how far the similarities of each row may be off."""
+    dtype = _checks.accumulator(x.dtype)
+    wide, rounded = x.to(dtype), rounded.to(dtype)
+    norm, error = (v.max() if len(v) else wide.new_zeros(()) for v in (corpus.norm, corpus.error))
+    lost = torch.linalg.vector_norm(wide - rounded, dim=1)
+    length = torch.linalg.vector_norm(rounded, dim=1)
+    # Both passes add D products in float32, and the lengths themselves are rounded.
+    sums = 2 * (x.shape[1] + 8) * torch.finfo(torch.float32).eps / 2
+    return (lost * norm + length * (error + sums * (norm + error))) * (1 + 1e-4)
+
+
+def _relaxed(pairs: Pairs | None, doubt: Tensor) -> Pairs | None:
+    """The rules with bounds that no pair fails because of rounding."""
+    if pairs is None:
+        return None
+    most = doubt.max() if len(doubt) else doubt.new_zeros(())
+
+    def widened(sign: int) -> object:
+        def widen(bound: Bound) -> Bound:
+            if isinstance(bound, Tensor) and bound.dim() == 2 and bound.shape[0] == 1:
+                return bound + sign * most
+            return (bound.reshape(-1) if isinstance(bound, Tensor) else bound) + sign * doubt
+
+        return widen
+
+    return replace(
+        pairs,
+        below=map_bounds(pairs.below, widened(1)),  # type: ignore[arg-type]
+        above=map_bounds(pairs.above, widened(-1)),  # type: ignore[arg-type]
+    )
+
+
+def _outside(pairs: Pairs, dots: Tensor, indices: Tensor) -> Tensor:
+    """True where the listed pair with this inner product is out of bounds."""
+    outside = torch.zeros(dots.shape, dtype=torch.bool, device=dots.device)
+    column = indices.clamp_min(0)
+    for bounds, sign in ((pairs.below, 1), (pairs.above, -1)):
+        for bound in bounds if isinstance(bounds, tuple) else (() if bounds is None else (bounds,)):
+            if isinstance(bound, Tensor) and bound.dim() == 2 and bound.shape[0] == 1:
+                bound = bound[0].to(dots.dtype)[column]
+            elif isinstance(bound, Tensor) and bound.dim() > 0:
+                bound = bound.reshape(-1, 1).to(dots.dtype)
+            outside |= sign * dots > sign * bound
+    return outside
+
+
+def _worth_computing(values: Tensor, indices: Tensor, k: int, doubt: Tensor) -> tuple[Tensor, Tensor]:
+    """The candidates that may be among the k best, others replaced by -1, and (N,) the best coarse score of all others.
+
+    The k best of the first pass have scores of at least the k-th minus the doubt, and what is more than twice the doubt
+    below it cannot reach that.
+    """
+    last = values[:, k - 1 : k] - 2 * doubt[:, None]
+    kept = values >= last
+    after = kept.sum(1, keepdim=True).clamp_max(values.shape[1] - 1)  # lists are in order
+    # Columns that the first pass left out are no better than its last candidate.
+    return indices.masked_fill(~kept, -1), values.gather(1, after).squeeze(1)
+
+
+def search(
+    x: Tensor,
+    y: Tensor,
+    k: int,
+    coarse: Coarse,
+    scale: float | Tensor,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
+    pairs: Pairs | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return ((N, k) int64 the columns of each row, best first, and (N,) whether the list is certified)."""
+    from .similarity_topk import logits_at, select
+
+    names = ("similarity_topk", "x", "y")
+    corpus = coarse.round(y) if coarse.rounded is None else coarse.rounded
+    if corpus.rows.shape != y.shape:
+        raise ValueError(
+            f"similarity_topk: coarse must be made from y, got rows {_checks.shape(corpus.rows)} and y "
+            f"{_checks.shape(y)}\n  make it with Coarse.of(y)"
+        )
+    rounded = x.to(torch.bfloat16)
+    doubt = _doubt(x, rounded, corpus)
+    usual = (2 if coarse.dtype == torch.bfloat16 else 8) * k + 64
+    first = select(
+        rounded,
+        corpus.rows,
+        max(k, coarse.candidates or usual),
+        scale=scale,
+        row_bias=row_bias,
+        col_bias=col_bias,
+        pairs=_relaxed(pairs, doubt),
+        code_scale=corpus.scale,
+        names=names,
+        backend=backend,
+    ).top
+    size = scale.detach().abs() if isinstance(scale, Tensor) else abs(scale)
+    candidates, rest = _worth_computing(first.values, first.indices, k, size * doubt)
+    arguments = {"scale": scale, "row_bias": row_bias, "col_bias": col_bias, "pairs": pairs}
+    exact = logits_at(x, y, candidates, **arguments, names=names, backend=backend)  # type: ignore[arg-type]
+    exact = exact.masked_fill(exact.isnan(), -torch.inf)
+    if pairs is not None and (pairs.below is not None or pairs.above is not None):
+        dots = logits_at(x, y, candidates, names=names, backend=backend)
+        exact = exact.masked_fill(_outside(pairs, dots, candidates), -torch.inf)
+    exact, indices = reference.ordered(exact, candidates)
+    values, indices = exact[:, :k], indices[:, :k]
+    certified = (rest + size * doubt < values[:, -1]) | (rest == -torch.inf)
+    if coarse.retry and not bool(certified.all()):
+        rows = (~certified).nonzero().squeeze(1)
+        again = select(
+            x[rows],
+            y,
+            k,
+            scale=scale[rows] if isinstance(scale, Tensor) and scale.dim() else scale,
+            row_bias=None if row_bias is None else row_bias[rows],
+            col_bias=col_bias,
+            pairs=rows_of(pairs, rows),
+            names=names,
+            backend=backend,
+        ).top
+        indices = indices.index_copy(0, rows, again.indices)
+    return indices, certified

@@ -1,0 +1,280 @@
+"""The k best pairs of every row of a similarity matrix that is never stored."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _autocast, _checks, _extension
+from .._dispatch import Backend, choose, unsupported_by_cpu
+from .._similarity import STATISTICS, Layout, Slot
+from .._unit_rows import unit_rows
+from ..reference import similarity_topk as reference
+from ._logit_sets import LogitSets, prepare
+from ._similarity_topk_autograd import register
+from .coarse import Coarse, search
+from .pairs import Pairs
+
+# One hop to every implementation; each offers forward, at, backward and merge with the same arguments.
+BACKENDS = {
+    "reference": Backend(
+        source="contrastive_ops/reference/similarity_topk.py",
+        functions=lambda: reference,
+        unsupported=lambda x: [],
+    ),
+    "cpu": Backend(
+        source="csrc/cpu/similarity_topk.cpp",
+        functions=functools.cache(lambda: _extension.functions("similarity_topk")),
+        unsupported=unsupported_by_cpu,
+    ),
+}
+
+register(BACKENDS)
+
+METRICS = ("dot", "cosine", "sqeuclidean")
+
+
+class TopK(NamedTuple):
+    """The best columns of every row, best first.
+
+    Attributes:
+        values: (N, k) their scores, -inf where there are fewer; float32 (float64 for float64 inputs).
+        indices: (N, k) int64 their columns, -1 where there are fewer.
+        counts: (N,) int64, how many there are.
+        certified: (N,) bool where a coarse pass was asked for: it proved that this row's list is that of the full
+            precision.
+    """
+
+    values: Tensor
+    indices: Tensor
+    counts: Tensor
+    certified: Tensor | None = None
+
+
+class Selected(NamedTuple):
+    """What `select` returns to mining: a `TopK`, and numbers over all columns by name, where asked for."""
+
+    top: TopK
+    statistics: dict[str, Tensor]
+
+
+def metric_rows(function: str, x: Tensor, y: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    """Matrices whose inner products are the similarities of `metric`.
+
+    The squared distance becomes an inner product with two more dimensions, so that bounds and every other rule apply to
+    it as to any similarity; in the accumulation dtype, because norms must not be rounded to 16 bits.
+    """
+    _checks.check_choice(function, "metric", metric, METRICS)
+    if metric == "cosine":
+        return unit_rows(x), unit_rows(y)
+    if metric == "sqeuclidean":
+        dtype = _checks.accumulator(x.dtype)
+        x, y = x.to(dtype), y.to(dtype)
+        return (
+            torch.cat([2 * x, -x.square().sum(1, keepdim=True), torch.ones_like(x[:, :1])], 1),
+            torch.cat([y, torch.ones_like(y[:, :1]), -y.square().sum(1, keepdim=True)], 1),
+        )
+    return x, y
+
+
+def similarity_topk(
+    x: Tensor,
+    y: Tensor,
+    k: int,
+    *,
+    metric: str = "dot",
+    scale: float | Tensor = 1.0,
+    row_bias: Tensor | None = None,
+    col_bias: Tensor | None = None,
+    pairs: Pairs | None = None,
+    coarse: torch.dtype | Coarse | None = None,
+    backend: str = "auto",
+) -> TopK:
+    """Find the k best columns of every row of a similarity matrix, without storing the matrix.
+
+    Equivalent to::
+
+        scores = scale * (x @ y.T) + row_bias[:, None] + col_bias         # (N, M), in float32
+        scores = scores.masked_fill(~keep, -torch.inf)                    # the rules of Pairs
+        values, indices = scores.sort(dim=1, descending=True, stable=True)
+        values, indices = values[:, :k], indices[:, :k]
+
+    The rules decide *inside* the selection: a row returns its k best columns that take part wherever there are so many,
+    and nothing is fetched in excess and filtered later.
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64.
+        y: (M, D) of the same dtype.
+        k: length of the lists; more than M is allowed.
+        metric: the similarity: "dot" <x, y>; "cosine", of rows that are scaled to length 1 first; "sqeuclidean", minus
+            the squared distance. Bounds of `pairs` apply to it. Squared distances are differences of inner products:
+            rows that nearly agree lose as many digits as in ``torch.cdist`` by matmul.
+        scale: float, 0-d tensor, or (N,) tensor with one scale per row. Differentiable.
+        row_bias: (N,) added to the scores of each row. Differentiable.
+        col_bias: (M,) added to the scores of each column. Differentiable.
+        pairs: which pairs take part; all rules but `fill`.
+        coarse: torch.bfloat16 or torch.int8 make a first pass in that precision, after which scores are computed again
+            from x and y; `Coarse.of(y, dtype)` rounds a corpus once for many calls. The lists are those of the full
+            precision, and `TopK.certified` says for which rows the first pass was enough.
+        backend: "auto", "reference" or "cpu". An explicit backend runs or raises.
+
+    Returns:
+        `TopK` (values (N, k), indices (N, k), counts (N,), certified). Order: score descending, then index ascending,
+        so that equal scores never depend on the backend, the batch, the number of threads or the order of shards. Where
+        fewer than k columns take part the rest is -inf and -1. A score of NaN or -inf takes no part, and so never
+        displaces a number.
+
+    Raises:
+        ValueError: shapes, devices or values that do not fit, k below 1.
+        TypeError: dtypes that do not fit.
+        NotImplementedError: an explicit backend that cannot run these inputs.
+
+    Note:
+        Memory: O(N k + D) and a few MiB of tiles; never N x M. The values are differentiable in x, y, scale and biases,
+        twice; which columns were selected is not. Backward costs O(N k D). A rule that drops nearly everything costs no
+        more than one that drops nothing.
+
+    Example:
+        >>> query, corpus = torch.randn(2, 8), torch.randn(50, 8)
+        >>> listed = torch.tensor([0, 1, 2]), torch.tensor([7, 9])          # row 0 excludes column 7, row 1 column 9
+        >>> found = similarity_topk(query, corpus, 5, metric="cosine", pairs=Pairs(exclude=listed, below=0.9))
+        >>> found.indices.shape, bool((found.values <= 0.9).all())
+        (torch.Size([2, 5]), True)
+    """
+    name = "similarity_topk"
+    check_k(name, k)
+    x, y = _autocast.cast(x, y)
+    _checks.check_matrices(name, "x", x, "y", y)
+    x, y = metric_rows(name, x, y, metric)
+    if coarse is None:
+        return select(x, y, k, scale=scale, row_bias=row_bias, col_bias=col_bias, pairs=pairs, backend=backend).top
+    coarse = coarse if isinstance(coarse, Coarse) else Coarse(coarse)
+    with torch.no_grad():
+        indices, certified = search(x, y, k, coarse, scale, row_bias, col_bias, pairs, backend)
+    values = logits_at(x, y, indices, scale=scale, row_bias=row_bias, col_bias=col_bias, pairs=pairs, backend=backend)
+    return TopK(values, indices, (indices >= 0).sum(1), certified)
+
+
+def select(
+    x: Tensor,
+    y: Tensor,
+    k: int,
+    *,
+    scale: float | Tensor = 1.0,
+    row_bias: Tensor | None = None,
+    col_bias: Tensor | None = None,
+    pairs: Pairs | None = None,
+    floor: Tensor | None = None,
+    count_above: Tensor | None = None,
+    count_pairs: Pairs | None = None,
+    code_scale: Tensor | None = None,
+    names: tuple[str, str, str] = ("similarity_topk", "x", "y"),
+    backend: str = "auto",
+) -> Selected:
+    """`similarity_topk` of inner products for mining.
+
+    Args:
+        x: (N, D).
+        y: (M, D); int8 codes with `code_scale`, then x is float32 or bfloat16.
+        k: length of the lists.
+        scale: as in `similarity_topk`.
+        row_bias: as in `similarity_topk`.
+        col_bias: as in `similarity_topk`.
+        pairs: as in `similarity_topk`.
+        floor: (N,) only scores above this are of interest, such as the last of a list that is known already.
+        count_above: (N,) asks for statistics; "higher" counts the columns with a score above this.
+        count_pairs: rules that statistics are counted under where they are not `pairs`.
+        code_scale: (M,) what one unit of the codes of each column is worth.
+        names: the function and the arguments to name in errors.
+        backend: as in `similarity_topk`.
+
+    Returns:
+        `Selected`; the statistics are (N,) int64: "eligible" columns, those "higher" than `count_above` whatever the
+        rules say, and those that each rule drops, whatever the others say.
+    """
+    function = names[0]
+    check_k(function, k)
+    arguments, chosen = _problem(names, x, y, scale, row_bias, col_bias, pairs, count_pairs, code_scale, backend)
+    values, indices, counts, statistics = torch.ops.contrastive_ops.similarity_topk_forward(
+        *arguments, k, floor, count_above, chosen
+    )
+    by_name = dict(zip(STATISTICS, statistics.unbind(0), strict=True)) if count_above is not None else {}
+    return Selected(TopK(values, indices, counts), by_name)
+
+
+def logits_at(
+    x: Tensor,
+    y: Tensor,
+    indices: Tensor,
+    *,
+    scale: float | Tensor = 1.0,
+    row_bias: Tensor | None = None,
+    col_bias: Tensor | None = None,
+    pairs: Pairs | None = None,
+    names: tuple[str, str, str] = ("similarity_topk", "x", "y"),
+    backend: str = "auto",
+) -> Tensor:
+    """The logits of the columns that each row lists, in the arithmetic of `select`: (N, P), -inf where it lists -1.
+
+    Args:
+        x: (N, D). Differentiable.
+        y: (M, D). Differentiable.
+        indices: (N, P) int64 columns, or -1 for none.
+        scale: as in `similarity_topk`.
+        row_bias: as in `similarity_topk`.
+        col_bias: as in `similarity_topk`.
+        pairs: of its rules only `log_weight` matters here: listed pairs are computed whether dropped or not.
+        names: the function and the arguments to name in errors.
+        backend: as in `similarity_topk`.
+    """
+    arguments, chosen = _problem(names, x, y, scale, row_bias, col_bias, pairs, None, None, backend)
+    return torch.ops.contrastive_ops.similarity_topk_at(*arguments, indices, chosen)
+
+
+def merge(top: TopK, other: TopK, backend: str = "auto") -> TopK:
+    """The best of two lists of every row, as long as the first. Not differentiable."""
+    functions = BACKENDS[choose("similarity_topk", BACKENDS, top.values, backend)].functions()
+    values, indices = functions.merge(top.values, top.indices, other.values, other.indices)
+    return TopK(values, indices, (indices >= 0).sum(1))
+
+
+def check_k(function: str, k: object) -> None:
+    """`k` must be a positive int."""
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        raise TypeError(f"{function}: k must be an int, got {type(k).__name__}")
+    if k < 1:
+        raise ValueError(f"{function}: k must be at least 1, got {k}")
+
+
+def _problem(
+    names: tuple[str, str, str],
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
+    pairs: Pairs | None,
+    count_pairs: Pairs | None,
+    code_scale: Tensor | None,
+    backend: str,
+) -> tuple[tuple[object, ...], str]:
+    """Return what the operators take, up to `spec`, and the backend."""
+    if pairs is not None and pairs.fill is not None:
+        raise ValueError(
+            f"{names[0]}: pairs.fill must be None, got {pairs.fill}: a constant logit is no reason to select a pair"
+        )
+    # Codes are checked by who made them; everything else about them is as for rows in the dtype of x.
+    like = y if code_scale is None else x.new_zeros(()).expand(y.shape)
+    x, like_y, row_bias, col_bias = prepare(names, x, like, row_bias, col_bias, None)
+    sets = LogitSets(names, x, like_y)
+    sets.add(scale, pairs)
+    if count_pairs is not None:
+        sets.add(scale, count_pairs)
+    if code_scale is not None:
+        sets.sets[0].data[Slot.CODE_SCALE] = code_scale
+    rules = Layout(tuple(sets.sets), ()).encode()
+    arguments = (x, like_y if code_scale is None else y, sets.scale(), row_bias, col_bias, *rules)
+    return arguments, choose(names[0], BACKENDS, x, backend)

@@ -1,0 +1,229 @@
+"""similarity_topk in plain PyTorch: any device, any floating dtype, memory bounded by chunks of rows.
+
+Every function takes what the operator of the same name in ops/similarity_topk.py takes. `at` and `backward` are made of
+differentiable operations, so that they also define the second derivative of every backend.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .._checks import accumulator
+from .._similarity import STATISTICS, Layout, LogitSet, ScaleOf, Slot
+from .pairs import SetOfChunk, chunk_sets, inner_products
+from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows
+
+# ---- Forward -------------------------------------------------------------------------------------------------------
+
+
+def forward(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
+    pair_data: Sequence[Tensor],
+    spec: Sequence[int],
+    k: int,
+    floor: Tensor | None,
+    count_above: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (values, indices, counts, statistics).
+
+    The first set selects; statistics are counted under the rules of the last one and empty without `count_above`.
+    """
+    dtype = accumulator(x.dtype)
+    layout = Layout.decode(pair_data, spec)
+    values = x.new_full((len(x), k), -torch.inf, dtype=dtype)
+    indices = x.new_full((len(x), k), -1, dtype=torch.int64)
+    counts = x.new_zeros((len(x),), dtype=torch.int64)
+    statistics = x.new_zeros((0 if count_above is None else len(STATISTICS), len(x)), dtype=torch.int64)
+    for part in chunks_of_rows(len(x), max(1, CHUNK_ELEMENTS // max(len(y), 1))):
+        dots = inner_products(x[part], y)
+        if Slot.CODE_SCALE in layout.sets[0].data:
+            dots = dots * layout.sets[0].data[Slot.CODE_SCALE]
+        sets = list(chunk_sets(layout, part, dots, x, y, scale, row_bias, col_bias, None))
+        scores = _scores(sets[0])
+        if floor is not None:
+            scores = scores.masked_fill(scores <= floor[part, None], -torch.inf)
+        values[part], indices[part], counts[part] = best(scores, k)
+        if count_above is not None:
+            statistics[:, part] = _statistics(sets[-1], count_above[part, None])
+    return values, indices, counts, statistics
+
+
+def _scores(each: SetOfChunk) -> Tensor:
+    """Logits with -inf where a pair takes no part; NaN is no score."""
+    logits = each.shown()
+    return logits.masked_fill(logits.isnan(), -torch.inf)
+
+
+def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest of each row in the order of `ordered`, padded with -inf and -1, and how many there are."""
+    rows, columns = scores.shape
+    kept = min(k, columns)
+    values = scores.new_full((rows, k), -torch.inf)
+    indices = torch.full((rows, k), -1, dtype=torch.int64, device=scores.device)
+    if kept == 0:
+        return values, indices, indices.new_zeros(rows)
+    # torch.topk may return any of equal scores: it is asked for the last value only.
+    last = scores.topk(kept, dim=1).values[:, -1:]
+    above, ties = scores > last, (scores == last) & (last > -torch.inf)
+    chosen = above | (ties & (ties.cumsum(1) <= kept - above.sum(1, keepdim=True)))
+    row, column = chosen.nonzero(as_tuple=True)
+    counts = chosen.sum(1)
+    place = torch.arange(len(row), device=scores.device) - (counts.cumsum(0) - counts)[row]
+    values[row, place], indices[row, place] = scores[row, column], column
+    # Columns rise within a row, so a stable sort leaves equal scores in that order.
+    order = values.argsort(dim=1, descending=True, stable=True)
+    return values.gather(1, order), indices.gather(1, order), counts
+
+
+def _statistics(each: SetOfChunk, count_above: Tensor) -> Tensor:
+    """(STATISTICS, rows) counts over all columns."""
+    scores = _scores(each)
+    counts = {"eligible": (scores > -torch.inf).sum(1), "higher": (each.logits > count_above).sum(1)}
+    dropped: dict[str, Tensor] = {}
+    for name, drop in each.rules():
+        dropped[name] = dropped[name] | drop if name in dropped else drop
+    counts.update({name: drop.sum(1) for name, drop in dropped.items()})
+    nothing = counts["eligible"].new_zeros(len(scores))
+    return torch.stack([counts.get(name, nothing) for name in STATISTICS])
+
+
+def ordered(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Lists in the order of selection: score descending, then index ascending; index -1 where the score is -inf."""
+    order = indices.argsort(dim=1, stable=True)
+    values, indices = values.gather(1, order), indices.gather(1, order)
+    order = values.argsort(dim=1, descending=True, stable=True)
+    values, indices = values.gather(1, order), indices.gather(1, order)
+    return values, indices.masked_fill(values == -torch.inf, -1)
+
+
+def merge(values: Tensor, indices: Tensor, other_values: Tensor, other_indices: Tensor) -> tuple[Tensor, Tensor]:
+    """The best of two lists per row, as long as the first."""
+    k = values.shape[1]
+    values, indices = ordered(torch.cat([values, other_values], 1), torch.cat([indices, other_indices], 1))
+    return values[:, :k], indices[:, :k]
+
+
+# ---- Logits of listed pairs ----------------------------------------------------------------------------------------
+
+
+def _rows_at_a_time(listed: int, depth: int) -> int:
+    return max(1, CHUNK_ELEMENTS // max(listed * max(depth, 1), 1))
+
+
+class _Listed:
+    """The listed pairs of a chunk of rows: inner products, and what the logits make of them."""
+
+    def __init__(
+        self,
+        each: LogitSet,
+        part: slice,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        indices: Tensor,
+    ) -> None:
+        self.set, self.rows = each, part
+        self.listed = indices[part] >= 0
+        self.column = indices[part].clamp_min(0)
+        dtype = accumulator(x.dtype)
+        self.x, self.y = x[part].to(dtype), y[self.column].to(dtype)
+        self.dots = (self.x[:, None] * self.y).sum(2)
+        if Slot.CODE_SCALE in each.data:
+            self.dots = self.dots * each.data[Slot.CODE_SCALE][self.column]
+        self.scale = scale[part, None] if each.scale_of == ScaleOf.ROWS else scale
+        self.scale = scale[self.column] if each.scale_of == ScaleOf.COLUMNS else self.scale
+
+    def logits(self, row_bias: Tensor | None, col_bias: Tensor | None) -> Tensor:
+        logits = self.dots * self.scale
+        if row_bias is not None:
+            logits = logits + row_bias[self.rows, None]
+        if col_bias is not None:
+            logits = logits + col_bias[self.column]
+        data = self.set.data
+        if Slot.LOG_WEIGHT in data:
+            row, column = data[Slot.CLASS_ROWS][self.rows, None], data[Slot.CLASS_COLS][self.column]
+            entry = data[Slot.LOG_WEIGHT][row.clamp_min(0), column.clamp_min(0)]
+            logits = logits + entry.masked_fill((row < 0) | (column < 0), 0.0)
+        return logits.masked_fill(~self.listed, -torch.inf)
+
+
+def _chunks_of_lists(
+    layout: Layout, x: Tensor, y: Tensor, scale: Tensor, indices: Tensor
+) -> Iterator[tuple[slice, _Listed]]:
+    step = _rows_at_a_time(indices.shape[1], x.shape[1])
+    for part in chunks_of_rows(len(x) if len(y) else 0, step):
+        yield part, _Listed(layout.sets[0], part, x, y, scale, indices)
+
+
+def at(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
+    pair_data: Sequence[Tensor],
+    spec: Sequence[int],
+    indices: Tensor,
+) -> Tensor:
+    """Return the logits of the columns that each row lists, -inf where it lists -1. Rules do not apply."""
+    values = x.new_full(indices.shape, -torch.inf, dtype=accumulator(x.dtype))
+    for part, listed in _chunks_of_lists(Layout.decode(pair_data, spec), x, y, scale, indices):
+        values[part] = listed.logits(row_bias, col_bias)
+    return values
+
+
+def backward(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
+    pair_data: Sequence[Tensor],
+    spec: Sequence[int],
+    indices: Tensor,
+    d_values: Tensor,
+    needs: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, y, scale, row_bias, col_bias in the accumulation dtype."""
+    dtype = accumulator(x.dtype)
+    layout = Layout.decode(pair_data, spec)
+    dx, dy = (x.new_zeros(t.shape, dtype=dtype) for t in (x, y))
+    dscale = torch.zeros_like(scale)
+    drow_bias, dcol_bias = (x.new_zeros((len(t),), dtype=dtype) for t in (x, y))
+
+    def one_chunk(part: slice) -> tuple[Tensor, ...]:
+        listed = _Listed(layout.sets[0], part, x, y, scale, indices)
+        e = d_values[part].masked_fill(~listed.listed, 0.0)
+        weight = e * listed.scale
+        if Slot.CODE_SCALE in layout.sets[0].data:
+            weight = weight * layout.sets[0].data[Slot.CODE_SCALE][listed.column]
+        dx_part = (weight[:, :, None] * listed.y).sum(1)
+        dy_part = (weight[:, :, None] * listed.x[:, None]).flatten(0, 1)
+        return dx_part, dy_part, e, e * listed.dots, listed.column
+
+    run = one_chunk
+    if torch.is_grad_enabled():
+        run = functools.partial(checkpoint, one_chunk, use_reentrant=False, preserve_rng_state=False)
+    step = _rows_at_a_time(indices.shape[1], x.shape[1])
+    for part in chunks_of_rows(len(x) if len(y) else 0, step):
+        dx[part], dy_part, e, e_dots, column = run(part)
+        dy.index_add_(0, column.flatten(), dy_part)
+        drow_bias[part] = e.sum(1)
+        dcol_bias.index_add_(0, column.flatten(), e.flatten())
+        if layout.sets[0].scale_of == ScaleOf.ROWS:
+            dscale[part] = e_dots.sum(1)
+        elif layout.sets[0].scale_of == ScaleOf.COLUMNS:
+            dscale.index_add_(0, column.flatten(), e_dots.flatten())
+        else:
+            dscale += e_dots.sum()
+    full = (dx, dy, dscale, drow_bias, dcol_bias)
+    return tuple(g if needs >> bit & 1 else g[:0] for bit, g in enumerate(full))  # type: ignore[return-value]

@@ -1,0 +1,7 @@
+// The amx level: every primitive, compiled with this level's flags (setup.py).
+#define LEVEL level_amx
+#define VECTOR_BYTES 64
+#define HAS_BF16_DOT 1
+#define HAS_AMX 1
+#include "similarity_reduce.cpp"
+#include "similarity_topk.cpp"

@@ -1,0 +1,393 @@
+// similarity_topk on the CPU: select, logits of listed pairs, their gradients, merge.
+//
+// Not a translation unit of its own: level_*.cpp include it once per SIMD level. Which entries stay is in
+// similarity_selection.h, listed pairs in similarity_lists.h, rules for pairs in similarity_pairs.h, the matmul in
+// similarity_tile.h.
+#include "../similarity_topk.h"
+
+#include "similarity_lists.h"
+#include "similarity_selection.h"
+
+namespace contrastive_ops {
+namespace LEVEL {
+namespace {
+
+// Rows of a task: enough that packing the columns is cheap (1.6% of the tiles), few enough for the lists' memory.
+constexpr int64_t kTopKRows = 512;
+constexpr int64_t kListBytes = int64_t{32} << 20;
+// Up to so many rows, columns are multiplied without being packed.
+constexpr int64_t kFewRows = 4;
+// Columns of a task where there are too few rows for all threads.
+constexpr int64_t kFewestColumns = 16 * kBlock;
+
+// Rows [begin, begin + rows) against the columns [j_begin, j_end).
+struct TopKTask {
+  int64_t begin, rows, j_begin, j_end, part;
+};
+
+// C: what is multiplied, X and Y: the types of the rows of x and y.
+template <class C, class X, class Y>
+class TopK {
+ public:
+  using A = typename C::Acc;
+  using U = typename C::Unit;
+  using G = std::conditional_t<sizeof(A) == 4, ComputeFloat, ComputeDouble>;  // what the guide is computed in
+
+  TopK(const SimilarityProblem& problem, const TopKForward& forward, const Parallel& parallel)
+      : p(problem), out(forward), parallel_(parallel), views_(problem, kTopKRows) {
+    const SimilaritySet& set = p.sets[0];
+    plain_ = set.scale_of == ScaleOf::all && static_cast<const A*>(set.scale)[0] == 1 && !set.negate && !p.row_bias &&
+             !p.col_bias && !set.log_weight;
+  }
+
+  void run() {
+    plan();
+    scratch_.reset(new Scratch[parallel_.threads]);
+    if (parts_ > 1) {
+      part_values_.allocate(parts_ * p.N * out.k);
+      part_indices_.allocate(parts_ * p.N * out.k);
+    }
+    if (out.statistics) {
+      part_statistics_.allocate(parts_ * kStatistics * p.N);
+      memset(part_statistics_.get(), 0, static_cast<size_t>(parts_ * kStatistics * p.N) * sizeof(int64_t));
+    }
+    auto task = [&](int64_t index, int thread) {
+      TopKTask t;
+      t.part = index % parts_;
+      t.begin = index / parts_ * chunk_rows_;
+      t.rows = minimum(chunk_rows_, p.N - t.begin);
+      t.j_begin = minimum(t.part * part_columns_, p.M);
+      t.j_end = minimum(t.j_begin + part_columns_, p.M);
+      run_task(t, scratch_[thread]);
+    };
+    run_parallel(parallel_.run, (p.N + chunk_rows_ - 1) / chunk_rows_ * parts_, task);
+    auto finish = [&](int64_t i, int) { finish_row(i); };
+    run_parallel(parallel_.run, p.N, finish);
+  }
+
+ private:
+  static constexpr int kStatistics = static_cast<int>(Statistic::size);
+
+  struct Scratch {
+    Buffer<U> x_panels, y_panels;
+    Buffer<typename G::Unit> guide_x_panels, guide_y_panels;
+    Selection<A> selection;
+    View<A> view, counted_view;
+    Buffer<int64_t> sorted_indices;
+    Buffer<A> sorted_values;
+  };
+  // What is known of a panel of kRows rows and one block of columns, all in the level-1 cache.
+  struct Panel {
+    alignas(64) A dots[kRows<C> * kBlock];
+    alignas(64) A l[kRows<C> * kBlock];
+    alignas(64) A guide[kRows<C> * kBlock];
+  };
+
+  // How rows and columns are cut into tasks depends on the number of threads; results do not.
+  void plan() {
+    const int64_t affordable = maximum<int64_t>(kListBytes / Selection<A>::bytes_of_a_row(out.k), 64);
+    const int64_t most = minimum(kTopKRows, affordable / kRows<C> * kRows<C>), threads = parallel_.threads;
+    int64_t chunks = maximum<int64_t>((p.N + most - 1) / most, 1);
+    // A whole number of rounds for all threads where rows alone can keep them busy.
+    if (chunks > 1) chunks = round_up(chunks, threads);
+    chunk_rows_ = maximum<int64_t>(round_up((p.N + chunks - 1) / chunks, kRows<C>), kRows<C>);
+    chunks = (p.N + chunk_rows_ - 1) / chunk_rows_;
+    parts_ = 1;
+    if (chunks < threads) {
+      const int64_t wanted = 4 * ((threads + chunks - 1) / maximum<int64_t>(chunks, 1));
+      parts_ = maximum<int64_t>(minimum(wanted, p.M / kFewestColumns), 1);
+    }
+    // Columns within a part are numbered in 32 bits.
+    parts_ = maximum(parts_, p.M / (int64_t{1} << 30) + 1);
+    part_columns_ = round_up((p.M + parts_ - 1) / parts_, kBlock);
+  }
+
+  void run_task(const TopKTask& t, Scratch& s) {
+    const bool few = t.rows <= kFewRows;
+    s.selection.start(t.rows, out.k, out.floor ? static_cast<const A*>(out.floor) + t.begin : nullptr);
+    pack_x<C, X>(t, p.x, p.x_stride, p.D, s.x_panels);
+    if (views_.guided) pack_x<G, A>(t, p.guide_x, p.guide_depth, p.guide_depth, s.guide_x_panels);
+    for (int64_t j = t.j_begin; j < t.j_end; j += kBlock) {
+      const int64_t cols = minimum(kBlock, t.j_end - j);
+      const Y* y = static_cast<const Y*>(p.y) + j * p.y_stride;
+      if (!few) pack_y<C, Y>(y, p.y_stride, cols, p.D, s.y_panels);
+      if (views_.guided) {
+        const A* guide = static_cast<const A*>(p.guide_y) + j * p.guide_depth;
+        pack_y<G, A>(guide, p.guide_depth, cols, p.guide_depth, s.guide_y_panels);
+      }
+      views_.set_view(t.begin, j, cols, 0, false, s.view);
+      const bool counts_other = out.statistics && p.set_count > 1;
+      if (counts_other) views_.set_view(t.begin, j, cols, p.set_count - 1, false, s.counted_view);
+      for (int64_t i = 0; i < t.rows; i += kRows<C>) {
+        Panel panel;
+        const int64_t rows = minimum<int64_t>(kRows<C>, t.rows - i);
+        if (few) {
+          products_of_few(t.rows, y, cols, s.x_panels.get(), panel.dots);
+        } else {
+          products<C>(i, cols, p.D, s.x_panels, s.y_panels, panel.dots);
+        }
+        if (p.code_scale) apply_code_scale(panel.dots, j, rows, cols);
+        if (views_.guided) products<G>(i, cols, p.guide_depth, s.guide_x_panels, s.guide_y_panels, panel.guide);
+        select_panel(t, i, j, rows, cols, panel, s);
+        if (out.statistics) {
+          View<A>& view = counts_other ? s.counted_view : s.view;
+          count_panel(t, i, j, rows, cols, panel, view, counts_other);
+          if (counts_other) view.advance(rows);
+        }
+        s.view.advance(rows);
+      }
+    }
+    finish_task(t, s);
+  }
+
+  // ---- Products ---------------------------------------------------------------------------------------------------
+
+  template <class K, class T>
+  void pack_x(const TopKTask& t, const void* from, int64_t stride, int64_t depth, Buffer<typename K::Unit>& panels) {
+    const int64_t units = depth_units<K>(depth);
+    auto* to = panels.once(round_up(chunk_rows_, kLaneGroup<K>) * units);
+    const T* first = static_cast<const T*>(from) + t.begin * stride;
+    pack_rows<K, Side::a>(to, kRows<K> * units, first, stride, t.rows, t.rows, depth);
+  }
+  template <class K, class T>
+  void pack_y(const T* from, int64_t stride, int64_t cols, int64_t depth, Buffer<typename K::Unit>& panels) {
+    const int64_t units = depth_units<K>(depth);
+    auto* to = panels.once(kBlock * units);
+    for (int64_t j = 0; j < cols; j += kCols<K>) {
+      pack_rows<K, Side::b>(to + j * units, 0, from + j * stride, stride, minimum<int64_t>(kCols<K>, cols - j),
+                            kCols<K>, depth);
+    }
+  }
+  template <class K>
+  static void products(int64_t i, int64_t cols, int64_t depth, const Buffer<typename K::Unit>& x,
+                       const Buffer<typename K::Unit>& y, A* to) {
+    const int64_t units = depth_units<K>(depth);
+    multiply<K>(kRows<C>, round_up(cols, kCols<K>), units, x.get() + i * units, kRows<K> * units, y.get(),
+                kCols<K> * units, to, kBlock, false);
+  }
+  void products_of_few(int64_t rows, const Y* y, int64_t cols, const U* panel, A* to) const {
+    constexpr int W = kLanes<A>;
+    for (int64_t j = 0; j < cols; j += W) {
+      const Y* from[W];
+      // Past the end any row will do.
+      for (int64_t q = 0; q < W; ++q) from[q] = y + minimum(j + q, cols - 1) * p.y_stride;
+      if (rows == 1) {
+        products_with<C, 1>(panel, from, p.D, to + j, kBlock);
+      } else if (rows == 2) {
+        products_with<C, 2>(panel, from, p.D, to + j, kBlock);
+      } else {
+        products_with<C, kFewRows>(panel, from, p.D, to + j, kBlock);
+      }
+    }
+  }
+  void apply_code_scale(A* dots, int64_t j, int64_t rows, int64_t cols) const {
+    constexpr int W = kLanes<A>;
+    alignas(64) A factor[kBlock] = {};
+    memcpy(factor, static_cast<const A*>(p.code_scale) + j, static_cast<size_t>(cols) * sizeof(A));
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t k = 0; k < cols; k += W)
+        store(dots + i * kBlock + k, load(dots + i * kBlock + k) * load(factor + k));
+    }
+  }
+
+  // ---- Selection --------------------------------------------------------------------------------------------------
+
+  // Columns of a block that row `owner` names: a bit for each.
+  void named_columns(const SimilaritySet& set, int64_t owner, int64_t j, int64_t cols, uint64_t* bits) const {
+    memset(bits, 0, kBlock / 8);
+    const auto name = [&](int64_t column) { bits[(column - j) / 64] |= uint64_t{1} << (column - j) % 64; };
+    if (set.has_diagonal && owner + set.diagonal >= j && owner + set.diagonal < j + cols) name(owner + set.diagonal);
+    if (set.exclude_indptr) {
+      for_each_listed(set.exclude_indptr, set.exclude_indices, owner, j, j + cols,
+                      [&](int64_t column, int64_t) { name(column); });
+    }
+  }
+  static unsigned lanes_of(const uint64_t* bits, int64_t j) {
+    return static_cast<unsigned>(bits[j / 64] >> j % 64) & ((1u << kLanes<A>)-1);
+  }
+  static unsigned inside(int64_t j, int64_t cols) {
+    constexpr int W = kLanes<A>;
+    return cols - j >= W ? (1u << W) - 1 : (1u << (cols - j)) - 1;
+  }
+
+  void select_panel(const TopKTask& t, int64_t i, int64_t j, int64_t rows, int64_t cols, Panel& panel, Scratch& s) {
+    const A* l = panel.dots;
+    if (!plain_) {
+      logits(s.view, panel.dots, panel.l, rows, cols);
+      l = panel.l;
+    }
+    const bool bounded = s.view.below.i != nullptr;
+    for (int64_t r = 0; r < rows; ++r) {
+      bounded ? select_row<true>(t, i + r, r, j, cols, l + r * kBlock, panel, s)
+              : select_row<false>(t, i + r, r, j, cols, l + r * kBlock, panel, s);
+    }
+  }
+
+  // Rules are looked at where a logit exceeds the threshold. Bounds from above exclude the largest ones, which exceed
+  // every threshold again and again, so they come at once.
+  template <bool kBounded>
+  INLINE void select_row(const TopKTask& t, int64_t i, int64_t r, int64_t j, int64_t cols, const A* l,
+                         const Panel& panel, Scratch& s) {
+    constexpr int W = kLanes<A>;
+    const SimilaritySet& set = p.sets[0];
+    const A* dots = panel.dots + r * kBlock;
+    const bool names = set.has_diagonal || set.exclude_indptr;
+    const Vec<A> bound = broadcast(kBounded ? s.view.below.i[r] : A(0));
+    Vec<A> threshold = broadcast(s.selection.threshold(i));
+    uint64_t named[kBlock / 64];
+    bool know_named = false;
+    for (int64_t k = 0; k < cols; k += W) {
+      const Vec<A> value = load(l + k);
+      unsigned bits = above_bits<A>(value, threshold);
+      if (kBounded) bits &= ~above_bits<A>(load(dots + k), bound);
+      if (__builtin_expect(bits == 0, 1)) continue;
+      bits &= inside(k, cols);
+      if (views_.rules[0].looks()) {
+        for_each_rule(s.view, dots, views_.guided ? panel.guide + r * kBlock : nullptr, r,
+                      [&](Rule, auto drops) { bits &= ~bits_of<Id<A>>(drops(k)); });
+      }
+      if (bits && names) {
+        if (!know_named) named_columns(set, t.begin + i, j, cols, named);
+        know_named = true;
+        bits &= ~lanes_of(named, k);
+      }
+      if (!bits) continue;
+      s.selection.add(i, value, static_cast<Id<A>>(j + k - t.j_begin), bits);
+      threshold = broadcast(s.selection.threshold(i));
+    }
+  }
+
+  // ---- Statistics -------------------------------------------------------------------------------------------------
+
+  void count_panel(const TopKTask& t, int64_t i, int64_t j, int64_t rows, int64_t cols, Panel& panel,
+                   const View<A>& view, bool other) {
+    constexpr int W = kLanes<A>;
+    constexpr Statistic statistic_of[] = {Statistic::differ, Statistic::same, Statistic::below, Statistic::above,
+                                          Statistic::guide};
+    const SimilaritySet& set = p.sets[p.set_count - 1];
+    const A* l = panel.dots;
+    if (!plain_ || (other && set.log_weight)) {
+      logits(view, panel.dots, panel.l, rows, cols);
+      l = panel.l;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t owner = t.begin + i + r;
+      int64_t counts[kStatistics] = {};
+      uint64_t named[kBlock / 64];
+      named_columns(set, owner, j, cols, named);
+      const Vec<A> high = broadcast(static_cast<const A*>(out.count_above)[owner]);
+      const A *row = l + r * kBlock, *guide = views_.guided ? panel.guide + r * kBlock : nullptr;
+      for (int64_t k = 0; k < cols; k += W) {
+        const unsigned here = inside(k, cols);
+        unsigned dropped[kStatistics] = {}, any = lanes_of(named, k);
+        for_each_rule(view, panel.dots + r * kBlock, guide, r, [&](Rule rule, auto drops) {
+          dropped[static_cast<int>(statistic_of[static_cast<int>(rule)])] |= bits_of<Id<A>>(drops(k));
+        });
+        for (int rule = static_cast<int>(Statistic::differ); rule < kStatistics; ++rule) {
+          counts[rule] += __builtin_popcount(dropped[rule] & here);
+          any |= dropped[rule];
+        }
+        const unsigned scores = above_bits<A>(load(row + k), broadcast(-infinity<A>())) & here;
+        counts[static_cast<int>(Statistic::eligible)] += __builtin_popcount(scores & ~any);
+        counts[static_cast<int>(Statistic::higher)] += __builtin_popcount(above_bits<A>(load(row + k), high) & here);
+      }
+      for (int rule = 0; rule < kStatistics; ++rule) {
+        part_statistics_.get()[(t.part * kStatistics + rule) * p.N + owner] += counts[rule];
+      }
+    }
+  }
+
+  // ---- Results ----------------------------------------------------------------------------------------------------
+
+  void finish_task(const TopKTask& t, Scratch& s) {
+    A* values = parts_ > 1 ? part_values_.get() + t.part * p.N * out.k : static_cast<A*>(out.values);
+    int64_t* indices = parts_ > 1 ? part_indices_.get() + t.part * p.N * out.k : out.indices;
+    for (int64_t i = 0; i < t.rows; ++i) {
+      const int64_t at = (t.begin + i) * out.k;
+      s.selection.finish(i, values + at, indices + at, t.j_begin);
+    }
+  }
+
+  void finish_row(int64_t i) {
+    const int64_t k = out.k;
+    A* values = static_cast<A*>(out.values) + i * k;
+    int64_t* indices = out.indices + i * k;
+    if (parts_ > 1) {
+      const auto part = [&](int64_t n) { return (n * p.N + i) * k; };
+      Buffer<A> merged_values(k);
+      Buffer<int64_t> merged_indices(k);
+      memcpy(values, part_values_.get() + part(0), static_cast<size_t>(k) * sizeof(A));
+      memcpy(indices, part_indices_.get() + part(0), static_cast<size_t>(k) * sizeof(int64_t));
+      for (int64_t n = 1; n < parts_; ++n) {
+        merge_lists(values, indices, k, part_values_.get() + part(n), part_indices_.get() + part(n), k, k,
+                    merged_values.get(), merged_indices.get());
+        memcpy(values, merged_values.get(), static_cast<size_t>(k) * sizeof(A));
+        memcpy(indices, merged_indices.get(), static_cast<size_t>(k) * sizeof(int64_t));
+      }
+    }
+    int64_t found = 0;
+    while (found < k && indices[found] >= 0) ++found;
+    out.counts[i] = found;
+    for (int rule = 0; out.statistics && rule < kStatistics; ++rule) {
+      for (int64_t n = 0; n < parts_; ++n) {
+        out.statistics[rule * p.N + i] += part_statistics_.get()[(n * kStatistics + rule) * p.N + i];
+      }
+    }
+  }
+
+  const SimilarityProblem& p;
+  const TopKForward& out;
+  const Parallel& parallel_;
+  Views<A> views_;
+  bool plain_ = false;  // logits are the inner products
+  int64_t chunk_rows_ = 0, parts_ = 1, part_columns_ = 0;
+  std::unique_ptr<Scratch[]> scratch_;
+  Buffer<A> part_values_;
+  Buffer<int64_t> part_indices_, part_statistics_;
+};
+
+template <class C, class X, class Y>
+void topk_forward(const SimilarityProblem& p, const TopKForward& out, const Parallel& parallel) {
+  TopK<C, X, Y>(p, out, parallel).run();
+}
+
+template <class A>
+void topk_merge(const TopKMerge& m, const Parallel& parallel) {
+  auto task = [&](int64_t i, int) {
+    merge_lists(static_cast<const A*>(m.values) + i * m.k, m.indices + i * m.k, m.k,
+                static_cast<const A*>(m.other_values) + i * m.other_k, m.other_indices + i * m.other_k, m.other_k, m.k,
+                static_cast<A*>(m.out_values) + i * m.k, m.out_indices + i * m.k);
+  };
+  run_parallel(parallel.run, m.rows, task);
+}
+
+// ---- Types -------------------------------------------------------------------------------------------------------
+
+#define CONTRASTIVE_OPS_TOPK_FOR_TYPE(function, Argument)                                               \
+  void function##_any(const SimilarityProblem& p, const Argument& argument, const Parallel& parallel) { \
+    switch (p.dtype) {                                                                                  \
+      case DType::float32:                                                                              \
+        return function<ComputeFloat, float, float>(p, argument, parallel);                             \
+      case DType::float64:                                                                              \
+        return function<ComputeDouble, double, double>(p, argument, parallel);                          \
+      case DType::bfloat16:                                                                             \
+        if (p.code_scale) return function<ComputeForBFloat16, BFloat16, int8_t>(p, argument, parallel); \
+        return function<ComputeForBFloat16, BFloat16, BFloat16>(p, argument, parallel);                 \
+      case DType::float16:                                                                              \
+        return function<ComputeFloat, Half, Half>(p, argument, parallel);                               \
+    }                                                                                                   \
+  }
+CONTRASTIVE_OPS_TOPK_FOR_TYPE(topk_forward, TopKForward)
+CONTRASTIVE_OPS_TOPK_FOR_TYPE(topk_at, TopKAt)
+CONTRASTIVE_OPS_TOPK_FOR_TYPE(topk_backward, TopKBackward)
+
+void topk_merge_any(const TopKMerge& m, const Parallel& parallel) {
+  m.dtype == DType::float64 ? topk_merge<double>(m, parallel) : topk_merge<float>(m, parallel);
+}
+
+}  // namespace
+
+SimilarityTopK similarity_topk() { return {topk_forward_any, topk_at_any, topk_backward_any, topk_merge_any}; }
+
+}  // namespace LEVEL
+}  // namespace contrastive_ops

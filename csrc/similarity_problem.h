@@ -1,0 +1,78 @@
+// A similarity matrix that is never stored: what the primitives on it are given; shared by cpu/ and cuda/.
+//
+//   l_ij = +-(scale * <x_i, y_j> + row_bias_i + col_bias_j + log_weight_ij)      for the pairs (i, j) that take part
+//
+// A set is one reading of the inner products: scale, sign, and which pairs take part. A fold reduces one set along one
+// direction. Numbers of kinds and slots are those of contrastive_ops/_similarity.py.
+//
+// Raw pointers only: files that are compiled for one SIMD level must not include a torch header, whose
+// inline functions the linker could then pick for the whole library.
+#pragma once
+
+#include <cstdint>
+
+namespace contrastive_ops {
+
+enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+// Runs `task(context, index, thread)` for every index in [0, count); `thread` is below Parallel::threads.
+struct Parallel {
+  using Task = void (*)(void* context, int64_t index, int thread);
+  void (*run)(int64_t count, Task task, void* context);
+  int threads;
+};
+
+enum class FoldKind : int { logsumexp = 0, max = 1, sum_softplus = 2, sum_relu = 3, sum = 4, count = 5 };
+enum class ScaleOf : int { all = 0, rows = 1, columns = 2 };
+
+// Every `void*` below points to the accumulation type: double for float64 inputs, float otherwise. A rule whose
+// pointers are null does not apply. `_rows` are (N,), `_cols` (M,).
+struct SimilaritySet {
+  const void* scale;  // 1, N or M numbers
+  ScaleOf scale_of;
+  bool negate;
+  bool has_diagonal;  // drop column i + diagonal of row i
+  int64_t diagonal;
+  const int64_t *differ_rows, *differ_cols;         // drop equal ids; -1 equals nothing
+  const int64_t *same_rows, *same_cols;             // drop ids that differ
+  const int64_t *exclude_indptr, *exclude_indices;  // drop listed columns; ascending in each row
+  const void *below_rows, *below_cols;              // drop inner products above
+  const void *above_rows, *above_cols;              // drop inner products below
+  const void *guide_below_rows, *guide_below_cols;  // drop guide similarities above
+  const int64_t *class_rows, *class_cols;           // rows and columns of log_weight; -1 for none
+  const void* log_weight;                           // (row classes, column classes)
+  int64_t log_weight_rows, log_weight_cols;
+  bool has_fill;  // dropped pairs have this logit, and no gradient, in place of taking no part
+  double fill;
+};
+
+struct SimilarityFold {
+  int set;
+  FoldKind kind;
+  bool cols;  // fold each column, not each row
+};
+
+struct SimilarityProblem {
+  DType dtype;
+  const void* x;  // (N, D), unit column stride
+  const void* y;  // (M, D), unit column stride; equal to x for self-similarity
+  int64_t N, M, D;
+  int64_t x_stride, y_stride;  // between rows, in elements
+  bool self;                   // y is x: only the tiles on and above the diagonal are computed
+  const void* row_bias;        // (N,) or null
+  const void* col_bias;        // (M,) or null
+  const int64_t* target;       // (N,) or null: the column of each row that no fold sees
+  const SimilaritySet* sets;   // the first is that of the targets and of the lists
+  int set_count;
+  const SimilarityFold* folds;
+  int fold_count;
+  const void* code_scale;         // (M,): y holds int8 codes of which one unit is worth this; or null
+  const void *guide_x, *guide_y;  // (N, guide_depth), (M, guide_depth), accumulation type, contiguous; or null
+  int64_t guide_depth;
+  const int64_t *linear_indptr, *linear_indices;  // lists of columns per row, ascending; or null
+  const void* linear_weight;
+  void* kept;         // inner products kept from forward for backward, or null
+  int64_t kept_size;  // in elements of the accumulation type
+};
+
+}  // namespace contrastive_ops
