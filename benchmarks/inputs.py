@@ -14,6 +14,10 @@ from torch import Tensor
 from benchmarks.registry import Case, Inputs
 
 CLUSTER_SIZE = 64
+# Mean similarity of a query and the row of the corpus that answers it.
+RELEVANT = 0.5
+# Of search_with_rules: columns that each query excludes, and queries of which one has a wrong positive.
+EXCLUDED, PER_WRONG = 8, 32
 # Rows of +1 and -1: with a power of 4 their length is a power of 2, and cosines are exact in float32.
 GUIDE_DIM = 256
 
@@ -107,6 +111,55 @@ def guide_embeddings(case: Case, names: tuple[str, str], *, cosine: float) -> di
     views = views_of_things(_rows(case), case.shapes["D"], cosine=cosine, views=4)[2:]
     signs = (torch.where(view @ projection > 0, 1.0, -1.0) for view in views)
     return {name: each.to(case.device) for name, each in zip(names, signs, strict=True)}
+
+
+def search_inputs(case: Case) -> Inputs:
+    """Unit rows: a ``corpus`` (M, D) in clusters and a ``query`` (N, D) for each of N different rows of it."""
+    query, corpus, _ = _search(case)
+    tensors = {"query": query.to(case.device, case.dtype), "corpus": corpus.to(case.device, case.dtype)}
+    return Inputs(tensors, {"k": case.shapes["k"]})
+
+
+def search_with_rules(case: Case, *, margin: float) -> Inputs:
+    """A search for hard negatives: each query excludes its relevant rows and has a bound from its positive.
+
+    ``excluded`` (N, 8) are the positive of each query and the seven rows that are most similar to it
+    otherwise, ``bound`` (N,) is the similarity p of the positive less ``margin`` times ``|p|``. One query
+    in 32 has a row as its positive that 10 k others or more outrank, as labels of real data have:
+    who searches for 10 k columns and filters then finds too few for it, though half the corpus is left.
+
+    Rows are rounded so that inner products are exact (see :func:`_on_grid`): everybody sees the
+    same pairs below the bound.
+    """
+    k = case.shapes["k"]
+    query, corpus, positive = _search(case)
+    query, corpus = _on_grid(query), _on_grid(corpus)
+    scores = query @ corpus.T
+    wrong = torch.arange(0, len(query), PER_WRONG)
+    ranks = torch.linspace(10 * k, len(corpus) // 2, len(wrong)).long()
+    positive[wrong] = scores[wrong].sort(dim=1, descending=True).indices.gather(1, ranks[:, None]).squeeze(1)
+    p = scores.gather(1, positive[:, None])
+    others = scores.scatter(1, positive[:, None], -torch.inf).topk(EXCLUDED - 1).indices
+    excluded = torch.cat([positive[:, None], others], 1).sort(1).values
+    bound = (p - margin * p.abs()).squeeze(1)
+    tensors = {"query": query.to(case.device, case.dtype), "corpus": corpus.to(case.device, case.dtype)}
+    return Inputs(tensors, {"k": k}, frozen={"excluded": excluded.to(case.device), "bound": bound.to(case.device)})
+
+
+def _search(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, corpus, and the row of the corpus that answers each query."""
+    rows = case.shapes["M"]
+    corpus, like_it = views_of_things(rows, case.shapes["D"], cosine=RELEVANT)
+    answer = torch.randperm(rows, generator=torch.Generator().manual_seed(1))[: case.shapes["N"]]
+    return like_it[answer], corpus, answer
+
+
+def _on_grid(rows: Tensor) -> Tensor:
+    """Unit rows rounded to multiples of 1/2048: float32 adds their products without error in every order.
+
+    Products are multiples of 2^-22, and sums of them stay below 4, which is 2^24 such units.
+    """
+    return (2048 * rows).round() / 2048
 
 
 def _rows(case: Case) -> int:

@@ -45,7 +45,7 @@ def _timed(step: Callable[[], object], device: str) -> float:
     result = step()
     synchronise(device)
     elapsed = time.perf_counter() - start
-    # Freeing the gradients belongs to nobody's time.
+    # Freeing the answer belongs to nobody's time.
     del result
     return elapsed
 

@@ -1,9 +1,10 @@
 """Peak extra memory of one provider on one case, measured in a process of its own.
 
-Extra is what is resident at the peak of one forward and backward, above the inputs and the
-gradients: the gradients are the answer, so their bytes are subtracted. A process of its own,
-because a peak can hide below an earlier one, and because what one provider leaves in the
-allocator would be free for the next.
+Extra is what is resident at the peak of one step, above the inputs and the answer: gradients, or
+the lists of a search, are what the caller wants, so their bytes are subtracted. What a provider
+builds before its first step (an index) is not extra either. A process of its own, because a peak can
+hide below an earlier one, and because what one provider leaves in the allocator would be free for
+the next.
 
     python -m benchmarks.memory CASE PROVIDER [--quick] [--check]
 """
@@ -18,12 +19,13 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from benchmarks.registry import Case, Outcome, Provider, Step, all_cases
-from benchmarks.truth import errors
+from benchmarks.registry import Answer, Case, Provider, Step, all_cases
+from benchmarks.truth import Errors, errors
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
@@ -67,27 +69,27 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _extra_bytes(step: Step, device: str) -> tuple[int, Outcome | None]:
+def _extra_bytes(step: Step, device: str) -> tuple[int, Answer | None]:
     if device != "cpu":
         torch.accelerator.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        outcome = step()
+        answer = step()
         torch.accelerator.synchronize()
         peak = torch.cuda.max_memory_allocated()
     else:
         _give_back_free_memory()
         _reset_peak()
         before = _peak_bytes()
-        outcome = step()
+        answer = step()
         peak = _peak_bytes()
-    gradients = 0
-    if outcome is not None:
-        gradients = sum(grad.numel() * grad.element_size() for grad in outcome.grads.values())
-    return max(0, peak - before - gradients), outcome
+    wanted = 0
+    if answer is not None:
+        wanted = sum(tensor.numel() * tensor.element_size() for tensor in answer.answers)
+    return max(0, peak - before - wanted), answer
 
 
-def measure_here(case: Case, provider: Provider, *, check: bool) -> dict[str, float]:
+def measure_here(case: Case, provider: Provider, *, check: bool) -> tuple[float, Errors | None]:
     """Measures in this process, which should have done nothing else yet.
 
     One call on the shrunk case comes first: it loads the code pages and starts the threads.
@@ -96,25 +98,23 @@ def measure_here(case: Case, provider: Provider, *, check: bool) -> dict[str, fl
     provider.build(small.make_inputs(small))()
     inputs = case.make_inputs(case)
     step = provider.build(inputs)
-    extra, outcome = _extra_bytes(step, case.device)
-    result = {"peak_extra_mib": extra / MIB}
-    if check and outcome is not None:
-        result["loss_error"], result["grad_error"] = errors(outcome, case.truth(inputs))
-    return result
+    extra, answer = _extra_bytes(step, case.device)
+    found = errors(answer, case.truth(inputs)) if check and answer is not None else None
+    return extra / MIB, found
 
 
 # ---------------------------------------------------------------------------------------------
 # In the parent
 
 
-def measure(case: Case, provider: Provider, *, quick: bool = False, check: bool = False) -> dict[str, float]:
-    """Measures in a subprocess; RuntimeError with the last line of its output if that fails.
+def measure(case: Case, provider: Provider, *, quick: bool = False, check: bool = False) -> tuple[float, Errors | None]:
+    """MiB measured in a subprocess, and errors if asked for; RuntimeError with the last line it printed if it fails.
 
     Args:
         case: as registered (not shrunk; the child finds it by name).
         provider: one of the case's.
         quick: measure the shrunk case.
-        check: also return the errors against the truth.
+        check: also return the errors against the truth; None of an answer that has none.
     """
     command = [sys.executable, "-m", "benchmarks.memory", case.name, provider.name]
     command += ["--threads", str(torch.get_num_threads())]
@@ -131,7 +131,8 @@ def measure(case: Case, provider: Provider, *, quick: bool = False, check: bool 
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise RuntimeError(f"{case.name}, {provider.name}: {lines[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    extra, found = json.loads(done.stdout.strip().splitlines()[-1])
+    return extra, Errors(**found) if found else None
 
 
 def main() -> None:
@@ -149,7 +150,8 @@ def main() -> None:
     provider = case.provider(arguments.provider)
     if arguments.quick:
         case = case.shrunk()
-    print(json.dumps(measure_here(case, provider, check=arguments.check)))
+    extra, found = measure_here(case, provider, check=arguments.check)
+    print(json.dumps([extra, asdict(found) if found else None]))
 
 
 if __name__ == "__main__":

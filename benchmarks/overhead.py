@@ -57,9 +57,11 @@ class Overhead:
 @contextmanager
 def clocked() -> Iterator[list[float]]:
     """A list whose one number grows by the seconds of every call of a compiled function."""
-    from contrastive_ops.ops.similarity_reduce import BACKENDS
+    from contrastive_ops.ops.similarity_reduce import BACKENDS as FOLDING
+    from contrastive_ops.ops.similarity_topk import BACKENDS as SELECTING
 
-    seconds, backend = [0.0], BACKENDS["cpu"]
+    seconds = [0.0]
+    compiled = [(table, table["cpu"]) for table in (FOLDING, SELECTING)]
 
     def timed(function: Callable[..., object]) -> Callable[..., object]:
         def call(*arguments: object) -> object:
@@ -72,12 +74,14 @@ def clocked() -> Iterator[list[float]]:
 
         return call
 
-    functions = SimpleNamespace(**{name: timed(each) for name, each in vars(backend.functions()).items()})
-    BACKENDS["cpu"] = replace(backend, functions=lambda: functions)
+    for table, backend in compiled:
+        functions = SimpleNamespace(**{name: timed(each) for name, each in vars(backend.functions()).items()})
+        table["cpu"] = replace(backend, functions=lambda functions=functions: functions)
     try:
         yield seconds
     finally:
-        BACKENDS["cpu"] = backend
+        for table, backend in compiled:
+            table["cpu"] = backend
 
 
 def step_of(loss: str, rows: int, depth: int) -> Callable[[], None]:
@@ -214,7 +218,7 @@ def run(
         if each.ratio > LIMIT:
             print("\n" + profile(each.loss, rows, depth), flush=True)
     if csv is None and not quick:
-        csv = results.RESULTS / f"{provenance.machine_kind()}-overhead.csv"
+        csv = results.file_of(f"{provenance.machine_kind()}-overhead")
     if csv is not None:
         lines = [{**row, **stamp} for each in found for row in rows_of(each, rounds, rows, depth)]
         results.append(csv, lines)

@@ -14,12 +14,13 @@ from benchmarks import report, results
 from benchmarks.registry import OURS, Case, all_cases
 from benchmarks.results import Row
 
-COLOURS = {"ours": "#1a7f5a", "torch": "#8c96a3", "peer": "#c8803c", "matmul": "#d5dae0"}
+COLOURS = {"ours": "#1a7f5a", "torch": "#8c96a3", "peer": "#c8803c", "matmul": "#d5dae0", "read": "#b9c6d8"}
 LEGEND = {
     "ours": "contrastive_ops",
     "peer": "other packages",
     "torch": "torch",
     "matmul": "the matrix products alone",
+    "read": "reading the corpus once",
 }
 
 
@@ -49,7 +50,7 @@ def draw_panel(axes: Any, case: Case, timed: Mapping[str, Row]) -> None:
     axes.set_title(f"{case.op} {case.shape_text} {ordered[0]['dtype']}", fontsize=10, loc="left")
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel(f"ms fwd+bwd; speed against {case.baseline}", fontsize=8, loc="right")
+    axes.set_xlabel(f"ms a step; speed against {case.baseline}", fontsize=8, loc="right")
 
 
 def draw(found: Sequence[tuple[Case, Mapping[str, Row]]], path: Path) -> None:
@@ -66,10 +67,11 @@ def draw(found: Sequence[tuple[Case, Mapping[str, Row]]], path: Path) -> None:
     for axes in grid[len(found) :]:
         axes.set_visible(False)
     row = next(iter(found[0][1].values()))
+    kinds = {each["kind"] for _, timed in found for each in timed.values()}
     figure.legend(
-        handles=[Patch(color=COLOURS[kind], label=text) for kind, text in LEGEND.items()],
+        handles=[Patch(color=COLOURS[kind], label=text) for kind, text in LEGEND.items() if kind in kinds],
         loc="outside upper center",
-        ncols=len(LEGEND),
+        ncols=len(kinds),
         fontsize=8,
         frameon=False,
         title=f"{row['device']}, {row['threads']} threads, torch {row['torch']}",

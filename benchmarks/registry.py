@@ -7,7 +7,7 @@ Adding a family means adding the module and its name to ``FAMILIES``; nothing el
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,7 +16,10 @@ from torch import Tensor
 # The name of this package's provider with its defaults.
 OURS = "contrastive_ops"
 
-FAMILIES = ("cases_softmax", "cases_multi_positive", "cases_sigmoid", "cases_partition")
+FAMILIES = ("cases_softmax", "cases_multi_positive", "cases_sigmoid", "cases_partition", "cases_topk")
+
+# Kinds of providers that show what the machine can do and have no answer to check.
+FLOORS = ("matmul", "read")
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -29,8 +32,8 @@ PEAK_MIB = 256
 COPY_ROWS = 2048
 
 # What --quick and the pytest-benchmark level shrink every case to: large enough for more than one
-# tile and chunk, small enough for a second.
-QUICK_SHAPES = {"N": 192, "M": 192, "D": 48}
+# tile and chunk, small enough for a second. M is the length of a corpus that queries search.
+QUICK_SHAPES = {"N": 192, "M": 2048, "D": 48}
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,47 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The loss and its gradients by the name of the input."""
+    """What a loss answers: its value, and its gradients by the name of the input."""
 
     loss: Tensor
     grads: Mapping[str, Tensor]
 
+    @property
+    def answers(self) -> tuple[Tensor, ...]:
+        """What the caller wants to have; its bytes are not extra memory."""
+        return tuple(self.grads.values())
 
-Step = Callable[[], "Outcome | None"]
+
+@dataclass(frozen=True)
+class Lists:
+    """What a search answers: for every row the columns with the highest scores, best first.
+
+    ``indices`` (N, k) int64 has -1 behind the columns of a list that is shorter; ``values`` are their
+    scores. ``same_as`` are the lists that these must equal column by column, beyond what the truth,
+    which allows for rounding, asks for.
+    """
+
+    values: Tensor
+    indices: Tensor
+    same_as: Lists | None = None
+
+    @property
+    def answers(self) -> tuple[Tensor, ...]:
+        """What the caller wants to have; its bytes are not extra memory."""
+        return self.values, self.indices
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The truth of a search: every score, -inf where a pair takes no part, and the k best of each row."""
+
+    scores: Tensor
+    best: Tensor
+
+
+Answer = Outcome | Lists
+Truth = Outcome | Scores
+Step = Callable[[], "Answer | None"]
 
 
 @dataclass(frozen=True)
@@ -69,8 +106,12 @@ class Provider:
     """One way to compute a case.
 
     ``build(inputs)`` imports what it needs (ImportError: the provider is named as missing) and
-    returns a step: one forward and backward from fresh leaves. ``kind`` is "ours", "torch", "peer",
-    or "matmul" for the bare matrix products of the case, which have no outcome to check.
+    returns a step: one forward and backward from fresh leaves, or one search. ``kind`` is "ours",
+    "torch", "peer", or one of ``FLOORS``: "matmul" for the bare matrix products of the case, "read"
+    for reading its corpus once. A step that returns None is not checked: that of a floor, or that of
+    a peer which can only do a part of the case and says so in its name.
+
+    ``starves``: lists that are too short are counted, where they would make another provider wrong.
     """
 
     name: str
@@ -78,6 +119,7 @@ class Provider:
     kind: str = "peer"
     package: str = "torch"
     optional: bool = False
+    starves: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +131,7 @@ class Target:
            "memory": extra memory(ours) / extra memory(against) <= bound
            "peak":   extra memory(ours) in MiB <= bound
            "error":  relative gradient error(ours) <= bound
+           "starved": rows of ours whose list is shorter than it could be <= bound
     """
 
     row: str
@@ -111,7 +154,7 @@ class Case:
     shapes: Mapping[str, int]
     dtype: torch.dtype
     make_inputs: Callable[[Case], Inputs]
-    truth: Callable[[Inputs], Outcome]
+    truth: Callable[[Inputs], Truth]
     providers: tuple[Provider, ...]
     baseline: str
     flops: Callable[[Mapping[str, int]], float]
@@ -178,6 +221,16 @@ def all_cases() -> dict[str, Case]:
     for family in FAMILIES:
         importlib.import_module(f"benchmarks.{family}")
     return dict(_CASES)
+
+
+def representatives(cases: Iterable[Case]) -> dict[str, Case]:
+    """One registered case, that with the most providers, for each small shape that cases shrink to, by its name."""
+    found: dict[str, Case] = {}
+    for case in cases:
+        name = case.shrunk().name
+        if name not in found or len(case.providers) > len(found[name].providers):
+            found[name] = case
+    return found
 
 
 def select(op: str | None = None, case: str | None = None) -> list[Case]:

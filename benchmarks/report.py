@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from benchmarks.measure import Timing
 from benchmarks.registry import DTYPE_NAMES, Case, Provider, Target
 from benchmarks.results import Row
+from benchmarks.truth import Errors
 
 # The column a target's metric reads.
 METRIC_COLUMN = {
@@ -16,6 +17,7 @@ METRIC_COLUMN = {
     "memory": "peak_extra_mib",
     "peak": "peak_extra_mib",
     "error": "grad_error",
+    "starved": "starved",
 }
 
 
@@ -29,8 +31,7 @@ class Measurement:
     timing: Timing | None = None
     rounds: int = 0
     peak_extra_mib: float | None = None
-    loss_error: float | None = None
-    grad_error: float | None = None
+    errors: Errors | None = None
 
 
 def to_row(case: Case, found: Measurement, matmul_gflops: float | None, version: str) -> Row:
@@ -46,9 +47,11 @@ def to_row(case: Case, found: Measurement, matmul_gflops: float | None, version:
         "status": found.status,
         "rounds": str(found.rounds or ""),
         "peak_extra_mib": _number(found.peak_extra_mib, ".1f"),
-        "loss_error": _number(found.loss_error, ".2e"),
-        "grad_error": _number(found.grad_error, ".2e"),
     }
+    if found.errors is not None:
+        row["loss_error"] = _number(found.errors.value, ".2e")
+        row["grad_error"] = _number(found.errors.grads, ".2e")
+        row["starved"] = _number(found.errors.starved, "d")
     if found.timing is not None:
         timing = found.timing
         for column, seconds in (
@@ -112,6 +115,7 @@ def bound_text(target: Target) -> str:
         "memory": f"<= {target.bound:.3f}x the extra memory",
         "peak": f"<= {target.bound:g} MiB",
         "error": f"<= {target.bound:.0e} gradient error",
+        "starved": f"<= {target.bound:g} starved rows",
     }[target.metric]
 
 
@@ -123,6 +127,7 @@ def value_text(target: Target, value: float) -> str:
         "memory": f"{value:.3f}x",
         "peak": f"{value:.0f} MiB",
         "error": f"{value:.1e}",
+        "starved": f"{value:g}",
     }[target.metric]
 
 
@@ -141,8 +146,14 @@ def verdict(target: Target, rows: Mapping[str, Row]) -> str:
 
 HEADER = (
     "provider", "version", "min ms", "median", "p20..p80", "speed", "extra MiB",
-    "loss err", "grad err", "of matmul",
+    "error", "grad err", "starved", "of matmul",
 )  # fmt: skip
+
+
+def without_empty(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Header and lines without the columns that are empty or 0 in every line; the first two stay."""
+    columns = list(zip(header, *lines, strict=True))
+    return list(zip(*(c for i, c in enumerate(columns) if i < 2 or set(c[1:]) - {"", "0"}), strict=True))
 
 
 def speed_text(row: Row, baseline: Row | None) -> str:
@@ -169,6 +180,7 @@ def _cells(row: Row, baseline: Row | None) -> tuple[str, ...]:
         row.get("peak_extra_mib", ""),
         row.get("loss_error", ""),
         row.get("grad_error", ""),
+        row.get("starved", ""),
         share_text(row),
     )
 
@@ -176,7 +188,7 @@ def _cells(row: Row, baseline: Row | None) -> tuple[str, ...]:
 def table(case: Case, rows: Sequence[Row], notes: Sequence[str]) -> str:
     """The table of one case, its notes (missing, wrong, failed providers) and verdicts."""
     good = {row["provider"]: row for row in rows if row["status"] == "ok"}
-    lines = [HEADER, *(_cells(row, good.get(case.baseline)) for row in good.values())]
+    lines = without_empty(HEADER, [_cells(row, good.get(case.baseline)) for row in good.values()])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [case.name + (f"   speed: against {case.baseline}" if "time" in case.measure else "")]
     for line in lines:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure, memory, overhead, provenance, report, results
-from benchmarks.registry import Case, Inputs, Outcome, Provider, Step, select
+from benchmarks.registry import FLOORS, Case, Inputs, Provider, Step, Truth, representatives, select
 from benchmarks.report import Measurement
 from benchmarks.truth import errors
 
@@ -39,12 +39,12 @@ class Options:
     csv: Path | None = None
 
 
-def _checked(provider: Provider, inputs: Inputs, truth: Outcome, tolerance: float) -> tuple[Measurement, Step | None]:
+def _checked(provider: Provider, inputs: Inputs, truth: Truth, tolerance: float) -> tuple[Measurement, Step | None]:
     """The measurement so far and, if the provider is right, its step."""
     found = Measurement(provider)
     try:
         step = provider.build(inputs)
-        outcome = step()
+        answer = step()
     except ImportError as error:
         found.status = "missing"
         found.note = f"{provider.name}: not installed ({provider.package}): {error}"
@@ -53,21 +53,23 @@ def _checked(provider: Provider, inputs: Inputs, truth: Outcome, tolerance: floa
         found.status = "failed"
         found.note = f"{provider.name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return found, None
-    if outcome is None:
+    if answer is None:
         return found, step
-    found.loss_error, found.grad_error = errors(outcome, truth)
+    found.errors = errors(answer, truth)
     return found, (step if _right(found, tolerance) else None)
 
 
 def _right(found: Measurement, tolerance: float) -> bool:
-    """Whether the errors are within the tolerance; NaN is not."""
-    if found.loss_error <= tolerance and found.grad_error <= tolerance:
+    """Whether the errors are within the tolerance, NaN is not, and no list is shorter than allowed."""
+    name, seen = found.provider.name, found.errors
+    if seen.worst <= tolerance and (not seen.starved or found.provider.starves):
         return True
     found.status = "wrong"
-    found.note = (
-        f"{found.provider.name}: WRONG, not measured: loss error {found.loss_error:.1e}, "
-        f"gradient error {found.grad_error:.1e}, allowed {tolerance:.0e}"
-    )
+    if seen.grads is not None:
+        wrong = f"loss error {seen.value:.1e}, gradient error {seen.grads:.1e}"
+    else:
+        wrong = f"error of the lists {seen.value:.1e}, starved rows {seen.starved}"
+    found.note = f"{name}: WRONG, not measured: {wrong}, allowed {tolerance:.0e}"
     return False
 
 
@@ -101,19 +103,19 @@ def _measure_time(case: Case, options: Options) -> list[Measurement]:
 def _measure_memory(registered: Case, measurements: list[Measurement], options: Options) -> None:
     """Adds the peak of every right provider, each in a process of its own."""
     for found in measurements:
-        if found.status != "ok" or found.provider.kind == "matmul":
+        if found.status != "ok" or found.provider.kind in FLOORS:
             continue
-        check = found.grad_error is None
+        check = found.errors is None
         try:
-            numbers = memory.measure(registered, found.provider, quick=options.quick, check=check)
+            extra, seen = memory.measure(registered, found.provider, quick=options.quick, check=check)
         except RuntimeError as error:
             found.status, found.note = "failed", f"memory of {error}"
             continue
-        if check:
-            found.loss_error, found.grad_error = numbers["loss_error"], numbers["grad_error"]
+        if seen is not None:
+            found.errors = seen
             if not _right(found, registered.tolerance):
                 continue
-        found.peak_extra_mib = numbers["peak_extra_mib"]
+        found.peak_extra_mib = extra
 
 
 def run_case(registered: Case, options: Options) -> tuple[list[results.Row], list[str]]:
@@ -139,7 +141,7 @@ def csv_of(case: Case, options: Options) -> Path | None:
     """The file a case's rows go to; None for a quick run that was given no file."""
     if options.csv is not None or options.quick:
         return options.csv
-    return results.RESULTS / f"{provenance.machine_kind(case.device)}.csv"
+    return results.file_of(provenance.machine_kind(case.device))
 
 
 def run(cases: Sequence[Case], options: Options) -> list[results.Row]:
@@ -192,14 +194,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _runnable(cases: Sequence[Case], options: Options) -> list[Case]:
     """The cases whose device is here and of which something is to be measured."""
-    found: dict[str, Case] = {}
-    for case in cases:
-        here = case.device == "cpu" or torch.accelerator.is_available()
-        if here and ("time" in case.measure or options.memory):
-            # Several cases shrink to one; a quick run needs it once.
-            key = f"{case.shrunk().name} {case.measure}" if options.quick else case.name
-            found.setdefault(key, case)
-    return list(found.values())
+    found = [
+        case
+        for case in cases
+        if (case.device == "cpu" or torch.accelerator.is_available()) and ("time" in case.measure or options.memory)
+    ]
+    if not options.quick:
+        return found
+    # Several cases shrink to one; a quick run needs it once.
+    timed = representatives(case for case in found if "time" in case.measure)
+    untimed = representatives(case for case in found if "time" not in case.measure)
+    return [*timed.values(), *untimed.values()]
 
 
 def _missing_peers(cases: Sequence[Case]) -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report, results, targets
-from benchmarks.registry import OURS, Case, Target, all_cases
+from benchmarks.registry import DTYPE_NAMES, OURS, Case, Target, all_cases
 from benchmarks.results import Row
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -50,7 +50,7 @@ def _origin(rows: Sequence[Row]) -> str:
 
 
 def _described(case: Case) -> str:
-    return f"{case.op} {case.name.split('-')[1]} {case.shape_text}"
+    return f"{case.op} {DTYPE_NAMES[case.dtype]} {case.shape_text}"
 
 
 def _timed_case(case: Case, rows: Sequence[Row]) -> tuple[list[list[str]], list[Row]]:
@@ -72,6 +72,7 @@ def _timed_case(case: Case, rows: Sequence[Row]) -> tuple[list[list[str]], list[
                 report.speed_text(row, timed.get(case.baseline)),
                 peaks.get(name, {}).get("peak_extra_mib", ""),
                 row["grad_error"],
+                row["starved"],
                 report.share_text(row),
             ]
         )
@@ -91,8 +92,9 @@ def op_table(op: str, rows: Sequence[Row]) -> str:
     baselines = sorted({case.baseline for case in timed})
     header = (
         "shape", "provider", "ms", f"speed against {', '.join(baselines)}", "extra MiB",
-        "gradient error", "of matmul rate",
+        "gradient error", "starved rows", "of matmul rate",
     )  # fmt: skip
+    header, *lines = report.without_empty(header, lines)
     return _markdown(header, lines, right_from=2) + _origin(used)
 
 

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 # The suite is part of the checkout only. At the end: an installed package stays the one under test.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import measure, memory, plot, providers, report, results, run, tables, targets
-from benchmarks.registry import OURS, Case, Inputs, Outcome, Provider, Target, all_cases
-from benchmarks.truth import errors
+from benchmarks import measure, memory, plot, providers, providers_topk, report, results, run, tables, targets
+from benchmarks.registry import (
+    FLOORS,
+    OURS,
+    Case,
+    Inputs,
+    Lists,
+    Outcome,
+    Provider,
+    Scores,
+    Target,
+    all_cases,
+    representatives,
+)
+from benchmarks.truth import Errors, errors
 
 CASES = all_cases()
 TARGETS = [(case, target) for case in CASES.values() for target in case.targets]
 DUE = [row for row in targets.ROWS if row.group in targets.FINISHED]
 # Where the shape does not matter: each op and dtype once, small; and each op in float32.
-SHRUNK = {case.shrunk().name: case.shrunk() for case in CASES.values() if case.copies == 1}
+SHRUNK = {name: case.shrunk() for name, case in representatives(c for c in CASES.values() if c.copies == 1).items()}
 ONE_PER_OP = {case.op: case for case in SHRUNK.values() if case.dtype == torch.float32}
 COPIED = {case.op: case.shrunk() for case in CASES.values() if case.copies > 1}
 
@@ -36,7 +50,7 @@ def test_case_is_well_formed(case: Case):
     kinds = [provider.kind for provider in case.providers]
     assert len(set(names)) == len(names)
     assert case.baseline in names and OURS in names
-    assert set(kinds) <= {"ours", "torch", "peer", "matmul"}
+    assert set(kinds) <= {"ours", "torch", "peer", *FLOORS}
     assert kinds.count("matmul") == ("time" in case.measure), "one floor for every timed case"
     assert case.measure and set(case.measure) <= {"time", "memory"}
     assert case.flops(case.shapes) > 0 and 0 < case.tolerance < 1
@@ -91,10 +105,10 @@ def test_truth_is_dense_autograd_in_float64(op: str, monkeypatch):
     case = ONE_PER_OP[op]
     inputs = in_float64(case.make_inputs(case))
     step = providers.torch_eager("eager", EAGER[op]).build(inputs)
-    assert max(errors(step(), case.truth(inputs))) < 1e-12
+    assert errors(step(), case.truth(inputs)).worst < 1e-12
     # The same in checkpointed chunks of a few rows.
     monkeypatch.setattr("benchmarks.truth.CHUNK_BYTES", 8 * 50 * case.shapes["N"])
-    assert max(errors(step(), case.truth(inputs))) < 1e-12
+    assert errors(step(), case.truth(inputs)).worst < 1e-12
 
 
 @pytest.mark.parametrize("op", COPIED)
@@ -103,7 +117,7 @@ def test_truth_of_copies_is_the_truth_of_the_whole_batch(op: str):
     inputs = in_float64(case.make_inputs(case))
     assert inputs.copies == 2
     whole = case.truth(replace(inputs, copies=1))
-    assert max(errors(whole, case.truth(inputs))) < 1e-12
+    assert errors(whole, case.truth(inputs)).worst < 1e-12
 
 
 @pytest.mark.parametrize("case", SHRUNK.values(), ids=SHRUNK.keys())
@@ -113,7 +127,8 @@ def test_package_agrees_with_truth(case: Case):
     bound = 1e-5 if case.dtype == torch.float32 else 5e-3
     for provider in case.providers:
         if provider.kind == "ours":
-            assert max(errors(provider.build(inputs)(), truth)) < bound, provider.name
+            found = errors(provider.build(inputs)(), truth)
+            assert found.worst < bound and not found.starved, provider.name
 
 
 def test_inputs_are_those_of_training():
@@ -146,9 +161,195 @@ def test_guide_similarities_are_exact_and_drop_some_pairs():
 def test_errors_are_relative_and_see_every_gradient():
     truth = Outcome(torch.tensor(2.0).double(), {"a": torch.ones(4).double()})
     off = Outcome(torch.tensor(2.2), {"a": torch.tensor([1.0, 1.0, 1.0, 2.0])})
-    assert errors(off, truth) == pytest.approx((0.1, 0.5))
+    found = errors(off, truth)
+    assert (found.value, found.grads, found.starved) == (pytest.approx(0.1), 0.5, None)
+    assert math.isnan(Errors(0.0, math.nan).worst) and math.isnan(Errors(math.nan, 0.0).worst)
     with pytest.raises(ValueError, match="no gradient for"):
         errors(Outcome(torch.tensor(2.0), {}), truth)
+    with pytest.raises(TypeError, match="Outcome cannot judge Lists"):
+        errors(Lists(torch.ones(1, 1), torch.zeros(1, 1).long()), truth)
+
+
+# ---------------------------------------------------------------------------------------------
+# Searches
+
+SEARCHES = [case for case in SHRUNK.values() if case.op.startswith("topk")]
+FILTERED = ONE_PER_OP["topk-filtered"]
+
+
+def search_truth() -> Scores:
+    """Three rows of five columns and lists of two; row 1 has a tie, row 2 only one column."""
+    rows = [[5, 4, 3, 2, 1], [1, 3, 2, 2, 0], [-math.inf, -math.inf, 7, -math.inf, -math.inf]]
+    scores = torch.tensor(rows, dtype=torch.float64)
+    return Scores(scores, scores.topk(2).values)
+
+
+def lists_of(indices: list[list[int]], values: list[list[float]] | None = None) -> Lists:
+    listed = torch.tensor(indices)
+    if values is not None:
+        return Lists(torch.tensor(values), listed)
+    found = search_truth().scores.gather(1, listed.clamp(0, 4)).masked_fill(listed < 0, -math.inf)
+    return Lists(found.float(), listed)
+
+
+def test_errors_of_lists_allow_ties_and_short_rows_where_nothing_is_left():
+    for second in (2, 3):
+        found = errors(lists_of([[0, 1], [1, second], [2, -1]]), search_truth())
+        assert found == Errors(0.0, None, starved=0)
+
+
+@pytest.mark.parametrize(
+    ("lists", "value", "starved"),
+    [
+        (lists_of([[0, 2], [1, 2], [2, -1]]), 1.0, 0),  # not the second best
+        (lists_of([[1, 0], [1, 2], [2, -1]]), 1.0, 0),  # not in order
+        (lists_of([[0, 1], [1, 2], [2, -1]], [[5, 4], [3, 2.5], [7, -math.inf]]), 0.5, 0),  # the score of another
+        (lists_of([[0, 1], [1, 2], [2, -1]], [[5, 4], [3, math.nan], [7, -math.inf]]), math.inf, 0),
+        (lists_of([[0, 1], [1, 2], [2, 3]]), math.inf, 0),  # a column that takes no part
+        (lists_of([[0, 1], [1, 1], [2, -1]]), math.inf, 0),  # a column twice
+        (lists_of([[0, 5], [1, 2], [2, -1]]), math.inf, 0),  # a column that does not exist
+        (lists_of([[0, 1], [1, 2], [-1, 2]]), math.inf, 0),  # a hole
+        (lists_of([[0, -1], [1, 2], [-1, -1]]), 0.0, 2),  # what is there is right, but too short
+        (replace(lists_of([[0, 1], [1, 2], [2, -1]]), same_as=lists_of([[0, 1], [1, 3], [2, -1]])), math.inf, 0),
+    ],
+)
+def test_errors_of_wrong_lists(lists: Lists, value: float, starved: int):
+    assert errors(lists, search_truth()) == Errors(value, None, starved)
+
+
+def test_lists_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"must have shape \(3, 2\), got \(3, 1\)"):
+        errors(lists_of([[0], [1], [2]]), search_truth())
+
+
+def sloppy(change) -> Provider:
+    """A search that is right but for what ``change`` does to its inputs or lists."""
+
+    def build(inputs: Inputs):
+        return providers_topk.mm_topk().build(change(inputs))
+
+    return Provider("sloppy", build, kind="torch")
+
+
+def without_rule(rule: str, harmless: Tensor) -> Provider:
+    return sloppy(lambda inputs: replace(inputs, frozen={**inputs.frozen, rule: harmless}))
+
+
+def shuffled_corpus(inputs: Inputs) -> Inputs:
+    return replace(inputs, tensors={**inputs.tensors, "corpus": inputs.tensors["corpus"].roll(1, 0)})
+
+
+def in_bf16(inputs: Inputs) -> Inputs:
+    rounded = {name: tensor.bfloat16().float() for name, tensor in inputs.tensors.items()}
+    return replace(inputs, tensors=rounded)
+
+
+def starving(**changes) -> Provider:
+    """Lists of which one row lacks its last column."""
+
+    def build(inputs: Inputs):
+        found = providers_topk.mm_topk().build(inputs)()
+        indices = found.indices.clone()
+        indices[3, -1] = -1
+        return lambda: Lists(found.values, indices)
+
+    return Provider("starving", build, **changes)
+
+
+def statuses(case: Case, *others: Provider) -> tuple[dict[str, str], list[str]]:
+    options = run.Options(rounds=1, quick=True, memory=False)
+    chosen = replace(case, providers=(case.provider(OURS), *others), baseline=OURS, targets=())
+    rows, notes = run.run_case(chosen, options)
+    return {row["provider"]: row["status"] for row in rows}, notes
+
+
+@pytest.mark.parametrize(
+    ("case", "provider"),
+    [
+        (ONE_PER_OP["topk"], sloppy(shuffled_corpus)),
+        (ONE_PER_OP["topk"], sloppy(in_bf16)),
+        (ONE_PER_OP["topk-few"], sloppy(in_bf16)),
+        (FILTERED, without_rule("excluded", torch.zeros(192, 1).long())),
+        (FILTERED, without_rule("bound", torch.full((192,), 2.0))),
+        (FILTERED, starving()),
+    ],
+)
+def test_wrong_lists_are_named_and_not_timed(case: Case, provider: Provider):
+    found, notes = statuses(case, provider)
+    assert found == {OURS: "ok", provider.name: "wrong"}
+    assert notes[0].startswith(f"{provider.name}: WRONG, not measured: error of the lists")
+
+
+def test_a_provider_that_starves_is_counted():
+    options = run.Options(rounds=1, quick=True, memory=False)
+    case = replace(FILTERED, providers=(FILTERED.provider(OURS), starving(starves=True)), baseline=OURS, targets=())
+    rows, notes = run.run_case(case, options)
+    assert {row["provider"]: (row["status"], row["starved"]) for row in rows} == {
+        OURS: ("ok", "0"),
+        "starving": ("ok", "1"),
+    }
+    assert not notes
+
+
+@pytest.mark.parametrize("case", SEARCHES, ids=lambda case: case.name)
+def test_truth_of_searches_is_that_of_plain_loops(case: Case):
+    inputs = in_float64(case.make_inputs(case))
+    query, corpus = inputs.tensors.values()
+    bound = inputs.frozen.get("bound", torch.full((len(query),), math.inf))
+    truth = case.truth(inputs)
+    for row in range(0, len(query), 40):
+        excluded = inputs.frozen["excluded"][row].tolist() if inputs.frozen else []
+        scores = (corpus @ query[row]).tolist()
+        left = [s for column, s in enumerate(scores) if column not in excluded and s <= bound[row]]
+        best = sorted(left, reverse=True)[: case.shapes["k"]]
+        torch.testing.assert_close(truth.best[row], torch.tensor(best, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert errors(providers_topk.mm_topk().build(inputs)(), truth).worst < 1e-12
+
+
+@pytest.mark.parametrize("case", SEARCHES, ids=lambda case: case.name)
+def test_peers_agree_with_the_truth_of_searches(case: Case):
+    pytest.importorskip("faiss")
+    inputs = case.make_inputs(case)
+    truth = case.truth(inputs)
+    for provider in case.providers:
+        answer = provider.build(inputs)() if provider.kind in ("peer", *FLOORS) else None
+        if answer is not None:
+            found = errors(answer, truth)
+            assert found.worst < case.tolerance and bool(found.starved) == provider.starves, provider.name
+
+
+def test_over_fetching_starves_rows_that_have_enough_columns():
+    inputs = FILTERED.make_inputs(FILTERED)
+    truth, k = FILTERED.truth(inputs), FILTERED.shapes["k"]
+    assert truth.scores.isfinite().sum(1).min() >= k
+    fetched = (inputs.tensors["query"] @ inputs.tensors["corpus"].T).topk(10 * k)
+    kept = providers_topk.first_that_stay(*fetched, inputs.frozen["excluded"], inputs.frozen["bound"], k)
+    found = errors(kept, truth)
+    assert found.worst < FILTERED.tolerance
+    # One positive in 32 is outranked by so many; the other rows lose nothing.
+    assert 192 // 64 <= found.starved <= 192 // 32
+
+
+def test_scores_under_rules_are_exact_and_the_excluded_would_be_found():
+    inputs = FILTERED.make_inputs(FILTERED)
+    query, corpus = inputs.tensors.values()
+    scores = query @ corpus.T
+    assert torch.equal(scores.double(), query.double() @ corpus.double().T)
+    excluded = inputs.frozen["excluded"]
+    assert torch.equal(excluded, excluded.sort(1).values) and (excluded.diff(dim=1) > 0).all()
+    unruled = scores.topk(FILTERED.shapes["k"]).indices
+    assert (unruled[:, :, None] == excluded[:, None]).any(1).double().mean() > 0.95
+
+
+def test_queries_resemble_rows_of_a_corpus_in_clusters():
+    case = ONE_PER_OP["topk"]
+    inputs = case.make_inputs(case)
+    again = case.make_inputs(case)
+    assert all(torch.equal(inputs.tensors[name], again.tensors[name]) for name in inputs.tensors)
+    query, corpus = inputs.tensors.values()
+    torch.testing.assert_close(torch.cat([query, corpus]).norm(dim=1), torch.ones(len(query) + len(corpus)))
+    best = (query @ corpus.T).amax(1)
+    assert 0.4 < best.mean() < 0.7 and best.unique().numel() == len(query)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -217,12 +418,25 @@ def test_extra_memory_is_the_peak_above_inputs_and_gradients():
     # 64 MiB come and go before the 16 MiB of the gradient, which are not extra.
     assert 40 * memory.MIB < extra < 70 * memory.MIB
 
+    def search() -> Lists:
+        torch.ones(64 * mib)
+        return Lists(torch.ones(8 * mib, 1), torch.ones(4 * mib, 1, dtype=torch.int64))
+
+    extra, _ = memory._extra_bytes(search, "cpu")
+    assert 40 * memory.MIB < extra < 70 * memory.MIB
+
 
 def test_memory_is_measured_in_a_subprocess():
     case = next(case for case in CASES.values() if case.copies > 1)
-    numbers = memory.measure(case, case.provider(OURS), quick=True, check=True)
-    assert 0 <= numbers["peak_extra_mib"] < 64
-    assert max(numbers["loss_error"], numbers["grad_error"]) < 1e-5
+    extra, found = memory.measure(case, case.provider(OURS), quick=True, check=True)
+    assert 0 <= extra < 64 and found.worst < 1e-5
+
+
+def test_memory_of_a_search_and_of_what_has_no_answer():
+    extra, found = memory.measure_here(FILTERED, providers_topk.mm_topk(), check=True)
+    assert extra >= 0 and found == Errors(0.0, None, starved=0)
+    extra, found = memory.measure_here(FILTERED, providers_topk.read_corpus(), check=True)
+    assert extra >= 0 and found is None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -266,6 +480,19 @@ def test_a_file_with_other_columns_is_refused(tmp_path):
     assert path.read_text() == "op,case\nclip,x\n"
 
 
+def test_changed_columns_start_another_file_and_old_ones_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert results.file_of("machine") == tmp_path / "machine.csv"
+    (tmp_path / "machine.csv").write_text("run,case,provider,status,min_ms\n1,x,a,ok,5\n")
+    path = results.file_of("machine")
+    assert path == tmp_path / "machine-2.csv"
+    results.append(path, [{"run": "2", "case": "x", "provider": "a", "status": "ok", "starved": "3"}])
+    assert results.file_of("machine") == path
+    old, new = results.read(tmp_path)
+    assert (old["min_ms"], old["starved"], new["min_ms"], new["starved"]) == ("5", "", "", "3")
+    assert set(old) == set(new) == set(results.COLUMNS)
+
+
 def test_command_names_unknown_cases(capsys):
     assert run.main(["--op", "nothing"]) == 2
     assert "no benchmark case matches" in capsys.readouterr().err
@@ -304,6 +531,8 @@ def test_targets_compare_rows_of_one_run_only():
         ("memory", 0.05, "4", "100", "<= 0.050x the extra memory: 0.040x ok"),
         ("peak", 256, "255.4", None, "<= 256 MiB: 255 MiB ok"),
         ("error", 5e-3, "6.0e-3", None, "<= 5e-03 gradient error: 6.0e-03 missed"),
+        ("starved", 0, "0", None, "<= 0 starved rows: 0 ok"),
+        ("starved", 0, "31", None, "<= 0 starved rows: 31 missed"),
         ("faster", 2.0, "", "26", ">= 2.00x faster: not measured"),
     ],
 )
@@ -342,6 +571,21 @@ def test_tables_are_written_between_markers():
     from_csv = set(tables.tables([])) - {"demo", "headline"}
     every = "".join(f"<!-- benchmark:{n} -->\n<!-- /benchmark -->\n" for n in from_csv)
     assert tables.updated(every, []).count("Not measured yet.") == len(from_csv)
+
+
+def test_table_of_a_search_shows_starved_rows_and_no_gradients():
+    common = {"dtype": "fp32", "device": "a machine", "threads": "2", "torch": "2", "date": "2026-01-01T0"}
+    name = "topk-filtered-fp32-N1024-M50000-D768-k100"
+    fields = {"case": name, "capability": "avx512", "contrastive_ops": "0", **common}
+    rows = [
+        row_of(OURS, "1", kind="ours", min_ms="10", starved="0", **fields),
+        row_of(providers_topk.OVER_FETCH, "1", kind="peer", version="9", min_ms="20", starved="31", **fields),
+    ]
+    text = tables.op_table("topk-filtered", rows)
+    header = f"| shape | provider | ms | speed against {providers_topk.OVER_FETCH} | starved rows |\n"
+    assert text.startswith(header)
+    assert "| N=1024 M=50000 D=768 k=100 fp32 | contrastive_ops | 10.0 | 2.00x | 0 |" in text
+    assert f"| {providers_topk.OVER_FETCH} 9 | 20.0 | 1.00x | 31 |" in text
 
 
 def test_targets_table_says_what_is_missed():
