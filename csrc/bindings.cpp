@@ -153,6 +153,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("similarity_topk_at", &similarity_topk_at);
   m.def("similarity_topk_backward", &similarity_topk_backward);
   m.def("similarity_topk_merge", &similarity_topk_merge);
+  m.def("similarity_topk_order", &similarity_topk_order);
   m.def("build_config", &build_config, "Versions and options at build time.");
   m.def("cpu_capability", [] { return std::string(capability_name(capability())); }, "The SIMD level in use.");
   m.def("cpu_capability_detected", [] { return std::string(capability_name(detected_capability())); });

@@ -130,5 +130,26 @@ std::tuple<Tensor, Tensor> similarity_topk_merge(const Tensor& values, const Ten
   return {out_values, out_indices};
 }
 
+std::tuple<Tensor, Tensor> similarity_topk_order(const Tensor& values, const Tensor& indices, int64_t k) {
+  const Tensor v = values.contiguous(), i = indices.contiguous();
+  TORCH_CHECK_VALUE(v.dim() == 2 && v.sizes() == i.sizes() && k >= 0, "lists must be (N, P) each");
+  TORCH_CHECK_TYPE(accumulator(v) == v.scalar_type() && i.scalar_type() == at::kLong,
+                   "lists must be of scores and of int64 columns");
+  Tensor out_values = at::empty({v.size(0), k}, v.options()), out_indices = at::empty({v.size(0), k}, i.options());
+  const TopKOrder o{dtype_of(v),
+                    v.size(0),
+                    v.size(1),
+                    k,
+                    v.data_ptr(),
+                    i.data_ptr<int64_t>(),
+                    out_values.data_ptr(),
+                    out_indices.data_ptr<int64_t>()};
+  {
+    pybind11::gil_scoped_release release;
+    similarity_topk_cpu().order(o, parallel());
+  }
+  return {out_values, out_indices};
+}
+
 }  // namespace
 }  // namespace contrastive_ops

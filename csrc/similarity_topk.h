@@ -56,11 +56,22 @@ struct TopKMerge {
   int64_t* out_indices;
 };
 
+// The best of a list per row that is in no order; an index of -1 or a value of -inf or NaN is none.
+struct TopKOrder {
+  DType dtype;  // float32 or float64: that of the values
+  int64_t rows, listed, k;
+  const void* values;  // (rows, listed)
+  const int64_t* indices;
+  void* out_values;  // (rows, k)
+  int64_t* out_indices;
+};
+
 struct SimilarityTopK {
   void (*forward)(const SimilarityProblem&, const TopKForward&, const Parallel&);
   void (*at)(const SimilarityProblem&, const TopKAt&, const Parallel&);
   void (*backward)(const SimilarityProblem&, const TopKBackward&, const Parallel&);
   void (*merge)(const TopKMerge&, const Parallel&);
+  void (*order)(const TopKOrder&, const Parallel&);
 };
 
 namespace level_default {

@@ -5,7 +5,7 @@ import torch
 import torch._dynamo.testing
 
 import contrastive_ops
-from contrastive_ops import Fold, Pairs, clip, info_nce, nt_xent, similarity_reduce
+from contrastive_ops import Fold, Pairs, clip, info_nce, nt_xent, similarity_reduce, similarity_topk
 from contrastive_ops._similarity import Layout, LogitSet, ScaleOf, SetFold, Slot
 from contrastive_ops.testing import sample_problem
 
@@ -69,6 +69,34 @@ def test_opcheck_total(backend, kind, extra):
     torch.library.opcheck(ops.similarity_reduce_total, (*problem, *rules, weight, *more, 31, backend))
 
 
+def topk_arguments(backend):
+    x, y, scale, row_bias, col_bias, _ = arguments(backend)
+    data = {Slot.BELOW_ROWS: torch.full((9,), 50.0, dtype=torch.float64)}
+    return [x, y, scale, row_bias, col_bias, *Layout((LogitSet(ScaleOf.ROWS, data=data),), ()).encode()]
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+def test_opcheck_topk_forward(backend, statistics):
+    level = torch.zeros(9, dtype=torch.float64) if statistics else None
+    torch.library.opcheck(ops.similarity_topk_forward, (*topk_arguments(backend), 3, level, level, backend))
+
+
+def test_opcheck_topk_at(backend):
+    indices = torch.randint(-1, 7, (9, 4))
+    torch.library.opcheck(ops.similarity_topk_at, (*topk_arguments(backend), indices, backend))
+
+
+@pytest.mark.parametrize("needs", [31, 1, 2, 20])
+def test_opcheck_topk_backward(backend, needs):
+    indices = torch.randint(-1, 7, (9, 4))
+    upstream = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(
+        ops.similarity_topk_backward,
+        (*topk_arguments(backend), indices, upstream, needs, backend),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
 def folds_of_one_sweep(a, b, s):
     ids = torch.arange(a.shape[0])
     folds = ("logsumexp", Fold("sum_softplus", scale=s, negate=True), Fold("max", pairs=Pairs(diagonal=0)))
@@ -84,6 +112,7 @@ LOSSES = {
     "clip kept": lambda a, b, s: clip(a, b, scale=s, memory_budget=20_000),
     "nt_xent": lambda a, b, s: nt_xent(a, b, scale=s),
     "folds": lambda a, b, s: folds_of_one_sweep(a, b, s),
+    "topk": lambda a, b, s: similarity_topk(a, b, 5, scale=s, metric="cosine", pairs=Pairs(diagonal=0)).values.sum(),
     "self": lambda a, b, s: similarity_reduce(a, scale=s, dim=(0, 1), pairs=Pairs(diagonal=1)).rows[:-1].sum(),
 }
 
@@ -131,6 +160,7 @@ def test_meta_tensors():
     got = similarity_reduce(x, y, dim=(0, 1))
     assert got.rows.shape == (5,) and got.cols.shape == (6,) and got.rows.device.type == "meta"
     assert clip(x, x).shape == ()
+    assert similarity_topk(x, y, 3).indices.shape == (5, 3)
 
 
 def test_export():
@@ -145,19 +175,24 @@ def test_export():
     torch.testing.assert_close(program.module()(a, b), info_nce(a, b))
 
 
-def test_one_table_names_every_implementation():
+@pytest.mark.parametrize(
+    "stem,functions",
+    [
+        ("similarity_reduce", ("forward", "backward", "total")),
+        ("similarity_topk", ("forward", "at", "backward", "merge", "order")),
+    ],
+)
+def test_one_table_names_every_implementation(stem, functions):
     """The stem rule: what the table says is where the code is."""
+    import importlib
     import pathlib
 
-    from contrastive_ops.ops.similarity_reduce import BACKENDS
-
     root = pathlib.Path(__file__).parent.parent
-    for name, backend in BACKENDS.items():
+    for name, backend in importlib.import_module(f"contrastive_ops.ops.{stem}").BACKENDS.items():
         path = root / backend.source
-        assert path.is_file() and path.stem == "similarity_reduce", backend.source
+        assert path.is_file() and path.stem == stem, backend.source
         if not backend.unsupported(torch.zeros(1)):
-            functions = backend.functions()
-            assert all(callable(getattr(functions, f)) for f in ("forward", "backward", "total")), name
+            assert all(callable(getattr(backend.functions(), f)) for f in functions), name
 
 
 def test_a_first_call_imports_nothing_heavy():

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from contrastive_ops import Guide, Pairs, similarity_topk
-from contrastive_ops.ops.similarity_topk import TopK, logits_at, merge, select
+from contrastive_ops.ops.similarity_topk import TopK, logits_at, merge, order, select
 from contrastive_ops.testing import TOLERANCE, dense_keep, relative_error, saved_bytes
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -61,18 +61,18 @@ def test_indices_and_ties_are_those_of_a_stable_sort(shape, k, dtype, backend):
 
 
 @pytest.mark.parametrize("k", [100, 1000, 8192, 20_000])
-@pytest.mark.parametrize("order", ["random", "ascending", "descending", "equal", "two values"])
-def test_long_lists_in_any_order_of_columns(k, order, backend):
+@pytest.mark.parametrize("sequence", ["random", "ascending", "descending", "equal", "two values"])
+def test_long_lists_in_any_order_of_columns(k, sequence, backend):
     """Ascending scores beat the threshold at every column, equal ones never after the first k."""
     columns = 12_345
     score = torch.arange(columns, dtype=torch.float32)
-    if order == "random":
+    if sequence == "random":
         score = score[torch.randperm(columns, generator=torch.Generator().manual_seed(0))]
-    elif order == "descending":
+    elif sequence == "descending":
         score = score.flip(0)
-    elif order == "equal":
+    elif sequence == "equal":
         score = torch.full_like(score, 3.0)
-    elif order == "two values":
+    elif sequence == "two values":
         score = score % 2
     x = torch.tensor([[1.0], [-1.0], [2.0]])
     assert_same(similarity_topk(x, score[:, None], k, backend=backend), dense_topk(x * score, k))
@@ -268,8 +268,8 @@ def test_a_row_has_the_same_scores_in_any_batch_and_shard(dtype):
         TopK(s.values, s.indices.where(s.indices < 0, s.indices + b), s.counts)
         for s, b in zip(shards, (0, 5, 1711), strict=True)
     ]
-    for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
-        merged = merge(merge(shifted[order[0]], shifted[order[1]]), shifted[order[2]])
+    for a, b, c in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
+        merged = merge(merge(shifted[a], shifted[b]), shifted[c])
         assert_same(merged, whole)
     assert torch.equal(logits_at(x, y, whole.indices, backend="cpu"), whole.values)
 
@@ -302,6 +302,28 @@ def test_simd_levels_agree_on_small_integers():
     assert "default" in results
     for level, out in results.items():
         assert out == results["default"], level
+
+
+# ---- Sizes -----------------------------------------------------------------------------------------------------------
+
+
+def test_more_than_two_to_the_31_pairs():
+    x, y = torch.arange(46_400.0)[:, None] % 7 - 3, torch.arange(46_500.0)[:, None] % 1000
+    found = similarity_topk(x, y, 2, backend="cpu")
+    largest, zero = [999, 1999], [0, 1000]
+    expected = torch.tensor([zero, zero, zero, [0, 1], largest, largest, largest])
+    assert torch.equal(found.indices, expected[torch.arange(46_400) % 7])
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_columns():
+    numpy = pytest.importorskip("numpy")
+    columns = (1 << 31) + 300
+    y = numpy.zeros((columns, 1), dtype=numpy.float16)  # pages that are only read are not resident
+    y[[5, columns // 2, columns - 2]] = [[1.0], [3.0], [2.0]]
+    excluded = torch.tensor([0, 2]), torch.tensor([0, columns - 1])
+    found = similarity_topk(torch.ones(1, 1).half(), torch.from_numpy(y), 5, pairs=Pairs(exclude=excluded))
+    assert found.indices.tolist() == [[columns // 2, columns - 2, 5, 1, 2]]
 
 
 # ---- Gradients -------------------------------------------------------------------------------------------------------
@@ -402,6 +424,18 @@ def test_listed_logits(backend):
     dense = (scale[:, None] * (x @ y.T) + bias).gather(1, indices.clamp_min(0)).masked_fill(indices < 0, -torch.inf)
     got = logits_at(x, y, indices, scale=scale, col_bias=bias, backend=backend)
     torch.testing.assert_close(got, dense)
+
+
+def test_lists_in_no_order(backend):
+    values = torch.randint(-3, 3, (9, 40)).float()
+    indices = torch.stack([torch.randperm(60)[:40] for _ in range(9)])
+    indices[2, 5:], values[3, 7:], values[4, ::2] = -1, -torch.inf, torch.nan
+    dense = torch.full((9, 60), -torch.inf)
+    for row in range(9):
+        listed = indices[row] >= 0
+        dense[row, indices[row, listed]] = values[row, listed]
+    for k in (1, 11, 40, 50):
+        assert_same(order(values, indices, k, backend), dense_topk(dense, k))
 
 
 # ---- Against faiss ---------------------------------------------------------------------------------------------------

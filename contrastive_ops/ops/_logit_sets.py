@@ -98,8 +98,8 @@ class LogitSets:
                 f"got {_checks.shape(pairs.guide.gy)}"
             )
         data = resolve(self.names[0], pairs, self.x, self.y)
-        guides = [d[Slot.GUIDE_X] for _, d in self._resolved if Slot.GUIDE_X in d]
-        if guides and Slot.GUIDE_X in data and data[Slot.GUIDE_X].data_ptr() != guides[0].data_ptr():
+        guides = [known.guide for known, _ in self._resolved if known.guide is not None]
+        if guides and pairs.guide is not None and pairs.guide.gx is not guides[0].gx:
             raise NotImplementedError(
                 f"{self.names[0]}: pairs.guide must be one guide for all folds of a sweep, got another gx\n"
                 "  call similarity_reduce once per guide"

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..reference import similarity_topk as reference
 from ._pair_slices import map_bounds, rows_of
 from .pairs import Bound, Pairs
 
@@ -49,6 +48,7 @@ class Coarse:
         rounded: the rounded rows; made from the corpus at each call where it is None. See `of`.
 
     Example:
+        >>> from contrastive_ops import similarity_topk
         >>> corpus = torch.nn.functional.normalize(torch.randn(1000, 64), dim=1)
         >>> coarse = Coarse.of(corpus, torch.int8)             # 64 kB in place of 256
         >>> found = similarity_topk(corpus[:4], corpus, 10, coarse=coarse)
@@ -175,7 +175,7 @@ def search(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Return ((N, k) int64 the columns of each row, best first, and (N,) whether the list is certified)."""
-    from .similarity_topk import logits_at, select
+    from .similarity_topk import logits_at, order, select
 
     names = ("similarity_topk", "x", "y")
     corpus = coarse.round(y) if coarse.rounded is None else coarse.rounded
@@ -203,12 +203,10 @@ def search(
     candidates, rest = _worth_computing(first.values, first.indices, k, size * doubt)
     arguments = {"scale": scale, "row_bias": row_bias, "col_bias": col_bias, "pairs": pairs}
     exact = logits_at(x, y, candidates, **arguments, names=names, backend=backend)  # type: ignore[arg-type]
-    exact = exact.masked_fill(exact.isnan(), -torch.inf)
     if pairs is not None and (pairs.below is not None or pairs.above is not None):
         dots = logits_at(x, y, candidates, names=names, backend=backend)
         exact = exact.masked_fill(_outside(pairs, dots, candidates), -torch.inf)
-    exact, indices = reference.ordered(exact, candidates)
-    values, indices = exact[:, :k], indices[:, :k]
+    values, indices, _, _ = order(exact, candidates, k, backend)
     certified = (rest + size * doubt < values[:, -1]) | (rest == -torch.inf)
     if coarse.retry and not bool(certified.all()):
         rows = (~certified).nonzero().squeeze(1)

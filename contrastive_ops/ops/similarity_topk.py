@@ -18,7 +18,7 @@ from ._similarity_topk_autograd import register
 from .coarse import Coarse, search
 from .pairs import Pairs
 
-# One hop to every implementation; each offers forward, at, backward and merge with the same arguments.
+# One hop to every implementation; each offers forward, at, backward, merge and order with the same arguments.
 BACKENDS = {
     "reference": Backend(
         source="contrastive_ops/reference/similarity_topk.py",
@@ -238,6 +238,13 @@ def merge(top: TopK, other: TopK, backend: str = "auto") -> TopK:
     """The best of two lists of every row, as long as the first. Not differentiable."""
     functions = BACKENDS[choose("similarity_topk", BACKENDS, top.values, backend)].functions()
     values, indices = functions.merge(top.values, top.indices, other.values, other.indices)
+    return TopK(values, indices, (indices >= 0).sum(1))
+
+
+def order(values: Tensor, indices: Tensor, k: int, backend: str = "auto") -> TopK:
+    """The k best of a list of every row that is in no order. Not differentiable."""
+    functions = BACKENDS[choose("similarity_topk", BACKENDS, values, backend)].functions()
+    values, indices = functions.order(values, indices, k)
     return TopK(values, indices, (indices >= 0).sum(1))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from .._checks import accumulator
@@ -64,7 +65,7 @@ def _scores(each: SetOfChunk) -> Tensor:
 
 
 def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest of each row in the order of `ordered`, padded with -inf and -1, and how many there are."""
+    """The k largest of each row in the order of `order`, padded with -inf and -1, and how many there are."""
     rows, columns = scores.shape
     kept = min(k, columns)
     values = scores.new_full((rows, k), -torch.inf)
@@ -96,20 +97,21 @@ def _statistics(each: SetOfChunk, count_above: Tensor) -> Tensor:
     return torch.stack([counts.get(name, nothing) for name in STATISTICS])
 
 
-def ordered(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Lists in the order of selection: score descending, then index ascending; index -1 where the score is -inf."""
-    order = indices.argsort(dim=1, stable=True)
-    values, indices = values.gather(1, order), indices.gather(1, order)
-    order = values.argsort(dim=1, descending=True, stable=True)
-    values, indices = values.gather(1, order), indices.gather(1, order)
+def order(values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of a list per row: score descending, then index ascending; padded with -inf and -1."""
+    by_index = indices.argsort(dim=1, stable=True)
+    values, indices = values.gather(1, by_index), indices.gather(1, by_index)
+    values = values.masked_fill((indices < 0) | values.isnan(), -torch.inf)
+    best_first = values.argsort(dim=1, descending=True, stable=True)[:, :k]
+    values, indices = values.gather(1, best_first), indices.gather(1, best_first)
+    missing = (0, k - values.shape[1])
+    values, indices = pad(values, missing, value=-torch.inf), pad(indices, missing, value=-1)
     return values, indices.masked_fill(values == -torch.inf, -1)
 
 
 def merge(values: Tensor, indices: Tensor, other_values: Tensor, other_indices: Tensor) -> tuple[Tensor, Tensor]:
     """The best of two lists per row, as long as the first."""
-    k = values.shape[1]
-    values, indices = ordered(torch.cat([values, other_values], 1), torch.cat([indices, other_indices], 1))
-    return values[:, :k], indices[:, :k]
+    return order(torch.cat([values, other_values], 1), torch.cat([indices, other_indices], 1), values.shape[1])
 
 
 # ---- Logits of listed pairs ----------------------------------------------------------------------------------------

@@ -361,6 +361,28 @@ void topk_merge(const TopKMerge& m, const Parallel& parallel) {
   run_parallel(parallel.run, m.rows, task);
 }
 
+template <class A>
+void topk_order(const TopKOrder& o, const Parallel& parallel) {
+  auto task = [&](int64_t i, int) {
+    const A* values = static_cast<const A*>(o.values) + i * o.listed;
+    const int64_t* indices = o.indices + i * o.listed;
+    Buffer<int64_t> entries(o.listed);
+    int64_t count = 0;
+    for (int64_t e = 0; e < o.listed; ++e) {
+      if (indices[e] >= 0 && values[e] > -infinity<A>()) entries.get()[count++] = e;
+    }
+    const int64_t found = minimum(count, o.k);
+    std::partial_sort(entries.get(), entries.get() + found, entries.get() + count, [=](int64_t a, int64_t b) {
+      return values[a] > values[b] || (values[a] == values[b] && indices[a] < indices[b]);
+    });
+    for (int64_t e = 0; e < o.k; ++e) {
+      static_cast<A*>(o.out_values)[i * o.k + e] = e < found ? values[entries.get()[e]] : -infinity<A>();
+      o.out_indices[i * o.k + e] = e < found ? indices[entries.get()[e]] : -1;
+    }
+  };
+  run_parallel(parallel.run, o.rows, task);
+}
+
 // ---- Types -------------------------------------------------------------------------------------------------------
 
 #define CONTRASTIVE_OPS_TOPK_FOR_TYPE(function, Argument)                                               \
@@ -385,9 +407,15 @@ void topk_merge_any(const TopKMerge& m, const Parallel& parallel) {
   m.dtype == DType::float64 ? topk_merge<double>(m, parallel) : topk_merge<float>(m, parallel);
 }
 
+void topk_order_any(const TopKOrder& o, const Parallel& parallel) {
+  o.dtype == DType::float64 ? topk_order<double>(o, parallel) : topk_order<float>(o, parallel);
+}
+
 }  // namespace
 
-SimilarityTopK similarity_topk() { return {topk_forward_any, topk_at_any, topk_backward_any, topk_merge_any}; }
+SimilarityTopK similarity_topk() {
+  return {topk_forward_any, topk_at_any, topk_backward_any, topk_merge_any, topk_order_any};
+}
 
 }  // namespace LEVEL
 }  // namespace contrastive_ops
