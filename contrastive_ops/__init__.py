@@ -4,11 +4,12 @@
 
     loss = clip(image_features, text_features, scale=logit_scale.exp())
 
-Every loss is short algebra on one primitive, `similarity_reduce`, which folds the rows and columns of a
-similarity matrix without storing it. `Pairs` says which pairs take part, `Fold` what a row or column becomes.
+Every loss is short algebra on `similarity_reduce`, which folds the rows and columns of a similarity matrix without
+storing it, and hard negatives come from `similarity_topk`, which finds the best columns of each row. `Pairs` says which
+pairs take part, `Fold` what a row or column becomes.
 """
 
-from . import nn
+from . import mining, nn
 from .losses import (
     Diagnostics,
     RunningDenominator,
@@ -28,6 +29,7 @@ from .losses import (
     hn_nce,
     info_nce,
     margin_softmax,
+    mined_info_nce,
     moco,
     multi_positive_info_nce,
     multi_positive_siglip,
@@ -41,6 +43,7 @@ from .losses import (
     triplet,
     vse,
 )
+from .mining import MemoryBank, NegativeRules, RefreshSchedule, Sampling, TopKState, mine_hard_negatives
 from .ops import Coarse, Fold, Guide, Pairs, Reduced, TopK, merge_lse, similarity_reduce, similarity_topk
 from .reference.stream import stream_rows
 
@@ -51,10 +54,15 @@ __all__ = [
     "Diagnostics",
     "Fold",
     "Guide",
+    "MemoryBank",
+    "NegativeRules",
     "Pairs",
     "Reduced",
+    "RefreshSchedule",
     "RunningDenominator",
+    "Sampling",
     "TopK",
+    "TopKState",
     "__version__",
     "arc_face",
     "batch_hard_triplet",
@@ -73,6 +81,9 @@ __all__ = [
     "info_nce",
     "margin_softmax",
     "merge_lse",
+    "mine_hard_negatives",
+    "mined_info_nce",
+    "mining",
     "moco",
     "multi_positive_info_nce",
     "multi_positive_siglip",

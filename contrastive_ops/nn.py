@@ -34,6 +34,7 @@ __all__ = [
     "HCLLoss",
     "HNNCELoss",
     "InfoNCELoss",
+    "MinedInfoNCELoss",
     "MoCoLoss",
     "MultiPositiveInfoNCELoss",
     "MultiPositiveSigLIPLoss",
@@ -282,6 +283,13 @@ class MoCoLoss(ScaledLoss):
     """`contrastive_ops.moco` as a module: ``MoCoLoss()(query, key, queue)``."""
 
     function = staticmethod(losses.moco)
+    default_temperature = 0.07
+
+
+class MinedInfoNCELoss(ScaledLoss):
+    """`contrastive_ops.mined_info_nce` as a module: ``MinedInfoNCELoss(0.05)(query, positive, corpus, k)``."""
+
+    function = staticmethod(losses.mined_info_nce)
     default_temperature = 0.07
 
 

@@ -12,10 +12,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 MODULES = [
     *(
         f"contrastive_ops.losses.{family}"
-        for family in ("classifier", "hardness", "margin", "multi_positive", "partition", "queue", "running")
+        for family in ("classifier", "hardness", "margin", "mined", "multi_positive", "partition", "queue", "running")
     ),
     *(f"contrastive_ops.losses.{family}" for family in ("sigmoid", "softmax", "triplet")),
+    *(
+        f"contrastive_ops.mining.{module}"
+        for module in ("_rules", "_sampling", "bank", "hard_negatives", "refresh", "state", "streaming")
+    ),
+    "contrastive_ops.ops.coarse",
     "contrastive_ops.ops.similarity_reduce",
+    "contrastive_ops.ops.similarity_topk",
     "contrastive_ops.reference.stream",
 ]
 
@@ -27,9 +33,13 @@ def test_doctests(name):
     assert found.attempted > 0 and found.failed == 0
 
 
+def readme_blocks():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
 def test_readme_replacement_gives_the_same_loss():
     """The two code blocks under "Replace this by this"."""
-    before, after = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    before, after = readme_blocks()[:2]
     values = {"torch": torch, "F": torch.nn.functional, "logit_scale": torch.tensor(1.5)}
     values |= {name: torch.nn.functional.normalize(torch.randn(10, 8), dim=1) for name in ("image", "text")}
     exec(before, values)
@@ -48,3 +58,13 @@ def test_links_and_files_exist(page):
             assert (path.parent / link).exists(), link
     for name in re.findall(r"`((?:contrastive_ops|csrc|tests|examples)/[\w/.-]+\.(?:py|cpp|h))`", text):
         assert (ROOT / name).exists(), name
+
+
+def test_readme_mining_runs():
+    """The block under "Hard negatives that never starve"."""
+    values = {"query": torch.randn(4, 8), "corpus": torch.randn(30, 8), "positives": torch.arange(4)}
+    values |= {"queries": list("abcd"), "documents": [str(row) for row in range(30)]}
+    exec(readme_blocks()[2], values)
+    mined = values["mined"]
+    assert mined.indices.shape == (4, 5)
+    assert set(mined.format("triplet", values["queries"], values["documents"])) == {"anchor", "positive", "negative"}

@@ -91,3 +91,42 @@ def test_peak_resident_set_at_65536_rows(name):
     rows = 65_536 // LOSSES[name].copies
     measured = peaks([name], rows, 64)[name]
     assert measured["forward"] <= 256 * MIB and measured["backward"] <= 256 * MIB, measured
+
+
+MINING_CHILD = """
+import json, sys, numpy, torch
+from contrastive_ops import NegativeRules, mine_hard_negatives
+from contrastive_ops.testing import reset_peak, resident_bytes
+
+path, rows, depth = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+torch.manual_seed(0)
+block = torch.randn(1 << 16, depth).numpy()
+corpus = numpy.memmap(path, dtype=numpy.float32, mode="w+", shape=(rows, depth))
+for begin in range(0, rows, len(block)):
+    corpus[begin : begin + len(block)] = numpy.roll(block, begin // len(block), 1)[: rows - begin]
+corpus.flush()
+del corpus
+corpus = numpy.memmap(path, dtype=numpy.float32, mode="r", shape=(rows, depth))
+own = torch.arange(64) * (rows // 64)
+query = torch.from_numpy(numpy.array(corpus[own])) + 0.5 * torch.randn(64, depth)
+base = reset_peak()
+mined = mine_hard_negatives(query, corpus, own, 30, rules=NegativeRules(relative_margin=0.05))
+peak = resident_bytes("VmHWM") - base
+seen = mined.statistics["eligible"] + mined.statistics["below"] + mined.statistics["positives"]
+print(json.dumps({"peak": peak, "counts": mined.counts.tolist(), "seen": seen.tolist()}))
+"""
+
+
+@LINUX
+@pytest.mark.slow
+def test_a_corpus_of_two_million_rows_is_mined_from_a_memmap(tmp_path):
+    """1 GB of rows, of which two blocks are resident at a time."""
+    rows, depth = 2_000_000, 128
+    command = [sys.executable, "-c", MINING_CHILD, str(tmp_path / "corpus.npy"), str(rows), str(depth)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    (tmp_path / "corpus.npy").unlink(missing_ok=True)
+    assert done.returncode == 0, done.stderr
+    out = json.loads(done.stdout)
+    assert out["peak"] <= 400 * MIB, out["peak"]
+    assert out["counts"] == [30] * 64  # no query starves
+    assert out["seen"] == [rows] * 64  # statistics are of the whole corpus

@@ -132,9 +132,14 @@ def test_rules_of_some_rows_and_columns():
     pairs = rules(9, 40)
     rows = torch.tensor([7, 2, 2, 8])
     keep = dense_keep(pairs, x, y)
-    assert torch.equal(dense_keep(rows_of(pairs, rows), x[rows], y), keep[rows])
+    assert torch.equal(dense_keep(rows_of(pairs, rows, 40), x[rows], y), keep[rows])
     assert torch.equal(dense_keep(columns_of(pairs, 11, 33), x, y[11:33]), keep[:, 11:33])
-    assert rows_of(None, rows) is None and columns_of(None, 0, 1) is None
+    # A diagonal that leaves the matrix, and a guide that is compared with itself.
+    square = Pairs(diagonal=3, guide=Guide(unit_rows(9, 4), None, 0.2))
+    some = dense_keep(rows_of(square, rows, 9), x[rows], x)
+    assert torch.equal(some, dense_keep(square, x, x)[rows])
+    similarity_topk(x, x, 3, pairs=rows_of(Pairs(diagonal=3), torch.arange(9), 9))
+    assert rows_of(None, rows, 40) is None and columns_of(None, 0, 1) is None
 
 
 def test_a_coarse_corpus_of_another_shape_is_refused():

@@ -4,6 +4,7 @@ from .classifier import arc_face, cos_face, margin_softmax
 from .diagnostics import Diagnostics
 from .hardness import dcl, debiased, hcl, hn_nce
 from .margin import energy_hinge, simctg, vse
+from .mined import mined_info_nce
 from .multi_positive import multi_positive_info_nce, soft_info_nce, sup_con
 from .partition import gist, gte
 from .queue import moco
@@ -31,6 +32,7 @@ __all__ = [
     "hn_nce",
     "info_nce",
     "margin_softmax",
+    "mined_info_nce",
     "moco",
     "multi_positive_info_nce",
     "multi_positive_siglip",

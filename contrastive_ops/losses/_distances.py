@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._unit_rows import unit_rows
 from ..ops.folds import Fold
 from ..ops.pairs import Pairs
 from ..ops.similarity_reduce import fold
-from .._unit_rows import unit_rows
 
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
 

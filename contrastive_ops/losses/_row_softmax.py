@@ -26,6 +26,7 @@ def row_softmax(
     scale: float | Tensor,
     pairs: Pairs | None = None,
     own: Tensor | None = None,
+    extra: Tensor | None = None,
     own_logit: Callable[[Tensor], Tensor] | None = None,
     share: float | Tensor | None = None,
     z_loss: float = 0.0,
@@ -45,6 +46,7 @@ def row_softmax(
         scale: float, 0-d or (N,).
         pairs: rules for the columns.
         own: (N, K) similarities of each row with more columns, which the sweep does not see.
+        extra: (N,) lse of still more logits of each row, for losses without smoothing and diagnostics; not with `own`.
         own_logit: what becomes of the targets' logits before they enter the softmax, such as a margin.
         share: of label smoothing, as `_columns.smoothing_share` returns it.
         z_loss: factor of the squared lse of all columns.
@@ -58,7 +60,7 @@ def row_softmax(
         The loss, or (loss, Diagnostics).
     """
     own_logits = None if own is None else scaled(scale, own)
-    extra = None if own_logits is None else own_logits.logsumexp(1)
+    extra = extra if own_logits is None else own_logits.logsumexp(1)
     of_smoothing = smoothing_folds(share, pairs)
     rows_alone = own_logit is not None or bool(z_loss or diagnostics or of_smoothing)
     if reduction != "none" and not rows_alone and needs_gradient(x, y, scale, weight, extra, share):

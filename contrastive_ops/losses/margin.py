@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._unit_rows import unit_rows
 from ..ops.folds import Fold
 from ..ops.pairs import Pairs
 from ..ops.similarity_reduce import fold
 from . import _arguments
 from ._columns import partner_similarity
 from ._distances import take_rows
-from .._unit_rows import unit_rows
 
 
 def vse(

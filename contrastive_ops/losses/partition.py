@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._unit_rows import unit_rows
 from ..ops.similarity_reduce import merge_lse
 from ..reference.similarity_reduce import softplus
 from . import _arguments
 from ._blocks import DIRECTIONS, Blocks
 from ._columns import partner_similarity
-from .._unit_rows import unit_rows
 
 
 def gte(

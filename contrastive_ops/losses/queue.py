@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._unit_rows import unit_rows
 from ..ops.pairs import Pairs
 from . import _arguments
 from ._columns import smoothing_share
 from ._row_softmax import row_softmax
-from .._unit_rows import unit_rows
 
 
 def moco(

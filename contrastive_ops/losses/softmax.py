@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._unit_rows import unit_rows
 from ..ops.pairs import Pairs
 from ..ops.similarity_reduce import fold
 from ..reference.similarity_reduce import softplus
@@ -40,7 +41,6 @@ from ._columns import (
     sum_and_count,
 )
 from ._row_softmax import row_softmax
-from .._unit_rows import unit_rows
 from .diagnostics import Ranking
 
 

@@ -20,8 +20,8 @@ def map_bounds(bounds: Bounds, function: Callable[[Bound], Bound]) -> Bounds:
     return tuple(function(each) for each in bounds) if isinstance(bounds, tuple) else function(bounds)
 
 
-def rows_of(pairs: Pairs | None, rows: Tensor) -> Pairs | None:
-    """The rules for the rows that `rows` (int64) names, as rules of a matrix that has only these."""
+def rows_of(pairs: Pairs | None, rows: Tensor, columns: int) -> Pairs | None:
+    """The rules for the rows that `rows` (int64) names, as rules of a matrix that has only these and all columns."""
     if pairs is None:
         return None
 
@@ -35,8 +35,11 @@ def rows_of(pairs: Pairs | None, rows: Tensor) -> Pairs | None:
 
     exclude = None if pairs.exclude is None else _lists_of(*pairs.exclude, rows)
     if pairs.diagonal is not None:
-        exclude = _with_own(exclude, rows + pairs.diagonal)
+        exclude = _with_own(exclude, rows + pairs.diagonal, columns)
     guide, weight = pairs.guide, pairs.log_weight
+    if guide is not None:
+        columns_of_guide = guide.gx if guide.gy is None else guide.gy
+        guide = Guide(guide.gx[rows], columns_of_guide, map_bounds(guide.below, bound))  # type: ignore[arg-type]
     return replace(
         pairs,
         diagonal=None,
@@ -45,7 +48,7 @@ def rows_of(pairs: Pairs | None, rows: Tensor) -> Pairs | None:
         exclude=exclude,
         below=map_bounds(pairs.below, bound),
         above=map_bounds(pairs.above, bound),
-        guide=None if guide is None else Guide(guide.gx[rows], guide.gy, map_bounds(guide.below, bound)),  # type: ignore[arg-type]
+        guide=guide,
         log_weight=None if weight is None else (weight[0], weight[1][rows], weight[2]),
     )
 
@@ -93,12 +96,13 @@ def _columns_of_lists(indptr: Tensor, indices: Tensor, begin: int, end: int) -> 
     return before[indptr], indices[kept] - begin
 
 
-def _with_own(lists: tuple[Tensor, Tensor] | None, column: Tensor) -> tuple[Tensor, Tensor]:
-    """Lists with one more column for each row, where it is not negative."""
+def _with_own(lists: tuple[Tensor, Tensor] | None, column: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Lists with one more column for each row, where there is such a column."""
     indptr, indices = (column.new_zeros(len(column) + 1), column[:0]) if lists is None else lists
     row = torch.cat([torch.repeat_interleave(indptr.diff()), torch.arange(len(column), device=column.device)])
     column = torch.cat([indices, column])
-    row, column = row[column >= 0], column[column >= 0]
+    inside = (column >= 0) & (column < columns)
+    row, column = row[inside], column[inside]
     order = row.argsort(stable=True)
     lengths = torch.bincount(row, minlength=len(indptr) - 1)
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), column[order]

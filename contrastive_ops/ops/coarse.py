@@ -217,7 +217,7 @@ def search(
             scale=scale[rows] if isinstance(scale, Tensor) and scale.dim() else scale,
             row_bias=None if row_bias is None else row_bias[rows],
             col_bias=col_bias,
-            pairs=rows_of(pairs, rows),
+            pairs=rows_of(pairs, rows, y.shape[0]),
             names=names,
             backend=backend,
         ).top

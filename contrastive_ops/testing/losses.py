@@ -207,8 +207,8 @@ def _without(inputs: Inputs, *names: str) -> dict[str, Any]:
 
 def _rules(inputs: Inputs) -> dict[str, Any]:
     """Pairs of one id are no negatives, nor are those above a bound."""
-    pairs = Pairs(differ=(inputs["ids"], inputs["ids"]), below=0.8)
-    return {**_without(inputs, "ids"), "pairs": pairs}
+    pairs = Pairs(differ=(inputs["ids"], inputs.get("col_ids", inputs["ids"])), below=0.8)
+    return {**_without(inputs, "ids", "col_ids"), "pairs": pairs}
 
 
 def _indptr(lists: Tensor) -> Tensor:
@@ -245,6 +245,7 @@ _SCALE, _WEIGHT = {"scale": Draw.scale}, {"weight": Draw.weight}
 _CLASSES = {"x": Draw.matrix, "prototypes": Draw.columns, "labels": Draw.column}
 _GTE = {"query": Draw.matrix, "document": Draw.matrix, **_SCALE}
 _GIST = {**_QUERY_KEY, "guide_query": Draw.guide, "guide_key": Draw.guide, **_SCALE}
+_MINED = {"query": Draw.matrix, "positive": Draw.matrix, "corpus": Draw.columns, **_SCALE}
 _QWEN3 = ("query_to_doc", "query_to_query", "doc_to_doc")
 _TRIPLET = {"anchor": Draw.matrix, "positive": Draw.matrix, "negative": Draw.matrix}
 _PAIR_LIST = {"x": Draw.columns, "y": Draw.columns, "rows": Draw.own, "cols": Draw.column, "labels": Draw.grades}
@@ -340,6 +341,14 @@ LOSSES: dict[str, LossCase] = {
         losses.moco,
         {**_QUERY_KEY, "queue": Draw.queue, **_SCALE, "ids": Draw.labels, "queue_ids": Draw.col_labels, **_WEIGHT},
     ),
+    "mined_info_nce": LossCase(losses.mined_info_nce, _MINED, {"k": 3}),
+    "mined_info_nce pairs": LossCase(
+        losses.mined_info_nce,
+        {**_MINED, "scale": Draw.scale_of_rows, "ids": Draw.labels, "col_ids": Draw.col_labels, **_WEIGHT},
+        {"k": 2, "in_batch": False, "normalize": True},
+        arrange=_rules,
+    ),
+    "mined_info_nce ids": LossCase(losses.mined_info_nce, {**_MINED, "indices": Draw.two_columns, "ids": Draw.labels}),
     "siglip": LossCase(losses.siglip, {**_IMAGE_TEXT, **_SCALE, "bias": Draw.bias}),
     "multi_positive_siglip": LossCase(
         losses.multi_positive_siglip,

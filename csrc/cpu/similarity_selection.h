@@ -49,12 +49,12 @@ class Selection {
   // Entries beyond k that a row holds before it is shrunk: few for small k, whose threshold should rise soon, many for
   // large k, where shrinking costs more.
   static int64_t capacity(int64_t k) { return k + minimum<int64_t>(maximum<int64_t>(k, 64), 4096); }
-  static int64_t bytes_of_a_row(int64_t k) { return (capacity(k) + kSlack) * (sizeof(A) + sizeof(Id<A>)); }
+  static int64_t bytes_of_a_row(int64_t k) { return stride(k) * (sizeof(A) + sizeof(Id<A>)); }
 
   void start(int64_t rows, int64_t k, const A* floor) {
     k_ = k;
     capacity_ = capacity(k);
-    stride_ = capacity_ + kSlack;
+    stride_ = stride(k);
     if (rows > allocated_ || stride_ != allocated_stride_) {
       values_.allocate(rows * stride_);
       columns_.allocate(rows * stride_);
@@ -108,8 +108,10 @@ class Selection {
   }
 
  private:
-  static constexpr int64_t kSlack = kLanes<A>;  // a vector may be written past the last entry
   static constexpr int kSamples = 32;
+
+  // Entries from one row to the next: a full list takes one more vector, and is read in whole vectors.
+  static int64_t stride(int64_t k) { return round_up(capacity(k) + kLanes<A>, kLanes<A>); }
 
   A* values(int64_t i) { return values_.get() + i * stride_; }
   Id<A>* columns(int64_t i) { return columns_.get() + i * stride_; }

@@ -99,7 +99,9 @@ INLINE Vec<uint32_t> units_across(ComputeFloat c, const S* from, const S*) {
 INLINE Vec<uint64_t> units_across(ComputeDouble c, const double* from, const double*) { return units_along(c, from); }
 #ifdef HAS_BF16_DOT
 INLINE Vec<uint32_t> units_along(ComputeBFloat16, const BFloat16* from) {
-  return load(reinterpret_cast<const uint32_t*>(from));
+  Vec<uint32_t> pairs;  // a row may begin between two of them
+  memcpy(&pairs, from, sizeof(pairs));
+  return pairs;
 }
 INLINE Vec<uint32_t> units_along(ComputeBFloat16, const float* from) {
   return bit_cast<Vec<uint32_t>>(_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from)));

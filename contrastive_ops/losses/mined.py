@@ -1,0 +1,192 @@
+"""InfoNCE against the hardest rows of a corpus, which are mined in the same call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _autocast, _checks
+from .._unit_rows import unit_rows
+from ..ops._listed_logits import listed_logits
+from ..ops.pairs import Pairs
+from ..ops.similarity_topk import select
+from ..reference.similarity_reduce import softplus
+from . import _arguments
+from ._columns import check_pairs, partner_similarity, scaled
+from ._row_softmax import row_softmax
+
+
+def mined_info_nce(
+    query: Tensor,
+    positive: Tensor,
+    corpus: Tensor,
+    k: int | None = None,
+    *,
+    indices: Tensor | None = None,
+    pairs: Pairs | None = None,
+    ids: Tensor | None = None,
+    in_batch: bool = True,
+    temperature: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """InfoNCE of each positive against the k hardest rows of a corpus and, if wanted, the positives of the batch.
+
+    Equivalent to::
+
+        scores = query @ corpus.T
+        indices = scores.masked_fill(~keep, -torch.inf).topk(k).indices             # keep: the rules of Pairs
+        mined = scores.gather(1, indices)
+        others = (query @ positive.T).masked_fill(torch.eye(N, dtype=torch.bool), -torch.inf)
+        others = others.masked_fill((ids[:, None] == ids) & (ids != -1), -torch.inf)
+        logits = torch.cat([(query * positive).sum(1, keepdim=True), mined, others], 1) / temperature
+        F.cross_entropy(logits, torch.zeros(N, dtype=torch.int64))
+
+    Args:
+        query: (N, D) float32, bfloat16, float16 or float64.
+        positive: (N, D); row i is the positive of query i.
+        corpus: (M, D) of the same dtype, after the region's cast under autocast: documents, class prototypes, the
+            entries of a memory bank. Differentiable; a frozen one costs no gradient.
+        k: how many rows to mine for each query, the most similar ones. The choice is not differentiated.
+        indices: (N, P) int64 in place of k: rows of the corpus that were mined before, -1 for none. One that is listed
+            twice counts twice.
+        pairs: with k, which rows of the corpus may be mined for a query; all rules but `fill`. A query's own document
+            is a row like any other: leave it out by ``exclude`` or by ``differ=(ids, ids of the corpus)``, and what is
+            too similar to be a negative by ``below``.
+        ids: (N,) int64: rows of the batch with one id are no negatives of each other; -1 equals nothing.
+        in_batch: the positives of other queries are negatives too.
+        temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 0.07.
+        scale: 1 / temperature instead; not both.
+        weight: (N,) weight of each row; the mean divides by its sum. Differentiable.
+        reduction: "mean", "sum" or "none".
+        normalize: scale all rows to length 1 first, also those of the corpus: O((N + M) D). Better done once.
+        memory_budget: bytes kept for backward with ``reduction="none"``; see `similarity_reduce`.
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative. A row without
+        any negative has loss 0 and gradient 0.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `similarity_reduce` and `similarity_topk`.
+
+    Note:
+        Work 2 N M D to mine, 6 N^2 D for the batch (8 with ``reduction="none"``) and O(N k D) for the rest. Memory
+        O(N (D + k)), and a gradient of (M, D) where the corpus needs one. A corpus row whose similarity is NaN is never
+        mined. 16-bit inputs are mined as they are; the batch is swept in float32, because the gradients of the positive
+        and of the mined rows cancel in part.
+
+    Source:
+        Xiong et al., Approximate Nearest Neighbor Negative Contrastive Learning for Dense Text Retrieval, 2021;
+        Karpukhin et al., Dense Passage Retrieval for Open-Domain Question Answering, 2020, for hard and in-batch
+        negatives in one softmax.
+
+    Example:
+        >>> query, positive, corpus = torch.randn(4, 16), torch.randn(4, 16), torch.randn(100, 16)
+        >>> own = torch.tensor([3, 14, 15, 92])                                     # the row of each query's document
+        >>> mined_info_nce(query, positive, corpus, 10, pairs=Pairs(exclude=(torch.arange(5), own))).shape
+        torch.Size([])
+        >>> lists = torch.tensor([[1, 2], [3, -1], [4, 5], [-1, -1]])               # mined before
+        >>> options = {"in_batch": False, "normalize": True, "reduction": "none"}
+        >>> (mined_info_nce(query, positive, corpus, indices=lists, **options) > 0).tolist()
+        [True, True, True, False]
+    """
+    name = "mined_info_nce"
+    query, positive, factor = _arguments.two_sides(
+        name,
+        (("query", query), ("positive", positive)),
+        temperature=temperature,
+        scale=scale,
+        default_temperature=0.07,
+        reduction=reduction,
+        weight=weight,
+        normalize=normalize,
+        partners=True,
+    )
+    (corpus,) = _autocast.cast(corpus)
+    _checks.check_matrices(name, "query", query, "corpus", corpus)
+    corpus = unit_rows(corpus) if normalize else corpus
+    _check_choice_of_rows(name, k, indices, pairs, ids, in_batch, query, corpus)
+    scale = _checks.scale_tensor(name, factor, "query", query)
+    with _autocast.disabled(query):
+        if indices is None:
+            with torch.no_grad():
+                indices = select(
+                    query,
+                    corpus,
+                    k,  # type: ignore[arg-type]  # select checks it
+                    scale=scale,
+                    pairs=pairs,
+                    names=(name, "query", "corpus"),
+                    backend=backend,
+                ).top.indices
+        # The gradients of the positive, the batch and the mined rows meet in float32, before they are rounded.
+        dtype = _checks.accumulator(query.dtype)
+        query, positive = query.to(dtype), positive.to(dtype)
+        log_weight = None if pairs is None else pairs.log_weight
+        mined = _lse(listed_logits((name, "query", "corpus"), query, corpus, indices, scale, log_weight, backend))
+        if not in_batch:
+            losses = softplus(mined - scaled(scale, partner_similarity(query, positive)))
+            return _arguments.reduce_rows(losses, weight, reduction)
+        return row_softmax(
+            (name, "query", "positive"),
+            query,
+            positive,
+            target=torch.arange(query.shape[0], device=query.device),
+            scale=scale,
+            pairs=None if ids is None else Pairs(differ=(ids, ids)),
+            extra=mined,
+            weight=weight,
+            reduction=reduction,
+            memory_budget=memory_budget,
+            backend=backend,
+        )
+
+
+def _check_choice_of_rows(
+    function: str,
+    k: object,
+    indices: object,
+    pairs: object,
+    ids: Tensor | None,
+    in_batch: bool,
+    query: Tensor,
+    corpus: Tensor,
+) -> None:
+    """Check what says which rows are negatives; `select` checks k and the rules."""
+    check_pairs(function, pairs)
+    if (k is None) == (indices is None):
+        both = "not both be given" if indices is not None else "not both be None"
+        raise ValueError(f"{function}: k and indices must {both}: k mines, indices were mined before")
+    if ids is not None:
+        if not in_batch:
+            raise ValueError(
+                f"{function}: ids must be None where in_batch is False, got ids of the batch\n"
+                "  use pairs=Pairs(differ=(ids, ids of the corpus)) for the corpus"
+            )
+        _checks.check_index(function, "ids", ids, query.shape[0], "query", query)
+    if indices is None:
+        return
+    if pairs is not None:
+        raise ValueError(
+            f"{function}: pairs must be None where indices are given, got Pairs\n"
+            "  rules decide what is mined; write -1 in place of a row that is no negative"
+        )
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{function}: indices must be a tensor, got {type(indices).__name__}")
+    if indices.dtype != torch.int64:
+        raise TypeError(f"{function}: indices must be int64, got {indices.dtype}")
+    if indices.dim() != 2 or indices.shape[0] != query.shape[0]:
+        raise ValueError(f"{function}: indices must have shape ({query.shape[0]}, P), got {_checks.shape(indices)}")
+    _checks.check_device(function, "query", query, "indices", indices)
+    _checks.check_index_values(function, "indices", indices, corpus.shape[0], or_none=True)
+
+
+def _lse(logits: Tensor) -> Tensor:
+    """(N,) logsumexp of each row of (N, P); -inf with gradient 0, not NaN, where there is nothing but -inf."""
+    empty = (logits == -torch.inf).all(1)
+    return logits.masked_fill(empty[:, None], 0.0).logsumexp(1).masked_fill(empty, -torch.inf)

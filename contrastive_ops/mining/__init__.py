@@ -1,0 +1,22 @@
+"""Mining: the best columns of a corpus that may be larger than memory, as negatives for contrastive losses."""
+
+from ._rules import NegativeRules
+from ._sampling import Sampling
+from .bank import Entries, MemoryBank
+from .hard_negatives import HardNegatives, mine_hard_negatives
+from .refresh import RefreshSchedule, still_exact
+from .state import TopKState
+from .streaming import search
+
+__all__ = [
+    "Entries",
+    "HardNegatives",
+    "MemoryBank",
+    "NegativeRules",
+    "RefreshSchedule",
+    "Sampling",
+    "TopKState",
+    "mine_hard_negatives",
+    "search",
+    "still_exact",
+]

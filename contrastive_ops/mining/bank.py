@@ -1,0 +1,286 @@
+"""Embeddings of earlier batches as a ring: negatives for MoCo-like losses, and what to mine among them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import _autocast, _checks
+from ..ops.pairs import Pairs, check_lists
+from ..ops.similarity_topk import TopK, similarity_topk
+
+
+class Entries(NamedTuple):
+    """What a `MemoryBank` holds, in the order of its slots.
+
+    Attributes:
+        rows: (K, D) the embeddings.
+        ids: (K,) int64 the sample of each, -1 for none.
+        labels: (K,) int64 the class of each, -1 for none.
+        ages: (K,) int64 how many batches were enqueued after that of each entry.
+    """
+
+    rows: Tensor
+    ids: Tensor
+    labels: Tensor
+    ages: Tensor
+
+
+class MemoryBank(nn.Module):
+    """The embeddings of the last batches, with the sample, the class and the age of each.
+
+    Equivalent to, for a batch that fits::
+
+        slots = (pointer + torch.arange(len(batch))) % capacity
+        rows[slots], ids[slots], labels[slots] = batch.detach().to(rows.dtype), batch_ids, batch_labels
+        pointer = (pointer + len(batch)) % capacity
+
+    Args:
+        capacity: how many entries it holds, at least 1; new ones replace the oldest.
+        dim: D, the size of an embedding.
+        dtype: of the stored rows: float32, bfloat16, float16 or float64. What is enqueued is rounded to it.
+        device: where the buffers are made.
+
+    Attributes:
+        rows: (capacity, D), the slots; those after the filled ones are 0.
+        ids: (capacity,) int64, -1 for none.
+        labels: (capacity,) int64, -1 for none.
+        born: (capacity,) int64, the step of each entry, -1 where there is none.
+        pointer: 0-d int64, the slot that is written next.
+        filled: 0-d int64, how many slots hold an entry.
+        step: 0-d int64, how many batches were enqueued.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+
+    Note:
+        Memory capacity (D + 3) numbers, in buffers: they are saved in the state dict, follow ``.to(device)`` and get no
+        gradient. `entries` returns views where it can, so that a large bank is not copied at each step; therefore call
+        `enqueue` after ``backward()``, as autograd refuses to go through rows that were overwritten. Call `enqueue`
+        outside of a compiled region. DistributedDataParallel copies the buffers of rank 0 to all ranks unless
+        ``broadcast_buffers=False``: gather the rows of all ranks before you enqueue them, so that the banks agree.
+
+    Source:
+        He et al., Momentum Contrast for Unsupervised Visual Representation Learning, 2020;
+        Wang et al., Cross-Batch Memory for Embedding Learning, 2020.
+
+    Example:
+        >>> from contrastive_ops import moco
+        >>> bank = MemoryBank(capacity=256, dim=16)
+        >>> for step in range(3):
+        ...     ids = torch.arange(8) + 8 * step
+        ...     query, key = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)
+        ...     queue = bank.entries()
+        ...     moco(query, key, queue.rows, ids=ids, queue_ids=queue.ids).backward()
+        ...     bank.enqueue(key, ids)
+        >>> len(bank), bank.topk(query, 5, ids=ids).indices.shape
+        (24, torch.Size([8, 5]))
+    """
+
+    rows: Tensor
+    ids: Tensor
+    labels: Tensor
+    born: Tensor
+    pointer: Tensor
+    filled: Tensor
+    step: Tensor
+
+    def __init__(
+        self,
+        capacity: int,
+        dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("capacity", capacity), ("dim", dim)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"MemoryBank: {name} must be an int, got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"MemoryBank: {name} must be at least 1, got {value}")
+        _checks.check_choice("MemoryBank", "dtype", dtype, _checks.FLOATING)
+        self.register_buffer("rows", torch.zeros(capacity, dim, dtype=dtype, device=device))
+        for name in ("ids", "labels", "born"):
+            self.register_buffer(name, torch.full((capacity,), -1, dtype=torch.int64, device=device))
+        for name in ("pointer", "filled", "step"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
+
+    @property
+    def capacity(self) -> int:
+        """How many entries it can hold."""
+        return self.rows.shape[0]
+
+    def __len__(self) -> int:
+        """How many entries it holds."""
+        return int(self.filled)
+
+    @property
+    def ages(self) -> Tensor:
+        """(K,) int64: how many batches were enqueued after that of each entry."""
+        return self.step - self.born[: len(self)]
+
+    @torch.no_grad()
+    def enqueue(self, rows: Tensor, ids: Tensor | None = None, labels: Tensor | None = None) -> None:
+        """Store a batch in place of the oldest entries.
+
+        Args:
+            rows: (N, D) floating, on the bank's device. Detached and rounded to the bank's dtype. Of more than
+                `capacity` rows the last are kept; no rows are a batch too, after which all entries are older by one.
+            ids: (N,) int64, the sample of each row. None: -1.
+            labels: (N,) int64, the class of each row. None: -1.
+
+        Raises:
+            ValueError, TypeError: arguments that do not fit. NaN is stored like any number.
+        """
+        name = "MemoryBank.enqueue"
+        _checks.check_matrix(name, "rows", rows)
+        if rows.shape[1] != self.rows.shape[1]:
+            raise ValueError(
+                f"{name}: rows must have the bank's dimension {self.rows.shape[1]}, got {_checks.shape(rows)}"
+            )
+        _checks.check_device(name, "the bank", self.rows, "rows", rows)
+        for argument, index in (("ids", ids), ("labels", labels)):
+            if index is not None:
+                _checks.check_index(name, argument, index, rows.shape[0], "rows", rows)
+        # As if the rows came one by one: of two for one slot the later stays, and the pointer counts both.
+        end = self.pointer + rows.shape[0]
+        count = min(rows.shape[0], self.capacity)
+        first = rows.shape[0] - count
+        slots = (end - count + torch.arange(count, device=rows.device)) % self.capacity
+        self.step += 1
+        self.rows[slots] = rows[first:].to(self.rows.dtype)
+        for stored, index in ((self.ids, ids), (self.labels, labels)):
+            stored[slots] = torch.full_like(slots, -1) if index is None else index[first:]
+        self.born[slots] = self.step
+        self.pointer.copy_(end % self.capacity)
+        self.filled.copy_((self.filled + count).clamp_max(self.capacity))
+
+    def entries(self, max_age: int | None = None) -> Entries:
+        """What the bank holds.
+
+        Args:
+            max_age: only entries that are no older than this; 0 is the last batch. None: all.
+
+        Returns:
+            `Entries`. Slices of the buffers, no copies, unless `max_age` leaves entries on both ends of the ring.
+        """
+        ages = self.ages
+        slots: slice | Tensor = slice(0, len(ages))
+        if max_age is not None:
+            slots = self._fresh(max_age, ages).nonzero().squeeze(1)
+            first, last = (int(slots[0]), int(slots[-1])) if len(slots) else (0, -1)
+            if last - first + 1 == len(slots):
+                slots = slice(first, last + 1)
+        return Entries(self.rows[slots], self.ids[slots], self.labels[slots], ages[slots])
+
+    def topk(
+        self,
+        query: Tensor,
+        k: int,
+        *,
+        ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        max_age: int | None = None,
+        metric: str = "cosine",
+        pairs: Pairs | None = None,
+        backend: str = "auto",
+    ) -> TopK:
+        """Find the k entries that are most similar to each query.
+
+        Equivalent to::
+
+            keep = (ids[:, None] != bank.ids) & (labels[:, None] != bank.labels) & (bank.ages <= max_age)
+            similarity_topk(query, bank.rows[:len(bank)], k, metric=metric, ...)    # of the entries to keep
+
+        Args:
+            query: (N, D) of the bank's dtype.
+            k: length of the lists.
+            ids: (N,) int64: a query never gets an entry of its own sample; -1 equals nothing.
+            labels: (N,) int64: nor one of its own class.
+            max_age: nor an entry that is older than this.
+            metric: as in `similarity_topk`.
+            pairs: more rules, for a matrix of N rows and ``len(bank)`` columns.
+            backend: as in `similarity_topk`.
+
+        Returns:
+            `TopK`; indices are slots: ``bank.rows[top.indices]``. -1, and value -inf, where fewer entries take part.
+            The values are differentiable in `query`.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: as `similarity_topk`.
+
+        Note:
+            Work 2 N K D. With ids and labels, or with a rule ``differ`` in `pairs`, the entries of equal ids become
+            lists, which take memory for each such pair.
+        """
+        name = "MemoryBank.topk"
+        ages = self.ages
+        rows = self.rows[: len(ages)]
+        query, rows = _autocast.cast(query, rows)
+        _checks.check_matrices(name, "query", query, "bank", rows)
+        for argument, index, stored in (("labels", labels, self.labels), ("ids", ids, self.ids)):
+            if index is not None:
+                _checks.check_index(name, argument, index, query.shape[0], "query", query)
+                pairs = _with_unequal(pairs or Pairs(), index, stored[: len(ages)], query, rows)
+        bias = None
+        if max_age is not None:  # a score of -inf takes no part
+            bias = query.new_zeros(ages.shape, dtype=_checks.accumulator(query.dtype))
+            bias = bias.masked_fill(~self._fresh(max_age, ages), -torch.inf)
+        return similarity_topk(query, rows, k, metric=metric, col_bias=bias, pairs=pairs, backend=backend)
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Forget all entries, and start to count batches again."""
+        self.rows.zero_()
+        for each in (self.ids, self.labels, self.born):
+            each.fill_(-1)
+        for each in (self.pointer, self.filled, self.step):
+            each.zero_()
+
+    @staticmethod
+    def _fresh(max_age: object, ages: Tensor) -> Tensor:
+        if isinstance(max_age, bool) or not isinstance(max_age, int):
+            raise TypeError(f"MemoryBank: max_age must be an int or None, got {type(max_age).__name__}")
+        if max_age < 0:
+            raise ValueError(f"MemoryBank: max_age must be >= 0, got {max_age}")
+        return ages <= max_age
+
+    def extra_repr(self) -> str:
+        """The size, the dtype and how much is filled."""
+        capacity, dim = self.rows.shape
+        return f"capacity={capacity}, dim={dim}, dtype={self.rows.dtype}, filled={len(self)}"
+
+
+# ---- Two rules of one kind -----------------------------------------------------------------------------------------
+
+
+def _with_unequal(pairs: Pairs, row_ids: Tensor, col_ids: Tensor, x: Tensor, y: Tensor) -> Pairs:
+    """The rules, and that ids must differ: as `Pairs.differ`, or as lists where there is such a rule already."""
+    if pairs.differ is None:
+        return replace(pairs, differ=(row_ids, col_ids))
+    lists = _equal(row_ids, col_ids)
+    if pairs.exclude is not None:
+        lists = _joined(lists, check_lists("MemoryBank.topk", "exclude", pairs.exclude, x, y)[:2])
+    return replace(pairs, exclude=lists)
+
+
+def _equal(row_ids: Tensor, col_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(indptr, indices): the columns with the id of each row; -1 equals nothing."""
+    ordered, order = col_ids.sort(stable=True)
+    first, last = (torch.searchsorted(ordered, row_ids.contiguous(), right=right) for right in (False, True))
+    lengths = torch.where(row_ids == -1, 0, last - first)
+    indptr = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    row = torch.repeat_interleave(lengths)
+    place = torch.arange(row.shape[0], device=row.device) - indptr[row] + first[row]
+    return indptr, order[place]
+
+
+def _joined(lists: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """For each row the columns of both lists."""
+    row = torch.cat([torch.repeat_interleave(indptr.diff()) for indptr, _ in (lists, others)])
+    order = row.argsort(stable=True)
+    return lists[0] + others[0], torch.cat([lists[1], others[1]])[order]

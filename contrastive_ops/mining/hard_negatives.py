@@ -1,0 +1,319 @@
+"""Hard negatives of queries: documents of a corpus that score high and are no positives."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _autocast, _checks
+from ..ops._pair_slices import rows_of
+from ..ops.pairs import Pairs
+from ..ops.similarity_topk import METRICS, TopK
+from ._formats import Columns, Mined, Texts, columns
+from ._near_duplicates import Distinct
+from ._positives import Positives, aggregate, parse, score
+from ._rules import NegativeRules, Selection, dropped_positives, selection
+from ._sampling import Sampling, check_ids, keys, order_of
+from .corpus import Corpus, as_corpus, read_ahead, rows_in_block
+from .state import TopKState, check_count
+from .streaming import Progress, reporter
+
+FUNCTION = "mine_hard_negatives"
+# Entries of the lists of candidates that are worked on at once.
+LIST_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class HardNegatives:
+    """The negatives of every query.
+
+    Attributes:
+        indices: (N, n) int64 rows of the corpus, by descending score and then ascending row; -1 where there are fewer.
+        scores: (N, n) their similarities, -inf where there are fewer; float32 (float64 for float64 inputs).
+        counts: (N,) int64, how many there are.
+        positives: (indptr (N + 1,), indices (P,)) int64: the positives of query i are
+            ``indices[indptr[i]:indptr[i + 1]]``, in the order in which they were given, each once.
+        positive_scores: (P,) the similarity of each positive to its query.
+        statistics: (N,) int64 each, over the whole corpus: "eligible", the documents that are no positive and pass all
+            rules; "positives"; "positive_rank", the documents that are no positive and score above it, by more than
+            rounding (where there are several, above what `NegativeRules.positive_score` makes of them), -1 without a
+            positive; and the documents that are no positive and that a rule drops, whatever the others say: "below"
+            (margins, `max_score` and `Pairs.below` together), "above" (`min_score` and `Pairs.above`), "differ",
+            "same", "guide".
+    """
+
+    indices: Tensor
+    scores: Tensor
+    counts: Tensor
+    positives: tuple[Tensor, Tensor]
+    positive_scores: Tensor
+    statistics: dict[str, Tensor]
+
+    def format(
+        self,
+        output_format: str = "triplet",
+        queries: Texts | None = None,
+        documents: Texts | None = None,
+        *,
+        output_scores: bool = False,
+    ) -> Columns:
+        """Columns for ``datasets.Dataset.from_dict``, in the formats of sentence-transformers.
+
+        - "triplet": anchor, positive, negative; a row for each positive and negative of a query.
+        - "n-tuple": anchor, positive, negative_1, ..., negative_n; a row for each positive. Queries with fewer than n
+          negatives are left out.
+        - "labeled-pair": anchor, passage, label; a row for each positive (label 1) and each negative (0) of a query.
+        - "labeled-list": anchor, passages, labels; a row for each positive, followed by all negatives. Queries without
+          negatives are left out.
+
+        Args:
+            output_format: which.
+            queries: N texts; anchors are numbers of queries without them.
+            documents: texts of the corpus; the other columns are numbers of its rows without them.
+            output_scores: add a column "scores" with the similarities of the row's passages; "labeled-pair" and
+                "labeled-list" then have "score" and "scores" in place of the labels.
+
+        Returns:
+            dict of lists of equal length, in the order of queries.
+
+        Raises:
+            ValueError: an unknown format, texts that are too few.
+
+        Example:
+            >>> mined = mine_hard_negatives(torch.eye(3), torch.eye(3), torch.arange(3), 2)
+            >>> mined.format("n-tuple")
+            {'anchor': [0, 1, 2], 'positive': [0, 1, 2], 'negative_1': [1, 0, 0], 'negative_2': [2, 2, 1]}
+        """
+        row = torch.repeat_interleave(self.positives[0].diff())
+        mined = Mined(self.indices, self.scores, self.counts, row, self.positives[1], self.positive_scores)
+        return columns(mined, output_format, queries, documents, output_scores)
+
+
+def mine_hard_negatives(
+    query: Tensor,
+    corpus: object,
+    positives: Tensor | tuple[Tensor, Tensor],
+    num_negatives: int = 3,
+    *,
+    rules: NegativeRules | None = None,
+    sampling: Sampling | None = None,
+    metric: str = "cosine",
+    pairs: Pairs | None = None,
+    block_rows: int | None = None,
+    progress: Progress = False,
+    backend: str = "auto",
+) -> HardNegatives:
+    """Find documents that score high for a query and are no positives of it.
+
+    Equivalent to, for each query, with its positives and the rules of `NegativeRules`::
+
+        s = F.normalize(query, dim=0) @ F.normalize(corpus).T                        # (M,), for "cosine"
+        p = s[positives].min()
+        keep = (s <= p - absolute_margin) & (s <= p - p.abs() * relative_margin) & (s >= min_score) & (s <= max_score)
+        keep[positives] = False
+        ranked = s.masked_fill(~keep, -torch.inf).sort(descending=True, stable=True).indices[:keep.sum()]
+        window = ranked[first:end]                                                   # rank_window
+        draw(window, num_negatives)                                                  # Sampling
+
+    The rules decide inside the selection: nothing is fetched in excess and filtered later, and a query has
+    num_negatives negatives wherever there are so many in its window.
+
+    Args:
+        query: (N, D) float32, bfloat16, float16 or float64.
+        corpus: (M, D) of the same dtype, in memory or not: a tensor, a numpy array or memmap, a safetensors slice, or
+            any object with a shape of two numbers and [a:b] slicing. Read once, and once more for each round in which
+            near-duplicates used up the candidates of a query.
+        positives: (N,) int64, or (N, P) with -1 for none, or (indptr (N + 1,), indices) with a list for each query.
+            They are no candidates, and margins refer to their scores.
+        num_negatives: n, negatives of a query.
+        rules: margins, limits, ranks, near-duplicates; see `NegativeRules`.
+        sampling: how negatives are drawn; see `Sampling`. Default: the best.
+        metric: "cosine", "dot" or "sqeuclidean", as in `similarity_topk`.
+        pairs: more rules, with columns numbered over the whole corpus; all but `log_weight` and `fill`.
+        block_rows: rows of the corpus that are read at once; by default about 64 MiB.
+        progress: True shows a bar for each pass where tqdm is installed; or a function of (rows done, rows of the
+            corpus) that is called after each block.
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        `HardNegatives`. A document whose score is NaN is no negative. Where a positive's score is NaN, margins keep
+        nothing.
+
+    Raises:
+        ValueError: shapes or values that do not fit; a positive that does not exist; a query without a positive where a
+            margin or "simans" needs one.
+        TypeError: dtypes that do not fit, a corpus of another kind.
+        NotImplementedError: an explicit backend that cannot run these inputs.
+
+    Note:
+        Memory: O(N K) for lists of K, the end of the rank window, and two blocks of the corpus. Work: 2 N M D, whatever
+        the rules drop; statistics are counted in the same pass. `near_duplicate` adds O(N n K D), and reads the
+        candidates' rows of the corpus again.
+
+    Source:
+        Moreira et al., NV-Retriever: Improving Text Embedding Models with Effective Hard-Negative Mining, 2024, for the
+        margins.
+
+    Example:
+        >>> query, corpus = torch.randn(4, 16), torch.randn(200, 16)
+        >>> rules = NegativeRules(relative_margin=0.05)
+        >>> mined = mine_hard_negatives(query, corpus, torch.tensor([7, 50, 3, 9]), 5, rules=rules)
+        >>> mined.indices.shape, list(mined.format("triplet"))
+        (torch.Size([4, 5]), ['anchor', 'positive', 'negative'])
+    """
+    _checks.check_matrix(FUNCTION, "query", query)
+    _checks.check_choice(FUNCTION, "metric", metric, METRICS)
+    for name, value in (("num_negatives", num_negatives), ("block_rows", block_rows)):
+        if value is not None:
+            check_count(FUNCTION, name, value)
+            if value == 0:
+                raise ValueError(f"{FUNCTION}: {name} must be at least 1, got 0")
+    rules = NegativeRules() if rules is None else rules
+    sampling = Sampling() if sampling is None else sampling
+    with torch.no_grad(), _autocast.disabled(query):
+        query = query.detach()
+        view = as_corpus(FUNCTION, corpus, query)
+        listed = parse(FUNCTION, positives, query, view.rows)
+        _check_positives(listed, rules, sampling)
+        check_ids(FUNCTION, sampling, query, view.rows)
+        scored = score(FUNCTION, query, view.take, listed, metric, backend)
+        positive = aggregate(scored.values, listed, rules.positive_score)
+        selected = selection(FUNCTION, rules, pairs, listed, positive, view.rows)
+        step = rows_in_block(query.shape[1], query.dtype) if block_rows is None else block_rows
+        miner = _Miner(
+            query, view, listed, positive, rules, sampling, selected, num_negatives, metric, step, progress, backend
+        )
+        # What is a positive itself must not count as above it because two roundings of one score differ.
+        slack = torch.zeros_like(positive).scatter_reduce(0, listed.row, scored.slack, "amax")
+        threshold = (positive + slack).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        indices, values, counted = miner.run(threshold)
+        higher = scored.values > threshold[listed.row]
+        own = dropped_positives(FUNCTION, selected.kept, listed, scored, backend)
+        statistics = {name: (each - own[name]).clamp_min(0) if name in own else each for name, each in counted.items()}
+        rank = statistics.pop("higher") - torch.bincount(listed.row[higher], minlength=len(positive))
+        statistics["positives"] = listed.counts
+        statistics["positive_rank"] = rank.masked_fill(positive.isnan(), -1)
+    return HardNegatives(
+        indices, values, (indices >= 0).sum(1), (listed.indptr, listed.column), scored.values, statistics
+    )
+
+
+def _check_positives(positives: Positives, rules: NegativeRules, sampling: Sampling) -> None:
+    needed = "margins" if rules.needs_positive else "weights of simans" if sampling.strategy == "simans" else None
+    missing = (positives.counts == 0).nonzero()
+    if needed is not None and len(missing):
+        raise ValueError(
+            f"{FUNCTION}: positives must name at least one for each query where there are {needed}, got none for "
+            f"query {int(missing[0])}"
+        )
+
+
+class _State(TopKState):
+    _function = FUNCTION
+
+
+@dataclass(frozen=True, eq=False)
+class _Miner:
+    """The arguments of a call, checked."""
+
+    query: Tensor
+    corpus: Corpus
+    positives: Positives
+    positive: Tensor
+    rules: NegativeRules
+    sampling: Sampling
+    selected: Selection
+    wanted: int
+    metric: str
+    block_rows: int
+    progress: Progress
+    backend: str
+
+    def run(self, count_above: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the negatives, their scores, and numbers over all columns."""
+        first, end = self.rules.rank_window
+        best, alone = self.sampling.strategy == "top", self.rules.near_duplicate is None
+        grows = end is None and not alone and self.rules.rank_basis == "surviving"
+        width = self.wanted if best else 10 * self.wanted
+        if grows and best:
+            width = 4 * self.wanted  # ranks do not matter: some to replace those that are skipped
+        elif end is not None:
+            # Where ranks are of survivors and all of these are taken, the rest of the window is of no interest.
+            needed = best and alone and self.rules.rank_basis == "surviving"
+            width = min(end - first, self.wanted) if needed else end - first
+        rows = torch.arange(len(self.query), device=self.query.device)
+        top, statistics = self._scan(None, first + width, count_above)
+        indices, scores = self._choose(rows, top, first)
+        full = first + width < self.corpus.rows
+        rows = rows[(indices[:, -1] < 0) & (top.indices[:, -1] >= 0)] if grows and full else rows[:0]
+        while len(rows):
+            width *= 2
+            left = []
+            for part in rows.split(max(1, LIST_ELEMENTS // (first + width))):
+                top, _ = self._scan(part, first + width, None)
+                indices[part], scores[part] = self._choose(part, top, first)
+                left.append(part[(indices[part, -1] < 0) & (top.indices[:, -1] >= 0)])
+            rows = torch.cat(left) if first + width < self.corpus.rows else rows[:0]
+        return indices, scores, statistics
+
+    def _scan(self, rows: Tensor | None, k: int, count_above: Tensor | None) -> tuple[TopK, dict[str, Tensor]]:
+        """The k best ranked columns of some or all queries, from a pass over the corpus."""
+        ranked, kept = self.selected.ranked, self.selected.kept
+        state = _State(
+            self.query if rows is None else self.query[rows],
+            max(1, min(k, self.corpus.rows)),
+            metric=self.metric,
+            pairs=ranked if rows is None else rows_of(ranked, rows, self.corpus.rows),
+            rows=self.corpus.rows,
+            count_above=count_above,
+            count_pairs=None if count_above is None else kept,
+            backend=self.backend,
+        )
+        with contextlib.ExitStack() as stack:
+            report = stack.enter_context(reporter(self.progress, 0, self.corpus.rows, FUNCTION))
+            blocks = stack.enter_context(contextlib.closing(read_ahead(self.corpus.blocks(self.block_rows))))
+            for begin, block in blocks:
+                state.update(block, begin)
+                report(begin + len(block), self.corpus.rows)
+        return state.finalize(), state.statistics
+
+    def _choose(self, rows: Tensor, top: TopK, first: int) -> tuple[Tensor, Tensor]:
+        """The negatives of some queries among their candidates, and their scores."""
+        indices = torch.full((len(rows), self.wanted), -1, dtype=torch.int64, device=rows.device)
+        scores = top.values.new_full(indices.shape, -torch.inf)
+        step = max(1, LIST_ELEMENTS // max(top.values.shape[1], 1))
+        for begin in range(0, len(rows), step):
+            part = slice(begin, begin + step)
+            candidates, values = top.indices[part, first:], top.values[part, first:]
+            taken = self._taken(rows[part], candidates, values)
+            # Candidates come by score, and so do those of them that are taken.
+            row, slot = taken.nonzero(as_tuple=True)
+            place = (taken.cumsum(1) - 1)[row, slot]
+            indices[begin + row, place] = candidates[row, slot]
+            scores[begin + row, place] = values[row, slot]
+        return indices, scores
+
+    def _taken(self, rows: Tensor, candidates: Tensor, values: Tensor) -> Tensor:
+        """True for the candidates that are taken."""
+        valid = candidates >= 0
+        if self.selected.upper is not None:
+            valid &= values <= self.selected.upper[rows, None]
+        if self.selected.lower is not None:
+            valid &= values >= self.selected.lower
+        ids = self.sampling.ids
+        documents = candidates.clamp_min(0)
+        documents = documents if ids is None or not len(ids[1]) else ids[1][documents]
+        key = keys(self.sampling, values, self.positive[rows], rows if ids is None else ids[0][rows], documents)
+        order = None if key is None else order_of(key, documents, valid)
+        if order is not None:
+            valid = valid.gather(1, order)
+        if self.rules.near_duplicate is None:
+            taken = valid & (valid.cumsum(1) <= self.wanted)
+        else:
+            ordered = candidates if order is None else candidates.gather(1, order)
+            distinct = Distinct(FUNCTION, self.corpus, self.metric, self.rules.near_duplicate, self.backend)
+            taken = distinct.take(ordered.masked_fill(~valid, -1), self.positives, rows, self.wanted)
+        return taken if order is None else torch.zeros_like(taken).scatter(1, order, taken)

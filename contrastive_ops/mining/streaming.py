@@ -1,0 +1,219 @@
+"""Search of a corpus that streams through a `TopKState`: progress, checkpoints, resumption."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..ops.pairs import Pairs
+from ..ops.similarity_topk import TopK
+from .corpus import Corpus, as_corpus, has_shape, read_ahead, rows_in_block
+from .state import Range, TopKState, check_count, columns_named, fingerprint, missing
+
+# Between two writes of a checkpoint, which is as large as the lists.
+CHECKPOINT_SECONDS = 10.0
+# Rows of the corpus that a checkpoint knows it by; all of them would take a pass.
+SAMPLED_ROWS = 64
+
+Blocks = Generator[tuple[int, Tensor], None, None]
+Progress = bool | Callable[[int, int | None], object]
+
+
+class _State(TopKState):
+    _function = "search"
+
+
+def search(
+    query: Tensor,
+    corpus: object,
+    k: int,
+    *,
+    metric: str = "dot",
+    pairs: Pairs | None = None,
+    block_rows: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: Progress = False,
+    backend: str = "auto",
+) -> TopK:
+    """Find the k best rows of a corpus for every query, reading the corpus block by block.
+
+    Equivalent to::
+
+        similarity_topk(query, torch.cat(list_of_blocks), k, metric=metric, pairs=pairs)
+
+    Args:
+        query: (N, D) float32, bfloat16, float16 or float64.
+        corpus: (M, D) of the same dtype, in memory or not: a tensor, a numpy array or memmap, a safetensors slice
+            (``safe_open(...).get_slice(name)``), or any object with a shape of two numbers and [a:b] slicing. Or an
+            iterable of blocks (m, D) one after another, or of (index of the first row, block) in any order.
+        k: length of the lists.
+        metric: "dot", "cosine" or "sqeuclidean", as in `similarity_topk`.
+        pairs: which pairs take part, with columns numbered over the whole corpus; all rules but `fill`.
+        block_rows: rows read at once; by default about 64 MiB.
+        checkpoint: a file that the search writes every few seconds, when it ends and when an exception ends it. If it
+            exists the search goes on from it, and rows that were searched are not searched again. Delete it to start
+            anew.
+        progress: True shows a bar where tqdm is installed; or a function that is called after each block with the
+            rows that are done and the rows of the corpus (None where an iterable does not tell).
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        `TopK` (values (N, k), indices (N, k), counts (N,)), without gradients: `similarity_topk` on the rows that were
+        found gives those.
+
+    Raises:
+        ValueError: shapes or values that do not fit; a corpus that is shorter than its shape or the rules say; a
+            checkpoint of another problem.
+        TypeError: dtypes that do not fit, a corpus of another kind.
+        NotImplementedError: an explicit backend that cannot run these inputs.
+
+    Note:
+        Memory: O(N k) and two blocks, one of which is read by a second thread while the other is searched. An iterable
+        is read by the calling thread. A checkpoint is the size of the lists, 12 bytes an entry in float32; it knows
+        query and rules by a hash of their bytes, and a corpus by its shape and a sample of rows.
+
+    Example:
+        >>> blocks = (torch.randn(1000, 16) for _ in range(5))
+        >>> found = search(torch.randn(3, 16), blocks, 10, metric="cosine")
+        >>> found.values.shape, bool((found.indices < 5000).all())
+        (torch.Size([3, 10]), True)
+    """
+    name = "search"
+    _checks.check_matrix(name, "query", query)
+    if block_rows is not None:
+        check_count(name, "block_rows", block_rows)
+        if block_rows == 0:
+            raise ValueError(f"{name}: block_rows must be positive, got 0")
+    step = rows_in_block(query.shape[1], query.dtype) if block_rows is None else block_rows
+    parts = None if has_shape(corpus) or isinstance(corpus, (str, bytes, dict)) else corpus
+    view = None if isinstance(parts, Iterable) else as_corpus(name, corpus, query)
+    rows = columns_named(pairs) if view is None else view.rows
+    state = _State(query, k, metric=metric, pairs=pairs, rows=rows, backend=backend)
+    file = None if checkpoint is None else _Checkpoint(checkpoint, state, view)
+    resumed = state.covered
+    if view is None:
+        blocks = _of_parts(parts, query, resumed, step)  # type: ignore[arg-type]
+    else:
+        blocks = read_ahead(_unseen(view, 0, resumed, step))
+    done = sum(end - begin for begin, end in resumed)
+    with contextlib.ExitStack() as stack:
+        if file is not None:
+            stack.callback(file.write)
+        report = stack.enter_context(reporter(progress, done, rows))
+        stack.enter_context(contextlib.closing(blocks))
+        for begin, block in blocks:
+            state.update(block, begin)
+            done += block.shape[0]
+            if file is not None:
+                file.write_now_and_then()
+            report(done, rows)
+    return state.finalize()
+
+
+def _unseen(corpus: Corpus, base: int, seen: list[Range], step: int) -> Blocks:
+    """Blocks of what was not seen of rows that begin at `base`; nothing else is read."""
+    for begin, end in missing(seen, base, base + corpus.rows):
+        for first in range(begin, end, step):
+            yield first, corpus.block(first - base, min(first + step, end) - base)
+
+
+def _of_parts(parts: Iterable[Any], query: Tensor, seen: list[Range], step: int) -> Blocks:
+    """Blocks of what was not seen of parts that come one after another, or with their first rows."""
+    begin = last = 0
+    for item in parts:
+        begin, part = item if isinstance(item, tuple) and len(item) == 2 else (begin, item)
+        check_count("search", "index of the first row of a block", begin)
+        corpus = as_corpus("search", part, query)
+        yield from _unseen(corpus, begin, seen, step)
+        begin += corpus.rows
+        last = max(last, begin)
+    if seen and last < seen[-1][1]:
+        raise ValueError(
+            f"search: corpus must have the {seen[-1][1]} rows that the checkpoint knows, got {last}: it is another "
+            "one, or ended early"
+        )
+
+
+class _Checkpoint:
+    """The file that a state is saved in; written whole or not at all."""
+
+    def __init__(self, path: str | os.PathLike[str], state: TopKState, corpus: Corpus | None) -> None:
+        self.path, self.state = os.path.abspath(os.fspath(path)), state
+        if not os.path.isdir(os.path.dirname(self.path)):
+            raise ValueError(f"search: checkpoint must be in a folder that exists, got {path}")
+        self.corpus = "blocks" if corpus is None else _sample(corpus)
+        self.written = time.monotonic()
+        if os.path.exists(self.path):
+            self._load()
+        self.covered = state.covered
+
+    def write_now_and_then(self) -> None:
+        if time.monotonic() - self.written >= CHECKPOINT_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        if self.state.covered == self.covered:
+            return
+        saved = {"state": self.state.state_dict(), "corpus": self.corpus}
+        part = f"{self.path}.{os.getpid()}.part"
+        try:
+            with open(part, "wb") as file:
+                torch.save(saved, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, self.path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.remove(part)
+            raise
+        self.covered, self.written = self.state.covered, time.monotonic()
+
+    def _load(self) -> None:
+        advice = f"\n  delete {self.path} to search anew"
+        try:
+            saved: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+            state, corpus = saved["state"], saved["corpus"]
+        except OSError:
+            raise
+        except Exception as error:
+            raise ValueError(f"search: checkpoint must be a file that search wrote, got {error}{advice}") from error
+        try:
+            self.state.load_state_dict(state)
+        except ValueError as error:
+            raise ValueError(f"{error}{advice}") from None
+        if corpus != self.corpus:
+            raise ValueError(f"search: checkpoint must be of the same corpus, got one with other rows{advice}")
+
+
+def _sample(corpus: Corpus) -> str:
+    """A hash of some rows, first and last among them."""
+    count = min(SAMPLED_ROWS, corpus.rows)
+    return fingerprint(corpus.take(torch.linspace(0, corpus.rows - 1, count, dtype=torch.float64).round().long()))
+
+
+@contextlib.contextmanager
+def reporter(
+    progress: Progress, done: int, rows: int | None, function: str = "search"
+) -> Iterator[Callable[[int, int | None], object]]:
+    """What to call after each block."""
+    if callable(progress):
+        yield progress
+        return
+    if not isinstance(progress, bool):
+        raise TypeError(f"{function}: progress must be a bool or a function, got {type(progress).__name__}")
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        tqdm = None
+    if not progress or tqdm is None:
+        yield lambda done, rows: None
+        return
+    with tqdm(total=rows, initial=done, unit=" rows", unit_scale=True) as bar:
+        yield lambda done, rows: bar.update(done - bar.n)
