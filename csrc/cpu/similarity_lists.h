@@ -33,17 +33,12 @@ class Lists {
         body(e, lanes, dots);
         continue;
       }
-      // Rows of the next group begin anywhere in memory; where one has begun, the processor reads ahead by itself.
-      for (int64_t q = e + W; q < minimum(e + 2 * W, count); ++q) {
-        const char* row = reinterpret_cast<const char*>(row_of_y(columns[q]));
-        for (int64_t byte = 0; byte < minimum<int64_t>(512, p.D * sizeof(Y)); byte += 64)
-          __builtin_prefetch(row + byte);
-      }
-      const Y* from[W];
+      const Y *from[W], *next[W];
       for (int64_t q = 0; q < W; ++q) {
         from[q] = row_of_y(q < lanes ? columns[e + q] : -1);
+        next[q] = row_of_y(e + W + q < count ? columns[e + W + q] : -1);
       }
-      products_with<C, 1>(panel, from, p.D, dots, W);
+      products_with<C, 1>(panel, from, next, p.D, dots, W);
       for (int64_t q = 0; p.code_scale && q < lanes; ++q) {
         dots[q] *= static_cast<const A*>(p.code_scale)[maximum<int64_t>(columns[e + q], 0)];
       }

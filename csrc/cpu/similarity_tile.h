@@ -350,10 +350,10 @@ INLINE Vec<float> as_one_tile_step(const uint32_t* a, const Vec<uint32_t>* b) {
 
 // Inner products of a panel's first kRowCount rows with kLanes rows of the source, for few rows, where packing the
 // source would cost more than multiplying. Sums run along the depth as in `tile`, so the products are the same to the
-// bit.
+// bit. `next` are the rows of the following call: the processor reads ahead within a row, not from one to another.
 template <class C, int kRowCount, class S>
-void products_with(const typename C::Unit* panel, const S* const* from, int64_t depth, typename C::Acc* out,
-                   int64_t out_stride) {
+void products_with(const typename C::Unit* panel, const S* const* from, const S* const* next, int64_t depth,
+                   typename C::Acc* out, int64_t out_stride) {
   using A = typename C::Acc;
   using U = typename C::Unit;
   constexpr int width = kLanes<U>, step = width * C::kDepth;
@@ -365,7 +365,10 @@ void products_with(const typename C::Unit* panel, const S* const* from, int64_t 
     const int64_t left = depth - k;
     if (left >= step) {
 #pragma GCC unroll 16
-      for (int q = 0; q < width; ++q) tile[q] = units_along(C{}, from[q] + k);
+      for (int q = 0; q < width; ++q) {
+        tile[q] = units_along(C{}, from[q] + k);
+        __builtin_prefetch(next[q] + k, 0, 2);
+      }
     } else {
       for (int q = 0; q < width; ++q) {
         S tail[step] = {};

@@ -168,15 +168,17 @@ class TopK {
   void products_of_few(int64_t rows, const Y* y, int64_t cols, const U* panel, A* to) const {
     constexpr int W = kLanes<A>;
     for (int64_t j = 0; j < cols; j += W) {
-      const Y* from[W];
-      // Past the end any row will do.
-      for (int64_t q = 0; q < W; ++q) from[q] = y + minimum(j + q, cols - 1) * p.y_stride;
+      const Y *from[W], *next[W];
+      for (int64_t q = 0; q < W; ++q) {
+        from[q] = y + minimum(j + q, cols - 1) * p.y_stride;  // past the end any row will do
+        next[q] = from[q] + W * p.y_stride;                   // never read
+      }
       if (rows == 1) {
-        products_with<C, 1>(panel, from, p.D, to + j, kBlock);
+        products_with<C, 1>(panel, from, next, p.D, to + j, kBlock);
       } else if (rows == 2) {
-        products_with<C, 2>(panel, from, p.D, to + j, kBlock);
+        products_with<C, 2>(panel, from, next, p.D, to + j, kBlock);
       } else {
-        products_with<C, kFewRows>(panel, from, p.D, to + j, kBlock);
+        products_with<C, kFewRows>(panel, from, next, p.D, to + j, kBlock);
       }
     }
   }
