@@ -108,9 +108,10 @@ def logit_sums(x: Tensor, y: Tensor, scale: float | Tensor, of_columns: bool = F
     dtype = _checks.accumulator(x.dtype)
     with _autocast.disabled(x):
         x, y = x.to(dtype), y.to(dtype)
+        # Not a matrix-vector product: the bits of one depend on the number of threads in some libraries.
         if of_columns:
-            return y @ (by_row(scale, x) * x).sum(0)
-        return scaled(scale, x @ y.sum(0))
+            return (y * (by_row(scale, x) * x).sum(0)).sum(1)
+        return scaled(scale, (x * y.sum(0)).sum(1))
 
 
 def sum_and_count(
