@@ -71,6 +71,13 @@ class Selection {
     }
   }
 
+  // Long lists of many rows are in no near cache: asks for the place where the next entries of a row go.
+  INLINE void prefetch(int64_t i) {
+    const int64_t count = counts_.get()[i];
+    __builtin_prefetch(values(i) + count, 1);
+    __builtin_prefetch(columns(i) + count, 1);
+  }
+
   A threshold(int64_t i) const { return thresholds_.get()[i]; }
 
   // Adds the lanes whose bit is set, all above the threshold; lane 0 is column `first`.
@@ -83,6 +90,8 @@ class Selection {
 
   // Writes the k best in order; `base` is the number of column 0.
   void finish(int64_t i, A* out_values, int64_t* out_columns, int64_t base) {
+    // Sorting an entry costs ten times what dropping it does.
+    if (counts_.get()[i] > k_ + (capacity_ - k_) / 4) shrink(i);
     const int64_t count = counts_.get()[i], found = minimum(count, k_);
     if constexpr (sizeof(A) == 4) {
       const uint64_t* sorted = sort_keys(values(i), count);
@@ -205,13 +214,21 @@ class Selection {
       std::sort(keys, keys + count, [](uint64_t a, uint64_t b) { return a < b; });
       return keys;
     }
+    uint32_t begin[4][256] = {};
+    for (int64_t e = 0; e < count; ++e) {
+      for (int digit = 0; digit < 4; ++digit) ++begin[digit][keys[e] >> (32 + 8 * digit) & 255];
+    }
     for (int digit = 0; digit < 4; ++digit) {
       const int shift = 32 + 8 * digit;
-      int64_t begin[257] = {};
-      for (int64_t e = 0; e < count; ++e) ++begin[(keys[e] >> shift & 255) + 1];
-      if (begin[(keys[0] >> shift & 255) + 1] == count) continue;
-      for (int d = 0; d < 256; ++d) begin[d + 1] += begin[d];
-      for (int64_t e = 0; e < count; ++e) other[begin[keys[e] >> shift & 255]++] = keys[e];
+      uint32_t* at = begin[digit];
+      if (at[keys[0] >> shift & 255] == count) continue;  // of one size, as scores are: the exponent tells nothing
+      uint32_t before = 0;
+      for (int d = 0; d < 256; ++d) {
+        const uint32_t here = at[d];
+        at[d] = before;
+        before += here;
+      }
+      for (int64_t e = 0; e < count; ++e) other[at[keys[e] >> shift & 255]++] = keys[e];
       uint64_t* sorted = other;
       other = keys;
       keys = sorted;

@@ -121,6 +121,7 @@ class TopK {
       for (int64_t i = 0; i < t.rows; i += kRows<C>) {
         Panel panel;
         const int64_t rows = minimum<int64_t>(kRows<C>, t.rows - i);
+        for (int64_t r = 0; r < rows; ++r) s.selection.prefetch(i + r);
         if (few) {
           products_of_few(t.rows, y, cols, s.x_panels.get(), panel.dots);
         } else {
