@@ -50,7 +50,7 @@ install: $(VENV)/.install ## the package and its tools, editable, in .venv
 
 peers: $(VENV)/.peers ## the packages that tests and benchmarks compare with
 
-demo: install ## train a docstring search twice, with plain PyTorch and with contrastive_ops
+demo: install ## train a docstring search with plain PyTorch and with contrastive_ops, then mine negatives for it
 	$(RUN) examples/docstring_search.py $(ARGS)
 
 test: install ## the tests; ARGS="-k name -x", ARGS="tests/test_nn.py"

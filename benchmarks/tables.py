@@ -4,7 +4,7 @@
     python -m benchmarks.tables --check    exit 1 if they are not what the CSV files say
 
 A table stands between ``<!-- benchmark:NAME -->`` and ``<!-- /benchmark -->``. NAME is ``targets``,
-``memory``, an op of the registry (``clip``), or ``demo`` and ``headline`` for what
+``memory``, an op of the registry (``clip``), or ``demo``, ``demo-mining`` and ``headline`` for what
 ``make demo ARGS="--json benchmarks/results/demo.json --out docs/images"`` wrote.
 """
 
@@ -172,6 +172,20 @@ def demo_table(demo: dict[str, Any]) -> str:
     return _markdown(header, lines, right_from=1) + extra
 
 
+def demo_mining_table(demo: dict[str, Any]) -> str:
+    """What the demo's encoder is worth after more training, with and without mined negatives."""
+    mining = demo["mining"]
+    labels = {"in_batch": "trained on, negatives of the batch alone", "mined": "trained on, mined negatives as well"}
+    lines = [["before", f"{mining['mrr_before']:.4f}", ""]]
+    lines += [[label, f"{mining['mrr'][name]:.4f}", f"{mining['seconds'][name]:.1f}"] for name, label in labels.items()]
+    header = (f"{mining['steps']} more steps, batch {mining['batch']:,}", "MRR@10", "seconds")
+    extra = (
+        f"\n{mining['num_negatives']} negatives for each of {mining['corpus']:,} sentences were mined "
+        f"{mining['refreshes']} times in {mining['mining_seconds']:.1f} s, embedding included.\n"
+    )
+    return _markdown(header, lines, right_from=1) + extra
+
+
 def headline(demo: dict[str, Any]) -> str:
     """The one number of the first screen."""
     speed = demo["ms_min"]["pytorch"] / demo["ms_min"]["contrastive_ops"]
@@ -192,6 +206,7 @@ def tables(rows: Sequence[Row]) -> dict[str, Callable[[], str]]:
     if DEMO.exists():
         demo = json.loads(DEMO.read_text())
         known["demo"] = lambda: demo_table(demo)
+        known["demo-mining"] = lambda: demo_mining_table(demo)
         known["headline"] = lambda: headline(demo)
     return known
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from _loss_meter import Largest
+from _mining_stage import Mining
 
 import contrastive_ops
 
@@ -36,6 +37,7 @@ class Result:
     mrr: dict[str, float]
     mrr_chance: float
     largest: dict[str, Largest]
+    mining: Mining
 
     @property
     def differences(self) -> list[float]:

@@ -2,7 +2,8 @@
 
 A (signature, docstring) pair is collected for every documented function that is installed, a
 two-tower encoder learns to bring the two sides together, and the only difference between the two
-trainings is the line that computes the loss. The end is a table of what that line cost, and a plot.
+trainings is the line that computes the loss. The end is a table of what that line cost, and a plot. Then the encoder
+mines hard negatives for its own training pairs and is trained on with them; see `_mining_stage.py`.
 
     python examples/docstring_search.py            # a few minutes on two cores
     python examples/docstring_search.py --quick    # seconds, to see that it works
@@ -26,6 +27,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from _loss_meter import LAYERS, MEASURED, MIB, Largest, LossLayer, Trial, largest_batch, measure
+from _mining_stage import run_stage
+from _mining_stage import to_table as mining_table
 from _pairs import Pair, collect_pairs, split_identifier
 from _report import Result, draw, takeaway, to_json, to_table
 from torch import Tensor, nn
@@ -107,11 +110,16 @@ class TwoTower(nn.Module):
         self.sentence = nn.Linear(BAG_WIDTH, dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
+    def signatures(self, texts: Bags) -> Tensor:
+        """Unit rows of one side."""
+        return F.normalize(self.signature(F.normalize(self.table(*texts), dim=1)), dim=1)
+
+    def sentences(self, texts: Bags) -> Tensor:
+        """Unit rows of the other."""
+        return F.normalize(self.sentence(F.normalize(self.table(*texts), dim=1)), dim=1)
+
     def forward(self, signatures: Bags, sentences: Bags) -> tuple[Tensor, Tensor]:
-        return (
-            F.normalize(self.signature(F.normalize(self.table(*signatures), dim=1)), dim=1),
-            F.normalize(self.sentence(F.normalize(self.table(*sentences), dim=1)), dim=1),
-        )
+        return self.signatures(signatures), self.sentences(sentences)
 
 
 class Training:
@@ -217,6 +225,10 @@ def run_demo(args: argparse.Namespace) -> tuple[Result, list[str]]:
         done = pool.map(lambda name: measure(name, args.batch, args.dim), measured)
         trials = dict(zip(measured, done, strict=True))
     largest = {name: find_largest(name, trials[name], args) for name in LAYERS}
+    say("mining hard negatives and training on, with and without them")
+    model = runs["contrastive_ops"].model
+    plan = batches(len(rows), args.mining_batch, args.mining_steps, generator)
+    mining = run_stage(model, pairs, bags, rows, plan, lambda trained: mrr_at_10(trained, bags, held_out))
     result = Result(
         pairs=len(pairs),
         held_out=len(held_out),
@@ -230,8 +242,8 @@ def run_demo(args: argparse.Namespace) -> tuple[Result, list[str]]:
         mrr={name: mrr_at_10(run.model, bags, held_out) for name, run in runs.items()},
         mrr_chance=sum(1 / rank for rank in range(1, 11)) / len(held_out),
         largest=largest,
+        mining=mining,
     )
-    model = runs["contrastive_ops"].model
     answers = [
         f'"{query}"\n' + "".join(f"    {hit}\n" for hit in search(model, pairs, bags[0], query)) for query in QUERIES
     ]
@@ -244,6 +256,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--dim", type=int, default=512, help="output dimension of the towers")
     parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--mining-batch", type=int, default=512, help="of the training with mined negatives")
+    parser.add_argument("--mining-steps", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder of the plot")
     parser.add_argument("--json", type=Path, help="also write every number to this file")
@@ -251,7 +265,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--search-seconds", type=float, default=50, help="time cap of the search, for each layer")
     parser.add_argument("--quick", action="store_true", help="standard library only, a few steps")
     if parser.parse_known_args(argv)[0].quick:
-        parser.set_defaults(batch=512, dim=256, steps=6, limit_mib=64, search_seconds=0)
+        parser.set_defaults(batch=512, dim=256, steps=6, limit_mib=64, search_seconds=0, mining_steps=8)
     return parser.parse_args(argv)
 
 
@@ -270,6 +284,8 @@ def main(argv: list[str] | None = None) -> int:
     print("\nWhat the encoder trained with contrastive_ops finds:\n")
     print("\n".join(answers))
     print(takeaway(result))
+    print("\nThen it mines hard negatives for its own training pairs:\n")
+    print(mining_table(result.mining))
     say(f"\nwrote {picture} after {time.monotonic() - start:.0f} s")
     return 0 if result.agrees else 1
 

@@ -197,6 +197,14 @@ def test_quick_run(tmp_path: Path) -> None:
     assert result["agrees"] is True
     assert plain[-1] < plain[0]
     assert all(mrr > 5 * result["mrr_chance"] for mrr in result["mrr"].values())
+    mining = result["mining"]
+    assert set(mining["mrr"]) == set(mining["seconds"]) == {"in_batch", "mined"}
+    assert mining["refreshes"] == 4 and mining["starved"] == 0 and mining["margin_dropped"] > 0
+    assert all(after > mining["mrr_before"] for after in mining["mrr"].values())
+    sentence, *signatures = mining["example"]
+    assert len(set(signatures)) == 1 + mining["num_negatives"]
+    for shown in (sentence, "mined negatives as well", *signatures):
+        assert shown in done.stdout
     for shown in ("ms per step", "peak extra memory", "MRR@10", "largest batch", "at least"):
         assert shown in done.stdout
     assert "within 0.001: yes" in done.stdout
