@@ -44,21 +44,43 @@ from .losses import (
     vse,
 )
 from .mining import MemoryBank, NegativeRules, RefreshSchedule, Sampling, TopKState, mine_hard_negatives
-from .ops import Coarse, Fold, Guide, Pairs, Reduced, TopK, merge_lse, similarity_reduce, similarity_topk
+from .ops import (
+    Capacity,
+    Coarse,
+    Fold,
+    Gating,
+    Guide,
+    Pairs,
+    Reduced,
+    RouterLoss,
+    Routing,
+    TopK,
+    combine,
+    dispatch,
+    expert_choice,
+    merge_lse,
+    route,
+    similarity_reduce,
+    similarity_topk,
+)
 from .reference.stream import stream_rows
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Capacity",
     "Coarse",
     "Diagnostics",
     "Fold",
+    "Gating",
     "Guide",
     "MemoryBank",
     "NegativeRules",
     "Pairs",
     "Reduced",
     "RefreshSchedule",
+    "RouterLoss",
+    "Routing",
     "RunningDenominator",
     "Sampling",
     "TopK",
@@ -69,11 +91,14 @@ __all__ = [
     "batch_semi_hard_triplet",
     "bixse",
     "clip",
+    "combine",
     "contrastive",
     "cos_face",
     "dcl",
     "debiased",
+    "dispatch",
     "energy_hinge",
+    "expert_choice",
     "gist",
     "gte",
     "hcl",
@@ -90,6 +115,7 @@ __all__ = [
     "nn",
     "nt_xent",
     "pair_bce",
+    "route",
     "siglip",
     "simctg",
     "similarity_reduce",

@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings_expert_routing.h"
 #include "bindings_similarity_problem.h"
 #include "bindings_similarity_topk.h"
 #include "cpu/capability.h"
@@ -154,6 +155,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("similarity_topk_backward", &similarity_topk_backward);
   m.def("similarity_topk_merge", &similarity_topk_merge);
   m.def("similarity_topk_order", &similarity_topk_order);
+  m.def("expert_routing_scores", &expert_routing_scores);
+  m.def("expert_routing_scores_backward", &expert_routing_scores_backward);
+  m.def("expert_routing_slots", &expert_routing_slots);
+  m.def("expert_routing_dispatch", &expert_routing_dispatch);
+  m.def("expert_routing_combine", &expert_routing_combine);
+  m.def("expert_routing_dots", &expert_routing_dots);
   m.def("build_config", &build_config, "Versions and options at build time.");
   m.def("cpu_capability", [] { return std::string(capability_name(capability())); }, "The SIMD level in use.");
   m.def("cpu_capability_detected", [] { return std::string(capability_name(detected_capability())); });

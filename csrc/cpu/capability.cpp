@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../expert_routing.h"
 #include "../similarity_reduce.h"
 #include "../similarity_topk.h"
 
@@ -94,6 +95,7 @@ Capability capability() {
         return level_default::stem();             \
     }                                             \
   }
+CONTRASTIVE_OPS_OF_LEVEL(ExpertRouting, expert_routing)
 CONTRASTIVE_OPS_OF_LEVEL(SimilarityReduce, similarity_reduce)
 CONTRASTIVE_OPS_OF_LEVEL(SimilarityTopK, similarity_topk)
 

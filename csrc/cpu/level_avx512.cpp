@@ -1,5 +1,6 @@
 // The avx512 level: every primitive, compiled with this level's flags (setup.py).
 #define LEVEL level_avx512
 #define VECTOR_BYTES 64
+#include "expert_routing.cpp"
 #include "similarity_reduce.cpp"
 #include "similarity_topk.cpp"

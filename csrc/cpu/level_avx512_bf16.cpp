@@ -2,5 +2,6 @@
 #define LEVEL level_avx512_bf16
 #define VECTOR_BYTES 64
 #define HAS_BF16_DOT 1
+#include "expert_routing.cpp"
 #include "similarity_reduce.cpp"
 #include "similarity_topk.cpp"

@@ -1,5 +1,6 @@
 // The default level: every primitive, compiled with this level's flags (setup.py).
 #define LEVEL level_default
 #define VECTOR_BYTES 16
+#include "expert_routing.cpp"
 #include "similarity_reduce.cpp"
 #include "similarity_topk.cpp"

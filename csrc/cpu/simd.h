@@ -214,6 +214,33 @@ INLINE Vec<A> to_accumulator(const S* from) {
   }
 }
 
+// ---- Stores in the type of a tensor ----------------------------------------------------------------------
+
+// kLanes numbers, rounded to the nearest, ties to even; NaN stays NaN, too large becomes inf.
+INLINE void store_as(float* to, Vec<float> v) { store(to, v); }
+INLINE void store_as(double* to, Vec<double> v) { store(to, v); }
+// In integers: the instructions for bfloat16 flush subnormal numbers, and levels would differ.
+INLINE void store_as(BFloat16* to, Vec<float> v) {
+  const Vec<uint32_t> bits = bit_cast<Vec<uint32_t>>(v), magnitude = bits & 0x7FFFFFFFu;
+  const Vec<uint32_t> nearest = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const Vec<uint32_t> quiet = (bits >> 16) | 0x40u;
+  const HalfWidth half = __builtin_convertvector(magnitude > 0x7F800000u ? quiet : nearest, HalfWidth);
+  memcpy(to, &half, sizeof(half));
+}
+INLINE void store_as(Half* to, Vec<float> v) {
+  const Vec<uint32_t> bits = bit_cast<Vec<uint32_t>>(v), magnitude = bits & 0x7FFFFFFFu;
+  const Vec<uint32_t> rebiased = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  // The last place of 0.5 is that of a subnormal half, so that the addition rounds to one.
+  const Vec<float> shifted = bit_cast<Vec<float>>(magnitude) + 0.5f;
+  const Vec<uint32_t> subnormal = bit_cast<Vec<uint32_t>>(shifted) - 0x3F000000u;
+  const Vec<uint32_t> infinite = Vec<uint32_t>{} + 0x7C00u, quiet = ((magnitude >> 13) & 0x3FFu) | 0x7E00u;
+  Vec<uint32_t> half = magnitude < 0x38800000u ? subnormal : rebiased;
+  half = magnitude >= 0x47800000u ? infinite : half;
+  half = magnitude > 0x7F800000u ? quiet : half;
+  const HalfWidth narrow = __builtin_convertvector(half | ((bits >> 16) & 0x8000u), HalfWidth);
+  memcpy(to, &narrow, sizeof(narrow));
+}
+
 // ---- Transpose -----------------------------------------------------------------------------------------
 
 // One stage exchanges blocks of `Step` lanes between rows that are `Step` apart.

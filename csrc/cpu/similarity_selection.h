@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "radix_sort.h"
 #include "similarity_pairs.h"
 
 namespace contrastive_ops {
@@ -94,7 +95,7 @@ class Selection {
     if (counts_.get()[i] > k_ + (capacity_ - k_) / 4) shrink(i);
     const int64_t count = counts_.get()[i], found = minimum(count, k_);
     if constexpr (sizeof(A) == 4) {
-      const uint64_t* sorted = sort_keys(values(i), count);
+      const uint64_t* sorted = sort_descending(values(i), count, keys_.get(), keys_.get() + stride_);
       for (int64_t e = 0; e < found; ++e) {
         const int64_t from = static_cast<uint32_t>(sorted[e]);
         out_values[e] = values(i)[from];
@@ -199,41 +200,6 @@ class Selection {
     }
     count = kept;
     thresholds_.get()[i] = last;
-  }
-
-  // Keys whose ascending order is that of the result: the inverted value, then the position. Positions rise with the
-  // columns, so a stable sort by value is enough, for many entries by its digits.
-  const uint64_t* sort_keys(const A* v, int64_t count) {
-    uint64_t *keys = keys_.get(), *other = keys + stride_;
-    for (int64_t e = 0; e < count; ++e) {
-      const uint32_t bits = bit_cast<uint32_t>(v[e] + 0.0f);  // -0 and 0 are equal
-      const uint32_t rising = bits ^ (bits >> 31 ? 0xFFFFFFFFu : 0x80000000u);
-      keys[e] = static_cast<uint64_t>(~rising) << 32 | static_cast<uint64_t>(e);
-    }
-    if (count <= 128) {
-      std::sort(keys, keys + count, [](uint64_t a, uint64_t b) { return a < b; });
-      return keys;
-    }
-    uint32_t begin[4][256] = {};
-    for (int64_t e = 0; e < count; ++e) {
-      for (int digit = 0; digit < 4; ++digit) ++begin[digit][keys[e] >> (32 + 8 * digit) & 255];
-    }
-    for (int digit = 0; digit < 4; ++digit) {
-      const int shift = 32 + 8 * digit;
-      uint32_t* at = begin[digit];
-      if (at[keys[0] >> shift & 255] == count) continue;  // of one size, as scores are: the exponent tells nothing
-      uint32_t before = 0;
-      for (int d = 0; d < 256; ++d) {
-        const uint32_t here = at[d];
-        at[d] = before;
-        before += here;
-      }
-      for (int64_t e = 0; e < count; ++e) other[at[keys[e] >> shift & 255]++] = keys[e];
-      uint64_t* sorted = other;
-      other = keys;
-      keys = sorted;
-    }
-    return keys;
   }
 
   int64_t k_ = 0, capacity_ = 0, stride_ = 0, allocated_ = 0, allocated_stride_ = 0;

@@ -1,0 +1,203 @@
+"""torch.library operators of expert_routing: schema, fake, autograd.
+
+`scores` and its derivative `scores_backward` read the logits; `slots` places choices and is not differentiated.
+`dispatch`, `combine` and `dots` move rows; the derivatives of each are the others, so that they can be differentiated
+any number of times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _autocast
+from .._checks import accumulator
+from .._dispatch import Backend
+from .._routing import ScoreSpec, SlotSpec
+from ..reference import expert_routing as reference
+from ._autograd import LIBRARY, alias, grad
+
+_GIVEN = "Tensor logits, Tensor? noise, Tensor? bias, Tensor? allowed"
+_RULES = "Tensor? segment, Tensor? valid, SymInt[] spec, float sigma"
+_SCORES = (
+    f"({_GIVEN}, Tensor? given, {_RULES}, str backend) -> (Tensor experts, Tensor gates, Tensor priority,"
+    " Tensor sums, Tensor totals, Tensor choices, Tensor tokens, Tensor margin)"
+)
+_SCORES_BACKWARD = (
+    f"({_GIVEN}, {_RULES}, Tensor experts, Tensor d_gates, Tensor d_sums, Tensor d_totals, str backend)"
+    " -> Tensor dlogits"
+)
+_SLOTS = (
+    "(Tensor experts, Tensor? priority, Tensor? segment, SymInt[] spec, str backend)"
+    " -> (Tensor slots, Tensor order, Tensor offsets, Tensor kept)"
+)
+_DISPATCH = "(Tensor tokens, Tensor? gates, Tensor slots, Tensor order, str backend) -> Tensor rows"
+_COMBINE = "(Tensor rows, Tensor? gates, Tensor slots, Tensor order, str backend) -> Tensor tokens"
+_DOTS = "(Tensor tokens, Tensor rows, Tensor slots, Tensor order, str backend) -> Tensor dots"
+
+
+def register(backends: Mapping[str, Backend]) -> None:
+    """Define the operators; `backends` says where each backend's functions are."""
+
+    def call(name: str) -> Any:
+        def function(*arguments: Any) -> Any:
+            *problem, backend = arguments
+            with _autocast.disabled(problem[0]):
+                return getattr(backends[backend].functions(), name)(*problem)
+
+        return function
+
+    for name, schema, fake, setup, derivative in (
+        ("scores", _SCORES, _scores_fake, _scores_setup, _scores_derivative),
+        ("scores_backward", _SCORES_BACKWARD, _backward_fake, _backward_setup, _backward_derivative),
+        ("slots", _SLOTS, _slots_fake, None, None),
+        ("dispatch", _DISPATCH, _dispatch_fake, _moved_setup, _dispatch_derivative),
+        ("combine", _COMBINE, _combine_fake, _moved_setup, _combine_derivative),
+        ("dots", _DOTS, _dots_fake, _dots_setup, _dots_derivative),
+    ):
+        qualified = f"contrastive_ops::expert_routing_{name}"
+        LIBRARY.define(f"expert_routing_{name}{schema}")
+        LIBRARY.impl(f"expert_routing_{name}", call(name), "CompositeExplicitAutograd")
+        torch.library.register_fake(qualified, fake, lib=LIBRARY)
+        if derivative is not None:
+            torch.library.register_autograd(qualified, derivative, setup_context=setup, lib=LIBRARY)
+
+
+# ---- scores --------------------------------------------------------------------------------------------------------
+
+
+def _scores_fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    spec = ScoreSpec(*arguments[-3])
+    tokens, experts = logits.shape
+    dtype = accumulator(logits.dtype)
+    return (
+        logits.new_empty((tokens, spec.k), dtype=torch.int64),
+        logits.new_empty((tokens, spec.k), dtype=dtype),
+        logits.new_empty((tokens,), dtype=dtype),
+        logits.new_empty((3, spec.segments, experts), dtype=dtype),
+        logits.new_empty((2, spec.segments), dtype=dtype),
+        logits.new_empty((spec.segments, experts), dtype=torch.int64),
+        logits.new_empty((spec.segments,), dtype=torch.int64),
+        logits.new_empty((spec.segments,), dtype=dtype),
+    )
+
+
+def _scores_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, noise, bias, allowed, _, segment, valid, spec, sigma, backend = inputs
+    experts, _, priority, _, _, choices, tokens, margin = output
+    ctx.save_for_backward(logits, noise, bias, allowed, segment, valid, experts)
+    ctx.set_materialize_grads(False)  # those of integers would take longer than the derivative
+    ctx.spec, ctx.sigma, ctx.backend = spec, sigma, backend
+    ctx.mark_non_differentiable(experts, priority, choices, tokens, margin)
+
+
+def _scores_derivative(ctx: Any, *d_outputs: Any) -> tuple[Any, ...]:
+    *problem, experts = ctx.saved_tensors
+    _, d_gates, _, d_sums, d_totals, *_ = d_outputs
+    if d_gates is None and d_sums is None and d_totals is None:
+        return (None,) * 10
+    logits, segments = problem[0], ScoreSpec(*ctx.spec).segments
+    dtype = accumulator(logits.dtype)
+    upstream = [
+        logits.new_zeros(shape, dtype=dtype) if given is None else given
+        for given, shape in (
+            (d_gates, experts.shape),
+            (d_sums, (3, segments, logits.shape[1])),
+            (d_totals, (2, segments)),
+        )
+    ]
+    gradient = torch.ops.contrastive_ops.expert_routing_scores_backward(
+        *problem, ctx.spec, ctx.sigma, experts, *upstream, ctx.backend
+    )
+    return (gradient.to(logits.dtype), *(None,) * 9)
+
+
+def _backward_fake(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape, dtype=accumulator(logits.dtype))
+
+
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, spec, sigma, experts, d_gates, d_sums, d_totals, _ = inputs
+    ctx.save_for_backward(*tensors, experts, d_gates, d_sums, d_totals)
+    ctx.spec, ctx.sigma = spec, sigma
+
+
+def _backward_derivative(ctx: Any, d_gradient: Tensor) -> tuple[Any, ...]:
+    """The second derivative: autograd through the reference, whatever the backend was."""
+    logits, *others, experts, d_gates, d_sums, d_totals = ctx.saved_tensors
+    with torch.enable_grad(), _autocast.disabled(logits):
+        leaves = [alias(t) for t in (logits, d_gates, d_sums, d_totals)]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        arguments: list[Any] = [leaves[0], *others, ctx.spec, ctx.sigma, experts, *leaves[1:]]
+        output = reference.scores_backward(*arguments)
+        found = iter(grad([output] if output.requires_grad else [], wanted, [d_gradient]))
+    d_logits, *d_upstream = [next(found) if leaf.requires_grad else None for leaf in leaves]
+    return (d_logits, *(None,) * 8, *d_upstream, None)
+
+
+# ---- slots ---------------------------------------------------------------------------------------------------------
+
+
+def _slots_fake(experts: Tensor, priority: Any, segment: Any, spec: Any, backend: str) -> tuple[Tensor, ...]:
+    s = SlotSpec(*spec)
+    return (
+        experts.new_empty(experts.shape),
+        experts.new_empty((s.rows(*experts.shape),)),
+        experts.new_empty((s.experts + 1,)),
+        experts.new_empty((s.segments, s.experts)),
+    )
+
+
+# ---- dispatch, combine, dots -------------------------------------------------------------------------------------
+
+
+def _dispatch_fake(tokens: Tensor, gates: Any, slots: Tensor, order: Tensor, backend: str) -> Tensor:
+    return tokens.new_empty((order.shape[0], tokens.shape[1]))
+
+
+def _combine_fake(rows: Tensor, gates: Any, slots: Tensor, order: Tensor, backend: str) -> Tensor:
+    return rows.new_empty((slots.shape[0], rows.shape[1]))
+
+
+def _dots_fake(tokens: Tensor, rows: Tensor, slots: Tensor, order: Tensor, backend: str) -> Tensor:
+    return tokens.new_empty(slots.shape, dtype=accumulator(tokens.dtype))
+
+
+def _moved_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    moved, gates, slots, order, backend = inputs
+    # Only the gradient of the gates needs what was moved.
+    ctx.save_for_backward(moved if ctx.needs_input_grad[1] else None, gates, slots, order)
+    ctx.backend = backend
+
+
+def _dispatch_derivative(ctx: Any, d_rows: Tensor) -> tuple[Any, ...]:
+    tokens, gates, *places = ctx.saved_tensors
+    ops, places = torch.ops.contrastive_ops, (*places, ctx.backend)
+    d_tokens = ops.expert_routing_combine(d_rows, gates, *places) if ctx.needs_input_grad[0] else None
+    d_gates = ops.expert_routing_dots(tokens, d_rows, *places) if ctx.needs_input_grad[1] else None
+    return d_tokens, d_gates, None, None, None
+
+
+def _combine_derivative(ctx: Any, d_tokens: Tensor) -> tuple[Any, ...]:
+    rows, gates, *places = ctx.saved_tensors
+    ops, places = torch.ops.contrastive_ops, (*places, ctx.backend)
+    d_rows = ops.expert_routing_dispatch(d_tokens, gates, *places) if ctx.needs_input_grad[0] else None
+    d_gates = ops.expert_routing_dots(d_tokens, rows, *places) if ctx.needs_input_grad[1] else None
+    return d_rows, d_gates, None, None, None
+
+
+def _dots_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tokens, rows, slots, order, backend = inputs
+    ctx.save_for_backward(tokens, rows, slots, order)
+    ctx.backend = backend
+
+
+def _dots_derivative(ctx: Any, d_dots: Tensor) -> tuple[Any, ...]:
+    tokens, rows, *places = ctx.saved_tensors
+    ops, places = torch.ops.contrastive_ops, (*places, ctx.backend)
+    d_tokens = ops.expert_routing_combine(rows, d_dots, *places) if ctx.needs_input_grad[0] else None
+    d_rows = ops.expert_routing_dispatch(tokens, d_dots, *places) if ctx.needs_input_grad[1] else None
+    return d_tokens, d_rows, None, None, None

@@ -1,0 +1,157 @@
+"""What a router is asked, checked: the arguments that `route` and `expert_choice` share, as operators take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .._routing import GROUP_SCORES, SCORES, ScoreSpec
+from ._router_statistics import Statistics
+from .gating import Capacity, Gating, RouterLoss
+
+
+@dataclass(frozen=True, eq=False)
+class RouterProblem:
+    """A router's inputs. Rows are tokens; `segment`, `valid`, `mask`, `given` and `noise` may be None."""
+
+    function: str
+    logits: Tensor
+    gating: Gating
+    noise: Tensor | None
+    mask: Tensor | None
+    given: Tensor | None
+    segment: Tensor | None
+    segments: int
+    valid: Tensor | None
+    losses: tuple[RouterLoss, ...]
+
+    @classmethod
+    def of(
+        cls,
+        function: str,
+        logits: Tensor,
+        k: int,
+        gating: Gating,
+        segments: Tensor | None,
+        num_segments: int | None,
+        valid: Tensor | None,
+        allowed: Tensor | None,
+        losses: Sequence[str | RouterLoss],
+        generator: torch.Generator | None,
+    ) -> RouterProblem:
+        """Check the arguments, and draw the noise."""
+        tokens = len(logits)
+        wanted = tuple(RouterLoss(loss) if isinstance(loss, str) else loss for loss in losses)
+        names = [loss.name for loss in wanted]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{function}: losses must differ, got {names}")
+        count = _segments(function, segments, num_segments, logits)
+        if valid is not None:
+            _check_like(function, "valid", valid, torch.bool, (tokens,), logits)
+        mask, given = _allowed(function, allowed, k, logits)
+        noise = None
+        if gating.noise_std:
+            dtype = _checks.accumulator(logits.dtype)
+            noise = torch.randn(logits.shape, dtype=dtype, device=logits.device, generator=generator)
+        return cls(function, logits, gating, noise, mask, given, segments, count, valid, wanted)
+
+    def asks(self, loss: str) -> bool:
+        """Whether a loss is wanted."""
+        return any(each.name == loss for each in self.losses)
+
+    def arguments(self, k: int, given: Tensor | None = None) -> tuple[Any, ...]:
+        """What the operator takes that scores the experts, up to the backend."""
+        g = self.gating
+        groups = (g.expert_groups, g.kept_groups, GROUP_SCORES.index(g.group_score))
+        spec = ScoreSpec(k, SCORES.index(g.score), int(g.renormalize), *groups, self.segments, int(self.asks("load")))
+        bias = None if g.bias is None else g.bias.detach().to(_checks.accumulator(self.logits.dtype))
+        sigma = g.noise_std / max(self.logits.shape[1], 1)
+        given = self.given if given is None else given
+        return self.logits, self.noise, bias, self.mask, given, self.segment, self.valid, list(spec), sigma
+
+    def statistics(self, sums: Sequence[Tensor], kept: Tensor) -> Statistics:
+        """The operator's sums by name."""
+        (probability, noisy, chance), (lse_squared, entropy), choices, tokens, margin = sums
+        return Statistics(
+            probability=probability,
+            noisy=probability if self.noise is None else noisy,
+            chance=chance,
+            lse_squared=lse_squared,
+            entropy=entropy,
+            choices=choices,
+            kept=kept,
+            tokens=tokens,
+            margin=margin,
+        )
+
+
+def check_count(function: str, name: str, value: object) -> int:
+    """`value` must be a positive int."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{function}: {name} must be at least 1, got {value}")
+    return value
+
+
+def as_capacity(function: str, capacity: int | float | Capacity | None) -> Capacity:
+    """A limit, a factor or a description as a description."""
+    if isinstance(capacity, Capacity):
+        return capacity
+    if capacity is None:
+        return Capacity()
+    if isinstance(capacity, bool) or not isinstance(capacity, (int, float)):
+        kind = type(capacity).__name__
+        raise TypeError(f"{function}: capacity must be an int, a float, Capacity or None, got {kind}")
+    return Capacity(limit=capacity) if isinstance(capacity, int) else Capacity(factor=capacity)
+
+
+def _check_like(
+    function: str, name: str, tensor: object, dtype: torch.dtype, shape: tuple[int, ...], logits: Tensor
+) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{function}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{function}: {name} must be {str(dtype).removeprefix('torch.')}, got {tensor.dtype}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{function}: {name} must have shape {shape}, got {_checks.shape(tensor)}")
+    _checks.check_device(function, "logits", logits, name, tensor)
+
+
+def _segments(function: str, segments: Tensor | None, num_segments: int | None, logits: Tensor) -> int:
+    """How many segments there are."""
+    if num_segments is not None:
+        check_count(function, "num_segments", num_segments)
+    if segments is None:
+        if num_segments not in (None, 1):
+            raise ValueError(f"{function}: segments must be given for num_segments={num_segments}, got None")
+        return 1
+    _check_like(function, "segments", segments, torch.int64, (len(logits),), logits)
+    if num_segments is None:
+        if torch.compiler.is_compiling() or segments.device.type == "meta":
+            raise ValueError(f"{function}: num_segments must be given where segments cannot be read, got None")
+        num_segments = int(segments.max()) + 1 if len(segments) else 1
+    _checks.check_index_values(function, "segments", segments, num_segments)
+    return num_segments
+
+
+def _allowed(function: str, allowed: Tensor | None, k: int, logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The argument as (mask, assignment), of which one at most is there."""
+    tokens, experts = logits.shape
+    if allowed is None:
+        return None, None
+    if isinstance(allowed, Tensor) and allowed.dtype == torch.bool:
+        _check_like(function, "allowed", allowed, torch.bool, (tokens, experts), logits)
+        return allowed, None
+    if isinstance(allowed, Tensor) and allowed.dtype == torch.int64:
+        given = allowed[:, None] if allowed.dim() == 1 and k == 1 else allowed
+        _check_like(function, "allowed", given, torch.int64, (tokens, k), logits)
+        _checks.check_index_values(function, "allowed", given, experts, or_none=True)
+        return None, given
+    kind = allowed.dtype if isinstance(allowed, Tensor) else type(allowed).__name__
+    raise TypeError(f"{function}: allowed must be bool (T, E), or int64 (T, k) experts, got {kind}")

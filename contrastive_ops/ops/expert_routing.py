@@ -1,0 +1,264 @@
+"""Routing of tokens to experts: which experts, with which gate, in which place, and back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _checks, _extension
+from .._dispatch import Backend, choose, unsupported_by_cpu
+from .._routing import SlotSpec
+from ..reference import expert_routing as reference
+from ._expert_routing_autograd import register
+from ._router_problem import RouterProblem, as_capacity, check_count
+from .gating import Capacity, Gating, RouterLoss
+
+# One hop to every implementation; each offers scores, scores_backward, slots, dispatch, combine and dots.
+BACKENDS = {
+    "reference": Backend(
+        source="contrastive_ops/reference/expert_routing.py",
+        functions=lambda: reference,
+        unsupported=lambda x: [],
+    ),
+    "cpu": Backend(
+        source="csrc/cpu/expert_routing.cpp",
+        functions=functools.cache(lambda: _extension.functions("expert_routing")),
+        unsupported=unsupported_by_cpu,
+    ),
+}
+
+register(BACKENDS)
+
+PRIORITIES = ("gate", "position")
+DEFAULT = Gating()
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Where every token goes. T tokens, k choices, E experts, R rows of dispatched tokens, S segments.
+
+    Attributes:
+        experts: (T, k) int64, best first; -1 where a token has fewer choices.
+        gates: (T, k) their weights in `combine`, whether kept or not; float32 (float64 for float64 logits).
+            Differentiable.
+        slots: (T, k) int64 the row of the dispatched tokens that each choice has; -1 where it is dropped.
+        order: (R,) int64 the choice ``token * k + j`` that each row has; -1 where it is empty.
+        offsets: (E + 1,) int64: expert e has the rows from ``offsets[e]`` to ``offsets[e + 1]``.
+        losses: of each `RouterLoss` by name, (S,). Differentiable.
+        loss: 0-d, their weighted total.
+        metrics: of each segment, (S,): "tokens"; "success_rate", the share of choices that were kept; "load" (S, E),
+            each expert's share of the choices; "entropy", mean over tokens, in nats; "effective_experts", exp of the
+            entropy of the mean probabilities; "top1_margin", mean difference of the two largest probabilities. And 0-d:
+            "mutual_information" of segment and chosen expert in nats, "normalized_mutual_information", the same over
+            the smaller of their entropies. NaN where a segment has no tokens.
+    """
+
+    experts: Tensor
+    gates: Tensor
+    slots: Tensor
+    order: Tensor
+    offsets: Tensor
+    losses: dict[str, Tensor]
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+    @property
+    def kept(self) -> Tensor:
+        """(T, k) bool, which choices are not dropped."""
+        return self.slots >= 0
+
+
+def route(
+    logits: Tensor,
+    k: int = 1,
+    *,
+    capacity: int | float | Capacity | None = None,
+    priority: str = "gate",
+    gating: Gating = DEFAULT,
+    segments: Tensor | None = None,
+    num_segments: int | None = None,
+    valid: Tensor | None = None,
+    allowed: Tensor | None = None,
+    losses: Sequence[str | RouterLoss] = (),
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+) -> Routing:
+    """Choose k experts for every token and a place for every choice.
+
+    Equivalent to, with C slots of each expert and for one group of tokens::
+
+        p = logits.softmax(1)                                            # in float32
+        gates, experts = p.topk(k)                                       # not renormalised
+        order = gates[:, 0].argsort(descending=True, stable=True)        # priority="gate"; or torch.arange(T)
+        position, taken = torch.empty_like(experts), [0] * E
+        for j in range(k):                                               # all first choices, then all second ones
+            for t in order:
+                position[t, j] = taken[experts[t, j]]
+                taken[experts[t, j]] += 1                                # also where the choice is dropped
+        kept = position < C
+
+    Args:
+        logits: (T, E) float32, bfloat16, float16 or float64. An expert whose logit is -inf is never chosen.
+        k: choices of a token.
+        capacity: an int, tokens that an expert takes; a float, a factor of its fair share k T / E, rounded up; or
+            `Capacity`, which also has groups and the padded layout. None drops nothing. 0 drops everything.
+        priority: who is kept where more want an expert than it takes: "gate", tokens by the score of their first choice
+            (Batch Priority Routing); or "position", those that come first.
+        gating: scores, noise, renormalisation, bias and groups of experts; see `Gating`.
+        segments: (T,) int64 the segment of each token, such as its modality, tower or language. Losses and metrics are
+            per segment; priority and capacity do not look at it.
+        num_segments: S; by default one more than the largest label, which reads the data.
+        valid: (T,) bool; padding is not routed, and counts nowhere.
+        allowed: (T, E) bool, the experts that a token may choose, to which its probabilities are restricted; or (T, k)
+            int64, the experts it is given, -1 for none. A row with fewer experts than k has -1 and gate 0 in the rest.
+        losses: names, or `RouterLoss` with weights and thresholds.
+        generator: for the noise; by default torch's own.
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        `Routing`.
+
+    Raises:
+        ValueError: arguments that do not fit: k above the number of experts, "load" without noise, renormalised gates
+            with k=1, segments out of range.
+        TypeError: dtypes that do not fit.
+        NotImplementedError: an explicit backend that cannot run these inputs.
+
+    Note:
+        Order of choices: score descending, then expert ascending; equal gates keep the order of tokens. The experts of
+        a token differ also where logits are NaN: a NaN comes after every number, and makes gates and losses NaN.
+        Nothing depends on the number of threads. One pass over the logits forward, and one backward, whichever losses
+        are asked for; memory O(T k + S E), and T E for noise. No state is kept: losses survive recomputation and
+        chunked training steps. A token without an expert to choose is left out like one that is not valid.
+
+    Source:
+        Riquelme et al., Scaling Vision with Sparse Mixture of Experts, 2021, for choices, priority, importance and
+        load; Mustafa et al., Multimodal Contrastive Learning with LIMoE, 2022, for the entropy losses; Fedus et al.,
+        Switch Transformers, 2022; Zoph et al., ST-MoE, 2022, for the z-loss.
+
+    Example:
+        >>> logits, is_text = torch.randn(12, 4), torch.arange(12) % 3
+        >>> losses = ["importance", RouterLoss("global_entropy", weight=[0.0, 0.1, 0.1], threshold=1.0)]
+        >>> routing = route(logits, 2, capacity=1.25, segments=is_text, num_segments=3, losses=losses)
+        >>> routing.experts.shape, routing.losses["importance"].shape, routing.metrics["success_rate"].shape
+        (torch.Size([12, 2]), torch.Size([3]), torch.Size([3]))
+    """
+    function = "route"
+    _checks.check_matrix(function, "logits", logits)
+    k = check_count(function, "k", k)
+    _checks.check_choice(function, "priority", priority, PRIORITIES)
+    tokens, experts = logits.shape
+    if k > experts:
+        raise ValueError(f"{function}: k must be at most the number of experts, got k={k} and {experts} experts")
+    gating.check(function, k, experts, logits)
+    limits = as_capacity(function, capacity)
+    taken, group = limits.slots(function, tokens, experts, k)
+    problem = RouterProblem.of(function, logits, k, gating, segments, num_segments, valid, allowed, losses, generator)
+    if problem.asks("load") and (gating.noise_std == 0 or gating.bias is not None or gating.expert_groups > 1):
+        raise ValueError(
+            f'{function}: losses must not have "load" without noise, or with a bias or groups of experts, got '
+            f"noise_std={gating.noise_std}: it is the chance to be chosen when the noise is drawn again"
+        )
+    backend = choose(function, BACKENDS, logits, backend)
+    chosen, gates, first, *sums = torch.ops.contrastive_ops.expert_routing_scores(*problem.arguments(k), backend)
+    spec = SlotSpec(experts, group, taken, int(limits.padded), problem.segments)
+    places = torch.ops.contrastive_ops.expert_routing_slots(
+        chosen, first if priority == "gate" and taken >= 0 else None, problem.segment, list(spec), backend
+    )
+    return routing_of(problem, chosen, gates, sums, places)
+
+
+def routing_of(
+    problem: RouterProblem,
+    experts: Tensor,
+    gates: Tensor,
+    sums: Sequence[Tensor],
+    places: Sequence[Tensor],
+    served: Tensor | None = None,
+) -> Routing:
+    """Put together what the operators returned; `served`: (S,) tokens that have an expert, where experts choose."""
+    slots, order, offsets, kept = places
+    statistics = problem.statistics(sums, kept)
+    by_name, total = statistics.losses(problem.function, problem.losses)
+    with torch.no_grad():
+        metrics = statistics.metrics(served)
+    return Routing(experts, gates, slots, order, offsets, by_name, total, metrics)
+
+
+def dispatch(tokens: Tensor, routing: Routing, *, backend: str = "auto") -> Tensor:
+    """Copy every token to its rows.
+
+    Equivalent to::
+
+        rows = tokens[routing.order // k]
+        rows[routing.order < 0] = 0
+
+    Args:
+        tokens: (T, D) float32, bfloat16, float16 or float64. Differentiable.
+        routing: of the same T tokens.
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        (R, D) in the dtype of `tokens`, grouped by expert: those of expert e are the rows from ``routing.offsets[e]``
+        to ``routing.offsets[e + 1]``. Rows of no token are 0.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: inputs that do not fit.
+
+    Note:
+        Reads and writes each row once; the gradient of a token is summed in the order of its choices, in float32.
+
+    Example:
+        >>> tokens, routing = torch.randn(12, 8), route(torch.randn(12, 4), 2)
+        >>> torch.equal(dispatch(tokens, routing)[routing.slots[5, 1]], tokens[5])
+        True
+    """
+    _check_rows("dispatch", "tokens", tokens, len(routing.slots), routing)
+    chosen = choose("dispatch", BACKENDS, tokens, backend)
+    return torch.ops.contrastive_ops.expert_routing_dispatch(tokens, None, routing.slots, routing.order, chosen)
+
+
+def combine(rows: Tensor, routing: Routing, *, backend: str = "auto") -> Tensor:
+    """Sum every token's rows, weighted by their gates.
+
+    Equivalent to::
+
+        taken = rows[routing.slots].masked_fill((routing.slots < 0)[:, :, None], 0)
+        (routing.gates[:, :, None] * taken).sum(1)
+
+    Args:
+        rows: (R, D) in the layout of `dispatch`. Differentiable, and so are ``routing.gates``.
+        routing: that the tokens were dispatched by.
+        backend: "auto", "reference" or "cpu".
+
+    Returns:
+        (T, D) in the dtype of `rows`, summed in float32 (float64 for float64) in the order of choices. A token whose
+        choices were all dropped is 0.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: inputs that do not fit.
+
+    Note:
+        Reads each row once and writes each token once; never a (T, k, D) tensor. Rows of no token are not read.
+
+    Example:
+        >>> tokens, routing = torch.randn(12, 8), route(torch.randn(12, 4), 2)
+        >>> out = combine(dispatch(tokens, routing), routing)
+        >>> torch.allclose(out, tokens * routing.gates.sum(1, keepdim=True), atol=1e-6)
+        True
+    """
+    _check_rows("combine", "rows", rows, len(routing.order), routing)
+    gates = routing.gates.to(_checks.accumulator(rows.dtype))
+    chosen = choose("combine", BACKENDS, rows, backend)
+    return torch.ops.contrastive_ops.expert_routing_combine(rows, gates, routing.slots, routing.order, chosen)
+
+
+def _check_rows(function: str, name: str, rows: Tensor, size: int, routing: Routing) -> None:
+    _checks.check_matrix(function, name, rows)
+    if rows.shape[0] != size:
+        raise ValueError(f"{function}: {name} must have {size} rows as the routing has, got {_checks.shape(rows)}")
+    _checks.check_device(function, "routing", routing.slots, name, rows)

@@ -1,0 +1,158 @@
+"""How a router scores experts, how many tokens an expert takes, and what is asked of the load on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .._routing import GROUP_SCORES, SCORES
+
+LOSSES = ("importance", "load", "switch", "z", "local_entropy", "global_entropy")
+
+
+@dataclass(frozen=True, eq=False)
+class Gating:
+    """How experts are scored and chosen.
+
+    Attributes:
+        score: "softmax" over the experts, or "sigmoid" of each.
+        renormalize: divide the gates of a token by their sum over its k choices, before any is dropped. Not with k = 1,
+            where it would make every gate 1 and leave the router without a gradient.
+        noise_std: noise of standard deviation noise_std / E is added to the logits, for choices and gates; 0 for none.
+        bias: (E,) added to the scores for the choice alone, as balancing without auxiliary losses does.
+        expert_groups: the experts are this many groups of consecutive ones, of which a token's choices must come from
+            the best `kept_groups`.
+        kept_groups: how many groups remain.
+        group_score: value of a group: "top2", the sum of its two best scores, or "max".
+    """
+
+    score: str = "softmax"
+    renormalize: bool = False
+    noise_std: float = 0.0
+    bias: Tensor | None = None
+    expert_groups: int = 1
+    kept_groups: int = 1
+    group_score: str = "top2"
+
+    def check(self, function: str, k: int, experts: int, logits: Tensor) -> None:
+        """Raise where this does not fit k choices among the logits' experts."""
+        _checks.check_choice(function, "gating.score", self.score, SCORES)
+        _checks.check_choice(function, "gating.group_score", self.group_score, GROUP_SCORES)
+        if self.renormalize and k == 1:
+            raise ValueError(
+                f"{function}: gating.renormalize must be False for k=1, got True: the only gate would be 1 whatever "
+                "the logits are, and the router would get no gradient"
+            )
+        if not (math.isfinite(self.noise_std) and self.noise_std >= 0):
+            raise ValueError(
+                f"{function}: gating.noise_std must be a finite number of at least 0, got {self.noise_std}"
+            )
+        if self.bias is not None:
+            _checks.check_vector(function, "gating.bias", self.bias, experts, "logits", logits)
+            _checks.check_constant(function, "gating.bias", self.bias)
+        if self.expert_groups < 1 or experts % self.expert_groups:
+            raise ValueError(
+                f"{function}: gating.expert_groups must divide the number of experts, got {self.expert_groups} groups "
+                f"of {experts} experts"
+            )
+        if not 1 <= self.kept_groups <= self.expert_groups:
+            raise ValueError(
+                f"{function}: gating.kept_groups must be in [1, {self.expert_groups}], got {self.kept_groups}"
+            )
+        if k > experts // self.expert_groups * self.kept_groups:
+            raise ValueError(
+                f"{function}: k must be at most the number of experts that may be chosen, got k={k} and "
+                f"{experts // self.expert_groups * self.kept_groups} experts"
+            )
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How many tokens of a group an expert takes; the rest are dropped.
+
+    Attributes:
+        factor: ceil(factor k S / E) tokens, for groups of S tokens.
+        limit: or this number of tokens.
+        multiple_of: the number is rounded up to a multiple of this.
+        group_size: tokens in a group, consecutive ones; None for one group of all. Groups share nothing.
+        padded: every expert owns as many rows of the dispatched tokens as it may take, with zeros in those that are
+            not taken, so that the layout does not depend on the choices. Otherwise the rows of all experts follow each
+            other without gaps.
+    """
+
+    factor: float | None = None
+    limit: int | None = None
+    multiple_of: int = 1
+    group_size: int | None = None
+    padded: bool = False
+
+    def slots(self, function: str, tokens: int, experts: int, k: int) -> tuple[int, int]:
+        """Return (tokens that an expert takes of a group, -1 for all; tokens in a group)."""
+        size = tokens if self.group_size is None else self.group_size
+        if self.group_size is not None and (size < 1 or tokens % size):
+            raise ValueError(
+                f"{function}: capacity.group_size must divide the number of tokens, got groups of {size} and {tokens} "
+                "tokens; pad the tokens and mark them in valid"
+            )
+        if self.factor is not None and self.limit is not None:
+            raise ValueError(f"{function}: capacity must have a factor or a limit, got both")
+        if self.multiple_of < 1:
+            raise ValueError(f"{function}: capacity.multiple_of must be at least 1, got {self.multiple_of}")
+        if self.limit is not None:
+            most = self.limit
+        elif self.factor is not None:
+            if not (math.isfinite(self.factor) and self.factor >= 0):
+                raise ValueError(f"{function}: capacity must be a finite factor of at least 0, got {self.factor}")
+            # The product may miss a whole number by a rounding, which must not cost a slot.
+            most = math.ceil(self.factor * k * size / experts - 1e-9)
+        elif self.padded:
+            raise ValueError(f"{function}: capacity must have a factor or a limit to be padded, got neither")
+        else:
+            return -1, size
+        if most < 0:
+            raise ValueError(f"{function}: capacity must be at least 0, got {most}")
+        return -(-most // self.multiple_of) * self.multiple_of, size
+
+
+@dataclass(frozen=True)
+class RouterLoss:
+    """A loss on how tokens are spread over experts, and its weights.
+
+    Attributes:
+        name: one of
+
+            - "importance": squared coefficient of variation of the experts' summed probabilities;
+            - "load": the same of the probabilities to be chosen when an expert's own noise is drawn again;
+            - "switch": E times the sum over experts of share of choices times mean probability;
+            - "z": mean squared logsumexp of the logits;
+            - "local_entropy": mean entropy of a token's probabilities: low when each token is decided;
+            - "global_entropy": minus the entropy of the mean probabilities: low when the tokens are spread.
+        weight: in the total; one number, or one for each segment.
+        threshold: for "global_entropy": max(0, threshold + loss), which is 0 from an entropy of `threshold` on: log(S)
+            asks a segment to use at least S experts. One number, or one for each segment.
+    """
+
+    name: str
+    weight: float | Sequence[float] = 1.0
+    threshold: float | Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        _checks.check_choice("RouterLoss", "name", self.name, LOSSES)
+        if self.threshold is not None and self.name != "global_entropy":
+            raise ValueError(f"RouterLoss: threshold must be None for {self.name!r}, got {self.threshold}")
+
+    def per_segment(self, function: str, value: Any, segments: int, like: Tensor) -> Tensor:
+        """A weight or threshold as (S,) numbers."""
+        numbers = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+        if numbers.dim() > 1 or (numbers.dim() == 1 and len(numbers) != segments):
+            raise ValueError(
+                f"{function}: losses must have one weight and threshold, or one for each of {segments} segments, "
+                f"got {value} for {self.name!r}"
+            )
+        return numbers.expand(segments)

@@ -1,0 +1,339 @@
+// expert_routing on one SIMD level.
+//
+// Not a translation unit of its own: level_*.cpp include it once per SIMD level. What happens to one token is in
+// expert_scores.h.
+//
+// Sums over tokens are made in parts whose length does not depend on the number of threads, and added up in order.
+#include "../expert_routing.h"
+
+#include "expert_scores.h"
+#include "radix_sort.h"
+#include "similarity_tile.h"
+
+namespace contrastive_ops {
+namespace LEVEL {
+namespace {
+
+// ---- Scores ------------------------------------------------------------------------------------------------------
+
+// At most 64 parts, so that the sums of many segments need no more memory than that.
+INLINE int64_t tokens_of_part(int64_t tokens) { return maximum<int64_t>(1024, (tokens + 63) / 64); }
+
+template <class A, class S>
+void router_scores(const RouterProblem& p, const RouterScores& out, const Parallel& parallel) {
+  const int64_t step = tokens_of_part(p.T), parts = (p.T + step - 1) / step, cells = p.segments * p.E;
+  // Of a part: three sums of each cell, then two totals and the margin of each segment; in double, so that the order
+  // of so many additions does not matter.
+  const int64_t width = 3 * cells + 3 * p.segments, count_width = cells + p.segments;
+  Buffer<double> sums(parts * width);
+  Buffer<int64_t> counts(parts * count_width);
+  A *gates = static_cast<A*>(out.gates), *priority = static_cast<A*>(out.priority);
+  auto task = [&](int64_t part, int) {
+    double* sum = sums.get() + part * width;
+    int64_t* count = counts.get() + part * count_width;
+    std::fill(sum, sum + width, 0.0);
+    std::fill(count, count + count_width, 0);
+    RouterRow<A, S> row(p);
+    for (int64_t i = part * step; i < minimum(p.T, (part + 1) * step); ++i) {
+      int64_t* experts = out.experts + i * p.k;
+      A* gate = gates + i * p.k;
+      if (!row.read(i)) {
+        std::fill(experts, experts + p.k, -1);
+        std::fill(gate, gate + p.k, A(0));
+        priority[i] = 0;
+        continue;
+      }
+      const int64_t segment = p.segment ? p.segment[i] : 0;
+      double *cell = sum + segment * p.E, *total = sum + 3 * cells + segment;
+      row.score(i);
+      for (int64_t e = 0; e < p.E; ++e) cell[e] += row.probabilities()[e];
+      if (p.noise) {
+        for (int64_t e = 0; e < p.E; ++e) cell[cells + e] += row.noisy_probabilities()[e];
+      }
+      total[0] += static_cast<double>(row.lse()) * row.lse();
+      total[p.segments] += row.entropy();
+      total[2 * p.segments] += row.margin();
+      if (out.given) {
+        std::copy(out.given + i * p.k, out.given + (i + 1) * p.k, experts);
+      } else {
+        row.choose(experts);
+      }
+      if (p.load) {
+        row.make_chances(experts[p.k - 1]);
+        for (int64_t e = 0; e < p.E; ++e) cell[2 * cells + e] += row.chances()[e];
+      }
+      A chosen = 0;
+      for (int64_t j = 0; j < p.k; ++j) {
+        gate[j] = experts[j] >= 0 ? row.gate(experts[j]) : A(0);
+        chosen += gate[j];
+        if (experts[j] >= 0) ++count[segment * p.E + experts[j]];
+      }
+      ++count[cells + segment];
+      priority[i] = gate[0];
+      if (p.renormalize) {
+        for (int64_t j = 0; j < p.k; ++j) gate[j] = chosen == 0 ? A(0) : gate[j] / chosen;
+      }
+    }
+  };
+  run_parallel(parallel.run, parts, task);
+  const auto in_order = [parts](const auto* from, int64_t stride, int64_t at) {
+    auto sum = from[0] * 0;
+    for (int64_t part = 0; part < parts; ++part) sum += from[part * stride + at];
+    return sum;
+  };
+  for (int64_t c = 0; c < 3 * cells; ++c) {
+    static_cast<A*>(out.sums)[c] = parts ? static_cast<A>(in_order(sums.get(), width, c)) : A(0);
+  }
+  for (int64_t c = 0; c < 3 * p.segments; ++c) {
+    A* to = c < 2 * p.segments ? static_cast<A*>(out.totals) + c : static_cast<A*>(out.margin) + c - 2 * p.segments;
+    *to = parts ? static_cast<A>(in_order(sums.get(), width, 3 * cells + c)) : A(0);
+  }
+  for (int64_t c = 0; c < count_width; ++c) {
+    (c < cells ? out.choices[c] : out.tokens[c - cells]) = parts ? in_order(counts.get(), count_width, c) : 0;
+  }
+}
+
+template <class A, class S>
+void router_scores_backward(const RouterProblem& p, const RouterGradients& g, const Parallel& parallel) {
+  constexpr int64_t step = 256;
+  // Upstream gradients of a segment's sums, filled up to whole vectors.
+  const int64_t filled = round_up(p.E, kLanes<A>);
+  Buffer<A> d_sums(3 * p.segments * filled);
+  std::fill(d_sums.get(), d_sums.get() + 3 * p.segments * filled, A(0));
+  for (int64_t row = 0; row < 3 * p.segments; ++row) {
+    std::copy_n(static_cast<const A*>(g.d_sums) + row * p.E, p.E, d_sums.get() + row * filled);
+  }
+  const A *d_gates = static_cast<const A*>(g.d_gates), *d_totals = static_cast<const A*>(g.d_totals);
+  auto task = [&](int64_t part, int) {
+    RouterRow<A, S> row(p);
+    for (int64_t i = part * step; i < minimum(p.T, (part + 1) * step); ++i) {
+      A* out = static_cast<A*>(g.dlogits) + i * p.E;
+      if (!row.read(i)) {
+        std::fill(out, out + p.E, A(0));
+        continue;
+      }
+      row.score(i);
+      const int64_t segment = p.segment ? p.segment[i] : 0;
+      const A* d_p = d_sums.get() + segment * filled;
+      row.backward(g.experts + i * p.k, d_gates + i * p.k, d_p, d_p + p.segments * filled,
+                   d_p + 2 * p.segments * filled, d_totals[segment], d_totals[p.segments + segment], out);
+    }
+  };
+  run_parallel(parallel.run, (p.T + step - 1) / step, task);
+}
+
+// ---- Slots -------------------------------------------------------------------------------------------------------
+
+// The tokens of a group in the order in which they choose.
+template <class A>
+const uint64_t* turns(const A* priority, int64_t count, uint64_t* keys, uint64_t* other) {
+  if constexpr (sizeof(A) == 4) {
+    return sort_descending(priority, count, keys, other);
+  } else {
+    for (int64_t e = 0; e < count; ++e) keys[e] = static_cast<uint64_t>(e);
+    std::stable_sort(keys, keys + count, [priority](uint64_t a, uint64_t b) {
+      return priority[a] > priority[b] || (priority[a] == priority[a] && priority[b] != priority[b]);
+    });
+    return keys;
+  }
+}
+
+// Each choice's position among those of its expert in its group, -1 where it is dropped: written to the slots.
+template <class A>
+void take_positions(const RouterSlots& s, int64_t group) {
+  const int64_t first = group * s.group_size;
+  Buffer<int64_t> taken(s.E);
+  Buffer<uint64_t> keys(s.priority ? 2 * s.group_size : 0);
+  std::fill(taken.get(), taken.get() + s.E, 0);
+  const uint64_t* turn = nullptr;
+  if (s.priority) {
+    const A* priority = static_cast<const A*>(s.priority) + first;
+    turn = turns(priority, s.group_size, keys.get(), keys.get() + s.group_size);
+  }
+  for (int64_t j = 0; j < s.k; ++j) {
+    for (int64_t t = 0; t < s.group_size; ++t) {
+      const int64_t choice = (first + (turn ? static_cast<int64_t>(turn[t] & 0xFFFFFFFFu) : t)) * s.k + j;
+      const int64_t expert = s.experts[choice];
+      // The counter also advances for those that are dropped.
+      const int64_t position = expert >= 0 ? taken.get()[expert]++ : -1;
+      s.slots[choice] = position < s.capacity ? position : -1;
+    }
+  }
+}
+
+void router_slots(const RouterSlots& s, const Parallel& parallel) {
+  const int64_t choices = s.T * s.k, groups = s.group_size ? s.T / s.group_size : 1;
+  if (s.capacity >= 0) {
+    auto task = [&](int64_t group, int) {
+      s.dtype == DType::float64 ? take_positions<double>(s, group) : take_positions<float>(s, group);
+    };
+    run_parallel(parallel.run, s.T ? groups : 0, task);
+  } else {
+    for (int64_t c = 0; c < choices; ++c) s.slots[c] = s.experts[c] >= 0 ? 0 : -1;
+  }
+  std::fill(s.kept, s.kept + s.segments * s.E, 0);
+  for (int64_t c = 0; c < choices; ++c) {
+    if (s.slots[c] >= 0) ++s.kept[(s.segment ? s.segment[c / s.k] : 0) * s.E + s.experts[c]];
+  }
+  Buffer<int64_t> next(s.E);
+  s.offsets[0] = 0;
+  for (int64_t e = 0; e < s.E; ++e) {
+    int64_t count = s.padded ? groups * s.capacity : 0;
+    for (int64_t segment = 0; segment < s.segments && !s.padded; ++segment) count += s.kept[segment * s.E + e];
+    next.get()[e] = s.offsets[e];
+    s.offsets[e + 1] = s.offsets[e] + count;
+  }
+  std::fill(s.order, s.order + s.rows, -1);
+  for (int64_t c = 0; c < choices; ++c) {
+    if (s.slots[c] < 0) continue;
+    const int64_t e = s.experts[c];
+    s.slots[c] = s.padded ? s.offsets[e] + c / s.k / s.group_size * s.capacity + s.slots[c] : next.get()[e]++;
+    s.order[s.slots[c]] = c;
+  }
+}
+
+// ---- Moving rows -------------------------------------------------------------------------------------------------
+
+// Rows of a task: enough bytes to be worth one.
+INLINE int64_t rows_of_task(int64_t depth) { return maximum<int64_t>(1, 16384 / maximum<int64_t>(depth, 1)); }
+
+template <class A, class S>
+INLINE void scale_row(S* to, const S* from, A factor, int64_t depth) {
+  constexpr int width = kLanes<A>;
+  const int64_t whole = depth / width * width;
+  for (int64_t d = 0; d < whole; d += width) store_as(to + d, Vec<A>(to_accumulator<A>(from + d) * factor));
+  if (whole == depth) return;
+  S tail[width] = {};
+  memcpy(tail, from + whole, static_cast<size_t>(depth - whole) * sizeof(S));
+  store_as(tail, Vec<A>(to_accumulator<A>(static_cast<const S*>(tail)) * factor));
+  memcpy(to + whole, tail, static_cast<size_t>(depth - whole) * sizeof(S));
+}
+
+template <class A, class S>
+void router_dispatch(const RouterRows& r, const Parallel& parallel) {
+  const int64_t step = rows_of_task(r.D);
+  auto task = [&](int64_t part, int) {
+    for (int64_t row = part * step; row < minimum(r.R, (part + 1) * step); ++row) {
+      S* to = static_cast<S*>(r.to) + row * r.D;
+      const int64_t choice = r.order[row];
+      if (choice < 0) {
+        memset(to, 0, static_cast<size_t>(r.D) * sizeof(S));
+        continue;
+      }
+      const S* from = static_cast<const S*>(r.from) + choice / r.k * r.D;
+      if (r.gates) {
+        scale_row<A>(to, from, static_cast<const A*>(r.gates)[choice], r.D);
+      } else {
+        memcpy(to, from, static_cast<size_t>(r.D) * sizeof(S));
+      }
+    }
+  };
+  run_parallel(parallel.run, (r.R + step - 1) / step, task);
+}
+
+template <class A, class S>
+void router_combine(const RouterRows& r, const Parallel& parallel) {
+  const int64_t step = rows_of_task(r.D);
+  constexpr int width = kLanes<A>;
+  auto task = [&](int64_t part, int) {
+    Buffer<A> sums(round_up(r.D, width));
+    for (int64_t t = part * step; t < minimum(r.T, (part + 1) * step); ++t) {
+      A* sum = sums.get();
+      std::fill(sum, sum + round_up(r.D, width), A(0));
+      const int64_t whole = r.D / width * width;
+      for (int64_t j = 0; j < r.k; ++j) {
+        const int64_t slot = r.slots[t * r.k + j];
+        if (slot < 0) continue;
+        const S* from = static_cast<const S*>(r.from) + slot * r.D;
+        const Vec<A> gate = broadcast(r.gates ? static_cast<const A*>(r.gates)[t * r.k + j] : A(1));
+        for (int64_t d = 0; d < whole; d += width) store(sum + d, load(sum + d) + gate * to_accumulator<A>(from + d));
+        if (whole < r.D) {
+          S tail[width] = {};
+          memcpy(tail, from + whole, static_cast<size_t>(r.D - whole) * sizeof(S));
+          store(sum + whole, load(sum + whole) + gate * to_accumulator<A>(static_cast<const S*>(tail)));
+        }
+      }
+      S* to = static_cast<S*>(r.to) + t * r.D;
+      for (int64_t d = 0; d < whole; d += width) store_as(to + d, load(sum + d));
+      if (whole < r.D) {
+        S tail[width];
+        store_as(tail, load(sum + whole));
+        memcpy(to + whole, tail, static_cast<size_t>(r.D - whole) * sizeof(S));
+      }
+    }
+  };
+  run_parallel(parallel.run, (r.T + step - 1) / step, task);
+}
+
+template <class A, class S>
+void router_dots(const RouterRows& r, const Parallel& parallel) {
+  const int64_t step = rows_of_task(r.D);
+  constexpr int width = kLanes<A>;
+  auto task = [&](int64_t part, int) {
+    for (int64_t t = part * step; t < minimum(r.T, (part + 1) * step); ++t) {
+      const S* token = static_cast<const S*>(r.from) + t * r.D;
+      for (int64_t j = 0; j < r.k; ++j) {
+        const int64_t slot = r.slots[t * r.k + j], whole = r.D / width * width;
+        A* to = static_cast<A*>(r.to) + t * r.k + j;
+        *to = 0;
+        if (slot < 0) continue;
+        const S* row = static_cast<const S*>(r.other) + slot * r.D;
+        Vec<A> sum = {};
+        for (int64_t d = 0; d < whole; d += width) sum += to_accumulator<A>(token + d) * to_accumulator<A>(row + d);
+        if (whole < r.D) {
+          S a[width] = {}, b[width] = {};
+          memcpy(a, token + whole, static_cast<size_t>(r.D - whole) * sizeof(S));
+          memcpy(b, row + whole, static_cast<size_t>(r.D - whole) * sizeof(S));
+          sum += to_accumulator<A>(static_cast<const S*>(a)) * to_accumulator<A>(static_cast<const S*>(b));
+        }
+        *to = lane_sum<A>(sum);
+      }
+    }
+  };
+  run_parallel(parallel.run, (r.T + step - 1) / step, task);
+}
+
+// ---- Types -------------------------------------------------------------------------------------------------------
+
+#define CONTRASTIVE_OPS_ROUTING_FOR_TYPE(function, ...)        \
+  switch (dtype) {                                             \
+    case DType::float32:                                       \
+      return function<float, float>(__VA_ARGS__, parallel);    \
+    case DType::float64:                                       \
+      return function<double, double>(__VA_ARGS__, parallel);  \
+    case DType::bfloat16:                                      \
+      return function<float, BFloat16>(__VA_ARGS__, parallel); \
+    case DType::float16:                                       \
+      return function<float, Half>(__VA_ARGS__, parallel);     \
+  }
+
+void router_scores_any(const RouterProblem& p, const RouterScores& out, const Parallel& parallel) {
+  const DType dtype = p.dtype;
+  CONTRASTIVE_OPS_ROUTING_FOR_TYPE(router_scores, p, out)
+}
+void router_scores_backward_any(const RouterProblem& p, const RouterGradients& g, const Parallel& parallel) {
+  const DType dtype = p.dtype;
+  CONTRASTIVE_OPS_ROUTING_FOR_TYPE(router_scores_backward, p, g)
+}
+void router_dispatch_any(const RouterRows& r, const Parallel& parallel) {
+  const DType dtype = r.dtype;
+  CONTRASTIVE_OPS_ROUTING_FOR_TYPE(router_dispatch, r)
+}
+void router_combine_any(const RouterRows& r, const Parallel& parallel) {
+  const DType dtype = r.dtype;
+  CONTRASTIVE_OPS_ROUTING_FOR_TYPE(router_combine, r)
+}
+void router_dots_any(const RouterRows& r, const Parallel& parallel) {
+  const DType dtype = r.dtype;
+  CONTRASTIVE_OPS_ROUTING_FOR_TYPE(router_dots, r)
+}
+
+}  // namespace
+
+ExpertRouting expert_routing() {
+  return {router_scores_any,   router_scores_backward_any, router_slots,
+          router_dispatch_any, router_combine_any,         router_dots_any};
+}
+
+}  // namespace LEVEL
+}  // namespace contrastive_ops
