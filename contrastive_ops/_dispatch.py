@@ -89,8 +89,10 @@ def _warn_once(function: str, device: str, refused: list[str]) -> None:
 
 
 def backends() -> dict[str, str | None]:
-    """Return each backend's name with None where it is available, else the reason why not."""
+    """Return each backend's name with None where it can run on a device of this machine, else the reason why not."""
     from .ops.similarity_reduce import BACKENDS
 
-    missing = _extension.why_missing()
-    return {name: missing if name == "cpu" else None for name in BACKENDS}
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    samples = [torch.empty(0, 1, device=device) for device in devices]
+    found = {name: min((backend.unsupported(x) for x in samples), key=len) for name, backend in BACKENDS.items()}
+    return {name: "; ".join(reasons) or None for name, reasons in found.items()}

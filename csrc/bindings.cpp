@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bindings_expert_routing.h"
+#include "bindings_grouped_matmul.h"
 #include "bindings_similarity_problem.h"
 #include "bindings_similarity_topk.h"
 #include "cpu/capability.h"
@@ -161,6 +162,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("expert_routing_dispatch", &expert_routing_dispatch);
   m.def("expert_routing_combine", &expert_routing_combine);
   m.def("expert_routing_dots", &expert_routing_dots);
+  m.def("grouped_matmul_forward", &grouped_matmul_forward);
+  m.def("grouped_matmul_outer", &grouped_matmul_outer);
   m.def("build_config", &build_config, "Versions and options at build time.");
   m.def("cpu_capability", [] { return std::string(capability_name(capability())); }, "The SIMD level in use.");
   m.def("cpu_capability_detected", [] { return std::string(capability_name(detected_capability())); });

@@ -20,6 +20,9 @@ MODULES = [
         for module in ("_rules", "_sampling", "bank", "hard_negatives", "refresh", "state", "streaming")
     ),
     "contrastive_ops.ops.coarse",
+    "contrastive_ops.ops.expert_choice",
+    "contrastive_ops.ops.expert_routing",
+    "contrastive_ops.ops.grouped_matmul",
     "contrastive_ops.ops.similarity_reduce",
     "contrastive_ops.ops.similarity_topk",
     "contrastive_ops.reference.stream",
@@ -56,8 +59,12 @@ def test_links_and_files_exist(page):
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         if "://" not in link:
             assert (path.parent / link).exists(), link
+    stems = re.findall(r"`(\w+)`", "".join(re.findall(r"for each STEM of (.*?)\|", text)))
     for name in re.findall(r"`((?:contrastive_ops|csrc|tests|examples)/[\w/.-]+\.(?:py|cpp|h))`", text):
-        assert (ROOT / name).exists(), name
+        files = [ROOT / name.replace("STEM", stem) for stem in stems] if "STEM" in name else [ROOT / name]
+        # Small primitives register their operators next to the public function.
+        every = any if "_STEM_" in name else all
+        assert every(file.exists() for file in files), name
 
 
 def test_readme_mining_runs():
@@ -68,3 +75,14 @@ def test_readme_mining_runs():
     mined = values["mined"]
     assert mined.indices.shape == (4, 5)
     assert set(mined.format("triplet", values["queries"], values["documents"])) == {"anchor", "positive", "negative"}
+
+
+def test_readme_routing_runs():
+    """The block under "Experts that keep every modality alive"."""
+    logits = torch.randn(40, 32, requires_grad=True)
+    values = {"logits": logits, "tokens": torch.randn(40, 8), "is_text": torch.arange(40) % 2}
+    values |= {"up": torch.randn(32, 8, 16), "down": torch.randn(32, 16, 8)}
+    exec(readme_blocks()[3], values)
+    assert values["out"].shape == (40, 8)
+    (values["routing"].loss + values["out"].sum()).backward()
+    assert logits.grad.isfinite().all() and values["routing"].metrics["success_rate"].shape == (2,)

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "../expert_routing.h"
+#include "../grouped_matmul.h"
 #include "../similarity_reduce.h"
 #include "../similarity_topk.h"
 
@@ -96,6 +97,7 @@ Capability capability() {
     }                                             \
   }
 CONTRASTIVE_OPS_OF_LEVEL(ExpertRouting, expert_routing)
+CONTRASTIVE_OPS_OF_LEVEL(GroupedMatmul, grouped_matmul)
 CONTRASTIVE_OPS_OF_LEVEL(SimilarityReduce, similarity_reduce)
 CONTRASTIVE_OPS_OF_LEVEL(SimilarityTopK, similarity_topk)
 

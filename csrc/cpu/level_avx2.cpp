@@ -2,5 +2,6 @@
 #define LEVEL level_avx2
 #define VECTOR_BYTES 32
 #include "expert_routing.cpp"
+#include "grouped_matmul.cpp"
 #include "similarity_reduce.cpp"
 #include "similarity_topk.cpp"

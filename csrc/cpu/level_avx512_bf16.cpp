@@ -3,5 +3,6 @@
 #define VECTOR_BYTES 64
 #define HAS_BF16_DOT 1
 #include "expert_routing.cpp"
+#include "grouped_matmul.cpp"
 #include "similarity_reduce.cpp"
 #include "similarity_topk.cpp"

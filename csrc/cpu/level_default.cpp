@@ -2,5 +2,6 @@
 #define LEVEL level_default
 #define VECTOR_BYTES 16
 #include "expert_routing.cpp"
+#include "grouped_matmul.cpp"
 #include "similarity_reduce.cpp"
 #include "similarity_topk.cpp"

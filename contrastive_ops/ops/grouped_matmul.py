@@ -1,0 +1,220 @@
+"""Rows in groups, each group times a matrix of its own: the layers of experts.
+
+Two operators are each other's derivatives, so that any order of differentiation runs on the same two kernels:
+`forward`, rows times the matrix of their group, and `outer`, the sums of outer products over each group.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _autocast, _checks, _extension
+from .._dispatch import Backend, choose, unsupported_by_cpu
+from ..reference import grouped_matmul as reference
+from ._autograd import LIBRARY
+
+# One hop to every implementation; each offers forward and outer with the same arguments.
+BACKENDS = {
+    "reference": Backend(
+        source="contrastive_ops/reference/grouped_matmul.py",
+        functions=lambda: reference,
+        unsupported=lambda a: [],
+    ),
+    "cpu": Backend(
+        source="csrc/cpu/grouped_matmul.cpp",
+        functions=functools.cache(lambda: _extension.functions("grouped_matmul")),
+        unsupported=unsupported_by_cpu,
+    ),
+}
+
+
+def grouped_matmul(
+    a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """Multiply every row by the matrix of its group.
+
+    Equivalent to::
+
+        out = torch.zeros(R, F)
+        for e in range(E):
+            rows = slice(offsets[e], offsets[e + 1])
+            out[rows] = a[rows] @ b[e] + bias[e]                          # accumulated in float32
+
+    Rows outside ``[offsets[0], offsets[E])``, such as the padding of a batch, are never read: they are exactly zero in
+    the output and in the gradient of `a`, and whatever they hold, NaN included, reaches no other result.
+
+    Args:
+        a: (R, D) rows, those of one group in succession; float32, bfloat16, float16 or float64.
+        b: (E, D, F) one matrix per group, of the same dtype. Experts stored as (E, F, D) are passed as
+            ``weight.transpose(1, 2)``, which is not copied.
+        offsets: (E + 1,) int64, ascending within [0, R]: group e is the rows offsets[e] to offsets[e + 1].
+        bias: (E, F) added to the rows of each group, of the same dtype; None for none.
+        backend: "auto", "reference" or "cpu". An explicit backend runs or raises.
+
+    Returns:
+        (R, F) in the dtype of `a`: sums in float32 (float64 for float64), rounded once.
+
+    Raises:
+        ValueError: shapes, devices or offsets that do not fit.
+        TypeError: dtypes that do not fit.
+        NotImplementedError: an explicit backend that cannot run these inputs.
+
+    Note:
+        Differentiable in a, b and bias, any number of times. A group without rows has a gradient of exactly zero. The
+        same bits in every run and for any number of threads. Work: 2 R D F operations, and twice as many in backward.
+        Memory: the output and a few MiB per thread; kept for backward are `a` where `b` needs a gradient, and `b` where
+        `a` does.
+
+    Example:
+        >>> tokens, experts = torch.randn(10, 8), torch.randn(3, 8, 16)
+        >>> out = grouped_matmul(tokens, experts, torch.tensor([0, 4, 4, 9]))      # 4, 0 and 5 rows; row 9 is padding
+        >>> out.shape, bool((out[9] == 0).all())
+        (torch.Size([10, 16]), True)
+    """
+    name = "grouped_matmul"
+    a, b, bias = _autocast.cast(a, b, bias)
+    _check(name, a, b, offsets, bias)
+    return torch.ops.contrastive_ops.grouped_matmul_forward(a, b, offsets, bias, choose(name, BACKENDS, a, backend))
+
+
+def _check(function: str, a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None) -> None:
+    _checks.check_matrix(function, "a", a)
+    _check_like(function, "b", b, a)
+    if b.dim() != 3 or b.shape[1] != a.shape[1]:
+        raise ValueError(
+            f"{function}: b must have shape (E, {a.shape[1]}, F) for a {_checks.shape(a)}, got {_checks.shape(b)}\n"
+            "  weights stored as (E, F, D) are passed as weight.transpose(1, 2)"
+        )
+    groups, columns = b.shape[0], b.shape[2]
+    if bias is not None:
+        _check_like(function, "bias", bias, a)
+        if bias.dim() != 2 or bias.shape[0] != groups or bias.shape[1] != columns:
+            raise ValueError(f"{function}: bias must have shape ({groups}, {columns}), got {_checks.shape(bias)}")
+    _checks.check_index(function, "offsets", offsets, groups + 1, "a", a)
+    # Only what is at hand is read: not a traced tensor, and not one on a GPU, which every call would have to wait for.
+    if not torch.compiler.is_compiling() and offsets.device.type == "cpu":
+        _check_offsets(function, offsets.tolist(), a.shape[0])
+
+
+def _check_like(function: str, name: str, x: object, a: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{function}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dtype != a.dtype:
+        raise TypeError(
+            f"{function}: {name} must have the same dtype as a, got a {a.dtype} and {name} {x.dtype}\n"
+            "  convert one of them, or use torch.autocast"
+        )
+    _checks.check_device(function, "a", a, name, x)
+
+
+def _check_offsets(function: str, offsets: list[int], rows: int) -> None:
+    last = 0
+    for e, offset in enumerate(offsets):
+        if not last <= offset <= rows:
+            raise ValueError(
+                f"{function}: offsets must ascend within [0, {rows}], got {offset} at index {e}"
+                + (f" after {last}" if offset < last and e > 0 else "")
+            )
+        last = offset
+
+
+# ---- Operators -------------------------------------------------------------------------------------------------------
+
+
+def _forward(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    with _autocast.disabled(a):
+        return BACKENDS[backend].functions().forward(a, b, offsets, bias)
+
+
+def _forward_fake(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[2]))
+
+
+def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, b, offsets, _, ctx.backend = inputs
+    needs_a, needs_b = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(a if needs_b else None, b if needs_a else None, offsets)
+
+
+def _forward_derivative(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    a, b, offsets = ctx.saved_tensors
+    needs_a, needs_b, _, needs_bias, _ = ctx.needs_input_grad
+    operators = torch.ops.contrastive_ops
+    da = db = dbias = None
+    if needs_a:
+        da = operators.grouped_matmul_forward(g, b.transpose(1, 2), offsets, None, ctx.backend)
+    if needs_b or needs_bias:
+        # The sums of g alone read no a.
+        db, dbias = operators.grouped_matmul_outer(a if needs_b else g, g, offsets, needs_b, needs_bias, ctx.backend)
+    return da, db if needs_b else None, None, dbias if needs_bias else None, None
+
+
+def _outer(
+    a: Tensor, g: Tensor, offsets: Tensor, wants_b: bool, wants_bias: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    with _autocast.disabled(a):
+        return BACKENDS[backend].functions().outer(a, g, offsets, wants_b, wants_bias)
+
+
+def _outer_fake(
+    a: Tensor, g: Tensor, offsets: Tensor, wants_b: bool, wants_bias: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    groups, columns = offsets.shape[0] - 1, g.shape[1]
+    return (
+        a.new_empty((groups if wants_b else 0, a.shape[1], columns)),
+        a.new_empty((groups if wants_bias else 0, columns)),
+    )
+
+
+def _outer_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    a, g, offsets, ctx.wants_b, ctx.wants_bias, ctx.backend = inputs
+    ctx.save_for_backward(a, g, offsets)
+    ctx.set_materialize_grads(False)
+
+
+def _outer_derivative(ctx: Any, d_db: Tensor | None, d_dbias: Tensor | None) -> tuple[Tensor | None, ...]:
+    a, g, offsets = ctx.saved_tensors
+    needs_a, needs_g = ctx.needs_input_grad[:2]
+    forward = torch.ops.contrastive_ops.grouped_matmul_forward
+    # An output that was not asked for is empty, and so is its gradient.
+    d_db = d_db if ctx.wants_b else None
+    d_dbias = d_dbias if ctx.wants_bias else None
+    da = dg = None
+    if needs_a and d_db is not None:
+        da = forward(g, d_db.transpose(1, 2), offsets, None, ctx.backend)
+    if needs_g and d_db is not None:
+        dg = forward(a, d_db, offsets, d_dbias, ctx.backend)
+    elif needs_g and d_dbias is not None:
+        no_depth = d_dbias.new_empty((d_dbias.shape[0], 0, d_dbias.shape[1]))
+        dg = forward(a[:, :0], no_depth, offsets, d_dbias, ctx.backend)
+    return da, dg, None, None, None, None
+
+
+def _register(name: str, schema: str, function: Any, fake: Any, setup: Any, derivative: Any) -> None:
+    qualified = f"contrastive_ops::grouped_matmul_{name}"
+    LIBRARY.define(f"grouped_matmul_{name}{schema}")
+    LIBRARY.impl(f"grouped_matmul_{name}", function, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    torch.library.register_autograd(qualified, derivative, setup_context=setup, lib=LIBRARY)
+
+
+_register(
+    "forward",
+    "(Tensor a, Tensor b, Tensor offsets, Tensor? bias, str backend) -> Tensor",
+    _forward,
+    _forward_fake,
+    _forward_setup,
+    _forward_derivative,
+)
+_register(
+    "outer",
+    "(Tensor a, Tensor g, Tensor offsets, bool wants_b, bool wants_bias, str backend) -> (Tensor db, Tensor dbias)",
+    _outer,
+    _outer_fake,
+    _outer_setup,
+    _outer_derivative,
+)

@@ -1,0 +1,69 @@
+// Rows in groups, each group times a matrix of its own; shared by cpu/ and cuda/.
+//
+// Group e is the rows offsets[e] to offsets[e + 1]. Two products are enough for all derivatives of both:
+//
+//   forward   out_r = a_r b_e + bias_e                    of every row r of group e
+//   outer     db_e = sum_r a_r^T g_r, dbias_e = sum_r g_r
+#pragma once
+
+#include "similarity_problem.h"
+
+namespace contrastive_ops {
+
+// A matrix of which the rows or the columns are contiguous: one of the strides, in elements, is 1.
+struct StridedMatrix {
+  const void* data;
+  int64_t row_stride, col_stride;
+};
+
+struct RowGroups {
+  DType dtype;             // that of every matrix
+  const int64_t* offsets;  // (groups + 1,), ascending, within [0, rows]
+  int64_t groups, rows;
+};
+
+struct GroupedForward {
+  RowGroups rows;
+  int64_t D, F;
+  StridedMatrix a;         // (rows, D)
+  StridedMatrix b;         // (D, F), that of the first group
+  int64_t b_group_stride;  // from one group to the next
+  const void* bias;        // (groups, F) contiguous, or null
+  void* out;               // (rows, F) contiguous; zero where a row belongs to no group
+};
+
+// Outputs that are null are not needed.
+struct GroupedOuter {
+  RowGroups rows;
+  int64_t D, F;
+  StridedMatrix a;  // (rows, D)
+  StridedMatrix g;  // (rows, F)
+  void* db;         // (groups, D, F) contiguous
+  void* dbias;      // (groups, F) contiguous
+};
+
+struct GroupedMatmul {
+  void (*forward)(const GroupedForward&, const Parallel&);
+  void (*outer)(const GroupedOuter&, const Parallel&);
+};
+
+namespace level_default {
+GroupedMatmul grouped_matmul();
+}
+namespace level_avx2 {
+GroupedMatmul grouped_matmul();
+}
+namespace level_avx512 {
+GroupedMatmul grouped_matmul();
+}
+namespace level_avx512_bf16 {
+GroupedMatmul grouped_matmul();
+}
+namespace level_amx {
+GroupedMatmul grouped_matmul();
+}
+
+// The functions for the SIMD level in use (cpu/capability.cpp).
+GroupedMatmul grouped_matmul_cpu();
+
+}  // namespace contrastive_ops

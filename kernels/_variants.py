@@ -1,0 +1,109 @@
+"""What is compiled ahead of time: kernels with the types and compile-time switches that users can reach.
+
+Each module of kernels has ``variants(arch)``, which yields a `Variant` for every combination that is to be checked for
+a target of `TARGETS`. A machine without a GPU compiles them and reads their shared memory and register spills.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes that one program may have: 164 KiB and 228 KiB less 1 KiB for the system, 64 KiB.
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One compilation.
+
+    Attributes:
+        name: what is switched on, for people.
+        kernel: the function under ``triton.jit``.
+        types: type of each run-time argument: "*bf16", "*fp32", "*i64", "i32", "fp32", ...
+        constants: value of each compile-time argument.
+        options: "num_warps", "num_stages".
+        has_dot: whether a matrix product is in it, which must use tensor cores in 16 bits.
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    options: Mapping[str, int]
+    has_dot: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a compilation needs: shared memory in bytes, spilled registers in bytes or numbers; and its assembly."""
+
+    shared: int
+    spills: int
+    assembly: str
+
+
+def compile_for(variant: Variant, arch: str) -> Compiled:
+    """Compile for one of `TARGETS`; nothing asks for a device."""
+    arguments = variant.kernel.arg_names
+    signature = {name: "constexpr" if name in variant.constants else variant.types[name] for name in arguments}
+    # As at run time: pointers of torch are aligned, and numbers are not specialised.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(arguments) if signature[name].startswith("*")}
+    source = ASTSource(fn=variant.kernel, signature=signature, constexprs=dict(variant.constants), attrs=aligned)
+    compiled = triton.compile(source, target=TARGETS[arch], options=dict(variant.options))
+    if arch == "gfx942":
+        assembly = compiled.asm["amdgcn"]
+        spills = sum(int(count) for count in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", assembly))
+    else:
+        assembly = compiled.asm["ptx"]
+        spills = _local_memory(compiled.asm["cubin"])
+    return Compiled(compiled.metadata.shared, spills, assembly)
+
+
+def _local_memory(cubin: bytes) -> int:
+    """Bytes of local memory of a thread, which is where registers are spilled to."""
+    tool = Path(triton.backends.__file__).parent / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return sum(int(n) for n in re.findall(r"(?:LOCAL|STACK):(\d+)", usage.stdout))
+
+
+def pairwise_cover(choices: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Combinations in which every two values of two names meet, few of them: greedy, always the same."""
+    names = list(choices)
+    missing = {
+        (a, i, b, j)
+        for a, b in itertools.combinations(names, 2)
+        for i in range(len(choices[a]))
+        for j in range(len(choices[b]))
+    }
+    while missing:
+        start = min(missing, key=repr)
+        row = {start[0]: start[1], start[2]: start[3]}
+        for name in names:
+            if name not in row:
+                row[name] = max(range(len(choices[name])), key=lambda i, name=name: (_gain(missing, row, name, i), -i))
+        missing -= {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)}
+        yield {name: choices[name][index] for name, index in row.items()}
+
+
+def _gain(missing: set[tuple[str, int, str, int]], row: Mapping[str, int], name: str, index: int) -> int:
+    """How many missing pairs a value adds to a row."""
+    return sum((a, i, name, index) in missing or (name, index, a, i) in missing for a, i in row.items())

@@ -1,0 +1,68 @@
+"""Every Triton kernel compiles for every target, in its shared memory and without spilling registers. No GPU needed."""
+
+import importlib
+
+import pytest
+
+from contrastive_ops import _triton
+
+if _triton.why_missing() is not None:
+    pytest.skip(_triton.why_missing(), allow_module_level=True)
+if _triton.interprets():
+    pytest.skip("kernels are interpreted, not compiled", allow_module_level=True)
+
+from contrastive_ops.kernels import _variants
+
+STEMS = ("similarity_reduce", "similarity_topk", "expert_routing", "grouped_matmul")
+WRITTEN = [stem for stem in STEMS if importlib.util.find_spec(f"contrastive_ops.kernels.{stem}")]
+
+
+def variants(arch):
+    return [v for stem in WRITTEN for v in importlib.import_module(f"contrastive_ops.kernels.{stem}").variants(arch)]
+
+
+CASES = [pytest.param(arch, v, id=f"{arch}-{v.name}") for arch in _variants.TARGETS for v in variants(arch)]
+
+
+@pytest.mark.parametrize("arch, variant", CASES)
+def test_compiles_within_the_budget(arch, variant):
+    compiled = _variants.compile_for(variant, arch)
+    assert compiled.shared <= _variants.SHARED_MEMORY[arch]
+    assert compiled.spills == 0
+    if variant.has_dot and arch == "sm_90":
+        assert "wgmma" in compiled.assembly
+
+
+@pytest.mark.parametrize("arch", _variants.TARGETS)
+def test_names_are_unique_and_few(arch):
+    names = [variant.name for variant in variants(arch)]
+    assert len(names) == len(set(names)) <= 150
+
+
+def test_a_cover_has_every_pair():
+    choices = {"a": [1, 2, 3], "b": "xyz", "c": [False, True], "d": [False, True], "e": [0, 1]}
+    rows = list(_variants.pairwise_cover(choices))
+    assert len(rows) < 20
+    for first in choices:
+        for second in choices:
+            if first != second:
+                met = {(row[first], row[second]) for row in rows}
+                assert met == {(i, j) for i in choices[first] for j in choices[second]}
+
+
+def test_spills_are_seen():
+    """A kernel that holds far more numbers than a program has registers for."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def too_large(source, out, N: tl.constexpr):
+        i = tl.arange(0, N)
+        cell = i[:, None] * N + i[None, :]
+        a, b = tl.load(source + cell), tl.load(source + N * N + cell)
+        tl.store(out + cell, tl.dot(a, b) + tl.dot(b, a) * tl.load(source + 2 * N * N + cell))
+
+    types = {"source": "*fp16", "out": "*fp16"}
+    variant = _variants.Variant("too large", too_large, types, {"N": 128}, {"num_warps": 1, "num_stages": 1}, True)
+    assert _variants.compile_for(variant, "sm_80").spills > 0
+    assert _variants.compile_for(variant, "gfx942").spills > 0
