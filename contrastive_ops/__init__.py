@@ -9,7 +9,7 @@ storing it, and hard negatives come from `similarity_topk`, which finds the best
 pairs take part, `Fold` what a row or column becomes.
 """
 
-from . import mining, nn
+from . import mining, moe, nn
 from .losses import (
     Diagnostics,
     RunningDenominator,
@@ -112,6 +112,7 @@ __all__ = [
     "mined_info_nce",
     "mining",
     "moco",
+    "moe",
     "multi_positive_info_nce",
     "multi_positive_siglip",
     "nn",

@@ -19,6 +19,7 @@ MODULES = [
         f"contrastive_ops.mining.{module}"
         for module in ("_rules", "_sampling", "bank", "hard_negatives", "refresh", "state", "streaming")
     ),
+    *(f"contrastive_ops.moe.{module}" for module in ("layers", "router", "soft")),
     "contrastive_ops.ops.coarse",
     "contrastive_ops.ops.expert_choice",
     "contrastive_ops.ops.expert_routing",

@@ -80,6 +80,7 @@ class Statistics:
         least = torch.minimum(of_segment, of_expert)
         return {
             "tokens": self.tokens,
+            "choices": self.choices,
             "success_rate": self.kept.sum(1) / choices.sum(1) if served is None else served / tokens,
             "load": choices / choices.sum(1, keepdim=True),
             "entropy": self.entropy.detach() / tokens,

@@ -50,7 +50,8 @@ class Routing:
         offsets: (E + 1,) int64: expert e has the rows from ``offsets[e]`` to ``offsets[e + 1]``.
         losses: of each `RouterLoss` by name, (S,). Differentiable.
         loss: 0-d, their weighted total.
-        metrics: of each segment, (S,): "tokens"; "success_rate", the share of choices that were kept; "load" (S, E),
+        metrics: of each segment, (S,): "tokens"; "choices" (S, E), how
+            often each expert was chosen; "success_rate", the share of choices that were kept; "load" (S, E),
             each expert's share of the choices; "entropy", mean over tokens, in nats; "effective_experts", exp of the
             entropy of the mean probabilities; "top1_margin", mean difference of the two largest probabilities. And 0-d:
             "mutual_information" of segment and chosen expert in nats, "normalized_mutual_information", the same over

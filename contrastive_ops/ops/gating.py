@@ -49,7 +49,7 @@ class Gating:
                 f"{function}: gating.renormalize must be False for k=1, got True: the only gate would be 1 whatever "
                 "the logits are, and the router would get no gradient"
             )
-        if not (math.isfinite(self.noise_std) and self.noise_std >= 0):
+        if not 0 <= self.noise_std < math.inf:  # traced with symbolic numbers too
             raise ValueError(
                 f"{function}: gating.noise_std must be a finite number of at least 0, got {self.noise_std}"
             )
@@ -107,7 +107,7 @@ class Capacity:
         if self.limit is not None:
             most = self.limit
         elif self.factor is not None:
-            if not (math.isfinite(self.factor) and self.factor >= 0):
+            if not 0 <= self.factor < math.inf:
                 raise ValueError(f"{function}: capacity must be a finite factor of at least 0, got {self.factor}")
             # The product may miss a whole number by a rounding, which must not cost a slot.
             most = math.ceil(self.factor * k * size / experts - 1e-9)

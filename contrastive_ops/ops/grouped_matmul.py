@@ -137,6 +137,7 @@ def _forward_fake(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, ba
 def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a, b, offsets, _, ctx.backend = inputs
     needs_a, needs_b = ctx.needs_input_grad[:2]
+    ctx.transposed = b.stride(1) == 1 and b.stride(2) != 1
     ctx.save_for_backward(a if needs_b else None, b if needs_a else None, offsets)
 
 
@@ -147,9 +148,14 @@ def _forward_derivative(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     da = db = dbias = None
     if needs_a:
         da = operators.grouped_matmul_forward(g, b.transpose(1, 2), offsets, None, ctx.backend)
-    if needs_b or needs_bias:
+    if needs_b and ctx.transposed:
+        # In the layout of b, or adding it to the gradient of (E, F, D) weights would copy it.
+        db = operators.grouped_matmul_outer(g, a, offsets, True, False, ctx.backend)[0].transpose(1, 2)
+    if (needs_b and not ctx.transposed) or needs_bias:
         # The sums of g alone read no a.
-        db, dbias = operators.grouped_matmul_outer(a if needs_b else g, g, offsets, needs_b, needs_bias, ctx.backend)
+        wants = needs_b and not ctx.transposed
+        found, dbias = operators.grouped_matmul_outer(a if wants else g, g, offsets, wants, needs_bias, ctx.backend)
+        db = found if wants else db
     return da, db if needs_b else None, None, dbias if needs_bias else None, None
 
 

@@ -1,0 +1,108 @@
+"""Feed-forward networks of all experts at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import _checks
+from ..ops.grouped_matmul import grouped_matmul
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+
+
+class Experts(nn.Module):
+    """E feed-forward networks on rows that are grouped by expert: ``experts(rows, offsets)``.
+
+    Args:
+        dim: D.
+        hidden: F, of each expert.
+        experts: E.
+        gated: ``activation(gate) * up`` instead of ``activation(up)``; the names and layout of the weights are those of
+            Mixtral in transformers, and checkpoints with one matrix per expert (``0.w1.weight``, ...) load too.
+        activation: "gelu", "relu", "silu" or a function; by default "silu" where gated, else "gelu".
+        bias: whether there are biases.
+
+    Attributes:
+        gate_up_proj: (E, 2 F, D) where gated; else up_proj: (E, F, D).
+        down_proj: (E, D, F).
+        up_bias: (E, 2 F) or (E, F), with `bias`.
+        down_bias: (E, D), with `bias`.
+    """
+
+    activation: Callable[[Tensor], Tensor]
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        experts: int,
+        *,
+        gated: bool = False,
+        activation: str | Callable[[Tensor], Tensor] | None = None,
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        activation = activation or ("silu" if gated else "gelu")
+        if isinstance(activation, str):
+            _checks.check_choice("Experts", "activation", activation, tuple(ACTIVATIONS))
+            activation = ACTIVATIONS[activation]
+        self.activation, self.gated = activation, gated
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        rows = 2 * hidden if gated else hidden
+        self.up_name = "gate_up_proj" if gated else "up_proj"
+        self.register_parameter(self.up_name, parameter(experts, rows, dim))
+        self.down_proj = parameter(experts, dim, hidden)
+        self.up_bias = parameter(experts, rows) if bias else None
+        self.down_bias = parameter(experts, dim) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As `torch.nn.Linear` does, each expert on its own."""
+        for name, parameter in self.named_parameters():
+            fan_in = self.up.shape[2] if name in (self.up_name, "up_bias") else self.down_proj.shape[2]
+            bound = 1 / math.sqrt(max(fan_in, 1))
+            nn.init.uniform_(parameter, -bound, bound)
+
+    @property
+    def up(self) -> Tensor:
+        """The weight of the first layer."""
+        return self.get_parameter(self.up_name)
+
+    def forward(self, rows: Tensor, offsets: Tensor, backend: str = "auto") -> Tensor:
+        """Apply expert e to the rows (R, D) from offsets[e] to offsets[e + 1]; rows beyond are 0."""
+        hidden = grouped_matmul(rows, self.up.transpose(1, 2), offsets, self.up_bias, backend=backend)
+        if self.gated:
+            gate, hidden = hidden.chunk(2, dim=1)
+            hidden = self.activation(gate) * hidden
+        else:
+            hidden = self.activation(hidden)
+        return grouped_matmul(hidden, self.down_proj.transpose(1, 2), offsets, self.down_bias, backend=backend)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Stack checkpoints that have w1 (gate), w3 (up) and w2 (down) of each expert."""
+        names = {
+            name: [f"{prefix}{e}.{name}.weight" for e in range(len(self.down_proj))] for name in ("w1", "w3", "w2")
+        }
+        if self.gated and all(key in state_dict for keys in names.values() for key in keys):
+            w1, w3, w2 = (torch.stack([state_dict.pop(key) for key in keys]) for keys in names.values())
+            state_dict[f"{prefix}gate_up_proj"] = torch.cat([w1, w3], 1)
+            state_dict[f"{prefix}down_proj"] = w2
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        experts, dim, hidden = self.down_proj.shape
+        return f"{dim}, {hidden}, {experts}, gated={self.gated}, bias={self.down_bias is not None}"
