@@ -46,7 +46,7 @@ class RouterProblem:
     ) -> RouterProblem:
         """Check the arguments, and draw the noise."""
         tokens = len(logits)
-        wanted = tuple(RouterLoss(loss) if isinstance(loss, str) else loss for loss in losses)
+        wanted = _losses(function, losses)
         names = [loss.name for loss in wanted]
         if len(set(names)) < len(names):
             raise ValueError(f"{function}: losses must differ, got {names}")
@@ -54,6 +54,9 @@ class RouterProblem:
         if valid is not None:
             _check_like(function, "valid", valid, torch.bool, (tokens,), logits)
         mask, given = _allowed(function, allowed, k, logits)
+        if given is not None:  # a token that is given no expert is left out
+            some = (given >= 0).any(1)
+            valid = some if valid is None else valid & some
         noise = None
         if gating.noise_std:
             dtype = _checks.accumulator(logits.dtype)
@@ -99,6 +102,12 @@ def check_count(function: str, name: str, value: object) -> int:
     return value
 
 
+def check_gating(function: str, gating: object) -> None:
+    """`gating` must be a description of one."""
+    if not isinstance(gating, Gating):
+        raise TypeError(f"{function}: gating must be Gating, got {type(gating).__name__}")
+
+
 def as_capacity(function: str, capacity: int | float | Capacity | None) -> Capacity:
     """A limit, a factor or a description as a description."""
     if isinstance(capacity, Capacity):
@@ -121,6 +130,16 @@ def _check_like(
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{function}: {name} must have shape {shape}, got {_checks.shape(tensor)}")
     _checks.check_device(function, "logits", logits, name, tensor)
+
+
+def _losses(function: str, losses: object) -> tuple[RouterLoss, ...]:
+    """Names and descriptions as descriptions."""
+    if not isinstance(losses, (list, tuple)):
+        raise TypeError(f"{function}: losses must be a list of names and RouterLoss, got {type(losses).__name__}")
+    for loss in losses:
+        if not isinstance(loss, (str, RouterLoss)):
+            raise TypeError(f"{function}: losses must be names and RouterLoss, got {type(loss).__name__}")
+    return tuple(RouterLoss(loss) if isinstance(loss, str) else loss for loss in losses)
 
 
 def _segments(function: str, segments: Tensor | None, num_segments: int | None, logits: Tensor) -> int:

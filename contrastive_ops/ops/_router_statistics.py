@@ -60,8 +60,9 @@ class Statistics:
         if name == "load":
             return squared_variation(self.chance)
         if name == "switch":
-            share = self.choices / self.choices.sum(1, keepdim=True).clamp_min(1)
-            return share.shape[1] * (share.to(tokens.dtype) * self.noisy).sum(1) / tokens
+            choices = self.choices.to(tokens.dtype)
+            share = choices / choices.sum(1, keepdim=True).clamp_min(1)
+            return share.shape[1] * (share * self.noisy).sum(1) / tokens
         if name == "z":
             return self.lse_squared / tokens
         if name == "local_entropy":
@@ -95,8 +96,8 @@ def squared_variation(values: Tensor) -> Tensor:
     """Squared coefficient of variation of each row: variance over squared mean; 0 where all are 0."""
     mean = values.mean(1)
     variance = (values - mean[:, None]).square().mean(1)
-    positive = mean.square() > 0
-    return torch.where(positive, variance / torch.where(positive, mean.square(), 1.0), 0.0)
+    empty = mean.square() == 0  # not so where the mean is NaN, which must come out
+    return torch.where(empty, 0.0, variance / torch.where(empty, 1.0, mean.square()))
 
 
 def entropy_of(p: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _checks
 from .._dispatch import choose
 from .._routing import SlotSpec
-from ._router_problem import RouterProblem, as_capacity
+from ._router_problem import RouterProblem, as_capacity, check_gating
 from .expert_routing import BACKENDS, DEFAULT, Routing, routing_of
 from .gating import Capacity, Gating, RouterLoss
 
@@ -68,6 +68,7 @@ def expert_choice(
     function = "expert_choice"
     _checks.check_matrix(function, "logits", logits)
     tokens, experts = logits.shape
+    check_gating(function, gating)
     if gating.bias is not None or gating.expert_groups > 1 or gating.renormalize:
         raise ValueError(
             f"{function}: gating must have no bias, no groups and no renormalisation, got {gating}: experts choose by "

@@ -14,7 +14,7 @@ from .._dispatch import Backend, choose, unsupported_by_cpu
 from .._routing import SlotSpec
 from ..reference import expert_routing as reference
 from ._expert_routing_autograd import register
-from ._router_problem import RouterProblem, as_capacity, check_count
+from ._router_problem import RouterProblem, as_capacity, check_count, check_gating
 from .gating import Capacity, Gating, RouterLoss
 
 # One hop to every implementation; each offers scores, scores_backward, slots, dispatch, combine and dots.
@@ -155,6 +155,7 @@ def route(
     tokens, experts = logits.shape
     if k > experts:
         raise ValueError(f"{function}: k must be at most the number of experts, got k={k} and {experts} experts")
+    check_gating(function, gating)
     gating.check(function, k, experts, logits)
     limits = as_capacity(function, capacity)
     taken, group = limits.slots(function, tokens, experts, k)

@@ -94,6 +94,10 @@ class Capacity:
 
     def slots(self, function: str, tokens: int, experts: int, k: int) -> tuple[int, int]:
         """Return (tokens that an expert takes of a group, -1 for all; tokens in a group)."""
+        for name in ("limit", "multiple_of", "group_size"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"{function}: capacity.{name} must be an int, got {type(value).__name__}")
         size = tokens if self.group_size is None else self.group_size
         if self.group_size is not None and (size < 1 or tokens % size):
             raise ValueError(

@@ -248,7 +248,7 @@ def _positions(experts: Tensor, priority: Tensor | None, groups: int) -> Tensor:
     All first choices come before all second choices, and among those tokens come by priority, NaN last, then in order.
     """
     tokens, k = experts.shape
-    size = tokens // groups
+    size = tokens // max(groups, 1)
     if priority is None:
         turn = torch.arange(size, device=experts.device).expand(groups, size)
     else:
@@ -287,14 +287,18 @@ def combine(rows: Tensor, gates: Tensor | None, slots: Tensor, order: Tensor) ->
     total = rows.new_zeros((len(slots), rows.shape[1]), dtype=dtype)
     for j in range(slots.shape[1]):
         taken = _taken(rows, slots[:, j])
-        total = total + (taken if gates is None else taken * gates[:, j, None])
+        # A gate that is NaN must not come back where the choice was dropped.
+        weight = None if gates is None else gates[:, j].masked_fill(slots[:, j] < 0, 0.0)
+        total = total + (taken if weight is None else taken * weight[:, None])
     return total.to(rows.dtype)
 
 
 def dots(tokens: Tensor, rows: Tensor, slots: Tensor, order: Tensor) -> Tensor:
     """(T, k): inner product of each token with each of its rows, 0 where it has none."""
     wide = tokens.to(accumulator(tokens.dtype))
-    columns = [(wide * _taken(rows, slots[:, j])).sum(1) for j in range(slots.shape[1])]
+    columns = [
+        (wide * _taken(rows, slots[:, j])).sum(1).masked_fill(slots[:, j] < 0, 0.0) for j in range(slots.shape[1])
+    ]
     return torch.stack(columns, 1) if columns else wide.new_zeros((len(tokens), 0))
 
 

@@ -77,7 +77,7 @@ void router_scores(const RouterProblem& p, const RouterScores& out, const Parall
   };
   run_parallel(parallel.run, parts, task);
   const auto in_order = [parts](const auto* from, int64_t stride, int64_t at) {
-    auto sum = from[0] * 0;
+    std::decay_t<decltype(*from)> sum = 0;
     for (int64_t part = 0; part < parts; ++part) sum += from[part * stride + at];
     return sum;
   };
