@@ -433,7 +433,9 @@ def test_every_token_may_be_dropped(capacity, backend):
     assert logits.grad.isfinite().all() and logits.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("capacity", [None, 3, Capacity(limit=2, group_size=4), Capacity(limit=2, padded=True)], ids=str)
+@pytest.mark.parametrize(
+    "capacity", [None, 3, Capacity(limit=2, group_size=4), Capacity(limit=2, padded=True)], ids=str
+)
 def test_no_tokens(capacity, backend):
     logits = torch.zeros(0, 4, requires_grad=True)
     losses = [*LOSSES, RouterLoss("load")]

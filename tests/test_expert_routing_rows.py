@@ -128,7 +128,8 @@ def test_gradcheck_and_gradgradcheck(capacity, backend):
              (combined, (rows, routing.gates)),
              (lambda x, g: OPS.expert_routing_dispatch(x, g, routing.slots, routing.order, backend),
               (tokens, routing.gates)),
-             (lambda x, y: OPS.expert_routing_dots(x, y, routing.slots, routing.order, backend), (tokens, rows)))  # fmt: skip
+             (lambda x, y: OPS.expert_routing_dots(x, y, routing.slots, routing.order, backend),
+              (tokens, rows)))  # fmt: skip
     for function, leaves in cases:
         leaves = tuple(t.detach().requires_grad_() for t in leaves)
         assert torch.autograd.gradcheck(function, leaves)

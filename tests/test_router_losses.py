@@ -45,8 +45,8 @@ def formula(name, z, noisy=None, k=1, sigma=1.0, score="softmax"):
         threshold = noisy.topk(k, dim=1).values[:, -1:]
         return variation((1 - torch.distributions.Normal(0, 1).cdf((threshold - z) / sigma)).mean(0))
     if name == "switch":
-        share = noisy.topk(k, dim=1).indices.flatten().bincount(minlength=experts) / (tokens * k)
-        return experts * (share.to(z.dtype) * probabilities(noisy, score).mean(0)).sum()
+        share = noisy.topk(k, dim=1).indices.flatten().bincount(minlength=experts).to(z.dtype) / (tokens * k)
+        return experts * (share * probabilities(noisy, score).mean(0)).sum()
     if name == "z":
         return z.exp().sum(1).log().square().mean()
     entropy = torch.special.entr(p).sum(1).mean() if name == "local_entropy" else -torch.special.entr(p.mean(0)).sum()
@@ -257,8 +257,9 @@ def test_empty_segments_have_no_loss_and_no_metrics(backend):
     empty = torch.tensor([True, False, True, False, True])
     assert all((value[empty] == 0).all() and value.isfinite().all() for value in routing.losses.values())
     assert routing.metrics["tokens"][empty].tolist() == [0, 0, 0]
+    assert (routing.metrics["choices"][empty] == 0).all()
     for name, value in routing.metrics.items():
-        if name != "tokens" and value.dim():
+        if value.is_floating_point() and value.dim():
             assert value[empty].isnan().all() and value[~empty].isfinite().all(), name
         else:
             assert value.isfinite().all()
@@ -298,7 +299,9 @@ def test_uniform_use_of_s_experts_meets_the_threshold_of_log_s(backend):
     logits = torch.full((40, 8), -100.0)
     logits[torch.arange(40), torch.arange(40) % 4] = 0.0
     for experts, enough in ((3, True), (4, True), (5, False)):
-        loss = route(logits, 1, losses=[RouterLoss("global_entropy", threshold=math.log(experts))], backend=backend).loss
+        loss = route(
+            logits, 1, losses=[RouterLoss("global_entropy", threshold=math.log(experts))], backend=backend
+        ).loss
         assert loss.item() == pytest.approx(0.0 if enough else math.log(5 / 4), abs=1e-6)
 
 
@@ -320,6 +323,7 @@ def test_metrics(capacity, score, backend):
         top = p.topk(2).values
         expected = {
             "tokens": rows.sum(),
+            "choices": joint[s].long(),
             "success_rate": routing.kept[rows].double().mean(),
             "load": joint[s] / joint[s].sum(),
             "entropy": torch.special.entr(p).sum(1).mean(),
@@ -340,7 +344,8 @@ def test_metrics(capacity, score, backend):
 def test_information_of_segments_and_experts(backend):
     """1 where the segment follows from the expert, 0 where they are independent, however often experts are chosen."""
     segments = torch.arange(40) % 2
-    for expert, information in ((segments, 1.0), (2 * segments + torch.arange(40) // 20, 1.0), (torch.arange(40) // 20, 0.0)):
+    half = torch.arange(40) // 20
+    for expert, information in ((segments, 1.0), (2 * segments + half, 1.0), (half, 0.0)):
         logits = torch.nn.functional.one_hot(expert, 4).float()
         metrics = route(logits, 1, segments=segments, backend=backend).metrics
         assert metrics["normalized_mutual_information"].item() == pytest.approx(information, abs=1e-6)
