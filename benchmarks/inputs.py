@@ -146,6 +146,52 @@ def search_with_rules(case: Case, *, margin: float) -> Inputs:
     return Inputs(tensors, {"k": k}, frozen={"excluded": excluded.to(case.device), "bound": bound.to(case.device)})
 
 
+def router_inputs(case: Case, constants: dict[str, float]) -> Inputs:
+    """``logits`` (T, E) and the ``segments`` of the tokens; ``weight`` (T, k) stands for what follows the gates."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, experts, k = (case.shapes[letter] for letter in "TEk")
+    logits = 2 * torch.randn(tokens, experts, generator=generator)
+    frozen = {
+        "segments": (torch.arange(tokens) % 57 >= 49).long(),
+        "weight": torch.randn(tokens, k, generator=generator),
+    }
+    losses = dict(constants)
+    return Inputs({"logits": logits.to(case.device, case.dtype)}, losses, frozen=_on(case, frozen))
+
+
+def grouped_inputs(case: Case) -> Inputs:
+    """``rows`` (E T, D), a ``weight`` (E, D, F) for each group of T, their ``offsets``, and an upstream gradient."""
+    generator = torch.Generator().manual_seed(0)
+    experts, each, dim, hidden = (case.shapes[letter] for letter in "ETDF")
+    tensors = {
+        "rows": torch.randn(experts * each, dim, generator=generator),
+        "weight": torch.randn(experts, dim, hidden, generator=generator) / dim**0.5,
+    }
+    frozen = {
+        "offsets": each * torch.arange(experts + 1),
+        "upstream": torch.randn(experts * each, hidden, generator=generator),
+    }
+    return Inputs(_on(case, tensors, case.dtype), frozen=_on(case, frozen))
+
+
+def layer_inputs(case: Case) -> Inputs:
+    """``tokens`` (T, D), the weight of a ``router`` (E, D), gated experts ``up`` (E, 2 F, D) and ``down`` (E, D, F)."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, dim, hidden, experts = (case.shapes[letter] for letter in "TDFE")
+    tensors = {
+        "tokens": torch.randn(tokens, dim, generator=generator),
+        "router": torch.randn(experts, dim, generator=generator) / dim**0.5,
+        "up": torch.randn(experts, 2 * hidden, dim, generator=generator) / dim**0.5,
+        "down": torch.randn(experts, dim, hidden, generator=generator) / hidden**0.5,
+    }
+    upstream = torch.randn(tokens, dim, generator=generator)
+    return Inputs(_on(case, tensors, case.dtype), frozen=_on(case, {"upstream": upstream}))
+
+
+def _on(case: Case, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    return {name: tensor.to(case.device, dtype or tensor.dtype) for name, tensor in tensors.items()}
+
+
 def _search(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, corpus, and the row of the corpus that answers each query."""
     rows = case.shapes["M"]

@@ -16,7 +16,7 @@ from torch import Tensor
 # The name of this package's provider with its defaults.
 OURS = "contrastive_ops"
 
-FAMILIES = ("cases_softmax", "cases_multi_positive", "cases_sigmoid", "cases_partition", "cases_topk")
+FAMILIES = ("cases_softmax", "cases_multi_positive", "cases_sigmoid", "cases_partition", "cases_topk", "cases_routing")
 
 # Kinds of providers that show what the machine can do and have no answer to check.
 FLOORS = ("matmul", "read")
@@ -32,8 +32,9 @@ PEAK_MIB = 256
 COPY_ROWS = 2048
 
 # What --quick and the pytest-benchmark level shrink every case to: large enough for more than one
-# tile and chunk, small enough for a second. M is the length of a corpus that queries search.
-QUICK_SHAPES = {"N": 192, "M": 2048, "D": 48}
+# tile and chunk, small enough for a second. M is the length of a corpus that queries search,
+# T a number of tokens, F the hidden size of an expert.
+QUICK_SHAPES = {"N": 192, "M": 2048, "D": 48, "T": 512, "F": 96}
 
 
 @dataclass(frozen=True)

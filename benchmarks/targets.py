@@ -131,4 +131,11 @@ ROWS = (
         "torch grouped_mm; one dense matmul of equal FLOPs",
         ">= 1.25x, 1.15x; >= 0.95 of its speed",
     ),
+    DesignRow(
+        "sparse_moe",
+        "routing",
+        "SparseMoE layer fwd+bwd, T=16,384 D=512 F=2048 E=32 k=1",
+        "transformers grouped experts; st-moe-pytorch",
+        ">= 1.15x; >= 3x",
+    ),
 )

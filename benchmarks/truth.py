@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.providers_routing import dense_router, router_noise, router_total
 from benchmarks.registry import Answer, Inputs, Lists, Outcome, Scores, Truth
 
 CHUNK_BYTES = 128 * 2**20
@@ -74,7 +75,7 @@ def _differentiate(loss_of: Callable[..., Tensor], inputs: Inputs) -> Outcome:
     loss = loss_of(**leaves)
     grads = torch.autograd.grad(loss, list(leaves.values()))
     spread = {
-        name: grad if grad.ndim == 0 else grad.repeat(inputs.copies, 1) / inputs.copies
+        name: grad if grad.ndim == 0 or inputs.copies == 1 else grad.repeat(inputs.copies, 1) / inputs.copies
         for name, grad in zip(leaves, grads, strict=True)
     }
     return Outcome(loss.detach(), spread)
@@ -198,6 +199,45 @@ def gist_truth(inputs: Inputs) -> Outcome:
             return (torch.cat(blocks, 1).logsumexp(1) - positive).sum()
 
         return _mean_over_rows(of_rows, len(q), 3 * len(q))
+
+    return _differentiate(loss_of, inputs)
+
+
+def router_truth(inputs: Inputs) -> Outcome:
+    """The losses of a router, and its gates, as the papers write them down."""
+    weight = inputs.frozen["weight"].double()
+
+    def loss_of(logits: Tensor) -> Tensor:
+        noise = router_noise(inputs)
+        losses, gates, _ = dense_router(logits, noise, inputs.frozen["segments"], weight.shape[1], **inputs.constants)
+        return router_total(losses, gates, weight)
+
+    return _differentiate(loss_of, inputs)
+
+
+def grouped_truth(inputs: Inputs) -> Outcome:
+    """Rows times the matrix of their group; all groups are of one size."""
+    upstream = inputs.frozen["upstream"].double()
+
+    def loss_of(rows: Tensor, weight: Tensor) -> Tensor:
+        out = torch.bmm(rows.unflatten(0, (len(weight), -1)), weight)
+        return (out.flatten(0, 1) * upstream).sum()
+
+    return _differentiate(loss_of, inputs)
+
+
+def layer_truth(inputs: Inputs) -> Outcome:
+    """Every token through the gated expert of its largest probability."""
+    upstream = inputs.frozen["upstream"].double()
+
+    def loss_of(tokens: Tensor, router: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        gates, chosen = (tokens @ router.T).softmax(1).max(1)
+        out = torch.zeros_like(tokens)
+        for e in range(len(up)):
+            mine = (chosen == e).nonzero().squeeze(1)
+            gate, hidden = (tokens[mine] @ up[e].T).chunk(2, 1)
+            out = out.index_add(0, mine, gates[mine, None] * ((F.silu(gate) * hidden) @ down[e].T))
+        return (out * upstream).sum()
 
     return _differentiate(loss_of, inputs)
 
