@@ -27,7 +27,7 @@ def route_case(tokens: int, experts: int, k: int, *, noise_std: float, targets: 
         dtype=torch.float32,
         make_inputs=lambda case: router_inputs(case, constants),
         truth=router_truth,
-        providers=(providers_routing.ours_route(), providers_routing.torch_route()),
+        providers=(providers_routing.ours_route(), providers_routing.torch_route(), providers_routing.copy_logits()),
         baseline=TORCH,
         flops=lambda s: 2 * s["T"] * s["E"],
         tolerance=TOLERANCE,

@@ -17,6 +17,7 @@ from benchmarks.providers import differentiate
 from benchmarks.registry import OURS, Inputs, Provider, Step
 
 TORCH = "torch ops"
+COPY = "read twice, write once"
 GROUPED = "torch grouped_mm"
 DENSE = "one dense matmul"
 TRANSFORMERS = "transformers grouped_mm experts"
@@ -158,6 +159,22 @@ def places(gates: Tensor, experts: Tensor, count: int, capacity: float) -> tuple
     slots = torch.full((tokens * k,), -1).scatter(0, rows, torch.arange(len(rows)))
     offsets = torch.bincount(experts.flatten()[flat], minlength=count).cumsum(0)
     return slots.view(tokens, k), rows, offsets
+
+
+def copy_logits() -> Provider:
+    """What nobody can avoid: reading the logits twice and writing their gradient."""
+
+    def build(inputs: Inputs) -> Step:
+        logits = inputs.tensors["logits"]
+        gradient = torch.empty_like(logits)
+
+        def step() -> None:
+            logits.sum()
+            gradient.copy_(logits)
+
+        return step
+
+    return Provider(COPY, build, kind="read")
 
 
 # ---------------------------------------------------------------------------------------------
