@@ -16,14 +16,25 @@ namespace {
 
 // ---- Scores ------------------------------------------------------------------------------------------------------
 
-// At most 64 parts, so that the sums of many segments need no more memory than that.
-INLINE int64_t tokens_of_part(int64_t tokens) { return maximum<int64_t>(1024, (tokens + 63) / 64); }
+// At most 64 parts, so that the sums of many segments need no more memory than that; whole blocks on every level.
+INLINE int64_t tokens_of_part(int64_t tokens) { return round_up(maximum<int64_t>(1024, (tokens + 63) / 64), 64); }
+// Blocks whose sums are added up in the type of the logits before they go on in double.
+constexpr int64_t kBlocksOfStrip = 128;
+
+// Adds the lanes of `from` to `to` and clears them.
+template <class A>
+void move_sums(A* from, double* to, int64_t count) {
+  for (int64_t c = 0; c < count; ++c) {
+    to[c] += static_cast<double>(lane_sum<A>(load(from + c * kLanes<A>)));
+    store(from + c * kLanes<A>, Vec<A>{});
+  }
+}
 
 template <class A, class S>
 void router_scores(const RouterProblem& p, const RouterScores& out, const Parallel& parallel) {
+  using Block = RouterBlock<A, S>;
   const int64_t step = tokens_of_part(p.T), parts = (p.T + step - 1) / step, cells = p.segments * p.E;
-  // Of a part: three sums of each cell, then two totals and the margin of each segment; in double, so that the order
-  // of so many additions does not matter.
+  // Of a part: three sums of each cell, then two totals and the margin of each segment.
   const int64_t width = 3 * cells + 3 * p.segments, count_width = cells + p.segments;
   Buffer<double> sums(parts * width);
   Buffer<int64_t> counts(parts * count_width);
@@ -33,47 +44,37 @@ void router_scores(const RouterProblem& p, const RouterScores& out, const Parall
     int64_t* count = counts.get() + part * count_width;
     std::fill(sum, sum + width, 0.0);
     std::fill(count, count + count_width, 0);
-    RouterRow<A, S> row(p);
-    for (int64_t i = part * step; i < minimum(p.T, (part + 1) * step); ++i) {
-      int64_t* experts = out.experts + i * p.k;
-      A* gate = gates + i * p.k;
-      if (!row.read(i)) {
-        std::fill(experts, experts + p.k, -1);
-        std::fill(gate, gate + p.k, A(0));
-        priority[i] = 0;
-        continue;
+    Block block(p);
+    Buffer<A> strip(width * kLanes<A>);
+    std::fill(strip.get(), strip.get() + width * kLanes<A>, A(0));
+    const int64_t end = minimum(p.T, (part + 1) * step);
+    int64_t blocks = 0;
+    for (int64_t first = part * step; first < end; first += Block::kTokens) {
+      const bool any = block.read(first, end);
+      if (any) {
+        block.score();
+        out.given ? block.take(out.given, first, end) : block.choose();
+        if (p.load) block.make_chances();
+        block.add_to(strip.get());
+        if (++blocks % kBlocksOfStrip == 0) move_sums(strip.get(), sum, width);
       }
-      const int64_t segment = p.segment ? p.segment[i] : 0;
-      double *cell = sum + segment * p.E, *total = sum + 3 * cells + segment;
-      row.score(i);
-      for (int64_t e = 0; e < p.E; ++e) cell[e] += row.probabilities()[e];
-      if (p.noise) {
-        for (int64_t e = 0; e < p.E; ++e) cell[cells + e] += row.noisy_probabilities()[e];
-      }
-      total[0] += static_cast<double>(row.lse()) * row.lse();
-      total[p.segments] += row.entropy();
-      total[2 * p.segments] += row.margin();
-      if (out.given) {
-        std::copy(out.given + i * p.k, out.given + (i + 1) * p.k, experts);
-      } else {
-        row.choose(experts);
-      }
-      if (p.load) {
-        row.make_chances(experts[p.k - 1]);
-        for (int64_t e = 0; e < p.E; ++e) cell[2 * cells + e] += row.chances()[e];
-      }
-      A chosen = 0;
-      for (int64_t j = 0; j < p.k; ++j) {
-        gate[j] = experts[j] >= 0 ? row.gate(experts[j]) : A(0);
-        chosen += gate[j];
-        if (experts[j] >= 0) ++count[segment * p.E + experts[j]];
-      }
-      ++count[cells + segment];
-      priority[i] = gate[0];
-      if (p.renormalize) {
-        for (int64_t j = 0; j < p.k; ++j) gate[j] = chosen == 0 ? A(0) : gate[j] / chosen;
+      for (int q = 0; q < minimum<int64_t>(Block::kTokens, end - first); ++q) {
+        int64_t* experts = out.experts + (first + q) * p.k;
+        A *gate = gates + (first + q) * p.k, chosen = 0;
+        const bool live = any && block.live(q);
+        int64_t* of_segment = live ? count + block.segment(q) * p.E : nullptr;
+        for (int64_t j = 0; j < p.k; ++j) {
+          experts[j] = live ? block.choice(j, q) : -1;
+          gate[j] = live ? block.gate(experts[j], q) : A(0);
+          chosen += gate[j];
+          if (experts[j] >= 0) ++of_segment[experts[j]];
+        }
+        if (live) ++count[cells + block.segment(q)];
+        priority[first + q] = gate[0];
+        for (int64_t j = 0; p.renormalize && j < p.k; ++j) gate[j] = chosen == 0 ? A(0) : gate[j] / chosen;
       }
     }
+    move_sums(strip.get(), sum, width);
   };
   run_parallel(parallel.run, parts, task);
   const auto in_order = [parts](const auto* from, int64_t stride, int64_t at) {
@@ -95,28 +96,20 @@ void router_scores(const RouterProblem& p, const RouterScores& out, const Parall
 
 template <class A, class S>
 void router_scores_backward(const RouterProblem& p, const RouterGradients& g, const Parallel& parallel) {
-  constexpr int64_t step = 256;
-  // Upstream gradients of a segment's sums, filled up to whole vectors.
-  const int64_t filled = round_up(p.E, kLanes<A>);
-  Buffer<A> d_sums(3 * p.segments * filled);
-  std::fill(d_sums.get(), d_sums.get() + 3 * p.segments * filled, A(0));
-  for (int64_t row = 0; row < 3 * p.segments; ++row) {
-    std::copy_n(static_cast<const A*>(g.d_sums) + row * p.E, p.E, d_sums.get() + row * filled);
-  }
-  const A *d_gates = static_cast<const A*>(g.d_gates), *d_totals = static_cast<const A*>(g.d_totals);
+  using Block = RouterBlock<A, S>;
+  constexpr int64_t step = 1024;
   auto task = [&](int64_t part, int) {
-    RouterRow<A, S> row(p);
-    for (int64_t i = part * step; i < minimum(p.T, (part + 1) * step); ++i) {
-      A* out = static_cast<A*>(g.dlogits) + i * p.E;
-      if (!row.read(i)) {
-        std::fill(out, out + p.E, A(0));
+    Block block(p);
+    const int64_t end = minimum(p.T, (part + 1) * step);
+    for (int64_t first = part * step; first < end; first += Block::kTokens) {
+      if (!block.read(first, end)) {
+        const int64_t last = minimum<int64_t>(end, first + Block::kTokens);
+        std::fill(static_cast<A*>(g.dlogits) + first * p.E, static_cast<A*>(g.dlogits) + last * p.E, A(0));
         continue;
       }
-      row.score(i);
-      const int64_t segment = p.segment ? p.segment[i] : 0;
-      const A* d_p = d_sums.get() + segment * filled;
-      row.backward(g.experts + i * p.k, d_gates + i * p.k, d_p, d_p + p.segments * filled,
-                   d_p + 2 * p.segments * filled, d_totals[segment], d_totals[p.segments + segment], out);
+      block.score();
+      block.take(g.experts, first, end);
+      block.backward(g, first, end);
     }
   };
   run_parallel(parallel.run, (p.T + step - 1) / step, task);

@@ -1,4 +1,4 @@
-// One token at a time through a router: scores, choices, and their derivative, in scratch memory of its thread.
+// A few tokens at a time through a router, one in each lane of a vector: scores, choices, and their derivative.
 #pragma once
 
 #include <algorithm>
@@ -30,218 +30,322 @@ INLINE Vec<double> normal_cdf(Vec<double> u) {
   return u;
 }
 
-// The arrays hold E numbers and are filled up to whole vectors, logits with -inf, everything else with 0. Experts that
-// the token must not choose have the logit -inf and probability 0.
+// One array of a block is E vectors, in which lane q belongs to the q-th token: what is done to one token is done to
+// all of them without a step across lanes, and equal tokens have equal results. Experts that a token must not choose
+// have the logit -inf and probability 0. Lanes that are not live hold anything.
 template <class A, class S>
-class RouterRow {
+class RouterBlock {
  public:
   using V = Vec<A>;
   using Index = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
-  static constexpr int kWidth = kLanes<A>;
+  using Mask = Vec<Index>;
+  static constexpr int kTokens = kLanes<A>;
 
-  explicit RouterRow(const RouterProblem& p)
-      : p_(p), size_(round_up(p.E, kWidth)), memory_(8 * size_), group_values_(p.expert_groups) {
+  explicit RouterBlock(const RouterProblem& p)
+      : p_(p), memory_(10 * p.E * kTokens), row_(p.E), group_values_(p.expert_groups), chosen_(p.k * kTokens) {
     A* at = memory_.get();
-    for (A** array : {&z_, &noisy_, &log_p_, &prob_, &noisy_prob_, &gate_, &keys_, &spare_}) {
+    for (A** array : {&z_, &noisy_, &logs_, &prob_, &noisy_prob_, &gate_, &keys_, &chance_, &d_sums_, &dz_}) {
       *array = at;
-      at += size_;
+      at += p.E * kTokens;
     }
   }
 
-  const A* probabilities() const { return prob_; }
-  const A* noisy_probabilities() const { return noisy_prob_; }
-  const A* chances() const { return spare_; }
-  A lse() const { return lse_; }
-  A gate(int64_t expert) const { return gate_[expert]; }
+  bool live(int q) const { return live_[q] != 0; }
+  int64_t segment(int q) const { return segment_[q]; }
+  // The j-th choice of a token, -1 for none, and its gate.
+  int64_t choice(int64_t j, int q) const { return chosen_.get()[j * kTokens + q]; }
+  A gate(int64_t expert, int q) const { return expert < 0 ? A(0) : gate_at_[expert * kTokens + q]; }
 
-  // False where the token is not routed.
-  bool read(int64_t i) {
-    if (p_.valid && !p_.valid[i]) return false;
-    const S* from = static_cast<const S*>(p_.logits) + i * p_.logits_stride;
-    const int64_t whole = p_.E / kWidth * kWidth;
-    for (int64_t e = 0; e < whole; e += kWidth) store(z_ + e, to_accumulator<A>(from + e));
-    if (whole < size_) {
-      S tail[kWidth] = {};
-      for (int64_t e = whole; e < p_.E; ++e) tail[e - whole] = from[e];
-      store(z_ + whole, to_accumulator<A>(tail));
-      for (int64_t e = p_.E; e < size_; ++e) z_[e] = kNever<A>;
-    }
+  // The tokens from `first` on that are below `end`; false where none of them is routed.
+  bool read(int64_t first, int64_t end) {
+    read_rows(static_cast<const S*>(p_.logits), p_.logits_stride, first, end, z_);
     if (p_.allowed) {
-      const bool* allowed = p_.allowed + i * p_.allowed_row_stride;
-      for (int64_t e = 0; e < p_.E; ++e) {
-        if (!allowed[e * p_.allowed_stride]) z_[e] = kNever<A>;
+      for (int q = 0; q < minimum<int64_t>(kTokens, end - first); ++q) {
+        const bool* allowed = p_.allowed + (first + q) * p_.allowed_row_stride;
+        for (int64_t e = 0; e < p_.E; ++e) {
+          if (!allowed[e * p_.allowed_stride]) z_[e * kTokens + q] = kNever<A>;
+        }
       }
     }
-    bool live = false;
-    for (int64_t e = 0; e < size_; e += kWidth) live |= any_but_never(load(z_ + e));
-    return live;
+    Mask some = {};
+    const int64_t experts = p_.E;
+    for (int64_t e = 0; e < experts; ++e) some |= load_at(z_, e) != kNever<A>;
+    Index routed[kTokens], segment[kTokens];
+    for (int q = 0; q < kTokens; ++q) {
+      const int64_t i = first + q;
+      routed[q] = i < end && (!p_.valid || p_.valid[i]) ? -1 : 0;
+      segment[q] = i < end && p_.segment ? static_cast<Index>(p_.segment[i]) : 0;
+    }
+    live_ = some & load(routed);
+    segment_ = load(segment);
+    if (p_.noise) read_rows(static_cast<const A*>(p_.noise), p_.E, first, end, noisy_);
+    return bits_of<Index>(live_) != 0;
   }
 
-  // Probabilities and gates of the token that was read.
-  void score(int64_t i) {
-    if (p_.noise) {
-      const A* noise = static_cast<const A*>(p_.noise) + i * p_.E;
-      const A sigma = static_cast<A>(p_.sigma);
-      for (int64_t e = 0; e < p_.E; ++e) noisy_[e] = z_[e] + sigma * noise[e];
-      for (int64_t e = p_.E; e < size_; ++e) noisy_[e] = kNever<A>;
+  // Probabilities and gates.
+  void score() {
+    const V sigma = broadcast(static_cast<A>(p_.sigma));
+    for (int64_t e = 0; p_.noise && e < p_.E; ++e) store_at(noisy_, e, load_at(z_, e) + sigma * load_at(noisy_, e));
+    const bool of_sigmoid = p_.score == RouterScore::sigmoid;
+    const A* chosen_by = p_.noise ? noisy_ : z_;
+    clean_ = distribution(z_, prob_);
+    lse_ = clean_.largest + clean_.log_total;
+    logs_at_ = z_;
+    gate_at_ = p_.noise ? noisy_prob_ : prob_;
+    if (of_sigmoid) {
+      if (p_.noise) {
+        log_sigmoids(noisy_);
+        distribution(logs_, noisy_prob_);
+      }
+      log_sigmoids(z_);
+      clean_ = distribution(logs_, prob_);
+      logs_at_ = logs_;
+      for (int64_t e = 0; e < p_.E; ++e) store_at(gate_, e, sigmoid<A>(load_at(chosen_by, e)));
+      gate_at_ = gate_;
+    } else if (p_.noise) {
+      distribution(noisy_, noisy_prob_);
     }
-    if (p_.score == RouterScore::softmax) {
-      lse_ = distribution(z_, log_p_, prob_);
-      if (p_.noise) distribution(noisy_, spare_, noisy_prob_);
-      gate_at_ = p_.noise ? noisy_prob_ : prob_;
-    } else {
-      lse_ = distribution(z_, log_p_, prob_);  // of the logits themselves: only the sum matters
-      of_sigmoids(z_, log_p_, prob_);
-      if (p_.noise) of_sigmoids(noisy_, spare_, noisy_prob_);
-      const A* from = p_.noise ? noisy_ : z_;
-      for (int64_t e = 0; e < size_; e += kWidth) store(gate_ + e, sigmoid<A>(load(from + e)));
+  }
+
+  // The k best experts.
+  void choose() {
+    make_keys();
+    if (p_.expert_groups > 1) {
+      for (int q = 0; q < kTokens; ++q) of_one(q, [this](A* keys) { drop_groups(keys); });
+    }
+    if (p_.k > kInsertions) {
+      for (int q = 0; q < kTokens; ++q) {
+        of_one(q, [this, q](A* keys) { sort_best(keys, q); });
+      }
       return;
     }
-    memcpy(gate_, gate_at_, static_cast<size_t>(size_) * sizeof(A));
-  }
-
-  A entropy() const {
-    V sum = {};
-    for (int64_t e = 0; e < size_; e += kWidth) sum += load(prob_ + e) * load(log_p_ + e);
-    return -lane_sum<A>(sum);
-  }
-
-  // The difference of the two largest probabilities.
-  A margin() {
-    V best = broadcast(A(-1));
-    for (int64_t e = 0; e < size_; e += kWidth) best = greater<A>(best, load(prob_ + e));
-    const A first = lane_max<A>(best);
-    if (p_.E == 1) return first;
-    V rest = broadcast(A(-1));
-    int firsts = 0;
-    for (int64_t e = 0; e < size_; e += kWidth) {
-      const V p = load(prob_ + e);
-      const auto is_first = p == first;
-      firsts += __builtin_popcount(bits_of<Index>(is_first));
-      rest = greater<A>(rest, is_first ? broadcast(A(-1)) : p);
+    Mask best[kInsertions];
+    V value[kInsertions];
+    for (int64_t j = 0; j < p_.k; ++j) {
+      best[j] = Mask{} - 1;
+      value[j] = broadcast(kNever<A>);
     }
-    const A second = firsts > 1 ? first : lane_max<A>(rest);
-    return first - second + 0 * prob_[0];  // NaN where the probabilities are
+    for (int64_t e = 0; e < p_.E; ++e) {
+      V key = load_at(keys_, e);
+      Mask expert = Mask{} + static_cast<Index>(e), moves = {};
+      for (int64_t j = 0; j < p_.k; ++j) {
+        moves |= key > value[j];  // of equal ones the first stays, and what it pushes out pushes out all that follow
+        const V next = value[j];
+        const Mask next_expert = best[j];
+        value[j] = moves ? key : next;
+        best[j] = moves ? expert : next_expert;
+        key = moves ? next : key;
+        expert = moves ? next_expert : expert;
+      }
+    }
+    for (int64_t j = 0; j < p_.k; ++j) store(chosen_.get() + j * kTokens, best[j]);
   }
-
-  // The k best experts, -1 where there are fewer.
-  void choose(int64_t* experts) {
-    make_keys();
-    if (p_.expert_groups > 1) drop_groups();
-    take_best(keys_, p_.E, size_, p_.k, experts);
+  // The experts that tokens are given, or chose in the forward pass.
+  void take(const int64_t* experts, int64_t first, int64_t end) {
+    for (int q = 0; q < kTokens; ++q) {
+      for (int64_t j = 0; j < p_.k; ++j) {
+        chosen_.get()[j * kTokens + q] = first + q < end ? static_cast<Index>(experts[(first + q) * p_.k + j]) : -1;
+      }
+    }
   }
 
   // Chance of each expert to be above the last choice when its own noise is drawn again.
-  void make_chances(int64_t last) {
-    if (last < 0) {  // fewer experts than choices: each is chosen for certain
-      for (int64_t e = 0; e < size_; ++e) spare_[e] = z_[e] == kNever<A> ? A(0) : A(1);
-      return;
-    }
-    const V threshold = broadcast(noisy_[last]), sigma = broadcast(static_cast<A>(p_.sigma));
-    for (int64_t e = 0; e < size_; e += kWidth) {
-      const V z = load(z_ + e), chance = normal_cdf(V((z - threshold) / sigma));
-      store(spare_ + e, z == kNever<A> ? V{} : chance);
+  void make_chances() {
+    const V sigma = broadcast(static_cast<A>(p_.sigma));
+    const auto [threshold, certain] = last_choices();
+    for (int64_t e = 0; e < p_.E; ++e) {
+      const V z = load_at(z_, e), chance = normal_cdf(V((z - threshold) / sigma));
+      // With fewer experts than choices each is chosen for certain.
+      store_at(chance_, e, z == kNever<A> ? V{} : V(certain ? broadcast(A(1)) : chance));
     }
   }
 
-  // Gradient by the logits. `d_p`, `d_noisy`, `d_chance` are filled like the arrays here; `d_gates` has k numbers.
-  void backward(const int64_t* experts, const A* d_gates, const A* d_p, const A* d_noisy, const A* d_chance,
-                A d_lse_squared, A d_entropy, A* out) {
-    A* dz = keys_;
+  // Adds to sums (3, segments, E) of p, p with noise and chances, then (3, segments) of the squared logsumexp, entropy
+  // and margin; an entry is a vector.
+  void add_to(A* sums) const {
+    V entropy = {};
+    for (int64_t e = 0; e < p_.E; ++e) entropy -= load_at(prob_, e) * log_probability(e);
+    // The largest probability is exp(0) / total. NaN comes out.
+    const V margin = (1 - exponential(V(clean_.second - clean_.largest))) / clean_.total;
+    for_segments([&](int64_t segment, Mask here) {
+      const int64_t cells = p_.segments * p_.E;
+      A *cell = sums + segment * p_.E * kTokens, *total = sums + (3 * cells + segment) * kTokens;
+      add_array(cell, prob_, here);
+      if (p_.noise) add_array(cell + cells * kTokens, noisy_prob_, here);
+      if (p_.load) add_array(cell + 2 * cells * kTokens, chance_, here);
+      const V values[] = {lse_ * lse_, entropy, margin};
+      for (int64_t t = 0; t < 3; ++t) {
+        A* to = total + t * p_.segments * kTokens;
+        store_at(to, 0, load_at(to, 0) + only(values[t], here));
+      }
+    });
+  }
+
+  // Writes the gradient by the logits from `first` on; upstream gradients are laid out like the outputs.
+  void backward(const RouterGradients& g, int64_t first, int64_t end) {
+    const A *d_sums = static_cast<const A*>(g.d_sums), *d_totals = static_cast<const A*>(g.d_totals);
     const bool of_sigmoid = p_.score == RouterScore::sigmoid;
-    {
-      const V mean = broadcast(dot(prob_, d_p)), mean_log = broadcast(-entropy()), share = broadcast(d_entropy);
-      for (int64_t e = 0; e < size_; e += kWidth) {
-        const V p = load(prob_ + e);
-        const V dq = p * (load(d_p + e) - mean) - share * p * (load(log_p_ + e) - mean_log);
-        store(dz + e, of_sigmoid ? V(dq * (1 - sigmoid<A>(load(z_ + e)))) : dq);
-      }
+    V share = {}, factor = {};
+    for_segments([&](int64_t segment, Mask here) {
+      factor = here ? broadcast(2 * d_totals[segment]) * lse_ : factor;
+      share = here ? broadcast(d_totals[p_.segments + segment]) : share;
+    });
+    V mean = {}, mean_log = {};
+    spread(d_sums);
+    for (int64_t e = 0; e < p_.E; ++e) {
+      mean += load_at(prob_, e) * load_at(d_sums_, e);
+      mean_log += load_at(prob_, e) * log_probability(e);
     }
-    if (d_lse_squared != 0) {
-      const V factor = broadcast(2 * d_lse_squared * lse_), lse = broadcast(lse_);
-      for (int64_t e = 0; e < size_; e += kWidth) {
-        const V p = of_sigmoid ? exponential(V(load(z_ + e) - lse)) : load(prob_ + e);
-        store(dz + e, load(dz + e) + factor * p);
-      }
+    for (int64_t e = 0; e < p_.E; ++e) {
+      const V p = load_at(prob_, e), z = load_at(z_, e);
+      V d = p * (load_at(d_sums_, e) - mean) - share * p * (log_probability(e) - mean_log);
+      if (of_sigmoid) d = d * (1 - sigmoid<A>(z)) + factor * exponential(V(z - lse_));
+      store_at(dz_, e, of_sigmoid ? d : V(d + factor * p));
     }
-    gates_backward(experts, d_gates, dz);
-    if (p_.noise) {
-      const V mean = broadcast(dot(noisy_prob_, d_noisy));
-      for (int64_t e = 0; e < size_; e += kWidth) {
-        const V dq = load(noisy_prob_ + e) * (load(d_noisy + e) - mean);
-        store(dz + e, load(dz + e) + (of_sigmoid ? V(dq * (1 - sigmoid<A>(load(noisy_ + e)))) : dq));
-      }
+    gates_backward(static_cast<const A*>(g.d_gates), first, end);
+    if (p_.noise) noise_backward(d_sums + p_.segments * p_.E);
+    if (p_.load) chances_backward(d_sums + 2 * p_.segments * p_.E);
+    for (int64_t e = 0; e < p_.E; ++e) {
+      store_at(dz_, e, only(load_at(dz_, e), live_ & (load_at(z_, e) != kNever<A>)));
     }
-    if (p_.load && experts[p_.k - 1] >= 0) chances_backward(experts[p_.k - 1], d_chance, dz);
-    for (int64_t e = 0; e < p_.E; ++e) out[e] = z_[e] == kNever<A> ? A(0) : dz[e];
+    write_rows(static_cast<A*>(g.dlogits), first, end);
   }
 
  private:
-  static bool any_but_never(V z) {
-    for (int q = 0; q < kWidth; ++q) {
-      if (z[q] != kNever<A>) return true;
+  using Bits = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
+  // Up to so many choices are found by insertion.
+  static constexpr int64_t kInsertions = 16;
+
+  struct Distribution {
+    V largest, second, total, log_total;
+  };
+
+  // Arrays are aligned; and plain vectors, unlike those of load and store, cannot be taken for pointers and sizes,
+  // which would be read again after each of them.
+  INLINE static V load_at(const A* array, int64_t e) { return reinterpret_cast<const V*>(array)[e]; }
+  INLINE static void store_at(A* array, int64_t e, V v) { reinterpret_cast<V*>(array)[e] = v; }
+  INLINE static V only(V v, Mask here) { return bit_cast<V>(bit_cast<Mask>(v) & here); }
+
+  // Rows from `first` on as vectors of tokens; beyond the last row it is read again.
+  template <class From>
+  void read_rows(const From* rows, int64_t stride, int64_t first, int64_t end, A* to) const {
+    const From* row[kTokens];
+    for (int q = 0; q < kTokens; ++q) row[q] = rows + minimum(first + q, end - 1) * stride;
+    const int64_t experts = p_.E, whole = experts / kTokens * kTokens;
+    Vec<Bits> tile[kTokens];
+    for (int64_t e = 0; e < whole; e += kTokens) {
+#pragma GCC unroll 16
+      for (int q = 0; q < kTokens; ++q) tile[q] = bit_cast<Vec<Bits>>(to_accumulator<A>(row[q] + e));
+      transpose<Bits>(tile);
+#pragma GCC unroll 16
+      for (int c = 0; c < kTokens; ++c) store_at(to, e + c, bit_cast<V>(tile[c]));
     }
-    return false;
+    for (int64_t e = whole; e < experts; ++e) {
+      From column[kTokens];
+      for (int q = 0; q < kTokens; ++q) column[q] = row[q][e];
+      store_at(to, e, to_accumulator<A>(static_cast<const From*>(column)));
+    }
+  }
+  void write_rows(A* rows, int64_t first, int64_t end) const {
+    const int64_t experts = p_.E, whole = experts / kTokens * kTokens, count = minimum<int64_t>(kTokens, end - first);
+    const A* from = dz_;
+    Vec<Bits> tile[kTokens];
+    for (int64_t e = 0; e < whole; e += kTokens) {
+#pragma GCC unroll 16
+      for (int c = 0; c < kTokens; ++c) tile[c] = bit_cast<Vec<Bits>>(load_at(from, e + c));
+      transpose<Bits>(tile);
+      for (int q = 0; q < count; ++q) store(rows + (first + q) * experts + e, bit_cast<V>(tile[q]));
+    }
+    for (int64_t e = whole; e < experts; ++e) {
+      for (int q = 0; q < count; ++q) rows[(first + q) * experts + e] = from[e * kTokens + q];
+    }
   }
 
-  A dot(const A* a, const A* b) const {
-    V sum = {};
-    for (int64_t e = 0; e < size_; e += kWidth) sum += load(a + e) * load(b + e);
-    return lane_sum<A>(sum);
+  // Calls for each segment of live tokens with the mask of its tokens.
+  template <class Function>
+  void for_segments(Function function) const {
+    unsigned left = bits_of<Index>(live_);
+    while (left) {
+      const Index segment = segment_[__builtin_ctz(left)];
+      const Mask here = live_ & (segment_ == segment);
+      left &= ~bits_of<Index>(here);
+      function(segment, here);
+    }
   }
 
-  // Softmax of q and its logarithm, 0 for both where q is -inf; returns the logsumexp.
-  A distribution(const A* q, A* log_p, A* prob) {
-    V best = broadcast(kNever<A>);
-    for (int64_t e = 0; e < size_; e += kWidth) best = greater<A>(best, load(q + e));
-    const A largest = lane_max<A>(best);
-    V sum = {};
-    for (int64_t e = 0; e < size_; e += kWidth) {
-      const V term = exponential(V(load(q + e) - largest));
-      store(prob + e, term);
-      sum += term;
-    }
-    const A total = lane_sum<A>(sum), log_total = natural_log(total);
-    for (int64_t e = 0; e < size_; e += kWidth) {
-      const V each = load(q + e);
-      store(prob + e, load(prob + e) / total);
-      store(log_p + e, each == kNever<A> ? V{} : V(each - largest - log_total));
-    }
-    return largest + log_total;
+  void add_array(A* to, const A* array, Mask here) const {
+    for (int64_t e = 0; e < p_.E; ++e) store_at(to, e, load_at(to, e) + only(load_at(array, e), here));
+  }
+  // Numbers (segments, E) of the tokens' segments.
+  void spread(const A* table) {
+    for_segments([&](int64_t segment, Mask here) {
+      for (int64_t e = 0; e < p_.E; ++e) {
+        const V value = broadcast(table[segment * p_.E + e]);
+        store_at(d_sums_, e, here ? value : load_at(d_sums_, e));
+      }
+    });
   }
 
-  // Sigmoids scaled to sum to 1, as a softmax of their logarithms, which does not divide 0 by 0.
-  void of_sigmoids(const A* z, A* log_p, A* prob) {
-    for (int64_t e = 0; e < size_; e += kWidth) store(keys_ + e, -softplus<A>(-load(z + e)));
-    distribution(keys_, log_p, prob);
+  // Softmax of q, and what is known of it.
+  Distribution distribution(const A* q, A* prob) const {
+    V largest = broadcast(kNever<A>), second = largest, total = {};
+    for (int64_t e = 0; e < p_.E; ++e) {
+      const V each = load_at(q, e), smaller = each < largest ? each : largest;
+      second = greater<A>(second, smaller);
+      largest = greater<A>(largest, each);
+    }
+    for (int64_t e = 0; e < p_.E; ++e) {
+      const V term = exponential(V(load_at(q, e) - largest));
+      store_at(prob, e, term);
+      total += term;
+    }
+    const V share = 1 / total;
+    for (int64_t e = 0; e < p_.E; ++e) store_at(prob, e, load_at(prob, e) * share);
+    return {largest, second, total, logarithm(total)};
+  }
+  // Of p; finite where p is 0, so that their product is 0.
+  V log_probability(int64_t e) const {
+    const V below = load_at(logs_at_, e) - clean_.largest;
+    return greater<A>(broadcast(A(-1e30)), below) - clean_.log_total;
+  }
+  // Sigmoids scaled to sum to 1 are a softmax of their logarithms, which does not divide 0 by 0.
+  void log_sigmoids(const A* z) {
+    for (int64_t e = 0; e < p_.E; ++e) store_at(logs_, e, -softplus<A>(-load_at(z, e)));
   }
 
   // What experts are chosen by: -inf for those that must not be, the lowest number for NaN.
   void make_keys() {
     // Logits are in the order of their scores, and have not been rounded once more.
     const bool by_logit = !p_.bias && p_.expert_groups == 1;
-    const A *from = by_logit ? (p_.noise ? noisy_ : z_) : gate_, *bias = static_cast<const A*>(p_.bias);
+    const A *from = by_logit ? (p_.noise ? noisy_ : z_) : gate_at_, *bias = static_cast<const A*>(p_.bias);
     const V lowest = broadcast(std::numeric_limits<A>::lowest()), never = broadcast(kNever<A>);
-    for (int64_t e = 0; e < size_; e += kWidth) store(keys_ + e, load(from + e));
-    for (int64_t e = 0; bias && e < p_.E; ++e) keys_[e] += bias[e];
-    for (int64_t e = 0; e < size_; e += kWidth) {
-      const V key = load(keys_ + e);
-      store(keys_ + e, load(z_ + e) == never ? never : key == key ? key : lowest);
+    for (int64_t e = 0; e < p_.E; ++e) {
+      const V key = load_at(from, e) + (bias ? bias[e] : A(0));
+      store_at(keys_, e, load_at(z_, e) == never ? never : V(key == key ? key : lowest));
     }
   }
 
+  // The keys of one token, contiguous while `function` works on them.
+  template <class Function>
+  void of_one(int q, Function function) {
+    A* row = row_.get();
+    for (int64_t e = 0; e < p_.E; ++e) row[e] = keys_[e * kTokens + q];
+    function(row);
+    for (int64_t e = 0; e < p_.E; ++e) keys_[e * kTokens + q] = row[e];
+  }
+
   // Leaves the experts of the best groups.
-  void drop_groups() {
+  void drop_groups(A* keys) {
     const int64_t members = p_.E / p_.expert_groups;
     A* values = group_values_.get();
     for (int64_t g = 0; g < p_.expert_groups; ++g) {
       A first = kNever<A>, second = kNever<A>;
       for (int64_t e = g * members; e < (g + 1) * members; ++e) {
-        if (keys_[e] > first) {
+        if (keys[e] > first) {
           second = first;
-          first = keys_[e];
-        } else if (keys_[e] > second) {
-          second = keys_[e];
+          first = keys[e];
+        } else if (keys[e] > second) {
+          second = keys[e];
         }
       }
       const bool both = p_.group_score == GroupScore::top2 && second > kNever<A>;
@@ -256,78 +360,100 @@ class RouterRow {
       }
       if (worst < 0) return;
       values[worst] = std::numeric_limits<A>::infinity();
-      for (int64_t e = worst * members; e < (worst + 1) * members; ++e) keys_[e] = kNever<A>;
+      for (int64_t e = worst * members; e < (worst + 1) * members; ++e) keys[e] = kNever<A>;
     }
   }
 
-  // The k largest keys, ties by place; overwrites the keys.
-  void take_best(A* keys, int64_t count, int64_t filled, int64_t k, int64_t* best) {
-    if (k > 16) {
-      if (!places_.get()) places_.allocate(p_.E);
-      int64_t* places = places_.get();
-      for (int64_t e = 0; e < count; ++e) places[e] = e;
-      std::partial_sort(places, places + k, places + count,
-                        [keys](int64_t a, int64_t b) { return keys[a] > keys[b] || (keys[a] == keys[b] && a < b); });
-      for (int64_t j = 0; j < k; ++j) best[j] = keys[places[j]] == kNever<A> ? -1 : places[j];
-      return;
-    }
-    for (int64_t j = 0; j < k; ++j) {
-      V most = load(keys);
-      for (int64_t e = kWidth; e < filled; e += kWidth) most = greater<A>(most, load(keys + e));
-      const A largest = lane_max<A>(most);
-      if (largest == kNever<A>) {
-        best[j] = -1;
-        continue;
-      }
-      int64_t at = 0;
-      unsigned bits;
-      while ((bits = bits_of<Index>(load(keys + at) == largest)) == 0) at += kWidth;
-      at += __builtin_ctz(bits);
-      best[j] = at;
-      keys[at] = kNever<A>;
-    }
-  }
-
-  void gates_backward(const int64_t* experts, const A* d_gates, A* dz) {
-    A total = 0, mean = 0;
-    if (p_.renormalize) {
-      for (int64_t j = 0; j < p_.k; ++j) total += experts[j] >= 0 ? gate_[experts[j]] : A(0);
-      if (total == 0) return;
-      for (int64_t j = 0; j < p_.k; ++j) mean += experts[j] >= 0 ? d_gates[j] * gate_[experts[j]] / total : A(0);
-    }
-    const A factor = p_.renormalize ? 1 / total : A(1);
-    const bool of_sigmoid = p_.score == RouterScore::sigmoid;
-    A weighted = 0;
+  void sort_best(const A* keys, int q) {
+    if (!places_.get()) places_.allocate(p_.E);
+    int64_t* places = places_.get();
+    for (int64_t e = 0; e < p_.E; ++e) places[e] = e;
+    std::partial_sort(places, places + p_.k, places + p_.E,
+                      [keys](int64_t a, int64_t b) { return keys[a] > keys[b] || (keys[a] == keys[b] && a < b); });
     for (int64_t j = 0; j < p_.k; ++j) {
-      if (experts[j] < 0) continue;
-      const A g = gate_[experts[j]], d = (d_gates[j] - mean) * factor;
-      dz[experts[j]] += of_sigmoid ? d * g * (1 - g) : d * g;
-      weighted += d * g;
+      const bool none = keys[places[j]] == kNever<A>;
+      chosen_.get()[j * kTokens + q] = none ? -1 : static_cast<Index>(places[j]);
+    }
+  }
+
+  // The noisy logit of each token's last choice, and where there is none.
+  std::pair<V, Mask> last_choices() const {
+    V threshold = {};
+    const Mask last = load(chosen_.get() + (p_.k - 1) * kTokens);
+    for (int q = 0; q < kTokens; ++q) {
+      if (last[q] >= 0) threshold[q] = noisy_[last[q] * kTokens + q];
+    }
+    return {threshold, last < 0};
+  }
+
+  void gates_backward(const A* d_gates, int64_t first, int64_t end) {
+    const bool of_sigmoid = p_.score == RouterScore::sigmoid;
+    V weighted = {};
+    for (int q = 0; q < minimum<int64_t>(kTokens, end - first); ++q) {
+      if (!live(q)) continue;
+      const A* d = d_gates + (first + q) * p_.k;
+      A total = 1, mean = 0;
+      if (p_.renormalize) {
+        total = 0;
+        for (int64_t j = 0; j < p_.k; ++j) total += gate(choice(j, q), q);
+        if (total == 0) continue;
+        for (int64_t j = 0; j < p_.k; ++j) {
+          const A g = gate(choice(j, q), q);
+          if (choice(j, q) >= 0) mean += d[j] * g / total;
+        }
+      }
+      A sum = 0;
+      for (int64_t j = 0; j < p_.k; ++j) {
+        const int64_t expert = choice(j, q);
+        if (expert < 0) continue;
+        const A g = gate(expert, q), part = (d[j] - mean) / total * g;
+        dz_[expert * kTokens + q] += of_sigmoid ? part * (1 - g) : part;
+        sum += part;
+      }
+      weighted[q] = sum;
     }
     if (of_sigmoid) return;
-    for (int64_t e = 0; e < size_; e += kWidth) store(dz + e, load(dz + e) - load(gate_ + e) * weighted);
+    for (int64_t e = 0; e < p_.E; ++e) store_at(dz_, e, load_at(dz_, e) - load_at(gate_at_, e) * weighted);
   }
 
-  void chances_backward(int64_t last, const A* d_chance, A* dz) {
+  void noise_backward(const A* d_noisy) {
+    const bool of_sigmoid = p_.score == RouterScore::sigmoid;
+    V mean = {};
+    spread(d_noisy);
+    for (int64_t e = 0; e < p_.E; ++e) mean += load_at(noisy_prob_, e) * load_at(d_sums_, e);
+    for (int64_t e = 0; e < p_.E; ++e) {
+      V d = load_at(noisy_prob_, e) * (load_at(d_sums_, e) - mean);
+      if (of_sigmoid) d = d * (1 - sigmoid<A>(load_at(noisy_, e)));
+      store_at(dz_, e, load_at(dz_, e) + d);
+    }
+  }
+
+  void chances_backward(const A* d_chance) {
     const A sigma = static_cast<A>(p_.sigma), height = static_cast<A>(0.39894228040143267794) / sigma;
-    const V threshold = broadcast(noisy_[last]);
+    const auto [threshold, certain] = last_choices();
     V sum = {};
-    for (int64_t e = 0; e < size_; e += kWidth) {
-      const V z = load(z_ + e), u = (z - threshold) / sigma, density = exponential(V(-u * u / 2)) * height;
-      const V part = z == kNever<A> ? V{} : V(load(d_chance + e) * density);
-      store(dz + e, load(dz + e) + part);
+    spread(d_chance);
+    for (int64_t e = 0; e < p_.E; ++e) {
+      const V z = load_at(z_, e), u = (z - threshold) / sigma, density = exponential(V(-u * u / 2)) * height;
+      const V part = only(load_at(d_sums_, e) * density, (z != kNever<A>)&~certain);
+      store_at(dz_, e, load_at(dz_, e) + part);
       sum += part;
     }
-    dz[last] -= lane_sum<A>(sum);  // the threshold is a logit itself
+    for (int q = 0; q < kTokens; ++q) {
+      const int64_t last = choice(p_.k - 1, q);
+      if (last >= 0) dz_[last * kTokens + q] -= sum[q];  // the threshold is a logit itself
+    }
   }
 
   const RouterProblem& p_;
-  int64_t size_;
-  Buffer<A> memory_, group_values_;
+  Buffer<A> memory_, row_, group_values_;
+  Buffer<Index> chosen_;
   Buffer<int64_t> places_;
-  A *z_, *noisy_, *log_p_, *prob_, *noisy_prob_, *gate_, *keys_, *spare_;
-  const A* gate_at_ = nullptr;
-  A lse_ = 0;
+  A *z_, *noisy_, *logs_, *prob_, *noisy_prob_, *gate_, *keys_, *chance_, *d_sums_, *dz_;
+  const A *gate_at_ = nullptr, *logs_at_ = nullptr;
+  Mask live_ = {}, segment_ = {};
+  Distribution clean_ = {};
+  V lse_ = {};
 };
 
 }  // namespace
