@@ -155,8 +155,9 @@ def router_inputs(case: Case, constants: dict[str, float]) -> Inputs:
         "segments": (torch.arange(tokens) % 57 >= 49).long(),
         "weight": torch.randn(tokens, k, generator=generator),
     }
-    losses = dict(constants)
-    return Inputs({"logits": logits.to(case.device, case.dtype)}, losses, frozen=_on(case, frozen))
+    if constants["noise_std"]:
+        frozen["noise"] = torch.randn(tokens, experts, generator=generator)
+    return Inputs({"logits": logits.to(case.device, case.dtype)}, dict(constants), frozen=_on(case, frozen))
 
 
 def grouped_inputs(case: Case) -> Inputs:

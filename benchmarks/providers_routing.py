@@ -1,7 +1,6 @@
 """Who routes tokens to experts and multiplies them there: this package, plain torch, and other packages.
 
-A step is one forward and backward from fresh leaves. The noise of a router is drawn inside the step by everybody, from
-the same seed.
+A step is one forward and backward from fresh leaves. The noise of a router is drawn before, for all alike.
 """
 
 from __future__ import annotations
@@ -25,20 +24,10 @@ DENSE_LAYER = "one dense layer"
 ST_MOE = "st-moe-pytorch"
 
 LOSSES = ("importance", "load", "switch", "z", "local_entropy", "global_entropy")
-SEED = 1
 
 
 # ---------------------------------------------------------------------------------------------
 # A router with all its losses
-
-
-def router_noise(inputs: Inputs) -> Tensor | None:
-    """What a router draws in a step."""
-    logits = inputs.tensors["logits"]
-    if not inputs.constants["noise_std"]:
-        return None
-    generator = torch.Generator(logits.device).manual_seed(SEED)
-    return torch.randn(logits.shape, generator=generator, dtype=logits.dtype, device=logits.device)
 
 
 def router_total(losses: Tensor, gates: Tensor, weight: Tensor) -> Tensor:
@@ -68,7 +57,7 @@ def ours_route() -> Provider:
                 num_segments=int(options["segments"]),
                 gating=gating,
                 losses=losses,
-                generator=torch.Generator(logits.device).manual_seed(SEED),
+                noise=inputs.frozen.get("noise"),
             )
             return router_total(routing.loss, routing.gates, weight)
 
@@ -84,7 +73,7 @@ def torch_route() -> Provider:
         segments, weight = inputs.frozen["segments"], inputs.frozen["weight"]
 
         def total(logits: Tensor) -> Tensor:
-            noise = router_noise(inputs)
+            noise = inputs.frozen.get("noise")
             losses, gates, experts = dense_router(logits, noise, segments, weight.shape[1], **inputs.constants)
             slots, *_ = places(gates, experts, logits.shape[1], inputs.constants["capacity"])
             router_metrics(logits, experts, slots >= 0, segments, inputs.constants["segments"])

@@ -43,6 +43,7 @@ class RouterProblem:
         allowed: Tensor | None,
         losses: Sequence[str | RouterLoss],
         generator: torch.Generator | None,
+        noise: Tensor | None,
     ) -> RouterProblem:
         """Check the arguments, and draw the noise."""
         tokens = len(logits)
@@ -57,9 +58,14 @@ class RouterProblem:
         if given is not None:  # a token that is given no expert is left out
             some = (given >= 0).any(1)
             valid = some if valid is None else valid & some
-        noise = None
-        if gating.noise_std:
-            dtype = _checks.accumulator(logits.dtype)
+        dtype = _checks.accumulator(logits.dtype)
+        if noise is not None:
+            if not gating.noise_std:
+                raise ValueError(f"{function}: noise must be None without gating.noise_std, got a tensor")
+            _check_like(function, "noise", noise, noise.dtype, tuple(logits.shape), logits)
+            _checks.check_constant(function, "noise", noise)
+            noise = noise.to(dtype).contiguous()
+        elif gating.noise_std:
             noise = torch.randn(logits.shape, dtype=dtype, device=logits.device, generator=generator)
         return cls(function, logits, gating, noise, mask, given, segments, count, valid, wanted)
 

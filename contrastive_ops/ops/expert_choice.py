@@ -26,6 +26,7 @@ def expert_choice(
     allowed: Tensor | None = None,
     losses: Sequence[str | RouterLoss] = (),
     generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
     backend: str = "auto",
 ) -> Routing:
     """Let every expert choose its tokens: balanced by construction, with as many experts a token as want it.
@@ -45,6 +46,7 @@ def expert_choice(
         allowed: (T, E) bool, as in `route`.
         losses: as in `route`; not "load".
         generator: as in `route`.
+        noise: as in `route`.
         backend: as in `route`.
 
     Returns:
@@ -82,7 +84,7 @@ def expert_choice(
     if allowed is not None and allowed.dtype != torch.bool:
         raise TypeError(f"{function}: allowed must be bool (T, E), got {allowed.dtype}")
     problem = RouterProblem.of(
-        function, logits, experts, gating, segments, num_segments, valid, allowed, losses, generator
+        function, logits, experts, gating, segments, num_segments, valid, allowed, losses, generator, noise
     )
     if problem.asks("load"):
         raise ValueError(f'{function}: losses must not have "load", got it: every expert takes as many tokens')

@@ -86,6 +86,7 @@ def route(
     allowed: Tensor | None = None,
     losses: Sequence[str | RouterLoss] = (),
     generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
     backend: str = "auto",
 ) -> Routing:
     """Choose k experts for every token and a place for every choice.
@@ -118,6 +119,8 @@ def route(
             int64, the experts it is given, -1 for none. A row with fewer experts than k has -1 and gate 0 in the rest.
         losses: names, or `RouterLoss` with weights and thresholds.
         generator: for the noise; by default torch's own.
+        noise: (T, E) normal numbers to use instead of drawing them, such as those of an earlier pass over the same
+            tokens that must take the same decisions.
         backend: "auto", "reference" or "cpu".
 
     Returns:
@@ -159,7 +162,9 @@ def route(
     gating.check(function, k, experts, logits)
     limits = as_capacity(function, capacity)
     taken, group = limits.slots(function, tokens, experts, k)
-    problem = RouterProblem.of(function, logits, k, gating, segments, num_segments, valid, allowed, losses, generator)
+    problem = RouterProblem.of(
+        function, logits, k, gating, segments, num_segments, valid, allowed, losses, generator, noise
+    )
     if problem.asks("load") and (gating.noise_std == 0 or gating.bias is not None or gating.expert_groups > 1):
         raise ValueError(
             f'{function}: losses must not have "load" without noise, or with a bias or groups of experts, got '

@@ -165,8 +165,11 @@ void router_slots(const RouterSlots& s, const Parallel& parallel) {
     for (int64_t c = 0; c < choices; ++c) s.slots[c] = s.experts[c] >= 0 ? 0 : -1;
   }
   std::fill(s.kept, s.kept + s.segments * s.E, 0);
-  for (int64_t c = 0; c < choices; ++c) {
-    if (s.slots[c] >= 0) ++s.kept[(s.segment ? s.segment[c / s.k] : 0) * s.E + s.experts[c]];
+  for (int64_t t = 0; t < s.T; ++t) {
+    int64_t* kept = s.kept + (s.segment ? s.segment[t] : 0) * s.E;
+    for (int64_t c = t * s.k; c < (t + 1) * s.k; ++c) {
+      if (s.slots[c] >= 0) ++kept[s.experts[c]];
+    }
   }
   Buffer<int64_t> next(s.E);
   s.offsets[0] = 0;
@@ -176,12 +179,21 @@ void router_slots(const RouterSlots& s, const Parallel& parallel) {
     next.get()[e] = s.offsets[e];
     s.offsets[e + 1] = s.offsets[e] + count;
   }
-  std::fill(s.order, s.order + s.rows, -1);
-  for (int64_t c = 0; c < choices; ++c) {
+  // Without gaps, rows are only empty behind the last expert.
+  std::fill(s.order + (s.padded ? 0 : s.offsets[s.E]), s.order + s.rows, -1);
+  int64_t* row = next.get();
+  for (int64_t group = 0; s.padded && group < groups; ++group) {
+    for (int64_t c = group * s.group_size * s.k; c < (group + 1) * s.group_size * s.k; ++c) {
+      if (s.slots[c] < 0) continue;
+      s.slots[c] += s.offsets[s.experts[c]] + group * s.capacity;
+      s.order[s.slots[c]] = c;
+    }
+  }
+  for (int64_t c = 0; !s.padded && c < choices; ++c) {
     if (s.slots[c] < 0) continue;
-    const int64_t e = s.experts[c];
-    s.slots[c] = s.padded ? s.offsets[e] + c / s.k / s.group_size * s.capacity + s.slots[c] : next.get()[e]++;
-    s.order[s.slots[c]] = c;
+    const int64_t slot = row[s.experts[c]]++;
+    s.slots[c] = slot;
+    s.order[slot] = c;
   }
 }
 

@@ -151,10 +151,10 @@ class RouterBlock {
 
   // Chance of each expert to be above the last choice when its own noise is drawn again.
   void make_chances() {
-    const V sigma = broadcast(static_cast<A>(p_.sigma));
+    const V per_sigma = broadcast(inverse_sigma());
     const auto [threshold, certain] = last_choices();
     for (int64_t e = 0; e < p_.E; ++e) {
-      const V z = load_at(z_, e), chance = normal_cdf(V((z - threshold) / sigma));
+      const V z = load_at(z_, e), chance = normal_cdf(V((z - threshold) * per_sigma));
       // With fewer experts than choices each is chosen for certain.
       store_at(chance_, e, z == kNever<A> ? V{} : V(certain ? broadcast(A(1)) : chance));
     }
@@ -376,6 +376,8 @@ class RouterBlock {
     }
   }
 
+  // Finite, so that the last choice itself is at distance 0.
+  A inverse_sigma() const { return minimum(1 / static_cast<A>(p_.sigma), A(1e30)); }
   // The noisy logit of each token's last choice, and where there is none.
   std::pair<V, Mask> last_choices() const {
     V threshold = {};
@@ -429,12 +431,12 @@ class RouterBlock {
   }
 
   void chances_backward(const A* d_chance) {
-    const A sigma = static_cast<A>(p_.sigma), height = static_cast<A>(0.39894228040143267794) / sigma;
+    const A per_sigma = inverse_sigma(), height = static_cast<A>(0.39894228040143267794) * per_sigma;
     const auto [threshold, certain] = last_choices();
     V sum = {};
     spread(d_chance);
     for (int64_t e = 0; e < p_.E; ++e) {
-      const V z = load_at(z_, e), u = (z - threshold) / sigma, density = exponential(V(-u * u / 2)) * height;
+      const V z = load_at(z_, e), u = (z - threshold) * per_sigma, density = exponential(V(-u * u / 2)) * height;
       const V part = only(load_at(d_sums_, e) * density, (z != kNever<A>)&~certain);
       store_at(dz_, e, load_at(dz_, e) + part);
       sum += part;
