@@ -62,6 +62,20 @@ def test_any_number_of_threads_gives_the_same_bits(dtype, threads):
         assert_same_bits(found, first)
 
 
+def test_noise_of_an_earlier_pass(backend):
+    """Given noise is what would be drawn, in every dtype; two passes over chunks decide as one over all tokens."""
+    logits, noise = torch.randn(40, 6), torch.randn(40, 6, generator=torch.Generator().manual_seed(2))
+    drawn = route(logits, 2, gating=NOISY, generator=torch.Generator().manual_seed(2), backend=backend)
+    given = route(logits, 2, gating=NOISY, noise=noise.double(), backend=backend)
+    assert torch.equal(given.experts, drawn.experts) and torch.equal(given.gates, drawn.gates)
+    parts = [route(logits[r], 2, gating=NOISY, noise=noise[r], backend=backend) for r in (slice(25), slice(25, 40))]
+    assert torch.equal(torch.cat([part.experts for part in parts]), drawn.experts)
+    assert torch.equal(torch.cat([part.gates for part in parts]), drawn.gates)
+    chosen = expert_choice(logits, 3, gating=NOISY, noise=noise, backend=backend)
+    again = expert_choice(logits, 3, gating=NOISY, generator=torch.Generator().manual_seed(2), backend=backend)
+    assert torch.equal(chosen.experts, again.experts)
+
+
 # ---- Operators -------------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +203,10 @@ BAD = {
     "allowed of another shape": ({"allowed": FLAGS}, ValueError, r"allowed must have shape \(6, 4\)"),
     "allowed out of range": ({"allowed": torch.full((6,), 4)}, ValueError, "allowed must be"),
     "elsewhere": ({"valid": FLAGS.to("meta")}, ValueError, "valid must be on the same device as logits"),
+    "noise for a router without": ({"noise": LOGITS}, ValueError, "noise must be None without gating.noise_std"),
+    "noise of another shape": ({"noise": LOGITS[:3], "gating": NOISY}, ValueError, r"noise must have shape \(6, 4\)"),
+    "noise is a number": ({"noise": 1.0, "gating": NOISY}, TypeError, "noise must be a tensor, got float"),
+    "noise of integers": ({"noise": LOGITS.long(), "gating": NOISY}, TypeError, "noise must be float"),
     "unknown loss": ({"losses": ["entropy"]}, ValueError, "RouterLoss: name must be one of"),
     "a loss twice": ({"losses": ["z", "z"]}, ValueError, "losses must differ"),
     "losses are a name": ({"losses": "z"}, TypeError, "losses must be a list of names and RouterLoss"),

@@ -62,6 +62,7 @@ class RouterProblem:
         if noise is not None:
             if not gating.noise_std:
                 raise ValueError(f"{function}: noise must be None without gating.noise_std, got a tensor")
+            _checks.check_matrix(function, "noise", noise)
             _check_like(function, "noise", noise, noise.dtype, tuple(logits.shape), logits)
             _checks.check_constant(function, "noise", noise)
             noise = noise.to(dtype).contiguous()

@@ -191,14 +191,14 @@ class RouterBlock {
       share = here ? broadcast(d_totals[p_.segments + segment]) : share;
     });
     V mean = {}, mean_log = {};
-    spread(d_sums);
+    const OfSegments d_p = of_segments(d_sums);
     for (int64_t e = 0; e < p_.E; ++e) {
-      mean += load_at(prob_, e) * load_at(d_sums_, e);
+      mean += load_at(prob_, e) * d_p[e];
       mean_log += load_at(prob_, e) * log_probability(e);
     }
     for (int64_t e = 0; e < p_.E; ++e) {
       const V p = load_at(prob_, e), z = load_at(z_, e);
-      V d = p * (load_at(d_sums_, e) - mean) - share * p * (log_probability(e) - mean_log);
+      V d = p * (d_p[e] - mean) - share * p * (log_probability(e) - mean_log);
       if (of_sigmoid) d = d * (1 - sigmoid<A>(z)) + factor * exponential(V(z - lse_));
       store_at(dz_, e, of_sigmoid ? d : V(d + factor * p));
     }
@@ -276,14 +276,21 @@ class RouterBlock {
   void add_array(A* to, const A* array, Mask here) const {
     for (int64_t e = 0; e < p_.E; ++e) store_at(to, e, load_at(to, e) + only(load_at(array, e), here));
   }
-  // Numbers (segments, E) of the tokens' segments.
-  void spread(const A* table) {
+  // Numbers (segments, E), of each token those of its segment: one row for all where they agree, as neighbours do.
+  struct OfSegments {
+    const A *row, *lanes;
+    INLINE V operator[](int64_t e) const { return row ? broadcast(row[e]) : load_at(lanes, e); }
+  };
+  OfSegments of_segments(const A* table) {
+    const Index first = segment_[__builtin_ctz(bits_of<Index>(live_))];
+    if (bits_of<Index>(live_ & (segment_ != first)) == 0) return {table + first * p_.E, nullptr};
     for_segments([&](int64_t segment, Mask here) {
-      for (int64_t e = 0; e < p_.E; ++e) {
-        const V value = broadcast(table[segment * p_.E + e]);
-        store_at(d_sums_, e, here ? value : load_at(d_sums_, e));
+      const int64_t experts = p_.E;
+      for (int64_t e = 0; e < experts; ++e) {
+        store_at(d_sums_, e, here ? broadcast(table[segment * experts + e]) : load_at(d_sums_, e));
       }
     });
+    return {nullptr, d_sums_};
   }
 
   // Softmax of q, and what is known of it.
@@ -421,10 +428,10 @@ class RouterBlock {
   void noise_backward(const A* d_noisy) {
     const bool of_sigmoid = p_.score == RouterScore::sigmoid;
     V mean = {};
-    spread(d_noisy);
-    for (int64_t e = 0; e < p_.E; ++e) mean += load_at(noisy_prob_, e) * load_at(d_sums_, e);
+    const OfSegments d_p = of_segments(d_noisy);
+    for (int64_t e = 0; e < p_.E; ++e) mean += load_at(noisy_prob_, e) * d_p[e];
     for (int64_t e = 0; e < p_.E; ++e) {
-      V d = load_at(noisy_prob_, e) * (load_at(d_sums_, e) - mean);
+      V d = load_at(noisy_prob_, e) * (d_p[e] - mean);
       if (of_sigmoid) d = d * (1 - sigmoid<A>(load_at(noisy_, e)));
       store_at(dz_, e, load_at(dz_, e) + d);
     }
@@ -434,10 +441,10 @@ class RouterBlock {
     const A per_sigma = inverse_sigma(), height = static_cast<A>(0.39894228040143267794) * per_sigma;
     const auto [threshold, certain] = last_choices();
     V sum = {};
-    spread(d_chance);
+    const OfSegments d_p = of_segments(d_chance);
     for (int64_t e = 0; e < p_.E; ++e) {
       const V z = load_at(z_, e), u = (z - threshold) * per_sigma, density = exponential(V(-u * u / 2)) * height;
-      const V part = only(load_at(d_sums_, e) * density, (z != kNever<A>)&~certain);
+      const V part = only(d_p[e] * density, (z != kNever<A>)&~certain);
       store_at(dz_, e, load_at(dz_, e) + part);
       sum += part;
     }

@@ -47,7 +47,7 @@ INLINE void store(T* to, Vec<T> value) {
 }
 template <class T>
 INLINE Vec<T> broadcast(T value) {
-  return Vec<T>{} + value;
+  return value - Vec<T>{};  // a difference, because adding 0 is an operation: it turns -0 into 0
 }
 template <class To, class From>
 INLINE To bit_cast(const From& from) {
