@@ -124,8 +124,11 @@ const uint64_t* turns(const A* priority, int64_t count, uint64_t* keys, uint64_t
     return sort_descending(priority, count, keys, other);
   } else {
     for (int64_t e = 0; e < count; ++e) keys[e] = static_cast<uint64_t>(e);
-    std::stable_sort(keys, keys + count, [priority](uint64_t a, uint64_t b) {
-      return priority[a] > priority[b] || (priority[a] == priority[a] && priority[b] != priority[b]);
+    // Not std::stable_sort, part of which has external linkage; equal numbers are told apart by their places.
+    std::sort(keys, keys + count, [priority](uint64_t a, uint64_t b) {
+      const A p = priority[a], q = priority[b];
+      if (p != p || q != q) return p == p || (q != q && a < b);
+      return p > q || (p == q && a < b);
     });
     return keys;
   }
