@@ -35,7 +35,8 @@ class Variant:
     Attributes:
         name: what is switched on, for people.
         kernel: the function under ``triton.jit``.
-        types: type of each run-time argument: "*bf16", "*fp32", "*i64", "i32", "fp32", ...
+        types: type of each run-time argument: "*bf16", "*fp32", "*i64", "i32", "fp32", ...; "i32:16" for a number
+            that is a multiple of 16 (strides, as a rule); a tuple of these for a tuple.
         constants: value of each compile-time argument.
         options: "num_warps", "num_stages".
         has_dot: whether a matrix product is in it, which must use tensor cores in 16 bits.
@@ -43,7 +44,7 @@ class Variant:
 
     name: str
     kernel: Any
-    types: Mapping[str, str]
+    types: Mapping[str, str | tuple[str, ...]]
     constants: Mapping[str, Any]
     options: Mapping[str, int]
     has_dot: bool = False
@@ -60,10 +61,18 @@ class Compiled:
 
 def compile_for(variant: Variant, arch: str) -> Compiled:
     """Compile for one of `TARGETS`; nothing asks for a device."""
-    arguments = variant.kernel.arg_names
-    signature = {name: "constexpr" if name in variant.constants else variant.types[name] for name in arguments}
-    # As at run time: pointers of torch are aligned, and numbers are not specialised.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(arguments) if signature[name].startswith("*")}
+    signature: dict[str, Any] = {}
+    # As at run time: pointers of torch are aligned, and other numbers are not specialised.
+    aligned = {}
+    for i, name in enumerate(variant.kernel.arg_names):
+        if name in variant.constants:
+            signature[name] = "constexpr"
+            continue
+        given = variant.types[name]
+        parts = {(i,): given} if isinstance(given, str) else {(i, k): each for k, each in enumerate(given)}
+        aligned.update({path: [["tt.divisibility", 16]] for path, t in parts.items() if t[0] == "*" or ":16" in t})
+        types = tuple(each.removesuffix(":16") for each in parts.values())
+        signature[name] = types[0] if isinstance(given, str) else types
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=dict(variant.constants), attrs=aligned)
     compiled = triton.compile(source, target=TARGETS[arch], options=dict(variant.options))
     if arch == "gfx942":

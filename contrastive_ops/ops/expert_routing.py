@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import _checks, _extension
+from .. import _checks, _extension, _triton
 from .._dispatch import Backend, choose, unsupported_by_cpu
 from .._routing import SlotSpec
 from ..reference import expert_routing as reference
@@ -28,6 +28,11 @@ BACKENDS = {
         source="csrc/cpu/expert_routing.cpp",
         functions=functools.cache(lambda: _extension.functions("expert_routing")),
         unsupported=unsupported_by_cpu,
+    ),
+    "triton": Backend(
+        source="kernels/expert_routing.py",
+        functions=functools.cache(lambda: _triton.functions("expert_routing")),
+        unsupported=_triton.unsupported,
     ),
 }
 
@@ -121,7 +126,7 @@ def route(
         generator: for the noise; by default torch's own.
         noise: (T, E) normal numbers to use instead of drawing them, such as those of an earlier pass over the same
             tokens that must take the same decisions.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
         `Routing`.
@@ -207,7 +212,7 @@ def dispatch(tokens: Tensor, routing: Routing, *, backend: str = "auto") -> Tens
     Args:
         tokens: (T, D) float32, bfloat16, float16 or float64. Differentiable.
         routing: of the same T tokens.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
         (R, D) in the dtype of `tokens`, grouped by expert: those of expert e are the rows from ``routing.offsets[e]``
@@ -240,7 +245,7 @@ def combine(rows: Tensor, routing: Routing, *, backend: str = "auto") -> Tensor:
     Args:
         rows: (R, D) in the layout of `dispatch`. Differentiable, and so are ``routing.gates``.
         routing: that the tokens were dispatched by.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu" or "triton".
 
     Returns:
         (T, D) in the dtype of `rows`, summed in float32 (float64 for float64) in the order of choices. A token whose

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks, _extension
+from .. import _autocast, _checks, _extension, _triton
 from .._dispatch import Backend, choose, unsupported_by_cpu
 from ..reference import grouped_matmul as reference
 from ._autograd import LIBRARY
@@ -28,6 +28,11 @@ BACKENDS = {
         source="csrc/cpu/grouped_matmul.cpp",
         functions=functools.cache(lambda: _extension.functions("grouped_matmul")),
         unsupported=unsupported_by_cpu,
+    ),
+    "triton": Backend(
+        source="kernels/grouped_matmul.py",
+        functions=functools.cache(lambda: _triton.functions("grouped_matmul")),
+        unsupported=_triton.unsupported,
     ),
 }
 
@@ -53,7 +58,7 @@ def grouped_matmul(
             ``weight.transpose(1, 2)``, which is not copied.
         offsets: (E + 1,) int64, ascending within [0, R]: group e is the rows offsets[e] to offsets[e + 1].
         bias: (E, F) added to the rows of each group, of the same dtype; None for none.
-        backend: "auto", "reference" or "cpu". An explicit backend runs or raises.
+        backend: "auto", "reference", "cpu" or "triton". An explicit backend runs or raises.
 
     Returns:
         (R, F) in the dtype of `a`: sums in float32 (float64 for float64), rounded once.

@@ -232,7 +232,7 @@ def slots(
         slot = torch.arange(len(flat), device=experts.device)
         counts = torch.bincount(expert, minlength=s.experts)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    places = torch.full_like(experts, -1)
+    places = torch.full_like(experts, -1, memory_format=torch.contiguous_format)
     places.view(-1)[flat] = slot
     order = torch.full((rows,), -1, dtype=torch.int64, device=experts.device)
     order[slot] = flat
@@ -253,10 +253,10 @@ def _positions(experts: Tensor, priority: Tensor | None, groups: int) -> Tensor:
         turn = torch.arange(size, device=experts.device).expand(groups, size)
     else:
         priority = priority.masked_fill(priority.isnan(), -torch.inf)
-        turn = priority.view(groups, size).argsort(dim=1, descending=True, stable=True)
+        turn = priority.reshape(groups, size).argsort(dim=1, descending=True, stable=True)
     # The choices of a group in their order, as places in a group's (size, k).
     place = (turn[:, None, :] * k + torch.arange(k, device=experts.device)[:, None]).flatten(1)
-    ordered = experts.view(groups, size * k).gather(1, place)
+    ordered = experts.reshape(groups, size * k).gather(1, place)
     by_expert = ordered.argsort(dim=1, stable=True)
     grouped = ordered.gather(1, by_expert)
     index = torch.arange(size * k, device=experts.device).expand_as(grouped)
