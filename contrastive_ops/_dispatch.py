@@ -26,11 +26,13 @@ class Backend:
         source: the file that holds the code, relative to the repository.
         functions: returns the object with the launchers; called only when the backend is used.
         unsupported: reasons why these inputs cannot run; alone chooses, refuses and explains.
+        keeps: whether forward can keep inner products, so that backward need not compute them again.
     """
 
     source: str
     functions: Callable[[], Any]
     unsupported: Callable[[Tensor], list[str]]
+    keeps: bool = False
 
 
 # In order of preference per device type.

@@ -52,7 +52,7 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What a compilation needs: shared memory in bytes, spilled registers in bytes or numbers; and its assembly."""
+    """What a compilation needs: shared memory, memory of a thread for spilled registers, in bytes; its assembly."""
 
     shared: int
     spills: int
@@ -77,7 +77,8 @@ def compile_for(variant: Variant, arch: str) -> Compiled:
     compiled = triton.compile(source, target=TARGETS[arch], options=dict(variant.options))
     if arch == "gfx942":
         assembly = compiled.asm["amdgcn"]
-        spills = sum(int(count) for count in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", assembly))
+        # Not the counts of spilled registers: scalar ones move to lanes of vector registers, which stay on the chip.
+        spills = sum(int(n) for n in re.findall(r"\.private_segment_fixed_size:\s*(\d+)", assembly))
     else:
         assembly = compiled.asm["ptx"]
         spills = _local_memory(compiled.asm["cubin"])

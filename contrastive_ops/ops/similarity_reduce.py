@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, _extension
+from .. import _checks, _extension, _triton
 from .._dispatch import Backend, choose, unsupported_by_cpu
 from .._similarity import Layout, SetFold
 from ..reference import similarity_reduce as reference
@@ -16,6 +16,14 @@ from ._logit_sets import LogitSets, prepare
 from ._similarity_reduce_autograd import register
 from .folds import Fold, Folded, Reduced, as_fold
 from .pairs import Pairs
+
+
+def _unsupported_by_triton(x: Tensor) -> list[str]:
+    """Reasons why the Triton backend cannot run on `x`."""
+    reasons = _triton.unsupported(x)
+    too_old = None if reasons else _triton.functions("similarity_reduce").too_old()
+    return reasons if too_old is None else [too_old]
+
 
 # One hop to every implementation; each offers forward, backward and total with the same arguments.
 BACKENDS = {
@@ -28,6 +36,12 @@ BACKENDS = {
         source="csrc/cpu/similarity_reduce.cpp",
         functions=functools.cache(lambda: _extension.functions("similarity_reduce")),
         unsupported=unsupported_by_cpu,
+        keeps=True,
+    ),
+    "triton": Backend(
+        source="kernels/similarity_reduce.py",
+        functions=functools.cache(lambda: _triton.functions("similarity_reduce")),
+        unsupported=_unsupported_by_triton,
     ),
 }
 
@@ -111,8 +125,8 @@ def similarity_reduce(
             are not differentiable. Rules and target do not apply to it.
         pairs: which pairs take part. The target is returned even where a rule drops its pair.
         memory_budget: bytes of inner products to keep between forward and backward, so that backward need not
-            compute them again; 0 keeps none. None: 128 MiB. Does not change results.
-        backend: "auto", "reference" or "cpu". An explicit backend runs or raises.
+            compute them again; 0 keeps none. None: 128 MiB. Does not change results. Of use to "cpu" alone.
+        backend: "auto", "reference", "cpu" or "triton". An explicit backend runs or raises.
 
     Returns:
         (N,) for ``dim=1``, (M,) for ``dim=0``; a `Reduced` for ``dim=(0, 1)``, "max", several folds, a target or
@@ -219,7 +233,7 @@ def fold(
     arguments = (x, y, sets.scale(), row_bias, col_bias, target, *layout.encode())
     chosen = choose(names[0], BACKENDS, x, backend)
     budget = _bytes(names[0], memory_budget)
-    keeps = needs_gradient(*arguments) and chosen != "reference"
+    keeps = needs_gradient(*arguments) and BACKENDS[chosen].keeps
     kept_size = _kept_size(x, y, budget) if keeps else 0
     values, argmax, target_logit, linear_sum, _ = torch.ops.contrastive_ops.similarity_reduce_forward(
         *arguments, kept_size, chosen

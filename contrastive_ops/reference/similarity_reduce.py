@@ -250,6 +250,22 @@ def row_losses(kind: str, fold: Tensor, target_logit: Tensor, extra: Tensor | No
     return softplus((fold if extra is None else merge_lse(fold, extra)) - target_logit)
 
 
+def row_slopes(
+    kind: str, fold: Tensor, target_logit: Tensor, weight: Tensor, extra: Tensor | None, target_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The derivatives of the weighted total of `row_losses` by fold, target_logit and extra (empty without one)."""
+    dextra = fold.new_empty((0,))
+    if kind == "sum_softplus":
+        d_fold, d_target = weight, -weight * (-target_logit).sigmoid()
+    else:
+        everything = fold if extra is None else merge_lse(fold, extra)
+        d_all = weight * (everything - target_logit).sigmoid()
+        d_fold, d_target = d_all * _probability(fold, everything), -d_all
+        if extra is not None:
+            dextra = d_all * _probability(extra, everything)
+    return d_fold, d_target if target_weight is None else d_target + target_weight, dextra
+
+
 def total(
     x: Tensor,
     y: Tensor | None,
@@ -269,15 +285,6 @@ def total(
     kind = Layout.decode(pair_data, spec).folds[0].kind
     fold, argmax, target_logit, _, kept = forward(*problem, 0)
     losses = row_losses(kind, fold, target_logit, extra)
-    dextra = fold.new_empty((0,))
-    if kind == "sum_softplus":
-        d_fold, d_target = weight, -weight * (-target_logit).sigmoid()
-    else:
-        everything = fold if extra is None else merge_lse(fold, extra)
-        d_all = weight * (everything - target_logit).sigmoid()
-        d_fold, d_target = d_all * _probability(fold, everything), -d_all
-        if extra is not None:
-            dextra = d_all * _probability(extra, everything)
-    d_target = d_target if target_weight is None else d_target + target_weight
+    d_fold, d_target, dextra = row_slopes(kind, fold, target_logit, weight, extra, target_weight)
     gradients = backward(*problem, fold, argmax, d_fold, d_target, None, kept, needs)
     return losses, target_logit, *gradients, dextra

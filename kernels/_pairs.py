@@ -1,0 +1,328 @@
+"""Logits of a tile, and which of its pairs take part: the rules of one logit set, as compile-time switches.
+
+A tile holds inner products of some rows with some columns. `rows` and `cols` are their indices, int32, of shape (B, 1)
+and (1, B), or (1, B) and (B, 1) where the tile is read mirrored (self-similarity, or columns that own their gradient):
+everything here is elementwise, so that one function serves both.
+
+On the host, `arguments` turns pair_data and spec into
+
+    data     a tuple of tensors, each of them once
+    offsets  a tuple of integers, the diagonal of each set
+    sets     a compile-time tuple of `SetRules`, which say where in `data` the tensors of a rule are
+
+A kernel takes these three, and passes ``data, offsets[s], sets[s]`` on to the functions here.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from contrastive_ops._similarity import Layout, LogitSet, ScaleOf, Slot
+
+# Tuples of tensors and of compile-time values as arguments of a kernel.
+OLDEST_TRITON = (3, 3)
+
+# Slots of rules that look at the pair, and so turn a logit into -inf; the others change or name logits.
+_DROPPING = (
+    Slot.DIFFER_ROWS,
+    Slot.SAME_ROWS,
+    Slot.EXCLUDE_INDPTR,
+    Slot.BELOW_ROWS,
+    Slot.BELOW_COLS,
+    Slot.ABOVE_ROWS,
+    Slot.ABOVE_COLS,
+    Slot.GUIDE_BELOW_ROWS,
+    Slot.GUIDE_BELOW_COLS,
+)
+
+
+class SetRules(NamedTuple):
+    """One logit set as kernels see it: compile-time switches, and positions in `data`, -1 for what does not apply.
+
+    Fields named like a `Slot` hold the position of its tensor.
+
+    Attributes:
+        scale_of: a `ScaleOf`.
+        negate: whether the set reads -l.
+        has_diagonal: whether its offset applies.
+        drops: whether any rule drops pairs.
+        scale: position of the scale: 1, N or M numbers.
+        row_bias: position of the bias of rows.
+        col_bias: position of the bias of columns.
+        target: position of the targets, int64.
+        row_class: position of the offset of each row's class in the table, -1 for none.
+        col_class: position of each column's class, -1 for none.
+    """
+
+    scale_of: int
+    negate: bool
+    has_diagonal: bool
+    drops: bool
+    scale: int
+    row_bias: int = -1
+    col_bias: int = -1
+    target: int = -1
+    row_class: int = -1
+    col_class: int = -1
+    differ_rows: int = -1
+    differ_cols: int = -1
+    same_rows: int = -1
+    same_cols: int = -1
+    exclude_indptr: int = -1
+    exclude_indices: int = -1
+    below_rows: int = -1
+    below_cols: int = -1
+    above_rows: int = -1
+    above_cols: int = -1
+    guide_x: int = -1
+    guide_y: int = -1
+    guide_below_rows: int = -1
+    guide_below_cols: int = -1
+    log_weight: int = -1
+    fill: int = -1
+    linear_indptr: int = -1
+    linear_indices: int = -1
+    linear_weight: int = -1
+
+
+class PairArguments(NamedTuple):
+    """What kernels take for all sets of a call.
+
+    Attributes:
+        data: tensors, contiguous, each of them once.
+        offsets: the diagonal of each set, 0 where it has none.
+        sets: compile-time, one `SetRules` per set.
+        guide_depth: the dimension of the guide, 0 without one.
+    """
+
+    data: tuple[Tensor, ...]
+    offsets: tuple[int, ...]
+    sets: tuple[SetRules, ...]
+    guide_depth: int
+
+    @property
+    def guide(self) -> tuple[int, int]:
+        """Positions in `data` of the guide's rows and columns; (-1, -1) without one."""
+        return next(((each.guide_x, each.guide_y) for each in self.sets if each.guide_x >= 0), (-1, -1))
+
+
+@functools.cache
+def too_old() -> str | None:
+    """Return None if this Triton passes tuples to kernels, else the reason."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < OLDEST_TRITON:
+        return f"triton {triton.__version__} (supported: {'.'.join(map(str, OLDEST_TRITON))} and newer)"
+    return None
+
+
+# ---- Host ------------------------------------------------------------------------------------------------------------
+
+
+class _Data:
+    """Collects tensors; one that several sets share is passed once."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self._known: dict[tuple[object, ...], int] = {}
+
+    def add(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return -1
+        key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if key not in self._known:
+            self._known[key] = len(self.tensors)
+            self.tensors.append(tensor.contiguous())
+        return self._known[key]
+
+
+def arguments(
+    layout: Layout,
+    rows: int,
+    columns: int,
+    scale: Tensor,
+    row_bias: Tensor | None = None,
+    col_bias: Tensor | None = None,
+    target: Tensor | None = None,
+) -> PairArguments:
+    """Turn what an operator is given into what kernels take."""
+    data = _Data()
+    common = {"row_bias": data.add(row_bias), "col_bias": data.add(col_bias), "target": data.add(target)}
+    scales = [scale.detach()[part] for part in layout.scale_slices(rows, columns)]
+    sets = [_set_rules(each, own, common, data) for each, own in zip(layout.sets, scales, strict=True)]
+    # Beyond the matrix any offset drops as little as any other.
+    offsets = [min(max(each.diagonal or 0, -rows), columns) for each in layout.sets]
+    depth = next((each.data[Slot.GUIDE_X].shape[1] for each in layout.sets if Slot.GUIDE_X in each.data), 0)
+    return PairArguments(tuple(data.tensors), tuple(offsets), tuple(sets), depth)
+
+
+def _set_rules(each: LogitSet, scale: Tensor, common: dict[str, int], data: _Data) -> SetRules:
+    tensors = dict(each.data)
+    fields = dict(common)
+    if Slot.LOG_WEIGHT in tensors:
+        # Offsets of rows of the table, so that kernels need not know its width.
+        row_class = tensors.pop(Slot.CLASS_ROWS)
+        width = tensors[Slot.LOG_WEIGHT].shape[1]
+        fields["row_class"] = data.add(torch.where(row_class < 0, -1, row_class * width))
+        fields["col_class"] = data.add(tensors.pop(Slot.CLASS_COLS))
+    # A table for the int8 codes of similarity_topk is no rule.
+    fields.update({slot.name.lower(): data.add(t) for slot, t in tensors.items() if slot != Slot.CODE_SCALE})
+    return SetRules(
+        scale_of=int(each.scale_of),
+        negate=each.negate,
+        has_diagonal=each.diagonal is not None,
+        drops=each.diagonal is not None or any(slot in tensors for slot in _DROPPING),
+        scale=data.add(scale),
+        **fields,
+    )
+
+
+# ---- On a tile -------------------------------------------------------------------------------------------------------
+
+_OF_ALL: tl.constexpr = tl.constexpr(int(ScaleOf.ALL))
+_OF_ROWS: tl.constexpr = tl.constexpr(int(ScaleOf.ROWS))
+
+
+@triton.jit
+def scale_factor(rows, cols, N, M, data, rules):
+    """dlogit/d(inner product), of a shape that broadcasts to the tile."""
+    if rules.scale_of == _OF_ALL:
+        factor = tl.load(data[rules.scale])
+    elif rules.scale_of == _OF_ROWS:
+        factor = tl.load(data[rules.scale] + rows, mask=rows < N, other=0.0)
+    else:
+        factor = tl.load(data[rules.scale] + cols, mask=cols < M, other=0.0)
+    return -factor if rules.negate else factor
+
+
+@triton.jit
+def logits(dots, rows, cols, N, M, data, rules):
+    """Logits of all pairs of the tile, whatever the rules say."""
+    logit = dots * scale_factor(rows, cols, N, M, data, rules)
+    if rules.row_bias >= 0:
+        row_bias = tl.load(data[rules.row_bias] + rows, mask=rows < N, other=0.0)
+        logit += -row_bias if rules.negate else row_bias
+    if rules.col_bias >= 0:
+        col_bias = tl.load(data[rules.col_bias] + cols, mask=cols < M, other=0.0)
+        logit += -col_bias if rules.negate else col_bias
+    if rules.log_weight >= 0:
+        row_class = tl.load(data[rules.row_class] + rows, mask=rows < N, other=-1)
+        col_class = tl.load(data[rules.col_class] + cols, mask=cols < M, other=-1)
+        known = (row_class >= 0) & (col_class >= 0)
+        entry = tl.load(data[rules.log_weight] + (row_class + col_class), mask=known, other=0.0)
+        logit += -entry if rules.negate else entry
+    return logit
+
+
+@triton.jit
+def list_begin(indptr, indices, rows, N, first):
+    """Where the columns from `first` on begin in each row's ascending list, and where the list ends."""
+    begin = tl.load(indptr + rows, mask=rows < N, other=0)
+    end = tl.load(indptr + rows + 1, mask=rows < N, other=0)
+    last = end
+    while tl.max(last - begin) > 0:
+        middle = (begin + last) // 2
+        open = begin < last
+        before = open & (tl.load(indices + middle, mask=open, other=0) < first)
+        begin = tl.where(before, middle + 1, begin)
+        last = tl.where(before, last, tl.where(open, middle, last))
+    return begin, end
+
+
+@triton.jit
+def listed(dots, rows, cols, N, indptr, indices):
+    """True where the row's list names the column."""
+    named = tl.full(dots.shape, False, tl.int1)
+    at, end = list_begin(indptr, indices, rows, N, tl.min(cols))
+    last = tl.max(cols)
+    column = tl.load(indices + at, mask=at < end, other=-1)
+    while tl.max(((column >= 0) & (column <= last)).to(tl.int32)) > 0:
+        named |= column == cols
+        at += 1
+        column = tl.load(indices + at, mask=at < end, other=-1)
+    return named
+
+
+@triton.jit
+def list_weights(dots, rows, cols, N, indptr, indices, weight):
+    """The sum of the weights with which the row's list names the column, 0 where it does not."""
+    total = tl.zeros_like(dots)
+    at, end = list_begin(indptr, indices, rows, N, tl.min(cols))
+    last = tl.max(cols)
+    column = tl.load(indices + at, mask=at < end, other=-1)
+    while tl.max(((column >= 0) & (column <= last)).to(tl.int32)) > 0:
+        own = tl.load(weight + at, mask=at < end, other=0.0)
+        total += tl.where(column == cols, own, 0.0)
+        at += 1
+        column = tl.load(indices + at, mask=at < end, other=-1)
+    return total
+
+
+@triton.jit
+def equal_ids(rows, cols, N, M, row_ids, col_ids):
+    """True where both have the same id; -1 equals nothing."""
+    own = tl.load(row_ids + rows, mask=rows < N, other=-1)
+    other = tl.load(col_ids + cols, mask=cols < M, other=-1)
+    return (own == other) & (own != -1)
+
+
+@triton.jit
+def dropped(dots, guide, rows, cols, N, M, data, offset, rules):
+    """True where a rule drops a pair, for a set with `drops`. NaN passes bounds.
+
+    `dots` are the inner products and `guide` those of the guide, any tile where no set of the call has one.
+    """
+    drop = tl.full(dots.shape, False, tl.int1)
+    if rules.has_diagonal:
+        drop |= rows + offset == cols
+    if rules.differ_rows >= 0:
+        drop |= equal_ids(rows, cols, N, M, data[rules.differ_rows], data[rules.differ_cols])
+    if rules.same_rows >= 0:
+        drop |= ~equal_ids(rows, cols, N, M, data[rules.same_rows], data[rules.same_cols])
+    if rules.exclude_indptr >= 0:
+        drop |= listed(dots, rows, cols, N, data[rules.exclude_indptr], data[rules.exclude_indices])
+    if rules.below_rows >= 0:
+        drop |= dots > tl.load(data[rules.below_rows] + rows, mask=rows < N, other=0.0)
+    if rules.below_cols >= 0:
+        drop |= dots > tl.load(data[rules.below_cols] + cols, mask=cols < M, other=0.0)
+    if rules.above_rows >= 0:
+        drop |= dots < tl.load(data[rules.above_rows] + rows, mask=rows < N, other=0.0)
+    if rules.above_cols >= 0:
+        drop |= dots < tl.load(data[rules.above_cols] + cols, mask=cols < M, other=0.0)
+    if rules.guide_below_rows >= 0:
+        drop |= guide > tl.load(data[rules.guide_below_rows] + rows, mask=rows < N, other=0.0)
+    if rules.guide_below_cols >= 0:
+        drop |= guide > tl.load(data[rules.guide_below_cols] + cols, mask=cols < M, other=0.0)
+    return drop
+
+
+@triton.jit
+def own_column(rows, cols, N, data, rules):
+    """True where the column is the row's target, for a set with one."""
+    target = tl.load(data[rules.target] + rows, mask=rows < N, other=-1)
+    return target == cols
+
+
+@triton.jit
+def shown(logit, dots, guide, outside, rows, cols, N, M, data, offset, rules, FILLS: tl.constexpr):
+    """Logits as folds see them: -inf for a pair that takes no part.
+
+    Args:
+        logit: of `logits`.
+        outside: True for what is no pair of the matrix, or not this tile's.
+        FILLS: show dropped pairs as the constant that `fill` gives them; without, as backward wants it, they are -inf.
+    """
+    if rules.drops:
+        drop = dropped(dots, guide, rows, cols, N, M, data, offset, rules)
+        if FILLS and rules.fill >= 0:
+            logit = tl.where(drop, tl.load(data[rules.fill]), logit)
+        else:
+            logit = tl.where(drop, float("-inf"), logit)
+    if rules.target >= 0:
+        outside |= own_column(rows, cols, N, data, rules)
+    return tl.where(outside, float("-inf"), logit)

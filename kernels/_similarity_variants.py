@@ -1,0 +1,162 @@
+"""What similarity_reduce can be made to compile: every two options of a call together in some kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contrastive_ops._similarity import KINDS, Layout, LogitSet, ScaleOf, SetFold, Slot
+
+from . import _similarity_plan as plan
+from ._folds import TileFold
+from ._launch import Launch
+from ._similarity_backward import BIAS, RESIDUAL, SCALE, TileSum
+from ._tiles import resident_depth
+from ._variants import Variant, pairwise_cover
+
+# Sizes of the problems that launches are made for; only their dtypes and the dimension reach the compiler.
+_ROWS, _COLUMNS = 48, 80
+
+# (set, kind, of columns)
+_FOLDS = {
+    "lse": ((0, "logsumexp", False),),
+    "clip": ((0, "logsumexp", False), (0, "logsumexp", True)),
+    "max": ((0, "max", False), (0, "max", True), (0, "sum", False), (0, "count", False)),
+    "two_sets": ((0, "sum_softplus", False), (1, "sum_relu", True)),
+}
+
+_RULES: dict[str, tuple[Slot, ...]] = {
+    "all": (),
+    "ids": (Slot.DIFFER_ROWS, Slot.DIFFER_COLS, Slot.SAME_ROWS, Slot.SAME_COLS),
+    "bounds": (Slot.BELOW_ROWS, Slot.BELOW_COLS, Slot.ABOVE_ROWS, Slot.ABOVE_COLS, Slot.FILL),
+    "lists": (Slot.EXCLUDE_INDPTR, Slot.EXCLUDE_INDICES, Slot.CLASS_ROWS, Slot.CLASS_COLS, Slot.LOG_WEIGHT),
+    "guide": (Slot.GUIDE_X, Slot.GUIDE_Y, Slot.GUIDE_BELOW_ROWS, Slot.GUIDE_BELOW_COLS),
+}
+
+# Kernels with the dimension of a head, the largest that stays on the chip (0), and one beyond.
+_KERNELS = (("fold", 64), ("fold", 0), ("fold", 768), ("rows", 64), ("rows", 0), ("columns", 0), ("weights", 768))
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "kernel": _KERNELS,
+    "dtype": (torch.bfloat16, torch.float16, torch.float32),
+    "itself": (False, True),
+    "folds": tuple(_FOLDS),
+    "rules": tuple(_RULES),
+    "scale_of": tuple(ScaleOf),
+    "biases": (False, True),
+    "target": (False, True),
+    "linear": (False, True),
+    "sums_alone": (False, True),
+}
+
+
+def _tensor_of(slot: Slot) -> Tensor:
+    """A tensor as the operators pass it for a slot."""
+    rows = slot.name.endswith(("_ROWS", "_X"))
+    size = _ROWS if rows else _COLUMNS
+    if slot in (Slot.GUIDE_X, Slot.GUIDE_Y):
+        return torch.empty(size, 32)
+    if slot == Slot.LOG_WEIGHT:
+        return torch.empty(3, 4)
+    if slot == Slot.FILL:
+        return torch.empty(())
+    if slot.name.startswith(("BELOW", "ABOVE", "GUIDE_BELOW")) or slot == Slot.LINEAR_WEIGHT:
+        return torch.empty(size)
+    return torch.empty(_ROWS + 1 if slot.name.endswith("INDPTR") else size, dtype=torch.int64)
+
+
+def _problem(arch: str, choice: dict[str, Any]) -> tuple[plan.Problem, Tensor | None]:
+    """The problem of a combination, and its targets."""
+    rows = _ROWS
+    columns = rows if choice["itself"] else _COLUMNS
+    D = choice["kernel"][1] or resident_depth(arch, choice["dtype"])
+    x, y = torch.empty(rows, D, dtype=choice["dtype"]), torch.empty(columns, D, dtype=choice["dtype"])
+    data = {slot: _tensor_of(slot) for slot in _RULES[choice["rules"]]}
+    lists = (Slot.LINEAR_INDPTR, Slot.LINEAR_INDICES, Slot.LINEAR_WEIGHT) if choice["linear"] else ()
+    diagonal = 0 if choice["rules"] in ("ids", "bounds") else None
+    folds = tuple(SetFold(*fold) for fold in _FOLDS[choice["folds"]])
+    sets = [LogitSet(choice["scale_of"], False, diagonal, {**data, **{slot: _tensor_of(slot) for slot in lists}})]
+    if any(fold.set for fold in folds):
+        sets.append(LogitSet(ScaleOf.ALL, True, diagonal, data))
+    layout = Layout(tuple(sets), folds)
+    scale = torch.empty(layout.scale_slices(rows, columns)[-1].stop)
+    biases = (torch.empty(rows), torch.empty(columns)) if choice["biases"] else (None, None)
+    target = torch.empty(rows, dtype=torch.int64) if choice["target"] else None
+    problem = plan.Problem.of(
+        x, None if choice["itself"] else y, scale, *biases, target, *layout.encode(), arch
+    )  # fmt: skip
+    return problem, target
+
+
+def _forward(p: plan.Problem, target: Tensor | None) -> Iterator[Launch]:
+    folds = p.folds(p.layout.folds) + ((plan.linear_fold(),) if p.layout.has_linear else ())
+    values = torch.empty(sum(p.shape[fold.cols] for fold in folds))
+    argmax = torch.empty(sum(p.layout.argmax_sizes(*p.shape[:2])), dtype=torch.int64)
+    return plan.forward_launches(p, folds, values, argmax, None if target is None else torch.empty(len(p.x)))
+
+
+def _backward(
+    p: plan.Problem, target: Tensor | None, kernel: str, biases: bool, sums_alone: bool
+) -> Iterator[Launch]:
+    upstream = {
+        "values": torch.empty(1),
+        "argmax": torch.empty(1, dtype=torch.int64),
+        "d_values": torch.empty(1),
+        "d_target": None if target is None else torch.empty(1),
+        "d_linear": torch.empty(1) if p.layout.has_linear else None,
+        "folds": p.folds(p.layout.folds),
+        "norm": torch.empty(()) if p.x.dtype == torch.float16 else None,
+    }
+    sums = [TileSum(BIAS.value, cols) for cols in (False, True) if biases]
+    sums += [TileSum(SCALE.value, each.scale_of == ScaleOf.COLUMNS, s) for s, each in enumerate(p.layout.sets)]
+    if target is not None and p.x.element_size() == 2 and not sums_alone:
+        sums += [TileSum(RESIDUAL.value, cols) for cols in (False, True)]
+    if kernel in ("rows", "columns"):
+        of_columns = kernel == "columns" and not p.itself
+        own = tuple(each for each in sums if p.itself or each.cols == of_columns)
+        yield from plan.side_launches(p, upstream, own, of_columns, not sums_alone)[0]
+    else:
+        for chunk in plan.chunks(p, upstream, tuple(sums), torch.empty(1), not sums_alone):
+            yield from chunk.launches
+
+
+def variants(arch: str) -> Iterator[Variant]:
+    """The launches of every combination."""
+    for choice in pairwise_cover(_CHOICES):
+        p, target = _problem(arch, choice)
+        kernel, D = choice["kernel"][0], p.shape[2]
+        if kernel == "fold":
+            launches = _forward(p, target)
+        else:
+            launches = _backward(p, target, kernel, choice["biases"], choice["sums_alone"])
+        shown = ("itself", "biases", "target", "linear", *(("sums_alone",) if kernel != "fold" else ()))
+        switches = [name for name in shown if choice[name]]
+        parts = [choice["folds"], choice["rules"], f"scale_of_{choice['scale_of'].name.lower()}", *switches]
+        name = f"similarity_reduce-{kernel}-{D}-{str(choice['dtype'])[6:]}-{'-'.join(parts)}"
+        yield next(iter(launches)).variant(name, has_dot=choice["dtype"] != torch.float32)
+    yield from _small_kernels(arch)
+
+
+def _small_kernels(arch: str) -> Iterator[Variant]:
+    """What merges the parts of folds, and what gives rounding errors back."""
+    p, _ = _problem(
+        arch,
+        {
+            "kernel": ("fold", 64), "dtype": torch.bfloat16, "itself": False, "folds": "lse", "rules": "all",
+            "scale_of": ScaleOf.ALL, "biases": False, "target": False, "linear": False,
+        },
+    )  # fmt: skip
+    folds = tuple(TileFold(kind, 0, cols) for kind in range(len(KINDS)) for cols in (False, True)) + (plan.linear_fold(),)
+    for mirrored in (False, True):
+        for last in (False, True):
+            parts = plan.Parts.of(p, folds, 2, 2, mirrored)
+            merge = parts.merge(p, folds, 2, torch.empty(1), torch.empty(1, dtype=torch.int64), last)
+            yield merge.variant(f"similarity_reduce-merge-{'last' if last else 'more'}{'-itself' * mirrored}")
+    for dtype in (torch.bfloat16, torch.float16):
+        indices = torch.empty(_ROWS, dtype=torch.int64)
+        gradient, other = torch.empty(_ROWS, 64), torch.empty(_ROWS, 64, dtype=dtype)
+        launch = plan.give_back(gradient, torch.empty(_ROWS), indices, other, arch)
+        yield launch.variant(f"similarity_reduce-give_back-{str(dtype)[6:]}")
