@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The first that passes tuples of tensors and of compile-time values to kernels.
+OLDEST = (3, 3)
 
 
 def interprets() -> bool:
@@ -28,6 +30,16 @@ def why_missing() -> str | None:
 
 
 @functools.cache
+def _why_too_old() -> str | None:
+    """Return None if this Triton, which is imported, can compile the kernels, else the reason."""
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+        return f"Triton {triton.__version__} (supported: {'.'.join(map(str, OLDEST))} and newer)"
+    return None
+
+
+@functools.cache
 def _why_not_on(device: int) -> str | None:
     """Return None if kernels compile for this GPU, else the reason."""
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
@@ -39,14 +51,13 @@ def _why_not_on(device: int) -> str | None:
 def unsupported(x: Tensor) -> list[str]:
     """Reasons why no Triton kernel can run on `x`."""
     reasons = []
-    missing = why_missing()
-    if missing is not None:
-        reasons.append(missing)
-    if x.device.type == "cuda":
-        reason = None if interprets() else _why_not_on(x.device.index)
-        reasons += [] if reason is None else [reason]
-    elif not interprets():
+    wrong = why_missing()
+    if x.device.type != "cuda" and not interprets():
         reasons.append(f"device={x.device} (supported: cuda, or any with TRITON_INTERPRET=1)")
+    else:
+        wrong = wrong or _why_too_old() or (None if interprets() else _why_not_on(x.device.index))
+    if wrong is not None:
+        reasons.insert(0, wrong)
     if x.dtype not in DTYPES:
         reasons.append(f"dtype={x.dtype} (supported: float32, bfloat16, float16)")
     return reasons

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
 }
 
 
@@ -41,31 +44,74 @@ class Launch:
     options: Mapping[str, int]
 
     def run(self) -> None:
-        """Enqueue the kernel; nothing to do for no programs."""
-        if self.programs:
+        """Enqueue the kernel on the device of its tensors; nothing to do for no programs."""
+        if not self.programs:
+            return
+        if _recording is not None:
+            _recording.launches.append(self)
+            return
+        with torch.cuda.device_of(next(each for each in self.arguments.values() if isinstance(each, Tensor))):
             self.kernel[(self.programs,)](**self.arguments, **self.options)
 
     def variant(self, name: str, *, has_dot: bool = False) -> Variant:
         """What `run` would compile."""
-        compiled_in = {p.name for p in self.kernel.params if p.is_constexpr}
-        compiled_in |= {name for name, value in self.arguments.items() if value is None}
         free = {p.name for p in self.kernel.params if p.do_not_specialize}
-        constants = {name: value for name, value in self.arguments.items() if name in compiled_in}
+        compiled_in = {p.name for p in self.kernel.params if p.is_constexpr}
+        # None is a value at compile time, and so is a 1 that may be specialised.
+        compiled_in |= {n for n, value in self.arguments.items() if value is None or (_is_one(value) and n not in free)}
+        constants = {n: value for n, value in self.arguments.items() if n in compiled_in}
         types = {
-            name: tuple(_type(each, name in free) for each in value)
-            if isinstance(value, tuple)
-            else _type(value, name in free)
-            for name, value in self.arguments.items()
-            if name not in compiled_in
+            n: tuple(_type(each, n in free) for each in value) if isinstance(value, tuple) else _type(value, n in free)
+            for n, value in self.arguments.items()
+            if n not in compiled_in
         }
         return Variant(name, self.kernel, types, constants, self.options, has_dot)
 
 
-def _type(value: Tensor | int, free: bool) -> str:
+def launch(kernel: Any, programs: int, *arguments: Any, options: Mapping[str, Any], **constants: Any) -> None:
+    """Run a kernel on its run-time arguments in order, and compile-time ones by name."""
+    names = [name for name in kernel.arg_names if name not in constants]
+    Launch(kernel, programs, {**dict(zip(names, arguments, strict=True)), **constants}, options).run()
+
+
+@dataclasses.dataclass
+class Recording:
+    """Launches that were asked for on one of the targets of `_variants`."""
+
+    arch: str
+    launches: list[Launch] = dataclasses.field(default_factory=list)
+
+    def variants(self, about: str, *, has_dot: bool = False) -> Iterator[Variant]:
+        """The compilations that they need."""
+        for each in self.launches:
+            yield each.variant(f"{about} {each.kernel.__name__}", has_dot=has_dot)
+
+
+_recording: Recording | None = None
+
+
+@contextlib.contextmanager
+def recording(arch: str) -> Iterator[Recording]:
+    """Launches in here are recorded, and none runs; what they would write is not filled."""
+    global _recording
+    outer, _recording = _recording, Recording(arch)
+    try:
+        yield _recording
+    finally:
+        _recording = outer
+
+
+def _type(value: Tensor | int | float, free: bool) -> str:
     if isinstance(value, Tensor):
         return _TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
     width = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
     return width if free or value % 16 else f"{width}:16"
+
+
+def _is_one(value: Any) -> bool:
+    return isinstance(value, int) and value == 1
 
 
 @functools.cache
@@ -81,6 +127,8 @@ def _arch_of(device: int) -> str:
 
 def arch_of(x: Tensor) -> str:
     """The key of `_variants.TARGETS` whose tiles fit the device of `x`, or "interpreter"."""
+    if _recording is not None:
+        return _recording.arch
     return "interpreter" if _triton.interprets() else _arch_of(x.device.index)
 
 

@@ -15,7 +15,6 @@ A kernel takes these three, and passes ``data, offsets[s], sets[s]`` on to the f
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -24,9 +23,6 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastive_ops._similarity import Layout, LogitSet, ScaleOf, Slot
-
-# Tuples of tensors and of compile-time values as arguments of a kernel.
-OLDEST_TRITON = (3, 3)
 
 # Slots of rules that look at the pair, and so turn a logit into -inf; the others change or name logits.
 _DROPPING = (
@@ -110,15 +106,6 @@ class PairArguments(NamedTuple):
     def guide(self) -> tuple[int, int]:
         """Positions in `data` of the guide's rows and columns; (-1, -1) without one."""
         return next(((each.guide_x, each.guide_y) for each in self.sets if each.guide_x >= 0), (-1, -1))
-
-
-@functools.cache
-def too_old() -> str | None:
-    """Return None if this Triton passes tuples to kernels, else the reason."""
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < OLDEST_TRITON:
-        return f"triton {triton.__version__} (supported: {'.'.join(map(str, OLDEST_TRITON))} and newer)"
-    return None
 
 
 # ---- Host ------------------------------------------------------------------------------------------------------------

@@ -98,9 +98,7 @@ def _forward(p: plan.Problem, target: Tensor | None) -> Iterator[Launch]:
     return plan.forward_launches(p, folds, values, argmax, None if target is None else torch.empty(len(p.x)))
 
 
-def _backward(
-    p: plan.Problem, target: Tensor | None, kernel: str, biases: bool, sums_alone: bool
-) -> Iterator[Launch]:
+def _backward(p: plan.Problem, target: Tensor | None, kernel: str, biases: bool, sums_alone: bool) -> Iterator[Launch]:
     upstream = {
         "values": torch.empty(1),
         "argmax": torch.empty(1, dtype=torch.int64),
@@ -149,7 +147,9 @@ def _small_kernels(arch: str) -> Iterator[Variant]:
             "scale_of": ScaleOf.ALL, "biases": False, "target": False, "linear": False,
         },
     )  # fmt: skip
-    folds = tuple(TileFold(kind, 0, cols) for kind in range(len(KINDS)) for cols in (False, True)) + (plan.linear_fold(),)
+    folds = tuple(TileFold(kind, 0, cols) for kind in range(len(KINDS)) for cols in (False, True)) + (
+        plan.linear_fold(),
+    )
     for mirrored in (False, True):
         for last in (False, True):
             parts = plan.Parts.of(p, folds, 2, 2, mirrored)

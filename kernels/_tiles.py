@@ -41,8 +41,8 @@ INTERPRETED = Tiles(32, 32, 16, 1, 1)
 # 16-bit operands, of float32.
 RESIDENT_DEPTH = {"sm_80": (256, 128), "sm_90": (256, 128), "gfx942": (128, 64), "interpreter": (256, 256)}
 
-# By architecture and "fold", "gradient", "weights"; of light calls with 16-bit operands, of others with 16-bit operands,
-# and of float32. Registers set the limit: every rule and fold keeps some numbers per pair of the tile.
+# By architecture and "fold", "gradient", "weights"; of light calls with 16-bit operands, of others with
+# 16-bit operands, and of float32. Registers set the limit: every rule and fold keeps some numbers per pair of the tile.
 _TABLE = {
     "sm_80": {
         "fold": (Tiles(128, 64, 64, 8, 2), Tiles(64, 32, 64, 8, 2), Tiles(32, 64, 32, 8, 2)),

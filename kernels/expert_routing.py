@@ -18,8 +18,7 @@ from torch import Tensor
 from .. import _triton
 from .._routing import ScoreSpec, SlotSpec
 from . import _router_rows, _router_scores, _router_slots
-from ._recording import arch_of, launch, recording
-from ._recording import variants as recorded_variants
+from ._launch import arch_of, launch, recording
 from ._variants import Variant, pairwise_cover
 
 # Numbers of a tile. Interpreted, tiles are small, so that small inputs have several.
@@ -115,14 +114,14 @@ def scores(
     part_counts = integers(parts, cells + s.segments, dtype=torch.int32)
     # Without fused operations noisy logits are those of every other backend, and so are the choices.
     launch(
-        _router_scores.scores_kernel, parts, logits,
+        _router_scores.scores_kernel, parts,
         logits, _dense(noise), _dense(bias), _flag(allowed), _dense(given), _dense(segment), _flag(_dense(valid)),
         chosen, gates, priority, part_sums, part_counts, tokens, experts, s.segments, steps, sigma, logits.stride(0),
         *_mask_strides(allowed), options={**options, "enable_fp_fusion": False}, **_score_rules(s),
         **_choice_rules(s, experts), **tile,
     )  # fmt: skip
     launch(
-        _router_scores.totals_kernel, 2 * triton.cdiv(3 * (cells + s.segments), 32), logits,
+        _router_scores.totals_kernel, 2 * triton.cdiv(3 * (cells + s.segments), 32),
         part_sums, part_counts, sums, totals, margin, choices, routed, parts, s.segments, experts,
         options=PLAIN, NOISE=noise is not None, LOAD=bool(s.load), BLOCK_P=128, BLOCK_C=32,
     )  # fmt: skip
@@ -149,7 +148,7 @@ def scores_backward(
     tile, options = _score_tile(logits, backward=True)
     dlogits = torch.empty((tokens, count), dtype=torch.float32, device=logits.device)
     launch(
-        _router_scores.scores_backward_kernel, triton.cdiv(tokens, tile["BLOCK_T"]), logits,
+        _router_scores.scores_backward_kernel, triton.cdiv(tokens, tile["BLOCK_T"]),
         logits, _dense(noise), _flag(allowed), _dense(segment), _flag(_dense(valid)), experts.contiguous(),
         d_gates.contiguous(), d_sums.contiguous(), d_totals.contiguous(), dlogits, tokens, count, s.segments, sigma,
         logits.stride(0), *_mask_strides(allowed), options=options, **_score_rules(s), **tile,
@@ -183,7 +182,7 @@ def slots(
         _place(s, experts, places, order, offsets, None, 1)
     block = min(triton.next_power_of_2(s.segments), 16)
     launch(
-        _router_slots.kept_kernel, s.experts * triton.cdiv(s.segments, block), experts,
+        _router_slots.kept_kernel, s.experts * triton.cdiv(s.segments, block),
         order, offsets, _dense(segment), kept, s.segments, s.experts, options=PLAIN, K=k, BLOCK_R=1024, BLOCK_S=block,
     )  # fmt: skip
     return places, order, offsets, kept
@@ -213,18 +212,18 @@ def _place(
     totals = torch.empty(s.experts, dtype=torch.int32, device=experts.device) if rows_follow else None
     rules = {"K": k, "BY_TURN": not rows_follow, "BLOCK": BLOCK}
     launch(
-        _router_slots.count_kernel, programs, experts,
+        _router_slots.count_kernel, programs,
         experts, places if only_kept else None, turn, ranks, counts, size, items, blocks, s.experts,
         options=PLAIN, STEP=STEP, **rules,
     )  # fmt: skip
     launch(
-        _router_slots.scan_kernel, groups * triton.cdiv(s.experts, 16), experts,
+        _router_slots.scan_kernel, groups * triton.cdiv(s.experts, 16),
         counts, totals, blocks, s.experts, options=PLAIN, BLOCK_B=128, BLOCK_E=16,
     )  # fmt: skip
     if rows_follow:
-        launch(_router_slots.offsets_kernel, 1, experts, totals, offsets, s.experts, options=PLAIN, BLOCK_E=1024)
+        launch(_router_slots.offsets_kernel, 1, totals, offsets, s.experts, options=PLAIN, BLOCK_E=1024)
     launch(
-        _router_slots.place_kernel, programs, experts,
+        _router_slots.place_kernel, programs,
         experts, places, turn, ranks, counts, offsets, order, size, items, blocks, groups, s.capacity, s.experts,
         options=PLAIN, ONLY_KEPT=only_kept, PADDED=bool(s.padded), **rules,
     )  # fmt: skip
@@ -245,7 +244,7 @@ def dispatch(tokens: Tensor, gates: Tensor | None, slots: Tensor, order: Tensor)
     rows = torch.empty((count, depth), dtype=tokens.dtype, device=tokens.device)
     block, numbers = _row_tile(depth)
     launch(
-        _router_rows.dispatch_kernel, triton.cdiv(count, block) * triton.cdiv(depth, numbers), tokens,
+        _router_rows.dispatch_kernel, triton.cdiv(count, block) * triton.cdiv(depth, numbers),
         tokens, _dense(gates), order.contiguous(), rows, count, depth, tokens.stride(0),
         options=PLAIN, K=slots.shape[1], BLOCK_R=block, BLOCK_D=numbers,
     )  # fmt: skip
@@ -258,7 +257,7 @@ def combine(rows: Tensor, gates: Tensor | None, slots: Tensor, order: Tensor) ->
     tokens = torch.empty((count, depth), dtype=rows.dtype, device=rows.device)
     block, numbers = _row_tile(depth)
     launch(
-        _router_rows.combine_kernel, triton.cdiv(count, block) * triton.cdiv(depth, numbers), rows,
+        _router_rows.combine_kernel, triton.cdiv(count, block) * triton.cdiv(depth, numbers),
         rows, _dense(gates), slots.contiguous(), tokens, count, depth, rows.stride(0),
         options=PLAIN, K=k, BLOCK_T=block, BLOCK_D=numbers,
     )  # fmt: skip
@@ -271,7 +270,7 @@ def dots(tokens: Tensor, rows: Tensor, slots: Tensor, order: Tensor) -> Tensor:
     products = torch.empty((count, k), dtype=torch.float32, device=tokens.device)
     block, numbers = _row_tile(depth)
     launch(
-        _router_rows.dots_kernel, triton.cdiv(count, block) if k else 0, tokens,
+        _router_rows.dots_kernel, triton.cdiv(count, block) if k else 0,
         tokens, rows, slots.contiguous(), products, count, depth, tokens.stride(0), rows.stride(0),
         options=PLAIN, K=k, BLOCK_T=block, BLOCK_D=numbers,
     )  # fmt: skip
@@ -312,9 +311,9 @@ def _score_variants(arch: str) -> Iterator[Variant]:
             scores(*_score_problem(row, row["choice"]))
         kernel, totals = recorded.launches
         recorded.launches[:] = [kernel]
-        yield from recorded_variants(_about("scores", row), recorded)
+        yield from recorded.variants(_about("scores", row))
     recorded.launches[:] = [totals]
-    yield from recorded_variants("expert_routing", recorded)
+    yield from recorded.variants("expert_routing")
     # Padding goes with segments, which the derivative reads as the scores do; as it reads other types and k.
     choices = {"mask": (None, "allowed"), **_SWITCHES, "k": (8,), "dtype": (torch.bfloat16,), "valid": (None,)}
     for row in (*({**row, "valid": row["segments"] > 1} for row in pairwise_cover(choices)), _LARGEST):
@@ -323,7 +322,7 @@ def _score_variants(arch: str) -> Iterator[Variant]:
         d_sums, d_totals = torch.empty(3, spec.segments, logits.shape[1]), torch.empty(2, spec.segments)
         with recording(arch) as recorded:
             scores_backward(logits, noise, bias, allowed, segment, valid, spec, sigma, *like, d_sums, d_totals)
-        yield from recorded_variants(_about("backward", row), recorded)
+        yield from recorded.variants(_about("backward", row))
 
 
 def _score_problem(row: Mapping[str, Any], choice: str) -> tuple[Any, ...]:
@@ -363,7 +362,7 @@ def _slot_variants(arch: str) -> Iterator[Variant]:
         with recording(arch) as recorded:
             slots(chosen, first, segment, SlotSpec(experts, tokens // 2, capacity, padded, segments))
         about = f"expert_routing slots k={k} experts={experts} capacity={capacity} padded={padded}"
-        for number, variant in enumerate(recorded_variants(about, recorded)):
+        for number, variant in enumerate(recorded.variants(about)):
             what = repr((variant.kernel.__name__, variant.types, variant.constants))
             if what not in seen:  # the layouts share kernels
                 seen.add(what)
@@ -384,4 +383,4 @@ def _row_variants(arch: str) -> Iterator[Variant]:
             combine(rows, gates, places, order)
             dots(rows, rows, places, order)
         about = f"expert_routing rows {str(dtype).removeprefix('torch.')} D={depth} k={k} gated={gated}"
-        yield from recorded_variants(about, recorded)
+        yield from recorded.variants(about)

@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _triton
-from ._recording import arch_of, launch, recording
-from ._recording import variants as recorded_variants
+from ._launch import arch_of, launch, recording
 from ._variants import Variant, pairwise_cover
 
 # The interpreter multiplies the bits of bfloat16 numbers; in float32 the products are the same ones.
@@ -164,7 +163,7 @@ def forward(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None) -> Tenso
     # Each group, and the rows before and behind all of them, can need one tile more than their rows fill.
     tiles = rows // block_m + groups + 2 if rows else 0
     launch(
-        forward_kernel, tiles * triton.cdiv(columns, block_n), a,
+        forward_kernel, tiles * triton.cdiv(columns, block_n),
         a, b, offsets.contiguous(), bias, out, rows, groups, depth, columns, *a.stride(), *b.stride(),
         *((0, 0) if bias is None else bias.stride()),
         options=options, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
@@ -179,12 +178,12 @@ def outer(a: Tensor, g: Tensor, offsets: Tensor, wants_b: bool, wants_bias: bool
     (block_m, block_n, block_k), options = _tile(a, (depth, columns), a, g)
     offsets = offsets.contiguous()
     launch(
-        outer_kernel, len(db) * triton.cdiv(depth, block_m) * triton.cdiv(columns, block_n), a,
+        outer_kernel, len(db) * triton.cdiv(depth, block_m) * triton.cdiv(columns, block_n),
         a, g, offsets, db, rows, groups, depth, columns, *a.stride(), *g.stride(),
         options=options, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
     )  # fmt: skip
     launch(
-        sums_kernel, len(dbias) * triton.cdiv(columns, 64), a,
+        sums_kernel, len(dbias) * triton.cdiv(columns, 64),
         g, offsets, dbias, rows, groups, columns, *g.stride(),
         options={"num_warps": 4, "num_stages": 1}, BLOCK_K=32, BLOCK_N=64,
     )  # fmt: skip
@@ -212,7 +211,7 @@ def variants(arch: str) -> Iterator[Variant]:
             forward(a, b, torch.empty(5, dtype=torch.int64), bias)
             outer(a.T.contiguous().T if row["transposed"] else a, g, torch.empty(5, dtype=torch.int64), True, False)
         about = " ".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in row.items())
-        yield from recorded_variants(f"grouped_matmul {about}", recorded, has_dot=dtype != torch.float32)
+        yield from recorded.variants(f"grouped_matmul {about}", has_dot=dtype != torch.float32)
         with recording(arch) as recorded:
             outer(a, g, torch.empty(5, dtype=torch.int64), False, row["bias"] and columns % 16 > 0)
-        yield from recorded_variants(f"grouped_matmul {about}", recorded)
+        yield from recorded.variants(f"grouped_matmul {about}")

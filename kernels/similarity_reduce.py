@@ -19,11 +19,10 @@ from contrastive_ops.reference.similarity_reduce import row_losses, row_slopes
 from . import _similarity_plan as plan
 from . import _similarity_variants
 from ._launch import arch_of
-from ._pairs import too_old
 from ._similarity_backward import BIAS, RESIDUAL, SCALE, TileSum
 from ._variants import Variant
 
-__all__ = ["backward", "forward", "too_old", "total", "variants"]
+__all__ = ["backward", "forward", "total", "variants"]
 
 
 def forward(
@@ -136,7 +135,9 @@ def _wanted(p: plan.Problem, target: Tensor | None, needed: list[bool]) -> plan.
     dx, dy = needed[0], needed[1] and not p.itself
     sums = []
     if target is not None and p.x.element_size() == 2:  # what rounding weights loses is given back along the target
-        sums += [TileSum(RESIDUAL.value, cols) for cols, wants in ((False, dx), (True, dx if p.itself else dy)) if wants]
+        sums += [
+            TileSum(RESIDUAL.value, cols) for cols, wants in ((False, dx), (True, dx if p.itself else dy)) if wants
+        ]
     sums += [TileSum(BIAS.value, cols) for cols in (False, True) if needed[3 + cols]]
     if needed[2]:
         sums += [_scale_sum(p, index) for index in range(len(p.layout.sets))]
@@ -190,7 +191,10 @@ def _norm(p: plan.Problem, scale: Tensor, *upstream: Tensor | None) -> Tensor | 
 
 def _compensate(p: plan.Problem, target: Tensor | None, found: plan.Gradients) -> None:
     """Give back what rounding the weights took, along each row's target and each column's row."""
-    sides: tuple[tuple[bool, Any, Tensor], ...] = ((False, found.dx, p.y), (True, found.dx if p.itself else found.dy, p.x))
+    sides: tuple[tuple[bool, Any, Tensor], ...] = (
+        (False, found.dx, p.y),
+        (True, found.dx if p.itself else found.dy, p.x),
+    )
     for cols, gradient, other in sides:
         residual = found.sums.get(TileSum(RESIDUAL.value, cols))
         if target is None or gradient is None or residual is None:

@@ -1,4 +1,4 @@
-"""similarity_reduce in Triton against the reference in float64: values, winners and every gradient, on the same inputs."""
+"""similarity_reduce in Triton against the reference in float64: values, winners and every gradient."""
 
 import dataclasses
 import functools
@@ -153,7 +153,9 @@ def reduced_by(backend, options):
 
 def weighted(values, cotangents):
     """A scalar that weighs every finite result; rows without a pair (-inf) have no say."""
-    return sum((torch.where(v.isfinite(), v, 0.0) * c.to(v.dtype)).sum() for v, c in zip(values, cotangents, strict=True))
+    return sum(
+        (torch.where(v.isfinite(), v, 0.0) * c.to(v.dtype)).sum() for v, c in zip(values, cotangents, strict=True)
+    )
 
 
 def gradients_of(values, cotangents, inputs):
@@ -350,7 +352,13 @@ def test_strides(monkeypatch, view, depth):
 def test_no_pair_takes_part(itself):
     inputs = Inputs(6, 7, 4, itself=itself)
     nothing = Pairs(same=(torch.zeros(6, dtype=torch.int64), torch.ones(inputs.m, dtype=torch.int64)))
-    options = {"x": inputs.x, "y": inputs.y, "reduce": KINDS, "dim": (0, 1), "pairs": mapped(nothing, lambda t: t.to(DEVICE))}
+    options = {
+        "x": inputs.x,
+        "y": inputs.y,
+        "reduce": KINDS,
+        "dim": (0, 1),
+        "pairs": mapped(nothing, lambda t: t.to(DEVICE)),
+    }
     reduced = reduced_by("triton", options)
     for kind, row, col in zip(KINDS, reduced.rows, reduced.cols, strict=True):
         expected = -torch.inf if kind in ("logsumexp", "max") else 0.0
@@ -425,7 +433,11 @@ def test_a_bias_of_minus_infinity_drops_a_column(monkeypatch):
 @pytest.mark.parametrize("itself", [False, True])
 def test_values_are_exact_and_gradients_rounded(monkeypatch, dtype, itself):
     inputs = Inputs(37, 45, 33, dtype=dtype, itself=itself)
-    options = {"reduce": ("logsumexp", "max", "sum_softplus"), "scale": inputs.leaf(inputs.n), "target": inputs.target()}
+    options = {
+        "reduce": ("logsumexp", "max", "sum_softplus"),
+        "scale": inputs.leaf(inputs.n),
+        "target": inputs.target(),
+    }
     check(monkeypatch, {"x": inputs.x, "y": inputs.y, **options}, tolerance=TOLERANCE[dtype])
 
 
@@ -558,7 +570,10 @@ def test_no_products_are_kept():
 def test_the_second_derivative_is_the_references(monkeypatch):
     inputs = Inputs(9, 10, 4)
     found = []
-    for backend, options in (("triton", {"x": inputs.x, "y": inputs.y}), ("reference", exact({"x": inputs.x, "y": inputs.y}))):
+    for backend, options in (
+        ("triton", {"x": inputs.x, "y": inputs.y}),
+        ("reference", exact({"x": inputs.x, "y": inputs.y})),
+    ):
         value = similarity_reduce(**options, backend=backend).sum()
         first = torch.autograd.grad(value, leaves(options), create_graph=True)
         found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves(options)))

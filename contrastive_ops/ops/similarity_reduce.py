@@ -17,14 +17,6 @@ from ._similarity_reduce_autograd import register
 from .folds import Fold, Folded, Reduced, as_fold
 from .pairs import Pairs
 
-
-def _unsupported_by_triton(x: Tensor) -> list[str]:
-    """Reasons why the Triton backend cannot run on `x`."""
-    reasons = _triton.unsupported(x)
-    too_old = None if reasons else _triton.functions("similarity_reduce").too_old()
-    return reasons if too_old is None else [too_old]
-
-
 # One hop to every implementation; each offers forward, backward and total with the same arguments.
 BACKENDS = {
     "reference": Backend(
@@ -41,7 +33,7 @@ BACKENDS = {
     "triton": Backend(
         source="kernels/similarity_reduce.py",
         functions=functools.cache(lambda: _triton.functions("similarity_reduce")),
-        unsupported=_unsupported_by_triton,
+        unsupported=_triton.unsupported,
     ),
 }
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks, _extension
+from .. import _autocast, _checks, _extension, _triton
 from .._dispatch import Backend, choose, unsupported_by_cpu
 from .._similarity import STATISTICS, Layout, Slot
 from .._unit_rows import unit_rows
@@ -29,6 +29,11 @@ BACKENDS = {
         source="csrc/cpu/similarity_topk.cpp",
         functions=functools.cache(lambda: _extension.functions("similarity_topk")),
         unsupported=unsupported_by_cpu,
+    ),
+    "triton": Backend(
+        source="kernels/similarity_topk.py",
+        functions=functools.cache(lambda: _triton.functions("similarity_topk")),
+        unsupported=_triton.unsupported,
     ),
 }
 
@@ -119,7 +124,7 @@ def similarity_topk(
         coarse: torch.bfloat16 or torch.int8 make a first pass in that precision, after which scores are computed again
             from x and y; `Coarse.of(y, dtype)` rounds a corpus once for many calls. The lists are those of the full
             precision, and `TopK.certified` says for which rows the first pass was enough.
-        backend: "auto", "reference" or "cpu". An explicit backend runs or raises.
+        backend: "auto", "reference", "cpu" or "triton". An explicit backend runs or raises.
 
     Returns:
         `TopK` (values (N, k), indices (N, k), counts (N,), certified). Order: score descending, then index ascending,

@@ -1,0 +1,494 @@
+"""similarity_topk in Triton: the k best columns of every row, logits of listed pairs, their gradients.
+
+A program has a block of rows and a range of columns, and a list in memory for each row, with room for more than k:
+
+    for each block of its columns
+        inner products, logits                               nothing leaves the registers
+        logit > the row's threshold?                         if none in the tile: next
+            rules -> append what is left to the rows' lists  one entry of every row at a time, so no atomics
+            a list is full: leave its k best (bit by bit, a group of rows at once), raise the thresholds
+
+Columns come in ascending order and appending keeps it, so an equal logit that comes later is worse: one strict
+comparison is exact, and ties are cut by place. Each list ends as at most k entries, and one sort of 64-bit keys over
+all ranges of a row gives its result (see _selection.py). Nothing is fetched in excess, nothing of size N x M exists,
+one launch serves all columns, and nothing waits for the host. Few rows are cut into more ranges of columns.
+
+Appending costs a step for every entry of the row that has most of them in a tile: about k ln(M / k) entries of M
+columns in random order. Columns sorted by ascending score are the worst case, in which all M are appended.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from contrastive_ops import _triton
+from contrastive_ops._similarity import STATISTICS, Layout, LogitSet, ScaleOf, Slot
+from contrastive_ops.reference.similarity_topk import merge, order
+
+from . import _listed, _pairs
+from ._launch import Launch, arch_of
+from ._listed import at, backward, unit_stride
+from ._selection import append, best, pad, shrink
+from ._variants import Variant, pairwise_cover
+
+__all__ = ["at", "backward", "forward", "merge", "order", "variants"]
+
+# The interpreter takes the bits of bfloat16 numbers for the numbers; in float32 the products are the same ones.
+WIDEN = tl.constexpr(_triton.interprets())
+# Products of float32 numbers use no tensor cores, and keep operands in registers.
+GUIDE_K = tl.constexpr(16)
+
+# ---- Kernel ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def products(x, x_stride, rows, y, y_stride, cols, D, BLOCK_K: tl.constexpr):
+    """Inner products of rows of x, (B, 1), with rows of y, (1, B); codes of y become numbers of the dtype of x."""
+    depth = tl.arange(0, BLOCK_K)
+    x_row, y_row = x + rows.to(tl.int64) * x_stride, y + cols.to(tl.int64) * y_stride
+    dots = tl.zeros((rows.shape[0], cols.shape[1]), tl.float32)
+    for d in range(0, D, BLOCK_K):
+        a = tl.load(x_row + (d + depth)[None, :], mask=(d + depth)[None, :] < D, other=0)
+        b = tl.load(y_row + (d + depth)[:, None], mask=(d + depth)[:, None] < D, other=0)
+        if WIDEN:
+            a = a.to(tl.float32)
+        dots = tl.dot(a, b.to(a.dtype), dots, input_precision="ieee")
+    return dots
+
+
+@triton.jit
+def _exceeds(value, bounds, index, size):
+    """True where a value is above the bound of its row or column."""
+    return value > tl.load(bounds + index, mask=index < size, other=0.0)
+
+
+@triton.jit
+def _column(true, number: tl.constexpr):
+    """(rows, 8) how often a tile is true in each row, in one column."""
+    return tl.where(tl.arange(0, 8)[None, :] == number, tl.sum(true.to(tl.int32), 1)[:, None], 0)
+
+
+@triton.jit
+def counted(logit, dots, guide, outside, level, rows, cols, N, M, data, offset, rules):
+    """(rows, 8) what each of STATISTICS counts in a tile."""
+    inside = ~outside
+    takes_part = inside & (logit > float("-inf"))
+    if rules.drops:
+        takes_part &= ~_pairs.dropped(dots, guide, rows, cols, N, M, data, offset, rules)
+    total = _column(takes_part, 0) + _column(inside & (logit > level), 1)
+    if rules.differ_rows >= 0:
+        equal = _pairs.equal_ids(rows, cols, N, M, data[rules.differ_rows], data[rules.differ_cols])
+        total += _column(inside & equal, 2)
+    if rules.same_rows >= 0:
+        equal = _pairs.equal_ids(rows, cols, N, M, data[rules.same_rows], data[rules.same_cols])
+        total += _column(inside & ~equal, 3)
+    if (rules.below_rows >= 0) | (rules.below_cols >= 0):
+        out = outside & inside
+        if rules.below_rows >= 0:
+            out |= _exceeds(dots, data[rules.below_rows], rows, N)
+        if rules.below_cols >= 0:
+            out |= _exceeds(dots, data[rules.below_cols], cols, M)
+        total += _column(inside & out, 4)
+    if (rules.above_rows >= 0) | (rules.above_cols >= 0):
+        out = outside & inside
+        if rules.above_rows >= 0:
+            out |= dots < tl.load(data[rules.above_rows] + rows, mask=rows < N, other=0.0)
+        if rules.above_cols >= 0:
+            out |= dots < tl.load(data[rules.above_cols] + cols, mask=cols < M, other=0.0)
+        total += _column(inside & out, 5)
+    if (rules.guide_below_rows >= 0) | (rules.guide_below_cols >= 0):
+        out = outside & inside
+        if rules.guide_below_rows >= 0:
+            out |= _exceeds(guide, data[rules.guide_below_rows], rows, N)
+        if rules.guide_below_cols >= 0:
+            out |= _exceeds(guide, data[rules.guide_below_cols], cols, M)
+        total += _column(inside & out, 6)
+    return total
+
+
+@triton.jit(do_not_specialize=["N", "M", "parts", "first_row", "width", "capacity", "k"])
+def _sweep(
+    x,
+    y,
+    code_scale,  # (M,) what a unit of each column's codes is worth, or None
+    floor,  # (N,) or None
+    level,  # (N,) for the statistics, or None
+    scores,  # (rows, ranges, capacity) float32
+    columns,  # (rows, ranges, capacity) int32
+    counts,  # (rows, ranges) int32, scratch
+    thresholds,  # (rows, ranges) float32, scratch
+    statistics,  # (rows, ranges, 8) int32, or None
+    x_stride,
+    y_stride,
+    N,
+    M,
+    D,
+    guide_depth,
+    parts,  # ranges of columns
+    first_row,  # the row of x that the first list belongs to
+    width,  # columns of a range
+    capacity,
+    k,
+    data,
+    offsets,
+    sets: tl.constexpr,
+    GUIDE_X: tl.constexpr,
+    GUIDE_Y: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPAN: tl.constexpr,  # the power of two that a list fits in; 0 where all that is above the floor stays
+    GROUP: tl.constexpr,
+    PIECE: tl.constexpr,
+):
+    # Programs that run at the same time read the same columns.
+    blocks = tl.num_programs(0) // parts
+    block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    own = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    own_list = own.to(tl.int64) * parts + part
+    first_list = block.to(tl.int64) * BLOCK_M * parts + part
+    rows = (first_row + own)[:, None]
+    x_rows = tl.minimum(rows, N - 1)  # past the end any row will do
+    threshold = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if floor is not None:
+        threshold = tl.load(floor + first_row + own, mask=first_row + own < N, other=0.0)
+        threshold = tl.where(threshold == threshold, threshold, float("-inf"))
+    count = tl.zeros((BLOCK_M,), tl.int32)
+    total = tl.zeros((BLOCK_M, 8), tl.int32)
+    begin = part * width
+    for first_col in range(begin, tl.minimum(begin + width, M), BLOCK_N):
+        cols = first_col + tl.arange(0, BLOCK_N)[None, :]
+        y_cols = tl.minimum(cols, M - 1)
+        dots = products(x, x_stride, x_rows, y, y_stride, y_cols, D, BLOCK_K)
+        if code_scale is not None:
+            dots *= tl.load(code_scale + y_cols)
+        outside = (rows >= N) | (cols >= M)
+        logit = _pairs.logits(dots, rows, cols, N, M, data, sets[0])
+        guide = dots
+        if GUIDE_X >= 0 and statistics is not None:
+            guide = products(
+                data[GUIDE_X], guide_depth, x_rows, data[GUIDE_Y], guide_depth, y_cols, guide_depth, GUIDE_K
+            )
+        if statistics is not None:
+            other = logit
+            if sets[-1].log_weight != sets[0].log_weight:
+                other = _pairs.logits(dots, rows, cols, N, M, data, sets[-1])
+            high = tl.load(level + rows, mask=rows < N, other=0.0)
+            total += counted(other, dots, guide, outside, high, rows, cols, N, M, data, offsets[-1], sets[-1])
+        wanted = (logit > threshold[:, None]) & ~outside
+        if tl.max(tl.max(wanted.to(tl.int32), 1), 0) > 0:
+            if sets[0].drops:
+                if GUIDE_X >= 0 and statistics is None:
+                    guide = products(
+                        data[GUIDE_X], guide_depth, x_rows, data[GUIDE_Y], guide_depth, y_cols, guide_depth, GUIDE_K
+                    )
+                wanted &= ~_pairs.dropped(dots, guide, rows, cols, N, M, data, offsets[0], sets[0])
+            logit = tl.where(wanted, logit, float("-inf"))
+            count = append(scores, columns, own_list, capacity, logit, cols, count)
+            if SPAN > 0:  # noqa: SIM102  (the inner test is one of run time)
+                if tl.max(count, 0) > capacity - BLOCK_N:
+                    tl.store(counts + own_list, count)
+                    tl.store(thresholds + own_list, threshold)
+                    tl.debug_barrier()  # lists are read by other threads than those that wrote them
+                    shrink(
+                        scores, columns, counts, thresholds, first_list, parts, capacity, k, BLOCK_M, GROUP, SPAN, PIECE
+                    )
+                    tl.debug_barrier()
+                    count = tl.load(counts + own_list)
+                    threshold = tl.load(thresholds + own_list)
+    length = capacity
+    if SPAN > 0:
+        length = k
+        if tl.max(count, 0) > k:
+            tl.store(counts + own_list, count)
+            tl.debug_barrier()
+            shrink(scores, columns, counts, thresholds, first_list, parts, capacity, k, BLOCK_M, GROUP, SPAN, PIECE)
+            tl.debug_barrier()
+            count = tl.load(counts + own_list)
+    pad(scores, own_list, capacity, count, length)
+    if statistics is not None:
+        tl.store(statistics + (own_list * 8)[:, None] + tl.arange(0, 8)[None, :], total)
+
+
+# ---- Sizes -----------------------------------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """How a kernel is compiled: the tile, and what belongs to it."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+# Lists of the rows that are searched at once.
+LIST_BYTES = 1 << 30
+# Longer lists are not cut down while they grow.
+LONGEST_LIST = 8192
+# From here on fewer rows share a program, so that the lists of all programs stay small.
+LONG_LIST = 1024
+FEW_ROWS = 16
+# Indices have 32 bits in kernels, and run up to a tile of every range past the last column.
+MOST = (1 << 31) - (1 << 20)
+
+
+class Load(enum.IntEnum):
+    """What else than one tile of products takes registers."""
+
+    NOTHING = 0
+    COLUMNS = 1  # numbers of columns, which rules compare
+    TILES = 2  # another tile of products, codes to convert, statistics
+
+
+def load_of(layout: Layout, level: Tensor | None) -> Load:
+    """How crowded registers are."""
+    slots = {slot for each in layout.sets for slot in each.data}
+    if level is not None or slots & {Slot.GUIDE_X, Slot.CODE_SCALE, Slot.LOG_WEIGHT}:
+        return Load.TILES
+    return Load.COLUMNS if slots else Load.NOTHING
+
+
+def tile_for(arch: str, dtype: torch.dtype, rows: int, k: int, load: Load) -> Tile:
+    """The tile for a number of rows and length of lists."""
+    if arch == "interpreter":
+        return Tile(16, 16, 16, 4, 1)
+    if dtype == torch.float32:
+        return Tile(16 if rows <= FEW_ROWS else 32, 64, 16, 8, 2)
+    if rows <= FEW_ROWS:
+        depth = 32 if load == Load.TILES else 128
+        return Tile(16, 64, depth, 4, 2 if arch == "gfx942" else 4)
+    if load == Load.TILES or k > LONG_LIST:
+        return Tile(64, 64, 32, 8, 2 if arch == "gfx942" else 3)
+    if arch == "gfx942":
+        return Tile(128, 64, 64, 8, 2)
+    return Tile(128, 128 if load == Load.NOTHING else 64, 64, 8, 3)
+
+
+class Plan(NamedTuple):
+    """How the work is cut.
+
+    Attributes:
+        parts: ranges of columns, each with a list of its own for every row.
+        width: columns of a range.
+        capacity: entries of a list.
+        span: what `_sweep` calls SPAN.
+        rows: rows at a time.
+    """
+
+    parts: int
+    width: int
+    capacity: int
+    span: int
+    rows: int
+
+
+def plan(rows: int, columns: int, k: int, tile: Tile, processors: int) -> Plan:
+    """Cut columns where rows alone do not keep the processors busy, and rows where their lists take too much memory."""
+    blocks = triton.cdiv(rows, tile.BLOCK_M)
+    wanted = max(1, 2 * processors // blocks)
+    width = triton.cdiv(max(triton.cdiv(columns, wanted), 4 * tile.BLOCK_N), tile.BLOCK_N) * tile.BLOCK_N
+    parts = triton.cdiv(columns, width)
+    capacity = k + tile.BLOCK_N + max(k // 2, tile.BLOCK_N)
+    shrinks = k <= LONGEST_LIST and capacity < width
+    if not shrinks:
+        capacity = min(width, columns)
+    affordable = LIST_BYTES // (8 * parts * capacity * tile.BLOCK_M)
+    span = triton.next_power_of_2(capacity) if shrinks else 0
+    return Plan(parts, width, capacity, span, tile.BLOCK_M * min(max(affordable, 1), blocks))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def _group(span: int) -> tuple[int, int]:
+    """How many rows are shrunk at a time, and entries of each that are moved at a time."""
+    group = min(max(1, 2048 // max(span, 1)), 16) if span else 1
+    return group, min(max(span, 16), 1024 // group)
+
+
+# ---- Forward ---------------------------------------------------------------------------------------------------------
+
+
+class _Search:
+    """One search: what all its launches share, and the lists that they fill."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        layout: Layout,
+        pairs: _pairs.PairArguments,
+        k: int,
+        floor: Tensor | None,
+        level: Tensor | None,
+        tile: Tile,
+        processors: int,
+    ) -> None:
+        self.tile, self.k = tile, k
+        self.cut = cut = plan(len(x), len(y), k, tile, processors)
+        x, y = unit_stride(x), unit_stride(y)
+        code_scale = layout.sets[0].data.get(Slot.CODE_SCALE)
+        floor, level, code_scale = (None if t is None else t.contiguous() for t in (floor, level, code_scale))
+        size = (min(cut.rows, triton.cdiv(len(x), tile.BLOCK_M) * tile.BLOCK_M), cut.parts)
+        self.scores = torch.empty((*size, cut.capacity), dtype=torch.float32, device=x.device)
+        self.columns = torch.empty((*size, cut.capacity), dtype=torch.int32, device=x.device)
+        self.counted = None if level is None else torch.empty((*size, 8), dtype=torch.int32, device=x.device)
+        group, piece = _group(cut.span)
+        self.arguments: Mapping[str, object] = {
+            "x": x,
+            "y": y,
+            "code_scale": code_scale,
+            "floor": floor,
+            "level": level,
+            "scores": self.scores,
+            "columns": self.columns,
+            "counts": torch.empty(size, dtype=torch.int32, device=x.device),
+            "thresholds": torch.empty(size, dtype=torch.float32, device=x.device),
+            "statistics": self.counted,
+            "x_stride": x.stride(0),
+            "y_stride": y.stride(0),
+            "N": len(x),
+            "M": len(y),
+            "D": x.shape[1],
+            "guide_depth": pairs.guide_depth,
+            "parts": cut.parts,
+            "width": cut.width,
+            "capacity": cut.capacity,
+            "k": k,
+            "data": pairs.data,
+            "offsets": pairs.offsets,
+            "sets": pairs.sets,
+            "GUIDE_X": pairs.guide[0],
+            "GUIDE_Y": pairs.guide[1],
+            "BLOCK_M": tile.BLOCK_M,
+            "BLOCK_N": tile.BLOCK_N,
+            "BLOCK_K": tile.BLOCK_K,
+            "SPAN": cut.span,
+            "GROUP": group,
+            "PIECE": piece,
+        }
+
+    def launch(self, begin: int, end: int) -> Launch:
+        """What fills the lists of some rows."""
+        programs = triton.cdiv(end - begin, self.tile.BLOCK_M) * self.cut.parts
+        options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
+        return Launch(_sweep, programs, {**self.arguments, "first_row": begin}, options)
+
+    def best(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Values and indices of the rows that were searched last, at most k of each, best first."""
+        length = self.k if self.cut.span else self.cut.capacity
+        return best(*(t[:rows, :, :length].reshape(rows, -1) for t in (self.scores, self.columns)), self.k)
+
+
+def forward(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
+    pair_data: Sequence[Tensor],
+    spec: Sequence[int],
+    k: int,
+    floor: Tensor | None,
+    count_above: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (values, indices, counts, statistics).
+
+    The first set selects; statistics are counted under the rules of the last one and empty without `count_above`.
+    """
+    rows, columns = len(x), len(y)
+    if max(rows, columns) > MOST:
+        raise NotImplementedError(
+            f"similarity_topk: backend 'triton' takes at most {MOST} rows and columns, got {rows} and {columns}\n"
+            "  search parts of the matrix, with TopKState"
+        )
+    values = x.new_full((rows, k), -torch.inf, dtype=torch.float32)
+    indices = torch.full((rows, k), -1, dtype=torch.int64, device=x.device)
+    statistics = indices.new_zeros((0 if count_above is None else len(STATISTICS), rows))
+    if rows and columns:
+        layout = Layout.decode(pair_data, spec)
+        pairs = _pairs.arguments(layout, rows, columns, scale, row_bias, col_bias)
+        floor, level = (None if t is None else t.float() for t in (floor, count_above))
+        tile = tile_for(arch_of(x), x.dtype, rows, k, load_of(layout, level))
+        search = _Search(x, y, layout, pairs, k, floor, level, tile, _processors(x.device))
+        for begin in range(0, rows, search.cut.rows):
+            end = min(begin + search.cut.rows, rows)
+            search.launch(begin, end).run()
+            best_values, best_indices = search.best(end - begin)
+            found = best_values.shape[1]
+            values[begin:end, :found], indices[begin:end, :found] = best_values, best_indices
+            if search.counted is not None:
+                statistics[:, begin:end] = search.counted[: end - begin, :, : len(STATISTICS)].sum(1).T
+    return values, indices, (indices >= 0).sum(1), statistics
+
+
+# ---- Ahead of time ---------------------------------------------------------------------------------------------------
+
+_RULES = {
+    "all pairs": (),
+    "ids": (Slot.DIFFER_ROWS, Slot.DIFFER_COLS, Slot.EXCLUDE_INDPTR, Slot.EXCLUDE_INDICES),
+    "bounds": (Slot.BELOW_ROWS, Slot.BELOW_COLS, Slot.ABOVE_ROWS, Slot.ABOVE_COLS, Slot.SAME_ROWS, Slot.SAME_COLS),
+    "guide": (Slot.GUIDE_X, Slot.GUIDE_Y, Slot.GUIDE_BELOW_ROWS, Slot.LOG_WEIGHT, Slot.CLASS_ROWS, Slot.CLASS_COLS),
+}
+_CHOICES = {
+    "dtype": [torch.bfloat16, torch.float16, torch.float32],
+    "k": [10, 500, LONGEST_LIST, LONGEST_LIST + 1],
+    "few": [False, True],
+    "rules": list(_RULES),
+    "codes": [False, True],
+    "extras": ["", "floor and biases", "statistics", "statistics of other rules"],
+}
+
+
+def _set(rules: str, rows: int, columns: int) -> LogitSet:
+    """A set with some rules, whose tensors only have to be of the right types."""
+    data = {}
+    for slot in _RULES[rules]:
+        size = rows if slot.name.endswith("ROWS") else columns
+        ids = slot < Slot.BELOW_ROWS or slot in (Slot.CLASS_ROWS, Slot.CLASS_COLS)
+        shape = (size, 32) if slot in (Slot.GUIDE_X, Slot.GUIDE_Y, Slot.LOG_WEIGHT) else (size,)
+        data[slot] = torch.zeros(shape, dtype=torch.int64 if ids else torch.float32)
+    return LogitSet(ScaleOf.ALL, False, 0 if rules == "ids" else None, data)
+
+
+def _sweep_variant(arch: str, chosen: Mapping[str, object]) -> Variant:
+    dtype, k, rules, extras = (chosen[name] for name in ("dtype", "k", "rules", "extras"))
+    rows, columns = 1 if chosen["few"] else FEW_ROWS + 1, 1 << 15
+    sets = [_set(rules, rows, columns)]
+    if extras == "statistics of other rules":
+        sets.append(_set("guide" if rules == "bounds" else "bounds", rows, columns))
+    if chosen["codes"]:
+        sets[0].data[Slot.CODE_SCALE] = torch.zeros(columns)
+    layout = Layout(tuple(sets), ())
+    biases = (torch.zeros(rows), torch.zeros(columns)) if extras == "floor and biases" else (None, None)
+    pairs = _pairs.arguments(layout, rows, columns, torch.ones(len(sets)), *biases)
+    x = torch.zeros((rows, 128), dtype=dtype)
+    y = torch.zeros((columns, 128), dtype=torch.int8 if chosen["codes"] else dtype)
+    level = torch.zeros(rows) if extras.startswith("statistics") else None
+    tile = tile_for(arch, dtype, rows, k, load_of(layout, level))
+    search = _Search(x, y, layout, pairs, k, biases[0], level, tile, 1)
+    name = ", ".join(
+        ["similarity_topk", str(dtype).removeprefix("torch."), f"k={k}", rules]
+        + [name for name in ("few", "codes") if chosen[name]]
+        + ([extras] if extras else [])
+    )
+    # Tensor cores multiply 64 rows at a time or, with older instructions, 16.
+    return search.launch(0, rows).variant(name, has_dot=dtype != torch.float32 and tile.BLOCK_M >= 64)
+
+
+def variants(arch: str) -> Iterator[Variant]:
+    """Every two options of `_sweep` together in some variant, and the kernels of listed pairs."""
+    yield from (_sweep_variant(arch, chosen) for chosen in pairwise_cover(_CHOICES))
+    yield from _listed.variants()
