@@ -1,9 +1,10 @@
-"""Fixtures: the backends that can run here, and seeds."""
+"""Fixtures: the backends that can run here, seeds, and an interpreter of Triton that rounds as devices do."""
 
+import numpy as np
 import pytest
 import torch
 
-from contrastive_ops import _dispatch
+from contrastive_ops import _dispatch, _triton
 
 
 def pytest_addoption(parser):
@@ -22,6 +23,28 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interpreter_rounds():
+    """Triton's interpreter cuts off the digits that bfloat16 has no room for; devices round to the nearest."""
+    if not _triton.interprets() or _triton.why_missing() is not None:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounding_cast(self, source, to):
+        if source.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
+            return cast(self, source, to)
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16)
+        return interpreter.TensorHandle(rounded.numpy().view(np.uint16), tl.bfloat16)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounding_cast)
+        yield
 
 
 @pytest.fixture(params=["reference", "cpu"])

@@ -56,7 +56,7 @@ def rules_of(rows, columns, chosen, seed):
     every = {
         "diagonal": 2,
         "differ": ids,
-        "same": ids,
+        "same": tuple(each // 2 for each in ids),
         "exclude": (indptr, torch.randint(columns, (int(indptr[-1]),), generator=g)),
         "below": (bound, column_bound),
         "above": (-bound, -column_bound),
@@ -393,7 +393,7 @@ def test_hard_negatives():
     query, corpus = integers(6, 5).to(DEVICE), integers(70, 5, seed=1).to(DEVICE)
     positives = torch.arange(6, device=DEVICE)
     found, expected = (
-        mine_hard_negatives(query, corpus, positives, 5, rules=NegativeRules(margin=1.0), metric="dot", backend=backend)
+        mine_hard_negatives(query, corpus, positives, 5, rules=NegativeRules(absolute_margin=1.0), metric="dot", backend=backend)
         for backend in ("triton", "reference")
     )
     assert torch.equal(found.indices, expected.indices)
