@@ -72,7 +72,8 @@ def _problem(arch: str, choice: dict[str, Any]) -> tuple[plan.Problem, Tensor | 
     """The problem of a combination, and its targets."""
     rows = _ROWS
     columns = rows if choice["itself"] else _COLUMNS
-    D = choice["kernel"][1] or resident_depth(arch, choice["dtype"])
+    (kernel, D), most = choice["kernel"], resident_depth(arch, choice["dtype"])
+    D = min(D or most, most) if kernel in ("rows", "columns") else D or most
     x, y = torch.empty(rows, D, dtype=choice["dtype"]), torch.empty(columns, D, dtype=choice["dtype"])
     data = {slot: _tensor_of(slot) for slot in _RULES[choice["rules"]]}
     lists = (Slot.LINEAR_INDPTR, Slot.LINEAR_INDICES, Slot.LINEAR_WEIGHT) if choice["linear"] else ()

@@ -39,7 +39,7 @@ INTERPRETED = Tiles(32, 32, 16, 1, 1)
 
 # Up to this dimension the rows of a program stay on the chip, and gradients are formed without writing weights; of
 # 16-bit operands, of float32.
-RESIDENT_DEPTH = {"sm_80": (256, 128), "sm_90": (256, 128), "gfx942": (128, 64), "interpreter": (256, 256)}
+RESIDENT_DEPTH = {"sm_80": (256, 32), "sm_90": (256, 32), "gfx942": (128, 64), "interpreter": (256, 256)}
 
 # By architecture and "fold", "gradient", "weights"; of light calls with 16-bit operands, of others with
 # 16-bit operands, and of float32. Registers set the limit: every rule and fold keeps some numbers per pair of the tile.
@@ -47,16 +47,16 @@ _TABLE = {
     "sm_80": {
         "fold": (Tiles(128, 64, 64, 8, 2), Tiles(64, 32, 64, 8, 2), Tiles(32, 64, 32, 8, 2)),
         "gradient": (Tiles(64, 32, 64, 8, 2), Tiles(32, 32, 64, 8, 2), Tiles(32, 16, 32, 8, 1)),
-        "weights": (Tiles(64, 64, 64, 8, 2), Tiles(64, 32, 64, 8, 2), Tiles(32, 64, 32, 8, 2)),
+        "weights": (Tiles(64, 64, 64, 8, 2), Tiles(64, 32, 32, 8, 2), Tiles(32, 64, 32, 8, 2)),
     },
     "sm_90": {
-        "fold": (Tiles(128, 64, 64, 8, 3), Tiles(64, 64, 64, 8, 3), Tiles(32, 64, 32, 8, 2)),
+        "fold": (Tiles(128, 64, 64, 8, 3), Tiles(64, 64, 64, 8, 3), Tiles(32, 32, 32, 8, 2)),
         "gradient": (Tiles(64, 64, 64, 8, 2), Tiles(64, 32, 64, 8, 2), Tiles(32, 16, 32, 8, 1)),
         "weights": (Tiles(128, 64, 64, 8, 3), Tiles(64, 64, 64, 8, 3), Tiles(32, 64, 32, 8, 2)),
     },
     "gfx942": {
-        "fold": (Tiles(64, 64, 32, 8, 2), Tiles(32, 32, 32, 8, 2), Tiles(32, 32, 16, 8, 1)),
-        "gradient": (Tiles(32, 32, 32, 8, 1), Tiles(32, 32, 32, 8, 1), Tiles(32, 16, 16, 8, 1)),
+        "fold": (Tiles(64, 64, 32, 8, 2), Tiles(32, 32, 32, 4, 2), Tiles(32, 32, 16, 8, 1)),
+        "gradient": (Tiles(32, 32, 32, 4, 1), Tiles(32, 32, 32, 4, 1), Tiles(32, 16, 16, 8, 1)),
         "weights": (Tiles(64, 64, 32, 8, 2), Tiles(64, 32, 32, 8, 2), Tiles(32, 32, 16, 8, 1)),
     },
 }

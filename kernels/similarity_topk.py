@@ -229,6 +229,13 @@ class Tile(NamedTuple):
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None  # what the compiler of NVIDIA would not give by itself
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Those of a launch."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
 
 # Lists of the rows that are searched at once.
@@ -263,15 +270,21 @@ def tile_for(arch: str, dtype: torch.dtype, rows: int, k: int, load: Load) -> Ti
     if arch == "interpreter":
         return Tile(16, 16, 16, 4, 1)
     if dtype == torch.float32:
-        return Tile(16 if rows <= FEW_ROWS else 32, 64, 16, 8, 2)
+        few, columns = rows <= FEW_ROWS, 64 if arch == "sm_90" else 32
+        return Tile(16 if few else 32, columns, 16, 8, 2, maxnreg=255 if arch == "sm_80" else None)
+    crowded = load == Load.TILES
     if rows <= FEW_ROWS:
-        depth = 32 if load == Load.TILES else 128
-        return Tile(16, 64, depth, 4, 2 if arch == "gfx942" else 4)
-    if load == Load.TILES or k > LONG_LIST:
-        return Tile(64, 64, 32, 8, 2 if arch == "gfx942" else 3)
+        stages = {"sm_80": 2 if crowded else 4, "sm_90": 4, "gfx942": 2}[arch]
+        return Tile(16, 32 if crowded and arch == "sm_80" else 64, 32 if crowded else 128, 8 if crowded and arch == "sm_80" else 4, stages)
+    if crowded or k > LONG_LIST:
+        return {
+            "sm_80": Tile(64, 32, 32, 8, 2),
+            "sm_90": Tile(64, 32, 32, 8, 1) if crowded else Tile(64, 64, 32, 8, 3),
+            "gfx942": Tile(64, 32, 32, 4, 1),
+        }[arch]
     if arch == "gfx942":
         return Tile(128, 64, 64, 8, 2)
-    return Tile(128, 128 if load == Load.NOTHING else 64, 64, 8, 3)
+    return Tile(128, 128 if load == Load.NOTHING and arch == "sm_90" else 64, 64, 8, 3)
 
 
 class Plan(NamedTuple):
@@ -383,8 +396,7 @@ class _Search:
     def launch(self, begin: int, end: int) -> Launch:
         """What fills the lists of some rows."""
         programs = triton.cdiv(end - begin, self.tile.BLOCK_M) * self.cut.parts
-        options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages}
-        return Launch(_sweep, programs, {**self.arguments, "first_row": begin}, options)
+        return Launch(_sweep, programs, {**self.arguments, "first_row": begin}, self.tile.options)
 
     def best(self, rows: int) -> tuple[Tensor, Tensor]:
         """Values and indices of the rows that were searched last, at most k of each, best first."""
