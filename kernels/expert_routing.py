@@ -47,12 +47,12 @@ def _with_dense_rows(x: Tensor) -> Tensor:
 # ---- Scores --------------------------------------------------------------------------------------------------------
 
 
-def _score_tile(logits: Tensor, *, backward: bool = False) -> tuple[dict[str, int], dict[str, int]]:
+def _score_tile(logits: Tensor, s: ScoreSpec, *, backward: bool = False) -> tuple[dict[str, int], dict[str, int]]:
     """Compile-time sizes of a block of tokens, and its warps."""
     padded = max(2, triton.next_power_of_2(logits.shape[1]))
     tokens = min(max(ELEMENTS // padded, 1), 128)
     # By how many numbers a thread has registers for.
-    warps = 8 if padded > (1024 if backward else 512) else 4
+    warps = 8 if s.load or padded > (1024 if backward else 512) else 4  # the load loss holds one more table
     if arch_of(logits) == "gfx942":  # and there its masks must fit scalar registers
         warps = 8 if padded <= 512 else 16
     return {"E_PAD": padded, "BLOCK_T": tokens}, {"num_warps": warps, "num_stages": 1}
@@ -94,9 +94,7 @@ def scores(
     s = ScoreSpec(*spec)
     logits = _with_dense_rows(logits)
     tokens, experts = logits.shape
-    (tile, options), cells = _score_tile(logits), s.segments * experts
-    if s.load:  # which holds one more table
-        options["num_warps"] = max(options["num_warps"], 8)
+    (tile, options), cells = _score_tile(logits, s), s.segments * experts
     blocks = triton.cdiv(tokens, tile["BLOCK_T"])
     steps = triton.cdiv(blocks, max(min(PARTS, TABLE // cells), min(PARTS, 64)))
     parts = triton.cdiv(blocks, max(steps, 1))
@@ -145,7 +143,7 @@ def scores_backward(
     s = ScoreSpec(*spec)
     logits = _with_dense_rows(logits)
     tokens, count = logits.shape
-    tile, options = _score_tile(logits, backward=True)
+    tile, options = _score_tile(logits, s, backward=True)
     dlogits = torch.empty((tokens, count), dtype=torch.float32, device=logits.device)
     launch(
         _router_scores.scores_backward_kernel, triton.cdiv(tokens, tile["BLOCK_T"]),

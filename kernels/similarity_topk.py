@@ -274,8 +274,10 @@ def tile_for(arch: str, dtype: torch.dtype, rows: int, k: int, load: Load) -> Ti
         return Tile(16 if few else 32, columns, 16, 8, 2, maxnreg=255 if arch == "sm_80" else None)
     crowded = load == Load.TILES
     if rows <= FEW_ROWS:
-        stages = {"sm_80": 2 if crowded else 4, "sm_90": 4, "gfx942": 2}[arch]
-        return Tile(16, 32 if crowded and arch == "sm_80" else 64, 32 if crowded else 128, 8 if crowded and arch == "sm_80" else 4, stages)
+        if not crowded:
+            return Tile(16, 64, 128, 4, 2 if arch == "gfx942" else 4)
+        tiles = {"sm_80": Tile(16, 32, 32, 8, 2), "sm_90": Tile(16, 64, 32, 4, 4), "gfx942": Tile(16, 64, 32, 4, 2)}
+        return tiles[arch]
     if crowded or k > LONG_LIST:
         return {
             "sm_80": Tile(64, 32, 32, 8, 2),
