@@ -391,9 +391,9 @@ def test_streamed_blocks():
 
 def test_hard_negatives():
     query, corpus = integers(6, 5).to(DEVICE), integers(70, 5, seed=1).to(DEVICE)
-    positives = torch.arange(6, device=DEVICE)
+    positives, rules = torch.arange(6, device=DEVICE), NegativeRules(absolute_margin=1.0)
     found, expected = (
-        mine_hard_negatives(query, corpus, positives, 5, rules=NegativeRules(absolute_margin=1.0), metric="dot", backend=backend)
+        mine_hard_negatives(query, corpus, positives, 5, rules=rules, metric="dot", backend=backend)
         for backend in ("triton", "reference")
     )
     assert torch.equal(found.indices, expected.indices)
