@@ -15,7 +15,7 @@ from ._folds import TileFold
 from ._launch import Launch
 from ._similarity_backward import BIAS, RESIDUAL, SCALE, TileSum
 from ._tiles import resident_depth
-from ._variants import Variant, pairwise_cover
+from ._variants import Combine, Variant
 
 # Sizes of the problems that launches are made for; only their dtypes and the dimension reach the compiler.
 _ROWS, _COLUMNS = 48, 80
@@ -122,9 +122,9 @@ def _backward(p: plan.Problem, target: Tensor | None, kernel: str, biases: bool,
             yield from chunk.launches
 
 
-def variants(arch: str) -> Iterator[Variant]:
+def variants(arch: str, combine: Combine) -> Iterator[Variant]:
     """The launches of every combination."""
-    for choice in pairwise_cover(_CHOICES):
+    for choice in combine(_CHOICES):
         p, target = _problem(arch, choice)
         kernel, D = choice["kernel"][0], p.shape[2]
         if kernel == "fold":

@@ -11,7 +11,7 @@ import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,15 @@ def _local_memory(cubin: bytes) -> int:
         file.flush()
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     return sum(int(n) for n in re.findall(r"(?:LOCAL|STACK):(\d+)", usage.stdout))
+
+
+Combine = Callable[[Mapping[str, Sequence[Any]]], Iterator[dict[str, Any]]]
+
+
+def every_combination(choices: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """The full product: far more than anybody compiles in one sitting."""
+    for values in itertools.product(*choices.values()):
+        yield dict(zip(choices, values, strict=True))
 
 
 def pairwise_cover(choices: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ from .. import _triton
 from .._routing import ScoreSpec, SlotSpec
 from . import _router_rows, _router_scores, _router_slots
 from ._launch import arch_of, launch, recording
-from ._variants import Variant, pairwise_cover
+from ._variants import Combine, Variant, pairwise_cover
 
 # Numbers of a tile. Interpreted, tiles are small, so that small inputs have several.
 ELEMENTS = 128 if _triton.interprets() else 1024
@@ -278,9 +278,9 @@ def dots(tokens: Tensor, rows: Tensor, slots: Tensor, order: Tensor) -> Tensor:
 # ---- What is compiled ahead of time --------------------------------------------------------------------------------
 
 
-def variants(arch: str) -> Iterator[Variant]:
+def variants(arch: str, combine: Combine = pairwise_cover) -> Iterator[Variant]:
     """Every kernel as these launchers launch it: pairs of options that users can combine, tiles of all kinds."""
-    yield from _score_variants(arch)
+    yield from _score_variants(arch, combine)
     yield from _slot_variants(arch)
     yield from _row_variants(arch)
 
@@ -302,9 +302,9 @@ _LARGEST: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _score_variants(arch: str) -> Iterator[Variant]:
+def _score_variants(arch: str, combine: Combine) -> Iterator[Variant]:
     choices = {"choice": ("logits", "bias", "top2", "max"), "mask": (None, "allowed", "given")}
-    for row in (*pairwise_cover({**choices, **_SWITCHES}), _LARGEST):
+    for row in (*combine({**choices, **_SWITCHES}), _LARGEST):
         with recording(arch) as recorded:
             scores(*_score_problem(row, row["choice"]))
         kernel, totals = recorded.launches
@@ -314,7 +314,7 @@ def _score_variants(arch: str) -> Iterator[Variant]:
     yield from recorded.variants("expert_routing")
     # Padding goes with segments, which the derivative reads as the scores do; as it reads other types and k.
     choices = {"mask": (None, "allowed"), **_SWITCHES, "k": (8,), "dtype": (torch.bfloat16,), "valid": (None,)}
-    for row in (*({**row, "valid": row["segments"] > 1} for row in pairwise_cover(choices)), _LARGEST):
+    for row in (*({**row, "valid": row["segments"] > 1} for row in combine(choices)), _LARGEST):
         logits, noise, bias, allowed, _, segment, valid, spec, sigma = _score_problem(row, "logits")
         like = (logits.new_empty(len(logits), spec.k, dtype=dtype) for dtype in (torch.int64, torch.float32))
         d_sums, d_totals = torch.empty(3, spec.segments, logits.shape[1]), torch.empty(2, spec.segments)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _triton
 from ._launch import arch_of, launch, recording
-from ._variants import Variant, pairwise_cover
+from ._variants import Combine, Variant, pairwise_cover
 
 # The interpreter multiplies the bits of bfloat16 numbers; in float32 the products are the same ones.
 WIDEN = tl.constexpr(_triton.interprets())
@@ -193,7 +193,7 @@ def outer(a: Tensor, g: Tensor, offsets: Tensor, wants_b: bool, wants_bias: bool
 # ---- What is compiled ahead of time --------------------------------------------------------------------------------
 
 
-def variants(arch: str) -> Iterator[Variant]:
+def variants(arch: str, combine: Combine = pairwise_cover) -> Iterator[Variant]:
     """Both products with every layout that backward passes on, and sizes that do not divide by 16."""
     choices: dict[str, Sequence[Any]] = {
         "dtype": (torch.bfloat16, torch.float16, torch.float32),
@@ -201,7 +201,7 @@ def variants(arch: str) -> Iterator[Variant]:
         "transposed": (False, True),
         "bias": (False, True),
     }
-    for row in pairwise_cover(choices):
+    for row in combine(choices):
         (depth, columns), dtype = row["size"], row["dtype"]
         a, g = torch.empty(256, depth, dtype=dtype), torch.empty(256, columns, dtype=dtype)
         b = torch.empty(4, columns, depth, dtype=dtype).transpose(1, 2)

@@ -20,7 +20,7 @@ from . import _similarity_plan as plan
 from . import _similarity_variants
 from ._launch import arch_of
 from ._similarity_backward import BIAS, RESIDUAL, SCALE, TileSum
-from ._variants import Variant
+from ._variants import Combine, Variant, pairwise_cover
 
 __all__ = ["backward", "forward", "total", "variants"]
 
@@ -121,9 +121,9 @@ def total(
     return losses, target_logit, *gradients, dextra
 
 
-def variants(arch: str) -> Iterator[Variant]:
+def variants(arch: str, combine: Combine = pairwise_cover) -> Iterator[Variant]:
     """Every two options that users can reach together in some variant."""
-    return _similarity_variants.variants(arch)
+    return _similarity_variants.variants(arch, combine)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

@@ -37,7 +37,7 @@ from . import _listed, _pairs
 from ._launch import Launch, arch_of
 from ._listed import at, backward, unit_stride
 from ._selection import append, best, pad, shrink
-from ._variants import Variant, pairwise_cover
+from ._variants import Combine, Variant, pairwise_cover
 
 __all__ = ["at", "backward", "forward", "merge", "order", "variants"]
 
@@ -502,7 +502,7 @@ def _sweep_variant(arch: str, chosen: Mapping[str, object]) -> Variant:
     return search.launch(0, rows).variant(name, has_dot=dtype != torch.float32 and tile.BLOCK_M >= 64)
 
 
-def variants(arch: str) -> Iterator[Variant]:
+def variants(arch: str, combine: Combine = pairwise_cover) -> Iterator[Variant]:
     """Every two options of `_sweep` together in some variant, and the kernels of listed pairs."""
-    yield from (_sweep_variant(arch, chosen) for chosen in pairwise_cover(_CHOICES))
+    yield from (_sweep_variant(arch, chosen) for chosen in combine(_CHOICES))
     yield from _listed.variants()

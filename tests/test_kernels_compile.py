@@ -14,11 +14,11 @@ if _triton.interprets():
 from contrastive_ops.kernels import _variants
 
 STEMS = ("similarity_reduce", "similarity_topk", "expert_routing", "grouped_matmul")
-WRITTEN = [stem for stem in STEMS if importlib.util.find_spec(f"contrastive_ops.kernels.{stem}")]
 
 
-def variants(arch):
-    return [v for stem in WRITTEN for v in importlib.import_module(f"contrastive_ops.kernels.{stem}").variants(arch)]
+def variants(arch, *combine):
+    modules = [importlib.import_module(f"contrastive_ops.kernels.{stem}") for stem in STEMS]
+    return [variant for module in modules for variant in module.variants(arch, *combine)]
 
 
 CASES = [pytest.param(arch, v, id=f"{arch}-{v.name}") for arch in _variants.TARGETS for v in variants(arch)]
@@ -31,6 +31,19 @@ def test_compiles_within_the_budget(arch, variant):
     assert compiled.spills == 0
     if variant.has_dot and arch == "sm_90":
         assert "wgmma" in compiled.assembly
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("arch", _variants.TARGETS)
+def test_every_combination_fits(arch):
+    """Not two options at a time but all: in shared memory, and how many of them spill."""
+    spilled, total = [], 0
+    for variant in variants(arch, _variants.every_combination):
+        compiled = _variants.compile_for(variant, arch)
+        assert compiled.shared <= _variants.SHARED_MEMORY[arch], variant.name
+        spilled += [f"{variant.name}: {compiled.spills} bytes"] if compiled.spills else []
+        total += 1
+    assert len(spilled) <= total // 20, spilled
 
 
 @pytest.mark.parametrize("arch", _variants.TARGETS)
@@ -48,6 +61,12 @@ def test_a_cover_has_every_pair():
             if first != second:
                 met = {(row[first], row[second]) for row in rows}
                 assert met == {(i, j) for i in choices[first] for j in choices[second]}
+
+
+def test_every_combination_is_the_product():
+    choices = {"a": [1, 2, 3], "b": "xy"}
+    rows = [tuple(row.values()) for row in _variants.every_combination(choices)]
+    assert rows == [(1, "x"), (1, "y"), (2, "x"), (2, "y"), (3, "x"), (3, "y")]
 
 
 def test_spills_are_seen():
