@@ -83,7 +83,7 @@ def check_index_values(function: str, name: str, index: Tensor, columns: int, or
     """Every number must exist (or be -1 for none). Reads the data, which a traced or meta tensor does not have."""
     if torch.compiler.is_compiling() or index.device.type == "meta" or index.numel() == 0:
         return
-    low, high = int(index.min()), int(index.max())
+    low, high = (int(extreme) for extreme in index.aminmax())
     lowest = -1 if or_none else 0
     if low < lowest or high >= columns:
         got = low if low < lowest else high

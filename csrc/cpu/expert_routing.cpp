@@ -134,36 +134,84 @@ const uint64_t* turns(const A* priority, int64_t count, uint64_t* keys, uint64_t
   }
 }
 
-// Each choice's position among those of its expert in its group, -1 where it is dropped: written to the slots.
+// The choices of each expert in each group: those of a group's expert are in order of j, then of tokens, and begin
+// where `begin` (groups, E, k) says.
+struct Choices {
+  Buffer<uint32_t> tokens;
+  Buffer<int64_t> begin;
+
+  Choices(const RouterSlots& s, int64_t groups, const Parallel& parallel)
+      : tokens(s.T * s.k), begin(groups * s.E * s.k) {
+    const int64_t lists = s.E * s.k, size = s.group_size * s.k;
+    auto task = [&](int64_t group, int) {
+      int64_t* next = begin.get() + group * lists;
+      std::fill(next, next + lists, 0);
+      const int64_t* experts = s.experts + group * size;
+      for (int64_t t = 0; t < s.group_size; ++t) {
+        for (int64_t j = 0; j < s.k; ++j) {
+          if (experts[t * s.k + j] >= 0) ++next[experts[t * s.k + j] * s.k + j];
+        }
+      }
+      int64_t before = group * size;
+      for (int64_t list = 0; list < lists; ++list) {
+        const int64_t here = next[list];
+        next[list] = before;
+        before += here;
+      }
+      for (int64_t t = 0; t < s.group_size; ++t) {
+        for (int64_t j = 0; j < s.k; ++j) {
+          const int64_t expert = experts[t * s.k + j];
+          if (expert >= 0) tokens.get()[next[expert * s.k + j]++] = static_cast<uint32_t>(t);
+        }
+      }
+    };
+    run_parallel(parallel.run, groups, task);
+  }
+  // After filling, each list begins where the one before ended.
+  int64_t first(int64_t list, int64_t lists, int64_t size) const {
+    return list % lists ? begin.get()[list - 1] : list / lists * size;
+  }
+};
+
+// Writes each choice's position among those of its expert in its group to the slots, -1 where it is dropped. Experts do
+// not wait for each other.
 template <class A>
-void take_positions(const RouterSlots& s, int64_t group) {
-  const int64_t first = group * s.group_size;
-  Buffer<int64_t> taken(s.E);
-  Buffer<uint64_t> keys(s.priority ? 2 * s.group_size : 0);
-  std::fill(taken.get(), taken.get() + s.E, 0);
-  const uint64_t* turn = nullptr;
-  if (s.priority) {
-    const A* priority = static_cast<const A*>(s.priority) + first;
-    turn = turns(priority, s.group_size, keys.get(), keys.get() + s.group_size);
-  }
-  for (int64_t j = 0; j < s.k; ++j) {
-    for (int64_t t = 0; t < s.group_size; ++t) {
-      const int64_t choice = (first + (turn ? static_cast<int64_t>(turn[t] & 0xFFFFFFFFu) : t)) * s.k + j;
-      const int64_t expert = s.experts[choice];
-      // The counter also advances for those that are dropped.
-      const int64_t position = expert >= 0 ? taken.get()[expert]++ : -1;
-      s.slots[choice] = position < s.capacity ? position : -1;
+void take_positions(const RouterSlots& s, int64_t groups, const Parallel& parallel) {
+  const Choices choices(s, groups, parallel);
+  const int64_t lists = s.E * s.k, size = s.group_size * s.k;
+  std::fill(s.slots, s.slots + s.T * s.k, -1);
+  auto task = [&](int64_t of, int) {
+    const int64_t first = of / s.E * s.group_size;
+    const A* priority = s.priority ? static_cast<const A*>(s.priority) + first : nullptr;
+    Buffer<A> values;
+    Buffer<uint64_t> keys;
+    int64_t position = 0;  // also advances for those that are dropped
+    for (int64_t j = 0; j < s.k && position < s.capacity; ++j) {
+      const int64_t list = of * s.k + j, begin = choices.first(list, lists, size);
+      const int64_t count = choices.begin.get()[list] - begin;
+      const uint32_t* tokens = choices.tokens.get() + begin;
+      const uint64_t* turn = nullptr;
+      if (priority && count) {
+        values.once(s.group_size);
+        keys.once(2 * s.group_size);
+        for (int64_t e = 0; e < count; ++e) values.get()[e] = priority[tokens[e]];
+        turn = turns(static_cast<const A*>(values.get()), count, keys.get(), keys.get() + s.group_size);
+      }
+      for (int64_t e = 0; e < minimum(count, s.capacity - position); ++e) {
+        const int64_t token = first + tokens[turn ? turn[e] & 0xFFFFFFFFu : static_cast<uint64_t>(e)];
+        s.slots[token * s.k + j] = position + e;
+      }
+      position += count;
     }
-  }
+  };
+  run_parallel(parallel.run, s.T ? groups * s.E : 0, task);
 }
 
 void router_slots(const RouterSlots& s, const Parallel& parallel) {
   const int64_t choices = s.T * s.k, groups = s.group_size ? s.T / s.group_size : 1;
   if (s.capacity >= 0) {
-    auto task = [&](int64_t group, int) {
-      s.dtype == DType::float64 ? take_positions<double>(s, group) : take_positions<float>(s, group);
-    };
-    run_parallel(parallel.run, s.T ? groups : 0, task);
+    s.dtype == DType::float64 ? take_positions<double>(s, groups, parallel)
+                              : take_positions<float>(s, groups, parallel);
   } else {
     for (int64_t c = 0; c < choices; ++c) s.slots[c] = s.experts[c] >= 0 ? 0 : -1;
   }
@@ -184,7 +232,8 @@ void router_slots(const RouterSlots& s, const Parallel& parallel) {
   }
   // Without gaps, rows are only empty behind the last expert.
   std::fill(s.order + (s.padded ? 0 : s.offsets[s.E]), s.order + s.rows, -1);
-  int64_t* row = next.get();
+  int64_t *row = next.get(), *slots = s.slots, *order = s.order;
+  const int64_t* experts = s.experts;
   for (int64_t group = 0; s.padded && group < groups; ++group) {
     for (int64_t c = group * s.group_size * s.k; c < (group + 1) * s.group_size * s.k; ++c) {
       if (s.slots[c] < 0) continue;
@@ -193,10 +242,10 @@ void router_slots(const RouterSlots& s, const Parallel& parallel) {
     }
   }
   for (int64_t c = 0; !s.padded && c < choices; ++c) {
-    if (s.slots[c] < 0) continue;
-    const int64_t slot = row[s.experts[c]]++;
-    s.slots[c] = slot;
-    s.order[slot] = c;
+    if (slots[c] < 0) continue;
+    const int64_t slot = row[experts[c]]++;
+    slots[c] = slot;
+    order[slot] = c;
   }
 }
 
