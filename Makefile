@@ -17,7 +17,7 @@ export CONTRASTIVE_OPS_EXT
 
 # Python files are used in place; only these make a new build necessary.
 BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
-CPP_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES := $(shell find csrc tests/cuda_host -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
 .DEFAULT_GOAL := help
 .PHONY: help install peers demo test lint format bench bench-peers clean

@@ -13,6 +13,9 @@
 #include "bindings_similarity_topk.h"
 #include "cpu/capability.h"
 #include "similarity_reduce.h"
+#ifdef CONTRASTIVE_OPS_CUDA
+#include "bindings_cuda.h"
+#endif
 
 namespace contrastive_ops {
 namespace {
@@ -140,7 +143,11 @@ std::map<std::string, std::string> build_config() {
 #else
           {"openmp", "no"},
 #endif
+#ifdef CONTRASTIVE_OPS_CUDA
+          {"cuda", CONTRASTIVE_OPS_CUDA}};
+#else
           {"cuda", "no"}};
+#endif
 }
 
 }  // namespace
@@ -164,6 +171,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("expert_routing_dots", &expert_routing_dots);
   m.def("grouped_matmul_forward", &grouped_matmul_forward);
   m.def("grouped_matmul_outer", &grouped_matmul_outer);
+#ifdef CONTRASTIVE_OPS_CUDA
+#define CONTRASTIVE_OPS_DEFINE(name) define_cuda(m, #name, &name);
+  CONTRASTIVE_OPS_CUDA_FUNCTIONS(CONTRASTIVE_OPS_DEFINE)
+#undef CONTRASTIVE_OPS_DEFINE
+#endif
   m.def("build_config", &build_config, "Versions and options at build time.");
   m.def("cpu_capability", [] { return std::string(capability_name(capability())); }, "The SIMD level in use.");
   m.def("cpu_capability_detected", [] { return std::string(capability_name(detected_capability())); });

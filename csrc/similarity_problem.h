@@ -11,9 +11,9 @@
 
 #include <cstdint>
 
-namespace contrastive_ops {
+#include "dtype.h"
 
-enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+namespace contrastive_ops {
 
 // Runs `task(context, index, thread)` for every index in [0, count); `thread` is below Parallel::threads.
 struct Parallel {

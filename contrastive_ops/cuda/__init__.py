@@ -1,0 +1,1 @@
+"""What happens around the kernels in csrc/cuda: memory, chunks and library products; one module per primitive."""

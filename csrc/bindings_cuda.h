@@ -1,0 +1,101 @@
+// Part of bindings.cpp, the only file that includes it: functions of the CUDA kernels, by their types alone.
+//
+// A function of cuda/functions.h gets its tensors as pointers, None as null, a tuple of tensors as Tensors, a list of
+// integers as Integers, and the current stream of the tensors' device.
+#pragma once
+
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "bindings_similarity_problem.h"
+#include "cuda/functions.h"
+
+namespace contrastive_ops {
+namespace {
+
+// What all tensors of a call have in common.
+struct CudaCall {
+  const char* name;
+  std::optional<at::Device> device;
+
+  void* data(const Tensor& tensor) {
+    TORCH_CHECK_VALUE(tensor.is_cuda() && tensor.is_contiguous(), name,
+                      ": tensors must be contiguous and on a GPU, got ", tensor.strides(), " on ", tensor.device());
+    TORCH_CHECK_VALUE(!device || *device == tensor.device(), name, ": tensors must be on one device, got ", *device,
+                      " and ", tensor.device());
+    device = tensor.device();
+    return tensor.data_ptr();
+  }
+};
+
+template <class P>
+struct CudaArgument {
+  P get(CudaCall&, pybind11::handle value) { return value.cast<P>(); }
+};
+template <class T>
+struct CudaArgument<T*> {
+  T* get(CudaCall& call, pybind11::handle value) {
+    if (value.is_none()) return nullptr;
+    const Tensor tensor = value.cast<Tensor>();
+    const auto type = c10::CppTypeToScalarType<std::remove_const_t<T>>::value;
+    TORCH_CHECK_TYPE(tensor.scalar_type() == type, call.name, ": a tensor must have dtype ", type, ", got ",
+                     tensor.scalar_type());
+    return static_cast<T*>(call.data(tensor));
+  }
+};
+template <class Floating>
+struct FloatingArgument {
+  Floating get(CudaCall& call, pybind11::handle value) {
+    if (value.is_none()) return {nullptr, DType::float32};
+    const Tensor tensor = value.cast<Tensor>();
+    TORCH_CHECK_TYPE(tensor.scalar_type() != at::kDouble, call.name, ": float64 has no CUDA kernels");
+    return {call.data(tensor), dtype_of(tensor)};
+  }
+};
+template <>
+struct CudaArgument<Input> : FloatingArgument<Input> {};
+template <>
+struct CudaArgument<Output> : FloatingArgument<Output> {};
+template <>
+struct CudaArgument<Tensors> {
+  std::vector<const void*> pointers;
+  Tensors get(CudaCall& call, pybind11::handle value) {
+    for (const pybind11::handle each : value.cast<pybind11::tuple>())
+      pointers.push_back(call.data(each.cast<Tensor>()));
+    return {pointers.data(), static_cast<int64_t>(pointers.size())};
+  }
+};
+template <>
+struct CudaArgument<Integers> {
+  std::vector<int64_t> integers;
+  Integers get(CudaCall&, pybind11::handle value) {
+    integers = value.cast<std::vector<int64_t>>();
+    return {integers.data(), static_cast<int64_t>(integers.size())};
+  }
+};
+
+template <class... P, size_t... index>
+void call_cuda(const char* name, void (*function)(Stream, P...), const pybind11::args& values,
+               std::index_sequence<index...>) {
+  TORCH_CHECK_VALUE(values.size() == sizeof...(P), name, " must get ", sizeof...(P), " arguments, got ", values.size());
+  CudaCall call{name, {}};
+  std::tuple<CudaArgument<P>...> arguments;
+  std::tuple<P...> raw{std::get<index>(arguments).get(call, values[index])...};
+  TORCH_CHECK_VALUE(call.device.has_value(), name, " must get a tensor");
+  const c10::cuda::CUDAGuard guard(*call.device);
+  function(c10::cuda::getCurrentCUDAStream().stream(), std::get<index>(raw)...);
+}
+
+template <class... P>
+void define_cuda(pybind11::module_& m, const char* name, void (*function)(Stream, P...)) {
+  m.def((std::string("cuda_") + name).c_str(), [name, function](const pybind11::args& values) {
+    call_cuda(name, function, values, std::index_sequence_for<P...>());
+  });
+}
+
+}  // namespace
+}  // namespace contrastive_ops

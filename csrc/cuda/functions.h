@@ -1,0 +1,11 @@
+// Every function of the CUDA kernels, once: for bindings.cpp, and for the driver that runs them on the host.
+#pragma once
+
+#include "expert_routing.h"
+
+namespace contrastive_ops {
+
+// Calls use(name) for each function; Python finds it as _C.cuda_<name>.
+#define CONTRASTIVE_OPS_CUDA_FUNCTIONS(use) use(expert_routing_dispatch) use(expert_routing_combine)
+
+}  // namespace contrastive_ops

@@ -1,0 +1,170 @@
+"""The CUDA kernels on the processor: compiled by the C++ compiler with sanitizers, called like the extension.
+
+`HostKernels` has the functions of csrc/cuda/functions.h under the names that the extension gives them. They take
+tensors on the CPU and write to them; a program of its own runs them (driver.cpp), so that Python needs no sanitizer.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import struct
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+SOURCES = HERE.parent.parent / "csrc" / "cuda"
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+FLAGS = ("-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", *SANITIZERS)
+
+# As in csrc/dtype.h, and three more.
+_DTYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.int64: 4,
+    torch.int32: 5,
+    torch.bool: 6,
+}
+
+
+def why_missing() -> str | None:
+    """Return None if the kernels can be compiled here, else the reason."""
+    return None if _compiler() is not None else "no C++ compiler was found"
+
+
+def _compiler() -> str | None:
+    names = [os.environ.get("CXX"), sysconfig.get_config_var("CXX"), "c++", "g++", "clang++"]
+    return next((name.split()[0] for name in names if name and shutil.which(name.split()[0])), None)
+
+
+def compile_program(sources: Sequence[Path], program: Path) -> None:
+    """Compile CUDA files and C++ files for the host, side by side, and link them.
+
+    Raises:
+        RuntimeError: with the compiler's message.
+    """
+    objects = [program.parent / f"{source.stem}.{source.suffix[1:]}.o" for source in sources]
+    includes = [f"-I{HERE}", f"-I{SOURCES}"]
+
+    def build(arguments: list[str]) -> None:
+        command = [_compiler() or "c++", *FLAGS, *includes, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [["-x", "c++", "-c", str(source), "-o", str(to)] for source, to in zip(sources, objects, strict=True)]
+        list(pool.map(build, jobs))
+    build([*map(str, objects), "-o", str(program)])
+
+
+@functools.cache
+def driver() -> Path:
+    """The program that runs every function, compiled once in this process."""
+    folder = Path(tempfile.mkdtemp(prefix="cuda_host"))
+    compile_program([*sorted(SOURCES.glob("*.cu")), HERE / "driver.cpp", HERE / "cuda_host.cpp"], folder / "driver")
+    return folder / "driver"
+
+
+class HostKernels:
+    """The functions of csrc/cuda/functions.h on tensors of the CPU.
+
+    Args:
+        schedule: in which order the threads of a block run: "ascending", "descending" or "shuffled".
+        program: the driver; by default the one that has every function.
+    """
+
+    def __init__(self, schedule: str = "ascending", program: Path | None = None) -> None:
+        self.schedule, self.program = schedule, program
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cuda_"):
+            raise AttributeError(name)
+        return functools.partial(self.call, name.removeprefix("cuda_"))
+
+    def close(self) -> None:
+        """End the program."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Run one function; its outputs are among the arguments.
+
+        Raises:
+            RuntimeError: what the function, or a sanitizer, says.
+        """
+        process = self._running()
+        message = [_text(name), struct.pack("<I", len(arguments)), *map(_encoded, arguments)]
+        try:
+            process.stdin.write(b"".join(message))
+            process.stdin.flush()
+            self._read_answer(arguments)
+        except (BrokenPipeError, EOFError):
+            self._process = None
+            _, said = process.communicate()
+            raise RuntimeError(f"{name}: {said.decode()}") from None
+
+    def _running(self) -> Any:
+        if self._process is None:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0"}
+            command = [str(self.program or driver()), self.schedule, "1"]
+            self._process = subprocess.Popen(command, env=environment, **pipes)
+        return self._process
+
+    def _read(self, size: int) -> bytes:
+        found = self._running().stdout.read(size)
+        if len(found) < size:
+            raise EOFError
+        return found
+
+    def _read_answer(self, arguments: Sequence[Any]) -> None:
+        (failed,) = struct.unpack("<i", self._read(4))
+        if failed:
+            raise RuntimeError(self._read(struct.unpack("<I", self._read(4))[0]).decode())
+        # Position 0 is the stream.
+        while (position := struct.unpack("<i", self._read(4))[0]) >= 0:
+            tensor = arguments[position - 1]
+            content = bytearray(self._read(tensor.numel() * tensor.element_size()))
+            if content:
+                tensor.copy_(torch.frombuffer(content, dtype=tensor.dtype).view(tensor.shape))
+
+
+def _text(text: str) -> bytes:
+    return struct.pack("<I", len(text)) + text.encode()
+
+
+def _tensor(tensor: Tensor) -> bytes:
+    if not tensor.is_contiguous() or tensor.device.type != "cpu":
+        raise ValueError(f"a tensor must be contiguous and on the CPU, got {tensor.stride()} on {tensor.device}")
+    content = tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return struct.pack("<BQ", _DTYPES[tensor.dtype], len(content)) + content
+
+
+def _encoded(value: Any) -> bytes:
+    if value is None:
+        return b"n"
+    if isinstance(value, Tensor):
+        return b"a" + _tensor(value)
+    if isinstance(value, float):
+        return b"d" + struct.pack("<d", value)
+    if isinstance(value, int):
+        return b"i" + struct.pack("<q", value)
+    if isinstance(value, tuple):
+        return b"t" + struct.pack("<I", len(value)) + b"".join(map(_tensor, value))
+    if isinstance(value, list):
+        return b"l" + struct.pack(f"<I{len(value)}q", len(value), *value)
+    raise TypeError(f"an argument must be a tensor, a number, a tuple of tensors or a list of integers, got {value!r}")

@@ -1,0 +1,228 @@
+// See cuda_host.h.
+#include "cuda_host.h"
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_host {
+namespace {
+
+constexpr size_t kStack = size_t{256} << 10;
+constexpr int kWarp = 32;
+
+enum class State { ready, at_barrier, at_exchange, returned };
+
+struct Fiber {
+  ucontext_t context{};
+  void* stack = nullptr;
+  void* fake_stack = nullptr;  // of AddressSanitizer
+  State state = State::returned;
+  unsigned mask = 0;
+  const char* place = "";
+  uint64_t brought = 0;
+  uint64_t received[kWarp] = {};
+};
+
+Schedule the_schedule = Schedule::ascending;
+std::mt19937 the_random;
+std::vector<std::unique_ptr<Fiber>> fibers;
+int thread_count = 0, running = -1;
+ucontext_t scheduler;
+void* scheduler_fake_stack = nullptr;
+const void* scheduler_stack = nullptr;
+size_t scheduler_stack_size = 0;
+const std::function<void()>* the_kernel = nullptr;
+std::unique_ptr<unsigned char[]> shared;
+
+// AddressSanitizer wants to know which stack is in use.
+void before_switch(void** save, const void* stack, size_t size) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(save, stack, size);
+#else
+  (void)save, (void)stack, (void)size;
+#endif
+}
+void after_switch(void* saved, const void** old_stack, size_t* old_size) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(saved, old_stack, old_size);
+#else
+  (void)saved, (void)old_stack, (void)old_size;
+#endif
+}
+
+void resume(int thread) {
+  Fiber& fiber = *fibers[thread];
+  running = thread;
+  threadIdx = {static_cast<unsigned>(thread), 0, 0};
+  before_switch(&scheduler_fake_stack, fiber.stack, kStack);
+  swapcontext(&scheduler, &fiber.context);
+  after_switch(scheduler_fake_stack, nullptr, nullptr);
+  running = -1;
+}
+
+// From the fiber that runs to the scheduler; `last`: it will not run again.
+void yield(bool last) {
+  Fiber& fiber = *fibers[running];
+  before_switch(last ? nullptr : &fiber.fake_stack, scheduler_stack, scheduler_stack_size);
+  swapcontext(&fiber.context, &scheduler);
+  after_switch(fiber.fake_stack, &scheduler_stack, &scheduler_stack_size);
+}
+
+void run_thread() {
+  after_switch(nullptr, &scheduler_stack, &scheduler_stack_size);
+  (*the_kernel)();
+  fibers[running]->state = State::returned;
+  yield(true);
+}
+
+void start(int thread) {
+  if (static_cast<int>(fibers.size()) <= thread) {
+    fibers.push_back(std::make_unique<Fiber>());
+    fibers.back()->stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  }
+  Fiber& fiber = *fibers[thread];
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack;
+  fiber.context.uc_stack.ss_size = kStack;
+  fiber.context.uc_link = nullptr;
+  fiber.state = State::ready;
+  fiber.fake_stack = nullptr;
+  makecontext(&fiber.context, run_thread, 0);
+}
+
+std::vector<int64_t> order_of(int64_t count) {
+  std::vector<int64_t> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  if (the_schedule == Schedule::descending) std::reverse(order.begin(), order.end());
+  if (the_schedule == Schedule::shuffled) std::shuffle(order.begin(), order.end(), the_random);
+  return order;
+}
+
+bool waits(int thread, State state) { return fibers[thread]->state == state; }
+
+// Lets a group of lanes go on if all of them are there.
+bool release_exchange(int first) {
+  const Fiber& leader = *fibers[first];
+  const int warp = first / kWarp * kWarp;
+  uint64_t brought[kWarp] = {};
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if ((leader.mask >> lane & 1) == 0) continue;
+    const int thread = warp + lane;
+    if (thread >= thread_count || waits(thread, State::returned)) {
+      threadIdx.x = static_cast<unsigned>(first);
+      running = first;
+      fail("a warp's exchange names a lane that has returned or is none");
+    }
+    if (!waits(thread, State::at_exchange)) return false;
+    const Fiber& other = *fibers[thread];
+    if (other.mask != leader.mask || strcmp(other.place, leader.place) != 0) return false;
+    brought[lane] = other.brought;
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if ((leader.mask >> lane & 1) == 0) continue;
+    Fiber& other = *fibers[warp + lane];
+    memcpy(other.received, brought, sizeof(brought));
+    other.state = State::ready;
+  }
+  return true;
+}
+
+bool release_barrier() {
+  bool any = false;
+  for (int thread = 0; thread < thread_count; ++thread) {
+    if (!waits(thread, State::at_barrier) && !waits(thread, State::returned)) return false;
+    any |= waits(thread, State::at_barrier);
+  }
+  for (int thread = 0; thread < thread_count; ++thread) {
+    if (waits(thread, State::at_barrier)) fibers[thread]->state = State::ready;
+  }
+  return any;
+}
+
+void run_block() {
+  for (int thread = 0; thread < thread_count; ++thread) start(thread);
+  for (;;) {
+    bool moved = false;
+    for (const int64_t thread : order_of(thread_count)) {
+      if (!waits(static_cast<int>(thread), State::ready)) continue;
+      resume(static_cast<int>(thread));
+      moved = true;
+    }
+    for (int thread = 0; thread < thread_count; ++thread) {
+      if (waits(thread, State::at_exchange)) moved |= release_exchange(thread);
+    }
+    moved |= release_barrier();
+    if (moved) continue;
+    for (int thread = 0; thread < thread_count; ++thread) {
+      if (waits(thread, State::returned)) continue;
+      threadIdx.x = static_cast<unsigned>(thread);
+      running = thread;
+      fail("threads wait for each other: a barrier or an exchange is not reached by all");
+    }
+    return;
+  }
+}
+
+}  // namespace
+
+void set_schedule(Schedule schedule, unsigned seed) {
+  the_schedule = schedule;
+  the_random.seed(seed);
+}
+
+void run_grid(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  if (threads < 1 || threads > 1024) fail("a block must have 1 to 1024 threads");
+  the_kernel = &kernel;
+  thread_count = threads;
+  blockDim = {static_cast<unsigned>(threads), 1, 1};
+  gridDim = {static_cast<unsigned>(blocks), 1, 1};
+  for (const int64_t block : order_of(blocks)) {
+    blockIdx = {static_cast<unsigned>(block), 0, 0};
+    // Of its own, so that a sanitizer sees what reaches beyond it.
+    shared.reset(new unsigned char[shared_bytes]);
+    memset(shared.get(), 0xff, shared_bytes);
+    run_block();
+  }
+  shared.reset();
+}
+
+void* shared_memory() { return shared.get(); }
+
+void sync_block() {
+  fibers[running]->state = State::at_barrier;
+  yield(false);
+}
+
+const uint64_t* exchange(unsigned mask, uint64_t brought, const char* place) {
+  Fiber& fiber = *fibers[running];
+  if ((mask >> lane() & 1) == 0) fail("a warp's exchange must name the lane that calls it");
+  fiber.state = State::at_exchange;
+  fiber.mask = mask;
+  fiber.place = place;
+  fiber.brought = brought;
+  yield(false);
+  return fiber.received;
+}
+
+void fail(const char* message) {
+  fprintf(stderr, "cuda_host: %s (thread %u of block %u%s%s)\n", message, threadIdx.x, blockIdx.x,
+          running >= 0 && fibers[running]->state == State::at_exchange ? ", at " : "",
+          running >= 0 && fibers[running]->state == State::at_exchange ? fibers[running]->place : "");
+  fflush(stderr);
+  abort();
+}
+
+}  // namespace cuda_host
