@@ -34,8 +34,12 @@ struct Output {
 };
 
 // As many tensors, or integers, as there are. The lists themselves are on the host.
+struct TensorArgument {
+  const void* data;
+  int64_t width;  // of the last dimension; 1 for a single number
+};
 struct Tensors {
-  const void* const* data;
+  const TensorArgument* data;
   int64_t size;
 };
 struct Integers {

@@ -151,7 +151,8 @@ def _tensor(tensor: Tensor) -> bytes:
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
         raise ValueError(f"a tensor must be contiguous and on the CPU, got {tensor.stride()} on {tensor.device}")
     content = tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-    return struct.pack("<BQ", _DTYPES[tensor.dtype], len(content)) + content
+    width = tensor.shape[-1] if tensor.dim() else 1
+    return struct.pack("<BqQ", _DTYPES[tensor.dtype], width, len(content)) + content
 
 
 def _encoded(value: Any) -> bytes:

@@ -41,12 +41,14 @@ void write(T value) {
 // A tensor in memory of its exact size, so that AddressSanitizer sees what reaches beyond.
 struct Array {
   int dtype = -1;
+  int64_t width = 1;
   size_t bytes = 0;
   std::unique_ptr<unsigned char[]> memory;
   bool defined = false;
 
   void read_body() {
     dtype = read<uint8_t>();
+    width = read<int64_t>();
     bytes = read<uint64_t>();
     memory.reset(new unsigned char[bytes]);
     contrastive_ops::read(memory.get(), bytes);
@@ -142,11 +144,11 @@ struct Argument<Output> : FloatingArgument<Output, true> {};
 template <>
 struct Argument<Tensors> {
   static constexpr bool kOutput = false;
-  std::vector<const void*> pointers;
+  std::vector<TensorArgument> tensors;
   Tensors get(Value& v) {
     if (v.tag != 't') refuse("a list of tensors is wanted");
-    for (const Array& each : v.arrays) pointers.push_back(each.data());
-    return {pointers.data(), static_cast<int64_t>(pointers.size())};
+    for (const Array& each : v.arrays) tensors.push_back({each.data(), each.width});
+    return {tensors.data(), static_cast<int64_t>(tensors.size())};
   }
 };
 template <>
