@@ -20,6 +20,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __restrict__ __restrict
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 struct CUstream_st;
