@@ -33,6 +33,17 @@ def repeated(value: Tensor, size: int) -> Tensor:
     return torch.ops.contrastive_ops.repeated(value, size)
 
 
+def ordered_logsumexp(values: Tensor) -> Tensor:
+    """``values.logsumexp(0)`` of a vector in the same way; -inf with gradient 0 where all of them are, or none are."""
+    if not values.shape[0]:
+        return values.sum() - torch.inf
+    top = values.detach().amax()
+    top = torch.where(torch.isfinite(top), top, 0.0)
+    total = ordered_sum((values - top).exp())
+    empty = total == 0
+    return torch.where(empty, -torch.inf, top + torch.where(empty, 1.0, total).log())
+
+
 def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.size = inputs[0].shape[0]
 

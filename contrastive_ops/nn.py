@@ -19,6 +19,7 @@ from . import losses
 from .losses import RunningDenominator
 
 __all__ = [
+    "AlignmentLoss",
     "ArcFaceLoss",
     "BatchHardTripletLoss",
     "BatchSemiHardTripletLoss",
@@ -27,6 +28,7 @@ __all__ = [
     "ContrastiveLoss",
     "CosFaceLoss",
     "DCLLoss",
+    "DPOLoss",
     "DebiasedLoss",
     "EnergyHingeLoss",
     "GISTEmbedLoss",
@@ -39,6 +41,7 @@ __all__ = [
     "MultiPositiveInfoNCELoss",
     "MultiPositiveSigLIPLoss",
     "NTXentLoss",
+    "NegativeSamplingLoss",
     "PairBCELoss",
     "RunningDenominator",
     "SigLIPLoss",
@@ -394,3 +397,21 @@ class SimCTGLoss(Loss):
     """`contrastive_ops.simctg` as a module: ``SimCTGLoss(margin=0.5)(token_states, segments)``."""
 
     function = staticmethod(losses.simctg)
+
+
+class AlignmentLoss(Loss):
+    """`contrastive_ops.alignment` as a module: ``AlignmentLoss(power=2.0)(x, y)``."""
+
+    function = staticmethod(losses.alignment)
+
+
+class DPOLoss(Loss):
+    """`contrastive_ops.dpo` as a module: ``DPOLoss(beta=0.1)(chosen, rejected, ref_chosen, ref_rejected)``."""
+
+    function = staticmethod(losses.dpo)
+
+
+class NegativeSamplingLoss(Loss):
+    """`contrastive_ops.negative_sampling` as a module: ``NegativeSamplingLoss()(center, table, words, noise)``."""
+
+    function = staticmethod(losses.negative_sampling)

@@ -1,48 +1,77 @@
 """Losses: short algebra on the primitives, one family a file."""
 
 from .classifier import arc_face, cos_face, margin_softmax
+from .decorrelation import (
+    RunningCovariance,
+    barlow_twins,
+    covariance_penalty,
+    effective_rank,
+    log_det,
+    variance_hinge,
+    vicreg,
+)
 from .diagnostics import Diagnostics
 from .hardness import dcl, debiased, hcl, hn_nce
 from .margin import energy_hinge, simctg, vse
 from .mined import mined_info_nce
 from .multi_positive import multi_positive_info_nce, soft_info_nce, sup_con
 from .partition import gist, gte
+from .preference import LogProb, dpo, linear_log_prob
 from .queue import moco
+from .regularizers import alignment, sparsity, uniformity
 from .running import RunningDenominator, sog_clr
 from .sigmoid import bixse, multi_positive_siglip, pair_bce, siglip
 from .softmax import clip, info_nce, nt_xent
 from .triplet import batch_hard_triplet, batch_semi_hard_triplet, contrastive, triplet
+from .whitening import group_whiten
+from .word2vec import UnigramSampler, negative_sampling
 
 __all__ = [
     "Diagnostics",
+    "LogProb",
+    "RunningCovariance",
     "RunningDenominator",
+    "UnigramSampler",
+    "alignment",
     "arc_face",
+    "barlow_twins",
     "batch_hard_triplet",
     "batch_semi_hard_triplet",
     "bixse",
     "clip",
     "contrastive",
     "cos_face",
+    "covariance_penalty",
     "dcl",
     "debiased",
+    "dpo",
+    "effective_rank",
     "energy_hinge",
     "gist",
+    "group_whiten",
     "gte",
     "hcl",
     "hn_nce",
     "info_nce",
+    "linear_log_prob",
+    "log_det",
     "margin_softmax",
     "mined_info_nce",
     "moco",
     "multi_positive_info_nce",
     "multi_positive_siglip",
+    "negative_sampling",
     "nt_xent",
     "pair_bce",
     "siglip",
     "simctg",
     "soft_info_nce",
     "sog_clr",
+    "sparsity",
     "sup_con",
     "triplet",
+    "uniformity",
+    "variance_hinge",
+    "vicreg",
     "vse",
 ]

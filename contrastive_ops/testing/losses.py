@@ -122,6 +122,10 @@ class Draw:
         first = self.column()
         return torch.stack([first, (first + 2) % (self.rows + MORE_COLUMNS)], 1)
 
+    def log_prob(self) -> Tensor:
+        """(N,) logarithms of probabilities."""
+        return self._uniform(self.rows).log().requires_grad_()
+
     def zero_or_one(self) -> Tensor:
         """(N,) whether a pair belongs together."""
         return torch.arange(self.rows) % 2
@@ -395,5 +399,27 @@ LOSSES: dict[str, LossCase] = {
     "energy_hinge sum": LossCase(losses.energy_hinge, {**_QUERY_KEY, **_WEIGHT}, {"hardest": False}),
     "simctg": LossCase(
         losses.simctg, {"x": Draw.matrix, "segments": Draw.labels}, {"margin": 1.0}, mean=_mean_over_positives
+    ),
+    "alignment": LossCase(losses.alignment, {"x": Draw.matrix, "y": Draw.matrix, **_WEIGHT}, {"power": 1.5}),
+    "dpo": LossCase(
+        losses.dpo,
+        {
+            "chosen": Draw.log_prob,
+            "rejected": Draw.log_prob,
+            "reference_chosen": Draw.log_prob,
+            "reference_rejected": Draw.log_prob,
+        },
+        {"label_smoothing": 0.1},
+    ),
+    "dpo ipo": LossCase(losses.dpo, {"chosen": Draw.log_prob, "rejected": Draw.log_prob, **_WEIGHT}, {"kind": "ipo"}),
+    "negative_sampling": LossCase(
+        losses.negative_sampling,
+        {
+            "center": Draw.matrix,
+            "table": Draw.columns,
+            "context": Draw.column,
+            "negatives": Draw.two_columns,
+            **_WEIGHT,
+        },
     ),
 }

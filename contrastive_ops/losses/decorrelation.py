@@ -1,0 +1,347 @@
+"""Losses on the features of a batch: variance, decorrelation, log-determinant and rank of D x D Gram matrices.
+
+A Gram matrix and its dual, ``x.T @ x`` (D, D) and ``x @ x.T`` (N, N), have the same norm and the same eigenvalues apart
+from zeros. The smaller of the two is made, so that wide features of a small batch need no D x D matrix.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import _autocast, _checks
+from . import _arguments
+
+# Added to variances where batch normalisation does it, as torch.nn.BatchNorm1d.
+_BATCH_NORM_EPSILON = 1e-5
+
+
+def variance_hinge(x: Tensor, *, target: float = 1.0, eps: float = 1e-4) -> Tensor:
+    """VICReg's variance term: a hinge on the standard deviation of each feature.
+
+    Equivalent to::
+
+        F.relu(target - (x.var(0) + eps).sqrt()).mean()
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64.
+        target: of the standard deviation.
+        eps: keeps the root's slope finite.
+
+    Returns:
+        0-d, in float32 (float64 for float64 inputs). NaN for fewer than two rows.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+
+    Source:
+        Bardes et al., VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning, 2022.
+
+    Example:
+        >>> variance_hinge(torch.zeros(4, 3))
+        tensor(0.9900)
+    """
+    name = "variance_hinge"
+    _arguments.check_number(name, "eps", eps, "(0, inf)")
+    (x,) = _features(name, x=x)
+    return (target - (x.var(0) + eps).sqrt()).relu().mean()
+
+
+def covariance_penalty(x: Tensor) -> Tensor:
+    """VICReg's covariance term: squared covariances of different features.
+
+    Equivalent to::
+
+        covariance = x.T.cov()
+        covariance.fill_diagonal_(0).square().sum() / D
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64.
+
+    Returns:
+        0-d, in float32 (float64 for float64 inputs). NaN for fewer than two rows.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+
+    Note:
+        Memory O(N D + min(N, D)^2); work O(N D min(N, D)).
+
+    Source:
+        Bardes et al., VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning, 2022.
+
+    Example:
+        >>> covariance_penalty(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
+        tensor(4.)
+    """
+    (x,) = _features("covariance_penalty", x=x)
+    centred = x - x.mean(0)
+    rows = x.new_full((), x.shape[0])
+    # Off the diagonal of a D x D matrix; (N - 1)^2 once instead of in every number.
+    return _off_diagonal(centred, centred) / ((rows - 1).square() * x.shape[1])
+
+
+def vicreg(
+    x: Tensor,
+    y: Tensor,
+    *,
+    invariance: float = 25.0,
+    variance: float = 25.0,
+    covariance: float = 1.0,
+) -> Tensor:
+    """VICReg: partners are equal, features vary, and no two features say the same.
+
+    Equivalent to::
+
+        invariance * F.mse_loss(x, y)
+        + variance * (variance_hinge(x) + variance_hinge(y)) / 2
+        + covariance * (covariance_penalty(x) + covariance_penalty(y))
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64.
+        y: (N, D); row i is another view of row i of ``x``.
+        invariance: weight of the distance of partners.
+        variance: weight of `variance_hinge`.
+        covariance: weight of `covariance_penalty`.
+
+    Returns:
+        0-d, in float32 (float64 for float64 inputs). NaN for fewer than two rows.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+
+    Note:
+        Memory O(N D + min(N, D)^2).
+
+    Source:
+        Bardes et al., VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning, 2022.
+
+    Example:
+        >>> vicreg(torch.randn(8, 4), torch.randn(8, 4)).shape
+        torch.Size([])
+    """
+    x, y = _features("vicreg", x=x, y=y)
+    spread = (variance_hinge(x) + variance_hinge(y)) / 2
+    shared = covariance_penalty(x) + covariance_penalty(y)
+    return invariance * (x - y).square().mean() + variance * spread + covariance * shared
+
+
+def barlow_twins(x: Tensor, y: Tensor, *, off_diagonal: float = 0.0051) -> Tensor:
+    """Barlow Twins: the cross-correlation of two views' features is the identity.
+
+    Equivalent to::
+
+        correlation = F.batch_norm(x, None, None, training=True).T @ F.batch_norm(y, None, None, training=True) / N
+        different = correlation.square().fill_diagonal_(0).sum()
+        (correlation.diag() - 1).square().sum() + off_diagonal * different
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64.
+        y: (N, D); row i is another view of row i of ``x``.
+        off_diagonal: weight of the correlations of different features.
+
+    Returns:
+        0-d, in float32 (float64 for float64 inputs). NaN for no rows.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+
+    Note:
+        Memory O(N D + min(N, D)^2); work O(N D min(N, D)).
+
+    Source:
+        Zbontar et al., Barlow Twins: Self-Supervised Learning via Redundancy Reduction, 2021.
+
+    Example:
+        >>> x = torch.tensor([[1.0, -1.0], [1.0, 1.0], [-1.0, -1.0], [-1.0, 1.0]])
+        >>> bool(barlow_twins(x, x) < 1e-8)                                   # two features without correlation
+        True
+    """
+    x, y = (_standardised(each) for each in _features("barlow_twins", x=x, y=y))
+    rows = x.new_full((), x.shape[0])
+    same = (x * y).sum(0) / rows
+    return (same - 1).square().sum() + off_diagonal * _off_diagonal(x, y) / rows.square()
+
+
+class RunningCovariance(nn.Module):
+    """Mean and covariance of features over the steps of a training: ``covariance = running(x)``.
+
+    Equivalent to::
+
+        mean = momentum * x.mean(0) + (1 - momentum) * mean
+        covariance = momentum * (x - mean).T @ (x - mean) / N + (1 - momentum) * covariance
+
+    The result is differentiable by the batch; what is kept for the next step is detached. In evaluation nothing is
+    kept. It starts with mean 0 and the identity, in float64, whose digits a long average needs.
+
+    Args:
+        dim: D.
+        momentum: weight of a batch, in (0, 1].
+
+    Source:
+        Ozsoy et al., Self-Supervised Learning with an Information Maximization Criterion, 2022 (CorInfoMax).
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+    def __init__(self, dim: int, momentum: float = 0.01, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        _arguments.check_number("RunningCovariance", "momentum", momentum, "(0, 1]")
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64, device=device))
+        self.register_buffer("covariance", torch.eye(dim, dtype=torch.float64, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (D, D) of the past and the batch (N, D), in float64."""
+        name = "RunningCovariance"
+        (x,) = _features(name, x=x)
+        if x.shape[1] != len(self.mean):
+            raise ValueError(f"{name}: x must have shape (N, {len(self.mean)}), got {_checks.shape(x)}")
+        x, old = x.to(self.mean.dtype), 1 - self.momentum
+        mean = self.momentum * x.mean(0) + old * self.mean
+        centred = x - mean
+        with _autocast.disabled(x):
+            covariance = self.momentum * (centred.T @ centred) / len(x) + old * self.covariance
+        if self.training:
+            with torch.no_grad():
+                self.mean.copy_(mean)
+                self.covariance.copy_(covariance)
+        return covariance
+
+
+def log_det(x: Tensor, *, eps: float = 1e-6, covariance: bool = False) -> Tensor:
+    """Logarithm of the determinant of the features' covariance: the volume that they fill, to be maximised.
+
+    Equivalent to::
+
+        torch.logdet(x.T.cov(correction=0) + eps * torch.eye(D))
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64; or (D, D), a covariance such as `RunningCovariance` returns.
+        eps: added to the diagonal; a number > 0. CorInfoMax takes 1e-6.
+        covariance: whether ``x`` is a covariance already.
+
+    Returns:
+        0-d, in float32 (float64 for float64 inputs); factorised in float64 whatever the input is. NaN for no rows, and
+        for a covariance that is not positive definite.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+
+    Note:
+        Memory O(N D + min(N, D)^2): with fewer rows than features, det(C + eps 1) = eps^(D - N) det(K + eps 1), where K
+        is the N x N dual.
+
+    Source:
+        Ozsoy et al., Self-Supervised Learning with an Information Maximization Criterion, 2022; Yu et al., Learning
+        Diverse and Discriminative Representations via the Principle of Maximal Coding Rate Reduction, 2020.
+
+    Example:
+        >>> x = torch.tensor([[1.0, -1.0], [1.0, 1.0], [-1.0, -1.0], [-1.0, 1.0]])
+        >>> round(float(log_det(x)), 4) + 0.0                                 # its covariance is the identity
+        0.0
+    """
+    name = "log_det"
+    _arguments.check_number(name, "eps", eps, "(0, inf)")
+    dtype = _checks.accumulator(x.dtype) if isinstance(x, Tensor) else torch.float32
+    (x,) = _features(name, x=x)
+    wide = x.to(torch.float64)
+    missing = 0
+    if covariance:
+        if x.shape[0] != x.shape[1]:
+            raise ValueError(f"{name}: x must have shape (D, D) with covariance=True, got {_checks.shape(x)}")
+        gram = wide
+    else:
+        wide = wide - wide.mean(0)
+        missing = max(x.shape[1] - x.shape[0], 0)
+        gram = _smaller_gram(wide) / x.shape[0]
+    factor, failed = torch.linalg.cholesky_ex(gram + eps * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    total = 2 * factor.diagonal().log().sum() + missing * torch.tensor(eps, dtype=torch.float64).log()
+    empty = not covariance and x.shape[0] == 0
+    return torch.where((failed == 0) & (not empty), total, torch.nan).to(dtype)
+
+
+def effective_rank(x: Tensor, *, centre: bool = False) -> Tensor:
+    """How many directions the rows use: the exponential of the entropy of the Gram matrix's eigenvalues.
+
+    Equivalent to::
+
+        p = torch.linalg.eigvalsh(x.T @ x)
+        p = p / p.sum()
+        torch.special.entr(p).sum().exp()
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64.
+        centre: subtract the mean row first, for the spectrum of the covariance.
+
+    Returns:
+        0-d, in float32 (float64 for float64 inputs), between 1 and min(N, D); computed in float64. Its logarithm is the
+        regulariser of rank reduction. NaN where all numbers are 0.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+
+    Note:
+        Memory O(N D + min(N, D)^2), work O(min(N, D)^3). Directions that are not used have no gradient.
+
+    Source:
+        Roy and Vetterli, The Effective Rank: A Measure of Effective Dimensionality, 2007 (of singular values; here the
+        eigenvalues of the Gram matrix, which make it the exponential of the von Neumann entropy).
+
+    Example:
+        >>> round(float(effective_rank(torch.eye(5))), 4), round(float(effective_rank(torch.ones(5, 3))), 4)
+        (5.0, 1.0)
+    """
+    name = "effective_rank"
+    dtype = _checks.accumulator(x.dtype) if isinstance(x, Tensor) else torch.float32
+    (x,) = _features(name, x=x)
+    wide = x.to(torch.float64)
+    if centre:
+        wide = wide - wide.mean(0)
+    share = torch.linalg.eigvalsh(_smaller_gram(wide))
+    share = share / share.sum()
+    # Rounding makes small ones negative; the logarithm's slope at 0 is infinite.
+    used = share > torch.finfo(torch.float64).eps
+    share = torch.where(used, share, 1.0)
+    entropy = -(torch.where(used, share, 0.0) * share.log()).sum()
+    return torch.where(used.any(), entropy.exp(), torch.nan).to(dtype)
+
+
+# ---- What they share -----------------------------------------------------------------------------------------------
+
+
+def _features(function: str, **matrices: Tensor) -> list[Tensor]:
+    """Check matrices, the second of which is partner of the first; return them in the accumulation dtype."""
+    (x_name, x), *others = matrices.items()
+    _checks.check_matrix(function, x_name, x)
+    for name, each in others:
+        _checks.check_matrices(function, x_name, x, name, each)
+        _arguments.check_partners(function, x_name, x, name, each)
+    with _autocast.disabled(x):
+        return [each.to(_checks.accumulator(each.dtype)) for each in matrices.values()]
+
+
+def _smaller_gram(x: Tensor) -> Tensor:
+    with _autocast.disabled(x):
+        return x @ x.T if x.shape[0] < x.shape[1] else x.T @ x
+
+
+def _off_diagonal(x: Tensor, y: Tensor) -> Tensor:
+    """The sum of the squares of x.T @ y off its diagonal.
+
+    By the dual it is a difference, which loses no digits where it is used: D features of fewer rows are far from
+    uncorrelated.
+    """
+    with _autocast.disabled(x):
+        if x.shape[0] >= x.shape[1]:
+            products = x.T @ y
+            return (products - torch.diag(products.diagonal())).square().sum()
+        of_x = x @ x.T
+        everything = of_x.square().sum() if x is y else (of_x * (y @ y.T)).sum()
+    return everything - (x * y).sum(0).square().sum()
+
+
+def _standardised(x: Tensor) -> Tensor:
+    """Batch normalisation without parameters."""
+    return (x - x.mean(0)) * (x.var(0, correction=0) + _BATCH_NORM_EPSILON).rsqrt()

@@ -1,0 +1,197 @@
+"""Regularisers of embeddings by distances and by rows: alignment, uniformity, sparsity."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _autocast, _checks
+from .._ordered import ordered_logsumexp
+from .._unit_rows import unit_rows
+from ..ops.pairs import Pairs
+from ..ops.similarity_reduce import fold, merge_lse
+from . import _arguments
+
+SPARSITIES = ("flops", "l1")
+
+
+def alignment(
+    x: Tensor,
+    y: Tensor,
+    *,
+    power: float = 2.0,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = True,
+) -> Tensor:
+    """Alignment: the distance of each row from its partner, to some power.
+
+    Equivalent to::
+
+        (F.normalize(x) - F.normalize(y)).norm(dim=1).pow(power).mean()
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64.
+        y: (N, D); row i is the partner of row i of ``x``.
+        power: of the distance; a number > 0.
+        weight: (N,) weight >= 0 of each row; the mean divides by its sum. Differentiable.
+        reduction: "mean", "sum" or "none".
+        normalize: scale all rows to length 1 first, as the paper does.
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Equal rows have gradient 0.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+
+    Note:
+        Memory O(N D).
+
+    Source:
+        Wang and Isola, Understanding Contrastive Representation Learning through Alignment and Uniformity on the
+        Hypersphere, 2020.
+
+    Example:
+        >>> x = torch.randn(4, 8)
+        >>> alignment(x, 2 * x)
+        tensor(0.)
+    """
+    name = "alignment"
+    _arguments.check_number(name, "power", power, "(0, inf)")
+    x, y, _ = _arguments.two_sides(
+        name,
+        (("x", x), ("y", y)),
+        temperature=None,
+        scale=None,
+        default_temperature=1.0,
+        reduction=reduction,
+        weight=weight,
+        partners=True,
+    )
+    with _autocast.disabled(x):
+        # In the accumulation dtype before rows are normalised: partners differ by less than bfloat16 can tell.
+        x, y = (each.to(_checks.accumulator(each.dtype)) for each in (x, y))
+        x, y = (unit_rows(x), unit_rows(y)) if normalize else (x, y)
+        squared = (x - y).square().sum(1)
+        # The slope of a root at 0 is infinite, and would turn the gradient of equal rows into NaN.
+        apart = squared != 0
+        losses = torch.where(apart, torch.where(apart, squared, 1.0).pow(power / 2), 0.0)
+    return _arguments.reduce_rows(losses, weight, reduction)
+
+
+def uniformity(
+    x: Tensor,
+    queue: Tensor | None = None,
+    *,
+    t: float = 2.0,
+    normalize: bool = True,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Uniformity: the logarithm of the mean Gaussian potential of all pairs of rows.
+
+    Equivalent to::
+
+        x, queue = F.normalize(x), F.normalize(queue)
+        squared = torch.cat([torch.pdist(x), torch.cdist(x, queue).flatten()]).square()
+        squared.mul(-t).exp().mean().log()
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64.
+        queue: (K, D) rows that are compared with those of ``x`` but not with each other, such as MoCo's queue; None for
+            none. Differentiable; queues are usually without a gradient.
+        t: factor of the squared distances; a number > 0.
+        normalize: scale all rows to length 1 first, as the paper does.
+        memory_budget: bytes of inner products kept for backward by each sweep; see `similarity_reduce`.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        0-d, in float32 (float64 for float64 inputs): at most 0, and at least -4 t for normalised rows. Lower is more
+        uniform. NaN where there is no pair.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
+
+    Note:
+        Memory O((N + K) D) beside ``memory_budget``. Work: a self-similarity sweep, 4 N^2 D with its gradient, and
+        8 N K D for the queue.
+
+    Source:
+        Wang and Isola, Understanding Contrastive Representation Learning through Alignment and Uniformity on the
+        Hypersphere, 2020; the queue: the authors' MoCo experiments.
+
+    Example:
+        >>> x = torch.eye(4)
+        >>> uniformity(x)                                                     # all squared distances are 2
+        tensor(-4.)
+    """
+    name = "uniformity"
+    _arguments.check_number(name, "t", t, "(0, inf)")
+    x, queue = _autocast.cast(x, queue)
+    _checks.check_matrix(name, "x", x)
+    if queue is not None:
+        _checks.check_matrices(name, "x", x, "queue", queue)
+    x = unit_rows(x) if normalize else x
+    lengths = None if normalize else _potential_of_lengths(x, t)
+    options: dict[str, Any] = {"scale": 2.0 * t, "memory_budget": memory_budget, "backend": backend}
+    names = (name, "x", "queue")
+    (of_rows,), *_ = fold(x, row_bias=lengths, col_bias=lengths, pairs=Pairs(diagonal=0), names=names, **options)
+    rows = of_rows.new_full((), x.shape[0])
+    total, count = ordered_logsumexp(of_rows), rows * (rows - 1)
+    if queue is not None:
+        queue = unit_rows(queue) if normalize else queue
+        of_queue = None if normalize else _potential_of_lengths(queue, t)
+        (across,), *_ = fold(x, queue, row_bias=lengths, col_bias=of_queue, names=names, **options)
+        # Pairs of x are counted twice, from either side.
+        total = merge_lse(total - math.log(2.0), ordered_logsumexp(across))
+        count = count / 2 + rows * queue.shape[0]
+    return total - count.log() - (2.0 * t if normalize else 0.0)
+
+
+def _potential_of_lengths(x: Tensor, t: float) -> Tensor:
+    """What each row adds to -t times a squared distance beside the inner product."""
+    with _autocast.disabled(x):
+        return -t * x.to(_checks.accumulator(x.dtype)).square().sum(1)
+
+
+def sparsity(x: Tensor, kind: str = "flops") -> Tensor:
+    """Sparsity of activations: SPLADE's FLOPS regulariser, or the L1 norm.
+
+    Equivalent to::
+
+        x.abs().mean(0).square().sum()                                        # kind="flops"
+        x.abs().sum(1).mean()                                                 # kind="l1"
+
+    Args:
+        x: (N, V) float32, bfloat16, float16 or float64: one row of term weights per text.
+        kind: "flops", which is proportional to the expected work of scoring a document through an inverted index, and
+            presses hardest on terms that many texts use; or "l1".
+
+    Returns:
+        0-d, in float32 (float64 for float64 inputs). NaN for no rows.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+
+    Note:
+        FLOPS is a square of means over the batch: the mean over micro-batches is another, larger number.
+
+    Source:
+        Formal et al., SPLADE: Sparse Lexical and Expansion Model for First Stage Ranking, 2021; Paria et al.,
+        Minimizing FLOPs to Learn Efficient Sparse Representations, 2020.
+
+    Example:
+        >>> sparsity(torch.tensor([[2.0, 0.0], [0.0, 0.0]])), sparsity(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), "l1")
+        (tensor(1.), tensor(1.))
+    """
+    name = "sparsity"
+    _checks.check_matrix(name, "x", x)
+    _checks.check_choice(name, "kind", kind, SPARSITIES)
+    with _autocast.disabled(x):
+        magnitude = x.to(_checks.accumulator(x.dtype)).abs()
+        if kind == "flops":
+            return magnitude.mean(0).square().sum()
+        return magnitude.mean(0).sum()

@@ -1,0 +1,86 @@
+"""Whitening: features without mean and correlation, by the statistics of a batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _autocast, _checks
+from . import _arguments
+
+
+class _InverseRoot(torch.autograd.Function):
+    """(..., C, C) symmetric matrices to the power -1/2.
+
+    The gradient by eigenvectors is infinite where two eigenvalues are equal; that of the matrix function is not: its
+    divided differences are those of s^(-1/2), which have a closed form.
+    """
+
+    @staticmethod
+    def forward(ctx, matrix: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        values, vectors = torch.linalg.eigh(matrix)
+        roots = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+        ctx.save_for_backward(roots, vectors)
+        return (vectors / roots[..., None, :]) @ vectors.mT
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_root: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        roots, vectors = ctx.saved_tensors
+        inside = vectors.mT @ d_root @ vectors
+        a, b = roots[..., :, None], roots[..., None, :]
+        return vectors @ (-inside / (a * b * (a + b))) @ vectors.mT
+
+
+def group_whiten(
+    x: Tensor, groups: int = 1, *, eps: float = 1e-5, shuffle: bool = False, generator: torch.Generator | None = None
+) -> Tensor:
+    """Whiten groups of features by the statistics of the batch: zero mean, and the identity as covariance (ZCA).
+
+    Equivalent to::
+
+        for columns in torch.randperm(D).chunk(groups) if shuffle else torch.arange(D).chunk(groups):
+            values, vectors = torch.linalg.eigh(x[:, columns].T.cov(correction=0) + eps * torch.eye(D // groups))
+            out[:, columns] = (x[:, columns] - x[:, columns].mean(0)) @ vectors @ values.rsqrt().diag() @ vectors.T
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64.
+        groups: of D / groups features each; it must divide D. WhitenedCSE takes 128 for D = 768.
+        eps: added to variances; a number > 0.
+        shuffle: whether features are dealt out to groups at random, which makes another view of each call.
+        generator: of these random numbers, on the device of ``x``.
+
+    Returns:
+        (N, D) in the dtype of ``x``, computed in at least float32. Differentiable once.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+
+    Note:
+        Memory O(N D + D^2 / groups). A group with as many features as the batch has rows, or more, can only be whitened
+        by eps.
+
+    Source:
+        Zhuo et al., WhitenedCSE: Whitening-based Contrastive Learning of Sentence Embeddings, 2023, which has no eps;
+        Huang et al., Iterative Normalization: Beyond Standardization towards Efficient Whitening, 2019.
+
+    Example:
+        >>> white = group_whiten(torch.randn(64, 8, dtype=torch.float64), groups=2, eps=1e-12)
+        >>> bool(torch.allclose(white[:, :4].T.cov(correction=0), torch.eye(4, dtype=torch.float64)))
+        True
+    """
+    name = "group_whiten"
+    _arguments.check_number(name, "eps", eps, "(0, inf)")
+    _checks.check_matrix(name, "x", x)
+    N, D = x.shape
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or D % groups:
+        raise ValueError(f"{name}: groups must be an int that divides {D} features, got {groups!r}")
+    with _autocast.disabled(x):
+        order = torch.randperm(D, generator=generator, device=x.device) if shuffle else None
+        dealt = x if order is None else x[:, order]
+        grouped = dealt.to(_checks.accumulator(x.dtype)).view(N, groups, D // groups).transpose(0, 1)
+        centred = grouped - grouped.mean(1, keepdim=True)
+        identity = torch.eye(D // groups, dtype=centred.dtype, device=x.device)
+        root = _InverseRoot.apply(centred.mT @ centred / N + eps * identity)
+        white = (centred @ root).transpose(0, 1).reshape(N, D)
+        return (white if order is None else white[:, order.argsort()]).to(x.dtype)

@@ -1,0 +1,150 @@
+"""Skip-gram with negative sampling: two tables of embeddings, and negatives from the unigram distribution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .. import _autocast, _checks
+from ..ops._listed_logits import listed_logits
+from ..reference.similarity_reduce import softplus
+from . import _arguments
+
+
+class UnigramSampler(nn.Module):
+    """Draws words in proportion to a power of how often they occur: ``negatives = sampler(words, k)``.
+
+    Args:
+        counts: (V,) how often each word occurs, >= 0 and not all 0.
+        power: of the counts; 0.75 as in word2vec, 1 for the frequencies themselves, 0 for all words alike.
+
+    Note:
+        Memory O(V): cumulative shares in float64, searched for each number. State, so that it moves with a model.
+
+    Source:
+        Mikolov et al., Distributed Representations of Words and Phrases and their Compositionality, 2013.
+
+    Example:
+        >>> sampler = UnigramSampler(torch.tensor([100, 10, 0, 1]))
+        >>> negatives = sampler(torch.tensor([0, 1]), 5)
+        >>> negatives.shape, bool((negatives != 2).all()), bool((negatives != torch.tensor([[0], [1]])).all())
+        (torch.Size([2, 5]), True, True)
+    """
+
+    cumulative: Tensor
+
+    def __init__(self, counts: Tensor, power: float = 0.75) -> None:
+        super().__init__()
+        name = "UnigramSampler"
+        _arguments.check_number(name, "power", power, "[0, inf)")
+        if not isinstance(counts, Tensor) or counts.dim() != 1 or not counts.numel():
+            raise ValueError(f"{name}: counts must be a tensor of shape (V,), got {counts!r}")
+        if bool((counts < 0).any()) or not bool((counts > 0).any()):
+            raise ValueError(f"{name}: counts must be >= 0 and not all 0, got {counts.tolist()[:5]}")
+        # A word that never occurs is never drawn, whatever the power.
+        share = torch.where(counts > 0, counts.double().pow(power), 0.0)
+        cumulative = share.cumsum(0)
+        self.register_buffer("cumulative", cumulative / cumulative[-1])
+
+    def forward(self, avoid: Tensor, k: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw (N, k) words, none of row i equal to ``avoid[i]`` unless it is the only word that occurs.
+
+        Args:
+            avoid: (N,) int64, the word that is no negative of each row; -1 for none.
+            k: how many for each row.
+            generator: of the random numbers, on the device of ``avoid``.
+        """
+        name = "UnigramSampler"
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"{name}: k must be an int >= 1, got {k!r}")
+        _checks.check_index(name, "avoid", avoid, None, "counts", self.cumulative)
+        _checks.check_index_values(name, "avoid", avoid, len(self.cumulative), or_none=True)
+        uniform = torch.rand((len(avoid), k), dtype=torch.float64, device=avoid.device, generator=generator)
+        # The word's own stretch of [0, 1) is cut out, so that nothing has to be drawn again.
+        end = torch.where(avoid < 0, 0.0, self.cumulative[avoid])[:, None]
+        begin = torch.where(avoid <= 0, 0.0, self.cumulative[avoid - 1])[:, None]
+        rest = 1 - (end - begin)
+        point = uniform * torch.where(rest > 0, rest, 1.0)
+        beyond = (point >= begin) & (rest > 0)
+        # Rounding must lead neither into the stretch nor out of the table.
+        point = torch.where(beyond, torch.maximum(point + (end - begin), end), point)
+        last = torch.nextafter(self.cumulative[-1], self.cumulative.new_zeros(()))
+        return torch.searchsorted(self.cumulative, torch.minimum(point, last), right=True)
+
+
+def negative_sampling(
+    center: Tensor,
+    table: Tensor,
+    context: Tensor,
+    negatives: Tensor,
+    *,
+    log_expected: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """Skip-gram with negative sampling, or noise-contrastive estimation: one context against k words from noise.
+
+    Equivalent to::
+
+        logits = torch.einsum("nd,nkd->nk", center, table[torch.cat([context[:, None], negatives], 1)])
+        logits = logits - log_expected[words]                                 # NCE only
+        -F.logsigmoid(logits[:, 0]) - F.logsigmoid(-logits[:, 1:]).sum(1)
+
+    Args:
+        center: (N, D) float32, bfloat16, float16 or float64: embedding of each center word.
+        table: (V, D) output embeddings, of the same dtype.
+        context: (N,) int64, the word near each center.
+        negatives: (N, k) int64, words from `UnigramSampler`; -1 for none.
+        log_expected: (V,) log of the expected number of times that a word is drawn for a row, k times its share: this
+            makes it NCE, whose scores are log-probabilities. None for negative sampling.
+        weight: (N,) weight >= 0 of each row; the mean divides by its sum. Differentiable.
+        reduction: "mean", "sum" or "none".
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; as in `similarity_topk`.
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `similarity_topk`.
+
+    Note:
+        Memory O(N D + N k) and the gradient of ``table``; the (N, k, D) rows of the words are not copied. The same bits
+        in every run.
+
+    Source:
+        Mikolov et al., Distributed Representations of Words and Phrases and their Compositionality, 2013; Gutmann and
+        Hyvärinen, Noise-Contrastive Estimation, 2010.
+
+    Example:
+        >>> center, table = torch.zeros(2, 4), torch.zeros(9, 4)
+        >>> negative_sampling(center, table, torch.tensor([1, 2]), torch.tensor([[3, 4], [5, -1]]), reduction="none")
+        tensor([2.0794, 1.3863])
+    """
+    name = "negative_sampling"
+    _arguments.check_reduction(name, reduction)
+    center, table = _autocast.cast(center, table)
+    _checks.check_matrices(name, "center", center, "table", table)
+    N, V = center.shape[0], table.shape[0]
+    _checks.check_index(name, "context", context, N, "center", center)
+    _checks.check_index_values(name, "context", context, V)
+    if not isinstance(negatives, Tensor) or negatives.dtype != torch.int64:
+        raise TypeError(f"{name}: negatives must be an int64 tensor, got {negatives!r}")
+    if negatives.dim() != 2 or negatives.shape[0] != N:
+        raise ValueError(f"{name}: negatives must have shape ({N}, k), got {_checks.shape(negatives)}")
+    _checks.check_device(name, "center", center, "negatives", negatives)
+    _checks.check_index_values(name, "negatives", negatives, V, or_none=True)
+    if log_expected is not None:
+        _checks.check_vector(name, "log_expected", log_expected, V, "center", center)
+    if weight is not None:
+        _arguments.check_weight(name, weight, N, "center", center)
+    words = torch.cat([context[:, None], negatives], 1)
+    dtype = _checks.accumulator(center.dtype)
+    with _autocast.disabled(center):
+        one = torch.ones((), dtype=dtype, device=center.device)
+        logits = listed_logits((name, "center", "table"), center.to(dtype), table, words, one, None, backend)
+        if log_expected is not None:
+            logits = logits - log_expected.to(dtype)[words.clamp_min(0)]
+        of_noise = torch.where(negatives >= 0, logits[:, 1:], -torch.inf)
+        losses = softplus(-logits[:, 0]) + softplus(of_noise).sum(1)
+    return _arguments.reduce_rows(losses, weight, reduction)
