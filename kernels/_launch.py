@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from contrastive_ops import _triton
@@ -34,7 +35,8 @@ class Launch:
     Attributes:
         kernel: the function under ``triton.jit``.
         programs: how many.
-        arguments: every argument of the kernel by its name; None is a compile-time value.
+        arguments: every argument of the kernel by its name; None is a compile-time value, and so is a tuple of
+            structures (named tuples), whose elements kernels hand on to the functions that they call.
         options: "num_warps", "num_stages".
     """
 
@@ -51,18 +53,23 @@ class Launch:
             _recording.launches.append(self)
             return
         with torch.cuda.device_of(next(each for each in self.arguments.values() if isinstance(each, Tensor))):
-            self.kernel[(self.programs,)](**self.arguments, **self.options)
+            self.kernel[(self.programs,)](**self._passed(), **self.options)
+
+    def _passed(self) -> dict[str, Any]:
+        """The arguments as Triton takes them."""
+        return {name: _whole_structures(value) for name, value in self.arguments.items()}
 
     def variant(self, name: str, *, has_dot: bool = False) -> Variant:
         """What `run` would compile."""
+        arguments = self._passed()
         free = {p.name for p in self.kernel.params if p.do_not_specialize}
         compiled_in = {p.name for p in self.kernel.params if p.is_constexpr}
         # None is a value at compile time, and so is a 1 that may be specialised.
-        compiled_in |= {n for n, value in self.arguments.items() if value is None or (_is_one(value) and n not in free)}
-        constants = {n: value for n, value in self.arguments.items() if n in compiled_in}
+        compiled_in |= {n for n, value in arguments.items() if value is None or (_is_one(value) and n not in free)}
+        constants = {n: value for n, value in arguments.items() if n in compiled_in}
         types = {
             n: tuple(_type(each, n in free) for each in value) if isinstance(value, tuple) else _type(value, n in free)
-            for n, value in self.arguments.items()
+            for n, value in arguments.items()
             if n not in compiled_in
         }
         return Variant(name, self.kernel, types, constants, self.options, has_dot)
@@ -99,6 +106,17 @@ def recording(arch: str) -> Iterator[Recording]:
         yield _recording
     finally:
         _recording = outer
+
+
+def _whole_structures(value: Any) -> Any:
+    """A tuple of structures, each as one compile-time value.
+
+    Otherwise Triton before 3.8 takes them apart, and what a kernel finds in the tuple has no names any more. The
+    interpreter, on the other hand, looks for the names on the value itself.
+    """
+    if _triton.interprets() or not isinstance(value, tuple):
+        return value
+    return tuple(tl.constexpr(each) if isinstance(each, tuple) else each for each in value)
 
 
 def _type(value: Tensor | int | float, free: bool) -> str:

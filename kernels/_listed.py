@@ -16,7 +16,7 @@ from torch import Tensor
 from contrastive_ops._similarity import Layout, LogitSet, ScaleOf, Slot
 
 from . import _pairs
-from ._launch import Launch
+from ._launch import launch, recording
 from ._variants import Variant
 
 BLOCK_DEPTH = 128
@@ -79,43 +79,18 @@ def _problem(
     return layout, _pairs.arguments(Layout(layout.sets[:1], ()), len(x), len(y), scale, row_bias, col_bias)
 
 
-def _at_launch(
-    x: Tensor,
-    y: Tensor,
-    code_scale: Tensor | None,
-    indices: Tensor,
-    pairs: _pairs.PairArguments,
-    out: Tensor,
-    logits: bool,
-) -> Launch:
-    x, y = unit_stride(x), unit_stride(y)
-    arguments = {
-        "x": x,
-        "y": y,
-        "code_scale": code_scale,
-        "indices": indices,
-        "out": out,
-        "x_stride": x.stride(0),
-        "y_stride": y.stride(0),
-        "N": len(x),
-        "M": len(y),
-        "D": x.shape[1],
-        "listed": indices.shape[1],
-        "data": pairs.data,
-        "sets": pairs.sets,
-        "LOGITS": logits,
-        "BLOCK_E": BLOCK_ENTRIES,
-        "BLOCK_K": BLOCK_DEPTH,
-    }
-    return Launch(_at, triton.cdiv(indices.numel(), BLOCK_ENTRIES), arguments, _OPTIONS)
-
-
 def _dots(
-    x: Tensor, y: Tensor, code_scale: Tensor | None, indices: Tensor, pairs: _pairs.PairArguments, logits: bool
+    x: Tensor, y: Tensor, code_scale: Tensor | None, indices: Tensor, pairs: _pairs.PairArguments, *, logits: bool
 ) -> Tensor:
     """Inner products or logits of the listed pairs."""
+    x, y = unit_stride(x), unit_stride(y)
     out = torch.empty(indices.shape, dtype=torch.float32, device=x.device)
-    _at_launch(x, y, code_scale, indices.contiguous(), pairs, out, logits).run()
+    launch(
+        _at, triton.cdiv(indices.numel(), BLOCK_ENTRIES),
+        x, y, code_scale, indices.contiguous(), out, x.stride(0), y.stride(0), len(x), len(y), x.shape[1],
+        indices.shape[1], pairs.data,
+        options=_OPTIONS, sets=pairs.sets, LOGITS=logits, BLOCK_E=BLOCK_ENTRIES, BLOCK_K=BLOCK_DEPTH,
+    )  # fmt: skip
     return out
 
 
@@ -173,37 +148,26 @@ def _sums(
     tl.store(out + owner * D + depth, total[None, :], mask=depth < D)
 
 
-def _sums_launch(indptr: Tensor, partners: Tensor, weights: Tensor, rows: Tensor | None, out: Tensor) -> Launch:
-    owners, depth = out.shape
-    block = 1 if rows is None else BLOCK_DEPTH
-    blocks = triton.cdiv(depth, block)
-    arguments = {
-        "indptr": indptr,
-        "partners": partners,
-        "weights": weights,
-        "rows": rows,
-        "out": out,
-        "rows_stride": 0 if rows is None else rows.stride(0),
-        "D": depth,
-        "blocks": blocks,
-        "BLOCK_E": BLOCK_ENTRIES,
-        "BLOCK_D": block,
-    }
-    return Launch(_sums, owners * blocks, arguments, _OPTIONS)
-
-
 class _Lists:
-    """Entries by owner: the lists of `partners` that `indptr` cuts."""
+    """Pairs by owner: the lists of `partners` that `indptr` cuts, taken from rows of pairs in the order `order`."""
 
-    def __init__(self, indptr: Tensor, partners: Tensor) -> None:
-        self.indptr, self.partners = indptr, partners
+    def __init__(self, indptr: Tensor, partners: Tensor, order: Tensor | None = None) -> None:
+        self.indptr, self.partners, self.order = indptr, partners, order
 
     def sum(self, weights: Tensor, rows: Tensor | None = None) -> Tensor:
-        """(owners, D) weighted sums of the partners' rows, or (owners,) sums of the weights."""
+        """(owners, D) weighted sums of the partners' rows, or (owners,) sums of the weights, which are (N, listed)."""
         rows = None if rows is None else unit_stride(rows)
-        out = weights.new_zeros((len(self.indptr) - 1, 1 if rows is None else rows.shape[1]))
+        weights = weights.flatten() if self.order is None else weights.flatten()[self.order]
+        owners, depth = len(self.indptr) - 1, 1 if rows is None else rows.shape[1]
+        out = weights.new_zeros((owners, depth))
         if out.numel() and weights.numel():
-            _sums_launch(self.indptr, self.partners, weights, rows, out).run()
+            block = 1 if rows is None else BLOCK_DEPTH
+            blocks = triton.cdiv(depth, block)
+            launch(
+                _sums, owners * blocks,
+                self.indptr, self.partners, weights, rows, out, 0 if rows is None else rows.stride(0), depth, blocks,
+                options=_OPTIONS, BLOCK_E=BLOCK_ENTRIES, BLOCK_D=block,
+            )  # fmt: skip
         return out.squeeze(1) if rows is None else out
 
 
@@ -223,62 +187,64 @@ def backward(
     layout, pairs = _problem(x, y, scale, row_bias, col_bias, pair_data, spec)
     each = layout.sets[0]
     rows, columns, listed = len(x), len(y), indices.shape[1]
-    known = indices >= 0 if columns else torch.zeros_like(indices, dtype=torch.bool)
-    column = indices.clamp_min(0)
-    e = d_values.float().masked_fill(~known, 0.0)
-    code_scale = each.data.get(Slot.CODE_SCALE)
     wants = [bool(needs >> bit & 1) for bit in range(5)]
-
-    weight = e
-    if known.numel() and columns:
+    sorted_columns, by_column = indices.flatten().sort(stable=True)
+    of_rows = _Lists(torch.arange(rows + 1, device=x.device) * listed, indices.flatten())
+    begins = torch.searchsorted(sorted_columns, torch.arange(columns + 1, device=x.device))
+    of_columns = _Lists(begins, by_column // max(listed, 1), by_column)
+    column = indices.clamp_min(0)
+    e = d_values.float().masked_fill((indices < 0) | (columns == 0), 0.0)
+    weight, dscale = e, torch.zeros_like(scale)
+    if indices.numel() and columns:
         own = scale[layout.scale_slices(rows, columns)[0]].float()
         of_column = each.scale_of == ScaleOf.COLUMNS
         weight = e * (own[column] if of_column else own[:, None] if each.scale_of == ScaleOf.ROWS else own)
+        code_scale = each.data.get(Slot.CODE_SCALE)
         weight = weight if code_scale is None else weight * code_scale[column]
-    sorted_columns, by_column = indices.flatten().sort(stable=True)
-    of_rows = _Lists(torch.arange(rows + 1, device=x.device) * listed, indices.flatten())
-    of_columns = _Lists(
-        torch.searchsorted(sorted_columns, torch.arange(columns + 1, device=x.device)), by_column // max(listed, 1)
-    )
-    dscale = torch.zeros_like(scale)
-    if wants[2] and known.numel() and columns:
-        e_dots = e * _dots(x, y, code_scale, indices, pairs, logits=False)
-        if each.scale_of == ScaleOf.COLUMNS:
-            dscale[:columns] = of_columns.sum(e_dots.flatten()[by_column])
-        elif each.scale_of == ScaleOf.ROWS:
-            dscale[:rows] = e_dots.sum(1)
-        else:
-            dscale[:1] = e_dots.sum()
+        if wants[2]:
+            e_dots = e * _dots(x, y, code_scale, indices, pairs, logits=False)
+            if of_column:
+                dscale[:columns] = of_columns.sum(e_dots)
+            elif each.scale_of == ScaleOf.ROWS:
+                dscale[:rows] = e_dots.sum(1)
+            else:
+                dscale[:1] = e_dots.sum()
+    nothing = x.new_zeros((0, x.shape[1]), dtype=torch.float32)
     return (
-        of_rows.sum(weight.flatten(), y) if wants[0] else x.new_zeros((0, x.shape[1]), dtype=torch.float32),
-        of_columns.sum(weight.flatten()[by_column], x)
-        if wants[1]
-        else x.new_zeros((0, x.shape[1]), dtype=torch.float32),
+        of_rows.sum(weight, y) if wants[0] else nothing,
+        of_columns.sum(weight, x) if wants[1] else nothing.clone(),
         dscale if wants[2] else dscale[:0],
         e.sum(1) if wants[3] else e.new_zeros(0),
-        of_columns.sum(e.flatten()[by_column]) if wants[4] else e.new_zeros(0),
+        of_columns.sum(e) if wants[4] else e.new_zeros(0),
     )
 
 
 # ---- Ahead of time ---------------------------------------------------------------------------------------------------
 
 
-def variants() -> Iterator[Variant]:
+def variants(arch: str) -> Iterator[Variant]:
     """The kernels of this file in all dtypes, with and without everything that logits may need."""
-    indices = torch.zeros((4, 8), dtype=torch.int64)
-    out, vector = torch.zeros((4, 8)), torch.zeros(8)
+    indices, vector = torch.zeros((4, 8), dtype=torch.int64), torch.zeros(8)
     table = {
         Slot.LOG_WEIGHT: torch.zeros((2, 2)),
         Slot.CLASS_ROWS: torch.zeros(4, dtype=torch.int64),
         Slot.CLASS_COLS: torch.zeros(8, dtype=torch.int64),
     }
+    of_rows = _Lists(torch.zeros(5, dtype=torch.int64), indices.flatten())
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, y = torch.zeros((4, 64), dtype=dtype), torch.zeros((8, 64), dtype=dtype)
-        name = f"similarity_topk listed {str(dtype).removeprefix('torch.')}"
         layout = Layout((LogitSet(ScaleOf.COLUMNS, data=table),), ())
-        pairs = _pairs.arguments(layout, 4, 8, vector, vector[:4], vector)
-        yield _at_launch(x, y, None, indices, pairs, out, logits=True).variant(f"{name}, logits")
-        pairs = _pairs.arguments(Layout((LogitSet(),), ()), 4, 8, vector[:1])
-        yield _at_launch(x, y, vector, indices, pairs, out, logits=False).variant(f"{name}, products with codes' scale")
-        yield _sums_launch(indices[0], indices[1], vector, y, x.float()).variant(f"{name}, sums of rows")
-    yield _sums_launch(indices[0], indices[1], vector, None, vector[:, None]).variant("similarity_topk listed, sums")
+        with recording(arch) as recorded:
+            pairs = _pairs.arguments(layout, 4, 8, vector, vector[:4], vector)
+            _dots(x, y, None, indices, pairs, logits=True)
+            pairs = _pairs.arguments(Layout((LogitSet(),), ()), 4, 8, vector[:1])
+            _dots(x, y, vector, indices, pairs, logits=False)
+            of_rows.sum(torch.zeros((4, 8)), y)
+        logits, products, sums = recorded.launches
+        name = f"similarity_topk listed {str(dtype).removeprefix('torch.')}"
+        yield logits.variant(f"{name}, logits")
+        yield products.variant(f"{name}, products with codes' scale")
+        yield sums.variant(f"{name}, sums of rows")
+    with recording(arch) as recorded:
+        of_rows.sum(torch.zeros((4, 8)))
+    yield recorded.launches[0].variant("similarity_topk listed, sums")

@@ -70,7 +70,7 @@ def pair_weights(
     dots, similarity, outside, rows, cols, N, M, data, offset, values, argmax, d_values, d_target, d_linear, rules,
     folds, S: tl.constexpr,
 ):  # fmt: skip
-    """The derivative of the total by the logits of set S."""
+    """The derivative of the total by the logits of set S, and by the inner products through that set."""
     logit = _pairs.logits(dots, rows, cols, N, M, data, rules)
     z = _pairs.shown(logit, dots, similarity, outside, rows, cols, N, M, data, offset, rules, False)
     e = tl.zeros_like(dots)
@@ -92,7 +92,7 @@ def pair_weights(
             dots, rows, cols, N, data[rules.linear_indptr], data[rules.linear_indices], data[rules.linear_weight]
         )
         e += tl.where(outside, 0.0, weight * tl.load(d_linear + rows, mask=rows < N, other=0.0))
-    return e
+    return e, e * _pairs.scale_factor(rows, cols, N, M, data, rules)
 
 
 @triton.jit
@@ -103,6 +103,21 @@ def summed(e, dots, rules, WHAT: tl.constexpr, AXIS: tl.constexpr):
         total = tl.where(e == 0, 0.0, e * dots)
     total = tl.sum(total, AXIS)
     return -total if rules.negate else total
+
+
+@triton.jit
+def no_sums(COUNT: tl.constexpr, SIZE: tl.constexpr):
+    """Zeros, for each sum a vector."""
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums = sums + (tl.zeros([SIZE], tl.float32),)
+    return sums
+
+
+@triton.jit
+def add_to(sums, more, K: tl.constexpr):
+    """The sums with `more` added to the K-th."""
+    return sums[:K] + (sums[K] + more,) + sums[K + 1 :]
 
 
 @triton.jit
@@ -180,9 +195,7 @@ def gradient_kernel(
     o = block * ROWS + tl.arange(0, ROWS)
     block_of_own = load_rows(own, o, own_size, own_stride, 0, D, DEPTH)
     total = tl.zeros([ROWS, DEPTH], tl.float32)
-    parts = ()
-    for _ in tl.static_range(len(sums)):
-        parts = parts + (tl.zeros([ROWS], tl.float32),)
+    parts = no_sums(len(sums), ROWS)
     begin = number * span
     for first in range(begin, tl.minimum(begin + span, other_size), COLS):
         t = first + tl.arange(0, COLS)
@@ -201,19 +214,18 @@ def gradient_kernel(
                 rows = t[None, :] if mirrored else o[:, None]
                 cols = o[:, None] if mirrored else t[None, :]
                 outside = (rows >= N) | (cols >= M)
-                e = pair_weights(
+                e, by_dots = pair_weights(
                     dots, similarity, outside, rows, cols, N, M, data, offsets[s], values, argmax, d_values, d_target,
                     d_linear, sets[s], folds, s,
                 )  # fmt: skip
-                g += e * _pairs.scale_factor(rows, cols, N, M, data, sets[s])
+                g += by_dots
                 for k in tl.static_range(len(sums)):
                     if sums[k].cols == (mirrored == 1) and (sums[k].what == BIAS or sums[k].set == s):
-                        added = summed(e, dots, sets[s], sums[k].what, 1)
-                        parts = parts[:k] + (parts[k] + added,) + parts[k + 1 :]
+                        parts = add_to(parts, summed(e, dots, sets[s], sums[k].what, 1), k)
         weights, residual = rounded(g, norm, own)
         for k in tl.static_range(len(sums)):
             if sums[k].what == RESIDUAL:
-                parts = parts[:k] + (parts[k] + tl.sum(residual, 1),) + parts[k + 1 :]
+                parts = add_to(parts, tl.sum(residual, 1), k)
         if gradient is not None:
             total = product(weights, block_of_other, total, PRECISION)
     if gradient is not None:
@@ -292,9 +304,7 @@ def weights_kernel(
                 nothing = tl.zeros([ROWS, COLS], x.dtype.element_ty)
                 tl.store(weights + line + (j - first_col)[None, :], nothing, mask=(i < N)[:, None] & (j < end)[None, :])
         begin = diagonal
-    parts = ()
-    for _ in tl.static_range(len(sums)):
-        parts = parts + (tl.zeros([ROWS], tl.float32),)
+    parts = no_sums(len(sums), ROWS)
     for first in range(begin, end, COLS):
         j = first + tl.arange(0, COLS)
         dots = inner_products(x, y, i, j, N, last_col, x_stride, y_stride, D, ROWS, COLS, DEPTH, PRECISION)
@@ -304,27 +314,23 @@ def weights_kernel(
                 data[guide[0]], data[guide[1]], i, j, N, last_col, guide_depth, ROWS, COLS, GUIDE_DEPTH
             )
         g = tl.zeros_like(dots)
-        across = ()
-        for _ in tl.static_range(len(sums)):
-            across = across + (tl.zeros([COLS], tl.float32),)
+        across = no_sums(len(sums), COLS)
         for s in tl.static_range(len(sets)):
             for mirrored in tl.static_range(2 if SELF else 1):
                 rows = j[None, :] if mirrored else i[:, None]
                 cols = i[:, None] if mirrored else j[None, :]
                 outside = outside_of(i[:, None], j[None, :], N, last_col, SELF, mirrored)
-                e = pair_weights(
+                e, by_dots = pair_weights(
                     dots, similarity, outside, rows, cols, N, M, data, offsets[s], values, argmax, d_values, d_target,
                     d_linear, sets[s], folds, s,
                 )  # fmt: skip
-                g += e * _pairs.scale_factor(rows, cols, N, M, data, sets[s])
+                g += by_dots
                 for k in tl.static_range(len(sums)):
                     if sums[k].what == BIAS or sums[k].set == s:
                         if sums[k].cols == (mirrored == 1):
-                            added = summed(e, dots, sets[s], sums[k].what, 1)
-                            parts = parts[:k] + (parts[k] + added,) + parts[k + 1 :]
+                            parts = add_to(parts, summed(e, dots, sets[s], sums[k].what, 1), k)
                         else:
-                            added = summed(e, dots, sets[s], sums[k].what, 0)
-                            across = across[:k] + (across[k] + added,) + across[k + 1 :]
+                            across = add_to(across, summed(e, dots, sets[s], sums[k].what, 0), k)
         own_weights, residual = rounded(g, norm, x)
         if weights is not None:
             at = weights + line + (j - first_col)[None, :]
@@ -332,9 +338,9 @@ def weights_kernel(
         for k in tl.static_range(len(sums)):
             if sums[k].what == RESIDUAL:
                 if SELF or not sums[k].cols:
-                    parts = parts[:k] + (parts[k] + tl.sum(residual, 1),) + parts[k + 1 :]
+                    parts = add_to(parts, tl.sum(residual, 1), k)
                 if SELF or sums[k].cols:
-                    across = across[:k] + (across[k] + tl.sum(residual, 0),) + across[k + 1 :]
+                    across = add_to(across, tl.sum(residual, 0), k)
             if SELF or sums[k].cols:
                 own = part_count(sums[k].cols, spans, block, SELF)  # behind those of the spans
                 at = part_at(partials, own, sums, N, M, spans, row_blocks, k, SELF)

@@ -505,4 +505,4 @@ def _sweep_variant(arch: str, chosen: Mapping[str, object]) -> Variant:
 def variants(arch: str, combine: Combine = pairwise_cover) -> Iterator[Variant]:
     """Every two options of `_sweep` together in some variant, and the kernels of listed pairs."""
     yield from (_sweep_variant(arch, chosen) for chosen in combine(_CHOICES))
-    yield from _listed.variants()
+    yield from _listed.variants(arch)

@@ -11,6 +11,8 @@ if _triton.why_missing() is not None:
 if _triton.interprets():
     pytest.skip("kernels are interpreted, not compiled", allow_module_level=True)
 
+import triton
+
 from contrastive_ops.kernels import _variants
 
 STEMS = ("similarity_reduce", "similarity_topk", "expert_routing", "grouped_matmul")
@@ -52,6 +54,27 @@ def test_names_are_unique_and_few(arch):
     assert len(names) == len(set(names)) <= 150
 
 
+def test_structures_are_passed_whole():
+    """Releases of Triton before 3.8 take apart what is not, and its fields lose their names."""
+    structures = [
+        each
+        for variant in variants("sm_80")
+        for name in ("sets", "folds", "sums")
+        for each in variant.constants.get(name, ())
+    ]
+    assert structures
+    assert all(isinstance(each, triton.language.constexpr) for each in structures)
+
+
+@pytest.mark.parametrize(
+    "version, reason",
+    [("3.3.1", "Triton 3.3.1 (supported: 3.4 and newer)"), ("3.4.0", None), ("3.10.0", None), ("4.0.0", None)],
+)
+def test_older_releases_are_refused(monkeypatch, version, reason):
+    monkeypatch.setattr(triton, "__version__", version)
+    assert _triton._why_too_old.__wrapped__() == reason
+
+
 def test_a_cover_has_every_pair():
     choices = {"a": [1, 2, 3], "b": "xyz", "c": [False, True], "d": [False, True], "e": [0, 1]}
     rows = list(_variants.pairwise_cover(choices))
@@ -71,7 +94,6 @@ def test_every_combination_is_the_product():
 
 def test_spills_are_seen():
     """A kernel that holds far more numbers than a program has registers for."""
-    import triton
     import triton.language as tl
 
     @triton.jit
