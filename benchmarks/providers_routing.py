@@ -224,13 +224,13 @@ def ours_layer() -> Provider:
     """``contrastive_ops.moe``'s parts on the weights of the case: gated experts, dropless."""
 
     def build(inputs: Inputs) -> Step:
-        from contrastive_ops import combine, dispatch, grouped_matmul, route
+        from contrastive_ops import combine, grouped_matmul, route
 
         upstream = inputs.frozen["upstream"]
 
         def total(tokens: Tensor, router: Tensor, up: Tensor, down: Tensor) -> Tensor:
             routing = route(F.linear(tokens, router))
-            hidden = grouped_matmul(dispatch(tokens, routing), up.transpose(1, 2), routing.offsets)
+            hidden = grouped_matmul(tokens, up.transpose(1, 2), routing)
             gate, hidden = hidden.chunk(2, 1)
             rows = grouped_matmul(F.silu(gate) * hidden, down.transpose(1, 2), routing.offsets)
             return (combine(rows, routing) * upstream).sum()

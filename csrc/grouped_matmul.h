@@ -4,6 +4,8 @@
 //
 //   forward   out_r = a_r b_e + bias_e                    of every row r of group e
 //   outer     db_e = sum_r a_r^T g_r, dbias_e = sum_r g_r
+//
+// Rows may be listed: those of tokens that were given to groups are read where the tokens are.
 #pragma once
 
 #include "similarity_problem.h"
@@ -14,6 +16,7 @@ namespace contrastive_ops {
 struct StridedMatrix {
   const void* data;
   int64_t row_stride, col_stride;
+  const int64_t* list;  // null; or row r is row list[r] of the data, zeros for -1, and the columns are contiguous
 };
 
 struct RowGroups {

@@ -49,16 +49,26 @@ def _stretch_of(tile, offsets, R, E, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def _tokens_of(row, is_row, order, T, K: tl.constexpr):
+    """The token that each row reads, and whether it has one; without an order, rows are those of the matrix."""
+    if order is not None:
+        choice = tl.load(order + row, mask=is_row, other=-1)
+        row = choice // K
+        is_row = (choice >= 0) & (row < T)  # an order that does not fit must not address other memory
+    return row, is_row
+
+
+@triton.jit
 def _multiply(left, right, total):
     if WIDEN:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "T"])
 def forward_kernel(
-    a, b, offsets, bias, out, R, E, D, F, a_stride, a_step, b_stride, b_row, b_column, bias_stride, bias_step,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    a, b, offsets, bias, order, out, R, T, E, D, F, a_stride, a_step, b_stride, b_row, b_column, bias_stride, bias_step,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """A tile of (R, F): rows times the matrix of their group, or zeros where they have none."""
     across = tl.cdiv(F, BLOCK_N)
@@ -73,11 +83,12 @@ def forward_kernel(
     if (stretch > 0) & (stretch <= E) & (tl.min(row, 0) < end):
         group = stretch - 1
         k = tl.arange(0, BLOCK_K).to(tl.int64)
-        a_at = a + row[:, None] * a_stride + k[None, :] * a_step
+        token, is_token = _tokens_of(row, is_row, order, T, K)
+        a_at = a + token[:, None] * a_stride + k[None, :] * a_step
         b_at = b + group * b_stride + k[:, None] * b_row + column.to(tl.int64)[None, :] * b_column
         for done in range(0, D, BLOCK_K):
             inside = done + k < D
-            left = tl.load(a_at, mask=is_row[:, None] & inside[None, :], other=0.0)
+            left = tl.load(a_at, mask=is_token[:, None] & inside[None, :], other=0.0)
             right = tl.load(b_at, mask=inside[:, None] & is_column[None, :], other=0.0)
             total = _multiply(left, right, total)
             a_at += ahead * a_step
@@ -89,10 +100,10 @@ def forward_kernel(
     tl.store(at, total.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "T"])
 def outer_kernel(
-    a, g, offsets, db, R, E, D, F, a_stride, a_step, g_stride, g_step,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    a, g, offsets, order, db, R, T, E, D, F, a_stride, a_step, g_stride, g_step, db_row, db_column,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """A tile of (D, F) of one group: the sum of the outer products of its rows."""
     across, down = tl.cdiv(F, BLOCK_N), tl.cdiv(D, BLOCK_M)
@@ -102,18 +113,21 @@ def outer_kernel(
     is_d, is_column = d < D, column < F
     begin, end = _bound(offsets, group + 1, R, E), _bound(offsets, group + 2, R, E)
     k = begin + tl.arange(0, BLOCK_K)
-    a_at = a + k[None, :] * a_stride + d.to(tl.int64)[:, None] * a_step
+    a_at = a + d.to(tl.int64)[:, None] * a_step
     g_at = g + k[:, None] * g_stride + column.to(tl.int64)[None, :] * g_step
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     ahead = tl.full([], BLOCK_K, tl.int64)
+    token, is_token = _tokens_of(k, k < end, order, T, K)
     for done in range(0, (end - begin).to(tl.int32), BLOCK_K):
         inside = k + done < end
-        left = tl.load(a_at, mask=is_d[:, None] & inside[None, :], other=0.0)
+        left = tl.load(a_at + token[None, :] * a_stride, mask=is_d[:, None] & is_token[None, :], other=0.0)
         right = tl.load(g_at, mask=inside[:, None] & is_column[None, :], other=0.0)
         total = _multiply(left, right, total)
-        a_at += ahead * a_stride
         g_at += ahead * g_stride
-    at = db + (group * D + d[:, None]) * F + column[None, :]
+        # One step ahead, so that loads of tokens do not wait for where they are.
+        next_k = k + done + BLOCK_K
+        token, is_token = _tokens_of(next_k, next_k < end, order, T, K)
+    at = db + group * D * F + d.to(tl.int64)[:, None] * db_row + column.to(tl.int64)[None, :] * db_column
     tl.store(at, total.to(db.dtype.element_ty), mask=is_d[:, None] & is_column[None, :])
 
 
@@ -156,31 +170,53 @@ def _tile(x: Tensor, sizes: tuple[int, int], *factors: Tensor) -> tuple[tuple[in
     return (block_m, block_n, block_k), options
 
 
-def forward(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
-    (rows, depth), (groups, _, columns) = a.shape, b.shape
+def _places(a: Tensor, slots: Tensor | None, order: Tensor | None) -> tuple[int, Tensor | None, int]:
+    """How many rows there are, the choice of each where `a` are tokens, and how many choices a token has."""
+    if slots is None or order is None:
+        return a.shape[0], None, 1
+    return order.shape[0], order.contiguous(), max(slots.shape[1], 1)
+
+
+def forward(
+    a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, slots: Tensor | None, order: Tensor | None
+) -> Tensor:
+    (tokens, depth), (groups, _, columns) = a.shape, b.shape
+    rows, order, choices = _places(a, slots, order)
     out = torch.empty((rows, columns), dtype=a.dtype, device=a.device)
     (block_m, block_n, block_k), options = _tile(a, (depth, columns), a, b)
     # Each group, and the rows before and behind all of them, can need one tile more than their rows fill.
     tiles = rows // block_m + groups + 2 if rows else 0
     launch(
         forward_kernel, tiles * triton.cdiv(columns, block_n),
-        a, b, offsets.contiguous(), bias, out, rows, groups, depth, columns, *a.stride(), *b.stride(),
+        a, b, offsets.contiguous(), bias, order, out, rows, tokens, groups, depth, columns, *a.stride(), *b.stride(),
         *((0, 0) if bias is None else bias.stride()),
-        options=options, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        options=options, K=choices, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
     )  # fmt: skip
     return out
 
 
-def outer(a: Tensor, g: Tensor, offsets: Tensor, wants_b: bool, wants_bias: bool) -> tuple[Tensor, Tensor]:
-    (rows, depth), columns, groups = a.shape, g.shape[1], offsets.shape[0] - 1
-    db = torch.empty((groups if wants_b else 0, depth, columns), dtype=a.dtype, device=a.device)
+def outer(
+    a: Tensor,
+    g: Tensor,
+    offsets: Tensor,
+    slots: Tensor | None,
+    order: Tensor | None,
+    transposed: bool,
+    wants_b: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    (tokens, depth), columns, groups = a.shape, g.shape[1], offsets.shape[0] - 1
+    rows, order, choices = _places(a, slots, order)
+    sides = (columns, depth) if transposed else (depth, columns)
+    db = torch.empty((groups if wants_b else 0, *sides), dtype=a.dtype, device=a.device)
+    db = db.transpose(1, 2) if transposed else db
     dbias = torch.empty((groups if wants_bias else 0, columns), dtype=a.dtype, device=a.device)
     (block_m, block_n, block_k), options = _tile(a, (depth, columns), a, g)
     offsets = offsets.contiguous()
     launch(
         outer_kernel, len(db) * triton.cdiv(depth, block_m) * triton.cdiv(columns, block_n),
-        a, g, offsets, db, rows, groups, depth, columns, *a.stride(), *g.stride(),
-        options=options, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+        a, g, offsets, order, db, rows, tokens, groups, depth, columns, *a.stride(), *g.stride(), *db.stride()[1:],
+        options=options, K=choices, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
     )  # fmt: skip
     launch(
         sums_kernel, len(dbias) * triton.cdiv(columns, 64),
@@ -200,6 +236,7 @@ def variants(arch: str, combine: Combine = pairwise_cover) -> Iterator[Variant]:
         "size": ((768, 3072), (70, 130)),
         "transposed": (False, True),
         "bias": (False, True),
+        "routed": (False, True),
     }
     for row in combine(choices):
         (depth, columns), dtype = row["size"], row["dtype"]
@@ -207,11 +244,14 @@ def variants(arch: str, combine: Combine = pairwise_cover) -> Iterator[Variant]:
         b = torch.empty(4, columns, depth, dtype=dtype).transpose(1, 2)
         b = b if row["transposed"] else b.contiguous()
         bias = torch.empty(4, columns, dtype=dtype) if row["bias"] else None
+        offsets = torch.empty(5, dtype=torch.int64)
+        places = [torch.empty(s, dtype=torch.int64) for s in ((128, 2), (256,))] if row["routed"] else (None, None)
         with recording(arch) as recorded:
-            forward(a, b, torch.empty(5, dtype=torch.int64), bias)
-            outer(a.T.contiguous().T if row["transposed"] else a, g, torch.empty(5, dtype=torch.int64), True, False)
+            forward(a, b, offsets, bias, *places)
+            columns_first = row["transposed"] and not row["routed"]
+            outer(a.T.contiguous().T if columns_first else a, g, offsets, *places, row["transposed"], True, False)
         about = " ".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in row.items())
         yield from recorded.variants(f"grouped_matmul {about}", has_dot=dtype != torch.float32)
         with recording(arch) as recorded:
-            outer(a, g, torch.empty(5, dtype=torch.int64), False, row["bias"] and columns % 16 > 0)
+            outer(a, g, offsets, None, None, False, False, row["bias"] and columns % 16 > 0)
         yield from recorded.variants(f"grouped_matmul {about}")

@@ -16,6 +16,10 @@ FORWARD = torch.ops.contrastive_ops.grouped_matmul_forward
 OUTER = torch.ops.contrastive_ops.grouped_matmul_outer
 
 
+def outer(a, g, offsets, *options):
+    return OUTER(a, g, offsets, None, None, False, *options)
+
+
 def loop(a, b, offsets, bias=None):
     """The definition in the docstring, out of pieces that autograd follows; what is not used has a gradient of zero."""
     bounds = offsets.tolist()
@@ -267,7 +271,7 @@ def test_strides_beyond_32_bits(backend):
         to.copy_(source)
     out = grouped_matmul(far_a, far_b, offsets, backend=backend)
     assert torch.equal(out, grouped_matmul(a, b, offsets, backend=backend))
-    found, expected = (OUTER(x, g, offsets, True, True, backend) for x, g in ((far_a, far_g), (a, upstream)))
+    found, expected = (outer(x, g, offsets, True, True, backend) for x, g in ((far_a, far_g), (a, upstream)))
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
@@ -303,13 +307,16 @@ def test_autocast_is_the_product_of_bfloat16_inputs(backend):
 def test_opcheck_forward(bias, backend):
     a, b, c, _, offsets = problem([2, 0, 3], 3, 4, torch.float64, after=1)
     leaves = [t.requires_grad_() for t in (a, b, c)]
-    torch.library.opcheck(FORWARD, (leaves[0], leaves[1], offsets, leaves[2] if bias else None, backend))
+    arguments = (leaves[0], leaves[1], offsets, leaves[2] if bias else None, None, None, backend)
+    torch.library.opcheck(FORWARD, arguments)
 
 
 @pytest.mark.parametrize("wants", [(True, False), (False, True), (True, True)], ids=str)
-def test_opcheck_outer(wants, backend):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_opcheck_outer(transposed, wants, backend):
     a, _, _, upstream, offsets = problem([2, 0, 3], 3, 4, torch.float64, after=1)
-    torch.library.opcheck(OUTER, (a.requires_grad_(), upstream.requires_grad_(), offsets, *wants, backend))
+    tensors = (a.requires_grad_(), upstream.requires_grad_(), offsets, None, None)
+    torch.library.opcheck(OUTER, (*tensors, transposed, *wants, backend))
 
 
 def test_compiles_without_graph_break_or_recompilation(backend):
@@ -384,15 +391,15 @@ def test_the_compiled_functions_protect_memory():
     a, b, g = torch.zeros(5, 3), torch.zeros(2, 3, 4), torch.zeros(5, 4)
     for bad in ([0, 2, 6], [0, 4, 2], [-1, 0, 1], [0, 2]):
         with pytest.raises(ValueError):
-            functions.forward(a, b, torch.tensor(bad), None)
+            functions.forward(a, b, torch.tensor(bad), None, None, None)
         if len(bad) == 3:
             with pytest.raises(ValueError):
-                functions.outer(a, g, torch.tensor(bad), True, True)
+                functions.outer(a, g, torch.tensor(bad), None, None, False, True, True)
     with pytest.raises(ValueError):
-        functions.forward(a, b.transpose(1, 2), torch.tensor([0, 2, 5]), None)
+        functions.forward(a, b.transpose(1, 2), torch.tensor([0, 2, 5]), None, None, None)
     with pytest.raises(TypeError):
-        functions.forward(a, b.double(), torch.tensor([0, 2, 5]), None)
+        functions.forward(a, b.double(), torch.tensor([0, 2, 5]), None, None, None)
     with pytest.raises(ValueError):
-        functions.forward(a, b, torch.tensor([0, 2, 5]), torch.zeros(2, 3))
+        functions.forward(a, b, torch.tensor([0, 2, 5]), torch.zeros(2, 3), None, None)
     with pytest.raises(ValueError):
-        functions.outer(a, g[:4], torch.tensor([0, 2, 4]), True, True)
+        functions.outer(a, g[:4], torch.tensor([0, 2, 4]), None, None, False, True, True)

@@ -1,9 +1,11 @@
 """The Triton kernels of grouped_matmul against the reference in float64. Without a GPU they run interpreted."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from contrastive_ops import _triton, grouped_matmul
+from contrastive_ops import Capacity, _triton, dispatch, expert_choice, grouped_matmul, route
 from contrastive_ops.testing import TOLERANCE, relative_error
 
 if not _triton.interprets() and not torch.cuda.is_available():
@@ -74,10 +76,11 @@ def test_without_bias_and_one_gradient_at_a_time():
     a, b, bias, upstream, offsets = problem([20, 0, 13], 21, 19, after=2, integers=True)
     expected = evaluate(a, b, torch.zeros_like(bias), upstream, offsets, backend="reference")
     assert torch.equal(grouped_matmul(a, b, offsets, backend="triton"), expected[0])
-    for wants in ((True, False), (False, True)):
-        db, dbias = OUTER(a, upstream, offsets, *wants, "triton")
-        assert torch.equal(db, expected[2]) if wants[0] else db.numel() == 0
-        assert torch.equal(dbias, expected[3]) if wants[1] else dbias.numel() == 0
+    for wants in ((True, False), (False, True), (True, True)):
+        for transposed in (False, True):
+            db, dbias = OUTER(a, upstream, offsets, None, None, transposed, *wants, "triton")
+            assert torch.equal(db, expected[2]) if wants[0] else db.numel() == 0
+            assert torch.equal(dbias, expected[3]) if wants[1] else dbias.numel() == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -173,5 +176,113 @@ def test_offsets_that_do_not_fit_address_no_other_memory(bad):
 
     a, b, _, upstream, _ = problem([2, 3], 4, 6, integers=True)
     offsets = torch.tensor(bad, device=DEVICE)
-    assert launchers.forward(a, b, offsets, None).shape == (5, 6)
-    assert launchers.outer(a, upstream, offsets, True, True)[0].shape == (2, 4, 6)
+    assert launchers.forward(a, b, offsets, None, None, None).shape == (5, 6)
+    assert launchers.outer(a, upstream, offsets, None, None, False, True, True)[0].shape == (2, 4, 6)
+
+
+# ---- Tokens of a routing ---------------------------------------------------------------------------------------------
+
+ROUTERS = {
+    "one choice": lambda z: route(z, 1),
+    "two choices": lambda z: route(z, 2),
+    "dropping": lambda z: route(z, 2, capacity=Capacity(factor=0.3)),
+    "padded": lambda z: route(z, 2, capacity=Capacity(factor=1.5, padded=True)),
+    "empty experts": lambda z: route(z.index_fill(1, torch.tensor([0, 2]), -torch.inf), 1),
+    "padded expert choice": lambda z: expert_choice(z, Capacity(factor=1.2, padded=True)),
+}
+
+
+def routed(router, tokens, depth, columns, dtype=torch.float32, integers=False):
+    """A routing to four experts, tokens, matrices that are stored as (E, F, D), biases and an upstream gradient."""
+    routing = ROUTERS[router](torch.randn(tokens, 4))
+    places = {name: getattr(routing, name).to(DEVICE) for name in ("slots", "order", "offsets")}
+    shapes = ((tokens, depth), (4, columns, depth), (4, columns), (len(routing.order), columns))
+    draw = (lambda shape: torch.randint(-2, 3, shape)) if integers else torch.randn
+    return dataclasses.replace(routing, **places), *(draw(shape).to(DEVICE, dtype) for shape in shapes)
+
+
+def evaluate_routed(routing, x, b, bias, upstream, backend="triton", transposed=True, copies=False):
+    """The output and the gradients of tokens, matrices and biases."""
+    leaves = [t.detach().requires_grad_() for t in (x, b if transposed else b.transpose(1, 2).contiguous(), bias)]
+    matrices = leaves[1].transpose(1, 2) if transposed else leaves[1]
+    rows = dispatch(leaves[0], routing, backend=backend) if copies else leaves[0]
+    out = grouped_matmul(rows, matrices, routing.offsets if copies else routing, leaves[2], backend=backend)
+    return out.detach(), *torch.autograd.grad(out, leaves, upstream)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_tokens_of_a_routing_are_their_dispatched_rows(router, transposed):
+    """Also to the bit: the same products are added in the same order."""
+    inputs = routed(router, 20, 18, 5)
+    found = evaluate_routed(*inputs, transposed=transposed)
+    assert all(map(torch.equal, found, evaluate_routed(*inputs, transposed=transposed, copies=True)))
+    exact = routed(router, 20, 18, 5, torch.bfloat16, integers=True)
+    found = evaluate_routed(*exact, transposed=transposed)
+    assert all(map(torch.equal, found, evaluate_routed(*exact, "reference", transposed)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tokens_of_a_routing_against_float64(dtype):
+    routing, *tensors = routed("padded", 40, 33, 18, dtype)
+    found = evaluate_routed(routing, *tensors)
+    truth = evaluate_routed(routing, *(t.double() for t in tensors), backend="reference")
+    for value, expected in zip(found, truth, strict=True):
+        assert value.dtype == dtype
+        assert relative_error(value, expected) <= TOLERANCE[dtype]
+
+
+def test_dropped_tokens_reach_nothing():
+    routing, x, *others = routed("dropping", 40, 17, 5)
+    dropped = ~routing.kept.any(1)
+    assert dropped.any()
+    clean = evaluate_routed(routing, x, *others)
+    x[dropped] = torch.nan
+    found = evaluate_routed(routing, x, *others)
+    assert all(map(torch.equal, found, clean)) and (found[1][dropped] == 0).all()
+
+
+def test_any_strides_of_tokens():
+    routing, x, *others = routed("padded", 20, 18, 5, integers=True)
+    for tokens in (
+        x.T.contiguous().T,
+        torch.cat([x, x], 1)[:, :18],
+        x.repeat_interleave(2, 1)[:, ::2],
+        x[:1].expand_as(x),
+    ):
+        found = evaluate_routed(routing, tokens, *others)
+        assert all(map(torch.equal, found, evaluate_routed(routing, tokens.contiguous(), *others, "reference")))
+
+
+def test_second_derivatives_of_tokens():
+    routing, *tensors = routed("padded", 9, 4, 5)
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = [t.double() if backend == "reference" else t for t in tensors]
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        out = grouped_matmul(leaves[0], leaves[1].transpose(1, 2), routing, leaves[2], backend=backend)
+        first = torch.autograd.grad(out, leaves[:3], leaves[3], create_graph=True)
+        total = sum((each * torch.ones_like(each).cumsum(-1)).sum() for each in first)
+        results.append(torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True))
+    for value, truth in zip(*results, strict=True):
+        assert relative_error(value, truth) <= TOLERANCE[torch.float32]
+
+
+def test_no_tokens():
+    inputs = routed("padded", 0, 6, 5)
+    assert all(map(torch.equal, evaluate_routed(*inputs), evaluate_routed(*inputs, "reference")))
+
+
+@pytest.mark.parametrize("bad", [74, -2, 2**62, -(2**62)])
+def test_an_order_that_does_not_fit_addresses_no_other_memory(bad):
+    """A choice that does not exist is read as none."""
+    from contrastive_ops.kernels import grouped_matmul as launchers
+
+    routing, x, b, bias, upstream = routed("two choices", 37, 4, 6)
+    wrong, none = routing.order.clone(), routing.order.clone()
+    wrong[[3, -1]], none[[3, -1]] = bad, -1
+    places = [(routing.slots, order) for order in (wrong, none)]
+    found = [launchers.forward(x, b.transpose(1, 2), routing.offsets, bias, *each) for each in places]
+    assert torch.equal(*found)
+    found = [launchers.outer(x, upstream, routing.offsets, *each, True, True, False)[0] for each in places]
+    assert torch.equal(*found)

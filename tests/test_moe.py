@@ -1,5 +1,6 @@
 """Mixture-of-experts layers: values against loops over experts, checkpoints, training against the dense formulation."""
 
+import itertools
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from contrastive_ops import Capacity, Gating, RouterLoss, clip, moe, route
+from contrastive_ops import Capacity, Gating, RouterLoss, clip, dispatch, moe, route
 from contrastive_ops.testing import saved_bytes
 
 DOUBLE = torch.float64
@@ -301,6 +302,32 @@ def test_rows_of_the_chosen_experts_only_are_kept():
         weights = sum(p.nbytes for p in layer.parameters())
         kept.append(saved_bytes(lambda layer=layer: layer(tokens)[0].sum())[0] - weights)
     assert kept[1] - kept[0] <= 4 * 200 * 32 + 4096  # the logits
+
+
+@pytest.mark.parametrize("kind", [moe.SparseMoE, moe.ExpertChoice])
+def test_tokens_are_kept_once_and_not_for_every_choice(kind):
+    """Of the rows (R, D) those that experts return, for the gates, and not those that they are given."""
+    tokens, dim, choices = torch.randn(200, 256, requires_grad=True), 256, 3
+    options = (choices,) if kind is moe.SparseMoE else (float(choices),)
+    layer = kind(dim, 4, 4, *options)
+    weights = sum(p.nbytes for p in layer.parameters())
+    kept = saved_bytes(lambda: layer(tokens)[0].sum())[0] - weights
+    assert kept <= (1 + choices) * tokens.nbytes + tokens.nbytes // 2
+
+
+def test_experts_on_tokens_of_a_routing_are_those_on_dispatched_rows():
+    for gated, bias in itertools.product([False, True], repeat=2):
+        experts = moe.Experts(6, 8, 4, gated=gated, bias=bias)
+        tokens = torch.randn(30, 6)
+        for routing in (
+            route(torch.randn(30, 4), 2),
+            route(torch.randn(30, 4), 2, capacity=Capacity(1.5, padded=True)),
+        ):
+            results = []
+            for rows, places in ((tokens, routing), (dispatch(tokens, routing), routing.offsets)):
+                out = experts(rows, places)
+                results.append((out, *torch.autograd.grad(out.square().sum(), list(experts.parameters()))))
+            assert all(map(torch.equal, *results))
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------------------

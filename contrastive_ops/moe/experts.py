@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import _checks
+from ..ops import Routing
 from ..ops.grouped_matmul import grouped_matmul
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
 class Experts(nn.Module):
-    """E feed-forward networks on rows that are grouped by expert: ``experts(rows, offsets)``.
+    """E feed-forward networks on rows grouped by expert, ``experts(rows, offsets)``, or ``experts(tokens, routing)``.
 
     Args:
         dim: D.
@@ -81,15 +82,20 @@ class Experts(nn.Module):
         """The weight of the first layer."""
         return self.get_parameter(self.up_name)
 
-    def forward(self, rows: Tensor, offsets: Tensor, backend: str = "auto") -> Tensor:
-        """Apply expert e to the rows (R, D) from offsets[e] to offsets[e + 1]; rows beyond are 0."""
+    def forward(self, rows: Tensor, offsets: Tensor | Routing, backend: str = "auto") -> Tensor:
+        """Apply expert e to the rows (R, D) from offsets[e] to offsets[e + 1]; rows beyond are 0.
+
+        With a routing, `rows` are its tokens (T, D), which are read where they are, and the output (R, D) is in the
+        layout of `dispatch`.
+        """
         hidden = grouped_matmul(rows, self.up.transpose(1, 2), offsets, self.up_bias, backend=backend)
+        bounds = offsets.offsets if isinstance(offsets, Routing) else offsets
         if self.gated:
             gate, hidden = hidden.chunk(2, dim=1)
             hidden = self.activation(gate) * hidden
         else:
             hidden = self.activation(hidden)
-        return grouped_matmul(hidden, self.down_proj.transpose(1, 2), offsets, self.down_bias, backend=backend)
+        return grouped_matmul(hidden, self.down_proj.transpose(1, 2), bounds, self.down_bias, backend=backend)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Stack checkpoints that have w1 (gate), w3 (up) and w2 (down) of each expert."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from ..ops import Capacity, Routing, combine, dispatch
+from ..ops import Capacity, Routing, combine
 from ..ops.expert_choice import expert_choice
 from .experts import Experts
 from .router import Router
@@ -82,7 +82,7 @@ class _Layer(nn.Module):
                 "backend": backend,
             },
         )
-        rows = self.experts(dispatch(flat, routing, backend=backend), routing.offsets, backend)
+        rows = self.experts(flat, routing, backend)
         out = combine(rows, routing, backend=backend)
         if self.shared_experts is not None:
             everything = torch.arange(2, device=flat.device) * len(flat)
@@ -122,7 +122,8 @@ class SparseMoE(_Layer):
     Note:
         Gates are the router's probabilities, not renormalised: with k = 1 that alone gives the router a gradient. Ask
         for ``router={"gating": Gating(renormalize=True)}`` where a checkpoint expects it, as Mixtral's do, whose
-        ``block_sparse_moe`` state loads as it is. Memory: rows of the chosen experts only, (T k, F).
+        ``block_sparse_moe`` state loads as it is. Memory: rows of the chosen experts only, (T k, F); tokens are read
+        where they are, and no copy of them is made.
 
     Example:
         >>> from contrastive_ops import RouterLoss

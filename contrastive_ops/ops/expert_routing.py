@@ -229,7 +229,7 @@ def dispatch(tokens: Tensor, routing: Routing, *, backend: str = "auto") -> Tens
         >>> torch.equal(dispatch(tokens, routing)[routing.slots[5, 1]], tokens[5])
         True
     """
-    _check_rows("dispatch", "tokens", tokens, len(routing.slots), routing)
+    check_rows("dispatch", "tokens", tokens, len(routing.slots), routing)
     chosen = choose("dispatch", BACKENDS, tokens, backend)
     return torch.ops.contrastive_ops.expert_routing_dispatch(tokens, None, routing.slots, routing.order, chosen)
 
@@ -263,13 +263,14 @@ def combine(rows: Tensor, routing: Routing, *, backend: str = "auto") -> Tensor:
         >>> torch.allclose(out, tokens * routing.gates.sum(1, keepdim=True), atol=1e-6)
         True
     """
-    _check_rows("combine", "rows", rows, len(routing.order), routing)
+    check_rows("combine", "rows", rows, len(routing.order), routing)
     gates = routing.gates.to(_checks.accumulator(rows.dtype))
     chosen = choose("combine", BACKENDS, rows, backend)
     return torch.ops.contrastive_ops.expert_routing_combine(rows, gates, routing.slots, routing.order, chosen)
 
 
-def _check_rows(function: str, name: str, rows: Tensor, size: int, routing: Routing) -> None:
+def check_rows(function: str, name: str, rows: Tensor, size: int, routing: Routing) -> None:
+    """`rows` must be a matrix of `size` rows where the routing is."""
     _checks.check_matrix(function, name, rows)
     if rows.shape[0] != size:
         raise ValueError(f"{function}: {name} must have {size} rows as the routing has, got {_checks.shape(rows)}")

@@ -10,27 +10,51 @@ from itertools import pairwise
 from torch import Tensor
 
 from .._checks import accumulator
+from .expert_routing import dispatch
 
 
-def forward(a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None) -> Tensor:
-    """Every row of (R, D) times the matrix of its group plus the bias of its group: (R, F)."""
+def forward(
+    a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, slots: Tensor | None, order: Tensor | None
+) -> Tensor:
+    """Every row (R, D) times the matrix of its group plus the bias of its group: (R, F)."""
     dtype = accumulator(a.dtype)
-    out = a.new_zeros((a.shape[0], b.shape[2]))
+    out = a.new_zeros((a.shape[0] if order is None else order.shape[0], b.shape[2]))
     for e, (begin, end) in enumerate(pairwise(offsets.tolist())):
-        product = a[begin:end].to(dtype) @ b[e].to(dtype)
+        product = _rows(a, slots, order, begin, end).to(dtype) @ b[e].to(dtype)
         out[begin:end] = product if bias is None else product + bias[e].to(dtype)
     return out
 
 
-def outer(a: Tensor, g: Tensor, offsets: Tensor, wants_b: bool, wants_bias: bool) -> tuple[Tensor, Tensor]:
-    """Sums over the rows of each group, of the outer products of a (R, D) and g (R, F), and of g."""
+def outer(
+    a: Tensor,
+    g: Tensor,
+    offsets: Tensor,
+    slots: Tensor | None,
+    order: Tensor | None,
+    transposed: bool,
+    wants_b: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """Sums over the rows of each group, of the outer products of a row (R, D) and g (R, F), and of g.
+
+    `transposed`: the products are stored as (E, F, D).
+    """
     dtype, groups = accumulator(a.dtype), offsets.shape[0] - 1
-    db = a.new_empty((groups if wants_b else 0, a.shape[1], g.shape[1]))
+    sides = (g.shape[1], a.shape[1]) if transposed else (a.shape[1], g.shape[1])
+    db = a.new_empty((groups if wants_b else 0, *sides))
+    db = db.transpose(1, 2) if transposed else db
     dbias = a.new_empty((groups if wants_bias else 0, g.shape[1]))
     for e, (begin, end) in enumerate(pairwise(offsets.tolist())):
         rows = g[begin:end].to(dtype)
         if wants_b:
-            db[e] = a[begin:end].to(dtype).T @ rows
+            db[e] = _rows(a, slots, order, begin, end).to(dtype).T @ rows
         if wants_bias:
             dbias[e] = rows.sum(0)
     return db, dbias
+
+
+def _rows(a: Tensor, slots: Tensor | None, order: Tensor | None, begin: int, end: int) -> Tensor:
+    """Rows of `a`, or those that its tokens have in an order."""
+    if slots is None or order is None:
+        return a[begin:end]
+    return dispatch(a, None, slots, order[begin:end])

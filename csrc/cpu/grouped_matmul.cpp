@@ -24,52 +24,86 @@ constexpr int64_t kStreamedBytes = int64_t{16} << 20;
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// One side of a product: its lanes along its depth, one of the two contiguous.
+// What a row that is listed as -1 holds: as many zeros as are packed of one.
+template <class T>
+alignas(64) constexpr T kZeroRow[2 * kUnits] = {};
+static_assert(2 * kUnits >= kTaskRows, "of one row, a step of the depth or all lanes of a side are packed");
+
+// Rows of a source that lie anywhere.
+template <class T>
+struct ListedRows {
+  using Element = T;
+  const T* from;
+  int64_t stride;
+  const int64_t* list;
+  INLINE const T* operator()(int64_t row) const { return list[row] < 0 ? kZeroRow<T> : from + list[row] * stride; }
+};
+
+// One side of a product: its lanes along its depth. Rows of the source are contiguous; each of them is a lane, or holds
+// all lanes at one depth.
 template <class T>
 struct Operand {
   const T* data;
-  int64_t lane_stride, depth_stride;
+  int64_t stride;  // from one row of the source to the next
+  bool rows_are_lanes;
+  const int64_t* list;  // which row of the source each one is, or null
 
   Operand from(int64_t lane, int64_t depth) const {
-    return {data + lane * lane_stride + depth * depth_stride, lane_stride, depth_stride};
+    const int64_t row = rows_are_lanes ? lane : depth, at = rows_are_lanes ? depth : lane;
+    if (list) return {data + at, stride, rows_are_lanes, list + row};
+    return {data + row * stride + at, stride, rows_are_lanes, nullptr};
+  }
+  // Calls body with the rows, as packing takes them.
+  template <class Body>
+  INLINE void with_rows(const Body& body) const {
+    if (list) {
+      body(ListedRows<T>{data, stride, list});
+    } else {
+      body(EvenRows<T>{data, stride});
+    }
   }
 };
 template <class T>
+Operand<T> operand(const StridedMatrix& x, bool rows_are_lanes) {
+  const bool by_rows = x.col_stride == 1;
+  return {static_cast<const T*>(x.data), by_rows ? x.row_stride : x.col_stride, by_rows == rows_are_lanes, x.list};
+}
+template <class T>
 Operand<T> lanes_are_rows(const StridedMatrix& x) {
-  return {static_cast<const T*>(x.data), x.row_stride, x.col_stride};
+  return operand<T>(x, true);
 }
 template <class T>
 Operand<T> lanes_are_columns(const StridedMatrix& x) {
-  return {static_cast<const T*>(x.data), x.col_stride, x.row_stride};
+  return operand<T>(x, false);
 }
 
 // Reads a part of an operand into the cache while another is multiplied: its rows may lie pages apart, where the
 // processor does not read ahead by itself.
+template <class T>
 class ReadAhead {
  public:
-  template <class T>
-  ReadAhead(const Operand<T>& from, int64_t lanes, int64_t depth) {
-    const bool along_depth = from.depth_stride == 1;
-    const int64_t row_bytes = (along_depth ? depth : lanes) * static_cast<int64_t>(sizeof(T));
-    at_ = reinterpret_cast<const char*>(from.data);
-    stride_ = (along_depth ? from.lane_stride : from.depth_stride) * static_cast<int64_t>(sizeof(T));
+  ReadAhead(const Operand<T>& from, int64_t lanes, int64_t depth) : from_(from) {
+    const int64_t row_bytes = (from.rows_are_lanes ? depth : lanes) * static_cast<int64_t>(sizeof(T));
     lines_ = (row_bytes + kLine - 1) / kLine;
-    left_ = lines_ * (along_depth ? lanes : depth);
+    left_ = lines_ * (from.rows_are_lanes ? lanes : depth);
   }
   int64_t left() const { return left_; }
   void fetch(int64_t count) {
     for (count = minimum(count, left_), left_ -= count; count > 0; --count) {
+      if (line_ == 0) {
+        from_.with_rows([&](const auto& row) { at_ = reinterpret_cast<const char*>(row(row_)); });
+        ++row_;
+      }
       __builtin_prefetch(at_ + line_ * kLine, 0, 2);
-      if (++line_ < lines_) continue;
-      line_ = 0;
-      at_ += stride_;
+      if (++line_ == lines_) line_ = 0;
     }
   }
 
  private:
   static constexpr int64_t kLine = 64;
-  const char* at_;
-  int64_t stride_, lines_, left_, line_ = 0;
+  Operand<T> from_;
+  const char* at_ = nullptr;
+  int64_t lines_, left_, row_ = 0, line_ = 0;
 };
 
 // The result of a block; row r begins at data + r * stride.
@@ -125,7 +159,7 @@ class BlockProduct {
         if (out.lane_sums) add_lanes(columns, cols, s.depth, lane_sums_.get() + j);
         if (out.rows == 0) continue;
         pack<Side::b>(columns, cols, s, right_panels_.get());
-        ReadAhead ahead = after(right, j, k, out.cols, depth);
+        ReadAhead<T> ahead = after(right, j, k, out.cols, depth);
         const int64_t lines = ceil_divide(ahead.left(), ceil_divide(out.rows, kRows<C>) * ceil_divide(cols, kCols<C>));
         for (int64_t q = 0; q < cols; q += kCols<C>) {
           A* sums = panel ? all_sums_.get() + (j + q) / kCols<C> * panel : panel_sums_.get();
@@ -148,15 +182,17 @@ class BlockProduct {
   template <Side side>
   static void pack(const Operand<T>& from, int64_t lanes, const Step& s, U* to) {
     const int64_t panel_stride = kPanelLanes<C, side> * s.units;
-    if (from.depth_stride == 1) {
-      pack_rows<C, side>(to, panel_stride, from.data, from.lane_stride, lanes, lanes, s.depth);
-    } else {
-      pack_columns<C, side>(to, panel_stride, from.data, from.depth_stride, lanes, s.depth);
-    }
+    from.with_rows([&](const auto& rows) {
+      if (from.rows_are_lanes) {
+        pack_rows<C, side>(to, panel_stride, rows, lanes, lanes, s.depth);
+      } else {
+        pack_columns<C, side>(to, panel_stride, rows, lanes, s.depth);
+      }
+    });
   }
 
   // The columns that are packed after those at j and k.
-  static ReadAhead after(const Operand<T>& right, int64_t j, int64_t k, int64_t columns, int64_t depth) {
+  static ReadAhead<T> after(const Operand<T>& right, int64_t j, int64_t k, int64_t columns, int64_t depth) {
     j += kPackedCols;
     if (j >= columns) {
       j = 0;
@@ -167,8 +203,8 @@ class BlockProduct {
 
   // One panel of columns times all rows. Tiles are whole ones, on sums of their own: what an output's sum is rounded
   // to does not depend on where it lies.
-  void multiply_panel(const OutputBlock<T>& out, int64_t j, const Step& s, const U* columns, A* sums, ReadAhead& ahead,
-                      int64_t lines) {
+  void multiply_panel(const OutputBlock<T>& out, int64_t j, const Step& s, const U* columns, A* sums,
+                      ReadAhead<T>& ahead, int64_t lines) {
     const int64_t cols = minimum<int64_t>(kCols<C>, out.cols - j), units = depth_units<C>(s.depth);
     if (s.first && out.initial) {
       alignas(64) A initial[kCols<C>] = {};
@@ -209,16 +245,14 @@ class BlockProduct {
   // Sums of a step of their own first: long sums lose fewer digits in parts.
   void add_lanes(const Operand<T>& from, int64_t lanes, int64_t depth, A* sums) {
     constexpr int W = kLanes<A>;
-    alignas(64) A part[kPackedCols] = {}, row[kPackedCols];
-    for (int64_t k = 0; k < depth; ++k) {
-      const T* at = from.data + k * from.depth_stride;
-      if (from.lane_stride == 1) {
-        widen_row(at, lanes, row);
-      } else {
-        for (int64_t q = 0; q < lanes; ++q) widen_row(at + q * from.lane_stride, 1, row + q);
+    alignas(64) A part[kPackedCols] = {}, wide[kPackedCols];
+    from.with_rows([&](const auto& row) {
+      for (int64_t k = 0; k < depth; ++k) {
+        if (!from.rows_are_lanes) widen_row(row(k), lanes, wide);
+        for (int64_t q = 0; from.rows_are_lanes && q < lanes; ++q) widen_row(row(q) + k, 1, wide + q);
+        for (int64_t q = 0; q < lanes; q += W) store(part + q, load(part + q) + load(wide + q));
       }
-      for (int64_t q = 0; q < lanes; q += W) store(part + q, load(part + q) + load(row + q));
-    }
+    });
     for (int64_t q = 0; q < lanes; ++q) sums[q] += part[q];
   }
 

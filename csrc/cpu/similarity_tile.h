@@ -156,11 +156,21 @@ INLINE void store_square(typename C::Unit* to, int64_t panel_stride, int64_t gro
   for (int r = 0; r < width; ++r) store(at + r * width, lanes[r]);
 }
 
+// The rows of a source by their index: any type that has `Element` and this operator will do.
+template <class S>
+struct EvenRows {
+  using Element = S;
+  const S* from;
+  int64_t stride;
+  INLINE const S* operator()(int64_t row) const { return from + row * stride; }
+};
+
 // Packs lanes that are rows of the source (depth runs along a row): a transpose.
 // Panels are `panel_stride` units apart; lanes from `lanes` up to `filled_lanes`, rounded up to kLaneGroup, are zero.
-template <class C, Side side, class S>
-void pack_rows(typename C::Unit* to, int64_t panel_stride, const S* from, int64_t stride, int64_t lanes,
-               int64_t filled_lanes, int64_t depth) {
+template <class C, Side side, class Rows>
+void pack_rows(typename C::Unit* to, int64_t panel_stride, const Rows& row, int64_t lanes, int64_t filled_lanes,
+               int64_t depth) {
+  using S = typename Rows::Element;
   using U = typename C::Unit;
   constexpr int width = kLanes<U>, step = width * C::kDepth;
   const int64_t groups = round_up(filled_lanes, kLaneGroup<C>) / width;
@@ -174,10 +184,10 @@ void pack_rows(typename C::Unit* to, int64_t panel_stride, const S* from, int64_
         if (lane >= lanes) {
           tile[r] = Vec<U>{};
         } else if (left >= step) {
-          tile[r] = units_along(C{}, from + lane * stride + k);
+          tile[r] = units_along(C{}, row(lane) + k);
         } else {
           S tail[step] = {};
-          for (int64_t q = 0; q < left; ++q) tail[q] = from[lane * stride + k + q];
+          for (int64_t q = 0; q < left; ++q) tail[q] = row(lane)[k + q];
           tile[r] = units_along(C{}, tail);
         }
       }
@@ -195,10 +205,16 @@ void pack_rows(typename C::Unit* to, int64_t panel_stride, const S* from, int64_
   }
 }
 
-// Packs lanes that are columns of the source (depth runs down the rows): a copy.
 template <class C, Side side, class S>
-void pack_columns(typename C::Unit* to, int64_t panel_stride, const S* from, int64_t stride, int64_t lanes,
-                  int64_t depth) {
+void pack_rows(typename C::Unit* to, int64_t panel_stride, const S* from, int64_t stride, int64_t lanes,
+               int64_t filled_lanes, int64_t depth) {
+  pack_rows<C, side>(to, panel_stride, EvenRows<S>{from, stride}, lanes, filled_lanes, depth);
+}
+
+// Packs lanes that are columns of the source (depth runs down the rows): a copy.
+template <class C, Side side, class Rows>
+void pack_columns(typename C::Unit* to, int64_t panel_stride, const Rows& row, int64_t lanes, int64_t depth) {
+  using S = typename Rows::Element;
   using U = typename C::Unit;
   constexpr int width = kLanes<U>;
   const int64_t groups = round_up(lanes, kLaneGroup<C>) / width;
@@ -208,13 +224,12 @@ void pack_columns(typename C::Unit* to, int64_t panel_stride, const S* from, int
     const int64_t lane = group * width;
     const auto units_at = [&](int64_t k) {
       if (k >= depth) return Vec<U>{};
-      const S* row = from + k * stride;
       const bool has_next = k + 1 < depth;
-      if (lane + width <= lanes) return units_across(C{}, row + lane, has_next ? row + stride + lane : zeros);
+      if (lane + width <= lanes) return units_across(C{}, row(k) + lane, has_next ? row(k + 1) + lane : zeros);
       S first[width] = {}, second[width] = {};
       for (int64_t q = 0; q < lanes - lane; ++q) {
-        first[q] = row[lane + q];
-        if (C::kDepth == 2 && has_next) second[q] = row[stride + lane + q];
+        first[q] = row(k)[lane + q];
+        if (C::kDepth == 2 && has_next) second[q] = row(k + 1)[lane + q];
       }
       return units_across(C{}, first, second);
     };
@@ -232,6 +247,12 @@ void pack_columns(typename C::Unit* to, int64_t panel_stride, const S* from, int
       }
     }
   }
+}
+
+template <class C, Side side, class S>
+void pack_columns(typename C::Unit* to, int64_t panel_stride, const S* from, int64_t stride, int64_t lanes,
+                  int64_t depth) {
+  pack_columns<C, side>(to, panel_stride, EvenRows<S>{from, stride}, lanes, depth);
 }
 
 // ---- The tile ----------------------------------------------------------------------------------------------
