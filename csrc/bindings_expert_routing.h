@@ -66,8 +66,11 @@ struct Router {
   }
 
   static void check_range(const Tensor& index, int64_t low, int64_t high, const char* name) {
-    const int64_t* at = index.const_data_ptr<int64_t>();
-    for (int64_t e = 0; e < index.numel(); ++e) {
+    const int64_t *at = index.const_data_ptr<int64_t>(), count = index.numel();
+    bool outside = false;  // found without a branch, and only then told
+    for (int64_t e = 0; e < count; ++e)
+      outside |= static_cast<uint64_t>(at[e] - low) >= static_cast<uint64_t>(high - low);
+    for (int64_t e = 0; outside && e < count; ++e) {
       TORCH_CHECK_VALUE(at[e] >= low && at[e] < high, name, " must be in [", low, ", ", high, "), got ", at[e]);
     }
   }

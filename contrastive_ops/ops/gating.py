@@ -151,12 +151,18 @@ class RouterLoss:
         if self.threshold is not None and self.name != "global_entropy":
             raise ValueError(f"RouterLoss: threshold must be None for {self.name!r}, got {self.threshold}")
 
-    def per_segment(self, function: str, value: Any, segments: int, like: Tensor) -> Tensor:
-        """A weight or threshold as (S,) numbers."""
-        numbers = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-        if numbers.dim() > 1 or (numbers.dim() == 1 and len(numbers) != segments):
-            raise ValueError(
-                f"{function}: losses must have one weight and threshold, or one for each of {segments} segments, "
-                f"got {value} for {self.name!r}"
-            )
-        return numbers.expand(segments)
+    def per_segment(self, function: str, value: Any, segments: int) -> list[float] | Tensor:
+        """A weight or threshold as (S,) numbers, in a list if they came as such."""
+        if isinstance(value, (int, float)):
+            return [value] * segments
+        if isinstance(value, (list, tuple)) and all(isinstance(each, (int, float)) for each in value):
+            if len(value) == segments:
+                return list(value)
+        else:
+            numbers = torch.as_tensor(value)
+            if numbers.dim() == 0 or numbers.shape == (segments,):
+                return numbers.expand(segments)
+        raise ValueError(
+            f"{function}: losses must have one weight and threshold, or one for each of {segments} segments, "
+            f"got {value} for {self.name!r}"
+        )

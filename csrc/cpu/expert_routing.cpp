@@ -7,7 +7,7 @@
 #include "../expert_routing.h"
 
 #include "expert_scores.h"
-#include "radix_sort.h"
+#include "expert_slots.h"
 #include "similarity_tile.h"
 
 namespace contrastive_ops {
@@ -16,8 +16,6 @@ namespace {
 
 // ---- Scores ------------------------------------------------------------------------------------------------------
 
-// At most 64 parts, so that the sums of many segments need no more memory than that; whole blocks on every level.
-INLINE int64_t tokens_of_part(int64_t tokens) { return round_up(maximum<int64_t>(1024, (tokens + 63) / 64), 64); }
 // Blocks whose sums are added up in the type of the logits before they go on in double.
 constexpr int64_t kBlocksOfStrip = 128;
 
@@ -50,29 +48,19 @@ void router_scores(const RouterProblem& p, const RouterScores& out, const Parall
     const int64_t end = minimum(p.T, (part + 1) * step);
     int64_t blocks = 0;
     for (int64_t first = part * step; first < end; first += Block::kTokens) {
-      const bool any = block.read(first, end);
-      if (any) {
-        block.score();
-        out.given ? block.take(out.given, first, end) : block.choose();
-        if (p.load) block.make_chances();
-        block.add_to(strip.get());
-        if (++blocks % kBlocksOfStrip == 0) move_sums(strip.get(), sum, width);
+      if (!block.read(first, end)) {
+        const int64_t from = first * p.k, to = minimum<int64_t>(end, first + Block::kTokens) * p.k;
+        std::fill(out.experts + from, out.experts + to, -1);
+        std::fill(gates + from, gates + to, A(0));
+        std::fill(priority + first, priority + to / p.k, A(0));
+        continue;
       }
-      for (int q = 0; q < minimum<int64_t>(Block::kTokens, end - first); ++q) {
-        int64_t* experts = out.experts + (first + q) * p.k;
-        A *gate = gates + (first + q) * p.k, chosen = 0;
-        const bool live = any && block.live(q);
-        int64_t* of_segment = live ? count + block.segment(q) * p.E : nullptr;
-        for (int64_t j = 0; j < p.k; ++j) {
-          experts[j] = live ? block.choice(j, q) : -1;
-          gate[j] = live ? block.gate(experts[j], q) : A(0);
-          chosen += gate[j];
-          if (experts[j] >= 0) ++of_segment[experts[j]];
-        }
-        if (live) ++count[cells + block.segment(q)];
-        priority[first + q] = gate[0];
-        for (int64_t j = 0; p.renormalize && j < p.k; ++j) gate[j] = chosen == 0 ? A(0) : gate[j] / chosen;
-      }
+      block.score();
+      out.given ? block.take(out.given, first, end) : block.choose();
+      if (p.load) block.make_chances();
+      block.add_to(strip.get());
+      block.write(out, first, end, count);
+      if (++blocks % kBlocksOfStrip == 0) move_sums(strip.get(), sum, width);
     }
     move_sums(strip.get(), sum, width);
   };
@@ -98,6 +86,9 @@ template <class A, class S>
 void router_scores_backward(const RouterProblem& p, const RouterGradients& g, const Parallel& parallel) {
   using Block = RouterBlock<A, S>;
   constexpr int64_t step = 1024;
+  const int64_t cells = p.segments * p.E;
+  const A* d_chance = static_cast<const A*>(g.d_sums) + 2 * cells;
+  const bool finite = std::all_of(d_chance, d_chance + cells, [](A d) { return d - d == 0; });
   auto task = [&](int64_t part, int) {
     Block block(p);
     const int64_t end = minimum(p.T, (part + 1) * step);
@@ -109,144 +100,10 @@ void router_scores_backward(const RouterProblem& p, const RouterGradients& g, co
       }
       block.score();
       block.take(g.experts, first, end);
-      block.backward(g, first, end);
+      block.backward(g, first, end, finite);
     }
   };
   run_parallel(parallel.run, (p.T + step - 1) / step, task);
-}
-
-// ---- Slots -------------------------------------------------------------------------------------------------------
-
-// The tokens of a group in the order in which they choose.
-template <class A>
-const uint64_t* turns(const A* priority, int64_t count, uint64_t* keys, uint64_t* other) {
-  if constexpr (sizeof(A) == 4) {
-    return sort_descending(priority, count, keys, other);
-  } else {
-    for (int64_t e = 0; e < count; ++e) keys[e] = static_cast<uint64_t>(e);
-    // Not std::stable_sort, part of which has external linkage; equal numbers are told apart by their places.
-    std::sort(keys, keys + count, [priority](uint64_t a, uint64_t b) {
-      const A p = priority[a], q = priority[b];
-      if (p != p || q != q) return p == p || (q != q && a < b);
-      return p > q || (p == q && a < b);
-    });
-    return keys;
-  }
-}
-
-// The choices of each expert in each group: those of a group's expert are in order of j, then of tokens, and begin
-// where `begin` (groups, E, k) says.
-struct Choices {
-  Buffer<uint32_t> tokens;
-  Buffer<int64_t> begin;
-
-  Choices(const RouterSlots& s, int64_t groups, const Parallel& parallel)
-      : tokens(s.T * s.k), begin(groups * s.E * s.k) {
-    const int64_t lists = s.E * s.k, size = s.group_size * s.k;
-    auto task = [&](int64_t group, int) {
-      int64_t* next = begin.get() + group * lists;
-      std::fill(next, next + lists, 0);
-      const int64_t* experts = s.experts + group * size;
-      for (int64_t t = 0; t < s.group_size; ++t) {
-        for (int64_t j = 0; j < s.k; ++j) {
-          if (experts[t * s.k + j] >= 0) ++next[experts[t * s.k + j] * s.k + j];
-        }
-      }
-      int64_t before = group * size;
-      for (int64_t list = 0; list < lists; ++list) {
-        const int64_t here = next[list];
-        next[list] = before;
-        before += here;
-      }
-      for (int64_t t = 0; t < s.group_size; ++t) {
-        for (int64_t j = 0; j < s.k; ++j) {
-          const int64_t expert = experts[t * s.k + j];
-          if (expert >= 0) tokens.get()[next[expert * s.k + j]++] = static_cast<uint32_t>(t);
-        }
-      }
-    };
-    run_parallel(parallel.run, groups, task);
-  }
-  // After filling, each list begins where the one before ended.
-  int64_t first(int64_t list, int64_t lists, int64_t size) const {
-    return list % lists ? begin.get()[list - 1] : list / lists * size;
-  }
-};
-
-// Writes each choice's position among those of its expert in its group to the slots, -1 where it is dropped. Experts do
-// not wait for each other.
-template <class A>
-void take_positions(const RouterSlots& s, int64_t groups, const Parallel& parallel) {
-  const Choices choices(s, groups, parallel);
-  const int64_t lists = s.E * s.k, size = s.group_size * s.k;
-  std::fill(s.slots, s.slots + s.T * s.k, -1);
-  auto task = [&](int64_t of, int) {
-    const int64_t first = of / s.E * s.group_size;
-    const A* priority = s.priority ? static_cast<const A*>(s.priority) + first : nullptr;
-    Buffer<A> values;
-    Buffer<uint64_t> keys;
-    int64_t position = 0;  // also advances for those that are dropped
-    for (int64_t j = 0; j < s.k && position < s.capacity; ++j) {
-      const int64_t list = of * s.k + j, begin = choices.first(list, lists, size);
-      const int64_t count = choices.begin.get()[list] - begin;
-      const uint32_t* tokens = choices.tokens.get() + begin;
-      const uint64_t* turn = nullptr;
-      if (priority && count) {
-        values.once(s.group_size);
-        keys.once(2 * s.group_size);
-        for (int64_t e = 0; e < count; ++e) values.get()[e] = priority[tokens[e]];
-        turn = turns(static_cast<const A*>(values.get()), count, keys.get(), keys.get() + s.group_size);
-      }
-      for (int64_t e = 0; e < minimum(count, s.capacity - position); ++e) {
-        const int64_t token = first + tokens[turn ? turn[e] & 0xFFFFFFFFu : static_cast<uint64_t>(e)];
-        s.slots[token * s.k + j] = position + e;
-      }
-      position += count;
-    }
-  };
-  run_parallel(parallel.run, s.T ? groups * s.E : 0, task);
-}
-
-void router_slots(const RouterSlots& s, const Parallel& parallel) {
-  const int64_t choices = s.T * s.k, groups = s.group_size ? s.T / s.group_size : 1;
-  if (s.capacity >= 0) {
-    s.dtype == DType::float64 ? take_positions<double>(s, groups, parallel)
-                              : take_positions<float>(s, groups, parallel);
-  } else {
-    for (int64_t c = 0; c < choices; ++c) s.slots[c] = s.experts[c] >= 0 ? 0 : -1;
-  }
-  std::fill(s.kept, s.kept + s.segments * s.E, 0);
-  for (int64_t t = 0; t < s.T; ++t) {
-    int64_t* kept = s.kept + (s.segment ? s.segment[t] : 0) * s.E;
-    for (int64_t c = t * s.k; c < (t + 1) * s.k; ++c) {
-      if (s.slots[c] >= 0) ++kept[s.experts[c]];
-    }
-  }
-  Buffer<int64_t> next(s.E);
-  s.offsets[0] = 0;
-  for (int64_t e = 0; e < s.E; ++e) {
-    int64_t count = s.padded ? groups * s.capacity : 0;
-    for (int64_t segment = 0; segment < s.segments && !s.padded; ++segment) count += s.kept[segment * s.E + e];
-    next.get()[e] = s.offsets[e];
-    s.offsets[e + 1] = s.offsets[e] + count;
-  }
-  // Without gaps, rows are only empty behind the last expert.
-  std::fill(s.order + (s.padded ? 0 : s.offsets[s.E]), s.order + s.rows, -1);
-  int64_t *row = next.get(), *slots = s.slots, *order = s.order;
-  const int64_t* experts = s.experts;
-  for (int64_t group = 0; s.padded && group < groups; ++group) {
-    for (int64_t c = group * s.group_size * s.k; c < (group + 1) * s.group_size * s.k; ++c) {
-      if (s.slots[c] < 0) continue;
-      s.slots[c] += s.offsets[s.experts[c]] + group * s.capacity;
-      s.order[s.slots[c]] = c;
-    }
-  }
-  for (int64_t c = 0; !s.padded && c < choices; ++c) {
-    if (slots[c] < 0) continue;
-    const int64_t slot = row[experts[c]]++;
-    slots[c] = slot;
-    order[slot] = c;
-  }
 }
 
 // ---- Moving rows -------------------------------------------------------------------------------------------------
