@@ -4,8 +4,6 @@ The interpreter's tiles have 16 rows and 16 columns, so that small matrices have
 ranges of columns, and lists that are cut down several times.
 """
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -16,72 +14,23 @@ if _triton.why_missing() is not None:
 if not _triton.interprets() and not torch.cuda.is_available():
     pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
-from contrastive_ops import Guide, Pairs, similarity_topk
+from similarity_topk_cases import RULES, assert_selects_as_reference, integers, listed_gradients, on_device, rules_of
+
+from contrastive_ops import Pairs, similarity_topk
 from contrastive_ops._similarity import Layout, LogitSet, ScaleOf, Slot
 from contrastive_ops.kernels import similarity_topk as kernels
 from contrastive_ops.mining.hard_negatives import NegativeRules, mine_hard_negatives
 from contrastive_ops.mining.state import TopKState
-from contrastive_ops.ops.similarity_topk import logits_at, merge, order, select
+from contrastive_ops.ops.similarity_topk import merge, order
 from contrastive_ops.reference import similarity_topk as reference
 from contrastive_ops.testing import TOLERANCE, relative_error
 
 DEVICE = "cpu" if _triton.interprets() else "cuda"
 
 
-def on_device(value):
-    """The same with every tensor in it on the device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(DEVICE)
-    if isinstance(value, tuple):
-        return tuple(map(on_device, value))
-    if dataclasses.is_dataclass(value):
-        fields = {f.name: on_device(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **fields)
-    return value
-
-
-def integers(rows, depth, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-3, 4, (rows, depth), generator=generator).to(dtype)
-
-
-def rules_of(rows, columns, chosen, seed):
-    """Each rule drops some pairs and keeps some, and bounds are often met exactly."""
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(-1, 4, (rows,), generator=g), torch.randint(-1, 4, (columns,), generator=g)
-    bound = torch.randint(-4, 12, (rows,), generator=g).float()
-    column_bound = torch.randint(-4, 12, (1, columns), generator=g).float()
-    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), torch.randint(6, (rows,), generator=g).cumsum(0)])
-    guide = integers(rows, 3, seed=seed), integers(columns, 3, seed=seed + 1)
-    every = {
-        "diagonal": 2,
-        "differ": ids,
-        "same": tuple(each // 2 for each in ids),
-        "exclude": (indptr, torch.randint(columns, (int(indptr[-1]),), generator=g)),
-        "below": (bound, column_bound),
-        "above": (-bound, -column_bound),
-        "guide": Guide(*guide, (bound, 9.0, column_bound)),
-        "log_weight": (torch.arange(8.0).reshape(2, 4), ids[0].clamp_max(1), ids[1]),
-    }
-    return Pairs(**{name: every[name] for name in chosen})
-
-
-RULES = ("diagonal", "differ", "same", "exclude", "below", "above", "guide", "log_weight")
-
-
 def assert_same(x, y, k, **arguments):
     """The same lists and statistics as the reference; returns them."""
-    x, y = on_device(x), on_device(y)
-    arguments = {name: on_device(value) for name, value in arguments.items()}
-    found = select(x, y, k, backend="triton", **arguments)
-    expected = select(x, y, k, backend="reference", **arguments)
-    assert torch.equal(found.top.indices, expected.top.indices)
-    assert torch.equal(found.top.values, expected.top.values)
-    assert torch.equal(found.top.counts, expected.top.counts)
-    assert found.statistics.keys() == expected.statistics.keys()
-    for name, counted in expected.statistics.items():
-        assert torch.equal(found.statistics[name], counted), name
-    return found
+    return assert_selects_as_reference("triton", DEVICE, x, y, k, **arguments)
 
 
 # ---- Order -----------------------------------------------------------------------------------------------------------
@@ -294,23 +243,6 @@ def test_coarse_pass(coarse):
 # ---- Gradients -------------------------------------------------------------------------------------------------------
 
 
-def gradients_in(dtype, backend, x, y, scale, row_bias, col_bias, upstream, indices, table):
-    inputs = [t.to(dtype).requires_grad_() for t in (x, y)]
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    inputs += [t.to(wide).requires_grad_() for t in (scale, row_bias, col_bias)]
-    pairs = Pairs(
-        log_weight=(
-            table.to(wide),
-            torch.arange(len(x), device=DEVICE) % 2,
-            torch.arange(len(y), device=DEVICE) % 3 - 1,
-        )
-    )
-    named = dict(zip(("x", "y", "scale", "row_bias", "col_bias"), inputs, strict=True))
-    values = logits_at(indices=indices, pairs=pairs, backend=backend, **named)
-    finite = values.masked_fill(indices < 0, 0.0)
-    return values.detach(), torch.autograd.grad((finite * upstream).sum(), inputs)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("per_row", [False, True])
 def test_listed_logits_and_their_gradients(dtype, per_row):
@@ -318,9 +250,9 @@ def test_listed_logits_and_their_gradients(dtype, per_row):
     scale = torch.rand(9) if per_row else torch.tensor(1.5)
     indices = torch.randint(-1, 30, (9, 19))  # a column more than once, too
     problem = (x, y, scale, torch.randn(9), torch.randn(30), torch.randn(9, 19), indices, torch.randn(2, 2))
-    problem = on_device(problem)
-    values, gradients = gradients_in(dtype, "triton", *problem)
-    expected_values, expected = gradients_in(torch.float64, "reference", *problem)
+    problem = on_device(problem, DEVICE)
+    values, gradients = listed_gradients(dtype, "triton", *problem)
+    expected_values, expected = listed_gradients(torch.float64, "reference", *problem)
     assert torch.equal(values.isinf(), indices.to(DEVICE) < 0)
     assert (
         relative_error(values.nan_to_num(neginf=0.0), expected_values.nan_to_num(neginf=0.0))
@@ -328,7 +260,7 @@ def test_listed_logits_and_their_gradients(dtype, per_row):
     )
     for got, truth in zip(gradients, expected, strict=True):
         assert relative_error(got, truth) <= TOLERANCE[got.dtype]
-    again = gradients_in(dtype, "triton", *problem)[1]
+    again = listed_gradients(dtype, "triton", *problem)[1]
     assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
 
 
@@ -343,7 +275,7 @@ def test_gradients_of_a_selection():
 @pytest.mark.parametrize("needs", [31, 1, 2, 4, 8, 16, 0])
 @pytest.mark.parametrize("scale_of", list(ScaleOf))
 def test_backward_of_codes_with_any_scale(needs, scale_of):
-    x, y = on_device((integers(5, 3), integers(12, 3, seed=1)))
+    x, y = on_device((integers(5, 3), integers(12, 3, seed=1)), DEVICE)
     scale = integers(1, {ScaleOf.ALL: 1, ScaleOf.ROWS: 5, ScaleOf.COLUMNS: 12}[scale_of], seed=2)[0].to(DEVICE)
     code_scale = 2.0 ** torch.randint(-2, 3, (12,), device=DEVICE)
     layout = Layout((LogitSet(scale_of, data={Slot.CODE_SCALE: code_scale}),), ()).encode()

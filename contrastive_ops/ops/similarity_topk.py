@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks, _extension, _triton
+from .. import _autocast, _checks, _cuda, _extension, _triton
 from .._dispatch import Backend, choose, unsupported_by_cpu
 from .._similarity import STATISTICS, Layout, Slot
 from .._unit_rows import unit_rows
+from ..cuda import _products
 from ..reference import similarity_topk as reference
 from ._logit_sets import LogitSets, prepare
 from ._similarity_topk_autograd import register
@@ -34,6 +35,11 @@ BACKENDS = {
         source="kernels/similarity_topk.py",
         functions=functools.cache(lambda: _triton.functions("similarity_topk")),
         unsupported=_triton.unsupported,
+    ),
+    "cuda": Backend(
+        source="csrc/cuda/similarity_topk.cu",
+        functions=functools.cache(lambda: _cuda.functions("similarity_topk")),
+        unsupported=lambda x: [*_cuda.unsupported(x), *_products.unsupported(x)],
     ),
 }
 
@@ -124,7 +130,7 @@ def similarity_topk(
         coarse: torch.bfloat16 or torch.int8 make a first pass in that precision, after which scores are computed again
             from x and y; `Coarse.of(y, dtype)` rounds a corpus once for many calls. The lists are those of the full
             precision, and `TopK.certified` says for which rows the first pass was enough.
-        backend: "auto", "reference", "cpu" or "triton". An explicit backend runs or raises.
+        backend: "auto", "reference", "cpu", "triton" or "cuda". An explicit backend runs or raises.
 
     Returns:
         `TopK` (values (N, k), indices (N, k), counts (N,), certified). Order: score descending, then index ascending,

@@ -2,10 +2,14 @@
 #pragma once
 
 #include "expert_routing.h"
+#include "similarity_topk.h"
 
 namespace contrastive_ops {
 
 // Calls use(name) for each function; Python finds it as _C.cuda_<name>.
-#define CONTRASTIVE_OPS_CUDA_FUNCTIONS(use) use(expert_routing_dispatch) use(expert_routing_combine)
+#define CONTRASTIVE_OPS_CUDA_FUNCTIONS(use)                                                                        \
+  use(expert_routing_dispatch) use(expert_routing_combine) use(similarity_topk_filter) use(similarity_topk_count)  \
+      use(similarity_topk_select) use(similarity_topk_order) use(similarity_topk_at) use(similarity_topk_sum_rows) \
+          use(similarity_topk_sum)
 
 }  // namespace contrastive_ops

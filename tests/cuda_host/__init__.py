@@ -24,7 +24,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent.parent / "csrc" / "cuda"
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-FLAGS = ("-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", *SANITIZERS)
+FLAGS = ("-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *SANITIZERS)
 
 # As in csrc/dtype.h, and three more.
 _DTYPES = {
