@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import _checks, _extension, _triton
+from .. import _checks, _cuda, _extension, _triton
 from .._dispatch import Backend, choose, unsupported_by_cpu
 from .._routing import SlotSpec
 from ..reference import expert_routing as reference
@@ -33,6 +33,11 @@ BACKENDS = {
         source="kernels/expert_routing.py",
         functions=functools.cache(lambda: _triton.functions("expert_routing")),
         unsupported=_triton.unsupported,
+    ),
+    "cuda": Backend(
+        source="csrc/cuda/expert_routing.cu",
+        functions=functools.cache(lambda: _cuda.functions("expert_routing")),
+        unsupported=_cuda.unsupported,
     ),
 }
 
@@ -126,7 +131,7 @@ def route(
         generator: for the noise; by default torch's own.
         noise: (T, E) normal numbers to use instead of drawing them, such as those of an earlier pass over the same
             tokens that must take the same decisions.
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         `Routing`.
@@ -212,7 +217,7 @@ def dispatch(tokens: Tensor, routing: Routing, *, backend: str = "auto") -> Tens
     Args:
         tokens: (T, D) float32, bfloat16, float16 or float64. Differentiable.
         routing: of the same T tokens.
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         (R, D) in the dtype of `tokens`, grouped by expert: those of expert e are the rows from ``routing.offsets[e]``
@@ -245,7 +250,7 @@ def combine(rows: Tensor, routing: Routing, *, backend: str = "auto") -> Tensor:
     Args:
         rows: (R, D) in the layout of `dispatch`. Differentiable, and so are ``routing.gates``.
         routing: that the tokens were dispatched by.
-        backend: "auto", "reference", "cpu" or "triton".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         (T, D) in the dtype of `rows`, summed in float32 (float64 for float64) in the order of choices. A token whose

@@ -38,6 +38,7 @@ __host__ __device__ constexpr int64_t ceil_divide(int64_t a, int64_t b) { return
 
 using BFloat16 = __nv_bfloat16;
 using Float16 = __half;
+#define CONTRASTIVE_OPS_NOINLINE __noinline__
 
 inline void check_cuda(cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
@@ -86,6 +87,7 @@ __host__ __device__ inline Float16 from_float<Float16>(float x) {
 
 using BFloat16 = cuda_host::BFloat16;
 using Float16 = cuda_host::Float16;
+#define CONTRASTIVE_OPS_NOINLINE
 
 template <class T>
 T* shared_memory() {
