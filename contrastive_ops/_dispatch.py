@@ -27,12 +27,16 @@ class Backend:
         functions: returns the object with the launchers; called only when the backend is used.
         unsupported: reasons why these inputs cannot run; alone chooses, refuses and explains.
         keeps: whether forward can keep inner products, so that backward need not compute them again.
+        preferred: whether "auto" takes it, on inputs like these, before those that come earlier in `ORDER`.
+        no_room: reasons why the sets and folds of a call (a `Layout`) cannot run.
     """
 
     source: str
     functions: Callable[[], Any]
     unsupported: Callable[[Tensor], list[str]]
     keeps: bool = False
+    preferred: Callable[[Tensor], bool] = lambda x: False
+    no_room: Callable[[Any], list[str]] = lambda layout: []
 
 
 # In order of preference per device type.
@@ -53,15 +57,20 @@ def unsupported_by_cpu(x: Tensor) -> list[str]:
     return reasons
 
 
-def choose(function: str, table: Mapping[str, Backend], x: Tensor, backend: str) -> str:
-    """Return the name of the backend that runs `function` on inputs like `x`."""
+def choose(function: str, table: Mapping[str, Backend], x: Tensor, backend: str, layout: Any = None) -> str:
+    """Return the name of the backend that runs `function` on inputs like `x`, with these sets and folds."""
+
+    def reasons_of(name: str) -> list[str]:
+        room = [] if layout is None else table[name].no_room(layout)
+        return [*table[name].unsupported(x), *room]
+
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT_VARIABLE, "") or "auto"
     if backend != "auto":
         if backend not in table:
             known = ", ".join(repr(name) for name in ("auto", *table))
             raise ValueError(f"{function}: backend must be one of {known}, got {backend!r}")
-        reasons = table[backend].unsupported(x)
+        reasons = reasons_of(backend)
         if reasons:
             lines = "\n    ".join(reasons)
             raise NotImplementedError(
@@ -70,10 +79,10 @@ def choose(function: str, table: Mapping[str, Backend], x: Tensor, backend: str)
             )
         return backend
     refused: list[str] = []
-    for name in ORDER.get(x.device.type, ("reference",)):
-        if name not in table:
-            continue
-        reasons = table[name].unsupported(x)
+    names = [name for name in ORDER.get(x.device.type, ("reference",)) if name in table]
+    preferred = [name for name in names if table[name].preferred(x)]
+    for name in [*preferred, *(name for name in names if name not in preferred)]:
+        reasons = reasons_of(name)
         if not reasons:
             # A logger would break a traced graph, and tracing runs once anyway.
             if name == "reference" and refused and not torch.compiler.is_compiling():

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from contrastive_ops._float16 import weight_norm
 from contrastive_ops._ordered import in_parts
-from contrastive_ops._similarity import ScaleOf, Slot
+from contrastive_ops._similarity import ScaleOf
 from contrastive_ops.reference.similarity_reduce import row_losses, row_slopes
 
 from . import _similarity_plan as plan
@@ -167,26 +168,9 @@ def _bias_gradient(p: plan.Problem, cols: bool, sums: dict[TileSum, Tensor]) -> 
 
 
 def _norm(p: plan.Problem, scale: Tensor, *upstream: Tensor | None) -> Tensor | None:
-    """A power of two that brings the largest possible weight just below what float16 holds, for float16.
-
-    Weights of a mean over a large batch would be subnormal, those of a sum at a high scale infinite.
-    """
     if p.x.dtype != torch.float16:
         return None
-    d_folds, d_target, d_linear = upstream
-    bound = scale.new_zeros(())
-    if d_folds is not None:
-        sizes = p.layout.sizes(*p.shape[:2])
-        bound = torch.stack([part.abs().amax() for part in d_folds.split(sizes)]).sum()
-    if d_target is not None:
-        bound = bound + d_target.abs().amax()
-    if d_linear is not None:
-        data = p.layout.sets[0].data
-        weight = data[Slot.LINEAR_WEIGHT].abs().amax() if data[Slot.LINEAR_WEIGHT].numel() else 0.0
-        bound = bound + d_linear.abs().amax() * weight * data[Slot.LINEAR_INDPTR].diff().amax()
-    bound = bound * scale.detach().abs().amax() * (2.0 if p.itself else 1.0)
-    exponent = (14.0 - bound.log2()).floor().clamp(-100.0, 100.0)
-    return torch.where(bound.isfinite() & (bound > 0), exponent, 0.0).exp2()
+    return weight_norm(p.layout, p.layout.sizes(*p.shape[:2]), p.itself, scale, *upstream)
 
 
 def _compensate(p: plan.Problem, target: Tensor | None, found: plan.Gradients) -> None:

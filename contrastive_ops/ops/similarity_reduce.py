@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, _extension, _triton
+from .. import _checks, _cuda, _extension, _triton
 from .._dispatch import Backend, choose, unsupported_by_cpu
 from .._similarity import Layout, SetFold
+from ..cuda import _pairs, _products
 from ..reference import similarity_reduce as reference
 from ._logit_sets import LogitSets, prepare
 from ._similarity_reduce_autograd import register
@@ -34,6 +35,15 @@ BACKENDS = {
         source="kernels/similarity_reduce.py",
         functions=functools.cache(lambda: _triton.functions("similarity_reduce")),
         unsupported=_triton.unsupported,
+    ),
+    "cuda": Backend(
+        source="csrc/cuda/similarity_reduce.cu",
+        functions=functools.cache(lambda: _cuda.functions("similarity_reduce")),
+        unsupported=lambda x: [*_cuda.unsupported(x), *_products.unsupported(x)],
+        keeps=True,
+        # Beyond what tiles of the Triton kernels hold, a library multiplies faster. Provisional: not measured yet.
+        preferred=lambda x: x.shape[1] > 768,
+        no_room=_pairs.no_room,
     ),
 }
 
@@ -117,8 +127,8 @@ def similarity_reduce(
             are not differentiable. Rules and target do not apply to it.
         pairs: which pairs take part. The target is returned even where a rule drops its pair.
         memory_budget: bytes of inner products to keep between forward and backward, so that backward need not
-            compute them again; 0 keeps none. None: 128 MiB. Does not change results. Of use to "cpu" alone.
-        backend: "auto", "reference", "cpu" or "triton". An explicit backend runs or raises.
+            compute them again; 0 keeps none. None: 128 MiB. Does not change results. Of use to "cpu" and "cuda".
+        backend: "auto", "reference", "cpu", "triton" or "cuda". An explicit backend runs or raises.
 
     Returns:
         (N,) for ``dim=1``, (M,) for ``dim=0``; a `Reduced` for ``dim=(0, 1)``, "max", several folds, a target or
@@ -223,7 +233,7 @@ def fold(
             folds.append(SetFold(sets.add(own_scale, own_pairs, each.negate), each.name, cols=True))
     layout = Layout(tuple(sets.sets), tuple(folds))
     arguments = (x, y, sets.scale(), row_bias, col_bias, target, *layout.encode())
-    chosen = choose(names[0], BACKENDS, x, backend)
+    chosen = choose(names[0], BACKENDS, x, backend, layout)
     budget = _bytes(names[0], memory_budget)
     keeps = needs_gradient(*arguments) and BACKENDS[chosen].keeps
     kept_size = _kept_size(x, y, budget) if keeps else 0
@@ -327,5 +337,5 @@ def weighted_total(
     problem = (x, y_or_none, sets.scale(), row_bias, None, target, *layout.encode())
     differentiable = problem[:5]
     needs = sum(1 << bit for bit, a in enumerate(differentiable) if a is not None and a.requires_grad)
-    chosen = choose(names[0], BACKENDS, x, backend)
+    chosen = choose(names[0], BACKENDS, x, backend, layout)
     return torch.ops.contrastive_ops.similarity_reduce_total(*problem, weight, extra, target_weight, needs, chosen)[0]

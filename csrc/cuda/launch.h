@@ -25,6 +25,13 @@
 
 #include "arguments.h"
 
+// Before a loop whose count is known: arrays that its counter indexes stay in registers.
+#ifdef __CUDACC__
+#define CONTRASTIVE_OPS_UNROLL _Pragma("unroll")
+#else
+#define CONTRASTIVE_OPS_UNROLL
+#endif
+
 namespace contrastive_ops {
 
 constexpr int kWarp = 32;
