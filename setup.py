@@ -1,23 +1,21 @@
 """Build of the optional extension ``contrastive_ops._C``; everything else is in pyproject.toml.
 
-The extension is one torch file (``csrc/bindings.cpp``) linked with torch-free static libraries, one
-per SIMD level, because setuptools and torch know one set of flags per extension only. Two
-environment variables steer the build:
+The extension is torch code (``csrc/bindings*.cpp``) linked with torch-free static libraries, one
+per SIMD level and one of CUDA kernels, because setuptools and torch know one set of flags per
+extension only. Two environment variables steer the build:
 
     CONTRASTIVE_OPS_EXT   auto (default): build the extension if possible, else install pure Python
                           and warn; 1: fail if it cannot be built; 0: pure Python
-    CONTRASTIVE_OPS_CUDA  auto (default): CUDA kernels if a toolkit is found; 1: fail without one;
-                          0: CPU only
+    CONTRASTIVE_OPS_CUDA  auto (default): CUDA kernels where torch is a CUDA build and a toolkit of
+                          its major version is found, else CPU only; 1: fail without them; 0: CPU only
+
+CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LIST the GPUs (see ``setup_cuda.py``).
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-import shlex
-import shutil
-import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -33,23 +31,23 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # build front ends do not import from the source folder
+
+import setup_cuda  # noqa: E402
+from setup_cpu import (  # noqa: E402
+    COMMON_FLAGS,
+    X86_LEVELS,
+    compiler_version,
+    find_compiler,
+    levels,
+    x86_macro,
+)
+
 MIN_SETUPTOOLS = 77  # the first that reads the license expression in pyproject.toml
 MIN_TORCH = (2, 6)
 REPORT = "_build_report.json"  # read by `python -m contrastive_ops info`: pip hides build output
 
-X86_LEVELS: dict[str, list[str]] = {
-    "default": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-}
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-X86_LEVELS["avx512"] = [*X86_LEVELS["avx2"], *AVX512]
-X86_LEVELS["avx512_bf16"] = [*X86_LEVELS["avx512"], "-mavx512bf16"]
-X86_LEVELS["amx"] = [*X86_LEVELS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
-
-# -fno-lto and -g0 overrule what the interpreter was built with. Link-time optimisation would merge
-# the levels again and let AVX-512 code into functions that every processor runs.
-COMMON_FLAGS = ["-O3", "-fno-math-errno", "-fvisibility=hidden", "-fPIC", "-Wall"]
-COMMON_FLAGS += ["-g0", "-fno-lto"]
+CUDA_LIBRARY = "contrastive_ops_cuda"
 
 
 def fail(message: str) -> NoReturn:
@@ -78,64 +76,47 @@ class Plan:
     """What is going to be built, or why nothing is."""
 
     reason: str | None = None  # why there is no extension
-    summary: str = ""
+    cpu: str = ""  # what the extension is made of
     macros: list[tuple[str, str]] = field(default_factory=list)  # of bindings.cpp
     library_macros: list[tuple[str, str]] = field(default_factory=list)
     openmp: bool = False
+    cuda: setup_cuda.Nvcc | None = None
+    why_no_cuda: str | None = None
+
+    @property
+    def summary(self) -> str:
+        if self.reason is not None:
+            return ""
+        if self.cuda is None:
+            return f"{self.cpu}; no CUDA kernels"
+        return f"{self.cpu}; CUDA {self.cuda.what}"
 
     def report(self) -> dict[str, str | None]:
-        return {"summary": self.summary, "why_no_extension": self.reason}
+        return {"summary": self.summary, "why_no_extension": self.reason, "why_no_cuda": self.why_no_cuda}
 
 
-def find_compiler() -> list[str] | None:
-    """The C++ compiler command, the same one for setuptools and for torch's ninja file."""
-    # ninja of a virtual environment that is not activated
-    scripts = sysconfig.get_path("scripts")
-    os.environ["PATH"] = os.pathsep.join(filter(None, [scripts, os.environ.get("PATH")]))
-    chosen = os.environ.get("CXX")
-    names = [chosen] if chosen else [sysconfig.get_config_var("CXX"), "c++", "g++", "clang++"]
-    for name in filter(None, names):
-        command = shlex.split(name)
-        if shutil.which(command[0]):
-            os.environ["CXX"] = name
-            c_compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
-            if not shutil.which(c_compiler[0]):  # a relocated interpreter names its own toolchain
-                os.environ["CC"] = name
-                os.environ.setdefault("LDCXXSHARED", f"{name} -shared")
-            return command
-    return None
-
-
-def compiler_version(command: list[str]) -> str:
-    try:
-        run = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
-        return run.stdout.splitlines()[0].strip()
-    except (OSError, IndexError):
-        return command[0]
-
-
-def require_cuda(torch) -> None:
-    """Stops the build unless CUDA kernels can be compiled."""
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    wanted = "CONTRASTIVE_OPS_CUDA=1 must find"
+def find_cuda(torch, compiler: list[str], macros: list[tuple[str, str]]) -> setup_cuda.Nvcc:
+    """How to compile CUDA kernels; NoCuda if that cannot be done or was not asked for."""
+    if WANT_CUDA == "0":
+        raise setup_cuda.NoCuda("CONTRASTIVE_OPS_CUDA=0 was set when the package was built")
+    if sys.platform != "linux":
+        raise setup_cuda.NoCuda(f"CUDA kernels are built on Linux, got {sys.platform}")
     if torch.version.cuda is None:
+        raise setup_cuda.NoCuda(f"torch {torch.__version__} is not built with CUDA; install one that is")
+    codes = setup_cuda.architectures()
+    toolkit = setup_cuda.find_toolkit(torch.version.cuda)
+    threads = min(len(codes), max(1, jobs() // len(sources("csrc/cuda/*.cu"))))
+    return setup_cuda.Nvcc(toolkit, codes, compiler, macros, threads)
+
+
+def without_cuda(plan: Plan, why: str) -> None:
+    """Goes on with the CPU only, or stops the build if CUDA kernels were asked for."""
+    if WANT_CUDA == "1":
         fail(
-            f"{wanted} a CUDA build of torch, got torch {torch.__version__}\n"
-            "  install a CUDA build of torch, or set CONTRASTIVE_OPS_CUDA=0"
+            f"CONTRASTIVE_OPS_CUDA=1 must be able to build CUDA kernels, but {why}\n"
+            "  remove the cause, or set CONTRASTIVE_OPS_CUDA=0"
         )
-    nvcc = shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")) if CUDA_HOME else None
-    if nvcc is None:
-        fail(
-            f"{wanted} a CUDA toolkit with nvcc, got CUDA_HOME={CUDA_HOME}\n"
-            f"  install CUDA toolkit {torch.version.cuda} and set CUDA_HOME to its folder, "
-            "or set CONTRASTIVE_OPS_CUDA=0"
-        )
-    if not any(ROOT.glob("csrc/cuda/*.cu")):
-        fail(
-            f"{wanted} CUDA sources in csrc/cuda, got none: this version has no CUDA extension\n"
-            "  unset CONTRASTIVE_OPS_CUDA; GPUs are served by the Triton kernels"
-        )
+    plan.cuda, plan.why_no_cuda = None, why
 
 
 def make_plan() -> Plan:
@@ -157,8 +138,6 @@ def make_plan() -> Plan:
     version = str(torch.__version__)
     if tuple(int(part) for part in version.split(".")[:2]) < MIN_TORCH:
         return Plan(reason=f"torch must be at least 2.6 at build time, got {version}")
-    if WANT_CUDA == "1":
-        require_cuda(torch)
     compiler = find_compiler()
     if compiler is None:
         looked = os.environ.get("CXX") or "c++, g++ and clang++"
@@ -171,37 +150,23 @@ def make_plan() -> Plan:
     # Only GNU's OpenMP calls resolve against the libgomp that libtorch_cpu has loaded already;
     # clang would ask for a second runtime of its own.
     openmp = sys.platform == "linux" and "clang" not in name.lower()
-    return Plan(
-        summary=f"CPU extension with levels {', '.join(levels())}; {name}; torch {version}; "
-        f"{'OpenMP' if openmp else 'no OpenMP: one thread'}; no CUDA sources",
+    plan = Plan(
+        cpu=f"CPU extension with levels {', '.join(levels())}; {name}; torch {version}; "
+        f"{'OpenMP' if openmp else 'no OpenMP: one thread'}",
         macros=[("CONTRASTIVE_OPS_TORCH_VERSION", f'"{version}"'), *x86_macro()],
         library_macros=[*abi, *x86_macro()],
         openmp=openmp,
     )
+    try:
+        plan.cuda = find_cuda(torch, compiler, abi)
+    except setup_cuda.NoCuda as why:
+        without_cuda(plan, str(why))
+    return plan
 
 
-def is_x86() -> bool:
-    # The target of the build, not the machine: a macOS universal2 build must take the common path.
-    return sysconfig.get_platform().rpartition("-")[2] == "x86_64"
-
-
-@functools.cache
-def has_amx() -> bool:
-    """Whether the compiler knows AMX (GCC 11, Clang 11), and the system is one whose kernel offers it."""
-    command = [*(find_compiler() or ["c++"]), *X86_LEVELS["amx"], "-E", "-x", "c++", os.devnull]
-    return sys.platform == "linux" and subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-
-def levels() -> dict[str, list[str]]:
-    if not is_x86():
-        return {"default": []}
-    return {level: flags for level, flags in X86_LEVELS.items() if level != "amx" or has_amx()}
-
-
-def x86_macro() -> list[tuple[str, str]]:
-    if not is_x86():
-        return []
-    return [("CONTRASTIVE_OPS_X86", "1"), *([("CONTRASTIVE_OPS_AMX", "1")] if has_amx() else [])]
+def jobs() -> int:
+    """How many compilers run side by side."""
+    return max(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1), 1)
 
 
 def sources(pattern: str) -> list[str]:
@@ -209,12 +174,12 @@ def sources(pattern: str) -> list[str]:
 
 
 def make_libraries(plan: Plan) -> list[tuple[str, dict]]:
-    """One static library per SIMD level, and the choice between them.
+    """One static library per SIMD level, the choice between them, and the CUDA kernels.
 
     build_clib knows no dependency but the ones named here: without ``obj_deps`` an edited header
     would leave stale objects behind.
     """
-    headers = [*sources("csrc/*.h"), *sources("csrc/cpu/*.h"), "setup.py"]
+    headers = [*sources("csrc/*.h"), *sources("csrc/cpu/*.h"), "setup.py", "setup_cpu.py"]
     own = {"csrc/cpu/capability.cpp", *(f"csrc/cpu/level_{level}.cpp" for level in X86_LEVELS)}
     included = [path for path in sources("csrc/cpu/*.cpp") if path not in own]
     flags = [*COMMON_FLAGS, "-std=c++17"]
@@ -238,20 +203,25 @@ def make_libraries(plan: Plan) -> list[tuple[str, dict]]:
             "obj_deps": {"": [*headers, *included]},
         }
         libraries.append((f"contrastive_ops_{level}", info))
+    if plan.cuda is not None:
+        depends = [*sources("csrc/*.h"), *sources("csrc/cuda/*.h"), "setup_cuda.py"]
+        libraries.append((CUDA_LIBRARY, {"sources": sources("csrc/cuda/*.cu"), "obj_deps": {"": depends}}))
     return libraries
 
 
 def make_extension(plan: Plan) -> Extension:
     from torch.utils.cpp_extension import CppExtension
 
+    cuda = plan.cuda.extension_arguments() if plan.cuda is not None else {}
     return CppExtension(
         "contrastive_ops._C",
-        sources=["csrc/bindings.cpp"],
-        define_macros=plan.macros,
+        sources=["csrc/bindings.cpp", *cuda.pop("sources", [])],
+        define_macros=[*plan.macros, *cuda.pop("define_macros", [])],
         # No -std: every torch version adds the one its headers need. OpenMP is compiled in but not
         # linked: the calls resolve through libtorch_cpu, so that only torch's runtime is mapped.
         extra_compile_args=[*COMMON_FLAGS, *(["-fopenmp"] if plan.openmp else [])],
-        depends=[*sources("csrc/*.h"), *sources("csrc/cpu/*"), "setup.py"],
+        depends=[*sources("csrc/*.h"), *sources("csrc/c*/*"), *sources("setup*.py")],
+        **cuda,
     )
 
 
@@ -263,6 +233,15 @@ def warn_pure_python(reason: str) -> None:
         "  Everything works on the slower reference backend. To get the extension, remove the\n"
         "  cause and install again with --no-build-isolation; CONTRASTIVE_OPS_EXT=1 turns this\n"
         f"  warning into an error. `python -m contrastive_ops info` repeats it.\n{line}\n",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def warn_cpu_only(why: str) -> None:
+    print(
+        f"\nWARNING: contrastive_ops is installed WITHOUT CUDA kernels.\n  why: {why}\n"
+        "  CONTRASTIVE_OPS_CUDA=0 builds none, 1 turns this warning into an error.\n",
         file=sys.stderr,
         flush=True,
     )
@@ -308,10 +287,39 @@ class BuildClib(build_clib):
 
     def build_libraries(self, libraries) -> None:
         os.makedirs(os.path.join(self.build_temp, "csrc", "cpu"), exist_ok=True)
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with ThreadPoolExecutor(max(jobs, 1)) as pool:
-            for done in [pool.submit(self.build_library, library) for library in libraries]:
+        cpu = [library for library in libraries if library[0] != CUDA_LIBRARY]
+        kernels = [info for name, info in libraries if name == CUDA_LIBRARY]
+        with ThreadPoolExecutor(jobs()) as pool:
+            # The slowest first.
+            objects = [pool.submit(self.build_kernels, path, info) for info in kernels for path in info["sources"]]
+            for done in [pool.submit(self.build_library, library) for library in cpu]:
                 done.result()
+            try:
+                objects = [done.result() for done in objects]
+            except setup_cuda.NoCuda as why:
+                pool.shutdown(cancel_futures=True)
+                self.drop_cuda(str(why))
+        if PLAN.cuda is not None:
+            self.compiler.create_static_lib(objects, CUDA_LIBRARY, output_dir=self.build_clib, debug=self.debug)
+
+    def build_kernels(self, source: str, info: dict) -> str:
+        """Compiles one CUDA file; returns the object."""
+        target = os.path.join(self.build_temp, os.path.splitext(source)[0] + ".cu.o")
+        PLAN.cuda.compile(source, target, info["obj_deps"][""])
+        return target
+
+    def drop_cuda(self, why: str) -> None:
+        """Takes the kernels out of what is still going to be built."""
+        added = PLAN.cuda.extension_arguments()
+        without_cuda(PLAN, why)
+        warn_cpu_only(why)
+        self.libraries[:] = [library for library in self.libraries if library[0] != CUDA_LIBRARY]
+        linker = self.get_finalized_command("build_ext")
+        linker.libraries = [name for name in linker.libraries if name != CUDA_LIBRARY]
+        for extension in self.distribution.ext_modules:
+            for name, values in added.items():
+                setattr(extension, name, [value for value in getattr(extension, name) if value not in values])
+        self.get_finalized_command("build_py").write_report(PLAN)
 
     def build_library(self, library) -> None:
         try:
@@ -327,6 +335,7 @@ def make_build_ext() -> type[build_ext]:
     class BuildExt(BuildExtension):
         def finalize_options(self) -> None:
             super().finalize_options()
+            self.force = True  # setuptools knows neither an edited kernel nor a changed macro
             if self.editable_mode:
                 self.build_temp = persistent_build_folder()
 
@@ -352,10 +361,12 @@ def persistent_build_folder() -> str:
 
 def give_up(command: setuptools.Command, error: BaseException) -> None:
     """Turns a failed compilation into a pure Python installation, or into an error if asked to."""
+    if isinstance(error, SystemExit) and str(error).startswith("\ncontrastive_ops: "):
+        raise error  # has said everything
     reason = f"the compilation failed: {str(error).strip().splitlines()[-1]}"
     if WANT_EXT == "1" or WANT_CUDA == "1":
         fail(f"{reason}\n  see the compiler's message above, or set CONTRASTIVE_OPS_EXT=auto")
-    PLAN.reason, PLAN.summary = reason, ""
+    PLAN.reason, PLAN.why_no_cuda = reason, None
     command.distribution.ext_modules = []
     command.distribution.libraries = []
     command.get_finalized_command("build_py").write_report(PLAN)

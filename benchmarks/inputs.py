@@ -150,14 +150,22 @@ def router_inputs(case: Case, constants: dict[str, float]) -> Inputs:
     """``logits`` (T, E) and the ``segments`` of the tokens; ``weight`` (T, k) stands for what follows the gates."""
     generator = torch.Generator().manual_seed(0)
     tokens, experts, k = (case.shapes[letter] for letter in "TEk")
-    logits = 2 * torch.randn(tokens, experts, generator=generator)
+    logits = (2 * torch.randn(tokens, experts, generator=generator)).to(case.dtype)
+    while len(rows := _ties_of_the_best(logits, k)):  # who comes first is a matter of taste, and of gradients
+        logits[rows] = (2 * torch.randn(len(rows), experts, generator=generator)).to(case.dtype)
     frozen = {
         "segments": (torch.arange(tokens) % 57 >= 49).long(),
         "weight": torch.randn(tokens, k, generator=generator),
     }
     if constants["noise_std"]:
         frozen["noise"] = torch.randn(tokens, experts, generator=generator)
-    return Inputs({"logits": logits.to(case.device, case.dtype)}, dict(constants), frozen=_on(case, frozen))
+    return Inputs({"logits": logits.to(case.device)}, dict(constants), frozen=_on(case, frozen))
+
+
+def _ties_of_the_best(logits: Tensor, k: int) -> Tensor:
+    """The rows in which two of the k + 1 largest numbers are equal, as rounding to 16 bits makes them."""
+    best = logits.float().topk(min(k + 1, logits.shape[1]), dim=1).values
+    return (best.diff(dim=1) == 0).any(1).nonzero().squeeze(1)
 
 
 def grouped_inputs(case: Case) -> Inputs:

@@ -40,6 +40,8 @@ class Timing:
 
 
 def _timed(step: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        return _timed_by_events(step)
     synchronise(device)
     start = time.perf_counter()
     result = step()
@@ -48,6 +50,18 @@ def _timed(step: Callable[[], object], device: str) -> float:
     # Freeing the answer belongs to nobody's time.
     del result
     return elapsed
+
+
+def _timed_by_events(step: Callable[[], object]) -> float:
+    """Seconds on the GPU's own clock from an idle queue: without this process's way to and from the driver."""
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    result = step()
+    end.record()
+    end.synchronize()
+    del result
+    return start.elapsed_time(end) / 1e3
 
 
 def synchronise(device: str) -> None:

@@ -69,7 +69,8 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _extra_bytes(step: Step, device: str) -> tuple[int, Answer | None]:
+def extra_bytes(step: Step, device: str) -> tuple[int, Answer | None]:
+    """The peak above what is there now and the answer, and the answer."""
     if device != "cpu":
         torch.accelerator.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -98,7 +99,7 @@ def measure_here(case: Case, provider: Provider, *, check: bool) -> tuple[float,
     provider.build(small.make_inputs(small))()
     inputs = case.make_inputs(case)
     step = provider.build(inputs)
-    extra, answer = _extra_bytes(step, case.device)
+    extra, answer = extra_bytes(step, case.device)
     found = errors(answer, case.truth(inputs)) if check and answer is not None else None
     return extra / MIB, found
 

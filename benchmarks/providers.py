@@ -7,6 +7,7 @@ for the work-around a user would write, and the docstring says so.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping
 
@@ -39,17 +40,33 @@ def _rows(inputs: Inputs) -> list[Tensor]:
 # This package
 
 
-def ours(function: str, name: str = OURS, *, cache: bool | None = None) -> Provider:
+def of_backend(backend: str) -> str:
+    """The name of this package's provider that runs on one backend."""
+    return f"{OURS} {backend}"
+
+
+def insist_on(backend: str | None, stem: str, x: Tensor) -> dict[str, str]:
+    """The argument that names a backend; ImportError, as for a package that is missing, where it cannot run."""
+    if backend is None:
+        return {}
+    table = importlib.import_module(f"contrastive_ops.ops.{stem}").BACKENDS
+    reasons = table[backend].unsupported(x) if backend in table else [f"{stem} has no backend {backend!r}"]
+    if reasons:
+        raise ImportError("; ".join(reasons))
+    return {"backend": backend}
+
+
+def ours(function: str, name: str = OURS, *, cache: bool | None = None, backend: str | None = None) -> Provider:
     """``contrastive_ops.<function>`` on the case's tensors and constants.
 
     ``cache``: None leaves ``memory_budget`` at its default, False gives it no byte, True enough to
-    keep one float32 matrix of all logits.
+    keep one float32 matrix of all logits. ``backend``: None leaves the choice to the package.
     """
 
     def build(inputs: Inputs) -> Step:
         import contrastive_ops
 
-        options = inputs.arguments
+        options = {**inputs.arguments, **insist_on(backend, "similarity_reduce", _rows(inputs)[0])}
         if cache is not None:
             first, last = _rows(inputs)[0], _rows(inputs)[-1]
             options["memory_budget"] = 4 * len(first) * len(last) if cache else 0

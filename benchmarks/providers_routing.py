@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.providers import differentiate
+from benchmarks.providers import differentiate, insist_on
 from benchmarks.registry import OURS, Inputs, Provider, Step
 
 TORCH = "torch ops"
@@ -35,14 +35,14 @@ def router_total(losses: Tensor, gates: Tensor, weight: Tensor) -> Tensor:
     return losses + (gates * weight).sum()
 
 
-def ours_route() -> Provider:
+def ours_route(name: str = OURS, *, backend: str | None = None) -> Provider:
     """``contrastive_ops.route`` with places for all choices."""
 
     def build(inputs: Inputs) -> Step:
         from contrastive_ops import Gating, RouterLoss, route
 
         segments, weight = inputs.frozen["segments"], inputs.frozen["weight"]
-        options = inputs.constants
+        options, chosen = inputs.constants, insist_on(backend, "expert_routing", inputs.tensors["logits"])
         thresholds = {"global_entropy": options["threshold"]}
         names = LOSSES if options["noise_std"] else [name for name in LOSSES if name != "load"]
         losses = [RouterLoss(name, threshold=thresholds.get(name)) for name in names]
@@ -58,22 +58,23 @@ def ours_route() -> Provider:
                 gating=gating,
                 losses=losses,
                 noise=inputs.frozen.get("noise"),
+                **chosen,
             )
             return router_total(routing.loss, routing.gates, weight)
 
         return differentiate(total, inputs.tensors)
 
-    return Provider(OURS, build, kind="ours", package="contrastive_ops")
+    return Provider(name, build, kind="ours", package="contrastive_ops")
 
 
 def torch_route() -> Provider:
-    """The same in torch's operations: losses, metrics, and places by cumulative sums as in V-MoE."""
+    """The same in torch's operations, in float32: losses, metrics, and places by cumulative sums as in V-MoE."""
 
     def build(inputs: Inputs) -> Step:
         segments, weight = inputs.frozen["segments"], inputs.frozen["weight"]
 
         def total(logits: Tensor) -> Tensor:
-            noise = inputs.frozen.get("noise")
+            noise, logits = inputs.frozen.get("noise"), logits.float()
             losses, gates, experts = dense_router(logits, noise, segments, weight.shape[1], **inputs.constants)
             slots, *_ = places(gates, experts, logits.shape[1], inputs.constants["capacity"])
             router_metrics(logits, experts, slots >= 0, segments, inputs.constants["segments"])
@@ -142,10 +143,10 @@ def places(gates: Tensor, experts: Tensor, count: int, capacity: float) -> tuple
     hot = F.one_hot(ordered, count)
     position = ((hot.cumsum(0) - 1) * hot).sum(1)
     kept = position < math.ceil(capacity * k * tokens / count)
-    choice = (order * k + torch.arange(k)[:, None]).reshape(-1)
+    choice = (order * k + torch.arange(k, device=order.device)[:, None]).reshape(-1)
     flat = torch.zeros_like(kept).scatter(0, choice, kept).nonzero()[:, 0]
     rows = flat[experts.flatten()[flat].argsort(stable=True)]
-    slots = torch.full((tokens * k,), -1).scatter(0, rows, torch.arange(len(rows)))
+    slots = torch.full_like(choice, -1).scatter(0, rows, torch.arange(len(rows), device=rows.device))
     offsets = torch.bincount(experts.flatten()[flat], minlength=count).cumsum(0)
     return slots.view(tokens, k), rows, offsets
 

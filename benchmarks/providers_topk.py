@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
+from benchmarks.providers import insist_on
 from benchmarks.registry import OURS, Inputs, Lists, Provider, Step
 
 BF16, INT8 = (f"{OURS} {dtype} + certificate" for dtype in ("bf16", "int8"))
@@ -36,7 +37,7 @@ def _problem(inputs: Inputs) -> tuple[Tensor, Tensor, int]:
 # This package
 
 
-def ours(name: str = OURS, *, coarse: torch.dtype | None = None) -> Provider:
+def ours(name: str = OURS, *, coarse: torch.dtype | None = None, backend: str | None = None) -> Provider:
     """``contrastive_ops.similarity_topk`` with the rules of the case, if it has any.
 
     ``coarse``: a first pass in this dtype, over a corpus that is rounded when built. Its lists must
@@ -47,6 +48,7 @@ def ours(name: str = OURS, *, coarse: torch.dtype | None = None) -> Provider:
         from contrastive_ops import Coarse, Pairs, similarity_topk
 
         query, corpus, k = _problem(inputs)
+        chosen = insist_on(backend, "similarity_topk", query)
         pairs = None
         if inputs.frozen:
             excluded, bound = inputs.frozen["excluded"], inputs.frozen["bound"]
@@ -59,7 +61,7 @@ def ours(name: str = OURS, *, coarse: torch.dtype | None = None) -> Provider:
             same_as = Lists(full.values, full.indices)
 
         def step() -> Lists:
-            found = similarity_topk(query, corpus, k, pairs=pairs, coarse=first)
+            found = similarity_topk(query, corpus, k, pairs=pairs, coarse=first, **chosen)
             return Lists(found.values, found.indices, same_as)
 
         return step
@@ -71,17 +73,17 @@ def ours(name: str = OURS, *, coarse: torch.dtype | None = None) -> Provider:
 # Plain torch
 
 
-def mm_topk() -> Provider:
-    """``torch.topk`` of the scores of 256 queries at a time, with the rules of the case as -inf."""
+def mm_topk(rows: int = CHUNK_ROWS) -> Provider:
+    """``torch.topk`` of the scores of some queries at a time, with the rules of the case as -inf."""
 
     def build(inputs: Inputs) -> Step:
         query, corpus, k = _problem(inputs)
 
         def step() -> Lists:
-            buffer = query.new_empty(min(CHUNK_ROWS, len(query)), len(corpus))
+            buffer = query.new_empty(min(rows, len(query)), len(corpus))
             parts = []
-            for first in range(0, len(query), CHUNK_ROWS):
-                part = slice(first, first + CHUNK_ROWS)
+            for first in range(0, len(query), rows):
+                part = slice(first, first + rows)
                 scores = torch.mm(query[part], corpus.T, out=buffer[: len(query[part])])
                 if inputs.frozen:
                     scores.scatter_(1, inputs.frozen["excluded"][part], -torch.inf)

@@ -16,7 +16,10 @@ from torch import Tensor
 # The name of this package's provider with its defaults.
 OURS = "contrastive_ops"
 
-FAMILIES = ("cases_softmax", "cases_multi_positive", "cases_sigmoid", "cases_partition", "cases_topk", "cases_routing")
+FAMILIES = (
+    *("cases_softmax", "cases_multi_positive", "cases_sigmoid", "cases_partition", "cases_topk", "cases_routing"),
+    "cases_gpu",
+)
 
 # Kinds of providers that show what the machine can do and have no answer to check.
 FLOORS = ("matmul", "read")
@@ -234,9 +237,15 @@ def representatives(cases: Iterable[Case]) -> dict[str, Case]:
     return found
 
 
-def select(op: str | None = None, case: str | None = None) -> list[Case]:
-    """The cases of one op and/or whose name contains ``case``."""
-    found = [c for c in all_cases().values() if (op is None or c.op == op) and (case is None or case in c.name)]
+def select(op: str | None = None, case: str | None = None, device: str | None = None) -> list[Case]:
+    """The cases of one op, and/or whose name contains ``case``, and/or of one device."""
+    wanted = {"op": op, "device": device}
+    found = [
+        c
+        for c in all_cases().values()
+        if all(value is None or getattr(c, name) == value for name, value in wanted.items())
+        and (case is None or case in c.name)
+    ]
     if not found:
-        raise ValueError(f"no benchmark case matches op={op!r} case={case!r}; see --list")
+        raise ValueError(f"no benchmark case matches op={op!r} case={case!r} device={device!r}; see --list")
     return found

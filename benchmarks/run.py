@@ -3,6 +3,7 @@
     python -m benchmarks.run                     everything; appends to benchmarks/results/
     python -m benchmarks.run --op clip           the cases of one op
     python -m benchmarks.run --case N2048        the cases whose name contains this
+    python -m benchmarks.run --device cuda       the cases of a GPU (see gpu.py for all that needs one)
     python -m benchmarks.run --quick             tiny shapes, written nowhere unless --csv is given
     python -m benchmarks.run --list              the cases, their providers and targets
     python -m benchmarks.run --overhead          what each loss adds to its sweeps (see overhead.py)
@@ -82,7 +83,9 @@ def _wanted(case: Case, options: Options) -> list[Provider]:
 
 
 def _measure_time(case: Case, options: Options) -> list[Measurement]:
-    """Checks and times every provider in this process."""
+    """Checks and times every provider in this process; the memory of a GPU is known here, too."""
+    if case.device == "cuda":
+        torch.cuda.empty_cache()  # what the last case left in pieces
     inputs = case.make_inputs(case)
     truth = case.truth(inputs)
     measurements, steps = [], {}
@@ -97,6 +100,8 @@ def _measure_time(case: Case, options: Options) -> list[Measurement]:
         if found.provider.name in timings:
             found.timing = timings[found.provider.name]
             found.rounds = options.rounds
+            if case.device != "cpu" and options.memory and found.provider.kind not in FLOORS:
+                found.peak_extra_mib = memory.extra_bytes(steps[found.provider.name], case.device)[0] / memory.MIB
     return measurements
 
 
@@ -125,7 +130,7 @@ def run_case(registered: Case, options: Options) -> tuple[list[results.Row], lis
         measurements = _measure_time(case, options)
     else:
         measurements = [Measurement(provider) for provider in _wanted(case, options)]
-    if options.memory and "memory" in case.measure:
+    if options.memory and "memory" in case.measure and case.device == "cpu":
         _measure_memory(registered, measurements, options)
     floors = [m.timing for m in measurements if m.provider.kind == "matmul" and m.timing]
     rate = report.gflops_of(case, floors[0]) if floors else None
@@ -177,6 +182,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--op", help="only the cases of this op")
     parser.add_argument("--case", help="only the cases whose name contains this")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="only the cases of this device")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of timing (default: 7)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, 2 rounds, no file")
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
@@ -197,7 +203,7 @@ def _runnable(cases: Sequence[Case], options: Options) -> list[Case]:
     found = [
         case
         for case in cases
-        if (case.device == "cpu" or torch.accelerator.is_available()) and ("time" in case.measure or options.memory)
+        if (case.device == "cpu" or torch.cuda.is_available()) and ("time" in case.measure or options.memory)
     ]
     if not options.quick:
         return found
@@ -221,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.overhead:
         return overhead.run(args.op, args.case, rounds=rounds, quick=args.quick, csv=args.csv, profiled=args.profile)
     try:
-        cases = select(args.op, args.case)
+        cases = select(args.op, args.case, args.device)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -240,8 +246,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         optional=args.optional,
         csv=args.csv,
     )
-    rows = run(_runnable(cases, options), options)
-    return int(any(row["kind"] == "ours" and row["status"] != "ok" for row in rows))
+    runnable = _runnable(cases, options)
+    if args.device and not runnable:
+        print(f"no case can run on device={args.device!r}: torch {torch.__version__} sees no GPU", file=sys.stderr)
+        return 2
+    return int(_is_bad(run(runnable, options)))
+
+
+def _is_bad(rows: Sequence[results.Row]) -> bool:
+    """Whether this package is wrong or fails anywhere, or cannot run at all in a case."""
+    ours = [row for row in rows if row["kind"] == "ours"]
+    ran = {row["case"] for row in ours if row["status"] == "ok"}
+    return any(row["status"] not in ("ok", "missing") or row["case"] not in ran for row in ours)
 
 
 if __name__ == "__main__":

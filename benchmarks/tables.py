@@ -55,12 +55,14 @@ def _described(case: Case) -> str:
 
 def _timed_case(case: Case, rows: Sequence[Row]) -> tuple[list[list[str]], list[Row]]:
     """The table lines of one case and the rows they come from."""
-    timed = results.newest(rows, case.name, "min_ms", [OURS, case.baseline])
-    timed = timed or results.newest(rows, case.name, "min_ms", [OURS])
+    # On a GPU any backend of ours will do; which of them can run differs between machines.
+    ours = [OURS] if case.device == "cpu" else [each.name for each in case.providers if each.kind == "ours"]
+    runs = ([name, *others] for others in ([case.baseline], []) for name in ours)
+    timed = next(filter(None, (results.newest(rows, case.name, "min_ms", names) for names in runs)), None)
     if timed is None:
         return [], []
     # A run without memory does not hide the memory of an older one.
-    peaks = results.newest(rows, case.name, "peak_extra_mib", [OURS]) or {}
+    peaks = next(filter(None, (results.newest(rows, case.name, "peak_extra_mib", [name]) for name in ours)), {})
     lines = []
     for name, row in timed.items():
         version = f" {row['version']}" if row["kind"] == "peer" else ""
@@ -79,10 +81,10 @@ def _timed_case(case: Case, rows: Sequence[Row]) -> tuple[list[list[str]], list[
     return lines, list(timed.values())
 
 
-def op_table(op: str, rows: Sequence[Row]) -> str:
-    """Every provider of every timed case of one op."""
+def op_table(op: str, rows: Sequence[Row], device: str = "cpu") -> str:
+    """Every provider of every timed case of one op on one kind of device."""
     lines, used = [], []
-    timed = [case for case in all_cases().values() if case.op == op and "time" in case.measure]
+    timed = [c for c in all_cases().values() if c.op == op and c.device == device and "time" in c.measure]
     for case in timed:
         case_lines, case_rows = _timed_case(case, rows)
         lines += case_lines
@@ -199,8 +201,11 @@ def headline(demo: dict[str, Any]) -> str:
 
 def tables(rows: Sequence[Row]) -> dict[str, Callable[[], str]]:
     """The known tables by name."""
-    ops = dict.fromkeys(case.op for case in all_cases().values())
-    known: dict[str, Callable[[], str]] = {op: lambda op=op: op_table(op, rows) for op in ops}
+    ops = dict.fromkeys((case.op, case.device) for case in all_cases().values())
+    known: dict[str, Callable[[], str]] = {
+        op if device == "cpu" else f"gpu-{op}": lambda op=op, device=device: op_table(op, rows, device)
+        for op, device in ops
+    }
     known["memory"] = lambda: memory_table(rows)
     known["targets"] = lambda: targets_table(rows)
     if DEMO.exists():

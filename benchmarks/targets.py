@@ -138,4 +138,20 @@ ROWS = (
         "transformers grouped experts; st-moe-pytorch",
         ">= 1.15x; >= 3x",
     ),
+    DesignRow(
+        "gpu-clip",
+        "gpu",
+        "CLIP loss fwd+bwd bf16 on a GPU, N=32,768 and 65,536, D=512/768/1024",
+        "torch eager and torch.compile; its own matmuls (8 N^2 D through torch.mm)",
+        ">= 2x faster; <= 1.67x their time; gradient error <= 5e-3",
+    ),
+    DesignRow("gpu-siglip", "gpu", "SigLIP fwd+bwd bf16 on a GPU, N=65,536 D=768", "torch eager", ">= 2x faster"),
+    DesignRow("gpu-topk", "gpu", "top-k bf16 on a GPU, N=16k M=100k D=128 k=100", "torch mm + topk", ">= 2x faster"),
+    DesignRow(
+        "gpu-route",
+        "gpu",
+        "route + all losses fwd+bwd bf16 on a GPU, T E >= 16M",
+        "copy bandwidth on 6 bytes per logit",
+        "<= 1.25x its time",
+    ),
 )

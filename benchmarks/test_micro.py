@@ -14,7 +14,7 @@ from benchmarks.registry import all_cases, representatives
 from benchmarks.truth import errors
 
 # Several registered cases shrink to one shape; each is measured once, under its shrunk name.
-TIMED = representatives(case for case in all_cases().values() if "time" in case.measure)
+TIMED = representatives(c for c in all_cases().values() if c.device == "cpu" and "time" in c.measure)
 SHRUNK = {name: case.shrunk() for name, case in TIMED.items()}
 PAIRS = [
     pytest.param(name, provider.name, id=f"{name}-{provider.name}".replace(" ", "_"))

@@ -26,6 +26,7 @@ from benchmarks.providers_routing import dense_router, router_total
 from benchmarks.registry import Answer, Inputs, Lists, Outcome, Scores, Truth
 
 CHUNK_BYTES = 128 * 2**20
+GPU_CHUNK_BYTES = 2**31
 
 
 def _row_losses(x: Tensor, y: Tensor, target: Tensor, scale: Tensor, copies: int, own: int | None) -> Tensor:
@@ -48,12 +49,12 @@ def _mean_row_loss(
         own = part.start if self_similarity else None
         return _row_losses(x[part], y, target[part], scale, copies, own)
 
-    return _mean_over_rows(of_rows, len(x), len(y))
+    return _mean_over_rows(of_rows, len(x), len(y), x.device)
 
 
-def _mean_over_rows(of_rows: Callable[[slice], Tensor], rows: int, columns: int) -> Tensor:
+def _mean_over_rows(of_rows: Callable[[slice], Tensor], rows: int, columns: int, device: torch.device) -> Tensor:
     """The mean over all rows, where ``of_rows`` gives the sum of some; only one chunk lives at a time."""
-    size = max(1, CHUNK_BYTES // (8 * columns))
+    size = max(1, (CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES) // (8 * columns))
     parts = [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
     if len(parts) == 1:
         return of_rows(parts[0]) / rows
@@ -61,9 +62,10 @@ def _mean_over_rows(of_rows: Callable[[slice], Tensor], rows: int, columns: int)
     return torch.stack(sums).sum() / rows
 
 
-def _own_column(part: slice, columns: int) -> Tensor:
+def _own_column(part: slice, columns: Tensor) -> Tensor:
     """(rows of the part, columns): where a row of the batch meets the column of its own number."""
-    return torch.arange(part.start, part.stop)[:, None] == torch.arange(columns)
+    numbers = torch.arange(len(columns), device=columns.device)
+    return numbers[part, None] == numbers
 
 
 def _differentiate(loss_of: Callable[..., Tensor], inputs: Inputs) -> Outcome:
@@ -127,12 +129,12 @@ def sup_con_truth(inputs: Inputs) -> Outcome:
 
         def of_rows(part: slice) -> Tensor:
             logits = z[part] @ z.T / temperature
-            times = inputs.copies - _own_column(part, len(z)).to(z.dtype)
+            times = inputs.copies - _own_column(part, z).to(z.dtype)
             log_p = logits - (logits + times.log()).logsumexp(1, keepdim=True)
             positive = times * (labels[part, None] == labels)
             return -((positive * log_p).sum(1) / positive.sum(1)).sum()
 
-        return _mean_over_rows(of_rows, len(z), len(z))
+        return _mean_over_rows(of_rows, len(z), len(z), z.device)
 
     return _differentiate(loss_of, inputs)
 
@@ -143,11 +145,11 @@ def siglip_truth(inputs: Inputs) -> Outcome:
     def loss_of(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         def of_rows(part: slice) -> Tensor:
             logits = scale * (image[part] @ text.T) + bias
-            own = _own_column(part, len(text)).to(logits.dtype)
+            own = _own_column(part, text).to(logits.dtype)
             negative = (inputs.copies - own) * F.logsigmoid(-logits)
             return -(negative + own * F.logsigmoid(logits)).sum()
 
-        return _mean_over_rows(of_rows, len(image), len(text))
+        return _mean_over_rows(of_rows, len(image), len(text), image.device)
 
     return _differentiate(loss_of, inputs)
 
@@ -160,7 +162,7 @@ def gte_truth(inputs: Inputs) -> Outcome:
         q, d = F.normalize(query, dim=1), F.normalize(document, dim=1)
 
         def of_rows(part: slice) -> Tensor:
-            own = _own_column(part, len(q))
+            own = _own_column(part, q)
             blocks = [
                 q[part] @ d.T,
                 (q[part] @ q.T).masked_fill(own, -torch.inf),
@@ -170,7 +172,7 @@ def gte_truth(inputs: Inputs) -> Outcome:
             lse = (scale * torch.cat(blocks, 1)).logsumexp(1)
             return (lse - scale * (q[part] * d[part]).sum(1)).sum()
 
-        return _mean_over_rows(of_rows, len(q), 4 * len(q))
+        return _mean_over_rows(of_rows, len(q), 4 * len(q), q.device)
 
     return _differentiate(loss_of, inputs)
 
@@ -185,7 +187,7 @@ def gist_truth(inputs: Inputs) -> Outcome:
         bound = (guide_query * guide_key).sum(1, keepdim=True) - margin
 
         def of_rows(part: slice) -> Tensor:
-            own = _own_column(part, len(q))
+            own = _own_column(part, q)
             blocks = []
             for x, y, guide_x, guide_y in (
                 (q, k, guide_query, guide_key),
@@ -198,7 +200,7 @@ def gist_truth(inputs: Inputs) -> Outcome:
             positive = blocks[0][own]
             return (torch.cat(blocks, 1).logsumexp(1) - positive).sum()
 
-        return _mean_over_rows(of_rows, len(q), 3 * len(q))
+        return _mean_over_rows(of_rows, len(q), 3 * len(q), q.device)
 
     return _differentiate(loss_of, inputs)
 

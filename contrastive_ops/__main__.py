@@ -88,6 +88,8 @@ def _extension_info() -> dict[str, Any]:
         return {"present": False, "why": why or "unknown", "fix": _fix_commands()}
     config = dict(module.build_config())
     facts: dict[str, Any] = {"present": True, "build": report.get("summary"), "config": config}
+    if config.get("cuda") == "no":
+        facts["why_no_cuda"] = report.get("why_no_cuda") or "unknown"
     built, running = config.get("torch"), str(torch.__version__)
     if built is not None and built != running:
         facts["warning"] = f"built against torch {built}, but torch {running} is running"
@@ -194,6 +196,17 @@ def _say(value: Any) -> str:
     return str(value)
 
 
+def _cuda_kernels() -> str:
+    """The toolkit and the GPUs that the kernels were compiled for, or why there are none."""
+    from contrastive_ops import _cuda, _extension
+
+    missing = _cuda.why_missing()
+    if missing is not None:
+        return missing
+    module: Any = _extension.load()
+    return str(module.build_config()["cuda"])
+
+
 # ---------------------------------------------------------------------------------------------
 # check
 
@@ -239,6 +252,7 @@ def run_check() -> int:
     from contrastive_ops import _dispatch
 
     started, failures, compared = time.perf_counter(), 0, 0
+    print(f"      CUDA kernels: {probe(_cuda_kernels)}")
     for backend, reason in _dispatch.backends().items():
         on_gpu = backend in ("triton", "cuda")
         if on_gpu and reason is None and not torch.cuda.is_available():

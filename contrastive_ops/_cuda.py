@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import re
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -53,10 +54,35 @@ def _why_not_on(device: int) -> str | None:
     """Return None if there is code for this GPU, else the reason."""
     if torch.version.hip is not None:
         return "the kernels are for NVIDIA GPUs (for AMD there is backend='triton')"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 0):
         return f"compute capability {major}.{minor} (supported: 8.0 and newer)"
+    module: Any = _extension.load()
+    built = module.build_config()["cuda"]
+    if not has_code_for((major, minor), built):
+        own = f'TORCH_CUDA_ARCH_LIST="{major}.{minor}"'
+        return f"no code for compute capability {major}.{minor} in CUDA {built}; install again with {own}"
     return None
+
+
+def has_code_for(capability: tuple[int, int], built: str) -> bool:
+    """Whether a build, named as the extension names it, runs on GPUs of a compute capability.
+
+    sm_XY is code for X.Y and newer ones of the same X, sm_XYa for X.Y alone, sm_XYf as sm_XY with features of that
+    family. compute_XY is PTX, for X.Y and all that are newer; of a or f as code is.
+    """
+    major, minor = capability
+    for kind, x, y, features in re.findall(r"(sm|compute)_(\d+)(\d)([af]?)\b", built):
+        at = int(x), int(y)
+        if features == "a":
+            runs = at == capability
+        elif kind == "sm" or features == "f":
+            runs = at[0] == major and at[1] <= minor
+        else:
+            runs = at <= capability
+        if runs:
+            return True
+    return False
 
 
 def unsupported(x: Tensor) -> list[str]:

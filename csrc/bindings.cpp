@@ -1,5 +1,6 @@
 // The pybind11 module contrastive_ops._C: checks what protects memory, allocates outputs, calls the SIMD level in
-// use. With its header the only file that includes torch/extension.h. Arguments for users are checked in Python.
+// use. With its headers and bindings_cuda.cpp the only file that includes headers of torch. Arguments for users are
+// checked in Python.
 #include <torch/extension.h>
 
 #include <map>
@@ -13,11 +14,11 @@
 #include "bindings_similarity_topk.h"
 #include "cpu/capability.h"
 #include "similarity_reduce.h"
-#ifdef CONTRASTIVE_OPS_CUDA
-#include "bindings_cuda.h"
-#endif
 
 namespace contrastive_ops {
+
+void define_cuda_functions(pybind11::module_& m);  // of bindings_cuda.cpp
+
 namespace {
 
 struct Gradients {
@@ -172,9 +173,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("grouped_matmul_forward", &grouped_matmul_forward);
   m.def("grouped_matmul_outer", &grouped_matmul_outer);
 #ifdef CONTRASTIVE_OPS_CUDA
-#define CONTRASTIVE_OPS_DEFINE(name) define_cuda(m, #name, &name);
-  CONTRASTIVE_OPS_CUDA_FUNCTIONS(CONTRASTIVE_OPS_DEFINE)
-#undef CONTRASTIVE_OPS_DEFINE
+  define_cuda_functions(m);
 #endif
   m.def("build_config", &build_config, "Versions and options at build time.");
   m.def("cpu_capability", [] { return std::string(capability_name(capability())); }, "The SIMD level in use.");

@@ -15,7 +15,19 @@ from torch import Tensor
 # The suite is part of the checkout only. At the end: an installed package stays the one under test.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import measure, memory, plot, providers, providers_topk, report, results, run, tables, targets
+from benchmarks import (
+    measure,
+    memory,
+    plot,
+    providers,
+    providers_routing,
+    providers_topk,
+    report,
+    results,
+    run,
+    tables,
+    targets,
+)
 from benchmarks.registry import (
     FLOORS,
     OURS,
@@ -32,10 +44,12 @@ from benchmarks.registry import (
 from benchmarks.truth import Errors, errors
 
 CASES = all_cases()
+ON_CPU = [case for case in CASES.values() if case.device == "cpu"]
+ON_GPU = [case for case in CASES.values() if case.device == "cuda"]
 TARGETS = [(case, target) for case in CASES.values() for target in case.targets]
 DUE = [row for row in targets.ROWS if row.group in targets.FINISHED]
 # Where the shape does not matter: each op and dtype once, small; and each op in float32.
-SHRUNK = {name: case.shrunk() for name, case in representatives(c for c in CASES.values() if c.copies == 1).items()}
+SHRUNK = {name: case.shrunk() for name, case in representatives(c for c in ON_CPU if c.copies == 1).items()}
 ONE_PER_OP = {case.op: case for case in SHRUNK.values() if case.dtype == torch.float32}
 COPIED = {case.op: case.shrunk() for case in CASES.values() if case.copies > 1}
 
@@ -49,7 +63,7 @@ def test_case_is_well_formed(case: Case):
     names = [provider.name for provider in case.providers]
     kinds = [provider.kind for provider in case.providers]
     assert len(set(names)) == len(names)
-    assert case.baseline in names and OURS in names
+    assert case.baseline in names and "ours" in kinds
     assert set(kinds) <= {"ours", "torch", "peer", *FLOORS}
     floors = kinds.count("matmul") or kinds.count("read")
     assert floors == ("time" in case.measure), "one floor for every timed case"
@@ -130,6 +144,37 @@ def test_package_agrees_with_truth(case: Case):
         if provider.kind == "ours":
             found = errors(provider.build(inputs)(), truth)
             assert found.worst < bound and not found.starved, provider.name
+
+
+@pytest.mark.parametrize("case", ON_GPU, ids=lambda case: case.name)
+def test_cases_of_a_gpu_are_right_on_a_cpu_too(case: Case):
+    small = replace(case.shrunk(), device="cpu")
+    inputs = small.make_inputs(small)
+    truth = small.truth(inputs)
+    if torch.cuda.is_available():
+        on_gpu = case.shrunk().make_inputs(case.shrunk())
+        assert all(torch.equal(tensor, on_gpu.tensors[name].cpu()) for name, tensor in inputs.tensors.items())
+    for provider in small.providers:
+        if provider.kind in ("torch", *FLOORS) and not provider.optional:
+            answer = provider.build(inputs)()
+            assert answer is None or errors(answer, truth).worst < small.tolerance, provider.name
+        elif provider.kind == "ours":  # the same provider, on a backend that is here
+            with pytest.raises(ImportError, match=r"device=cpu|has no backend"):
+                provider.build(inputs)
+    reference = {
+        "clip": lambda: providers.ours("clip", backend="reference"),
+        "siglip": lambda: providers.ours("siglip", backend="reference"),
+        "topk": lambda: providers_topk.ours(backend="reference"),
+        "route-without-noise": lambda: providers_routing.ours_route(backend="reference"),
+    }[small.op]()
+    assert errors(reference.build(inputs)(), truth).worst < (1e-2 if small.op != "topk" else 1e-6)
+
+
+def test_rounded_router_logits_have_one_best_order():
+    case = next(case for case in ON_GPU if case.op.startswith("route"))
+    small = replace(case, shapes={"T": 4096, "E": 32, "k": 2}, device="cpu")
+    best = small.make_inputs(small).tensors["logits"].float().topk(3).values
+    assert (best.diff(dim=1) < 0).all()
 
 
 def test_inputs_are_those_of_training():
@@ -406,6 +451,33 @@ def test_rounds_interleave_and_rotate(monkeypatch):
         measure.interleave(steps, rounds=0)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_steps_on_a_gpu_are_timed_by_its_own_clock():
+    x = torch.ones(2048, 2048, device="cuda")
+    steps = {"one": lambda: x @ x, "many": lambda: [x @ x for _ in range(50)]}
+    timings = measure.interleave(steps, rounds=2, device="cuda")
+    assert 0 < timings["one"].minimum < timings["many"].minimum
+
+
+def test_a_backend_that_cannot_run_is_missing_and_not_an_error():
+    both = providers.ours("clip"), providers.ours("clip", "on a GPU", backend="triton")
+    case = replace(ONE_PER_OP["clip"], providers=both, baseline=OURS, targets=())
+    options = run.Options(rounds=1, quick=True, memory=False)
+    rows, notes = run.run_case(case, options)
+    assert [row["status"] for row in rows] == ["ok", "missing"]
+    assert notes[0].startswith("on a GPU: not installed (contrastive_ops): ") and "device=cpu" in notes[0]
+    assert not run._is_bad(rows)
+    assert run._is_bad(rows[1:]), "nothing of ours ran"
+    assert run._is_bad([{**rows[0], "status": "wrong"}, *rows])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cases_of_a_gpu_need_one(capsys):
+    assert {case.device for case in run.select(device="cuda")} == {"cuda"}
+    assert run.main(["--device", "cuda", "--quick"]) == 2
+    assert "sees no GPU" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is reset through /proc")
 def test_extra_memory_is_the_peak_above_inputs_and_gradients():
     mib = 2**18  # float32 numbers
@@ -415,7 +487,7 @@ def test_extra_memory_is_the_peak_above_inputs_and_gradients():
         return Outcome(torch.tensor(0.0), {"a": torch.ones(16 * mib)})
 
     torch.ones(200 * mib)  # an earlier, higher peak must not hide this one
-    extra, _ = memory._extra_bytes(step, "cpu")
+    extra, _ = memory.extra_bytes(step, "cpu")
     # 64 MiB come and go before the 16 MiB of the gradient, which are not extra.
     assert 40 * memory.MIB < extra < 70 * memory.MIB
 
@@ -423,7 +495,7 @@ def test_extra_memory_is_the_peak_above_inputs_and_gradients():
         torch.ones(64 * mib)
         return Lists(torch.ones(8 * mib, 1), torch.ones(4 * mib, 1, dtype=torch.int64))
 
-    extra, _ = memory._extra_bytes(search, "cpu")
+    extra, _ = memory.extra_bytes(search, "cpu")
     assert 40 * memory.MIB < extra < 70 * memory.MIB
 
 
@@ -587,6 +659,20 @@ def test_table_of_a_search_shows_starved_rows_and_no_gradients():
     assert text.startswith(header)
     assert "| N=1024 M=50000 D=768 k=100 fp32 | contrastive_ops | 10.0 | 2.00x | 0 |" in text
     assert f"| {providers_topk.OVER_FETCH} 9 | 20.0 | 1.00x | 31 |" in text
+
+
+def test_table_of_a_gpu_shows_the_backends_that_ran():
+    common = {"case": "clip-bf16-N32768-D768-cuda", "dtype": "bf16", "device": "a GPU", "threads": "1", "torch": "2"}
+    common |= {"date": "2026-01-01T0", "capability": "sm_90", "contrastive_ops": "0"}
+    ours = {"kind": "ours", "min_ms": "4", "of_matmul_rate": "0.7", "peak_extra_mib": "9"}
+    rows = [
+        row_of("contrastive_ops cuda", "1", **ours, **common),
+        row_of("torch eager", "1", kind="torch", min_ms="10", peak_extra_mib="99", **common),
+    ]
+    text = tables.tables(rows)["gpu-clip"]()
+    assert "| N=32768 D=768 bf16 | contrastive_ops cuda | 4.0 | 2.50x | 9 | 70% |" in text
+    assert "| N=32768 D=768 bf16 | torch eager | 10.0 | 1.00x | 99 |  |" in text
+    assert tables.tables(rows)["clip"]() == tables.NOTHING
 
 
 def test_targets_table_says_what_is_missed():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import contrastive_ops
 from contrastive_ops import __main__ as cli
-from contrastive_ops import _dispatch, _extension
+from contrastive_ops import _cuda, _dispatch, _extension
 
 
 def say(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -64,6 +65,26 @@ def test_info_explains_a_missing_extension(
     assert extension["why"] == "it was never built"
     assert "CONTRASTIVE_OPS_EXT=1" in extension["fix"][-1]
     assert "-m pip install --no-build-isolation" in extension["fix"][-1]
+
+
+def test_info_and_check_say_what_cuda_kernels_there_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    built = SimpleNamespace(build_config=lambda: {"cuda": "13.0.88 for sm_80 compute_90"})
+    plain = SimpleNamespace(build_config=lambda: {"cuda": "no"})
+    (tmp_path / "_build_report.json").write_text('{"summary": "a CPU extension", "why_no_cuda": "no toolkit"}')
+    monkeypatch.setattr(cli, "PACKAGE", tmp_path)
+    monkeypatch.setattr(cli, "check_cases", dict)
+    monkeypatch.setattr(_dispatch, "backends", dict)
+    monkeypatch.setattr(_cuda, "why_missing", _cuda.why_missing.__wrapped__)
+    monkeypatch.setattr(_extension, "why_missing", lambda: None)
+    for module, why, said in (
+        (built, None, "13.0.88 for sm_80 compute_90"),
+        (plain, "no toolkit", "built without CUDA"),
+    ):
+        monkeypatch.setattr(_extension, "load", lambda module=module: module)
+        assert cli._extension_info().get("why_no_cuda") == why
+        assert f"CUDA kernels: {said}" in say(capsys, "check")[1].replace("the extension was ", "")
 
 
 def test_check_passes(capsys: pytest.CaptureFixture[str]) -> None:

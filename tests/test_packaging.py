@@ -21,6 +21,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
     "setup.py",
+    "setup_cpu.py",
+    "setup_cuda.py",
     "pyproject.toml",
     "MANIFEST.in",
     "LICENSE",
@@ -191,7 +193,7 @@ def test_source_archive_contains_every_build_input(source: Path, tmp_path: Path)
         files = [path for path in (source / folder).rglob("*") if path.is_file()]
         missing = {path.relative_to(source).as_posix() for path in files} - names
         assert not [name for name in missing if not name.endswith((".pyc", ".json"))], missing
-    assert {"setup.py", "pyproject.toml", "LICENSE"} <= names
+    assert {"setup.py", "setup_cpu.py", "setup_cuda.py", "pyproject.toml", "LICENSE"} <= names
 
 
 # --- the switches of the build ---------------------------------------------------------------
@@ -208,7 +210,7 @@ def test_cuda_without_toolkit_fails_loudly(source: Path) -> None:
     env = environment(CONTRASTIVE_OPS_CUDA="1", CUDA_HOME="/nonexistent")
     done = run(sys.executable, "setup.py", "build_py", cwd=source, env=env)
     assert done.returncode != 0
-    assert "CONTRASTIVE_OPS_CUDA=1 must find a CUDA" in done.stderr
+    assert "CONTRASTIVE_OPS_CUDA=1 must be able to build CUDA kernels, but " in done.stderr
     assert "or set CONTRASTIVE_OPS_CUDA=0" in done.stderr
 
 
@@ -286,8 +288,8 @@ def test_one_openmp_runtime(imported: dict) -> None:
 # --- the SIMD levels -------------------------------------------------------------------------
 
 
-def test_simd_sources_include_no_torch() -> None:
-    for path in (ROOT / "csrc" / "cpu").iterdir():
+def test_simd_and_kernel_sources_include_no_torch() -> None:
+    for path in (*(ROOT / "csrc" / "cpu").iterdir(), *(ROOT / "csrc" / "cuda").iterdir()):
         found = re.findall(r'#include\s*[<"](?:torch|ATen|c10)/.*', path.read_text())
         assert not found, f"{path.name}: {found}"
 
@@ -299,7 +301,7 @@ def test_simd_libraries_share_no_code() -> None:
         pytest.skip("needs the build folder and nm")
     for archive in archives:
         level = archive.stem.removeprefix("libcontrastive_ops_")
-        if level == "capability":
+        if level in ("capability", "cuda"):
             continue
         symbols = run("nm", "-C", "--defined-only", archive, cwd=ROOT, env=environment()).stdout
         code = re.findall(r"^[0-9a-f]+ [TWui] (.*)$", symbols, re.MULTILINE)

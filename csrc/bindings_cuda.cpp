@@ -1,21 +1,26 @@
-// Part of bindings.cpp, the only file that includes it: functions of the CUDA kernels, by their types alone.
+// The functions of the CUDA kernels, by their types alone; compiled where there are kernels. A file of its own, because
+// functions of bindings.cpp have the same names for the CPU.
 //
 // A function of cuda/functions.h gets its tensors as pointers, None as null, a tuple of tensors as Tensors, a list of
 // integers as Integers, and the current stream of the tensors' device.
-#pragma once
-
+#include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
-#include "bindings_similarity_problem.h"
 #include "cuda/functions.h"
 
 namespace contrastive_ops {
 namespace {
+
+using at::Tensor;
 
 // What all tensors of a call have in common.
 struct CudaCall {
@@ -52,8 +57,20 @@ struct FloatingArgument {
   Floating get(CudaCall& call, pybind11::handle value) {
     if (value.is_none()) return {nullptr, DType::float32};
     const Tensor tensor = value.cast<Tensor>();
-    TORCH_CHECK_TYPE(tensor.scalar_type() != at::kDouble, call.name, ": float64 has no CUDA kernels");
-    return {call.data(tensor), dtype_of(tensor)};
+    return {call.data(tensor), dtype_of(call, tensor)};
+  }
+  static DType dtype_of(const CudaCall& call, const Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+      case at::kFloat:
+        return DType::float32;
+      case at::kBFloat16:
+        return DType::bfloat16;
+      case at::kHalf:
+        return DType::float16;
+      default:
+        TORCH_CHECK_TYPE(false, call.name, ": a tensor must be of float32, bfloat16 or float16, got ",
+                         tensor.scalar_type());
+    }
   }
 };
 template <>
@@ -62,11 +79,13 @@ template <>
 struct CudaArgument<Output> : FloatingArgument<Output> {};
 template <>
 struct CudaArgument<Tensors> {
-  std::vector<const void*> pointers;
+  std::vector<TensorArgument> list;
   Tensors get(CudaCall& call, pybind11::handle value) {
-    for (const pybind11::handle each : value.cast<pybind11::tuple>())
-      pointers.push_back(call.data(each.cast<Tensor>()));
-    return {pointers.data(), static_cast<int64_t>(pointers.size())};
+    for (const pybind11::handle each : value.cast<pybind11::tuple>()) {
+      const auto tensor = each.cast<Tensor>();
+      list.push_back({call.data(tensor), tensor.dim() == 0 ? 1 : tensor.size(-1)});
+    }
+    return {list.data(), static_cast<int64_t>(list.size())};
   }
 };
 template <>
@@ -98,4 +117,11 @@ void define_cuda(pybind11::module_& m, const char* name, void (*function)(Stream
 }
 
 }  // namespace
+
+void define_cuda_functions(pybind11::module_& m) {
+#define CONTRASTIVE_OPS_DEFINE(name) define_cuda(m, #name, &name);
+  CONTRASTIVE_OPS_CUDA_FUNCTIONS(CONTRASTIVE_OPS_DEFINE)
+#undef CONTRASTIVE_OPS_DEFINE
+}
+
 }  // namespace contrastive_ops

@@ -1,0 +1,76 @@
+"""The part of setup.py that knows C++ compilers: which one, and the SIMD levels it is asked for."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+X86_LEVELS: dict[str, list[str]] = {
+    "default": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+}
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+X86_LEVELS["avx512"] = [*X86_LEVELS["avx2"], *AVX512]
+X86_LEVELS["avx512_bf16"] = [*X86_LEVELS["avx512"], "-mavx512bf16"]
+X86_LEVELS["amx"] = [*X86_LEVELS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
+
+# -fno-lto and -g0 overrule what the interpreter was built with. Link-time optimisation would merge
+# the levels again and let AVX-512 code into functions that every processor runs.
+COMMON_FLAGS = ["-O3", "-fno-math-errno", "-fvisibility=hidden", "-fPIC", "-Wall"]
+COMMON_FLAGS += ["-g0", "-fno-lto"]
+
+
+def find_compiler() -> list[str] | None:
+    """The C++ compiler command, the same one for setuptools and for torch's ninja file."""
+    # ninja of a virtual environment that is not activated
+    scripts = sysconfig.get_path("scripts")
+    os.environ["PATH"] = os.pathsep.join(filter(None, [scripts, os.environ.get("PATH")]))
+    chosen = os.environ.get("CXX")
+    names = [chosen] if chosen else [sysconfig.get_config_var("CXX"), "c++", "g++", "clang++"]
+    for name in filter(None, names):
+        command = shlex.split(name)
+        if shutil.which(command[0]):
+            os.environ["CXX"] = name
+            c_compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+            if not shutil.which(c_compiler[0]):  # a relocated interpreter names its own toolchain
+                os.environ["CC"] = name
+                os.environ.setdefault("LDCXXSHARED", f"{name} -shared")
+            return command
+    return None
+
+
+def compiler_version(command: list[str]) -> str:
+    try:
+        run = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+        return run.stdout.splitlines()[0].strip()
+    except (OSError, IndexError):
+        return command[0]
+
+
+def is_x86() -> bool:
+    # The target of the build, not the machine: a macOS universal2 build must take the common path.
+    return sysconfig.get_platform().rpartition("-")[2] == "x86_64"
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether the compiler knows AMX (GCC 11, Clang 11), and the system is one whose kernel offers it."""
+    command = [*(find_compiler() or ["c++"]), *X86_LEVELS["amx"], "-E", "-x", "c++", os.devnull]
+    return sys.platform == "linux" and subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def levels() -> dict[str, list[str]]:
+    if not is_x86():
+        return {"default": []}
+    return {level: flags for level, flags in X86_LEVELS.items() if level != "amx" or has_amx()}
+
+
+def x86_macro() -> list[tuple[str, str]]:
+    if not is_x86():
+        return []
+    return [("CONTRASTIVE_OPS_X86", "1"), *([("CONTRASTIVE_OPS_AMX", "1")] if has_amx() else [])]
