@@ -120,7 +120,8 @@ def pytest_command(files: Iterable[Path], *options: str) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
     command += ["-p", "no:cacheprovider", "--maxfail=30", "--durations=5"]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(4, os.cpu_count() or 1))]
+        # Compiling for the device is most of the time, and happens on the processor.
+        command += ["-n", str(min(14, os.cpu_count() or 1))]
     return [*command, *options, *map(str, sorted(files))]
 
 
