@@ -247,6 +247,8 @@ def merge_kernel(
             next_at = at + p * part_size(folds[f], N, M)
             part = merge_parts(part, load_part(next_at, index, size, folds[f].kind), folds[f].kind)
             if not LAST:
+                # Loads and stores of the same numbers may be other threads' each.
+                tl.debug_barrier()
                 store_part(next_at, empty_part(folds[f].kind, BLOCK), index, size, folds[f].kind)
         if LAST:
             tl.store(values + value_begin + index, finished(part, folds[f].kind), mask=index < size)

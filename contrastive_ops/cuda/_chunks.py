@@ -18,7 +18,7 @@ _logger = logging.getLogger("contrastive_ops")
 _warned = False
 
 # Rows of a chunk. As many as columns, more or less, so that gradients of both sides are products with a long sum.
-CHUNK_ROWS = 2048
+CHUNK_ROWS = 4096
 # Columns of the tiles that blocks of threads read; csrc/cuda/similarity_chunk.h has the same number.
 TILE_COLUMNS = 256
 # Columns of a chunk are a multiple of it.

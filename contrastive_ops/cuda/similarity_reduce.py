@@ -1,7 +1,7 @@
 """similarity_reduce by library products and CUDA kernels: forward, backward and total as the operators take them.
 
-A library multiplies a chunk of rows with a chunk of columns. While the inner products are in the L2 cache, a kernel
-folds their rows and columns, or turns them into the weights of the products that gradients are.
+A library multiplies a chunk of rows with a chunk of columns. Behind each product a kernel folds
+rows and columns, or turns inner products into the weights of the products that gradients are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ._weights import Gradients, Upstream, Wanted
 
 # `total` holds the inner products of a band of rows, all columns of it, in so many bytes; bands of fewer rows would
 # read and write all of dy for too little, and forward and backward run one after the other.
-HELD_BYTES = 128 << 20
+HELD_BYTES = 512 << 20
 LEAST_HELD_ROWS = 256
 
 

@@ -1,6 +1,6 @@
 """similarity_topk by CUDA kernels: launchers with the names and arguments of reference/similarity_topk.py.
 
-A tile of inner products, which a library makes and the L2 cache holds, passes to a kernel that adds to each row's list
+A tile of inner products, which a library makes, passes to a kernel that adds to each row's list
 what is above the row's threshold and no rule drops; see csrc/cuda/similarity_topk.cu. Nothing waits for the host.
 """
 
@@ -22,7 +22,7 @@ from ._products import CHUNK_BYTES, inner_products
 # Columns that are read between two looks at whether a list is full; csrc/cuda/similarity_topk.cu has the same number.
 LEG = 1024
 # Rows of a tile, where there are so many: as many blocks as a GPU runs at once.
-TILE_ROWS = 2048
+TILE_ROWS = 4096
 # A row has several lists where there are fewer rows than this, so that they keep a GPU busy.
 LISTS = 1024
 # Lists of the rows that are searched at once.

@@ -126,8 +126,7 @@ __device__ Part fold_row(const float (&z)[count], const IndexOf& index_of) {
     for (int k = 0; k < count; ++k) best.add(z[k], index_of(k));
     Part part = best.part();
     for (int step = kWarp / 2; step > 0; step /= 2) {
-      const Part other = {
-          {__shfl_xor_sync(kFullWarp, part.at[0], step), __shfl_xor_sync(kFullWarp, part.at[1], step)}};
+      const Part other = {{__shfl_xor_sync(kFullWarp, part.at[0], step), __shfl_xor_sync(kFullWarp, part.at[1], step)}};
       part = merged(kind, part, other);
     }
     return part;

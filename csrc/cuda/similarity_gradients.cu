@@ -1,7 +1,7 @@
 // Gradients of folds on a GPU: inner products of a chunk become the weights of the library products that follow.
 //
 // A weight is dtotal/d(inner product), summed over all sets and folds in float32 and rounded once, to the dtype of the
-// operands. Per pair 4 bytes are read and 2 written (4 for float32), most of it in the L2 cache, beside the 6 D
+// operands. Per pair 4 bytes are read and 2 written (4 for float32), beside the 6 D
 // operations of the three products: at D of 1024 they take some ten times as long.
 #include "launch.h"
 #include "similarity_chunk.h"
@@ -89,12 +89,30 @@ struct Side {
     if (fold < 0 || !inside) return;
     kind = p.folds[fold].kind;
     value = up.folds[fold].value[at], d_value = up.folds[fold].d_value[at];
+    if (value == -kInfinity) value = 0.0f;  // of no pair: all logits are -inf, from which it may not be subtracted
   }
   // What the fold adds to dtotal/dl.
   __device__ float operator()(float z) const {
     return kind == FoldKind::count ? 0.0f : d_value * slope(kind, z, value);
   }
 };
+
+// Adds d_value(k) * dfold/dl to e[k] for the pairs of a lane. The kind, which is the same for all threads, is looked at
+// once for all of them, and no pair is tested for taking part: an exponential of -inf is 0.
+template <class Value, class Derivative>
+__device__ void add_slopes(FoldKind kind, const Columns& z, const Value& value, const Derivative& d_value, Columns& e) {
+  if (kind == FoldKind::logsumexp) {
+    CONTRASTIVE_OPS_UNROLL
+    for (int k = 0; k < kColumns; ++k) e[k] += d_value(k) * __expf(z[k] - value(k));
+  } else if (kind == FoldKind::sum_softplus) {
+    CONTRASTIVE_OPS_UNROLL
+    for (int k = 0; k < kColumns; ++k) e[k] += d_value(k) * sigmoid(z[k]);
+  } else if (kind != FoldKind::count) {
+    const float least = kind == FoldKind::sum_relu ? 0.0f : -kInfinity;
+    CONTRASTIVE_OPS_UNROLL
+    for (int k = 0; k < kColumns; ++k) e[k] += z[k] > least ? d_value(k) : 0.0f;
+  }
+}
 
 // ---- Weights of a tile
 // -----------------------------------------------------------------------------------------------
@@ -113,27 +131,43 @@ struct Derivatives {
   __device__ Derivatives(const PairArguments& arguments, const Upstreams& upstreams, const PairChunk& rectangle,
                          const PlainFolds plain, const Tile& tile)
       : p(arguments), up(upstreams), chunk(rectangle), folds(plain), values{}, d_values{}, d_targets{}, targets{} {
-    if constexpr (path == Path::general) return;
-    CONTRASTIVE_OPS_UNROLL
-    for (int k = 0; k < kColumns; ++k) {
-      const int64_t j = chunk.first_col + tile.column(k);
-      const bool inside = tile.column(k) < chunk.cols;
-      const Side side(p, up, col_fold(), j, inside);
-      values[k] = side.value, d_values[k] = side.d_value;
-      if constexpr (path == Path::plain_itself) {
-        targets[k] = p.target && inside ? static_cast<int>(p.target[j]) : -1;
-        d_targets[k] = up.d_target && inside ? up.d_target[j] : 0.0f;
+    if constexpr (path != Path::general) {
+      CONTRASTIVE_OPS_UNROLL
+      for (int k = 0; k < kColumns; ++k) {
+        const int64_t j = chunk.first_col + tile.column(k);
+        const bool inside = tile.column(k) < chunk.cols;
+        const Side side(p, up, col_fold(), j, inside);
+        values[k] = side.value, d_values[k] = side.d_value;
+        if constexpr (path == Path::plain_itself) {
+          targets[k] = p.target && inside ? static_cast<int>(p.target[j]) : -1;
+          d_targets[k] = up.d_target && inside ? up.d_target[j] : 0.0f;
+        }
       }
     }
   }
 
   // With itself, the fold that a plain call has gives to the row of a tile through one view of a pair and to its column
   // through the other.
-  __device__ int row_fold() const {
-    return path == Path::plain_itself && folds.rows < 0 ? folds.cols : folds.rows;
-  }
-  __device__ int col_fold() const {
-    return path == Path::plain_itself && folds.cols < 0 ? folds.rows : folds.cols;
+  __device__ int row_fold() const { return path == Path::plain_itself && folds.rows < 0 ? folds.cols : folds.rows; }
+  __device__ int col_fold() const { return path == Path::plain_itself && folds.cols < 0 ? folds.rows : folds.cols; }
+
+  // dtotal/dl of the pairs of a row, in a plain call.
+  __device__ void of_row(const Tile& tile, int row, const Columns& dots, Columns& e) const {
+    const int i = chunk.first_row + row;
+    const PlainRow own(p, p.sets[0], i);
+    const Side side(p, up, folds.rows, i, true);
+    Columns z;
+    CONTRASTIVE_OPS_UNROLL
+    for (int k = 0; k < kColumns; ++k) z[k] = own.logit(dots[k]), e[k] = 0.0f;
+    add_slopes(side.kind, z, [&](int) { return side.value; }, [&](int) { return side.d_value; }, e);
+    const FoldKind of_cols = folds.cols < 0 ? FoldKind::count : p.folds[folds.cols].kind;
+    add_slopes(of_cols, z, [&](int k) { return values[k]; }, [&](int k) { return d_values[k]; }, e);
+    const float d_target = up.d_target ? up.d_target[i] : 0.0f;
+    CONTRASTIVE_OPS_UNROLL
+    for (int k = 0; k < kColumns; ++k) {
+      const int column = tile.column(k), j = chunk.first_col + column;
+      if (column >= chunk.cols || own.leaves_out(j)) e[k] = column < chunk.cols && j == own.target ? d_target : 0.0f;
+    }
   }
 
   // For pair k of the row: `use(k, direct, mirrored)`, 0 where there is no such view.
@@ -189,6 +223,19 @@ struct Derivatives {
   }
 };
 
+// Adds what the pairs of a lane give to the sum of a slot, by `add(k, term)`.
+template <class Add>
+__device__ void add_terms(const Slot& slot, const Columns& e, const Columns& dots, bool negate, const Add& add) {
+  const float sign = negate ? -1.0f : 1.0f;
+  if (slot.what == SumOf::scale) {
+    CONTRASTIVE_OPS_UNROLL
+    for (int k = 0; k < kColumns; ++k) add(k, e[k] == 0.0f ? 0.0f : sign * e[k] * dots[k]);
+  } else if (slot.what == SumOf::bias) {
+    CONTRASTIVE_OPS_UNROLL
+    for (int k = 0; k < kColumns; ++k) add(k, sign * e[k]);
+  }
+}
+
 // What a pair adds to the sum of a slot.
 __device__ inline float summed(const Slot& slot, float direct, float mirrored, float dot, bool negate) {
   float e = (slot.direct ? direct : 0.0f) + (slot.mirrored ? mirrored : 0.0f);
@@ -226,27 +273,48 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (!empty) {
       tile.load(chunk, chunk.dots, row, dots);
       if (path == Path::general && chunk.guide) tile.load(chunk, chunk.guide, row, guide);
-      for (int s = 0; s < (path == Path::general ? p.set_count : 1); ++s) {
-        const PairSet& set = p.sets[s];
-        const float factor = path == Path::general ? 0.0f : scale_factor(set, i, 0);
-        derivatives.each(tile, s, row, dots, guide, [&](int k, float direct, float mirrored) {
-          const int j = chunk.first_col + tile.column(k);
-          // What is outside the chunk is 0, and has no scale to read.
-          if (direct != 0.0f) g[k] += direct * (path == Path::general ? scale_factor(set, i, j) : factor);
-          if (mirrored != 0.0f) g[k] += mirrored * (path == Path::general ? scale_factor(set, j, i) : factor);
-          CONTRASTIVE_OPS_UNROLL
-          for (int n = 0; n < kRowSlots; ++n) {
-            const Slot& slot = slots.rows[n];
-            if (n >= slots.row_count || slot.what == SumOf::residual || (slot.set >= 0 && slot.set != s)) continue;
-            row_sums[n] += summed(slot, direct, mirrored, dots[k], set.negate);
+      if constexpr (path == Path::plain) {
+        const PairSet& set = p.sets[0];
+        const float factor = scale_factor(set, i, 0);
+        Columns e;
+        derivatives.of_row(tile, row, dots, e);
+        CONTRASTIVE_OPS_UNROLL
+        for (int k = 0; k < kColumns; ++k) g[k] = e[k] * factor;
+        CONTRASTIVE_OPS_UNROLL
+        for (int n = 0; n < kRowSlots; ++n) {
+          if (n < slots.row_count) {
+            add_terms(slots.rows[n], e, dots, set.negate, [&](int, float term) { row_sums[n] += term; });
           }
-          CONTRASTIVE_OPS_UNROLL
-          for (int n = 0; n < kColSlots; ++n) {
-            const Slot& slot = slots.cols[n];
-            if (n >= slots.col_count || slot.what == SumOf::residual || (slot.set >= 0 && slot.set != s)) continue;
-            col_sums[n][k] += summed(slot, direct, mirrored, dots[k], set.negate);
+        }
+        CONTRASTIVE_OPS_UNROLL
+        for (int n = 0; n < kColSlots; ++n) {
+          if (n < slots.col_count) {
+            add_terms(slots.cols[n], e, dots, set.negate, [&](int k, float term) { col_sums[n][k] += term; });
           }
-        });
+        }
+      } else {
+        for (int s = 0; s < (path == Path::general ? p.set_count : 1); ++s) {
+          const PairSet& set = p.sets[s];
+          const float factor = path == Path::general ? 0.0f : scale_factor(set, i, 0);
+          derivatives.each(tile, s, row, dots, guide, [&](int k, float direct, float mirrored) {
+            const int j = chunk.first_col + tile.column(k);
+            // What is outside the chunk is 0, and has no scale to read.
+            if (direct != 0.0f) g[k] += direct * (path == Path::general ? scale_factor(set, i, j) : factor);
+            if (mirrored != 0.0f) g[k] += mirrored * (path == Path::general ? scale_factor(set, j, i) : factor);
+            CONTRASTIVE_OPS_UNROLL
+            for (int n = 0; n < kRowSlots; ++n) {
+              const Slot& slot = slots.rows[n];
+              if (n >= slots.row_count || slot.what == SumOf::residual || (slot.set >= 0 && slot.set != s)) continue;
+              row_sums[n] += summed(slot, direct, mirrored, dots[k], set.negate);
+            }
+            CONTRASTIVE_OPS_UNROLL
+            for (int n = 0; n < kColSlots; ++n) {
+              const Slot& slot = slots.cols[n];
+              if (n >= slots.col_count || slot.what == SumOf::residual || (slot.set >= 0 && slot.set != s)) continue;
+              col_sums[n][k] += summed(slot, direct, mirrored, dots[k], set.negate);
+            }
+          });
+        }
       }
     }
     if (weights.data != nullptr) {
@@ -308,8 +376,15 @@ __global__ void add_parts_kernel(const PairChunk chunk, const __grid_constant__ 
   const OwnedPlaces own(chunk, int64_t{blockIdx.x} * kThreads + threadIdx.x);
   const int across = chunk.tiles_across(), down = chunk.tiles_down();
   const auto add = [&](const float* from, int tiles, int64_t stride, int64_t to) {
-    float sum = totals[to];
-    for (int t = 0; t < tiles; ++t) sum += from[t * stride];
+    // Several loads are under way at a time.
+    constexpr int kAtOnce = 8;
+    float sum = totals[to], next[kAtOnce];
+    for (int t = 0; t < tiles; t += kAtOnce) {
+      CONTRASTIVE_OPS_UNROLL
+      for (int q = 0; q < kAtOnce; ++q) next[q] = t + q < tiles ? from[(t + q) * stride] : 0.0f;
+      CONTRASTIVE_OPS_UNROLL
+      for (int q = 0; q < kAtOnce; ++q) sum += next[q];
+    }
     totals[to] = sum;
   };
   for (int n = 0; own.row >= 0 && n < slots.row_count; ++n) {
@@ -432,9 +507,8 @@ class Packer {
 void similarity_reduce_weigh(Stream stream, const float* dots, const float* guide, Integers chunk_numbers,
                              Tensors pair_data, Integers spec, const float* scale, const float* row_bias,
                              const float* col_bias, const int64_t* target, int64_t N, int64_t M, const float* values,
-                             const int64_t* argmax, const float* d_values, const float* d_target,
-                             const float* d_linear, const float* norm, Output weights, Integers sums, float* parts,
-                             float* totals) {
+                             const int64_t* argmax, const float* d_values, const float* d_target, const float* d_linear,
+                             const float* norm, Output weights, Integers sums, float* parts, float* totals) {
   const PairArguments p = pairs_of(pair_data, spec, scale, row_bias, col_bias, target, N, M);
   const PairChunk chunk = chunk_of(dots, guide, chunk_numbers);
   const Upstreams up = upstreams_of(p, values, argmax, d_values, d_target, d_linear);
@@ -471,8 +545,7 @@ void similarity_reduce_give_back(Stream stream, float* gradient, const float* re
     using T = decltype(type);
     const bool packs = is_aligned16(gradient) && is_aligned16(other.data) && D % kLoad == 0;
     const auto kernel = packs ? give_back_kernel<T, kLoad> : give_back_kernel<T, 1>;
-    launch(kernel, ceil_divide(size, kWarps), kThreads, 0, stream, gradient, residual, partner, other.as<T>(), size,
-           D);
+    launch(kernel, ceil_divide(size, kWarps), kThreads, 0, stream, gradient, residual, partner, other.as<T>(), size, D);
   });
 }
 

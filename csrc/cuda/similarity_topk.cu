@@ -1,6 +1,6 @@
 // The k best columns of every row on a GPU.
 //
-// A library multiplies; a tile of inner products that fits in the L2 cache passes from it to `filter_kernel`, which
+// A library multiplies; a tile of inner products passes from it to `filter_kernel`, which
 // adds what is above each row's threshold to the row's list. So a score costs 4 bytes written and 4 read in the cache,
 // and none in memory: at about 5 TB/s each way that is as long as multiplying 128 to 256 dimensions of 16-bit numbers.
 // An H100 that reads at this speed has time for 20 instructions of a lane for each number. Nearly all numbers fail the
