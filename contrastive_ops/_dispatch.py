@@ -27,7 +27,6 @@ class Backend:
         functions: returns the object with the launchers; called only when the backend is used.
         unsupported: reasons why these inputs cannot run; alone chooses, refuses and explains.
         keeps: whether forward can keep inner products, so that backward need not compute them again.
-        preferred: whether "auto" takes it, on inputs like these, before those that come earlier in `ORDER`.
         no_room: reasons why the sets and folds of a call (a `Layout`) cannot run.
     """
 
@@ -35,14 +34,14 @@ class Backend:
     functions: Callable[[], Any]
     unsupported: Callable[[Tensor], list[str]]
     keeps: bool = False
-    preferred: Callable[[Tensor], bool] = lambda x: False
     no_room: Callable[[Any], list[str]] = lambda layout: []
 
 
-# In order of preference per device type.
+# In order of preference per device type. That of GPUs was measured on an H200, where CUDA kernels took 0.25 to 1.0 of
+# the time of the Triton ones in every primitive that has both (benchmarks/results/kernel-notes.md).
 ORDER: Mapping[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    "cuda": ("triton", "cuda", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
 }
 
 
@@ -79,9 +78,9 @@ def choose(function: str, table: Mapping[str, Backend], x: Tensor, backend: str,
             )
         return backend
     refused: list[str] = []
-    names = [name for name in ORDER.get(x.device.type, ("reference",)) if name in table]
-    preferred = [name for name in names if table[name].preferred(x)]
-    for name in [*preferred, *(name for name in names if name not in preferred)]:
+    for name in ORDER.get(x.device.type, ("reference",)):
+        if name not in table:
+            continue
         reasons = reasons_of(name)
         if not reasons:
             # A logger would break a traced graph, and tracing runs once anyway.

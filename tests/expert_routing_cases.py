@@ -152,10 +152,12 @@ class Subject:
         upstream = [torch.randn(found[each].shape, device=self.device) for each in ("gates", "sums", "totals")]
         given = (*arguments[:4], *arguments[5:], found["experts"], *upstream)
         found, expected = (ops.expert_routing_scores_backward(*given, name) for name in (self.backend, "reference"))
-        # Whether products of numbers near 1e38 overflow depends on their order, and on fused multiplication.
-        finite = expected.isfinite()
-        torch.testing.assert_close(found[finite], expected[finite], rtol=1e-3, atol=1e-4)
-        assert found[arguments[0].isnan()].isnan().all() == expected[arguments[0].isnan()].isnan().all()
+        logits = arguments[0].float()
+        if self.device == "cpu":
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, equal_nan=True)
+        else:  # whether products of infinities and numbers near 1e38 are NaN depends on their order and on fused adds
+            clear = (logits.abs() < 1e30).all(1)
+            torch.testing.assert_close(found[clear], expected[clear], rtol=1e-3, atol=1e-4)
 
     # ---- Slots ----
 

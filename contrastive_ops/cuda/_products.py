@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# What inner products of a chunk may take. Chunks that stay in the L2 cache were slower on an H200: starting products and
-# kernels then takes the host longer than running them. A constant, because the order of sums depends on it.
+# What inner products of a chunk may take. Chunks that stay in the L2 cache were slower on an H200: starting products
+# and kernels then takes the host longer than running them. A constant, because the order of sums depends on it.
 CHUNK_BYTES = 256 << 20
 
 

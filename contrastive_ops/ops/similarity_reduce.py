@@ -41,8 +41,6 @@ BACKENDS = {
         functions=functools.cache(lambda: _cuda.functions("similarity_reduce")),
         unsupported=lambda x: [*_cuda.unsupported(x), *_products.unsupported(x)],
         keeps=True,
-        # Beyond what tiles of the Triton kernels hold, a library multiplies faster. Provisional: not measured yet.
-        preferred=lambda x: x.shape[1] > 768,
         no_room=_pairs.no_room,
     ),
 }
