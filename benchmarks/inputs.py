@@ -197,6 +197,25 @@ def layer_inputs(case: Case) -> Inputs:
     return Inputs(_on(case, tensors, case.dtype), frozen=_on(case, {"upstream": upstream}))
 
 
+def token_inputs(case: Case, *, ragged: bool) -> Inputs:
+    """``queries`` (N, A, D) and ``documents`` (M, B, D) in unit tokens, and the ``weight`` (N, M) of each score.
+
+    Tokens are views of things in clusters, those of query i views of tokens of document i. ``ragged``: a ``mask``
+    (M, B) of documents of 10% to all of B tokens, in no order.
+    """
+    generator = torch.Generator().manual_seed(0)
+    n, of_query, m, of_document, d = (case.shapes[letter] for letter in "NAMBD")
+    tokens, like_it = views_of_things(m * of_document, d, cosine=RELEVANT)
+    documents, others = tokens.view(m, of_document, d), like_it.view(m, of_document, d)
+    tensors = {"queries": others[:n, :of_query].contiguous(), "documents": documents}
+    own = torch.eye(n, m)
+    frozen = {"weight": torch.rand(n, m, generator=generator) / m - own}
+    if ragged:
+        length = torch.randint(of_document // 10, of_document + 1, (m, 1), generator=generator)
+        frozen["mask"] = torch.arange(of_document) < length
+    return Inputs(_on(case, tensors, case.dtype), frozen=_on(case, frozen))
+
+
 def _on(case: Case, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     return {name: tensor.to(case.device, dtype or tensor.dtype) for name, tensor in tensors.items()}
 

@@ -57,11 +57,12 @@ class Overhead:
 @contextmanager
 def clocked() -> Iterator[list[float]]:
     """A list whose one number grows by the seconds of every call of a compiled function."""
+    from contrastive_ops.ops.maxsim import BACKENDS as INTERACTING
     from contrastive_ops.ops.similarity_reduce import BACKENDS as FOLDING
     from contrastive_ops.ops.similarity_topk import BACKENDS as SELECTING
 
     seconds = [0.0]
-    compiled = [(table, table["cpu"]) for table in (FOLDING, SELECTING)]
+    compiled = [(table, table["cpu"]) for table in (FOLDING, SELECTING, INTERACTING)]
 
     def timed(function: Callable[..., object]) -> Callable[..., object]:
         def call(*arguments: object) -> object:

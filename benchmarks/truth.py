@@ -244,6 +244,20 @@ def layer_truth(inputs: Inputs) -> Outcome:
     return _differentiate(loss_of, inputs)
 
 
+def maxsim_truth(inputs: Inputs) -> Outcome:
+    """MaxSim: for each query token the largest similarity with a token of a document, a document at a time."""
+    weight, mask = inputs.frozen["weight"].double(), inputs.frozen.get("mask")
+
+    def loss_of(queries: Tensor, documents: Tensor) -> Tensor:
+        def of_document(j: int) -> Tensor:
+            tokens = documents[j] if mask is None else documents[j][mask[j]]
+            return ((queries @ tokens.T).amax(2).sum(1) * weight[:, j]).sum()
+
+        return torch.stack([checkpoint(of_document, j, use_reentrant=False) for j in range(len(documents))]).sum()
+
+    return _differentiate(loss_of, inputs)
+
+
 def topk_truth(inputs: Inputs) -> Scores:
     """Top-k: all scores in one matrix; those of excluded columns and those above the row's bound are -inf."""
     query, corpus = (inputs.tensors[name].double() for name in ("query", "corpus"))

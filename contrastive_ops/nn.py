@@ -36,6 +36,7 @@ __all__ = [
     "HCLLoss",
     "HNNCELoss",
     "InfoNCELoss",
+    "LateInteractionLoss",
     "MinedInfoNCELoss",
     "MoCoLoss",
     "MultiPositiveInfoNCELoss",
@@ -287,6 +288,13 @@ class MoCoLoss(ScaledLoss):
 
     function = staticmethod(losses.moco)
     default_temperature = 0.07
+
+
+class LateInteractionLoss(ScaledLoss):
+    """`contrastive_ops.late_interaction` as a module: ``LateInteractionLoss()(queries, documents, negatives)``."""
+
+    function = staticmethod(losses.late_interaction)
+    default_temperature = 1.0
 
 
 class MinedInfoNCELoss(ScaledLoss):

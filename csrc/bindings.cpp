@@ -10,6 +10,7 @@
 
 #include "bindings_expert_routing.h"
 #include "bindings_grouped_matmul.h"
+#include "bindings_maxsim.h"
 #include "bindings_similarity_problem.h"
 #include "bindings_similarity_topk.h"
 #include "cpu/capability.h"
@@ -172,6 +173,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("expert_routing_dots", &expert_routing_dots);
   m.def("grouped_matmul_forward", &grouped_matmul_forward);
   m.def("grouped_matmul_outer", &grouped_matmul_outer);
+  m.def("maxsim_forward", &maxsim_forward);
+  m.def("maxsim_backward", &maxsim_backward);
 #ifdef CONTRASTIVE_OPS_CUDA
   define_cuda_functions(m);
 #endif

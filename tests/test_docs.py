@@ -12,7 +12,17 @@ ROOT = pathlib.Path(__file__).parent.parent
 MODULES = [
     *(
         f"contrastive_ops.losses.{family}"
-        for family in ("classifier", "hardness", "margin", "mined", "multi_positive", "partition", "queue", "running")
+        for family in (
+            "classifier",
+            "hardness",
+            "late_interaction",
+            "margin",
+            "mined",
+            "multi_positive",
+            "partition",
+            "queue",
+            "running",
+        )
     ),
     *(f"contrastive_ops.losses.{family}" for family in ("sigmoid", "softmax", "triplet")),
     *(
@@ -24,8 +34,11 @@ MODULES = [
     "contrastive_ops.ops.expert_choice",
     "contrastive_ops.ops.expert_routing",
     "contrastive_ops.ops.grouped_matmul",
+    "contrastive_ops.ops.maxsim",
     "contrastive_ops.ops.similarity_reduce",
     "contrastive_ops.ops.similarity_topk",
+    "contrastive_ops.ops.token_sets",
+    "contrastive_ops.ops.xtr",
     "contrastive_ops.reference.stream",
 ]
 

@@ -49,6 +49,7 @@ OTHERS = [
     (nn.HNNCELoss, lambda a, b: (a, b), {"alpha": 0.9}),
     (nn.GTELoss, lambda a, b: (a, b), {"partition": "joint"}),
     (nn.GISTEmbedLoss, lambda a, b: (a, b, b, a), {"margin": 0.1}),
+    (nn.LateInteractionLoss, lambda a, b: (a.view(6, 2, 4), b.view(6, 2, 4)), {"reduce": "mean"}),
     (nn.MinedInfoNCELoss, lambda a, b: (a, b, a + b, 2), {"in_batch": False}),
     (nn.MoCoLoss, lambda a, b: (a, b, a + b), {}),
     (nn.SigLIPLoss, lambda a, b: (a, b), {}),

@@ -12,6 +12,7 @@ from .decorrelation import (
 )
 from .diagnostics import Diagnostics
 from .hardness import dcl, debiased, hcl, hn_nce
+from .late_interaction import late_interaction
 from .margin import energy_hinge, simctg, vse
 from .mined import mined_info_nce
 from .multi_positive import multi_positive_info_nce, soft_info_nce, sup_con
@@ -53,6 +54,7 @@ __all__ = [
     "hcl",
     "hn_nce",
     "info_nce",
+    "late_interaction",
     "linear_log_prob",
     "log_det",
     "margin_softmax",

@@ -6,9 +6,12 @@ from .expert_routing import Routing, combine, dispatch, route
 from .folds import Fold, Reduced
 from .gating import Capacity, Gating, RouterLoss
 from .grouped_matmul import grouped_matmul
+from .maxsim import maxsim, maxsim_pairs
 from .pairs import Guide, Pairs
 from .similarity_reduce import merge_lse, similarity_reduce
 from .similarity_topk import TopK, similarity_topk
+from .token_sets import TokenSets
+from .xtr import xtr
 
 __all__ = [
     "Capacity",
@@ -20,13 +23,17 @@ __all__ = [
     "Reduced",
     "RouterLoss",
     "Routing",
+    "TokenSets",
     "TopK",
     "combine",
     "dispatch",
     "expert_choice",
     "grouped_matmul",
+    "maxsim",
+    "maxsim_pairs",
     "merge_lse",
     "route",
     "similarity_reduce",
     "similarity_topk",
+    "xtr",
 ]

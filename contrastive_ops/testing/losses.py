@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 from .. import losses
 from ..losses import RunningDenominator
 from ..ops.pairs import Pairs
+from ..ops.token_sets import TokenSets
 
 Inputs = dict[str, Tensor]
 # How many more columns than rows there are where columns are not partners: a size of their own tells them apart.
@@ -47,6 +48,24 @@ class Draw:
     def of_each_row(self) -> Tensor:
         """(N, 2, D): two unit rows for each row."""
         return self._unit(self.rows, 2).requires_grad_()
+
+    def tokens(self) -> Tensor:
+        """(N, 2, D): two unit rows for each row, with a gradient."""
+        return self.of_each_row().requires_grad_()
+
+    def more_tokens(self) -> Tensor:
+        """(M, 3, D): sets of three unit rows that are nobody's partners."""
+        return self._unit(self.rows + MORE_COLUMNS, 3).requires_grad_()
+
+    def lists_of_tokens(self) -> Tensor:
+        """(N, 2, 3, D): two sets of three unit rows for each row."""
+        return self._unit(self.rows, 2, 3)
+
+    def token_mask(self) -> Tensor:
+        """(M, 3) which of `more_tokens` take part: one at least."""
+        mask = self._uniform(self.rows + MORE_COLUMNS, 3) < 0.7
+        mask[:, 1] = True
+        return mask
 
     def guide(self) -> Tensor:
         """(N, D) unit rows of another model, in a dtype of its own."""
@@ -165,6 +184,7 @@ class LossCase:
         copies: rows of the loss for each row of the batch.
         reductions: which it has.
         permutes: whether its rows follow a permutation of the batch; not where a tensor names rows by number.
+        keeps_scores: whether it keeps a matrix of scores for backward, which is small next to the tokens of its rows.
     """
 
     function: Callable[..., Any]
@@ -175,6 +195,7 @@ class LossCase:
     copies: int = 1
     reductions: tuple[str, ...] = ("mean", "sum", "none")
     permutes: bool = True
+    keeps_scores: bool = False
 
     def __post_init__(self) -> None:
         """Read which common options the function has."""
@@ -231,6 +252,11 @@ def _graded_lists(inputs: Inputs) -> dict[str, Any]:
     return {**inputs, **flat}
 
 
+def _masked(inputs: Inputs) -> dict[str, Any]:
+    documents = TokenSets(inputs["documents"], inputs["mask"])
+    return {**_without(inputs, "mask"), "documents": documents}
+
+
 def _state(inputs: Inputs) -> dict[str, Any]:
     """Running denominators, a copy for every step: one that is stored could not be repeated."""
     state = RunningDenominator(0)
@@ -252,6 +278,7 @@ _GIST = {**_QUERY_KEY, "guide_query": Draw.guide, "guide_key": Draw.guide, **_SC
 _MINED = {"query": Draw.matrix, "positive": Draw.matrix, "corpus": Draw.columns, **_SCALE}
 _QWEN3 = ("query_to_doc", "query_to_query", "doc_to_doc")
 _TRIPLET = {"anchor": Draw.matrix, "positive": Draw.matrix, "negative": Draw.matrix}
+_TOKENS = {"queries": Draw.tokens, "documents": Draw.tokens, "scale": Draw.scale}
 _PAIR_LIST = {"x": Draw.columns, "y": Draw.columns, "rows": Draw.own, "cols": Draw.column, "labels": Draw.grades}
 
 # The entry with the name of its function is the one that tests take where one is enough.
@@ -353,6 +380,23 @@ LOSSES: dict[str, LossCase] = {
         arrange=_rules,
     ),
     "mined_info_nce ids": LossCase(losses.mined_info_nce, {**_MINED, "indices": Draw.two_columns, "ids": Draw.labels}),
+    "late_interaction": LossCase(losses.late_interaction, _TOKENS, keeps_scores=True),
+    "late_interaction negatives": LossCase(
+        losses.late_interaction,
+        {
+            "queries": Draw.tokens,
+            "documents": Draw.more_tokens,
+            "mask": Draw.token_mask,
+            "target": Draw.column,
+            "negatives": Draw.more_tokens,
+            "row_negatives": Draw.lists_of_tokens,
+            "scale": Draw.scale_of_rows,
+            **_WEIGHT,
+        },
+        {"reduce": "mean", "normalize": True},
+        arrange=_masked,
+        keeps_scores=True,
+    ),
     "siglip": LossCase(losses.siglip, {**_IMAGE_TEXT, **_SCALE, "bias": Draw.bias}),
     "multi_positive_siglip": LossCase(
         losses.multi_positive_siglip,

@@ -5,5 +5,6 @@
 #define HAS_AMX 1
 #include "expert_routing.cpp"
 #include "grouped_matmul.cpp"
+#include "maxsim.cpp"
 #include "similarity_reduce.cpp"
 #include "similarity_topk.cpp"

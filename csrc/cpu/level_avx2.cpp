@@ -3,5 +3,6 @@
 #define VECTOR_BYTES 32
 #include "expert_routing.cpp"
 #include "grouped_matmul.cpp"
+#include "maxsim.cpp"
 #include "similarity_reduce.cpp"
 #include "similarity_topk.cpp"

@@ -1,0 +1,174 @@
+"""The contrastive loss of late interaction: InfoNCE over MaxSim scores.
+
+Scores are formed without token-by-token matrices; the (N, M) scores themselves are small next to their tokens and are
+kept, so that the loss over them is plain torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .. import _checks
+from .._ordered import repeated
+from .._unit_rows import unit_rows
+from ..ops.maxsim import REDUCTIONS, own_pairs, pair_scores, scores_of
+from ..ops.similarity_topk import check_k
+from ..ops.token_sets import Packed, TokenSets, check_two_sides, concatenated, packed
+from ..ops.xtr import retrieved_scores
+from ..reference.similarity_reduce import softplus
+from . import _arguments
+
+
+def late_interaction(
+    queries: Tensor | TokenSets,
+    documents: Tensor | TokenSets,
+    negatives: Tensor | TokenSets | None = None,
+    *,
+    row_negatives: Tensor | TokenSets | None = None,
+    target: Tensor | None = None,
+    temperature: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
+    reduce: str = "sum",
+    retrieved: int | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """InfoNCE over late interaction: every query must find its document among all documents by MaxSim.
+
+    Equivalent to::
+
+        scores = [maxsim(queries, documents), maxsim(queries, negatives), maxsim_pairs(queries, row_negatives)]
+        F.cross_entropy(torch.cat(scores, 1) / temperature, target)
+
+    Args:
+        queries: (N, L, D) tokens or `TokenSets`, as in `maxsim`.
+        documents: (M, L', D) or `TokenSets`; query i belongs to document ``target[i]``.
+        negatives: (K, L'', D) or `TokenSets`, more documents for every query, such as mined ones of the batch.
+        row_negatives: (N, K', L'', D) or `TokenSets`, more documents for each query alone.
+        target: (N,) int64 in [0, M). None: query i belongs to document i, and M >= N.
+        temperature: divides the scores; float, 0-d or (N,) tensor, differentiable. Default 1.0.
+        scale: 1 / temperature instead; not both.
+        reduce: over the tokens of a query, as in `maxsim`: "sum", or "mean", whose scores have the size of one cosine.
+        retrieved: None, or how many document tokens of the batch each query token retrieves: scores are those of `xtr`,
+            with ``missing="skip"``. Not with `row_negatives`, which are not of the batch.
+        weight: (N,) weight of each query; the mean divides by its sum. Differentiable.
+        reduction: "mean", "sum" or "none".
+        normalize: scale all tokens to length 1 first; O(T D).
+        backend: as in `maxsim`.
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative. A query without
+        any negative has loss 0. A negative without tokens takes no part; a query whose document has none has loss inf.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `maxsim`.
+
+    Note:
+        Memory: that of `maxsim`, 4 bytes for each query token and document, and of the scores, 4 N M.
+
+    Source:
+        Santhanam et al., ColBERTv2: Effective and Efficient Retrieval via Lightweight Late Interaction, 2022; the loss
+        is `Contrastive` of PyLate. `retrieved`: see `xtr`.
+
+    Example:
+        >>> from contrastive_ops import TokenSets, late_interaction, maxsim
+        >>> queries, documents = torch.randn(4, 3, 8), TokenSets(torch.randn(4, 9, 8), torch.rand(4, 9) < 0.8)
+        >>> loss = late_interaction(queries, documents)
+        >>> truth = torch.nn.functional.cross_entropy(maxsim(queries, documents), torch.arange(4))
+        >>> torch.allclose(loss, truth, atol=1e-5)
+        True
+    """
+    name = "late_interaction"
+    _arguments.check_reduction(name, reduction)
+    _checks.check_choice(name, "reduce", reduce, REDUCTIONS)
+    q, d, more, own = _sides(name, queries, documents, negatives, row_negatives)
+    target = _checked_target(name, q, d, target)
+    factor = _arguments.resolve_scale(name, temperature, scale, 1.0)
+    if weight is not None:
+        _arguments.check_weight(name, weight, q.shape[0], "queries", q.tokens)
+    if normalize:
+        q, d = _unit(q), _unit(d)
+        more, own = (None if each is None else _unit(each) for each in (more, own))
+    if retrieved is None:
+        parts = [scores_of(name, q, each, reduce=reduce, backend=backend) for each in (d, more) if each is not None]
+        if own is not None:
+            pairs = own_pairs(name, q, own, "row_negatives")
+            of_own = pair_scores(name, q, own, pairs, reduce=reduce, backend=backend).view(own.shape)
+            parts.append(of_own if of_own.dim() == 2 else of_own[:, None])
+        scores = torch.cat(parts, 1)
+    else:
+        check_k(name, retrieved)
+        if own is not None:
+            raise ValueError(f"{name}: row_negatives must be None where retrieved is given: no batch has their tokens")
+        everything = d if more is None else concatenated(d, more)
+        scores = retrieved_scores(name, q, everything, retrieved, "skip", reduce, backend)
+    losses = _row_losses(scores, target, _checks.scale_tensor(name, factor, "queries", scores))
+    return _arguments.reduce_rows(losses, weight, reduction)
+
+
+def _sides(
+    function: str,
+    queries: Tensor | TokenSets,
+    documents: Tensor | TokenSets,
+    negatives: Tensor | TokenSets | None,
+    row_negatives: Tensor | TokenSets | None,
+) -> tuple[Packed, Packed, Packed | None, Packed | None]:
+    """Check the sets of tokens and their types; what is not given stays None."""
+    q, d = packed(function, "queries", queries), packed(function, "documents", documents)
+    check_two_sides(function, q, d)
+    more = None if negatives is None else packed(function, "negatives", negatives)
+    if more is not None:
+        check_two_sides(function, q, more, "negatives")
+    own = None if row_negatives is None else packed(function, "row_negatives", row_negatives, lists=True)
+    if own is not None:
+        check_two_sides(function, q, own, "row_negatives")
+    return q, d, more, own
+
+
+def _checked_target(function: str, q: Packed, d: Packed, target: Tensor | None) -> Tensor:
+    count, columns = q.shape[0], d.shape[0]
+    if target is None:
+        if columns < count:
+            raise ValueError(
+                f"{function}: documents must be at least as many as queries where target is not given, "
+                f"got {columns} and {count}"
+            )
+        return torch.arange(count, device=q.tokens.device)
+    _checks.check_index(function, "target", target, count, "queries", q.tokens)
+    _checks.check_index_values(function, "target", target, columns)
+    return target
+
+
+def _unit(sets: Packed) -> Packed:
+    return dataclasses.replace(sets, tokens=unit_rows(sets.tokens))
+
+
+def _row_losses(scores: Tensor, target: Tensor, scale: Tensor) -> Tensor:
+    """(N,) softplus(lse over the other columns - target logit)."""
+    # One factor for each row, so that its gradient is summed up in one order.
+    factor = scale if scale.dim() else repeated(scale, scores.shape[0])
+    # Where a document has no tokens: -inf times a scale that is learned would have a gradient of 0 * inf.
+    empty = scores == -torch.inf
+    logits = (factor[:, None] * scores.masked_fill(empty, 0.0)).masked_fill(empty, -torch.inf)
+    positive = logits.gather(1, target[:, None]).squeeze(1)
+    return softplus(_lse(logits.scatter(1, target[:, None], -torch.inf)) - positive)
+
+
+def _lse(logits: Tensor) -> Tensor:
+    """(N,) logsumexp of each row, with gradient 0 where all are -inf.
+
+    By log_softmax, which goes row by row: elsewhere, which exponentials are computed in a vector and which at the end
+    of a thread's share, and so their last bits, depends on the number of threads.
+    """
+    alone = pad(logits, (0, 1), value=-torch.inf)  # a column more, so that there is one where there is no document
+    nothing = (alone == -torch.inf).all(1)
+    alone = torch.where(nothing[:, None], 0.0, alone)
+    best = alone.detach().argmax(1, keepdim=True)
+    lse = alone.gather(1, best) - alone.log_softmax(1).gather(1, best)
+    return torch.where(nothing, -torch.inf, lse.squeeze(1))
