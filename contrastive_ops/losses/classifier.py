@@ -47,7 +47,7 @@ def cos_face(
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first. Without it they must have that length already.
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative.
@@ -125,7 +125,7 @@ def arc_face(
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first. Without it they must have that length already.
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative.
@@ -198,7 +198,7 @@ def margin_softmax(
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first.
         memory_budget: bytes of inner products kept for backward.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``.

@@ -55,7 +55,7 @@ def dcl(
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first, as the paper does; O(N D).
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (2 N,) for ``reduction="none"``: the rows of z0, then those of z1. float32 (float64 for float64
@@ -125,7 +125,7 @@ def debiased(
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first, as the bound above presumes; O(N D).
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (2 N,) for ``reduction="none"``: the rows of z0, then those of z1. float32 (float64 for float64
@@ -188,7 +188,7 @@ def hcl(
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first, as the bound above presumes; O(N D).
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (2 N,) for ``reduction="none"``: the rows of z0, then those of z1. float32 (float64 for float64
@@ -252,7 +252,7 @@ def hn_nce(
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first; O(N D).
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``: the average of both directions (the paper adds them), in float32

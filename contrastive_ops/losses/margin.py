@@ -60,7 +60,7 @@ def vse(
         reduction: "mean", "sum" (the authors') or "none".
         normalize: scale all rows to length 1 first, as the papers do; O(N D).
         memory_budget: bytes kept for backward without ``hardest``; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``: row i's loss plus column i's; in float32 (float64 for float64 inputs).
@@ -145,7 +145,7 @@ def energy_hinge(
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first, as the paper does; O((N + K) D).
         memory_budget: bytes kept for backward with ``hardest=False``; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative; 0 without
@@ -225,7 +225,7 @@ def simctg(
             The mean weighs tokens as `average` says.
         normalize: scale all rows to length 1 first, as the paper does, so that ``s_ii`` is 1; O(N D).
         memory_budget: bytes kept for backward; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative. A token that is

@@ -65,7 +65,7 @@ def mined_info_nce(
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first, also those of the corpus: O((N + M) D). Better done once.
         memory_budget: bytes kept for backward with ``reduction="none"``; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative. A row without

@@ -62,7 +62,7 @@ def sup_con(
         reduction: "mean" (over rows with a positive), "sum" or "none".
         normalize: scale all rows to length 1 first; O((N + M) D).
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative. A row without
@@ -154,7 +154,7 @@ def multi_positive_info_nce(
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first; O((N + M) D).
         memory_budget: bytes of inner products kept for backward by each of two sweeps; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs): the mean over each row's
@@ -240,7 +240,7 @@ def soft_info_nce(
         reduction: "mean" (over queries with targets), "sum" or "none".
         normalize: scale all rows to length 1 first; O((N + M) D).
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Its minimum is the entropy of

@@ -65,7 +65,7 @@ def gte(
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first; O(N D).
         memory_budget: bytes of inner products kept for backward by each sweep; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative, and at least
@@ -187,7 +187,7 @@ def gist(
         reduction: "mean", "sum" or "none".
         normalize: scale all rows, also the guide's, to length 1 first.
         memory_budget: bytes of inner products kept for backward by each sweep; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative. A row whose

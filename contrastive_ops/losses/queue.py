@@ -58,7 +58,7 @@ def moco(
         normalize: scale all rows to length 1 first; O((N + K) D).
         diagnostics: also return `Diagnostics` (accuracy, ranks, mean similarities) from the same sweep.
         memory_budget: bytes kept for backward where it recomputes; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs); with ``diagnostics`` the pair

@@ -57,7 +57,7 @@ def siglip(
         reduction: "mean", "sum" or "none"; of rows, each of which is a sum over its N pairs.
         normalize: scale all rows to length 1 first; O(N D).
         memory_budget: bytes kept for backward with ``reduction="none"``; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative. The mean of no
@@ -140,7 +140,7 @@ def multi_positive_siglip(
         reduction: "mean", "sum" or "none"; of rows, each of which is a sum over its M pairs.
         normalize: scale all rows to length 1 first; O((N + M) D).
         memory_budget: bytes kept for backward; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative. A row without
@@ -227,7 +227,7 @@ def bixse(
         reduction: "mean", "sum" or "none"; of queries, each of which is a sum over its M keys.
         normalize: scale all rows to length 1 first; O((N + M) D).
         memory_budget: bytes kept for backward with lists or ``reduction="none"``; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). The mean of no rows is NaN.

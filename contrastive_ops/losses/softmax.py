@@ -94,7 +94,7 @@ def info_nce(
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first; O(N D).
         memory_budget: bytes kept for backward with ``reduction="none"``; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs); with ``diagnostics`` the pair
@@ -200,7 +200,7 @@ def clip(
         diagnostics: also return `Diagnostics` of both directions from the same sweep.
         memory_budget: bytes of inner products kept for backward: 0 keeps none (8 N^2 D), 4 N^2 keeps all of them
             (6 N^2 D). None: 128 MiB. Does not change the result.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs); with ``diagnostics`` the pair
@@ -288,7 +288,7 @@ def nt_xent(
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first, as the paper does; O(N D).
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (2 N,) for ``reduction="none"`` (first the rows of ``z0``), in float32 (float64 for float64 inputs).

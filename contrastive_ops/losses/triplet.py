@@ -116,7 +116,7 @@ def batch_hard_triplet(
         distance: "euclidean", "sqeuclidean" or "cosine".
         weight: (N,) weight >= 0 of each row; the mean divides by the sum over the rows that count. Differentiable.
         reduction: "mean", "sum" or "none".
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). A row without a positive or
@@ -193,7 +193,7 @@ def batch_semi_hard_triplet(
         distance: "euclidean", "sqeuclidean" or "cosine".
         weight: (N,) weight >= 0 of each row; the mean divides by the sum over the rows that count. Differentiable.
         reduction: "mean", "sum" or "none".
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). A row without a positive or

@@ -136,7 +136,7 @@ def mine_hard_negatives(
         block_rows: rows of the corpus that are read at once; by default about 64 MiB.
         progress: True shows a bar for each pass where tqdm is installed; or a function of (rows done, rows of the
             corpus) that is called after each block.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         `HardNegatives`. A document whose score is NaN is no negative. Where a positive's score is NaN, margins keep

@@ -57,7 +57,7 @@ def maxsim(
         k: sum over the k best document tokens of each query token; over all of them in a document of fewer.
         reduce: over the tokens of a query: "sum", or "mean" over those that take part. A symmetric score is the mean of
             ``maxsim(x, y, reduce="mean")`` and ``maxsim(y, x, reduce="mean").T``.
-        backend: "auto", "reference" or "cpu". An explicit backend runs or raises.
+        backend: "auto", "reference", "cpu", "triton" or "cuda". An explicit backend runs or raises.
 
     Returns:
         (N, M) in float32 (float64 for float64 inputs). A document without tokens (no length, or all masked) has score
