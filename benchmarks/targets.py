@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FINISHED = {"softmax", "sup_con", "sigmoid", "partitions", "mining"}
+FINISHED = {"softmax", "sup_con", "sigmoid", "partitions", "mining", "routing"}
 
 
 @dataclass(frozen=True)
