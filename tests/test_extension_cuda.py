@@ -80,7 +80,7 @@ def without_gpu(tmp_path_factory: pytest.TempPathFactory) -> dict:
         except Exception as error:
             facts["raised"] = f"{type(error).__name__}: {error}"
         try:
-            _extension.load().cuda_expert_routing_dispatch(x, None, torch.zeros(4, dtype=torch.int64), x, 4, 1, 4, 8)
+            _extension.load().cuda_expert_routing_dispatch(x, None, torch.zeros(4, dtype=torch.int64), x, 1, 4, 8)
         except ValueError as error:
             facts["unguarded"] = str(error)
         facts["value"] = float(contrastive_ops.similarity_reduce(x, x).sum())

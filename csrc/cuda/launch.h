@@ -135,8 +135,7 @@ using Pack16 = Pack<T, kPack<T>>;
 
 __host__ __device__ inline bool is_aligned16(const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; }
 
-// ---- Sums within a warp, in an order that does not depend on anything
-// ------------------------------------------------
+// ---- Sums within a warp, in an order that does not depend on anything -----------------------------------------------
 
 // Folds the values of a warp's lanes by a commutative function; every lane gets the result.
 template <class T, class Function>
@@ -145,8 +144,7 @@ __device__ T fold_warp(T value, const Function& function) {
   return value;
 }
 
-// ---- The input type as a template argument
-// ---------------------------------------------------------------------------
+// ---- The input type as a template argument --------------------------------------------------------------------------
 
 // Calls function(T{}) with T the type that `dtype` names.
 template <class Function>

@@ -104,8 +104,7 @@ __device__ inline int64_t place_of(const PairChunk& chunk, int64_t i, int64_t j)
   return row < 0 || row >= chunk.rows || col < 0 || col >= chunk.cols ? -1 : row * chunk.pitch + col;
 }
 
-// ---- Logits that one multiplication gives
-// ----------------------------------------------------------------------------
+// ---- Logits that one multiplication gives ---------------------------------------------------------------------------
 //
 // Most losses have one set, with a scale of all pairs or of rows, and at most the diagonal and a target to leave out.
 

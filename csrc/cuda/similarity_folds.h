@@ -37,8 +37,7 @@ __device__ float term(float z) {
   return 1.0f;
 }
 
-// ---- One logit after another
-// -----------------------------------------------------------------------------------------
+// ---- One logit after another ----------------------------------------------------------------------------------------
 
 template <FoldKind kind>
 struct Running {
@@ -70,8 +69,7 @@ struct Running {
   __device__ Part part() const { return {{b == 0.0f && kind == FoldKind::logsumexp ? 0.0f : a, b}}; }
 };
 
-// ---- Merging
-// ---------------------------------------------------------------------------------------------------------
+// ---- Merging --------------------------------------------------------------------------------------------------------
 
 __device__ inline float rescaled(float sum, float exponent) { return sum == 0.0f ? 0.0f : sum * __expf(exponent); }
 
@@ -103,8 +101,7 @@ __device__ inline float finished(FoldKind kind, const Part& part) {
   return part.at[0];
 }
 
-// ---- A row of a tile
-// -------------------------------------------------------------------------------------------------
+// ---- A row of a tile ------------------------------------------------------------------------------------------------
 
 // Folds the numbers of all lanes of a warp; every lane gets the result. `index_of(k)` is the column of number k.
 template <FoldKind kind, int count, class IndexOf>

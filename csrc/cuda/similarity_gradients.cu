@@ -38,8 +38,7 @@ struct Upstreams {
   const float *d_target, *d_linear;
 };
 
-// ---- Derivatives by logits
-// -------------------------------------------------------------------------------------------
+// ---- Derivatives by logits ------------------------------------------------------------------------------------------
 
 // dfold/dl of a pair that takes part; `value` is that of its row's or column's fold.
 __device__ inline float slope(FoldKind kind, float z, float value) {
@@ -114,8 +113,7 @@ __device__ void add_slopes(FoldKind kind, const Columns& z, const Value& value, 
   }
 }
 
-// ---- Weights of a tile
-// -----------------------------------------------------------------------------------------------
+// ---- Weights of a tile ----------------------------------------------------------------------------------------------
 
 // dtotal/dl of the pairs in the columns of a lane, both ways, for one set.
 template <Path path>
@@ -398,8 +396,7 @@ __global__ void add_parts_kernel(const PairChunk chunk, const __grid_constant__ 
   }
 }
 
-// ---- Lists, and errors of rounding
-// -----------------------------------------------------------------------------------
+// ---- Lists, and errors of rounding ----------------------------------------------------------------------------------
 
 // One thread per row that may name a pair of the chunk: a list may name a column twice.
 __global__ void spread_kernel(const __grid_constant__ PairArguments p, const PairChunk chunk, int64_t owners,
@@ -431,8 +428,7 @@ __global__ void give_back_kernel(float* gradient, const float* residual, const i
   }
 }
 
-// ---- Host
-// ------------------------------------------------------------------------------------------------------------
+// ---- Host -----------------------------------------------------------------------------------------------------------
 
 Upstreams upstreams_of(const PairArguments& p, const float* values, const int64_t* argmax, const float* d_values,
                        const float* d_target, const float* d_linear) {

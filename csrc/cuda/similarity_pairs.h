@@ -52,8 +52,7 @@ struct PairArguments {
   const float* code_scale;  // (M,) what one unit of the int8 codes in a column is worth
 };
 
-// ---- Host
-// ------------------------------------------------------------------------------------------------------------
+// ---- Host -----------------------------------------------------------------------------------------------------------
 
 // Positions in pair_data, by the numbers of Slot in contrastive_ops/_similarity.py.
 inline void set_slot(PairArguments& p, PairSet& set, int64_t slot, const TensorArgument& tensor) {
@@ -163,8 +162,7 @@ inline PairArguments pairs_of(const Tensors& pair_data, const Integers& spec, co
   return p;
 }
 
-// ---- One pair
-// --------------------------------------------------------------------------------------------------------
+// ---- One pair -------------------------------------------------------------------------------------------------------
 
 // Whether an ascending list from `begin` to `end` has the column.
 __device__ inline bool listed(const int64_t* indices, int64_t begin, int64_t end, int64_t column) {

@@ -1,7 +1,8 @@
 // similarity_reduce on a GPU: folds of chunks of inner products. Gradients are in similarity_gradients.cu.
 //
-// A fold reads each inner product once, where the library has left it, and folds rows and columns at once: 4 bytes and two exponentials per pair, which an H100 can do in about a fifth of the time of the 2 D operations
-// before it at D of 1024. Folds of several kinds or sets read a chunk once each.
+// A fold reads each inner product once, where the library has left it, and folds rows and columns at once: 4 bytes and
+// two exponentials per pair, which an H100 can do in about a fifth of the time of the 2 D operations before it at D of
+// 1024. Folds of several kinds or sets read a chunk once each.
 #include "similarity_reduce.h"
 
 #include "launch.h"
@@ -20,8 +21,7 @@ struct Pass {
   bool rows_mirrored;  // with itself: rows take mirrored pairs and columns direct ones, not the other way around
 };
 
-// ---- Folding a tile
-// --------------------------------------------------------------------------------------------------
+// ---- Folding a tile -------------------------------------------------------------------------------------------------
 
 // The logits of two views of the pairs of a row of a tile, as folds see them, one pair after another. Without itself
 // the second view is the first.
@@ -154,8 +154,7 @@ __global__ void finish_kernel(const Part* state, FoldKind kind, int64_t count, f
   if (argmax != nullptr) argmax[at] = int64_t{__float_as_int(state[at].at[1])} - 1;
 }
 
-// ---- What rows name
-// --------------------------------------------------------------------------------------------------
+// ---- What rows name -------------------------------------------------------------------------------------------------
 
 // One warp per row that may name a pair of the chunk: its own rows, or all that follow where pairs are read both ways.
 __global__ void named_kernel(const __grid_constant__ PairArguments p, const PairChunk chunk, int64_t owners,
@@ -179,8 +178,7 @@ __global__ void named_kernel(const __grid_constant__ PairArguments p, const Pair
   if (lane == 0) linear[owner] += sum;
 }
 
-// ---- Host
-// ------------------------------------------------------------------------------------------------------------
+// ---- Host -----------------------------------------------------------------------------------------------------------
 
 using FoldKernel = void (*)(PairArguments, Pass, PairChunk, Part*, Part*);
 

@@ -10,8 +10,7 @@
 
 namespace contrastive_ops {
 
-// ---- Order
-// -----------------------------------------------------------------------------------------------------------
+// ---- Order ----------------------------------------------------------------------------------------------------------
 
 // In the order of the scores; zeros of both signs are equal. Not for NaN.
 __device__ inline uint32_t rank_of(float score) {
@@ -31,8 +30,7 @@ __device__ inline int64_t column_of(uint64_t key) { return ~static_cast<uint32_t
 // Below every key.
 constexpr uint64_t kNoKey = 0;
 
-// ---- The k-th best
-// ---------------------------------------------------------------------------------------------------
+// ---- The k-th best --------------------------------------------------------------------------------------------------
 
 // Keys of one list. All threads of a block call `each` together, which calls function(key) for every key.
 struct KeyList {
@@ -143,8 +141,7 @@ __device__ uint64_t last_key(const Keys& keys, int wanted, DigitCounts& memory) 
   }
 }
 
-// ---- One list
-// --------------------------------------------------------------------------------------------------------
+// ---- One list -------------------------------------------------------------------------------------------------------
 
 // Shared memory of a block that has a list.
 struct ListMemory {
@@ -169,8 +166,7 @@ __device__ inline float shrink(uint64_t* keys, int k, ListMemory& memory) {
   return score_of(last);
 }
 
-// ---- Sorting
-// ---------------------------------------------------------------------------------------------------------
+// ---- Sorting --------------------------------------------------------------------------------------------------------
 
 // Sorts the largest to the front; `size` is a power of two. All threads of a block.
 template <class T>

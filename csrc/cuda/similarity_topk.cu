@@ -59,8 +59,7 @@ struct Strip {
   }
 };
 
-// ---- Filter
-// ----------------------------------------------------------------------------------------------------------
+// ---- Filter ---------------------------------------------------------------------------------------------------------
 
 // Scores of one row. Where nothing but the inner product depends on the column, two numbers say all about it.
 template <bool plain>
@@ -134,8 +133,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<plain>)
   if (threadIdx.x == 0) counts[blockIdx.x] = memory.count, thresholds[blockIdx.x] = threshold;
 }
 
-// ---- Statistics
-// ------------------------------------------------------------------------------------------------------
+// ---- Statistics -----------------------------------------------------------------------------------------------------
 
 // Rows of the statistics: STATISTICS of contrastive_ops/_similarity.py.
 enum Statistic : int { eligible, higher, differ, same, below, above, guide, kStatistics };
@@ -177,8 +175,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x < kStatistics) statistics[int64_t{threadIdx.x} * gridDim.x + blockIdx.x] += totals[threadIdx.x];
 }
 
-// ---- Select
-// ----------------------------------------------------------------------------------------------------------
+// ---- Select ---------------------------------------------------------------------------------------------------------
 
 // Blocks of more threads sort long lists, and look through many of them.
 constexpr int kLongList = 2048, kManyLists = 8, kMoreThreads = 512;
@@ -268,8 +265,7 @@ __global__ void order_kernel(const float* values, const int64_t* indices, float*
   }
 }
 
-// ---- Host
-// ------------------------------------------------------------------------------------------------------------
+// ---- Host -----------------------------------------------------------------------------------------------------------
 
 // The scores of `p` depend on a column by its inner products alone.
 bool is_plain(const PairArguments& p) {

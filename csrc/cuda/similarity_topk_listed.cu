@@ -19,8 +19,7 @@ int lanes_for(int64_t D) {
   return lanes;
 }
 
-// ---- Logits
-// ----------------------------------------------------------------------------------------------------------
+// ---- Logits ---------------------------------------------------------------------------------------------------------
 
 template <class T, int width>
 __global__ void __launch_bounds__(kThreads)
@@ -50,8 +49,7 @@ __global__ void __launch_bounds__(kThreads)
   values[entry] = raw ? dot : logit_of(p, p.sets[0], dot, row, column);
 }
 
-// ---- Sums
-// ------------------------------------------------------------------------------------------------------------
+// ---- Sums -----------------------------------------------------------------------------------------------------------
 
 // A block per owner. Groups of lanes take the entries in turn, so that a column that every row lists does not take as
 // long as it is long, and the sums of the groups are added in their order.
