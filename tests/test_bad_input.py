@@ -78,7 +78,7 @@ CASES = [
     (
         lambda: similarity_reduce(X, Y, backend="gpu"),
         ValueError,
-        "backend must be one of 'auto', 'reference', 'cpu', 'triton', got 'gpu'",
+        "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'gpu'",
     ),
     (
         lambda: similarity_reduce(X.to("meta"), Y.to("meta"), backend="cpu"),
@@ -237,7 +237,7 @@ LOSS_CASES = [
     (
         lambda: clip(X, X, backend="gpu"),
         ValueError,
-        "clip: backend must be one of 'auto', 'reference', 'cpu', 'triton', got 'gpu'",
+        "clip: backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'gpu'",
     ),
     (
         lambda: nt_xent(X, X, memory_budget=-5),
