@@ -37,7 +37,7 @@ class Backend:
     no_room: Callable[[Any], list[str]] = lambda layout: []
 
 
-# In order of preference per device type. That of GPUs was measured on an H200, where CUDA kernels took 0.25 to 1.0 of
+# In order of preference per device type. That of GPUs was measured on an H200, where CUDA kernels took 0.2 to 1.0 of
 # the time of the Triton ones in every primitive that has both (benchmarks/results/kernel-notes.md).
 ORDER: Mapping[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),

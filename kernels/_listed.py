@@ -1,8 +1,4 @@
-"""Listed pairs: their logits, and the gradients of these.
-
-A gradient is a weighted sum of rows for each owner of a list: of rows of y for the rows that list them, and of rows of
-x for the columns that are listed, whose lists come from a stable sort. Every sum has one program and one order.
-"""
+"""Listed pairs: their logits, and the gradients of these. Every sum has one program and one order."""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from contrastive_ops._listed_gradients import Lists, gradients
 from contrastive_ops._similarity import Layout, LogitSet, ScaleOf, Slot
 
 from . import _pairs
@@ -148,27 +145,19 @@ def _sums(
     tl.store(out + owner * D + depth, total[None, :], mask=depth < D)
 
 
-class _Lists:
-    """Pairs by owner: the lists of `partners` that `indptr` cuts, taken from rows of pairs in the order `order`."""
-
-    def __init__(self, indptr: Tensor, partners: Tensor, order: Tensor | None = None) -> None:
-        self.indptr, self.partners, self.order = indptr, partners, order
-
-    def sum(self, weights: Tensor, rows: Tensor | None = None) -> Tensor:
-        """(owners, D) weighted sums of the partners' rows, or (owners,) sums of the weights, which are (N, listed)."""
-        rows = None if rows is None else unit_stride(rows)
-        weights = weights.flatten() if self.order is None else weights.flatten()[self.order]
-        owners, depth = len(self.indptr) - 1, 1 if rows is None else rows.shape[1]
-        out = weights.new_zeros((owners, depth))
-        if out.numel() and weights.numel():
-            block = 1 if rows is None else BLOCK_DEPTH
-            blocks = triton.cdiv(depth, block)
-            launch(
-                _sums, owners * blocks,
-                self.indptr, self.partners, weights, rows, out, 0 if rows is None else rows.stride(0), depth, blocks,
-                options=_OPTIONS, BLOCK_E=BLOCK_ENTRIES, BLOCK_D=block,
-            )  # fmt: skip
-        return out.squeeze(1) if rows is None else out
+def _sum_lists(lists: Lists, weights: Tensor, rows: Tensor | None) -> Tensor:
+    rows = None if rows is None else unit_stride(rows)
+    owners, depth = len(lists.indptr) - 1, 1 if rows is None else rows.shape[1]
+    out = weights.new_zeros((owners, depth))
+    if out.numel() and weights.numel():
+        block = 1 if rows is None else BLOCK_DEPTH
+        blocks = triton.cdiv(depth, block)
+        launch(
+            _sums, owners * blocks,
+            lists.indptr, lists.partners, weights, rows, out, 0 if rows is None else rows.stride(0), depth, blocks,
+            options=_OPTIONS, BLOCK_E=BLOCK_ENTRIES, BLOCK_D=block,
+        )  # fmt: skip
+    return out.squeeze(1) if rows is None else out
 
 
 def backward(
@@ -186,37 +175,11 @@ def backward(
     """Return the gradients of x, y, scale, row_bias, col_bias in float32; those not in `needs` have no rows."""
     layout, pairs = _problem(x, y, scale, row_bias, col_bias, pair_data, spec)
     each = layout.sets[0]
-    rows, columns, listed = len(x), len(y), indices.shape[1]
-    wants = [bool(needs >> bit & 1) for bit in range(5)]
-    sorted_columns, by_column = indices.flatten().sort(stable=True)
-    of_rows = _Lists(torch.arange(rows + 1, device=x.device) * listed, indices.flatten())
-    begins = torch.searchsorted(sorted_columns, torch.arange(columns + 1, device=x.device))
-    of_columns = _Lists(begins, by_column // max(listed, 1), by_column)
-    column = indices.clamp_min(0)
-    e = d_values.float().masked_fill((indices < 0) | (columns == 0), 0.0)
-    weight, dscale = e, torch.zeros_like(scale)
-    if indices.numel() and columns:
-        own = scale[layout.scale_slices(rows, columns)[0]].float()
-        of_column = each.scale_of == ScaleOf.COLUMNS
-        weight = e * (own[column] if of_column else own[:, None] if each.scale_of == ScaleOf.ROWS else own)
-        code_scale = each.data.get(Slot.CODE_SCALE)
-        weight = weight if code_scale is None else weight * code_scale[column]
-        if wants[2]:
-            e_dots = e * _dots(x, y, code_scale, indices, pairs, logits=False)
-            if of_column:
-                dscale[:columns] = of_columns.sum(e_dots)
-            elif each.scale_of == ScaleOf.ROWS:
-                dscale[:rows] = e_dots.sum(1)
-            else:
-                dscale[:1] = e_dots.sum()
-    nothing = x.new_zeros((0, x.shape[1]), dtype=torch.float32)
-    return (
-        of_rows.sum(weight, y) if wants[0] else nothing,
-        of_columns.sum(weight, x) if wants[1] else nothing.clone(),
-        dscale if wants[2] else dscale[:0],
-        e.sum(1) if wants[3] else e.new_zeros(0),
-        of_columns.sum(e) if wants[4] else e.new_zeros(0),
-    )
+
+    def dots() -> Tensor:
+        return _dots(x, y, each.data.get(Slot.CODE_SCALE), indices, pairs, logits=False)
+
+    return gradients(x, y, scale, each, indices, d_values, needs, dots, _sum_lists)
 
 
 # ---- Ahead of time ---------------------------------------------------------------------------------------------------
@@ -230,7 +193,7 @@ def variants(arch: str) -> Iterator[Variant]:
         Slot.CLASS_ROWS: torch.zeros(4, dtype=torch.int64),
         Slot.CLASS_COLS: torch.zeros(8, dtype=torch.int64),
     }
-    of_rows = _Lists(torch.zeros(5, dtype=torch.int64), indices.flatten())
+    of_rows, weights = Lists(torch.zeros(5, dtype=torch.int64), indices.flatten()), torch.zeros(32)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, y = torch.zeros((4, 64), dtype=dtype), torch.zeros((8, 64), dtype=dtype)
         layout = Layout((LogitSet(ScaleOf.COLUMNS, data=table),), ())
@@ -239,12 +202,12 @@ def variants(arch: str) -> Iterator[Variant]:
             _dots(x, y, None, indices, pairs, logits=True)
             pairs = _pairs.arguments(Layout((LogitSet(),), ()), 4, 8, vector[:1])
             _dots(x, y, vector, indices, pairs, logits=False)
-            of_rows.sum(torch.zeros((4, 8)), y)
+            _sum_lists(of_rows, weights, y)
         logits, products, sums = recorded.launches
         name = f"similarity_topk listed {str(dtype).removeprefix('torch.')}"
         yield logits.variant(f"{name}, logits")
         yield products.variant(f"{name}, products with codes' scale")
         yield sums.variant(f"{name}, sums of rows")
     with recording(arch) as recorded:
-        of_rows.sum(torch.zeros((4, 8)))
+        _sum_lists(of_rows, weights, None)
     yield recorded.launches[0].variant("similarity_topk listed, sums")

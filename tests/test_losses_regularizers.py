@@ -20,7 +20,7 @@ from contrastive_ops import (
     variance_hinge,
     vicreg,
 )
-from contrastive_ops.testing import relative_error
+from contrastive_ops.testing import relative_error, saved_bytes
 
 DOUBLE = torch.float64
 # More rows than features, and more features than rows, where the dual Gram matrix is used.
@@ -108,7 +108,13 @@ def test_uniformity_of_sixteen_bits(dtype):
     assert relative_error(found, expected) < 5e-3
 
 
-def test_uniformity_is_memory_bounded_and_compiles():
+def test_uniformity_keeps_no_matrix():
+    x = torch.randn(1000, 16).requires_grad_()
+    size, _ = saved_bytes(lambda: uniformity(x, memory_budget=0))
+    assert 0 < size <= 4 * x.numel() * x.element_size()
+
+
+def test_uniformity_compiles():
     compiled = torch.compile(uniformity, fullgraph=True, backend="aot_eager")
     for rows in (24, 37):
         x = torch.randn(rows, 8)

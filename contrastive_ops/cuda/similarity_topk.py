@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .._cuda import kernels
-from .._similarity import STATISTICS, Layout, LogitSet, ScaleOf, Slot
+from .._listed_gradients import Lists, gradients
+from .._similarity import STATISTICS, Layout, LogitSet, Slot
 from ..reference import similarity_topk as reference
 from ._products import CHUNK_BYTES, inner_products
 
@@ -267,25 +268,17 @@ def at(
 # ---- Gradients -------------------------------------------------------------------------------------------------------
 
 
-class _Lists:
-    """Entries by owner: the list of owner o is that of the partners from indptr[o] to indptr[o + 1], -1 for none."""
-
-    def __init__(self, indptr: Tensor, partners: Tensor) -> None:
-        self.indptr, self.partners = indptr, partners
-
-    def sum_rows(self, weights: Tensor, rows: Tensor) -> Tensor:
-        """(owners, D) weighted sums of the partners' rows."""
-        sums = torch.zeros((len(self.indptr) - 1, rows.shape[1]), dtype=torch.float32, device=rows.device)
-        if sums.numel() and weights.numel():
-            arguments = (rows.contiguous(), self.indptr, self.partners, weights, sums)
-            kernels().cuda_similarity_topk_sum_rows(*arguments, *sums.shape)
+def _sum_lists(lists: Lists, weights: Tensor, rows: Tensor | None) -> Tensor:
+    owners = len(lists.indptr) - 1
+    if rows is None:
+        sums = weights.new_zeros(owners)
+        kernels().cuda_similarity_topk_sum(lists.indptr, weights, sums, owners)
         return sums
-
-    def sum(self, weights: Tensor) -> Tensor:
-        """(owners,) sums of the weights."""
-        sums = torch.zeros(len(self.indptr) - 1, dtype=torch.float32, device=weights.device)
-        kernels().cuda_similarity_topk_sum(self.indptr, weights, sums, len(sums))
-        return sums
+    sums = weights.new_zeros((owners, rows.shape[1]))
+    if sums.numel() and weights.numel():
+        arguments = (rows.contiguous(), lists.indptr, lists.partners, weights, sums)
+        kernels().cuda_similarity_topk_sum_rows(*arguments, *sums.shape)
+    return sums
 
 
 def backward(
@@ -300,46 +293,11 @@ def backward(
     d_values: Tensor,
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, y, scale, row_bias, col_bias in float32; those not in `needs` have no rows.
-
-    Sums over the rows that list a column are in the order of a stable sort: no sum depends on what runs when.
-    """
-    wants = [bool(needs >> bit & 1) for bit in range(5)]
-    if not len(y):
-        indices, d_values = indices[:, :0], d_values[:, :0]
+    """Return the gradients of x, y, scale, row_bias, col_bias in float32; those not in `needs` have no rows."""
     problem = _Problem(x, y, scale, row_bias, col_bias, pair_data, spec)
-    each, column = problem.layout.sets[0], indices.clamp_min(0)
-    e = d_values.float().masked_fill(indices < 0, 0.0)
-    weight = e * _per_entry(scale, each.scale_of, column)
-    if Slot.CODE_SCALE in each.data:
-        weight = weight * each.data[Slot.CODE_SCALE][column]
-    listed = indices.shape[1]
-    of_rows = _Lists(torch.arange(len(x) + 1, device=x.device) * listed, indices.flatten())
-    sorted_columns, by_column = indices.flatten().sort(stable=True)
-    bounds = torch.searchsorted(sorted_columns, torch.arange(len(y) + 1, device=x.device))
-    of_columns = _Lists(bounds, by_column // max(listed, 1))
+    each = problem.layout.sets[0]
 
-    dscale = torch.zeros_like(scale)
-    if wants[2] and indices.numel():
-        e_dots = e * _at(problem, indices, raw=True)
-        if each.scale_of == ScaleOf.COLUMNS:
-            dscale[: len(y)] = of_columns.sum(e_dots.flatten()[by_column])
-        elif each.scale_of == ScaleOf.ROWS:
-            dscale[: len(x)] = e_dots.sum(1)
-        else:
-            dscale[:1] = e_dots.sum()
-    nothing = e.new_zeros((0, x.shape[1]))
-    return (
-        of_rows.sum_rows(weight.flatten(), y.to(x.dtype)) if wants[0] else nothing,
-        of_columns.sum_rows(weight.flatten()[by_column], x) if wants[1] else nothing,
-        dscale if wants[2] else dscale[:0],
-        e.sum(1) if wants[3] else e.new_zeros(0),
-        of_columns.sum(e.flatten()[by_column]) if wants[4] else e.new_zeros(0),
-    )
+    def dots() -> Tensor:
+        return _at(problem, indices, raw=True)
 
-
-def _per_entry(scale: Tensor, scale_of: ScaleOf, column: Tensor) -> Tensor:
-    """The scale of each listed pair, so shaped that it can be multiplied. That of other sets stands behind."""
-    if scale_of == ScaleOf.COLUMNS:
-        return scale[column].float()
-    return scale[: len(column) if scale_of == ScaleOf.ROWS else 1, None].float()
+    return gradients(x, y.to(x.dtype), scale, each, indices, d_values, needs, dots, _sum_lists)

@@ -6,6 +6,8 @@ from zeros. The smaller of the two is made, so that wide features of a small bat
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -257,7 +259,7 @@ def log_det(x: Tensor, *, eps: float = 1e-6, covariance: bool = False) -> Tensor
         missing = max(x.shape[1] - x.shape[0], 0)
         gram = _smaller_gram(wide) / x.shape[0]
     factor, failed = torch.linalg.cholesky_ex(gram + eps * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-    total = 2 * factor.diagonal().log().sum() + missing * torch.tensor(eps, dtype=torch.float64).log()
+    total = 2 * factor.diagonal().log().sum() + missing * math.log(eps)
     empty = not covariance and x.shape[0] == 0
     return torch.where((failed == 0) & (not empty), total, torch.nan).to(dtype)
 
