@@ -12,7 +12,7 @@ import contrastive_ops.losses
 from contrastive_ops import _dispatch
 from contrastive_ops.losses import RunningDenominator
 from contrastive_ops.testing import LOSSES, leaves, saved_bytes
-from contrastive_ops.testing.losses import DATA_SET
+from contrastive_ops.testing.draws import DATA_SET
 
 DOUBLE = torch.float64
 ONE_EACH = [name for name, case in LOSSES.items() if name == case.function.__name__]
