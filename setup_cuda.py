@@ -20,7 +20,9 @@ from pathlib import Path
 DEFAULT_ARCHITECTURES = "8.0;9.0a;9.0+PTX"
 OLDEST = (8, 0)
 
-FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo"]
+# Subnormal float32 numbers become 0: an exponential, of which kernels take one or two per pair, is then 2 instructions
+# and not 5. Probabilities below 1e-38 are lost; those of 16 bits stay as they are.
+FLAGS = ["-std=c++17", "-O3", "-ftz=true", "--expt-relaxed-constexpr", "-lineinfo"]
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-fno-lto"]
 RUNTIME_HEADER = "cuda_runtime_api.h"
 

@@ -79,9 +79,22 @@ def check_index(function: str, name: str, index: object, rows: int | None, x_nam
     check_device(function, x_name, x, name, index)
 
 
-def check_index_values(function: str, name: str, index: Tensor, columns: int, or_none: bool = False) -> None:
-    """Every number must exist (or be -1 for none). Reads the data, which a traced or meta tensor does not have."""
-    if torch.compiler.is_compiling() or index.device.type == "meta" or index.numel() == 0:
+def may_read(tensor: Tensor, *, waits: bool = False) -> bool:
+    """Whether a check may look at numbers: a traced or meta tensor has none, and a GPU would have to be waited for.
+
+    A step of training that waits for the GPU lets it idle until the next kernel is started, and cannot be captured as a
+    CUDA graph; so a check that `waits` is only for what would be wrong without a word, or out of bounds, otherwise.
+    """
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    return waits or tensor.device.type != "cuda"
+
+
+def check_index_values(
+    function: str, name: str, index: Tensor, columns: int, or_none: bool = False, *, waits: bool = True
+) -> None:
+    """Every number must exist (or be -1 for none), where `may_read` says that it can be looked at."""
+    if not may_read(index, waits=waits) or index.numel() == 0:
         return
     low, high = (int(extreme) for extreme in index.aminmax())
     lowest = -1 if or_none else 0

@@ -1,7 +1,8 @@
 """Sums whose bits do not depend on the number of threads.
 
-torch splits one long sum among its threads. Here it is cut into parts that are too short for that. Two operators, each
-the other's derivative: a traced program does not see the parts, whose number would bind it to one batch size.
+torch splits one long sum among its threads. Here it is cut into parts that are too short for that; on a GPU nothing has
+to be done. Two operators, each the other's derivative: a traced program does not see the parts, whose number would bind
+it to one batch size.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ _LIBRARY = torch.library.Library("contrastive_ops", "FRAGMENT")
 
 def in_parts(values: Tensor) -> Tensor:
     """The sum of a vector, for operators, which autograd does not look into."""
-    parts = [part.sum() for part in values.split(PART)]
+    parts = [values.sum()] if values.is_cuda else [part.sum() for part in values.split(PART)]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 def ordered_sum(values: Tensor) -> Tensor:
     """``values.sum()`` of a vector, differentiable, with the same bits for any number of threads."""
-    return torch.ops.contrastive_ops.ordered_sum(values)
+    return values.sum() if values.is_cuda else torch.ops.contrastive_ops.ordered_sum(values)
 
 
 def repeated(value: Tensor, size: int) -> Tensor:

@@ -218,15 +218,46 @@ def test_self_similarity_around_chunks(size):
 
 
 @pytest.mark.parametrize("schedule,rules", [*zip(every(2), [(), ("differ",)], strict=True)], indirect=["schedule"])
-@pytest.mark.parametrize("n,m", [(12, 300), (264, None)])
+@pytest.mark.parametrize("n,m", [(12, 300), (77, 261), (264, None)])
 def test_chunks_of_several_tiles(monkeypatch, n, m, rules):
-    """Also tiles that lie below the diagonal, where there is no pair."""
+    """Tiles of more rows than warps take at a time, and tiles that lie below the diagonal, where there is no pair."""
     large_chunks(monkeypatch)
     monkeypatch.setattr(_chunks, "BLOCKS", 1)
     inputs = Inputs(n, m or n, 3, itself=m is None)
     options = {"target": inputs.target(), "pairs": inputs.pairs(*rules) if rules else None}
     options["scale"] = torch.tensor(0.8, device=DEVICE).requires_grad_()
     check({"x": inputs.x, "y": inputs.y, **options}, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("dim", [(1,), (0,), (0, 1)])
+@pytest.mark.parametrize("kind", ["logsumexp", "sum_softplus", "sum_relu"])
+def test_tiles_of_more_rows_than_warps_take_at_a_time(monkeypatch, kind, dim):
+    large_chunks(monkeypatch)
+    monkeypatch.setattr(_chunks, "BLOCKS", 1)
+    inputs = Inputs(69, 35, 3)
+    options = {"reduce": (kind,), "dim": dim, "target": inputs.target(), "row_bias": inputs.leaf(69)}
+    check({"x": inputs.x, "y": inputs.y, "scale": inputs.leaf(69), **options})
+
+
+@pytest.mark.parametrize("itself", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_target_that_does_not_exist_is_nan(dtype, itself):
+    """A GPU is not waited for to refuse it, so kernels must stay within bounds."""
+    n, m = 20, 20 if itself else 37
+    inputs = Inputs(n, m, 9, itself=itself)
+    x, y = (t if t is None else t.detach().to(dtype) for t in (inputs.x, inputs.y))
+    target = torch.arange(n, device=DEVICE)
+    target[3], target[5], target[8] = -7, m, 2**32 + 1
+    layout = Layout((LogitSet(),), (SetFold(0, "logsumexp", False),)).encode()
+    problem = (x, y, torch.ones(1, device=DEVICE), None, None, target, *layout)
+    folds, argmax, target_logit, _, kept = launchers.forward(*problem, 0)
+    assert target_logit.isnan().nonzero()[:, 0].tolist() == [3, 5, 8]
+    logits = x.double() @ (x if y is None else y).double().T
+    torch.testing.assert_close(folds[3], logits[3].logsumexp(0).float(), rtol=1e-3, atol=1e-3)
+    gradients = launchers.backward(
+        *problem, folds, argmax, torch.ones_like(folds), torch.ones_like(folds), None, kept, 7
+    )
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("n,m,d", [(0, 5, 4), (5, 0, 4), (0, 0, 4), (3, 4, 0)])
@@ -611,7 +642,7 @@ def test_more_sets_than_kernels_have_room_for():
 def test_constants_are_those_of_the_kernels():
     sources = cuda_host.SOURCES
     text = "".join(Path(sources / name).read_text() for name in ("similarity_pairs.h", "similarity_chunk.h"))
-    text += Path(sources / "similarity_gradients.cu").read_text()
+    text += Path(sources / "similarity_sums.h").read_text()
     numbers = dict(re.findall(r"\b(k[A-Z]\w+) = (\d+)", text))
     assert (int(numbers["kMostSets"]), int(numbers["kMostFolds"])) == (_pairs.MOST_SETS, _pairs.MOST_FOLDS)
     assert int(numbers["kTileColumns"]) == _chunks.TILE_COLUMNS

@@ -24,7 +24,7 @@ TILE_COLUMNS = 256
 # Columns of a chunk are a multiple of it.
 COLUMN_STEP = TILE_COLUMNS
 # Rows of these tiles: fewer where there would not be blocks for a GPU of any size.
-TILE_ROWS, LEAST_TILE_ROWS, BLOCKS = 64, 8, 512
+TILE_ROWS, LEAST_TILE_ROWS, BLOCKS = 256, 8, 512
 # Numbers to which rows of a chunk are padded, so that libraries and kernels read 16 bytes at once in any dtype.
 PAD = 8
 

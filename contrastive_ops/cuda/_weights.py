@@ -16,7 +16,7 @@ from . import _products
 from ._chunks import Chunk, Problem
 from ._pairs import dense
 
-# Sums along rows and along columns that a kernel carries; csrc/cuda/similarity_gradients.cu has the same numbers.
+# Sums along rows and along columns that a kernel carries; csrc/cuda/similarity_sums.h has the same numbers.
 ROW_SLOTS, COL_SLOTS = 3, 2
 
 
@@ -196,11 +196,11 @@ class Gradients(NamedTuple):
             residual = sums.get(Sum(SumOf.RESIDUAL, cols))
             if target is None or gradient is None or residual is None:
                 continue
-            partner = target
-            if cols:  # of several rows with one target the last, whatever the order of writes
-                rows = torch.arange(len(target), device=target.device)
-                partner = torch.full((p.shape[1],), -1, device=target.device).scatter_reduce_(0, target, rows, "amax")
-            kernels().cuda_similarity_reduce_give_back(gradient, residual, dense(partner), other, *gradient.shape)
+            partner = dense(target)
+            if cols:
+                partner = target.new_full((p.shape[1],), -1)
+                kernels().cuda_similarity_reduce_partners(dense(target), len(target), len(partner), partner)
+            kernels().cuda_similarity_reduce_give_back(gradient, residual, partner, other, *gradient.shape, len(other))
 
 
 def _scale_gradient(p: Problem, scale: Tensor, sums: dict[Sum, Tensor]) -> Tensor:

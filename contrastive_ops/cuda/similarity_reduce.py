@@ -42,7 +42,8 @@ class Folding(NamedTuple):
         """Folds of nothing."""
         N, M, _ = p.shape
         state = p.x.new_zeros((2 * sum(p.layout.sizes(N, M)),), dtype=torch.float32)
-        target_logit = state.new_zeros((0 if target is None else N,))
+        # A target that no column is stays NaN, as nobody waits for the GPU to check it.
+        target_logit = state.new_full((0 if target is None else N,), torch.nan)
         return cls(state, target_logit, state.new_zeros((N if p.layout.has_linear else 0,)))
 
     def add(self, p: Problem, chunk: Chunk) -> None:

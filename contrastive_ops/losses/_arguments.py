@@ -105,6 +105,9 @@ def divide(total: Tensor, losses: Tensor, weight: Tensor | None) -> Tensor:
     if weight is not None:
         size = ordered_sum(weight.to(total.dtype))
         return total / torch.where(size == 0, 1.0, size)
+    rows = losses.shape[0]
+    if isinstance(rows, int) and rows > 0 and not torch.compiler.is_compiling():
+        return total / rows
     # Testing for 0 rows would fix a traced batch size, and 0 / 0 has an infinite gradient, which would reach the scale.
     count = torch.full_like(total, losses.shape[0])
     return total / count.clamp_min(1.0) + torch.where(count == 0, torch.nan, 0.0)
@@ -138,9 +141,9 @@ def check_partners(function: str, x_name: str, x: Tensor, y_name: str, y: Tensor
 
 
 def check_weight(function: str, weight: Tensor, size: int, x_name: str, x: Tensor) -> None:
-    """`weight` must be (size,) numbers >= 0. Reads the data, which a traced or meta tensor does not have."""
+    """`weight` must be (size,) numbers >= 0, where they can be read."""
     _checks.check_vector(function, "weight", weight, size, x_name, x)
-    if torch.compiler.is_compiling() or weight.device.type == "meta":
+    if not _checks.may_read(weight):
         return
     negative = weight.detach()[weight.detach() < 0]
     if negative.numel():

@@ -89,7 +89,7 @@ def shared_bias(function: str, bias: float | Tensor, x: Tensor) -> Tensor:
 def checked_labels(function: str, name: str, labels: Tensor, size: int, x_name: str, x: Tensor) -> Tensor:
     """`labels` must be numbers in [0, 1]; return them in the accumulation dtype."""
     _checks.check_vector(function, name, labels, size, x_name, x)
-    if not torch.compiler.is_compiling() and labels.device.type != "meta":
+    if _checks.may_read(labels):
         wrong = labels.detach()[~((labels >= 0) & (labels <= 1))]
         if wrong.numel():
             raise ValueError(f"{function}: {name} must be in [0, 1], got {float(wrong[0])}")

@@ -162,7 +162,8 @@ def _segments(function: str, segments: Tensor | None, num_segments: int | None, 
         if torch.compiler.is_compiling() or segments.device.type == "meta":
             raise ValueError(f"{function}: num_segments must be given where segments cannot be read, got None")
         num_segments = int(segments.max()) + 1 if len(segments) else 1
-    _checks.check_index_values(function, "segments", segments, num_segments)
+    # Kernels for a GPU count a token of another segment nowhere.
+    _checks.check_index_values(function, "segments", segments, num_segments, waits=False)
     return num_segments
 
 
@@ -177,7 +178,7 @@ def _allowed(function: str, allowed: Tensor | None, k: int, logits: Tensor) -> t
     if isinstance(allowed, Tensor) and allowed.dtype == torch.int64:
         given = allowed[:, None] if allowed.dim() == 1 and k == 1 else allowed
         _check_like(function, "allowed", given, torch.int64, (tokens, k), logits)
-        _checks.check_index_values(function, "allowed", given, experts, or_none=True)
+        _checks.check_index_values(function, "allowed", given, experts, or_none=True, waits=False)
         return None, given
     kind = allowed.dtype if isinstance(allowed, Tensor) else type(allowed).__name__
     raise TypeError(f"{function}: allowed must be bool (T, E), or int64 (T, k) experts, got {kind}")

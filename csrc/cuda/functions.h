@@ -20,6 +20,7 @@ namespace contrastive_ops {
   use(similarity_reduce_fold)               \
   use(similarity_reduce_give_back)          \
   use(similarity_reduce_named)              \
+  use(similarity_reduce_partners)           \
   use(similarity_reduce_spread)             \
   use(similarity_reduce_weigh)              \
   use(similarity_topk_at)                   \

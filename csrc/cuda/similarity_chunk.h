@@ -117,6 +117,12 @@ inline bool is_plain(const PairArguments& p, const PairSet& set, bool itself) {
   return !itself || (set.scale_of == ScaleOf::all && !p.row_bias);  // so that a pair has one logit both ways
 }
 
+// The target of a row, -1 for none, also where it is no column.
+__device__ inline int target_of(const PairArguments& p, int64_t i) {
+  const int64_t j = p.target ? p.target[i] : -1;
+  return j < 0 || j >= p.M ? -1 : static_cast<int>(j);
+}
+
 // The same for all pairs of a row: l = factor * dot + bias, and which columns are left out.
 struct PlainRow {
   float factor, bias;
@@ -125,7 +131,7 @@ struct PlainRow {
   __device__ PlainRow(const PairArguments& p, const PairSet& set, int i) : row(i) {
     factor = scale_factor(set, i, 0);
     bias = p.row_bias ? (set.negate ? -p.row_bias[i] : p.row_bias[i]) : 0.0f;
-    target = p.target ? static_cast<int>(p.target[i]) : -1;
+    target = target_of(p, i);
     diagonal = set.has_diagonal ? static_cast<int>(min(max(i + set.diagonal, int64_t{-1}), p.M)) : -1;
   }
   __device__ float logit(float dot) const { return fmaf(dot, factor, bias); }

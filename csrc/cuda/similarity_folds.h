@@ -25,7 +25,7 @@ __device__ inline float finite_or_zero(float x) { return fabsf(x) <= kLargest ? 
 
 // log(1 + exp(z)), exact on both sides.
 __device__ inline float softplus(float z) { return fmaxf(z, 0.0f) + log1pf(__expf(-fabsf(z))); }
-__device__ inline float sigmoid(float z) { return 1.0f / (1.0f + __expf(-z)); }
+__device__ inline float sigmoid(float z) { return __fdividef(1.0f, 1.0f + __expf(-z)); }
 
 // What one logit adds to a sum.
 template <FoldKind kind>

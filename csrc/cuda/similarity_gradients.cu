@@ -5,48 +5,14 @@
 // operations of the three products: at D of 1024 they take some ten times as long.
 #include "launch.h"
 #include "similarity_chunk.h"
-#include "similarity_folds.h"
-#include "similarity_pairs.h"
+#include "similarity_plain.h"
 #include "similarity_reduce.h"
+#include "similarity_sums.h"
 
 namespace contrastive_ops {
 namespace {
 
-// What is summed along rows and columns: rounding errors of the weights, dtotal/dl, dtotal/dl * inner product.
-enum class SumOf : int { residual = 0, bias = 1, scale = 2 };
-
-// A sum along the rows of a chunk, or along its columns, which a kernel carries.
-struct Slot {
-  SumOf what;
-  int set;  // -1 for all
-  bool direct, mirrored;
-  int64_t begin;  // of its results in `totals`
-};
-constexpr int kRowSlots = 3, kColSlots = 2;
-struct Slots {
-  int row_count, col_count;
-  Slot rows[kRowSlots], cols[kColSlots];
-};
-
-// What arrives from the total through one fold; d_value is null where nothing does.
-struct Upstream {
-  const float *value, *d_value;
-  const int64_t* argmax;
-};
-struct Upstreams {
-  Upstream folds[kMostFolds];
-  const float *d_target, *d_linear;
-};
-
 // ---- Derivatives by logits ------------------------------------------------------------------------------------------
-
-// dfold/dl of a pair that takes part; `value` is that of its row's or column's fold.
-__device__ inline float slope(FoldKind kind, float z, float value) {
-  if (kind == FoldKind::logsumexp) return __expf(z - value);
-  if (kind == FoldKind::sum_softplus) return sigmoid(z);
-  if (kind == FoldKind::sum_relu) return z > 0.0f ? 1.0f : 0.0f;
-  return 1.0f;
-}
 
 // dtotal/dl of the pair (i, j) in one set, whatever the rules are; `place` is where the pair stands in the chunk.
 __device__ inline float derivative(const PairArguments& p, const Upstreams& up, int s, float dot, float guide,
@@ -73,46 +39,6 @@ __device__ inline float derivative(const PairArguments& p, const Upstreams& up, 
   return e;
 }
 
-// The fold of rows and the fold of columns of the one set of a plain call; -1 for none.
-struct PlainFolds {
-  int rows, cols;
-};
-
-// One side of a plain call: the value of its fold and what arrives, for a row or a column.
-struct Side {
-  float value, d_value;
-  FoldKind kind;
-
-  __device__ Side(const PairArguments& p, const Upstreams& up, int fold, int64_t at, bool inside)
-      : value(0.0f), d_value(0.0f), kind(FoldKind::count) {
-    if (fold < 0 || !inside) return;
-    kind = p.folds[fold].kind;
-    value = up.folds[fold].value[at], d_value = up.folds[fold].d_value[at];
-    if (value == -kInfinity) value = 0.0f;  // of no pair: all logits are -inf, from which it may not be subtracted
-  }
-  // What the fold adds to dtotal/dl.
-  __device__ float operator()(float z) const {
-    return kind == FoldKind::count ? 0.0f : d_value * slope(kind, z, value);
-  }
-};
-
-// Adds d_value(k) * dfold/dl to e[k] for the pairs of a lane. The kind, which is the same for all threads, is looked at
-// once for all of them, and no pair is tested for taking part: an exponential of -inf is 0.
-template <class Value, class Derivative>
-__device__ void add_slopes(FoldKind kind, const Columns& z, const Value& value, const Derivative& d_value, Columns& e) {
-  if (kind == FoldKind::logsumexp) {
-    CONTRASTIVE_OPS_UNROLL
-    for (int k = 0; k < kColumns; ++k) e[k] += d_value(k) * __expf(z[k] - value(k));
-  } else if (kind == FoldKind::sum_softplus) {
-    CONTRASTIVE_OPS_UNROLL
-    for (int k = 0; k < kColumns; ++k) e[k] += d_value(k) * sigmoid(z[k]);
-  } else if (kind != FoldKind::count) {
-    const float least = kind == FoldKind::sum_relu ? 0.0f : -kInfinity;
-    CONTRASTIVE_OPS_UNROLL
-    for (int k = 0; k < kColumns; ++k) e[k] += z[k] > least ? d_value(k) : 0.0f;
-  }
-}
-
 // ---- Weights of a tile ----------------------------------------------------------------------------------------------
 
 // dtotal/dl of the pairs in the columns of a lane, both ways, for one set.
@@ -129,44 +55,23 @@ struct Derivatives {
   __device__ Derivatives(const PairArguments& arguments, const Upstreams& upstreams, const PairChunk& rectangle,
                          const PlainFolds plain, const Tile& tile)
       : p(arguments), up(upstreams), chunk(rectangle), folds(plain), values{}, d_values{}, d_targets{}, targets{} {
-    if constexpr (path != Path::general) {
+    if constexpr (path == Path::plain_itself) {
       CONTRASTIVE_OPS_UNROLL
       for (int k = 0; k < kColumns; ++k) {
         const int64_t j = chunk.first_col + tile.column(k);
         const bool inside = tile.column(k) < chunk.cols;
         const Side side(p, up, col_fold(), j, inside);
         values[k] = side.value, d_values[k] = side.d_value;
-        if constexpr (path == Path::plain_itself) {
-          targets[k] = p.target && inside ? static_cast<int>(p.target[j]) : -1;
-          d_targets[k] = up.d_target && inside ? up.d_target[j] : 0.0f;
-        }
+        targets[k] = inside ? target_of(p, j) : -1;
+        d_targets[k] = up.d_target && inside ? up.d_target[j] : 0.0f;
       }
     }
   }
 
-  // With itself, the fold that a plain call has gives to the row of a tile through one view of a pair and to its column
-  // through the other.
-  __device__ int row_fold() const { return path == Path::plain_itself && folds.rows < 0 ? folds.cols : folds.rows; }
-  __device__ int col_fold() const { return path == Path::plain_itself && folds.cols < 0 ? folds.rows : folds.cols; }
-
-  // dtotal/dl of the pairs of a row, in a plain call.
-  __device__ void of_row(const Tile& tile, int row, const Columns& dots, Columns& e) const {
-    const int i = chunk.first_row + row;
-    const PlainRow own(p, p.sets[0], i);
-    const Side side(p, up, folds.rows, i, true);
-    Columns z;
-    CONTRASTIVE_OPS_UNROLL
-    for (int k = 0; k < kColumns; ++k) z[k] = own.logit(dots[k]), e[k] = 0.0f;
-    add_slopes(side.kind, z, [&](int) { return side.value; }, [&](int) { return side.d_value; }, e);
-    const FoldKind of_cols = folds.cols < 0 ? FoldKind::count : p.folds[folds.cols].kind;
-    add_slopes(of_cols, z, [&](int k) { return values[k]; }, [&](int k) { return d_values[k]; }, e);
-    const float d_target = up.d_target ? up.d_target[i] : 0.0f;
-    CONTRASTIVE_OPS_UNROLL
-    for (int k = 0; k < kColumns; ++k) {
-      const int column = tile.column(k), j = chunk.first_col + column;
-      if (column >= chunk.cols || own.leaves_out(j)) e[k] = column < chunk.cols && j == own.target ? d_target : 0.0f;
-    }
-  }
+  // The fold that a plain call has gives to the row of a tile through one view of a pair and to its column through the
+  // other.
+  __device__ int row_fold() const { return folds.rows < 0 ? folds.cols : folds.rows; }
+  __device__ int col_fold() const { return folds.cols < 0 ? folds.rows : folds.cols; }
 
   // For pair k of the row: `use(k, direct, mirrored)`, 0 where there is no such view.
   template <class Use>
@@ -203,54 +108,24 @@ struct Derivatives {
         Side of_col = of_row;
         of_col.kind = col_fold() < 0 ? FoldKind::count : p.folds[col_fold()].kind;
         of_col.value = values[k], of_col.d_value = d_values[k];
-        if constexpr (path == Path::plain) {
-          const float e = has_slope && !own.leaves_out(j) ? of_row(z) + of_col(z) : 0.0f;
-          use(k, inside && j == own.target ? d_target : e, 0.0f);
-        } else {
-          const bool other_leaves_out = targets[k] == i || (set.has_diagonal && j + set.diagonal == i);
-          const bool by_cols = folds.rows < 0;
-          float direct = 0.0f, mirrored = 0.0f;
-          if (has_slope && j >= i && !own.leaves_out(j)) direct = by_cols ? of_col(z) : of_row(z);
-          if (has_slope && j > i && !other_leaves_out) mirrored = by_cols ? of_row(z) : of_col(z);
-          if (inside && j >= i && j == own.target) direct = d_target;
-          if (inside && j > i && targets[k] == i) mirrored = d_targets[k];
-          use(k, direct, mirrored);
-        }
+        const bool other_leaves_out = targets[k] == i || (set.has_diagonal && j + set.diagonal == i);
+        const bool by_cols = folds.rows < 0;
+        float direct = 0.0f, mirrored = 0.0f;
+        if (has_slope && j >= i && !own.leaves_out(j)) direct = by_cols ? of_col(z) : of_row(z);
+        if (has_slope && j > i && !other_leaves_out) mirrored = by_cols ? of_row(z) : of_col(z);
+        if (inside && j >= i && j == own.target) direct = d_target;
+        if (inside && j > i && targets[k] == i) mirrored = d_targets[k];
+        use(k, direct, mirrored);
       }
     }
   }
 };
-
-// Adds what the pairs of a lane give to the sum of a slot, by `add(k, term)`.
-template <class Add>
-__device__ void add_terms(const Slot& slot, const Columns& e, const Columns& dots, bool negate, const Add& add) {
-  const float sign = negate ? -1.0f : 1.0f;
-  if (slot.what == SumOf::scale) {
-    CONTRASTIVE_OPS_UNROLL
-    for (int k = 0; k < kColumns; ++k) add(k, e[k] == 0.0f ? 0.0f : sign * e[k] * dots[k]);
-  } else if (slot.what == SumOf::bias) {
-    CONTRASTIVE_OPS_UNROLL
-    for (int k = 0; k < kColumns; ++k) add(k, sign * e[k]);
-  }
-}
 
 // What a pair adds to the sum of a slot.
 __device__ inline float summed(const Slot& slot, float direct, float mirrored, float dot, bool negate) {
   float e = (slot.direct ? direct : 0.0f) + (slot.mirrored ? mirrored : 0.0f);
   if (slot.what == SumOf::scale) e = e == 0.0f ? 0.0f : e * dot;
   return negate ? -e : e;
-}
-
-// Writes neighbouring weights in the dtype that they are multiplied in, and turns them into what rounding took.
-template <class T>
-__device__ void round_and_store(float* g, float up_by, float down_by, bool inside, void* weights, int64_t at) {
-  Pack<T, kLoad> rounded;
-  CONTRASTIVE_OPS_UNROLL
-  for (int q = 0; q < kLoad; ++q) {
-    rounded.at[q] = from_float<T>(g[q] * up_by);
-    g[q] -= to_float(rounded.at[q]) * down_by;
-  }
-  if (inside) *reinterpret_cast<Pack<T, kLoad>*>(static_cast<T*>(weights) + at) = rounded;
 }
 
 template <Path path>
@@ -271,63 +146,46 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (!empty) {
       tile.load(chunk, chunk.dots, row, dots);
       if (path == Path::general && chunk.guide) tile.load(chunk, chunk.guide, row, guide);
-      if constexpr (path == Path::plain) {
-        const PairSet& set = p.sets[0];
-        const float factor = scale_factor(set, i, 0);
-        Columns e;
-        derivatives.of_row(tile, row, dots, e);
-        CONTRASTIVE_OPS_UNROLL
-        for (int k = 0; k < kColumns; ++k) g[k] = e[k] * factor;
-        CONTRASTIVE_OPS_UNROLL
-        for (int n = 0; n < kRowSlots; ++n) {
-          if (n < slots.row_count) {
-            add_terms(slots.rows[n], e, dots, set.negate, [&](int, float term) { row_sums[n] += term; });
+      for (int s = 0; s < (path == Path::general ? p.set_count : 1); ++s) {
+        const PairSet& set = p.sets[s];
+        const float factor = path == Path::general ? 0.0f : scale_factor(set, i, 0);
+        derivatives.each(tile, s, row, dots, guide, [&](int k, float direct, float mirrored) {
+          const int j = chunk.first_col + tile.column(k);
+          // What is outside the chunk is 0, and has no scale to read.
+          if (direct != 0.0f) g[k] += direct * (path == Path::general ? scale_factor(set, i, j) : factor);
+          if (mirrored != 0.0f) g[k] += mirrored * (path == Path::general ? scale_factor(set, j, i) : factor);
+          CONTRASTIVE_OPS_UNROLL
+          for (int n = 0; n < kRowSlots; ++n) {
+            const Slot& slot = slots.rows[n];
+            if (n >= slots.row_count || slot.what == SumOf::residual || (slot.set >= 0 && slot.set != s)) continue;
+            row_sums[n] += summed(slot, direct, mirrored, dots[k], set.negate);
           }
-        }
-        CONTRASTIVE_OPS_UNROLL
-        for (int n = 0; n < kColSlots; ++n) {
-          if (n < slots.col_count) {
-            add_terms(slots.cols[n], e, dots, set.negate, [&](int k, float term) { col_sums[n][k] += term; });
+          CONTRASTIVE_OPS_UNROLL
+          for (int n = 0; n < kColSlots; ++n) {
+            const Slot& slot = slots.cols[n];
+            if (n >= slots.col_count || slot.what == SumOf::residual || (slot.set >= 0 && slot.set != s)) continue;
+            col_sums[n][k] += summed(slot, direct, mirrored, dots[k], set.negate);
           }
-        }
-      } else {
-        for (int s = 0; s < (path == Path::general ? p.set_count : 1); ++s) {
-          const PairSet& set = p.sets[s];
-          const float factor = path == Path::general ? 0.0f : scale_factor(set, i, 0);
-          derivatives.each(tile, s, row, dots, guide, [&](int k, float direct, float mirrored) {
-            const int j = chunk.first_col + tile.column(k);
-            // What is outside the chunk is 0, and has no scale to read.
-            if (direct != 0.0f) g[k] += direct * (path == Path::general ? scale_factor(set, i, j) : factor);
-            if (mirrored != 0.0f) g[k] += mirrored * (path == Path::general ? scale_factor(set, j, i) : factor);
-            CONTRASTIVE_OPS_UNROLL
-            for (int n = 0; n < kRowSlots; ++n) {
-              const Slot& slot = slots.rows[n];
-              if (n >= slots.row_count || slot.what == SumOf::residual || (slot.set >= 0 && slot.set != s)) continue;
-              row_sums[n] += summed(slot, direct, mirrored, dots[k], set.negate);
-            }
-            CONTRASTIVE_OPS_UNROLL
-            for (int n = 0; n < kColSlots; ++n) {
-              const Slot& slot = slots.cols[n];
-              if (n >= slots.col_count || slot.what == SumOf::residual || (slot.set >= 0 && slot.set != s)) continue;
-              col_sums[n][k] += summed(slot, direct, mirrored, dots[k], set.negate);
-            }
-          });
-        }
+        });
       }
     }
     if (weights.data != nullptr) {
+      CONTRASTIVE_OPS_UNROLL
+      for (int k = 0; k < kColumns; ++k) g[k] *= up_by;
       CONTRASTIVE_OPS_UNROLL
       for (int k = 0; k < kColumns; k += kLoad) {
         const bool inside = tile.column(k) < chunk.cols;
         const int64_t at = row * chunk.pitch + tile.column(k);
         if (weights.dtype == DType::bfloat16) {
-          round_and_store<BFloat16>(g + k, up_by, down_by, inside, weights.data, at);
+          round_and_store(g + k, static_cast<BFloat16*>(weights.data) + at, inside);
         } else if (weights.dtype == DType::float16) {
-          round_and_store<Float16>(g + k, up_by, down_by, inside, weights.data, at);
+          round_and_store(g + k, static_cast<Float16*>(weights.data) + at, inside);
         } else {
-          round_and_store<float>(g + k, up_by, down_by, inside, weights.data, at);
+          round_and_store(g + k, static_cast<float*>(weights.data) + at, inside);
         }
       }
+      CONTRASTIVE_OPS_UNROLL
+      for (int k = 0; k < kColumns; ++k) g[k] *= down_by;
       CONTRASTIVE_OPS_UNROLL
       for (int n = 0; n < kRowSlots; ++n) {
         if (n >= slots.row_count || slots.rows[n].what != SumOf::residual) continue;
@@ -353,18 +211,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   CONTRASTIVE_OPS_UNROLL
   for (int n = 0; n < kColSlots; ++n) {
     if (n >= slots.col_count) break;
-    CONTRASTIVE_OPS_UNROLL
-    for (int k = 0; k < kColumns; ++k) {
-      shared[tile.warp * kTileColumns + tile.column(k) - tile.across * kTileColumns] = col_sums[n][k];
-    }
-    __syncthreads();
-    const int column = tile.across * kTileColumns + threadIdx.x;
-    if (column < chunk.cols) {
-      float sum = 0.0f;
-      for (int w = 0; w < kWarps; ++w) sum += shared[w * kTileColumns + threadIdx.x];
-      parts[(int64_t{n} * chunk.tiles_down() + tile.down) * chunk.cols + column] = sum;
-    }
-    __syncthreads();
+    store_column_sums(chunk, tile, col_sums[n], shared, parts + int64_t{n} * chunk.tiles_down() * chunk.cols);
   }
 }
 
@@ -411,12 +258,18 @@ __global__ void spread_kernel(const __grid_constant__ PairArguments p, const Pai
   }
 }
 
+// One thread per row; a maximum of integers does not depend on the order of writes.
+__global__ void partners_kernel(const int64_t* target, int64_t N, int64_t M, long long* partner) {
+  const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (row < N && target[row] >= 0 && target[row] < M) atomicMax(partner + target[row], static_cast<long long>(row));
+}
+
 // One warp per row.
 template <class T, int width>
 __global__ void give_back_kernel(float* gradient, const float* residual, const int64_t* partner, const T* other,
-                                 int64_t size, int64_t D) {
+                                 int64_t size, int64_t D, int64_t others) {
   const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
-  if (row >= size || partner[row] < 0) return;
+  if (row >= size || partner[row] < 0 || partner[row] >= others) return;
   const float weight = residual[row];
   auto* to = reinterpret_cast<Pack<float, width>*>(gradient + row * D);
   const auto* from = reinterpret_cast<const Pack<T, width>*>(other + partner[row] * D);
@@ -513,12 +366,14 @@ void similarity_reduce_weigh(Stream stream, const float* dots, const float* guid
   Packer(p, chunk.itself, sums).each_pass([&](const Slots& slots, bool writes) {
     const bool stores = writes && weights.data != nullptr;
     if (stores || slots.row_count + slots.col_count > 0) {
-      const auto kernel = path == Path::plain          ? weigh_kernel<Path::plain>
-                          : path == Path::plain_itself ? weigh_kernel<Path::plain_itself>
-                                                       : weigh_kernel<Path::general>;
-      const size_t shared = slots.col_count > 0 ? sizeof(float) * kWarps * kTileColumns : 0;
-      launch(kernel, chunk.tiles(), kThreads, shared, stream, p, up, folds, chunk, slots, norm,
-             stores ? weights : Output{nullptr, DType::float32}, parts);
+      const Output to = stores ? weights : Output{nullptr, DType::float32};
+      if (path == Path::plain) {
+        weigh_plain(stream, p, up, folds, chunk, slots, norm, to, parts);
+      } else {
+        const auto kernel = path == Path::plain_itself ? weigh_kernel<Path::plain_itself> : weigh_kernel<Path::general>;
+        const size_t shared = slots.col_count > 0 ? sizeof(float) * kWarps * kTileColumns : 0;
+        launch(kernel, chunk.tiles(), kThreads, shared, stream, p, up, folds, chunk, slots, norm, to, parts);
+      }
     }
     if (slots.row_count + slots.col_count > 0) {
       launch(add_parts_kernel, ceil_divide(int64_t{chunk.rows} + chunk.cols, kThreads), kThreads, 0, stream, chunk,
@@ -535,13 +390,20 @@ void similarity_reduce_spread(Stream stream, Integers chunk_numbers, Tensors pai
   launch(spread_kernel, ceil_divide(owners, kThreads), kThreads, 0, stream, p, chunk, owners, d_linear, spread);
 }
 
+void similarity_reduce_partners(Stream stream, const int64_t* target, int64_t N, int64_t M, int64_t* partner) {
+  static_assert(sizeof(long long) == sizeof(int64_t), "what atomicMax takes");
+  launch(partners_kernel, ceil_divide(N, kThreads), kThreads, 0, stream, target, N, M,
+         reinterpret_cast<long long*>(partner));
+}
+
 void similarity_reduce_give_back(Stream stream, float* gradient, const float* residual, const int64_t* partner,
-                                 Input other, int64_t size, int64_t D) {
+                                 Input other, int64_t size, int64_t D, int64_t others) {
   with_type(other.dtype, [&](auto type) {
     using T = decltype(type);
     const bool packs = is_aligned16(gradient) && is_aligned16(other.data) && D % kLoad == 0;
     const auto kernel = packs ? give_back_kernel<T, kLoad> : give_back_kernel<T, 1>;
-    launch(kernel, ceil_divide(size, kWarps), kThreads, 0, stream, gradient, residual, partner, other.as<T>(), size, D);
+    launch(kernel, ceil_divide(size, kWarps), kThreads, 0, stream, gradient, residual, partner, other.as<T>(), size, D,
+           others);
   });
 }
 

@@ -9,6 +9,7 @@
 #include "similarity_chunk.h"
 #include "similarity_folds.h"
 #include "similarity_pairs.h"
+#include "similarity_plain.h"
 
 namespace contrastive_ops {
 namespace {
@@ -38,7 +39,7 @@ struct Views {
       CONTRASTIVE_OPS_UNROLL
       for (int k = 0; k < kColumns; ++k) {
         const int column = tile.column(k);
-        targets[k] = p.target && column < chunk.cols ? static_cast<int>(p.target[chunk.first_col + column]) : -1;
+        targets[k] = column < chunk.cols ? target_of(p, chunk.first_col + column) : -1;
       }
     }
   }
@@ -68,14 +69,9 @@ struct Views {
         const int column = tile.column(k), j = chunk.first_col + column;
         const float logit = own.logit(dots[k]);
         const bool inside = column < chunk.cols;
-        if constexpr (path == Path::plain) {
-          const float shown = inside && !own.leaves_out(j) ? logit : -kInfinity;
-          use(k, shown, shown);
-        } else {
-          const bool other_leaves_out = targets[k] == i || (set.has_diagonal && j + set.diagonal == i);
-          use(k, inside && j >= i && !own.leaves_out(j) ? logit : -kInfinity,
-              inside && j > i && !other_leaves_out ? logit : -kInfinity);
-        }
+        const bool other_leaves_out = targets[k] == i || (set.has_diagonal && j + set.diagonal == i);
+        use(k, inside && j >= i && !own.leaves_out(j) ? logit : -kInfinity,
+            inside && j > i && !other_leaves_out ? logit : -kInfinity);
       }
     }
   }
@@ -185,7 +181,6 @@ using FoldKernel = void (*)(PairArguments, Pass, PairChunk, Part*, Part*);
 template <FoldKind kind>
 FoldKernel kernel_of(Path path) {
   if constexpr (kind == FoldKind::logsumexp || kind == FoldKind::sum_softplus) {
-    if (path == Path::plain) return fold_kernel<kind, Path::plain>;
     if (path == Path::plain_itself) return fold_kernel<kind, Path::plain_itself>;
   }
   return fold_kernel<kind, Path::general>;
@@ -248,7 +243,10 @@ void similarity_reduce_fold(Stream stream, const float* dots, const float* guide
                       : chunk.itself                               ? Path::plain_itself
                                                                    : Path::plain;
     const size_t shared = pass.along_cols ? sizeof(Part) * kWarps * kTileColumns : 0;
-    launch(kernel_of(fold.kind, path), chunk.tiles(), kThreads, shared, stream, p, pass, chunk, row_parts, col_parts);
+    if (path != Path::plain ||
+        !fold_plain(stream, p, fold.set, fold.kind, pass.along_rows, pass.along_cols, chunk, row_parts, col_parts)) {
+      launch(kernel_of(fold.kind, path), chunk.tiles(), kThreads, shared, stream, p, pass, chunk, row_parts, col_parts);
+    }
     launch(merge_kernel, ceil_divide(int64_t{chunk.rows} + chunk.cols, kThreads), kThreads, 0, stream, pass, chunk,
            row_parts, col_parts, states + begin_of(p, by_rows), states + begin_of(p, by_cols));
   }

@@ -48,9 +48,13 @@ void similarity_reduce_weigh(Stream stream, const float* dots, const float* guid
 void similarity_reduce_spread(Stream stream, Integers chunk, Tensors pair_data, Integers spec, const float* d_linear,
                               int64_t N, int64_t M, float* spread);
 
+// The row of each column that is a target, of several the last: partner (M,), -1 at first. Targets that are no column
+// are passed over, here and below.
+void similarity_reduce_partners(Stream stream, const int64_t* target, int64_t N, int64_t M, int64_t* partner);
+
 // gradient_i += residual_i * other_(partner i), where there is a partner.
-//   gradient (size, D), residual (size,), partner (size,), -1 for none, other (?, D)
+//   gradient (size, D), residual (size,), partner (size,), other (others, D)
 void similarity_reduce_give_back(Stream stream, float* gradient, const float* residual, const int64_t* partner,
-                                 Input other, int64_t size, int64_t D);
+                                 Input other, int64_t size, int64_t D, int64_t others);
 
 }  // namespace contrastive_ops
