@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def _cast_one(x: Any) -> Any:
     return x.to(torch.get_autocast_dtype(device))
 
 
-def disabled(x: Tensor) -> torch.autocast:
+def disabled(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """A region in which operations keep their dtypes: a region stays on inside an operator and in its backward."""
     device = x.device.type if x.device.type in ("cpu", "cuda") else "cpu"
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()

@@ -199,10 +199,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // ---- Weights --------------------------------------------------------------------------------------------------------
 
-// What a kernel is made for: the kinds of the folds of rows and of columns, `count` where there is none. `any` are
-// kinds that are looked at when it runs.
-constexpr auto kNone = FoldKind::count;
-constexpr auto kAny = static_cast<FoldKind>(-1);
+// What a kernel is made for: the kinds of the folds of rows and of columns, kNone where there is none, or kAny for
+// kinds that are looked at when it runs. Integers, as nvcc cannot name a value that an enumeration does not list.
+constexpr int kAny = -1, kNone = static_cast<int>(FoldKind::count);
 
 // Where the parts of each sum begin; -1 for a sum that is not carried.
 struct PlainSums {
@@ -211,16 +210,16 @@ struct PlainSums {
 
 // Adds d_value(k) * dfold/dl to e[k] for the pairs of a lane; logits and values are times log2(e). No pair is tested
 // for taking part: an exponential of -inf is 0.
-template <FoldKind made_for, class Value, class Derivative>
+template <int made_for, class Value, class Derivative>
 __device__ void add_slopes(FoldKind told, const Columns& z, const Value& value, const Derivative& d_value, Columns& e) {
-  const FoldKind kind = made_for == kAny ? told : made_for;
+  const FoldKind kind = made_for == kAny ? told : static_cast<FoldKind>(made_for);
   if (kind == FoldKind::logsumexp) {
     CONTRASTIVE_OPS_UNROLL
     for (int k = 0; k < kColumns; ++k) e[k] = fmaf(d_value(k), exp2f(z[k] - value(k)), e[k]);
   } else if (kind == FoldKind::sum_softplus) {
     CONTRASTIVE_OPS_UNROLL
     for (int k = 0; k < kColumns; ++k) e[k] = fmaf(d_value(k), __fdividef(1.0f, 1.0f + exp2f(-z[k])), e[k]);
-  } else if (kind != kNone) {
+  } else if (kind != FoldKind::count) {
     const float least = kind == FoldKind::sum_relu ? 0.0f : -kInfinity;
     CONTRASTIVE_OPS_UNROLL
     for (int k = 0; k < kColumns; ++k) e[k] += z[k] > least ? d_value(k) : 0.0f;
@@ -246,7 +245,7 @@ __device__ inline float sum_of(const Columns& e) {
   return sum;
 }
 
-template <class T, FoldKind row_kind, FoldKind col_kind>
+template <class T, int row_kind, int col_kind>
 __global__ void __launch_bounds__(kThreads, 2)
     weigh_plain_kernel(const __grid_constant__ PairArguments p, const __grid_constant__ Upstreams up,
                        const PlainFolds folds, const PairChunk chunk, const PlainSums sums, const float* norm,
@@ -268,8 +267,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     arriving[at] = {side.value * kLog2E, side.d_value, up.d_target ? up.d_target[i] : 0.0f, own.factor * up_by};
   }
   __syncthreads();
-  const FoldKind of_rows = folds.rows < 0 ? kNone : p.folds[folds.rows].kind;
-  const FoldKind of_cols = folds.cols < 0 ? kNone : p.folds[folds.cols].kind;
+  const FoldKind of_rows = folds.rows < 0 ? FoldKind::count : p.folds[folds.rows].kind;
+  const FoldKind of_cols = folds.cols < 0 ? FoldKind::count : p.folds[folds.cols].kind;
   Columns values = {}, d_values = {}, col_residuals = {}, col_biases = {};
   if (col_kind != kNone && folds.cols >= 0) {
     const Upstream& from = up.folds[folds.cols];
@@ -381,8 +380,8 @@ PlainSums plain_sums(const Slots& slots, const PairChunk& chunk) {
 
 // The kernel for the folds of a call: those of the common losses are made for them.
 template <class T>
-auto weigh_kernel_of(FoldKind rows, FoldKind cols) {
-  constexpr auto lse = FoldKind::logsumexp, softplus = FoldKind::sum_softplus;
+auto weigh_kernel_of(int rows, int cols) {
+  constexpr int lse = static_cast<int>(FoldKind::logsumexp), softplus = static_cast<int>(FoldKind::sum_softplus);
   if (rows == lse && cols == lse) return weigh_plain_kernel<T, lse, lse>;
   if (rows == lse && cols == kNone) return weigh_plain_kernel<T, lse, kNone>;
   if (rows == softplus && cols == kNone) return weigh_plain_kernel<T, softplus, kNone>;
@@ -395,7 +394,7 @@ void weigh_plain(Stream stream, const PairArguments& p, const Upstreams& up, con
                  const PairChunk& chunk, const Slots& slots, const float* norm, const Output& weights, float* parts) {
   const size_t of_rows = (sizeof(Row) + sizeof(RowUpstream)) * chunk.tile_rows;
   const size_t shared = of_rows + (slots.col_count > 0 ? sizeof(float) * kWarps * kTileColumns : 0);
-  const auto kind_of = [&](int fold) { return fold < 0 ? kNone : p.folds[fold].kind; };
+  const auto kind_of = [&](int fold) { return fold < 0 ? kNone : static_cast<int>(p.folds[fold].kind); };
   with_type(weights.dtype, [&](auto type) {
     using T = decltype(type);
     launch(weigh_kernel_of<T>(kind_of(folds.rows), kind_of(folds.cols)), chunk.tiles(), kThreads, shared, stream, p, up,
