@@ -22,16 +22,21 @@ namespace {
 
 using at::Tensor;
 
+// Messages are strings when they get to TORCH_CHECK, which would write numbers by a stream: that crashes in an
+// extension whose toolchain has linked libstdc++ into it while torch has another one.
+
 // What all tensors of a call have in common.
 struct CudaCall {
-  const char* name;
+  std::string name;
   std::optional<at::Device> device;
 
   void* data(const Tensor& tensor) {
-    TORCH_CHECK_VALUE(tensor.is_cuda() && tensor.is_contiguous(), name,
-                      ": tensors must be contiguous and on a GPU, got ", tensor.strides(), " on ", tensor.device());
-    TORCH_CHECK_VALUE(!device || *device == tensor.device(), name, ": tensors must be on one device, got ", *device,
-                      " and ", tensor.device());
+    const std::string where = tensor.device().str();
+    TORCH_CHECK_VALUE(tensor.is_cuda() && tensor.is_contiguous(),
+                      name + ": tensors must be contiguous and on a GPU, got one that is " +
+                          (tensor.is_contiguous() ? "" : "not ") + "contiguous on " + where);
+    TORCH_CHECK_VALUE(!device || *device == tensor.device(),
+                      name + ": tensors must be on one device, got " + device->str() + " and " + where);
     device = tensor.device();
     return tensor.data_ptr();
   }
@@ -47,8 +52,8 @@ struct CudaArgument<T*> {
     if (value.is_none()) return nullptr;
     const Tensor tensor = value.cast<Tensor>();
     const auto type = c10::CppTypeToScalarType<std::remove_const_t<T>>::value;
-    TORCH_CHECK_TYPE(tensor.scalar_type() == type, call.name, ": a tensor must have dtype ", type, ", got ",
-                     tensor.scalar_type());
+    TORCH_CHECK_TYPE(tensor.scalar_type() == type, call.name + ": a tensor must have dtype " + c10::toString(type) +
+                                                       ", got " + c10::toString(tensor.scalar_type()));
     return static_cast<T*>(call.data(tensor));
   }
 };
@@ -68,8 +73,8 @@ struct FloatingArgument {
       case at::kHalf:
         return DType::float16;
       default:
-        TORCH_CHECK_TYPE(false, call.name, ": a tensor must be of float32, bfloat16 or float16, got ",
-                         tensor.scalar_type());
+        TORCH_CHECK_TYPE(false, call.name + ": a tensor must be of float32, bfloat16 or float16, got " +
+                                    c10::toString(tensor.scalar_type()));
     }
   }
 };
@@ -100,11 +105,12 @@ struct CudaArgument<Integers> {
 template <class... P, size_t... index>
 void call_cuda(const char* name, void (*function)(Stream, P...), const pybind11::args& values,
                std::index_sequence<index...>) {
-  TORCH_CHECK_VALUE(values.size() == sizeof...(P), name, " must get ", sizeof...(P), " arguments, got ", values.size());
   CudaCall call{name, {}};
+  TORCH_CHECK_VALUE(values.size() == sizeof...(P), call.name + " must get " + std::to_string(sizeof...(P)) +
+                                                       " arguments, got " + std::to_string(values.size()));
   std::tuple<CudaArgument<P>...> arguments;
   std::tuple<P...> raw{std::get<index>(arguments).get(call, values[index])...};
-  TORCH_CHECK_VALUE(call.device.has_value(), name, " must get a tensor");
+  TORCH_CHECK_VALUE(call.device.has_value(), call.name + " must get a tensor");
   const c10::cuda::CUDAGuard guard(*call.device);
   function(c10::cuda::getCurrentCUDAStream().stream(), std::get<index>(raw)...);
 }

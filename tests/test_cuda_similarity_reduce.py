@@ -436,6 +436,34 @@ def test_gradient_error_in_three_regimes(monkeypatch, dtype, level, name):
         assert relative_error(got, each) <= GRADIENT_ERROR_16_BIT
 
 
+@pytest.mark.skipif(not ON_GPU, reason="a GPU is needed for a CUDA graph")
+@pytest.mark.parametrize("name", [*PAIRED, "siglip"])
+def test_a_step_can_be_a_cuda_graph(name):
+    """Nothing waits for the GPU, and nothing depends on when memory was asked for."""
+    loss = siglip if name == "siglip" else PAIRED[name]
+    a, b = (t.cuda().requires_grad_() for t in clustered_pairs(64, 64, 0.3, dtype=torch.bfloat16))
+
+    def step():
+        a.grad = b.grad = None
+        value = loss(a, b, scale=50.0)
+        value.backward()
+        return value
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = step()
+    with torch.no_grad():
+        a.copy_(b.roll(1, 0))
+    graph.replay()
+    got = [value.detach().clone(), a.grad.clone(), b.grad.clone()]
+    assert all(map(torch.equal, got, (step().detach(), a.grad, b.grad)))
+
+
 # ---- What stands on it -----------------------------------------------------------------------------------------------
 
 
