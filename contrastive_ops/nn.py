@@ -301,14 +301,14 @@ class LateInteractionLoss(ScaledLoss):
 
 
 class MatryoshkaInfoNCELoss(ScaledLoss):
-    """`contrastive_ops.matryoshka_info_nce` as a module: ``MatryoshkaInfoNCELoss(0.05, dims=(64, 256))(query, key)``."""
+    """`contrastive_ops.matryoshka_info_nce` as a module: ``MatryoshkaInfoNCELoss(0.05, dims=dims)(query, key)``."""
 
     function = staticmethod(losses.matryoshka_info_nce)
     default_temperature = 0.07
 
 
 class MatryoshkaCLIPLoss(ScaledLoss):
-    """`contrastive_ops.matryoshka_clip` with a learnable temperature: ``MatryoshkaCLIPLoss(dims=(64, 256))(image, text)``."""
+    """`contrastive_ops.matryoshka_clip` with a learned temperature: ``MatryoshkaCLIPLoss(dims=dims)(image, text)``."""
 
     function = staticmethod(losses.matryoshka_clip)
     default_temperature = 0.07
@@ -316,7 +316,7 @@ class MatryoshkaCLIPLoss(ScaledLoss):
 
 
 class MatryoshkaNTXentLoss(ScaledLoss):
-    """`contrastive_ops.matryoshka_nt_xent` as a module: ``MatryoshkaNTXentLoss(0.1, dims=(64, 256))(view0, view1)``."""
+    """`contrastive_ops.matryoshka_nt_xent` as a module: ``MatryoshkaNTXentLoss(0.1, dims=dims)(view0, view1)``."""
 
     function = staticmethod(losses.matryoshka_nt_xent)
     default_temperature = 0.5

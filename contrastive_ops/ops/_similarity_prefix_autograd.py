@@ -127,7 +127,8 @@ def _backward_derivative(ctx: Any, *d_gradients: Tensor | None) -> tuple[Any, ..
         # Aliases: only what this operator itself does with an input counts, not how the folds came from x.
         tensors = [alias(t) for t in saved]
         leaves = [a for a in tensors if a is not None and a.requires_grad]
-        outputs = reference.backward(*tensors[:_DIMS], *ctx.options, *tensors[_DIMS:], ctx.needs)
+        arguments: list[Any] = [*tensors[:_DIMS], *ctx.options, *tensors[_DIMS:], ctx.needs]
+        outputs = reference.backward(*arguments)
         pairs = [(o, d) for o, d in zip(outputs, d_gradients, strict=True) if d is not None and o.requires_grad]
         found = iter(grad([o for o, _ in pairs], leaves, [d for _, d in pairs]))
     gradients = [next(found) if a is not None and a.requires_grad else None for a in tensors]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._dispatch import Backend, choose
+from .. import _autocast, _checks, _extension
+from .._dispatch import Backend, choose, unsupported_by_cpu
 from .._similarity import Slot
 from ..reference import similarity_prefix as reference
 from ._similarity_prefix_autograd import register
@@ -23,6 +24,12 @@ BACKENDS = {
         source="contrastive_ops/reference/similarity_prefix.py",
         functions=lambda: reference,
         unsupported=lambda x: [],
+    ),
+    "cpu": Backend(
+        source="csrc/cpu/similarity_prefix.cpp",
+        functions=functools.cache(lambda: _extension.functions("similarity_prefix")),
+        unsupported=unsupported_by_cpu,
+        keeps=True,
     ),
 }
 
@@ -186,7 +193,9 @@ def prefix_folds(
 
 def check_dims(function: str, dims: Sequence[int], x_name: str, x: Tensor) -> list[int]:
     """`dims` must be lengths of prefixes of the rows of `x`, ascending."""
-    found = [dims] if isinstance(dims, int) else list(dims)
+    if not isinstance(dims, Sequence):
+        raise TypeError(f"{function}: dims must be a tuple or list of integers, got {type(dims).__name__}")
+    found = list(dims)
     for each in found:
         if isinstance(each, bool) or not isinstance(each, int):
             raise TypeError(f"{function}: dims must be integers, got {type(each).__name__}")

@@ -145,7 +145,8 @@ def backward(
         out = m.left_out(part)
         parts = [m.x[part, columns] @ m.y[:, columns].T for columns in m.segments]
         all_dots = list(itertools.accumulate(parts))
-        weights, dx, dy, by_row, by_col = torch.zeros_like(parts[0]), [], [], [], []
+        weights = torch.zeros_like(parts[0])
+        found: list[tuple[Tensor, ...]] = []
         for prefix, columns in reversed(list(enumerate(m.segments))):
             factors = m.factors(prefix, part)
             cosines = all_dots[prefix] * factors
@@ -158,13 +159,12 @@ def backward(
             if d_target is not None and target is not None:
                 e = e.scatter_add(1, target[part, None], d_target[prefix, part, None])
             along = e * cosines.masked_fill(e == 0, 0.0)
-            by_row.insert(0, along.sum(1))
-            by_col.insert(0, along.sum(0))
             # A prefix weighs all columns before its end, so a segment has the weights of the prefixes from its own on.
             weights = weights + e * (scale * factors)
-            dx.insert(0, weights @ m.y[:, columns])
-            dy.insert(0, weights.T @ m.x[part, columns])
-        return torch.cat(dx, 1), torch.cat(dy, 1), torch.stack(by_row), torch.stack(by_col)
+            of_segment = weights @ m.y[:, columns], weights.T @ m.x[part, columns]
+            found.append((*of_segment, along.sum(1), along.sum(0)))
+        dx_parts, dy_parts, by_row_parts, by_col_parts = zip(*reversed(found), strict=True)
+        return torch.cat(dx_parts, 1), torch.cat(dy_parts, 1), torch.stack(by_row_parts), torch.stack(by_col_parts)
 
     run = one_chunk
     if torch.is_grad_enabled():
