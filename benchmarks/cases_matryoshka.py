@@ -7,7 +7,7 @@ import torch
 from benchmarks import providers_matryoshka as providers
 from benchmarks.inputs import paired_case_inputs
 from benchmarks.providers import matmuls
-from benchmarks.providers_matryoshka import EAGER, NO_CACHE, OURS_IN_A_LOOP, TORCH_LOOP
+from benchmarks.providers_matryoshka import EAGER, OURS_IN_A_LOOP, TORCH_LOOP
 from benchmarks.registry import OURS, TOLERANCE, Case, Inputs, Provider, Target, register
 from benchmarks.truth import matryoshka_truth
 
@@ -33,7 +33,6 @@ def matryoshka_case(loss: str, products: str, *others: Provider, targets: tuple[
         truth=matryoshka_truth,
         providers=(
             providers.ours(op),
-            providers.ours(op, NO_CACHE, memory_budget=0),
             providers.ours_in_a_loop(loss),
             providers.torch_loop(EAGER[loss]),
             providers.torch_loop(EAGER[loss], compiled=True),

@@ -14,7 +14,6 @@ from torch import Tensor
 from benchmarks.providers import differentiate, eager_clip, eager_info_nce
 from benchmarks.registry import OURS, Inputs, Outcome, Provider, Step
 
-NO_CACHE = f"{OURS} no cache"
 OURS_IN_A_LOOP = f"{OURS} in a loop"
 TORCH_LOOP = "torch loop"
 PEER = "sentence-transformers MatryoshkaLoss"
@@ -29,16 +28,16 @@ def _depth(inputs: Inputs) -> int:
     return next(t.shape[1] for t in inputs.tensors.values() if t.ndim == 2)
 
 
-def ours(function: str, name: str = OURS, **options: int) -> Provider:
+def ours(function: str) -> Provider:
     """``contrastive_ops.<function>`` of all prefixes."""
 
     def build(inputs: Inputs) -> Step:
         import contrastive_ops
 
         loss, dims = getattr(contrastive_ops, function), dims_of(_depth(inputs))
-        return differentiate(lambda **leaves: loss(**leaves, **inputs.arguments, **options, dims=dims), inputs.tensors)
+        return differentiate(lambda **leaves: loss(**leaves, **inputs.arguments, dims=dims), inputs.tensors)
 
-    return Provider(name, build, kind="ours", package="contrastive_ops")
+    return Provider(OURS, build, kind="ours", package="contrastive_ops")
 
 
 def ours_in_a_loop(function: str) -> Provider:

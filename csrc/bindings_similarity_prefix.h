@@ -59,12 +59,6 @@ struct PrefixTensors {
   at::ScalarType type() const { return accumulator(x); }
   Tensor empty(at::IntArrayRef shape) const { return at::empty(shape, x.options().dtype(type())); }
   Tensor zeros(at::IntArrayRef shape) const { return at::zeros(shape, x.options().dtype(type())); }
-  void keep(const Tensor& kept) {
-    if (kept.numel() == 0) return;
-    TORCH_CHECK_VALUE(kept.is_contiguous() && kept.scalar_type() == type(), "kept must come from forward");
-    raw.kept = kept.data_ptr();
-    raw.kept_size = kept.numel();
-  }
   // (prefixes, size), or undefined.
   Tensor by_prefix(const OptionalTensor& t, int64_t size, const char* name) const {
     if (!t) return Tensor();
@@ -75,34 +69,31 @@ struct PrefixTensors {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> similarity_prefix_forward(
+std::tuple<Tensor, Tensor, Tensor> similarity_prefix_forward(
     const Tensor& x, const OptionalTensor& y, const Tensor& scale, const OptionalTensor& target,
     const OptionalTensor& differ_rows, const OptionalTensor& differ_cols, const std::vector<int64_t>& dims,
-    std::optional<int64_t> diagonal, bool normalize, int64_t directions, int64_t kept_size) {
-  PrefixTensors p(x, y, scale, target, differ_rows, differ_cols, dims, diagonal, normalize);
+    std::optional<int64_t> diagonal, bool normalize, int64_t directions) {
+  const PrefixTensors p(x, y, scale, target, differ_rows, differ_cols, dims, diagonal, normalize);
   const bool by_rows = (directions & 1) != 0, by_cols = (directions & 2) != 0;
   TORCH_CHECK_VALUE(!p.raw.self || !by_cols, "self-similarity is folded by rows");
   Tensor rows = p.empty({p.raw.prefixes, by_rows ? p.raw.N : 0});
   Tensor cols = p.empty({p.raw.prefixes, by_cols ? p.raw.M : 0});
-  Tensor target_logit = p.empty({p.raw.prefixes, target ? p.raw.N : 0}), kept = p.empty({kept_size});
-  p.keep(kept);
+  Tensor target_logit = p.empty({p.raw.prefixes, target ? p.raw.N : 0});
   const SimilarityPrefixForward out{by_rows ? rows.data_ptr() : nullptr, by_cols ? cols.data_ptr() : nullptr,
                                     target ? target_logit.data_ptr() : nullptr};
   {
     pybind11::gil_scoped_release release;
     similarity_prefix_cpu().forward(p.raw, out, parallel());
   }
-  return {rows, cols, target_logit, kept};
+  return {rows, cols, target_logit};
 }
 
 std::tuple<Tensor, Tensor, Tensor> similarity_prefix_backward(
     const Tensor& x, const OptionalTensor& y, const Tensor& scale, const OptionalTensor& target,
     const OptionalTensor& differ_rows, const OptionalTensor& differ_cols, const std::vector<int64_t>& dims,
     std::optional<int64_t> diagonal, bool normalize, const Tensor& rows, const Tensor& cols,
-    const OptionalTensor& d_rows, const OptionalTensor& d_cols, const OptionalTensor& d_target, const Tensor& kept,
-    int64_t needs) {
-  PrefixTensors p(x, y, scale, target, differ_rows, differ_cols, dims, diagonal, normalize);
-  p.keep(kept);
+    const OptionalTensor& d_rows, const OptionalTensor& d_cols, const OptionalTensor& d_target, int64_t needs) {
+  const PrefixTensors p(x, y, scale, target, differ_rows, differ_cols, dims, diagonal, normalize);
   const auto wants = [&](int bit) { return (needs >> bit & 1) != 0; };
   // Only folds that have a gradient are read.
   const Tensor row_values = d_rows ? p.by_prefix(rows, p.raw.N, "rows") : Tensor();

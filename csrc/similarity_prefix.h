@@ -26,8 +26,6 @@ struct SimilarityPrefixProblem {
   bool has_diagonal;      // drop column i + diagonal of row i
   int64_t diagonal;
   const int64_t *differ_rows, *differ_cols;  // drop equal ids; -1 equals nothing
-  void* kept;                                // inner products kept from forward for backward, or null
-  int64_t kept_size;                         // in elements
 };
 
 // (prefixes, N) or (prefixes, M) each; null where not asked for.

@@ -32,7 +32,6 @@ def matryoshka_info_nce(
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
-    memory_budget: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Matryoshka InfoNCE: every query must find its key among all keys, by each prefix of the embeddings.
@@ -62,7 +61,6 @@ def matryoshka_info_nce(
         weight: (N,) weight of each row; the mean divides by its sum. Differentiable.
         reduction: "mean", "sum" or "none".
         normalize: scale every prefix of every row to length 1: a truncated embedding is none. O(N D).
-        memory_budget: bytes of inner products kept for backward; see `similarity_prefix`.
         backend: "auto", "reference" or "cpu".
 
     Returns:
@@ -72,7 +70,8 @@ def matryoshka_info_nce(
         ValueError, TypeError, NotImplementedError: as `similarity_prefix`.
 
     Note:
-        Memory O((N + M) D) beside ``memory_budget``. As many products as one `info_nce` of the longest prefix.
+        Memory O((N + M) D), whatever the number of prefixes. As many products as one `info_nce` of the longest
+        prefix that keeps none.
 
     Source:
         Kusupati et al., Matryoshka Representation Learning, 2022.
@@ -110,7 +109,6 @@ def matryoshka_info_nce(
         normalize=normalize,
         target=target,
         pairs=pairs,
-        memory_budget=memory_budget,
         backend=backend,
     )
     return _arguments.reduce_rows(_row_losses(weights, own, rows), weight, reduction)
@@ -128,7 +126,6 @@ def matryoshka_clip(
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
-    memory_budget: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Matryoshka CLIP: CLIP's loss of each prefix of the embeddings, both directions, from one sweep.
@@ -150,8 +147,6 @@ def matryoshka_clip(
         weight: (N,) weight of each pair; the mean divides by its sum. Differentiable.
         reduction: "mean", "sum" or "none".
         normalize: scale every prefix of every row to length 1: a truncated embedding is none. O(N D).
-        memory_budget: bytes of inner products kept for backward: 0 keeps none (8 N^2 D), 4 P N^2 keeps those of all P
-            prefixes (6 N^2 D). None: 128 MiB for each prefix. Does not change the result.
         backend: "auto", "reference" or "cpu".
 
     Returns:
@@ -161,7 +156,8 @@ def matryoshka_clip(
         ValueError, TypeError, NotImplementedError: as `similarity_prefix`.
 
     Note:
-        Memory O(N D) beside ``memory_budget``. As many products as one `clip` of the longest prefix.
+        Memory O(N D), whatever the number of prefixes. As many products as one `clip` of the longest
+        prefix that keeps none.
 
     Source:
         Kusupati et al., Matryoshka Representation Learning, 2022; the loss: Radford et al., Learning Transferable
@@ -198,7 +194,6 @@ def matryoshka_clip(
         normalize=normalize,
         target=torch.arange(image.shape[0], device=image.device),
         pairs=pairs,
-        memory_budget=memory_budget,
         backend=backend,
     )
     return _arguments.reduce_rows(_row_losses(weights, own, rows, cols), weight, reduction)
@@ -214,7 +209,6 @@ def matryoshka_nt_xent(
     scale: float | Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
-    memory_budget: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Matryoshka NT-Xent: SimCLR's loss of each prefix of the embeddings, from one sweep at half the work.
@@ -232,7 +226,6 @@ def matryoshka_nt_xent(
         scale: 1 / temperature instead; not both.
         reduction: "mean", "sum" or "none".
         normalize: scale every prefix of every row to length 1, as the paper does; O(N D).
-        memory_budget: bytes of inner products kept for backward; see `similarity_prefix`.
         backend: "auto", "reference" or "cpu".
 
     Returns:
@@ -242,7 +235,8 @@ def matryoshka_nt_xent(
         ValueError, TypeError, NotImplementedError: as `similarity_prefix`.
 
     Note:
-        Memory O(N D) beside ``memory_budget``. As many products as one `nt_xent` of the longest prefix.
+        Memory O(N D), whatever the number of prefixes. As many products as one `nt_xent` of the longest
+        prefix that keeps none.
 
     Source:
         Kusupati et al., Matryoshka Representation Learning, 2022; the loss: Chen et al., A Simple Framework for
@@ -274,7 +268,6 @@ def matryoshka_nt_xent(
         normalize=normalize,
         target=torch.arange(2 * count, device=z0.device).roll(count),
         pairs=Pairs(diagonal=0),
-        memory_budget=memory_budget,
         backend=backend,
     )
     return _arguments.reduce_rows(_row_losses(weights, own, rows), None, reduction)

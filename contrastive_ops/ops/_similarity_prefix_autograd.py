@@ -16,12 +16,9 @@ from ._autograd import LIBRARY, alias, grad
 
 _TENSORS = "Tensor x, Tensor? y, Tensor scale, Tensor? target, Tensor? differ_rows, Tensor? differ_cols"
 _PROBLEM = f"{_TENSORS}, int[] dims, SymInt? diagonal, bool normalize"
-_FORWARD = (
-    f"({_PROBLEM}, int directions, SymInt kept_size, str backend)"
-    " -> (Tensor rows, Tensor cols, Tensor target_logit, Tensor kept)"
-)
+_FORWARD = f"({_PROBLEM}, int directions, str backend) -> (Tensor rows, Tensor cols, Tensor target_logit)"
 _BACKWARD = (
-    f"({_PROBLEM}, Tensor rows, Tensor cols, Tensor? d_rows, Tensor? d_cols, Tensor? d_target, Tensor kept, int needs,"
+    f"({_PROBLEM}, Tensor rows, Tensor cols, Tensor? d_rows, Tensor? d_cols, Tensor? d_target, int needs,"
     " str backend) -> (Tensor dx, Tensor dy, Tensor dscale)"
 )
 
@@ -58,28 +55,26 @@ def register(backends: Mapping[str, Backend]) -> None:
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    x, y, _, target, _, _, dims, _, _, directions, kept_size, _ = arguments
+    x, y, _, target, _, _, dims, _, _, directions, _ = arguments
     n, m, prefixes = x.shape[0], x.shape[0] if y is None else y.shape[0], len(dims)
     shapes = [
         (prefixes, n if directions & 1 else 0),
         (prefixes, m if directions & 2 else 0),
         (prefixes, 0 if target is None else n),
-        (kept_size,),
     ]
     return tuple(x.new_empty(shape, dtype=accumulator(x.dtype)) for shape in shapes)
 
 
 def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    rows, cols, _, kept = output
-    ctx.save_for_backward(*inputs[:_DIMS], rows, cols, kept)
-    ctx.mark_non_differentiable(kept)
-    ctx.set_materialize_grads(False)  # a gradient of zeros for `kept` would be as large as the matrix
+    rows, cols, _ = output
+    ctx.save_for_backward(*inputs[:_DIMS], rows, cols)
+    ctx.set_materialize_grads(False)
     ctx.options, ctx.directions, ctx.backend = inputs[_DIMS:_END], inputs[_END], inputs[-1]
 
 
-def _forward_derivative(ctx: Any, d_rows: Any, d_cols: Any, d_target: Any, _: Any) -> tuple[Any, ...]:
-    *problem, rows, cols, kept = ctx.saved_tensors
-    rest = (None,) * 9
+def _forward_derivative(ctx: Any, d_rows: Any, d_cols: Any, d_target: Any) -> tuple[Any, ...]:
+    *problem, rows, cols = ctx.saved_tensors
+    rest = (None,) * 8
     # An output that was not asked for is empty, and so is whatever gradient arrives for it.
     wanted = (ctx.directions & 1, ctx.directions & 2, problem[_TARGET] is not None)
     upstream = [d if want else None for d, want in zip((d_rows, d_cols, d_target), wanted, strict=True)]
@@ -87,7 +82,7 @@ def _forward_derivative(ctx: Any, d_rows: Any, d_cols: Any, d_target: Any, _: An
         return None, None, None, *rest
     needs = sum(1 << bit for bit in range(3) if ctx.needs_input_grad[bit])
     gradients = torch.ops.contrastive_ops.similarity_prefix_backward(
-        *problem, *ctx.options, rows, cols, *upstream, kept, needs, ctx.backend
+        *problem, *ctx.options, rows, cols, *upstream, needs, ctx.backend
     )
     return *_to_inputs(problem, gradients, needs), *rest
 

@@ -16,7 +16,7 @@ from .._similarity import Slot
 from ..reference import similarity_prefix as reference
 from ._similarity_prefix_autograd import register
 from .pairs import Pairs, resolve
-from .similarity_reduce import budget_bytes, directions, needs_gradient
+from .similarity_reduce import directions
 
 # One hop to every implementation; each offers forward and backward with the same arguments.
 BACKENDS = {
@@ -29,7 +29,6 @@ BACKENDS = {
         source="csrc/cpu/similarity_prefix.cpp",
         functions=functools.cache(lambda: _extension.functions("similarity_prefix")),
         unsupported=unsupported_by_cpu,
-        keeps=True,
     ),
 }
 
@@ -60,7 +59,6 @@ def similarity_prefix(
     normalize: bool = False,
     target: Tensor | None = None,
     pairs: Pairs | None = None,
-    memory_budget: int | None = None,
     backend: str = "auto",
 ) -> PrefixFolds:
     """Fold the similarity matrix of every prefix of the embeddings by logsumexp, with one matmul for all prefixes.
@@ -85,9 +83,6 @@ def similarity_prefix(
         target: (N,) int64, one column per row that is left out of every fold; its logits are returned, as by
             `similarity_reduce`.
         pairs: which pairs take part in the folds: the rules ``diagonal`` and ``differ`` of `Pairs`.
-        memory_budget: bytes of inner products to keep between forward and backward, so that backward need not compute
-            them again; 0 keeps none, 4 P N M all. None: 128 MiB for each prefix. Does not change results. Of use to
-            "cpu".
         backend: "auto", "reference" or "cpu". An explicit backend runs or raises.
 
     Returns:
@@ -102,11 +97,11 @@ def similarity_prefix(
     Note:
         The inner products of a prefix are those of the one before it and some more: running sums along the dimension,
         2 N M D for all prefixes. The gradient of a column is weighted by all prefixes that contain it: sums from the
-        last prefix on, 4 N M D, after 2 N M D where the products were not kept. Normalisation costs O((N + M) D): the
+        last prefix on, 6 N M D with the products, which are computed again. Normalisation costs O((N + M) D): the
         prefixes' lengths are factors of rows and columns, in float32 even for 16-bit inputs. Squared lengths must be
         within the range of float32.
 
-        Memory: O((N + M) (D + P)) and a few MiB of tiles beside ``memory_budget``; never N x M. Logits are never
+        Memory: O((N + M) (D + P)) and a few MiB of tiles; never N x M. Logits are never
         rounded to a lower precision than float32. Results are bitwise the same for any number of threads.
         Differentiable twice; the second derivative runs on the reference backend.
 
@@ -129,7 +124,6 @@ def similarity_prefix(
         normalize=normalize,
         target=target,
         pairs=pairs,
-        memory_budget=memory_budget,
         backend=backend,
     )
 
@@ -145,7 +139,6 @@ def prefix_folds(
     normalize: bool = False,
     target: Tensor | None = None,
     pairs: Pairs | None = None,
-    memory_budget: int | None = None,
     backend: str = "auto",
 ) -> PrefixFolds:
     """`similarity_prefix` for losses: arguments as there, and `names` to name in errors: the loss, its x, its y."""
@@ -169,8 +162,7 @@ def prefix_folds(
     diagonal = None if pairs is None else pairs.diagonal
     ids = rules.get(Slot.DIFFER_ROWS), rules.get(Slot.DIFFER_COLS)
     chosen = choose(function, BACKENDS, x, backend)
-    keeps = BACKENDS[chosen].keeps and needs_gradient(x, y, factor)
-    rows, cols, target_logit, _ = torch.ops.contrastive_ops.similarity_prefix_forward(
+    rows, cols, target_logit = torch.ops.contrastive_ops.similarity_prefix_forward(
         x,
         y,
         factor,
@@ -180,7 +172,6 @@ def prefix_folds(
         diagonal,
         normalize,
         int(by_rows) + 2 * int(by_cols),
-        _kept_size(function, memory_budget, x, y, checked_dims) if keeps else 0,
         chosen,
     )
     return PrefixFolds(
@@ -220,12 +211,3 @@ def _rules(function: str, pairs: Pairs | None, x: Tensor, y: Tensor) -> dict[Slo
     if others:
         raise ValueError(f"{function}: pairs must have no rules but diagonal and differ, got {', '.join(others)}")
     return resolve(function, pairs, x, y)
-
-
-def _kept_size(function: str, memory_budget: object, x: Tensor, y: Tensor | None, dims: list[int]) -> int:
-    """How many inner products forward may keep for backward."""
-    size = budget_bytes(function, memory_budget, len(dims)) // _checks.accumulator(x.dtype).itemsize
-    rows, columns = x.shape[0], x.shape[0] if y is None else y.shape[0]
-    # Upper bounds: tiles are padded, and self-similarity keeps what lies on and above the diagonal.
-    whole = (rows + 512) * (rows + 512) // 2 if y is None else (rows + 64) * (columns + 128)
-    return min(size, whole * len(dims))

@@ -232,7 +232,7 @@ def fold(
     layout = Layout(tuple(sets.sets), tuple(folds))
     arguments = (x, y, sets.scale(), row_bias, col_bias, target, *layout.encode())
     chosen = choose(names[0], BACKENDS, x, backend, layout)
-    budget = budget_bytes(names[0], memory_budget)
+    budget = _bytes(names[0], memory_budget)
     keeps = needs_gradient(*arguments) and BACKENDS[chosen].keeps
     kept_size = _kept_size(x, y, budget) if keeps else 0
     values, argmax, target_logit, linear_sum, _ = torch.ops.contrastive_ops.similarity_reduce_forward(
@@ -264,10 +264,9 @@ def directions(function: str, dim: object) -> tuple[bool, bool]:
     return 1 in dims, 0 in dims
 
 
-def budget_bytes(function: str, memory_budget: object, matrices: int = 1) -> int:
-    """`memory_budget`, or the default for so many matrices of inner products."""
+def _bytes(function: str, memory_budget: object) -> int:
     if memory_budget is None:
-        return matrices * DEFAULT_MEMORY_BUDGET
+        return DEFAULT_MEMORY_BUDGET
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:
         raise ValueError(f"{function}: memory_budget must be a number of bytes >= 0, got {memory_budget!r}")
     return memory_budget

@@ -96,9 +96,8 @@ def forward(
     diagonal: int | None,
     normalize: bool,
     directions: int,
-    kept_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (rows (P, N), cols (P, M), target_logit (P, N), kept); what was not asked for is empty."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (rows (P, N), cols (P, M), target_logit (P, N)); what was not asked for is empty."""
     m = _Matrices(x, y, target, differ_rows, differ_cols, dims, diagonal, normalize)
     rows, cols, target_logit = (
         m.x.new_full((len(dims), size if wanted else 0), -torch.inf)
@@ -117,7 +116,7 @@ def forward(
                 rows[prefix, part] = logits.logsumexp(1)
             if directions & 2:
                 cols[prefix] = merge_lse(cols[prefix], logits.logsumexp(0))
-    return rows, cols, target_logit, m.x.new_empty((kept_size,))
+    return rows, cols, target_logit
 
 
 def backward(
@@ -135,7 +134,6 @@ def backward(
     d_rows: Tensor | None,
     d_cols: Tensor | None,
     d_target: Tensor | None,
-    kept: Tensor,
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, y and scale in the accumulation dtype."""

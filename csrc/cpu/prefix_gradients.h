@@ -73,8 +73,9 @@ INLINE A weigh_row(const PrefixTile& tile, const PrefixView<A>& v, const LeftOut
       }
       position += W;
     }
-    if constexpr (kSideI) e += weight * exponential(direct - lse);
-    if constexpr (kSideJ) e += load(v.weight_j + j) * exponential(mirrored - load(v.lse_j + j));
+    // No logit of a fold is above its logsumexp by more than rounding.
+    if constexpr (kSideI) e += weight * exponential_of_negative(direct - lse);
+    if constexpr (kSideJ) e += load(v.weight_j + j) * exponential_of_negative(mirrored - load(v.lse_j + j));
     if constexpr (kSums) {
       // A weight of 0 stays 0 even where the inner product is inf or NaN, as for a pair that takes no part.
       const Vec<A> along = e == Vec<A>{} ? e : e * dot;
@@ -258,7 +259,7 @@ class PrefixGradients {
     for (int64_t j = 0; j < kBlock; ++j) s.past_end[j] = j < block.cols ? 0 : -infinity<A>();
     if (sums_) memset(s.block_sums.once(p.prefixes * kBlock), 0, static_cast<size_t>(p.prefixes * kBlock) * sizeof(A));
     U* panels = dy() ? s.panels.once(p.prefixes * kBlock * rows_) : nullptr;
-    sweep_.for_each_tile(chunk, block, thread, false, [&](const PrefixTile& tile, A* sums) {
+    sweep_.for_each_tile(chunk, block, thread, [&](const PrefixTile& tile, A* sums) {
       weigh_tile(chunk, tile, part, sums, s);
       const int64_t row = tile.i - chunk.begin;
       for (int64_t segment = 0; segment < p.prefixes; ++segment) {

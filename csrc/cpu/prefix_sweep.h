@@ -121,12 +121,8 @@ class PrefixSweep {
 
   template <class Body>
   void for_each_chunk(Body body) {
-    int64_t used = 0;
     for (int64_t begin = 0; begin < p.N; begin += chunk_rows) {
       const Chunk chunk{begin, minimum(chunk_rows, p.N - begin), p.self ? begin : 0, p.M};
-      const int64_t size = chunk.blocks() * tiles(chunk) * tile_size();
-      kept_ = p.kept && used + size <= p.kept_size ? static_cast<A*>(p.kept) + used : nullptr;
-      if (kept_) used += size;
       pack_rows_of(chunk);
       body(chunk);
     }
@@ -143,22 +139,20 @@ class PrefixSweep {
       body(block, thread);
     });
   }
-  // Calls body(tile, sums) with the inner products of all prefixes; `first`: whether products that are kept are new.
+  // Calls body(tile, sums) with the inner products of all prefixes.
   template <class Body>
-  void for_each_tile(const Chunk& chunk, const Block& block, int thread, bool first, Body body) {
+  void for_each_tile(const Chunk& chunk, const Block& block, int thread, Body body) {
     Scratch& s = scratch_[thread];
-    A* sums = s.dots.once(tile_size());
-    if (first || !kept_) pack_block(block, s);
+    A* sums = s.dots.once(p.prefixes * kTileRows * kBlock);
+    pack_block(block, s);
     for (int64_t r = 0; r < block.rows; r += kTileRows) {
       const PrefixTile tile{chunk.begin + r, minimum(kTileRows, block.rows - r), block.j, block.cols,
                             r < block.mirrored};
-      A* products = kept_ ? kept_ + (block.index * tiles(chunk) + r / kTileRows) * tile_size() : sums;
-      if (first || !kept_) multiply_tile(r, tile.rows, s, products);
-      add_up(products, sums, round_up(tile.rows, kRows<C>));
+      multiply_tile(r, tile.rows, s, sums);
+      add_up(sums, round_up(tile.rows, kRows<C>));
       body(tile, sums);
     }
   }
-  static int64_t tiles(const Chunk& chunk) { return (chunk.rows + kTileRows - 1) / kTileRows; }
 
   // ---- Logits of one prefix of a tile ----
 
@@ -221,9 +215,6 @@ class PrefixSweep {
   Lengths<A> x_lengths;
 
  private:
-  // Products of all segments of one tile.
-  int64_t tile_size() const { return p.prefixes * kTileRows * kBlock; }
-
   void pack_rows_of(const Chunk& chunk) {
     run((chunk.rows + kLaneGroup<C> - 1) / kLaneGroup<C>, [&](int64_t group, int) {
       const int64_t i = group * kLaneGroup<C>, lanes = minimum<int64_t>(kLaneGroup<C>, chunk.rows - i);
@@ -255,16 +246,12 @@ class PrefixSweep {
                   products + segment * kTileRows * kBlock, kBlock, false);
     }
   }
-  void add_up(const A* products, A* sums, int64_t rows) const {
+  void add_up(A* sums, int64_t rows) const {
     constexpr int W = kLanes<A>;
     const int64_t size = rows * kBlock, stride = kTileRows * kBlock;
-    for (int64_t k = 0; k < size; k += W) {
-      Vec<A> sum = load(products + k);
-      store(sums + k, sum);
-      for (int64_t s = 1; s < p.prefixes; ++s) {
-        sum += load(products + s * stride + k);
-        store(sums + s * stride + k, sum);
-      }
+    for (int64_t s = 1; s < p.prefixes; ++s) {
+      A *before = sums + (s - 1) * stride, *own = before + stride;
+      for (int64_t k = 0; k < size; k += W) store(own + k, load(before + k) + load(own + k));
     }
   }
 
@@ -273,7 +260,6 @@ class PrefixSweep {
   Buffer<U> x_panels_;     // the chunk's rows, packed as A panels, segment by segment
   Buffer<A> scaled_;
   Codes<I> ids_;
-  A* kept_ = nullptr;  // where this chunk's products are kept, or null
   std::unique_ptr<Scratch[]> scratch_;
 };
 

@@ -29,7 +29,7 @@ class PrefixFolds {
   void add_chunk(const Chunk& chunk) {
     sweep_.for_each_block(chunk, 0, chunk.blocks(), [&](const Block& block, int thread) {
       A* l = sweep_.logits_buffer(thread);
-      sweep_.for_each_tile(chunk, block, thread, true, [&](const PrefixTile& tile, const A* sums) {
+      sweep_.for_each_tile(chunk, block, thread, [&](const PrefixTile& tile, const A* sums) {
         for (int64_t s = 0; s < p.prefixes; ++s) {
           view(tile, s, false, sums, l);
           if (out.rows) rows_[s].fold_i(block.index, tile.i - chunk.begin, tile.j, l, tile.rows, tile.cols);
