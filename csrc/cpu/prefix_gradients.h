@@ -22,7 +22,7 @@ constexpr int64_t kPrefixWeights = int64_t{2} << 20;
 template <class A>
 struct LeftOut {
   using I = Id<A>;
-  bool any[kTileRows];  // of this row: single pairs
+  bool any[kTileRows];                                                     // of this row: single pairs
   I target[kTileRows], diagonal[kTileRows], mirrored_diagonal[kTileRows];  // columns of the tile
   I mirrored_target[kBlock];                                               // rows of the tile
   const I *row_ids = nullptr, *col_ids;                                    // of the tile's rows and columns, or null
@@ -32,10 +32,10 @@ struct LeftOut {
 // One prefix of a tile.
 template <class A>
 struct PrefixView {
-  const A *scaled_i, *factor_i, *factor_j;          // logit = dot * scaled_i * factor_j
-  const A *lse_i, *weight_i, *lse_j, *weight_j;     // upstream gradients of folds, safe for exp(l - lse)
-  const A *own_i, *own_j;                           // upstream gradients of targets' logits
-  const A* past_end;                                // (kBlock,): 0, and -inf for columns past the end
+  const A *scaled_i, *factor_i, *factor_j;       // logit = dot * scaled_i * factor_j
+  const A *lse_i, *weight_i, *lse_j, *weight_j;  // upstream gradients of folds, safe for exp(l - lse)
+  const A *own_i, *own_j;                        // upstream gradients of targets' logits
+  const A* past_end;                             // (kBlock,): 0, and -inf for columns past the end
 };
 
 // Sums of dtotal/dl * dot: along rows times factor_j, along columns times factor_i.
@@ -144,9 +144,8 @@ class PrefixGradients {
     const int64_t step = super_ / kBlock;
     for (int64_t first = 0; first < chunk.blocks(); first += step) {
       const int64_t last = minimum(first + step, chunk.blocks());
-      sweep_.for_each_block(chunk, first, last, [&](const Block& block, int thread) {
-        add_block(chunk, block, first, thread);
-      });
+      sweep_.for_each_block(chunk, first, last,
+                            [&](const Block& block, int thread) { add_block(chunk, block, first, thread); });
       if (out.dx) add_dx(chunk, first, last);
       for (int64_t b = first; b < last && sums_; ++b) add_row_sums(chunk, b, b - first);
     }
@@ -332,7 +331,7 @@ class PrefixGradients {
   void add_dx(const Chunk& chunk, int64_t first, int64_t last) {
     constexpr int64_t kDepthStep = 512, kStripPanels = 4;
     const int64_t begin = chunk.j_begin + first * kBlock, end = minimum(chunk.j_begin + last * kBlock, chunk.j_end);
-    Buffer<Strip> strips(p.D / (kStripPanels * kCols<K>) + p.prefixes);
+    Buffer<Strip> strips(p.D / (kStripPanels * kCols<K>)+p.prefixes);
     int64_t count = 0;
     for (int64_t segment = 0; segment < p.prefixes; ++segment) {
       for (int64_t d = 0; d < sweep_.width(segment); d += kStripPanels * kCols<K>) {

@@ -1,5 +1,5 @@
-// Tiles of the similarity matrices of all prefixes: chunk of rows -> blocks of columns in parallel -> tiles of few rows,
-// whose products of all prefixes stay in the level-2 cache.
+// Tiles of the similarity matrices of all prefixes: chunk of rows -> blocks of columns in parallel -> tiles of few
+// rows, whose products of all prefixes stay in the level-2 cache.
 //
 // The products of a tile are accumulated along the depth segment by segment; running sums over segments are the inner
 // products of prefixes. Chunks, blocks and tiles depend on the problem alone.
@@ -172,7 +172,8 @@ class PrefixSweep {
   void drop_equal_ids(const PrefixTile& tile, bool mirrored, A* l) const {
     if (!p.differ_rows) return;
     constexpr int W = kLanes<A>;
-    const I *of_rows = (mirrored ? col_ids() : row_ids()) + tile.i, *of_cols = (mirrored ? row_ids() : col_ids()) + tile.j;
+    const I *of_rows = (mirrored ? col_ids() : row_ids()) + tile.i,
+            *of_cols = (mirrored ? row_ids() : col_ids()) + tile.j;
     const Vec<A> nothing = broadcast(-infinity<A>());
     for (int64_t i = 0; i < tile.rows; ++i) {
       A* row = l + i * kBlock;
