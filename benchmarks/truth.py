@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.providers_matryoshka import dims_of
 from benchmarks.providers_routing import dense_router, router_total
 from benchmarks.registry import Answer, Inputs, Lists, Outcome, Scores, Truth
 
@@ -118,6 +119,25 @@ def nt_xent_truth(inputs: Inputs) -> Outcome:
         return _mean_row_loss(z, z, partner, scale, inputs.copies, self_similarity=True)
 
     return _differentiate(loss_of, inputs)
+
+
+def matryoshka_truth(inputs: Inputs) -> Outcome:
+    """Clip where the scale is learned, else InfoNCE: the sum over normalised prefixes."""
+
+    def loss_of(x: Tensor, y: Tensor, scale: Tensor, both: bool) -> Tensor:
+        total = torch.zeros((), dtype=x.dtype)
+        for d in dims_of(x.shape[1]):
+            a, b = F.normalize(x[:, :d], dim=1), F.normalize(y[:, :d], dim=1)
+            rows = _mean_row_loss(a, b, _same_row(a), scale, inputs.copies)
+            columns = _mean_row_loss(b, a, _same_row(b), scale, inputs.copies) if both else rows
+            total = total + (rows + columns) / 2
+        return total
+
+    def of_leaves(scale: Tensor | None = None, **pair: Tensor) -> Tensor:
+        fixed = torch.tensor(inputs.constants.get("scale", 0.0), dtype=torch.float64)
+        return loss_of(*pair.values(), fixed if scale is None else scale, scale is not None)
+
+    return _differentiate(of_leaves, inputs)
 
 
 def sup_con_truth(inputs: Inputs) -> Outcome:

@@ -37,6 +37,9 @@ __all__ = [
     "HNNCELoss",
     "InfoNCELoss",
     "LateInteractionLoss",
+    "MatryoshkaCLIPLoss",
+    "MatryoshkaInfoNCELoss",
+    "MatryoshkaNTXentLoss",
     "MinedInfoNCELoss",
     "MoCoLoss",
     "MultiPositiveInfoNCELoss",
@@ -295,6 +298,28 @@ class LateInteractionLoss(ScaledLoss):
 
     function = staticmethod(losses.late_interaction)
     default_temperature = 1.0
+
+
+class MatryoshkaInfoNCELoss(ScaledLoss):
+    """`contrastive_ops.matryoshka_info_nce` as a module: ``MatryoshkaInfoNCELoss(0.05, dims=dims)(query, key)``."""
+
+    function = staticmethod(losses.matryoshka_info_nce)
+    default_temperature = 0.07
+
+
+class MatryoshkaCLIPLoss(ScaledLoss):
+    """`contrastive_ops.matryoshka_clip` with a learned temperature: ``MatryoshkaCLIPLoss(dims=dims)(image, text)``."""
+
+    function = staticmethod(losses.matryoshka_clip)
+    default_temperature = 0.07
+    default_learnable = True
+
+
+class MatryoshkaNTXentLoss(ScaledLoss):
+    """`contrastive_ops.matryoshka_nt_xent` as a module: ``MatryoshkaNTXentLoss(0.1, dims=dims)(view0, view1)``."""
+
+    function = staticmethod(losses.matryoshka_nt_xent)
+    default_temperature = 0.5
 
 
 class MinedInfoNCELoss(ScaledLoss):

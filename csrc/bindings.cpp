@@ -11,6 +11,7 @@
 #include "bindings_expert_routing.h"
 #include "bindings_grouped_matmul.h"
 #include "bindings_maxsim.h"
+#include "bindings_similarity_prefix.h"
 #include "bindings_similarity_problem.h"
 #include "bindings_similarity_topk.h"
 #include "cpu/capability.h"
@@ -160,6 +161,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("similarity_reduce_forward", &similarity_reduce_forward);
   m.def("similarity_reduce_backward", &similarity_reduce_backward);
   m.def("similarity_reduce_total", &similarity_reduce_total);
+  m.def("similarity_prefix_forward", &similarity_prefix_forward);
+  m.def("similarity_prefix_backward", &similarity_prefix_backward);
   m.def("similarity_topk_forward", &similarity_topk_forward);
   m.def("similarity_topk_at", &similarity_topk_at);
   m.def("similarity_topk_backward", &similarity_topk_backward);

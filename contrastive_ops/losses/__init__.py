@@ -14,6 +14,7 @@ from .diagnostics import Diagnostics
 from .hardness import dcl, debiased, hcl, hn_nce
 from .late_interaction import late_interaction
 from .margin import energy_hinge, simctg, vse
+from .matryoshka import matryoshka_clip, matryoshka_info_nce, matryoshka_nt_xent
 from .mined import mined_info_nce
 from .multi_positive import multi_positive_info_nce, soft_info_nce, sup_con
 from .partition import gist, gte
@@ -58,6 +59,9 @@ __all__ = [
     "linear_log_prob",
     "log_det",
     "margin_softmax",
+    "matryoshka_clip",
+    "matryoshka_info_nce",
+    "matryoshka_nt_xent",
     "mined_info_nce",
     "moco",
     "multi_positive_info_nce",

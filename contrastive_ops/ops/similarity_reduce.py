@@ -176,7 +176,7 @@ def similarity_reduce(
     has_max = any(as_fold(name, each).name == "max" for each in requests)
     if one and isinstance(dim, int) and target is None and linear is None and not has_max:
         return (folded.rows if dim == 1 else folded.cols)[0]
-    by_rows, by_cols = _directions(name, dim)
+    by_rows, by_cols = directions(name, dim)
 
     def shown(values: tuple[Tensor, ...], wanted: bool) -> Any:
         return None if not wanted else values[0] if one else values
@@ -213,7 +213,7 @@ def fold(
     Returns:
         One entry per fold of `reduce`, whatever `dim` is; empty where not asked for.
     """
-    by_rows, by_cols = _directions(names[0], dim)
+    by_rows, by_cols = directions(names[0], dim)
     if not reduce:
         raise ValueError(f"{names[0]}: reduce must name at least one fold, got ()")
     x, y, row_bias, col_bias = prepare(names, x, y, row_bias, col_bias, target)
@@ -258,7 +258,8 @@ def needs_gradient(*arguments: object) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
 
 
-def _directions(function: str, dim: object) -> tuple[bool, bool]:
+def directions(function: str, dim: object) -> tuple[bool, bool]:
+    """Whether rows and whether columns are folded."""
     dims = (dim,) if isinstance(dim, int) else dim
     if not isinstance(dims, tuple) or not dims or not set(dims) <= {0, 1} or len(set(dims)) != len(dims):
         raise ValueError(f"{function}: dim must be 0, 1 or (0, 1), got {dim!r}")

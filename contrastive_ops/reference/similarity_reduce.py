@@ -129,7 +129,7 @@ def forward(
 # ---- Backward ------------------------------------------------------------------------------------------------------
 
 
-def _probability(logits: Tensor, lse: Tensor) -> Tensor:
+def probability(logits: Tensor, lse: Tensor) -> Tensor:
     """exp(logits - lse), 0 where lse is -inf: a row or column without a pair has no gradient."""
     empty = lse == -torch.inf
     return (logits - lse.masked_fill(empty, 0.0)).exp().masked_fill(empty, 0.0)
@@ -140,7 +140,7 @@ def _slope(fold: SetFold, logits: Tensor, part: slice, value: Tensor, winner: Te
     own = slice(None) if fold.cols else part
     upstream, shape = d_value[own], (1, -1) if fold.cols else (-1, 1)
     if fold.kind == "logsumexp":
-        return _probability(logits, value[own].reshape(shape)) * upstream.reshape(shape)
+        return probability(logits, value[own].reshape(shape)) * upstream.reshape(shape)
     if fold.kind == "max":
         zero = torch.zeros_like(logits)
         if fold.cols:
@@ -260,9 +260,9 @@ def row_slopes(
     else:
         everything = fold if extra is None else merge_lse(fold, extra)
         d_all = weight * (everything - target_logit).sigmoid()
-        d_fold, d_target = d_all * _probability(fold, everything), -d_all
+        d_fold, d_target = d_all * probability(fold, everything), -d_all
         if extra is not None:
-            dextra = d_all * _probability(extra, everything)
+            dextra = d_all * probability(extra, everything)
     return d_fold, d_target if target_weight is None else d_target + target_weight, dextra
 
 

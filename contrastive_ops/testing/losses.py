@@ -115,6 +115,13 @@ def _masked(inputs: Inputs) -> dict[str, Any]:
     return {**_without(inputs, "mask"), "documents": documents}
 
 
+def _prefixes(inputs: Inputs) -> dict[str, Any]:
+    """A few prefixes of whatever depth the inputs have; the last column takes no part where there are enough."""
+    depth = next(iter(inputs.values())).shape[1]
+    pairs = {"pairs": Pairs(differ=(inputs["ids"], inputs["ids"]))} if "ids" in inputs else {}
+    return {**_without(inputs, "ids"), **pairs, "dims": sorted({1, depth // 3, depth - 1} - {0})}
+
+
 def _state(inputs: Inputs) -> dict[str, Any]:
     """Running denominators, a copy for every step: one that is stored could not be repeated."""
     state = RunningDenominator(0)
@@ -255,6 +262,18 @@ LOSSES: dict[str, LossCase] = {
         arrange=_masked,
         keeps_scores=True,
     ),
+    "matryoshka_info_nce": LossCase(losses.matryoshka_info_nce, {**_QUERY_KEY, **_SCALE}, arrange=_prefixes),
+    "matryoshka_info_nce columns": LossCase(
+        losses.matryoshka_info_nce,
+        {"query": Draw.matrix, "key": Draw.columns, "target": Draw.column, **_SCALE, **_WEIGHT},
+        {"normalize": False},
+        arrange=_prefixes,
+    ),
+    "matryoshka_clip": LossCase(losses.matryoshka_clip, {**_IMAGE_TEXT, **_SCALE}, arrange=_prefixes),
+    "matryoshka_clip pairs": LossCase(
+        losses.matryoshka_clip, {**_IMAGE_TEXT, **_SCALE, "ids": Draw.labels, **_WEIGHT}, arrange=_prefixes
+    ),
+    "matryoshka_nt_xent": LossCase(losses.matryoshka_nt_xent, _VIEWS, arrange=_prefixes, copies=2),
     "siglip": LossCase(losses.siglip, {**_IMAGE_TEXT, **_SCALE, "bias": Draw.bias}),
     "multi_positive_siglip": LossCase(
         losses.multi_positive_siglip,

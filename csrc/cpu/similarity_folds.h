@@ -219,11 +219,12 @@ class FoldState {
     }
   }
 
-  void fold_i(int64_t block, int64_t j_begin, const A* l, int64_t rows, int64_t cols) {
-    const Part<A> part = partial_.at(block * chunk_rows_);
+  // Rows [i, i + rows) of the chunk; those that a block does not have are cleared.
+  void fold_i(int64_t block, int64_t i, int64_t j_begin, const A* l, int64_t rows, int64_t cols) {
+    const Part<A> part = partial_.at(block * chunk_rows_ + i);
     with_kind(kind, [&](auto k) { fold_rows<A, decltype(k)::value>(l, rows, cols, j_begin, part); });
-    partial_.clear(kind, block * chunk_rows_ + rows, chunk_rows_ - rows);
   }
+  void clear_i(int64_t block, int64_t from) { partial_.clear(kind, block * chunk_rows_ + from, chunk_rows_ - from); }
   void fold_j(int64_t j_begin, int64_t i_begin, const A* l, int64_t rows, int64_t cols) {
     const Part<A> part = running_.at(j_begin);
     with_kind(kind, [&](auto k) { fold_columns<A, decltype(k)::value>(l, rows, cols, i_begin, part); });

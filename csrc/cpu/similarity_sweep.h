@@ -171,8 +171,9 @@ class Sweep : public Views<typename C::Acc> {
   // Adds a block of logits; a row of the matrix is the i-side of a direct and the j-side of a mirrored view.
   void add_to_fold(FoldState<A>& fold, bool cols, const Chunk& chunk, const Block& block, bool mirrored, const A* l) {
     const int64_t rows = mirrored ? block.mirrored : block.rows;
-    cols == mirrored ? fold.fold_i(block.index, block.j, l, rows, block.cols)
-                     : fold.fold_j(block.j, chunk.begin, l, rows, block.cols);
+    if (cols != mirrored) return fold.fold_j(block.j, chunk.begin, l, rows, block.cols);
+    fold.fold_i(block.index, 0, block.j, l, rows, block.cols);
+    fold.clear_i(block.index, rows);
   }
   // Writes the results of the chunk's rows where the i-side is complete.
   void finish_chunk(FoldState<A>& fold, const Chunk& chunk) {

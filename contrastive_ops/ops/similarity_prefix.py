@@ -1,0 +1,213 @@
+"""Folds of the similarity matrices of all prefixes of embeddings (Matryoshka), from one sweep."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _autocast, _checks, _extension
+from .._dispatch import Backend, choose, unsupported_by_cpu
+from .._similarity import Slot
+from ..reference import similarity_prefix as reference
+from ._similarity_prefix_autograd import register
+from .pairs import Pairs, resolve
+from .similarity_reduce import directions
+
+# One hop to every implementation; each offers forward and backward with the same arguments.
+BACKENDS = {
+    "reference": Backend(
+        source="contrastive_ops/reference/similarity_prefix.py",
+        functions=lambda: reference,
+        unsupported=lambda x: [],
+    ),
+    "cpu": Backend(
+        source="csrc/cpu/similarity_prefix.cpp",
+        functions=functools.cache(lambda: _extension.functions("similarity_prefix")),
+        unsupported=unsupported_by_cpu,
+    ),
+}
+
+register(BACKENDS)
+
+
+class PrefixFolds(NamedTuple):
+    """What `similarity_prefix` found out, a row for each prefix; None where not asked for.
+
+    Attributes:
+        rows: (P, N) logsumexp of each row.
+        cols: (P, M) logsumexp of each column.
+        target: (P, N) the logit of each row's target.
+    """
+
+    rows: Tensor | None
+    cols: Tensor | None
+    target: Tensor | None
+
+
+def similarity_prefix(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    dims: Sequence[int],
+    dim: int | tuple[int, ...] = 1,
+    scale: float | Tensor = 1.0,
+    normalize: bool = False,
+    target: Tensor | None = None,
+    pairs: Pairs | None = None,
+    backend: str = "auto",
+) -> PrefixFolds:
+    """Fold the similarity matrix of every prefix of the embeddings by logsumexp, with one matmul for all prefixes.
+
+    Equivalent to::
+
+        for p, d in enumerate(dims):
+            unit = lambda z: F.normalize(z[:, :d]) if normalize else z[:, :d]
+            logits = scale * (unit(x) @ unit(y).T)                          # (N, M), in float32
+            target_logit[p] = logits.gather(1, target[:, None]).squeeze(1)
+            logits = logits.masked_fill(~keep, -torch.inf)                  # the rules of Pairs
+            logits = logits.scatter(1, target[:, None], -torch.inf)         # left out of every fold
+            rows[p], cols[p] = logits.logsumexp(1), logits.logsumexp(0)
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64.
+        y: (M, D) of the same dtype; None for self-similarity (y = x) at half the work, folded by rows.
+        dims: lengths of the prefixes, ascending, the last at most D; columns after the last take no part.
+        dim: 1 folds each row, 0 folds each column, (0, 1) does both in one sweep.
+        scale: float or 0-d tensor. Differentiable.
+        normalize: scale every prefix of every row to length 1.
+        target: (N,) int64, one column per row that is left out of every fold; its logits are returned, as by
+            `similarity_reduce`.
+        pairs: which pairs take part in the folds: the rules ``diagonal`` and ``differ`` of `Pairs`.
+        backend: "auto", "reference" or "cpu". An explicit backend runs or raises.
+
+    Returns:
+        `PrefixFolds` in float32 (float64 for float64 inputs). A row or column in which no pair takes part gives -inf
+        and has gradient 0. NaN and inf propagate.
+
+    Raises:
+        ValueError: shapes, devices, dims or rules that do not fit.
+        TypeError: dtypes that do not fit.
+        NotImplementedError: an explicit backend that cannot run these inputs.
+
+    Note:
+        The inner products of a prefix are those of the one before it and some more: running sums along the dimension,
+        2 N M D for all prefixes. The gradient of a column is weighted by all prefixes that contain it: sums from the
+        last prefix on, 6 N M D with the products, which are computed again. Normalisation costs O((N + M) D): the
+        prefixes' lengths are factors of rows and columns, in float32 even for 16-bit inputs. Squared lengths must be
+        within the range of float32.
+
+        Memory: O((N + M) (D + P)) and a few MiB of tiles; never N x M. Logits are never
+        rounded to a lower precision than float32. Results are bitwise the same for any number of threads.
+        Differentiable twice; the second derivative runs on the reference backend.
+
+    Source:
+        Kusupati et al., Matryoshka Representation Learning, 2022.
+
+    Example:
+        >>> x, y = torch.randn(6, 8), torch.randn(5, 8)
+        >>> folds = similarity_prefix(x, y, dims=(2, 8), scale=2.0)
+        >>> torch.allclose(folds.rows[0], (2.0 * x[:, :2] @ y[:, :2].T).logsumexp(1), atol=1e-5)
+        True
+    """
+    return prefix_folds(
+        ("similarity_prefix", "x", "y"),
+        x,
+        y,
+        dims=dims,
+        dim=dim,
+        scale=scale,
+        normalize=normalize,
+        target=target,
+        pairs=pairs,
+        backend=backend,
+    )
+
+
+def prefix_folds(
+    names: tuple[str, str, str],
+    x: Tensor,
+    y: Tensor | None,
+    *,
+    dims: Sequence[int],
+    dim: int | tuple[int, ...] = 1,
+    scale: float | Tensor = 1.0,
+    normalize: bool = False,
+    target: Tensor | None = None,
+    pairs: Pairs | None = None,
+    backend: str = "auto",
+) -> PrefixFolds:
+    """`similarity_prefix` for losses: arguments as there, and `names` to name in errors: the loss, its x, its y."""
+    function, x_name, y_name = names
+    by_rows, by_cols = directions(function, dim)
+    x, y = _autocast.cast(x, y)
+    if y is None:
+        _checks.check_matrix(function, x_name, x)
+        if by_cols:
+            raise ValueError(f"{function}: dim must be 1 for self-similarity, got {dim!r}: rows and columns are equal")
+    else:
+        _checks.check_matrices(function, x_name, x, y_name, y)
+    columns = x if y is None else y
+    checked_dims = check_dims(function, dims, x_name, x)
+    if isinstance(scale, Tensor) and scale.dim():
+        raise ValueError(f"{function}: scale must be a float or a 0-d tensor, got {_checks.shape(scale)}")
+    factor = _checks.scale_tensor(function, scale, x_name, x)
+    if target is not None:
+        _checks.check_index(function, "target", target, x.shape[0], x_name, x)
+    rules = _rules(function, pairs, x, columns)
+    diagonal = None if pairs is None else pairs.diagonal
+    ids = rules.get(Slot.DIFFER_ROWS), rules.get(Slot.DIFFER_COLS)
+    chosen = choose(function, BACKENDS, x, backend)
+    rows, cols, target_logit = torch.ops.contrastive_ops.similarity_prefix_forward(
+        x,
+        y,
+        factor,
+        target,
+        *ids,
+        checked_dims,
+        diagonal,
+        normalize,
+        int(by_rows) + 2 * int(by_cols),
+        chosen,
+    )
+    return PrefixFolds(
+        rows if by_rows else None, cols if by_cols else None, target_logit if target is not None else None
+    )
+
+
+# ---- Arguments -------------------------------------------------------------------------------------------------------
+
+
+def check_dims(function: str, dims: Sequence[int], x_name: str, x: Tensor) -> list[int]:
+    """`dims` must be lengths of prefixes of the rows of `x`, ascending."""
+    if not isinstance(dims, Sequence):
+        raise TypeError(f"{function}: dims must be a tuple or list of integers, got {type(dims).__name__}")
+    found = list(dims)
+    for each in found:
+        if isinstance(each, bool) or not isinstance(each, int):
+            raise TypeError(f"{function}: dims must be integers, got {type(each).__name__}")
+    if not found or found[0] < 1 or any(a >= b for a, b in zip(found, found[1:], strict=False)):
+        raise ValueError(
+            f"{function}: dims must be one or more ascending lengths >= 1, got {tuple(found)}\n"
+            "  sort them, and put weights of prefixes into the same order"
+        )
+    if found[-1] > x.shape[1]:
+        raise ValueError(
+            f"{function}: dims must be at most the last dimension of {x_name}, "
+            f"got {tuple(found)} and {x_name} {_checks.shape(x)}"
+        )
+    return found
+
+
+def _rules(function: str, pairs: Pairs | None, x: Tensor, y: Tensor) -> dict[Slot, Tensor]:
+    if pairs is None:
+        return {}
+    known = ("diagonal", "differ")
+    others = [f.name for f in dataclasses.fields(pairs) if f.name not in known and getattr(pairs, f.name) is not None]
+    if others:
+        raise ValueError(f"{function}: pairs must have no rules but diagonal and differ, got {', '.join(others)}")
+    return resolve(function, pairs, x, y)
