@@ -174,7 +174,7 @@ def similarity_reduce(
     has_max = any(as_fold(name, each).name == "max" for each in requests)
     if one and isinstance(dim, int) and target is None and linear is None and not has_max:
         return (folded.rows if dim == 1 else folded.cols)[0]
-    by_rows, by_cols = _directions(name, dim)
+    by_rows, by_cols = directions(name, dim)
 
     def shown(values: tuple[Tensor, ...], wanted: bool) -> Any:
         return None if not wanted else values[0] if one else values
@@ -211,7 +211,7 @@ def fold(
     Returns:
         One entry per fold of `reduce`, whatever `dim` is; empty where not asked for.
     """
-    by_rows, by_cols = _directions(names[0], dim)
+    by_rows, by_cols = directions(names[0], dim)
     if not reduce:
         raise ValueError(f"{names[0]}: reduce must name at least one fold, got ()")
     x, y, row_bias, col_bias = prepare(names, x, y, row_bias, col_bias, target)
@@ -232,7 +232,7 @@ def fold(
     layout = Layout(tuple(sets.sets), tuple(folds))
     arguments = (x, y, sets.scale(), row_bias, col_bias, target, *layout.encode())
     chosen = choose(names[0], BACKENDS, x, backend, layout)
-    budget = _bytes(names[0], memory_budget)
+    budget = budget_bytes(names[0], memory_budget)
     keeps = needs_gradient(*arguments) and BACKENDS[chosen].keeps
     kept_size = _kept_size(x, y, budget) if keeps else 0
     values, argmax, target_logit, linear_sum, _ = torch.ops.contrastive_ops.similarity_reduce_forward(
@@ -256,14 +256,16 @@ def needs_gradient(*arguments: object) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
 
 
-def _directions(function: str, dim: object) -> tuple[bool, bool]:
+def directions(function: str, dim: object) -> tuple[bool, bool]:
+    """Whether `dim` asks for rows and for columns."""
     dims = (dim,) if isinstance(dim, int) else dim
     if not isinstance(dims, tuple) or not dims or not set(dims) <= {0, 1} or len(set(dims)) != len(dims):
         raise ValueError(f"{function}: dim must be 0, 1 or (0, 1), got {dim!r}")
     return 1 in dims, 0 in dims
 
 
-def _bytes(function: str, memory_budget: object) -> int:
+def budget_bytes(function: str, memory_budget: object) -> int:
+    """The number of bytes that `memory_budget` allows."""
     if memory_budget is None:
         return DEFAULT_MEMORY_BUDGET
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:
