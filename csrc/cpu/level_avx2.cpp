@@ -4,5 +4,6 @@
 #include "expert_routing.cpp"
 #include "grouped_matmul.cpp"
 #include "maxsim.cpp"
+#include "similarity_distill.cpp"
 #include "similarity_reduce.cpp"
 #include "similarity_topk.cpp"
