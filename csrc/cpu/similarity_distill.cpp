@@ -173,7 +173,7 @@ class Comparer {
       *to.top_t = *line.top_t;
       *to.log_t = *line.log_t;
     }
-    if (*to.top_t == -infinity<A>()) *to.value = 0;  // no pair takes part, or the teacher excludes them all
+    if (is_empty(to)) *to.value = 0;  // no pair takes part, or the teacher excludes them all
     *to.mean = p.kind == DistillKind::reverse_kl ? *to.value : *line.mean;
   }
 
@@ -207,7 +207,7 @@ void prepare_lines(const DistillBackward& b, int64_t lines, int64_t begin, int64
       *line.log_t = own[3 * lines];
       *line.mean = own[4 * lines];
     }
-    const bool empty = k >= count || (statistics && *line.top_t == -infinity<A>());
+    const bool empty = k >= count || (statistics && is_empty(line));
     *line.value = empty ? 0 : upstream[begin + k];
     *line.top_s = finite_or_zero(*line.top_s);
     *line.top_t = finite_or_zero(*line.top_t);

@@ -188,6 +188,12 @@ class LineBuffer {
   int64_t size_ = 0;
 };
 
+// The teacher has no pair. A maximum does not see NaN, which is in the logarithm then.
+template <class A>
+INLINE bool is_empty(const Lines<A>& line) {
+  return *line.top_t == -infinity<A>() && *line.log_t == 0;
+}
+
 // Copies kLanes lines but for their means.
 template <class A>
 INLINE void copy_lines(Lines<A> to, Lines<A> from) {
