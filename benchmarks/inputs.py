@@ -79,6 +79,24 @@ def paired_case_inputs(
     return Inputs(tensors, dict(constants or {}), case.copies)
 
 
+def taught_inputs(
+    case: Case, names: tuple[str, str], *, cosine: float, teacher_cosine: float, constants: dict[str, float]
+) -> Inputs:
+    """The two views by a student under the argument names, and the same things by a teacher under ``teacher_<name>``.
+
+    Args:
+        case: gives N, D, dtype and device.
+        names: argument names of the two views.
+        cosine: mean similarity of the student's two views of one thing; see :func:`views_of_things`.
+        teacher_cosine: that of the teacher's, of the same things.
+        constants: numbers that training does not learn.
+    """
+    sides = [views_of_things(case.shapes["N"], case.shapes["D"], cosine=each) for each in (cosine, teacher_cosine)]
+    student, teacher = (dict(zip(names, views, strict=True)) for views in sides)
+    frozen = {f"teacher_{name}": view for name, view in teacher.items()}
+    return Inputs(_on(case, student, case.dtype), constants, frozen=_on(case, frozen, case.dtype))
+
+
 def labelled_case_inputs(
     case: Case, name: str, *, per_class: int, cosine: float, constants: dict[str, float] | None = None
 ) -> Inputs:

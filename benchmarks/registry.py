@@ -24,6 +24,7 @@ FAMILIES = (
     "cases_topk",
     "cases_routing",
     "cases_late_interaction",
+    "cases_distillation",
     "cases_matryoshka",
     "cases_gpu",
 )

@@ -125,6 +125,20 @@ ROWS = (
         ">= 3x faster; extra memory <= 1/20",
     ),
     DesignRow(
+        "distillation",
+        "distillation",
+        "similarity distillation fwd+bwd fp32, both directions, N=4096 D=512, teacher of the same size",
+        "its own matmuls alone (student and teacher twice, two gradients, through torch.mm)",
+        "<= 1.2x their time with memory_budget=0",
+    ),
+    DesignRow(
+        "distillation-dense",
+        "distillation",
+        "the same",
+        "the same mathematics dense in torch; open_clip DistillClipLoss",
+        ">= 1.3x faster; extra memory <= 1/20 with memory_budget=0",
+    ),
+    DesignRow(
         "route",
         "routing",
         "route 65,536 x 32, k=2, all losses, fwd+bwd",

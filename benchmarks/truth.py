@@ -264,6 +264,23 @@ def layer_truth(inputs: Inputs) -> Outcome:
     return _differentiate(loss_of, inputs)
 
 
+def distillation_truth(inputs: Inputs) -> Outcome:
+    """Cross-entropy with the teacher's softmax as the target, for rows and for columns, averaged."""
+    scale, teacher = inputs.constants["scale"], [inputs.frozen[f"teacher_{name}"].double() for name in inputs.tensors]
+
+    def loss_of(image: Tensor, text: Tensor) -> Tensor:
+        def direction(x: Tensor, y: Tensor, teacher_x: Tensor, teacher_y: Tensor) -> Tensor:
+            def of_rows(part: slice) -> Tensor:
+                target = (scale * teacher_x[part] @ teacher_y.T).softmax(1)
+                return -(target * (scale * x[part] @ y.T).log_softmax(1)).sum()
+
+            return _mean_over_rows(of_rows, len(x), len(y), x.device)
+
+        return (direction(image, text, *teacher) + direction(text, image, *teacher[::-1])) / 2
+
+    return _differentiate(loss_of, inputs)
+
+
 def maxsim_truth(inputs: Inputs) -> Outcome:
     """MaxSim: for each query token the largest similarity with a token of a document, a document at a time."""
     weight, mask = inputs.frozen["weight"].double(), inputs.frozen.get("mask")

@@ -30,6 +30,7 @@ __all__ = [
     "DCLLoss",
     "DPOLoss",
     "DebiasedLoss",
+    "DistanceDistillationLoss",
     "EnergyHingeLoss",
     "GISTEmbedLoss",
     "GTELoss",
@@ -50,6 +51,7 @@ __all__ = [
     "RunningDenominator",
     "SigLIPLoss",
     "SimCTGLoss",
+    "SimilarityDistillationLoss",
     "SoftInfoNCELoss",
     "SogCLRLoss",
     "SupConLoss",
@@ -327,6 +329,23 @@ class MinedInfoNCELoss(ScaledLoss):
 
     function = staticmethod(losses.mined_info_nce)
     default_temperature = 0.07
+
+
+class SimilarityDistillationLoss(ScaledLoss):
+    """`contrastive_ops.similarity_distillation` as a module with a learnable temperature.
+
+    ``SimilarityDistillationLoss(symmetric=True)(image, text, teacher_image, teacher_text)``
+    """
+
+    function = staticmethod(losses.similarity_distillation)
+    default_temperature = 0.07
+    default_learnable = True
+
+
+class DistanceDistillationLoss(Loss):
+    """`contrastive_ops.distance_distillation` as a module: ``DistanceDistillationLoss()(embeddings, teacher)``."""
+
+    function = staticmethod(losses.distance_distillation)
 
 
 class SogCLRLoss(ScaledLoss):

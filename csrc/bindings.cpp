@@ -11,6 +11,8 @@
 #include "bindings_expert_routing.h"
 #include "bindings_grouped_matmul.h"
 #include "bindings_maxsim.h"
+#include "bindings_similarity_distill.h"
+#include "bindings_similarity_gradients.h"
 #include "bindings_similarity_prefix.h"
 #include "bindings_similarity_problem.h"
 #include "bindings_similarity_topk.h"
@@ -22,34 +24,6 @@ namespace contrastive_ops {
 void define_cuda_functions(pybind11::module_& m);  // of bindings_cuda.cpp
 
 namespace {
-
-struct Gradients {
-  Tensor dx, dy, dscale, drow_bias, dcol_bias;
-  std::vector<void*> dscale_parts;
-  SimilarityBackward raw{};
-
-  // `needs`: which of x, y, scale, row_bias, col_bias need a gradient, one bit each.
-  Gradients(const Problem& p, int64_t needs) {
-    const auto wants = [&](int bit) { return (needs >> bit & 1) != 0; };
-    dx = p.zeros({wants(0) ? p.raw.N : 0, p.raw.D});
-    dy = p.zeros({wants(1) && !p.raw.self ? p.raw.M : 0, p.raw.D});
-    dscale = p.zeros({wants(2) ? p.scale.numel() : 0});
-    drow_bias = p.zeros({wants(3) ? p.raw.N : 0});
-    dcol_bias = p.zeros({wants(4) ? p.raw.M : 0});
-    if (wants(0)) raw.dx = dx.data_ptr();
-    if (wants(1) && !p.raw.self) raw.dy = dy.data_ptr();
-    if (wants(2)) {
-      char* at = static_cast<char*>(dscale.data_ptr());
-      for (const auto& set : p.sets) {
-        dscale_parts.push_back(at);
-        at += p.scale_size(set) * dscale.element_size();
-      }
-      raw.dscale = dscale_parts.data();
-    }
-    if (wants(3)) raw.drow_bias = drow_bias.data_ptr();
-    if (wants(4)) raw.dcol_bias = dcol_bias.data_ptr();
-  }
-};
 
 constexpr FoldKind kMax = FoldKind::max;
 
@@ -161,6 +135,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("similarity_reduce_forward", &similarity_reduce_forward);
   m.def("similarity_reduce_backward", &similarity_reduce_backward);
   m.def("similarity_reduce_total", &similarity_reduce_total);
+  m.def("similarity_distill_forward", &similarity_distill_forward);
+  m.def("similarity_distill_backward", &similarity_distill_backward);
   m.def("similarity_prefix_forward", &similarity_prefix_forward);
   m.def("similarity_prefix_backward", &similarity_prefix_backward);
   m.def("similarity_topk_forward", &similarity_topk_forward);

@@ -25,7 +25,7 @@ MODULES = [
             "running",
         )
     ),
-    *(f"contrastive_ops.losses.{family}" for family in ("sigmoid", "softmax", "triplet")),
+    *(f"contrastive_ops.losses.{family}" for family in ("distillation", "sigmoid", "softmax", "triplet")),
     *(
         f"contrastive_ops.mining.{module}"
         for module in ("_rules", "_sampling", "bank", "hard_negatives", "refresh", "state", "streaming")
@@ -36,6 +36,7 @@ MODULES = [
     "contrastive_ops.ops.expert_routing",
     "contrastive_ops.ops.grouped_matmul",
     "contrastive_ops.ops.maxsim",
+    "contrastive_ops.ops.similarity_distill",
     "contrastive_ops.ops.similarity_prefix",
     "contrastive_ops.ops.similarity_reduce",
     "contrastive_ops.ops.similarity_topk",

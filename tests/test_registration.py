@@ -181,6 +181,7 @@ def test_export():
         ("similarity_reduce", ("forward", "backward", "total")),
         ("similarity_topk", ("forward", "at", "backward", "merge", "order")),
         ("maxsim", ("forward", "backward")),
+        ("similarity_distill", ("forward", "backward")),
         ("similarity_prefix", ("forward", "backward")),
     ],
 )

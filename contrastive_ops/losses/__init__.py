@@ -11,6 +11,7 @@ from .decorrelation import (
     vicreg,
 )
 from .diagnostics import Diagnostics
+from .distillation import distance_distillation, similarity_distillation
 from .hardness import dcl, debiased, hcl, hn_nce
 from .late_interaction import late_interaction
 from .margin import energy_hinge, simctg, vse
@@ -46,6 +47,7 @@ __all__ = [
     "covariance_penalty",
     "dcl",
     "debiased",
+    "distance_distillation",
     "dpo",
     "effective_rank",
     "energy_hinge",
@@ -71,6 +73,7 @@ __all__ = [
     "pair_bce",
     "siglip",
     "simctg",
+    "similarity_distillation",
     "soft_info_nce",
     "sog_clr",
     "sparsity",

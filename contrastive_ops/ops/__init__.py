@@ -8,6 +8,7 @@ from .gating import Capacity, Gating, RouterLoss
 from .grouped_matmul import grouped_matmul
 from .maxsim import maxsim, maxsim_pairs
 from .pairs import Guide, Pairs
+from .similarity_distill import similarity_distill
 from .similarity_prefix import PrefixFolds, similarity_prefix
 from .similarity_reduce import merge_lse, similarity_reduce
 from .similarity_topk import TopK, similarity_topk
@@ -35,6 +36,7 @@ __all__ = [
     "maxsim_pairs",
     "merge_lse",
     "route",
+    "similarity_distill",
     "similarity_prefix",
     "similarity_reduce",
     "similarity_topk",

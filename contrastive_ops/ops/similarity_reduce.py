@@ -234,7 +234,7 @@ def fold(
     layout = Layout(tuple(sets.sets), tuple(folds))
     arguments = (x, y, sets.scale(), row_bias, col_bias, target, *layout.encode())
     chosen = choose(names[0], BACKENDS, x, backend, layout)
-    budget = _bytes(names[0], memory_budget, x.device.type)
+    budget = budget_bytes(names[0], memory_budget, x.device.type)
     keeps = needs_gradient(*arguments) and BACKENDS[chosen].keeps
     kept_size = _kept_size(x, y, budget) if keeps else 0
     values, argmax, target_logit, linear_sum, _ = torch.ops.contrastive_ops.similarity_reduce_forward(
@@ -259,14 +259,15 @@ def needs_gradient(*arguments: object) -> bool:
 
 
 def directions(function: str, dim: object) -> tuple[bool, bool]:
-    """Whether rows and whether columns are folded."""
+    """Whether `dim` asks for rows and for columns."""
     dims = (dim,) if isinstance(dim, int) else dim
     if not isinstance(dims, tuple) or not dims or not set(dims) <= {0, 1} or len(set(dims)) != len(dims):
         raise ValueError(f"{function}: dim must be 0, 1 or (0, 1), got {dim!r}")
     return 1 in dims, 0 in dims
 
 
-def _bytes(function: str, memory_budget: object, device: str) -> int:
+def budget_bytes(function: str, memory_budget: object, device: str) -> int:
+    """The number of bytes that `memory_budget` allows."""
     if memory_budget is None:
         return DEFAULT_MEMORY_BUDGET_OF_GPU if device == "cuda" else DEFAULT_MEMORY_BUDGET
     if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:

@@ -64,6 +64,10 @@ class Draw:
         """(M, D) unit rows of another model."""
         return self._unit(self.rows + MORE_COLUMNS, dtype=self._wide)
 
+    def teacher(self) -> Tensor:
+        """(N, D) unit rows of a teacher, without a gradient."""
+        return self._unit(self.rows)
+
     def scale(self) -> Tensor:
         """0-d: what the inner products are multiplied with."""
         return torch.tensor(6.0, dtype=self._wide, requires_grad=True)

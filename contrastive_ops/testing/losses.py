@@ -144,6 +144,7 @@ _MINED = {"query": Draw.matrix, "positive": Draw.matrix, "corpus": Draw.columns,
 _QWEN3 = ("query_to_doc", "query_to_query", "doc_to_doc")
 _TRIPLET = {"anchor": Draw.matrix, "positive": Draw.matrix, "negative": Draw.matrix}
 _TOKENS = {"queries": Draw.tokens, "documents": Draw.tokens, "scale": Draw.scale}
+_TAUGHT = {"x": Draw.matrix, "y": Draw.matrix, "teacher_x": Draw.teacher, "teacher_y": Draw.teacher}
 _PAIR_LIST = {"x": Draw.columns, "y": Draw.columns, "rows": Draw.own, "cols": Draw.column, "labels": Draw.grades}
 
 # The entry with the name of its function is the one that tests take where one is enough.
@@ -261,6 +262,33 @@ LOSSES: dict[str, LossCase] = {
         {"reduce": "mean", "normalize": True},
         arrange=_masked,
         keeps_scores=True,
+    ),
+    "similarity_distillation": LossCase(
+        losses.similarity_distillation,
+        {"x": Draw.matrix, "y": Draw.columns, "teacher_x": Draw.teacher, "teacher_y": Draw.queue, **_SCALE, **_WEIGHT},
+    ),
+    "similarity_distillation symmetric": LossCase(
+        losses.similarity_distillation,
+        {**_TAUGHT, **_SCALE, "ids": Draw.labels},
+        {"divergence": "ce", "symmetric": True, "teacher_scale": 4.0},
+        arrange=_rules,
+    ),
+    "similarity_distillation reverse": LossCase(
+        losses.similarity_distillation, {**_TAUGHT, "scale": Draw.scale_of_rows}, {"divergence": "reverse_kl"}
+    ),
+    "similarity_distillation js": LossCase(
+        losses.similarity_distillation, {**_TAUGHT, **_SCALE}, {"divergence": "js", "symmetric": True}
+    ),
+    "similarity_distillation self": LossCase(
+        losses.similarity_distillation,
+        {"x": Draw.matrix, "teacher_x": Draw.teacher, **_SCALE},
+        {"y": None, "normalize": True},
+    ),
+    "distance_distillation": LossCase(losses.distance_distillation, {"x": Draw.matrix, "teacher_x": Draw.teacher}),
+    "distance_distillation absolute": LossCase(
+        losses.distance_distillation,
+        {"x": Draw.matrix, "teacher_x": Draw.teacher, **_WEIGHT},
+        {"relative": False, "delta": 0.1},
     ),
     "matryoshka_info_nce": LossCase(losses.matryoshka_info_nce, {**_QUERY_KEY, **_SCALE}, arrange=_prefixes),
     "matryoshka_info_nce columns": LossCase(

@@ -13,6 +13,7 @@
 #include "../expert_routing.h"
 #include "../grouped_matmul.h"
 #include "../maxsim.h"
+#include "../similarity_distill.h"
 #include "../similarity_prefix.h"
 #include "../similarity_reduce.h"
 #include "../similarity_topk.h"
@@ -101,6 +102,7 @@ Capability capability() {
 CONTRASTIVE_OPS_OF_LEVEL(ExpertRouting, expert_routing)
 CONTRASTIVE_OPS_OF_LEVEL(GroupedMatmul, grouped_matmul)
 CONTRASTIVE_OPS_OF_LEVEL(MaxSim, maxsim)
+CONTRASTIVE_OPS_OF_LEVEL(SimilarityDistill, similarity_distill)
 CONTRASTIVE_OPS_OF_LEVEL(SimilarityPrefix, similarity_prefix)
 CONTRASTIVE_OPS_OF_LEVEL(SimilarityReduce, similarity_reduce)
 CONTRASTIVE_OPS_OF_LEVEL(SimilarityTopK, similarity_topk)

@@ -4,6 +4,7 @@
 #include "expert_routing.cpp"
 #include "grouped_matmul.cpp"
 #include "maxsim.cpp"
+#include "similarity_distill.cpp"
 #include "similarity_prefix.cpp"
 #include "similarity_reduce.cpp"
 #include "similarity_topk.cpp"

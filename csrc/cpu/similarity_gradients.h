@@ -48,6 +48,13 @@ class Gradients {
   }
   // `stored`: the chunk's inner products, or null to compute them again.
   void add_chunk(const Chunk& chunk, A* stored) {
+    add_chunk(chunk, stored,
+              [&](const Block& block, int set, bool mirrored, bool scaled, const A* dots, const A* guide, A* e,
+                  Scratch& s) { weigh(chunk, block, set, mirrored, scaled, dots, guide, e, s); });
+  }
+  // The same for other derivatives than those of the folds: `weigh`, called as the function below without the chunk.
+  template <class Weigh>
+  void add_chunk(const Chunk& chunk, A* stored, Weigh weigh) {
     pack_x_columns(chunk);
     const int64_t step = kSuperBlock / kBlock;
     for (int64_t first = 0; first < chunk.blocks(); first += step) {
@@ -55,7 +62,7 @@ class Gradients {
       sweep_.for_each_block(chunk, first, last, [&](const Block& block, Scratch& s) {
         A* dots = stored ? sweep_.stored_block(stored, chunk, block) : sweep_.block_buffer(s.dots);
         if (!stored) sweep_.multiply_block(chunk, block, s, dots);
-        add_block(chunk, block, first, s, dots);
+        add_block(chunk, block, first, s, dots, weigh);
       });
       if (out.dx) add_dx(chunk, first, last);
       if (any_sums_ || compensates()) add_sums(chunk, first, last);
@@ -192,7 +199,8 @@ class Gradients {
     }
   }
 
-  void add_block(const Chunk& chunk, const Block& block, int64_t first, Scratch& s, const A* dots) {
+  template <class Weigh>
+  void add_block(const Chunk& chunk, const Block& block, int64_t first, Scratch& s, const A* dots, Weigh weigh) {
     const A* guide = sweep_.guide_block(chunk, block, s);
     A* e = sweep_.block_buffer(s.e);
     // With one view and no sums by e, e itself is of no use: its pass writes g.
@@ -200,13 +208,13 @@ class Gradients {
     A* g = one_view ? e : sweep_.block_buffer(s.g);
     const int64_t part = (block.index - first) * sweep_.chunk_rows;
     if (one_view) {
-      weigh(chunk, block, 0, false, true, dots, guide, e, s);
+      weigh(block, 0, false, true, dots, guide, e, s);
     } else {
       for (int set = 0; set < p.set_count; ++set) {
-        weigh(chunk, block, set, false, false, dots, guide, e, s);
+        weigh(block, set, false, false, dots, guide, e, s);
         add_view(block, set, false, set > 0, part, dots, e, g, s);
         if (!p.self) continue;
-        weigh(chunk, block, set, true, false, dots, guide, e, s);
+        weigh(block, set, true, false, dots, guide, e, s);
         add_view(block, set, true, true, part, dots, e, g, s);
       }
     }

@@ -44,6 +44,7 @@ class Sweep : public Views<typename C::Acc> {
     x_panels.allocate(round_up(chunk_rows, kLaneGroup<C>) * depth_units<C>(p.D));
     if (this->guided) guide_panels_.allocate(round_up(chunk_rows, kLaneGroup<G>) * depth_units<G>(p.guide_depth));
     scratch_.reset(new Scratch[parallel.threads]);
+    for (int thread = 0; thread < parallel.threads; ++thread) scratch_[thread].thread = thread;
   }
 
   struct Scratch {
@@ -51,19 +52,25 @@ class Sweep : public Views<typename C::Acc> {
     Buffer<U> y_panel, weights_panels, y_columns;
     Buffer<typename G::Unit> guide_panel;
     View<A> view;
+    int thread = 0;
   };
 
   // Calls body(chunk) for the chunks in order.
   template <class Body>
   void for_each_chunk(Body body) {
-    for (int64_t begin = 0; begin < p.N; begin += chunk_rows) {
-      Chunk chunk{begin, minimum(chunk_rows, p.N - begin), p.self ? begin : 0, p.M};
-      kept = p.kept && kept_used + stored_size(chunk) <= p.kept_size ? static_cast<A*>(p.kept) + kept_used : nullptr;
-      if (kept) kept_used += stored_size(chunk);
-      pack<C, S>(chunk, p.x, p.x_stride, p.D, x_panels);
-      if (this->guided) pack<G, A>(chunk, p.guide_x, p.guide_depth, p.guide_depth, guide_panels_);
+    kept_used = 0;
+    for (int64_t first = 0; first < p.N; first += chunk_rows) {
+      Chunk chunk{first, minimum(chunk_rows, p.N - first), p.self ? first : 0, p.M};
+      begin(chunk);
       body(chunk);
     }
+  }
+  // Packs the rows of a chunk and finds out where its inner products are kept. Chunks begin in order.
+  void begin(const Chunk& chunk) {
+    kept = p.kept && kept_used + stored_size(chunk) <= p.kept_size ? static_cast<A*>(p.kept) + kept_used : nullptr;
+    if (kept) kept_used += stored_size(chunk);
+    pack<C, S>(chunk, p.x, p.x_stride, p.D, x_panels);
+    if (this->guided) pack<G, A>(chunk, p.guide_x, p.guide_depth, p.guide_depth, guide_panels_);
   }
 
   // Calls body(block, scratch) for blocks [first, last) of a chunk, in parallel.

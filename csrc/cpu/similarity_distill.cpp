@@ -1,0 +1,271 @@
+// similarity_distill on the CPU: both similarity matrices block by block, compared while they are there.
+//
+// Not a translation unit of its own: level_*.cpp include it once per SIMD level. Schedule, tile, rules and gradients
+// are those of similarity_reduce; two sweeps go over the same chunks and blocks, one of the student and one of the
+// teacher, and what both say about a pair is in similarity_divergence.h.
+#include "../similarity_distill.h"
+
+#include "similarity_divergence.h"
+#include "similarity_gradients.h"
+
+namespace contrastive_ops {
+namespace LEVEL {
+namespace {
+
+// Student and teacher on the same chunks and blocks.
+template <class C, class S>
+class TwoSweeps {
+ public:
+  using A = typename C::Acc;
+  using Scratch = typename Sweep<C, S>::Scratch;
+
+  TwoSweeps(const DistillProblem& problem, const Parallel& parallel)
+      : p(problem), student(problem.student, parallel, false), teacher_(problem.teacher, parallel, false) {}
+
+  template <class Body>
+  void for_each_chunk(Body body) {
+    teacher_.kept_used = 0;
+    student.for_each_chunk([&](const Chunk& chunk) {
+      teacher_.begin(chunk);
+      body(chunk);
+    });
+  }
+
+  struct Logits {
+    A *student, *teacher;
+  };
+  // Logits of a block, -inf in both where a pair takes no part. `known`: kept inner products are there already.
+  Logits logits(const Chunk& chunk, const Block& block, bool known, Scratch& s) {
+    A* dots = products(student, chunk, block, known, s);
+    // Bounds on the similarity look at inner products after the logits are formed.
+    A* l = student.kept || student.rules[0].looks() ? student.block_buffer(s.e) : dots;
+    return {l, logits(chunk, block, known, dots, student.guide_block(chunk, block, s), l, s)};
+  }
+  // The same where the student's inner products are given, its logits go to `l`, and the teacher's are returned.
+  A* logits(const Chunk& chunk, const Block& block, bool known, const A* dots, const A* guide, A* l, Scratch& s) {
+    Scratch& own = teacher_.scratch(s.thread);
+    A* teacher_dots = products(teacher_, chunk, block, known, own);
+    A* t = teacher_.kept ? teacher_.block_buffer(own.e) : teacher_dots;
+    student.logits_block(chunk, block, 0, false, false, dots, guide, l, s.view, [](A*) {});
+    teacher_.logits_block(chunk, block, 0, false, false, teacher_dots, nullptr, t, own.view, [](A*) {});
+    exclude(l, t, block.rows, block.cols);
+    return t;
+  }
+
+  const DistillProblem& p;
+  Sweep<C, S> student;
+
+ private:
+  static A* products(Sweep<C, S>& sweep, const Chunk& chunk, const Block& block, bool known, Scratch& s) {
+    A* dots = sweep.kept ? sweep.stored_block(sweep.kept, chunk, block) : sweep.block_buffer(s.dots);
+    if (!known || !sweep.kept) sweep.multiply_block(chunk, block, s, dots);
+    return dots;
+  }
+  static void exclude(const A* s, A* t, int64_t rows, int64_t cols) {
+    constexpr int W = kLanes<A>;
+    const Vec<A> none = broadcast(-infinity<A>());
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = i * kBlock; j < i * kBlock + cols; j += W)
+        store(t + j, load(s + j) == none ? none : load(t + j));
+    }
+  }
+
+  Sweep<C, S> teacher_;
+};
+
+// ---- Forward ---------------------------------------------------------------------------------------------
+
+// Where the numbers of the lines of a direction are in the outputs.
+template <class A>
+Lines<A> outputs_of(const DistillForward& out, int64_t lines, int64_t begin) {
+  A *statistics = static_cast<A*>(out.statistics), *values = static_cast<A*>(out.values);
+  const auto row = [&](int64_t k) { return statistics + k * lines; };
+  if (!statistics) return {nullptr, nullptr, nullptr, nullptr, nullptr, values + begin};
+  return Lines<A>{row(0), row(1), row(2), row(3), row(4), values}.at(begin);
+}
+
+template <class C, class S>
+class Comparer {
+ public:
+  using A = typename C::Acc;
+
+  Comparer(const DistillProblem& problem, const DistillForward& out, const Parallel& parallel)
+      : p(problem), both_(problem, parallel) {
+    const int64_t N = p.student.N, M = p.student.M, lines = N * p.rows + M * p.cols;
+    const int64_t blocks = (M + kBlock - 1) / kBlock, chunk_rows = both_.student.chunk_rows;
+    if (p.rows) {
+      rows_ = outputs_of<A>(out, lines, 0);
+      parts_.allocate(blocks * chunk_rows + kLanes<A>);
+    }
+    if (p.cols) {
+      cols_ = outputs_of<A>(out, lines, N * p.rows);
+      running_.allocate(both_.student.padded_columns);
+      running_.clear();
+    }
+  }
+
+  void run() {
+    if (p.kind == DistillKind::js) {  // a mixture needs both complete lines, so parts of it do not merge
+      sweep({true, false, p.delta});
+      sweep({false, true, p.delta});
+    } else {
+      sweep({is_softmax(p.kind), true, p.delta});
+    }
+    for (int64_t j = 0; p.cols && j < p.student.M; ++j) write(running_.at(j), cols_, j, {true, true, p.delta});
+  }
+
+ private:
+  bool softmax() const { return is_softmax(p.kind); }
+
+  void sweep(const Folding& f) {
+    const int64_t chunk_rows = both_.student.chunk_rows;
+    both_.for_each_chunk([&](const Chunk& chunk) {
+      both_.student.for_each_block(chunk, 0, chunk.blocks(), [&](const Block& block, auto& s) {
+        const auto l = both_.logits(chunk, block, softmax() && !f.lines, s);
+        with_comparison(p.kind, [&](auto k) {
+          constexpr DistillKind K = decltype(k)::value;
+          if (p.rows) {
+            compare_rows<A, K>(l.student, l.teacher, block.rows, block.cols, f,
+                               is_softmax(K) ? rows_.at(chunk.begin) : rows_, parts_.at(block.index * chunk_rows));
+          }
+          for (int64_t i = 0; p.cols && i < block.rows; i += kFoldRows) {
+            compare_columns<A, K>(l.student + i * kBlock, l.teacher + i * kBlock, minimum(kFoldRows, block.rows - i),
+                                  block.cols, f, running_.at(block.j));
+          }
+        });
+      });
+      if (p.rows) finish_rows(chunk, f);
+    });
+  }
+
+  // Merges the parts of the chunk's rows, in the order of the blocks.
+  void finish_rows(const Chunk& chunk, const Folding& f) {
+    constexpr int W = kLanes<A>;
+    const int64_t chunk_rows = both_.student.chunk_rows;
+    both_.student.run((chunk.rows + W - 1) / W, [&](int64_t group, int) {
+      alignas(64) A numbers[6][W] = {};
+      const Lines<A> line{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]};
+      if (softmax() && f.lines) {
+        with_comparison(p.kind, [&](auto k) {
+          merge_lines<A, decltype(k)::value>(chunk.blocks(), parts_.at(group * W), chunk_rows, line);
+        });
+      } else {
+        for (int64_t block = 0; block < chunk.blocks(); ++block) {
+          const Lines<A> part = parts_.at(block * chunk_rows + group * W);
+          store(line.value, load(line.value) + load(part.value));
+          store(line.mean, load(line.mean) + load(part.mean));
+        }
+      }
+      for (int64_t q = 0; q < minimum<int64_t>(W, chunk.rows - group * W); ++q) {
+        write(line.at(q), rows_, chunk.begin + group * W + q, f);
+      }
+    });
+  }
+
+  // The numbers of a complete line to the outputs, as far as a sweep has found them.
+  void write(const Lines<A>& line, const Lines<A>& outputs, int64_t at, const Folding& f) const {
+    outputs.value[at] = *line.value;
+    if (!softmax()) return;
+    const Lines<A> to = outputs.at(at);
+    if (f.lines) {
+      *to.top_s = *line.top_s;
+      *to.log_s = *line.log_s;
+      *to.top_t = *line.top_t;
+      *to.log_t = *line.log_t;
+    }
+    if (is_empty(to)) *to.value = 0;  // no pair takes part, or the teacher excludes them all
+    *to.mean = p.kind == DistillKind::reverse_kl ? *to.value : *line.mean;
+  }
+
+  const DistillProblem& p;
+  TwoSweeps<C, S> both_;
+  Lines<A> rows_{}, cols_{};
+  LineBuffer<A> parts_, running_;  // parts: of each block and row of the chunk
+};
+
+template <class C, class S>
+void distill_forward(const DistillProblem& p, const DistillForward& out, const Parallel& parallel) {
+  Comparer<C, S>(p, out, parallel).run();
+}
+
+// ---- Backward --------------------------------------------------------------------------------------------
+
+// The lines of one direction as the inner loop reads them: tops are finite, and `value` is the upstream gradient, which
+// is 0 for lines without a pair.
+template <class A>
+void prepare_lines(const DistillBackward& b, int64_t lines, int64_t begin, int64_t count, LineBuffer<A>& to) {
+  to.allocate(count + kBlock);
+  to.clear();
+  const A *statistics = static_cast<const A*>(b.statistics), *upstream = static_cast<const A*>(b.d_values);
+  for (int64_t k = 0; k < count + kBlock; ++k) {
+    const Lines<A> line = to.at(k);
+    if (k < count && statistics) {
+      const A* own = statistics + begin + k;
+      *line.top_s = own[0];
+      *line.log_s = own[lines];
+      *line.top_t = own[2 * lines];
+      *line.log_t = own[3 * lines];
+      *line.mean = own[4 * lines];
+    }
+    const bool empty = k >= count || (statistics && is_empty(line));
+    *line.value = empty ? 0 : upstream[begin + k];
+    *line.top_s = finite_or_zero(*line.top_s);
+    *line.top_t = finite_or_zero(*line.top_t);
+  }
+}
+
+template <class C, class S>
+void distill_backward(const DistillProblem& p, const DistillBackward& b, const Parallel& parallel) {
+  using A = typename C::Acc;
+  using Scratch = typename Sweep<C, S>::Scratch;
+  TwoSweeps<C, S> both(p, parallel);
+  Gradients<C, S> gradients(p.student, b.gradients, both.student);
+  const int64_t N = p.student.N, M = p.student.M, lines = N * p.rows + M * p.cols;
+  LineBuffer<A> rows, cols;
+  if (p.rows) prepare_lines<A>(b, lines, 0, N, rows);
+  if (p.cols) prepare_lines<A>(b, lines, N * p.rows, M, cols);
+  const A delta = static_cast<A>(p.delta);
+  both.for_each_chunk([&](const Chunk& chunk) {
+    const auto weigh = [&](const Block& block, int, bool, bool scaled, const A* dots, const A* guide, A* e,
+                           Scratch& s) {
+      const A* t = both.logits(chunk, block, true, dots, guide, e, s);
+      const A *scale_i = scaled ? s.view.scale_i : nullptr, *scale_j = s.view.scale_j;
+      const Lines<A> of_rows = rows.at(p.rows ? chunk.begin : 0), of_cols = cols.at(p.cols ? block.j : 0);
+      with_comparison(p.kind, [&](auto k) {
+        constexpr DistillKind K = decltype(k)::value;
+        const auto run = [&](auto function) {
+          function(e, t, block.rows, block.cols, delta, of_rows, of_cols, scale_i, scale_j, e);
+        };
+        if (p.rows && p.cols) return run(slopes<A, K, true, true>);
+        p.rows ? run(slopes<A, K, true, false>) : run(slopes<A, K, false, true>);
+      });
+    };
+    gradients.add_chunk(chunk, both.student.kept, weigh);
+  });
+  gradients.finish();
+}
+
+// ---- Types -----------------------------------------------------------------------------------------------
+
+#define CONTRASTIVE_OPS_DISTILL_FOR_TYPE(function, Argument)                                         \
+  void function##_any(const DistillProblem& p, const Argument& argument, const Parallel& parallel) { \
+    switch (p.student.dtype) {                                                                       \
+      case DType::float32:                                                                           \
+        return function<ComputeFloat, float>(p, argument, parallel);                                 \
+      case DType::float64:                                                                           \
+        return function<ComputeDouble, double>(p, argument, parallel);                               \
+      case DType::bfloat16:                                                                          \
+        return function<ComputeForBFloat16, BFloat16>(p, argument, parallel);                        \
+      case DType::float16:                                                                           \
+        return function<ComputeFloat, Half>(p, argument, parallel);                                  \
+    }                                                                                                \
+  }
+CONTRASTIVE_OPS_DISTILL_FOR_TYPE(distill_forward, DistillForward)
+CONTRASTIVE_OPS_DISTILL_FOR_TYPE(distill_backward, DistillBackward)
+
+}  // namespace
+
+SimilarityDistill similarity_distill() { return {distill_forward_any, distill_backward_any}; }
+
+}  // namespace LEVEL
+}  // namespace contrastive_ops
