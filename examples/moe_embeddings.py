@@ -53,8 +53,9 @@ class Encoder(nn.Module):
     def forward(self, side: str, texts: Bags, domain: Tensor) -> tuple[Tensor, Tensor]:
         """Unit rows, and the router's loss. One expert works on the whole of a text."""
         x = self.norm(self.table(*texts))
-        # An expert that is given has gate 1: the router has no say.
-        out, routing = self.mlp(x, allowed=domain if self.enforced else None)
+        # Where a text may choose one expert alone, its gate is 1: the router has no say.
+        allowed = F.one_hot(domain, len(self.mlp.gate.weight)).bool() if self.enforced else None
+        out, routing = self.mlp(x, allowed=allowed)
         return F.normalize(self.last[side](x + out), dim=1), routing.loss
 
     def mixture(self, experts: int, enforced: bool) -> Encoder:
