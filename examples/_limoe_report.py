@@ -72,7 +72,7 @@ def train_variant(variant: dict[str, Any], config: Config, folder: Path) -> dict
     seconds = time.process_time() - start
     parts = [run.history["success"][i : i + EVERY] for i in range(0, config.steps, EVERY)]
     layers = range(len(run.history["success"][0]))
-    curve = [[[statistics.fmean(s[i][m] for s in part) for m in (0, 1)] for i in layers] for part in parts]
+    curve = [[[round(statistics.fmean(s[i][m] for s in part), 4) for m in (0, 1)] for i in layers] for part in parts]
     result = {
         "config": asdict(config), "cpu_seconds": seconds, "loss": statistics.fmean(run.history["loss"][-20:]),
         "parameters": sum(p.numel() for p in run.model.parameters()), **run.evaluate(), "success": curve,
@@ -94,23 +94,26 @@ def run_ablation(config: Config, seeds: list[int], folder: Path) -> dict[str, li
     return runs
 
 
+COLUMNS = {
+    "text kept": "success_text", "image kept": "success_image", "experts of text": "effective_text",
+    "zero-shot": "zero_shot", "image to text @5": "image_to_text_at_5", "text to image @5": "text_to_image_at_5",
+}  # fmt: skip
+
+
+def spread(values: list[float], key: str) -> str:
+    """Mean of the seeds, and least and most."""
+    if not values:
+        return "-"
+    form = ".1f" if key.startswith("effective") else ".1%"
+    return f"{statistics.fmean(values):{form}} ({min(values):{form}} to {max(values):{form}})".replace("% to", " to")
+
+
 def to_table(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Aligned text: mean, and least and most of the seeds."""
-    columns = {
-        "text kept": "success_text", "image kept": "success_image", "text experts": "effective_text",
-        "zero-shot": "zero_shot", "image to text @5": "image_to_text_at_5", "text to image @5": "text_to_image_at_5",
-    }  # fmt: skip
-    lines = [f"{'':<28}" + "".join(f"{name:>22}" for name in columns)]
+    """Aligned text: a row for each variant."""
+    lines = [f"{'':<28}" + "".join(f"{name:>23}" for name in COLUMNS)]
     for name, found in runs.items():
-        cells = []
-        for key in columns.values():
-            values = [run[key] for run in found if key in run]
-            form = ".1f" if key.startswith("effective") else ".1%"
-            mean, least, most = (
-                (format(f(values), form) for f in (statistics.fmean, min, max)) if values else ("-", "", "")
-            )
-            cells.append(f"{mean} ({least} to {most})" if values else "-")
-        lines.append(f"{name:<28}" + "".join(f"{cell:>22}" for cell in cells))
+        cells = [spread([run[key] for run in found if key in run], key) for key in COLUMNS.values()]
+        lines.append(f"{name:<28}" + "".join(f"{cell:>23}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -88,7 +88,7 @@ def test_losses_are_their_formulas(k, noise_std, score, backend):
 
 
 def test_pooled_losses_do_not_see_segments(backend):
-    """Importance and load over all tokens beside entropies of each segment, as LIMoE has them, in the order asked for."""
+    """Importance and load over all tokens beside entropies of each segment, as LIMoE has them, in their order."""
     logits, segments = problem()
     noise, _ = draw(logits.shape)
     common = {"gating": NOISY, "noise": noise, "backend": backend}
