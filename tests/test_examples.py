@@ -22,6 +22,9 @@ import moe_embeddings  # noqa: E402
 import simclr_digits  # noqa: E402
 import train_limoe  # noqa: E402
 
+import contrastive_ops  # noqa: E402
+from benchmarks import tables_examples  # noqa: E402
+
 SMALL = train_limoe.Config(steps=6, batch=16, dim=16, hidden=16, layers=2, heads=2, experts=4)
 
 
@@ -270,3 +273,41 @@ def test_domains_run(tmp_path, capsys):
     assert single < experts < 1.1 * single < found["parameters"]["one dense model a domain"]
     shown = capsys.readouterr().out
     assert all(name in shown for name in (*found["domains"], *found["mrr"]))
+
+
+# --- distillation --------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(contrastive_ops, "similarity_distillation"), reason="needs similarity_distillation")
+def test_distillation_runs(tmp_path, capsys):
+    import distill_embeddings
+
+    options = ["--stdlib", "--steps", "6", "--batch", "128", "--width", "16", "--dim", "16", "--student-width", "4"]
+    distill_embeddings.main([*options, "--student-dim", "8", "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert set(found["mrr"]) == {"teacher", "student, labels", "student, teacher", "student, both"}
+    assert found["dim"]["teacher"] == 16 and found["dim"]["student, both"] == 8
+    assert found["parameters"]["student, both"] < found["parameters"]["teacher"] / 3
+    assert "held out" in capsys.readouterr().out
+
+
+# --- the README's tables -------------------------------------------------------------------------
+
+
+def test_tables_show_the_spread_of_seeds():
+    run = {"success_text": 0.5, "success_image": 1.0, "effective_text": 2.0, "zero_shot": 0.9}
+    run |= {"text_to_image_at_5": 0.8, "cpu_seconds": 40.0}
+    other = run | {"success_text": 0.7, "cpu_seconds": 50.4}
+    dense = {key: run[key] for key in ("zero_shot", "text_to_image_at_5", "cpu_seconds")}
+    text = tables_examples.limoe({"all": [run, other], "dense twin": [dense, dense]})
+    assert "| all | 60.0% (50.0 to 70.0%) | 100.0% (100.0 to 100.0%) | 2.0 (2.0 to 2.0) |" in text
+    assert "| dense twin |  |  |  | 90.0% (90.0 to 90.0%) |" in text
+    assert "Mean of 2 seeds (least to most). A run took 40 to 50 s" in text
+    probes = [{"accuracy": {n: {"few": f, "all": 0.9} for n in simclr_names()}, "train": 1400} for f in (0.5, 0.7)]
+    assert "| encoder, untrained | 60.0% (50.0 to 70.0%) | 90.0% (90.0 to 90.0%) |" in tables_examples.simclr(probes)
+    mrr = {"mrr": {"experts": [0.2, 0.4]}, "parameters": {"experts": 4.6e6}, "domains": {"a": 1, "b": 2}}
+    assert "| experts | 0.300 (0.300 to 0.300) | 4.6 M |" in tables_examples.moe_embeddings([mrr])
+
+
+def simclr_names() -> list[str]:
+    return ["pixels", "untrained", *simclr_digits.LOSSES]
