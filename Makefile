@@ -1,6 +1,6 @@
 # Everything a checkout needs, in a virtual environment of its own:
 #
-#   make demo     make test     make lint     make bench     make gpu
+#   make demo     make limoe     make test     make lint     make bench     make gpu
 #
 # A fresh machine needs python3 (3.10 or newer) and a C++ compiler. Without the compiler the package
 # is installed as pure Python. `make <target> ARGS="..."` hands arguments to the command it runs.
@@ -20,10 +20,10 @@ BUILD_INPUTS := $(wildcard setup*.py) pyproject.toml $(shell find csrc -type f 2
 CPP_FILES := $(shell find csrc tests/cuda_host -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
 .DEFAULT_GOAL := help
-.PHONY: help install peers demo test lint format bench bench-peers gpu clean
+.PHONY: help install peers demo limoe limoe-ablation simclr moe-embeddings distill test lint format bench bench-peers gpu clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
@@ -52,6 +52,21 @@ peers: $(VENV)/.peers ## the packages that tests and benchmarks compare with
 
 demo: install ## train a docstring search with plain PyTorch and with contrastive_ops, then mine negatives for it
 	$(RUN) examples/docstring_search.py $(ARGS)
+
+limoe: install ## train a LIMoE, one sparse tower for images and text, on digits with captions; ARGS="--dense"
+	$(RUN) examples/train_limoe.py $(ARGS)
+
+limoe-ablation: install ## the same with each combination of balance losses, over three seeds, and two figures
+	$(RUN) examples/train_limoe.py --ablate $(ARGS)
+
+simclr: install ## train with NT-Xent and SupCon on digits, and probe the features
+	$(RUN) examples/simclr_digits.py $(ARGS)
+
+moe-embeddings: install ## tune one embedding model for many domains, with an expert for each
+	$(RUN) examples/moe_embeddings.py $(ARGS)
+
+distill: install ## distil a small embedding model from a larger one
+	$(RUN) examples/distill_embeddings.py $(ARGS)
 
 test: install ## the tests; ARGS="-k name -x", ARGS="tests/test_nn.py"
 	$(RUN) -m pytest $(ARGS)

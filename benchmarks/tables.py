@@ -5,7 +5,8 @@
 
 A table stands between ``<!-- benchmark:NAME -->`` and ``<!-- /benchmark -->``. NAME is ``targets``,
 ``memory``, an op of the registry (``clip``), or ``demo``, ``demo-mining`` and ``headline`` for what
-``make demo ARGS="--json benchmarks/results/demo.json --out docs/images"`` wrote.
+``make demo ARGS="--json benchmarks/results/demo.json --out docs/images"`` wrote; the other examples are in
+`tables_examples`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report, results, targets
+from benchmarks import report, results, tables_examples, targets
 from benchmarks.registry import DTYPE_NAMES, OURS, Case, Target, all_cases
 from benchmarks.results import Row
 
@@ -213,7 +214,7 @@ def tables(rows: Sequence[Row]) -> dict[str, Callable[[], str]]:
         known["demo"] = lambda: demo_table(demo)
         known["demo-mining"] = lambda: demo_mining_table(demo)
         known["headline"] = lambda: headline(demo)
-    return known
+    return known | tables_examples.tables()
 
 
 def updated(text: str, rows: Sequence[Row]) -> str:

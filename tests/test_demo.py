@@ -132,6 +132,31 @@ def test_the_two_loss_layers_agree() -> None:
     torch.testing.assert_close(results["contrastive_ops"], results["pytorch"], rtol=1e-4, atol=1e-6)
 
 
+def test_chunks_of_the_towers_train_as_the_whole_batch_does() -> None:
+    texts = ["read_csv(path)", "Sum of two tensors", "parseDate", "close()", "write_row(row, file)"]
+    both = docstring_search.make_bags(texts), docstring_search.make_bags(texts[::-1])
+    runs = []
+    for chunk in (None, 2):
+        torch.manual_seed(0)
+        layer = _loss_meter.LAYERS["contrastive_ops"]
+        run = docstring_search.Training(docstring_search.TwoTower(16), layer, chunk)
+        run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
+        for _ in range(2):
+            run.step(*both)
+        runs.append(run)
+    assert runs[0].losses == pytest.approx(runs[1].losses, abs=1e-6)
+    for whole, chunked in zip(*(run.model.parameters() for run in runs), strict=True):
+        torch.testing.assert_close(whole, chunked, rtol=1e-5, atol=1e-6)
+
+
+def test_asking_ends_with_an_empty_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    given = iter(["sort a list", " ", "never read"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(given))
+    docstring_search.ask(lambda query: [f"{query}: {rank}" for rank in (1, 2)])
+    assert capsys.readouterr().out == "    sort a list: 1\n    sort a list: 2\n"
+    assert next(given) == "never read"
+
+
 # --- the search for the largest batch ------------------------------------------------------------
 
 

@@ -87,6 +87,37 @@ def test_losses_are_their_formulas(k, noise_std, score, backend):
     torch.testing.assert_close(routing.loss, sum(value.sum() for value in routing.losses.values()))
 
 
+def test_pooled_losses_do_not_see_segments(backend):
+    """Importance and load over all tokens beside entropies of each segment, as LIMoE has them, in their order."""
+    logits, segments = problem()
+    noise, _ = draw(logits.shape)
+    common = {"gating": NOISY, "noise": noise, "backend": backend}
+    pooled = [RouterLoss(name, 0.3, pooled=True) for name in ("load", "z", "switch", "importance")]
+    local = RouterLoss("local_entropy", [0.0, 0.1, 0.2])
+    z, truth = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    both = route(z, 2, segments=segments, losses=[*pooled[:2], local, *pooled[2:]], **common)
+    assert list(both.losses) == ["load", "z", "local_entropy", "switch", "importance"]
+    blind = route(truth, 2, losses=[RouterLoss(loss.name, loss.weight) for loss in pooled], **common)
+    alone = route(truth, 2, segments=segments, losses=[local], **common)
+    for name, value in (blind.losses | alone.losses).items():
+        torch.testing.assert_close(both.losses[name], value, rtol=1e-12, atol=0)
+    assert both.losses["importance"].shape == (1,) and both.losses["local_entropy"].shape == (3,)
+    torch.testing.assert_close(both.loss, blind.loss + alone.loss, rtol=1e-12, atol=0)
+    (found,), (expected,) = (
+        torch.autograd.grad(loss, x) for loss, x in ((both.loss, z), (blind.loss + alone.loss, truth))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
+    # A segment of its own experts is balanced when all tokens are, and far from it on its own.
+    apart = torch.full((8, 4), -30.0, dtype=DOUBLE)
+    apart[torch.arange(8), torch.arange(4).repeat_interleave(2)] = 30.0
+    side = torch.arange(2).repeat_interleave(4)
+    seen, unseen = (
+        route(apart, segments=side, losses=[RouterLoss("importance", pooled=p)], backend=backend).loss
+        for p in (False, True)
+    )
+    assert unseen < 1e-12 and seen == pytest.approx(2.0)
+
+
 def test_published_values_of_v_moe(backend, monkeypatch):
     """The numbers that V-MoE's own tests expect of its three losses."""
     gates = torch.tensor([[0.5, 0.4, 0.1], [0.3, 0.3, 0.4], [0.1, 0.2, 0.7], [0.8, 0.2, 0.0]], dtype=DOUBLE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,22 @@ class Statistics:
     margin: Tensor
 
     def losses(self, function: str, wanted: Sequence[RouterLoss]) -> tuple[dict[str, Tensor], Tensor]:
-        """Each loss by name, (S,), and their weighted total; 0 for a segment without tokens, whose sums are 0.
+        """Each loss by name, (S,) or (1,) where it is pooled, and their weighted total."""
+        by_name, total = self._losses(function, [loss for loss in wanted if not loss.pooled])
+        pooled = [loss for loss in wanted if loss.pooled]
+        if pooled:
+            of_all, more = self.pooled()._losses(function, pooled)
+            total = total + more if by_name else more
+            by_name |= of_all
+        return {loss.name: by_name[loss.name] for loss in wanted}, total
+
+    def pooled(self) -> Statistics:
+        """The same with all segments as one."""
+        sums = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Statistics(**{name: value.sum(0, keepdim=True) for name, value in sums.items()})
+
+    def _losses(self, function: str, wanted: Sequence[RouterLoss]) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses of each segment; 0 for one without tokens, whose sums are 0.
 
         In few operations: on a CPU a small one takes longer than a thousand tokens, and its derivative as long again.
         """

@@ -58,7 +58,7 @@ class Routing:
         slots: (T, k) int64 the row of the dispatched tokens that each choice has; -1 where it is dropped.
         order: (R,) int64 the choice ``token * k + j`` that each row has; -1 where it is empty.
         offsets: (E + 1,) int64: expert e has the rows from ``offsets[e]`` to ``offsets[e + 1]``.
-        losses: of each `RouterLoss` by name, (S,). Differentiable.
+        losses: of each `RouterLoss` by name, (S,), or (1,) where it is pooled. Differentiable.
         loss: 0-d, their weighted total.
         metrics: of each segment, (S,): "tokens"; "choices" (S, E), how
             often each expert was chosen; "success_rate", the share of choices that were kept; "load" (S, E),

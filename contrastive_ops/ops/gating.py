@@ -140,11 +140,14 @@ class RouterLoss:
         weight: in the total; one number, or one for each segment.
         threshold: for "global_entropy": max(0, threshold + loss), which is 0 from an entropy of `threshold` on: log(S)
             asks a segment to use at least S experts. One number, or one for each segment.
+        pooled: over all tokens, whatever their segments, with one weight and a value of shape (1,). LIMoE has
+            importance and load so, which cannot see a segment of few tokens, beside entropies of each modality.
     """
 
     name: str
     weight: float | Sequence[float] = 1.0
     threshold: float | Sequence[float] | None = None
+    pooled: bool = False
 
     def __post_init__(self) -> None:
         _checks.check_choice("RouterLoss", "name", self.name, LOSSES)
