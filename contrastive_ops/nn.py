@@ -37,6 +37,7 @@ __all__ = [
     "HNNCELoss",
     "InfoNCELoss",
     "LateInteractionLoss",
+    "LinearCrossEntropyLoss",
     "MinedInfoNCELoss",
     "MoCoLoss",
     "MultiPositiveInfoNCELoss",
@@ -417,6 +418,12 @@ class DPOLoss(Loss):
     """`contrastive_ops.dpo` as a module: ``DPOLoss(beta=0.1)(chosen, rejected, ref_chosen, ref_rejected)``."""
 
     function = staticmethod(losses.dpo)
+
+
+class LinearCrossEntropyLoss(Loss):
+    """`contrastive_ops.linear_cross_entropy` as a module: ``LinearCrossEntropyLoss()(hidden, head.weight, labels)``."""
+
+    function = staticmethod(losses.linear_cross_entropy)
 
 
 class NegativeSamplingLoss(Loss):

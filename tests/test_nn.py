@@ -65,6 +65,7 @@ OTHERS = [
     (nn.SimCTGLoss, lambda a, b: (a, IDS), {"margin": 0.4}),
     (nn.AlignmentLoss, lambda a, b: (a, b), {"power": 1.0}),
     (nn.DPOLoss, lambda a, b: (a[:, 0], b[:, 0]), {"kind": "hinge"}),
+    (nn.LinearCrossEntropyLoss, lambda a, b: (a, b, IDS), {"reduction": "sum"}),
     (nn.NegativeSamplingLoss, lambda a, b: (a, b, IDS, IDS[:, None]), {"reduction": "sum"}),
 ]
 

@@ -13,11 +13,12 @@ from .decorrelation import (
 from .diagnostics import Diagnostics
 from .hardness import dcl, debiased, hcl, hn_nce
 from .late_interaction import late_interaction
+from .linear_softmax import LogProb, linear_cross_entropy, linear_kl, linear_log_prob
 from .margin import energy_hinge, simctg, vse
 from .mined import mined_info_nce
 from .multi_positive import multi_positive_info_nce, soft_info_nce, sup_con
 from .partition import gist, gte
-from .preference import LogProb, dpo, linear_log_prob
+from .preference import dpo, kl_estimate
 from .queue import moco
 from .regularizers import alignment, sparsity, uniformity
 from .running import RunningDenominator, sog_clr
@@ -54,7 +55,10 @@ __all__ = [
     "hcl",
     "hn_nce",
     "info_nce",
+    "kl_estimate",
     "late_interaction",
+    "linear_cross_entropy",
+    "linear_kl",
     "linear_log_prob",
     "log_det",
     "margin_softmax",

@@ -29,6 +29,10 @@ def _mean_over_positives(inputs: Inputs, rows: Tensor) -> Tensor:
     return (rows * number).sum() / number.sum()
 
 
+def _mean_over_tokens(inputs: Inputs, rows: Tensor) -> Tensor:
+    return rows.sum() / inputs["token_weight"].sum() if "token_weight" in inputs else rows.mean()
+
+
 @dataclass(eq=False)
 class LossCase:
     """One loss, or an important variant of it.
@@ -137,6 +141,7 @@ _MINED = {"query": Draw.matrix, "positive": Draw.matrix, "corpus": Draw.columns,
 _QWEN3 = ("query_to_doc", "query_to_query", "doc_to_doc")
 _TRIPLET = {"anchor": Draw.matrix, "positive": Draw.matrix, "negative": Draw.matrix}
 _TOKENS = {"queries": Draw.tokens, "documents": Draw.tokens, "scale": Draw.scale}
+_TOKEN_LABELS = {"hidden": Draw.matrix, "weight": Draw.columns, "labels": Draw.column}
 _PAIR_LIST = {"x": Draw.columns, "y": Draw.columns, "rows": Draw.own, "cols": Draw.column, "labels": Draw.grades}
 
 # The entry with the name of its function is the one that tests take where one is enough.
@@ -314,6 +319,10 @@ LOSSES: dict[str, LossCase] = {
         {"label_smoothing": 0.1},
     ),
     "dpo ipo": LossCase(losses.dpo, {"chosen": Draw.log_prob, "rejected": Draw.log_prob, **_WEIGHT}, {"kind": "ipo"}),
+    "linear_cross_entropy": LossCase(losses.linear_cross_entropy, _TOKEN_LABELS, mean=_mean_over_tokens),
+    "linear_cross_entropy weighted": LossCase(
+        losses.linear_cross_entropy, {**_TOKEN_LABELS, "token_weight": Draw.weight}, mean=_mean_over_tokens
+    ),
     "negative_sampling": LossCase(
         losses.negative_sampling,
         {
