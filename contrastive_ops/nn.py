@@ -38,6 +38,8 @@ __all__ = [
     "InfoNCELoss",
     "LateInteractionLoss",
     "LinearCrossEntropyLoss",
+    "ListwiseDistillationLoss",
+    "MarginMSELoss",
     "MinedInfoNCELoss",
     "MoCoLoss",
     "MultiPositiveInfoNCELoss",
@@ -45,6 +47,7 @@ __all__ = [
     "NTXentLoss",
     "NegativeSamplingLoss",
     "PairBCELoss",
+    "PairwiseRankDistillationLoss",
     "RunningDenominator",
     "SigLIPLoss",
     "SimCTGLoss",
@@ -418,6 +421,24 @@ class DPOLoss(Loss):
     """`contrastive_ops.dpo` as a module: ``DPOLoss(beta=0.1)(chosen, rejected, ref_chosen, ref_rejected)``."""
 
     function = staticmethod(losses.dpo)
+
+
+class MarginMSELoss(Loss):
+    """`contrastive_ops.margin_mse` as a module: ``MarginMSELoss()(scores, teacher_scores)``."""
+
+    function = staticmethod(losses.margin_mse)
+
+
+class ListwiseDistillationLoss(Loss):
+    """`contrastive_ops.listwise_distillation` as a module: ``ListwiseDistillationLoss()(scores, teacher_scores)``."""
+
+    function = staticmethod(losses.listwise_distillation)
+
+
+class PairwiseRankDistillationLoss(Loss):
+    """`contrastive_ops.pairwise_rank_distillation` as a module: ``PairwiseRankDistillationLoss()(scores, teacher)``."""
+
+    function = staticmethod(losses.pairwise_rank_distillation)
 
 
 class LinearCrossEntropyLoss(Loss):

@@ -20,6 +20,7 @@ from .multi_positive import multi_positive_info_nce, soft_info_nce, sup_con
 from .partition import gist, gte
 from .preference import dpo, kl_estimate
 from .queue import moco
+from .rank_distillation import listwise_distillation, margin_mse, pairwise_rank_distillation
 from .regularizers import alignment, sparsity, uniformity
 from .running import RunningDenominator, sog_clr
 from .sigmoid import bixse, multi_positive_siglip, pair_bce, siglip
@@ -60,7 +61,9 @@ __all__ = [
     "linear_cross_entropy",
     "linear_kl",
     "linear_log_prob",
+    "listwise_distillation",
     "log_det",
+    "margin_mse",
     "margin_softmax",
     "mined_info_nce",
     "moco",
@@ -69,6 +72,7 @@ __all__ = [
     "negative_sampling",
     "nt_xent",
     "pair_bce",
+    "pairwise_rank_distillation",
     "siglip",
     "simctg",
     "soft_info_nce",

@@ -96,10 +96,12 @@ def _times_log(p: Tensor, log_p: Tensor) -> Tensor:
     return p * log_p.masked_fill(p == 0, 0.0)
 
 
-def _divergence(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
+def _kl(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
+    return kl_of_rows(log_p, log_q) if kind == "reverse" else kl_of_rows(log_q, log_p)
+
+
+def kl_of_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Sum of p log(p / q) - p + q over each row: no term is negative, and errors of the two lse cancel."""
-    if kind == "forward":
-        log_p, log_q = log_q, log_p
     p, q, ratio = log_p.exp(), log_q.exp(), log_p - log_q
     close = ratio.abs() < _CLOSE
     near = torch.where(close, ratio, 0.0)
@@ -126,7 +128,7 @@ def _forward(
                 first[rows] = log_p.gather(1, target[rows, None])[:, 0]
                 second[rows] = -_times_log(log_p.exp(), log_p).sum(1)
             else:
-                first[rows] = _divergence(p.log_p(rows), q.log_p(rows), kind)
+                first[rows] = _kl(p.log_p(rows), q.log_p(rows), kind)
     return first, second
 
 
@@ -237,7 +239,7 @@ def _differentiably(
         if target is not None:
             return log_p.gather(1, target[rows, None])[:, 0], -_times_log(log_p.exp(), log_p).sum(1)
         _, q = _softmaxes(x, y, bias, qx, qy, q_bias)
-        return (_divergence(log_p, q.log_p(rows), kind),)
+        return (_kl(log_p, q.log_p(rows), kind),)
 
     with _autocast.disabled(x):
         values = stream_rows(of_chunk, x, y)

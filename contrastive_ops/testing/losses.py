@@ -141,6 +141,8 @@ _MINED = {"query": Draw.matrix, "positive": Draw.matrix, "corpus": Draw.columns,
 _QWEN3 = ("query_to_doc", "query_to_query", "doc_to_doc")
 _TRIPLET = {"anchor": Draw.matrix, "positive": Draw.matrix, "negative": Draw.matrix}
 _TOKENS = {"queries": Draw.tokens, "documents": Draw.tokens, "scale": Draw.scale}
+_LISTS = {"scores": Draw.list_scores, "teacher_scores": Draw.teacher_scores}
+_MASKED_LISTS = {**_LISTS, "mask": Draw.list_mask, **_WEIGHT}
 _TOKEN_LABELS = {"hidden": Draw.matrix, "weight": Draw.columns, "labels": Draw.column}
 _PAIR_LIST = {"x": Draw.columns, "y": Draw.columns, "rows": Draw.own, "cols": Draw.column, "labels": Draw.grades}
 
@@ -323,6 +325,23 @@ LOSSES: dict[str, LossCase] = {
     "linear_cross_entropy weighted": LossCase(
         losses.linear_cross_entropy, {**_TOKEN_LABELS, "token_weight": Draw.weight}, mean=_mean_over_tokens
     ),
+    "margin_mse": LossCase(losses.margin_mse, _LISTS),
+    "margin_mse masked": LossCase(losses.margin_mse, _MASKED_LISTS),
+    "listwise_distillation": LossCase(losses.listwise_distillation, _LISTS),
+    "listwise_distillation temperatures": LossCase(
+        losses.listwise_distillation, {**_MASKED_LISTS, "temperature": Draw.temperature}, {"teacher_temperature": 0.3}
+    ),
+    "listwise_distillation listnet": LossCase(losses.listwise_distillation, _MASKED_LISTS, {"kind": "listnet"}),
+    "listwise_distillation listmle": LossCase(
+        losses.listwise_distillation, {**_MASKED_LISTS, "temperature": Draw.temperature}, {"kind": "listmle"}
+    ),
+    "pairwise_rank_distillation": LossCase(losses.pairwise_rank_distillation, _LISTS),
+    "pairwise_rank_distillation hinge": LossCase(
+        losses.pairwise_rank_distillation,
+        {**_MASKED_LISTS, "temperature": Draw.temperature},
+        {"kind": "hinge", "pair_weight": "reciprocal_rank", "pairs": "sum"},
+    ),
+    "pairwise_rank_distillation lambda": LossCase(losses.pairwise_rank_distillation, _LISTS, {"pair_weight": "lambda"}),
     "negative_sampling": LossCase(
         losses.negative_sampling,
         {
