@@ -28,7 +28,9 @@ from ..reference.stream import stream_rows
 # x, y, bias are those of the softmax; q is the other one, of divergences. Both need what the other does not.
 _PROBLEM = "Tensor x, Tensor y, Tensor? bias, Tensor? target, Tensor? qx, Tensor? qy, Tensor? q_bias, str kind"
 # Up to here a chunk's product with y gets faster with its rows; then it only takes more memory.
-_ROWS = 128
+_ROWS = 512
+# What is done to a product number by number is done in pieces of this many, while they are in a processor's cache.
+_PIECE = 1 << 16
 # Where log p and log q are this close, what is left of p - q and log(p / q) is of second order, and must be formed so.
 _CLOSE = 0.5
 
@@ -55,28 +57,46 @@ def divergence(
 
 
 def _chunks(x: Tensor, y: Tensor) -> Iterator[slice]:
-    """A chunk of logits is never larger than a quarter of the classes' matrix, or than about a million."""
-    rows = max(CHUNK_ELEMENTS // max(y.shape[0], 1), min(_ROWS, y.shape[1] // 4))
+    """A chunk of logits is no larger than the matrix of classes, whose gradient takes as much, or about a million."""
+    rows = max(CHUNK_ELEMENTS // max(y.shape[0], 1), min(_ROWS, y.shape[1]))
     return chunks_of_rows(x.shape[0], max(rows, 1))
 
 
+def _pieces(rows: slice, y: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows of all, and the same as rows of the chunk. On a GPU the chunk is one piece: there each operation costs."""
+    count = rows.stop - rows.start
+    step = max(1, _PIECE // max(y.shape[0], 1)) if y.device.type == "cpu" else max(count, 1)
+    for piece in chunks_of_rows(count, step):
+        yield slice(rows.start + piece.start, rows.start + piece.stop), piece
+
+
 class _Softmax:
-    """log p of chunks of rows; the matrix of classes is widened once."""
+    """The logits of one chunk of rows at a time, always in the same memory; the matrix of classes is widened once."""
 
     def __init__(self, x: Tensor, y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         self.x, self.y, self.bias = x.to(dtype), y.to(dtype), bias
+        self.logits = self.y.new_empty(0)
+        self._memory = self.logits
 
-    def logits(self, rows: slice) -> Tensor:
-        x = self.x[rows]
-        return x @ self.y.T if self.bias is None else torch.addmm(self.bias, x, self.y.T)
+    def multiply(self, rows: slice) -> None:
+        """Make the logits of these rows."""
+        x, size = self.x[rows], (rows.stop - rows.start) * self.y.shape[0]
+        if self._memory.shape[0] < size:
+            self._memory = self.y.new_empty(size)
+        self.logits = self._memory[:size].view(x.shape[0], self.y.shape[0])
+        if self.bias is None:
+            torch.mm(x, self.y.T, out=self.logits)
+        else:
+            torch.addmm(self.bias, x, self.y.T, out=self.logits)
 
-    def log_p(self, rows: slice) -> Tensor:
-        logits = self.logits(rows)
+    def log_p(self, piece: slice) -> Tensor:
+        """log p of rows of the chunk, in the place of their logits."""
+        logits = self.logits[piece]
         return logits.sub_(logits.logsumexp(1, keepdim=True))
 
-    def log_p_of(self, rows: slice, target: Tensor) -> Tensor:
+    def log_p_of(self, piece: slice, at: Tensor) -> Tensor:
         """log p whose entry at the target has been formed from the logits of the others, which keeps its digits."""
-        logits, at = self.logits(rows), target[rows, None]
+        logits = self.logits[piece]
         own = logits.gather(1, at)
         others = logits.scatter_(1, at, -torch.inf).logsumexp(1, keepdim=True)
         return logits.sub_(torch.logaddexp(others, own)).scatter_(1, at, -softplus(others - own))
@@ -122,13 +142,17 @@ def _forward(
     second = torch.empty_like(first)
     with _autocast.disabled(x):
         p, q = _softmaxes(x, y, bias, qx, qy, q_bias)
-        for rows in _chunks(x, y):
-            if target is not None:
-                log_p = p.log_p_of(rows, target)
+        for chunk in _chunks(x, y):
+            p.multiply(chunk)
+            if target is None:
+                q.multiply(chunk)
+            for rows, piece in _pieces(chunk, y):
+                if target is None:
+                    first[rows] = _kl(p.log_p(piece), q.log_p(piece), kind)
+                    continue
+                log_p = p.log_p_of(piece, target[rows, None])
                 first[rows] = log_p.gather(1, target[rows, None])[:, 0]
                 second[rows] = -_times_log(log_p.exp(), log_p).sum(1)
-            else:
-                first[rows] = _kl(p.log_p(rows), q.log_p(rows), kind)
     return first, second
 
 
@@ -152,18 +176,24 @@ def _backward(
     d_first, d_second = (zeros if d is None else d for d in (d_first, d_second))
     with _autocast.disabled(x):
         p, q = _softmaxes(x, y, bias, qx, qy, q_bias)
-        for rows in _chunks(x, y):
-            by_first, by_second, of_second = (each[rows, None] for each in (d_first, d_second, second))
-            if target is not None:
-                g = _of_entropy(p.log_p_of(rows, target), target[rows, None], by_first, by_second, of_second)
-            else:
-                g = _of_divergence(p.log_p(rows), q.log_p(rows), by_first, kind)
+        for chunk in _chunks(x, y):
+            p.multiply(chunk)
+            if target is None:
+                q.multiply(chunk)
+            for rows, piece in _pieces(chunk, y):
+                by_first, by_second, of_second = (each[rows, None] for each in (d_first, d_second, second))
+                if target is None:
+                    g = _of_divergence(p.log_p(piece), q.log_p(piece), by_first, kind)
+                else:
+                    at = target[rows, None]
+                    g = _of_entropy(p.log_p_of(piece, at), at, by_first, by_second, of_second)
+                p.logits[piece] = g
             if needs & 1:
-                torch.mm(g, p.y, out=dx[rows])
+                torch.mm(p.logits, p.y, out=dx[chunk])
             if needs & 2:
-                dy.addmm_(g.T, p.x[rows])
+                dy.addmm_(p.logits.T, p.x[chunk])
             if needs & 4:
-                dbias += g.sum(0)
+                dbias += p.logits.sum(0)
     return dx, dy, dbias
 
 
@@ -239,7 +269,9 @@ def _differentiably(
         if target is not None:
             return log_p.gather(1, target[rows, None])[:, 0], -_times_log(log_p.exp(), log_p).sum(1)
         _, q = _softmaxes(x, y, bias, qx, qy, q_bias)
-        return (_kl(log_p, q.log_p(rows), kind),)
+        with torch.no_grad():
+            q.multiply(rows)
+        return (_kl(log_p, q.log_p(slice(None)), kind),)
 
     with _autocast.disabled(x):
         values = stream_rows(of_chunk, x, y)

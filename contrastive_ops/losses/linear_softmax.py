@@ -220,7 +220,7 @@ def linear_kl(
         ValueError, TypeError: arguments that do not fit.
 
     Note:
-        Plain torch, in chunks of at most D / 4 rows or about a million logits. Memory O((T + V) (D + D')) for T rows,
+        Plain torch, in chunks of at most D rows, or about a million logits. Memory O((T + V) (D + D')) for T rows,
         work 8 T V D + 4 T V D' with gradients.
 
     Source:
