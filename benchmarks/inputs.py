@@ -16,6 +16,8 @@ from benchmarks.registry import Case, Inputs
 CLUSTER_SIZE = 64
 # Mean similarity of a query and the row of the corpus that answers it.
 RELEVANT = 0.5
+# Length of the rows that meet the unit rows of a vocabulary.
+LOGIT_SIZE = 27.0
 # Of search_with_rules: columns that each query excludes, and queries of which one has a wrong positive.
 EXCLUDED, PER_WRONG = 8, 32
 # Rows of +1 and -1: with a power of 4 their length is a power of 2, and cosines are exact in float32.
@@ -232,6 +234,28 @@ def token_inputs(case: Case, *, ragged: bool) -> Inputs:
         length = torch.randint(of_document // 10, of_document + 1, (m, 1), generator=generator)
         frozen["mask"] = torch.arange(of_document) < length
     return Inputs(_on(case, tensors, case.dtype), frozen=_on(case, frozen))
+
+
+def vocabulary_inputs(case: Case, *, reference: bool = False, constants: dict[str, float] | None = None) -> Inputs:
+    """``hidden`` (T, D), ``weight`` (V, D) and ``labels`` (T,) of a language model that has learned: a loss near 1.
+
+    ``reference``: also ``reference_hidden`` and ``reference_weight`` of the model that it was a while ago, which nobody
+    differentiates.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens, words, d = (case.shapes[letter] for letter in "TVD")
+    labels = torch.randint(words, (tokens,), generator=generator)
+    weight = _unit_rows(words, d, generator)
+    hidden = LOGIT_SIZE * F.normalize(weight[labels] / 2 + _unit_rows(tokens, d, generator), dim=1)
+    tensors = {"hidden": hidden, "weight": weight}
+    before = {}
+    if reference:
+        before = {
+            f"reference_{name}": rows + rows.norm(dim=1, keepdim=True) * _unit_rows(rows.shape[0], d, generator) / 8
+            for name, rows in tensors.items()
+        }
+    frozen = {"labels": labels.to(case.device), **_on(case, before, case.dtype)}
+    return Inputs(_on(case, tensors, case.dtype), dict(constants or {}), frozen=frozen)
 
 
 def _on(case: Case, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ FAMILIES = (
     "cases_late_interaction",
     "cases_distillation",
     "cases_matryoshka",
+    "cases_linear_log_prob",
     "cases_gpu",
 )
 
@@ -44,8 +45,8 @@ COPY_ROWS = 2048
 
 # What --quick and the pytest-benchmark level shrink every case to: large enough for more than one
 # tile and chunk, small enough for a second. M is the length of a corpus that queries search,
-# T a number of tokens, F the hidden size of an expert, A and B tokens of a query and of a document.
-QUICK_SHAPES = {"N": 192, "M": 2048, "D": 48, "T": 512, "F": 96, "A": 8, "B": 20}
+# T a number of tokens, V of words, F the hidden size of an expert, A and B tokens of a query and of a document.
+QUICK_SHAPES = {"N": 192, "M": 2048, "D": 48, "T": 512, "V": 800, "F": 96, "A": 8, "B": 20}
 
 
 @dataclass(frozen=True)

@@ -295,6 +295,36 @@ def maxsim_truth(inputs: Inputs) -> Outcome:
     return _differentiate(loss_of, inputs)
 
 
+def linear_log_prob_truth(inputs: Inputs) -> Outcome:
+    """The cross entropy of a linear layer's softmax, less the share of its entropy that the inputs name, if any."""
+    labels, share = inputs.frozen["labels"], inputs.constants.get("share", 0.0)
+
+    def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
+        def of_rows(part: slice) -> Tensor:
+            log_prob = (hidden[part] @ weight.T).log_softmax(1)
+            entropy = -(log_prob.exp() * log_prob).sum()
+            return -log_prob.gather(1, labels[part, None]).sum() - share * entropy
+
+        return _mean_over_rows(of_rows, len(hidden), len(weight), hidden.device)
+
+    return _differentiate(loss_of, inputs)
+
+
+def linear_kl_truth(inputs: Inputs) -> Outcome:
+    """KL(model || reference) over all words."""
+    other_hidden, other_weight = (inputs.frozen[f"reference_{name}"].double() for name in ("hidden", "weight"))
+
+    def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
+        def of_rows(part: slice) -> Tensor:
+            log_p = (hidden[part] @ weight.T).log_softmax(1)
+            log_q = (other_hidden[part] @ other_weight.T).log_softmax(1)
+            return (log_p.exp() * (log_p - log_q)).sum()
+
+        return _mean_over_rows(of_rows, len(hidden), len(weight), hidden.device)
+
+    return _differentiate(loss_of, inputs)
+
+
 def topk_truth(inputs: Inputs) -> Scores:
     """Top-k: all scores in one matrix; those of excluded columns and those above the row's bound are -inf."""
     query, corpus = (inputs.tensors[name].double() for name in ("query", "corpus"))

@@ -38,6 +38,9 @@ __all__ = [
     "HNNCELoss",
     "InfoNCELoss",
     "LateInteractionLoss",
+    "LinearCrossEntropyLoss",
+    "ListwiseDistillationLoss",
+    "MarginMSELoss",
     "MatryoshkaCLIPLoss",
     "MatryoshkaInfoNCELoss",
     "MatryoshkaNTXentLoss",
@@ -48,6 +51,7 @@ __all__ = [
     "NTXentLoss",
     "NegativeSamplingLoss",
     "PairBCELoss",
+    "PairwiseRankDistillationLoss",
     "RunningDenominator",
     "SigLIPLoss",
     "SimCTGLoss",
@@ -461,6 +465,30 @@ class DPOLoss(Loss):
     """`contrastive_ops.dpo` as a module: ``DPOLoss(beta=0.1)(chosen, rejected, ref_chosen, ref_rejected)``."""
 
     function = staticmethod(losses.dpo)
+
+
+class MarginMSELoss(Loss):
+    """`contrastive_ops.margin_mse` as a module: ``MarginMSELoss()(scores, teacher_scores)``."""
+
+    function = staticmethod(losses.margin_mse)
+
+
+class ListwiseDistillationLoss(Loss):
+    """`contrastive_ops.listwise_distillation` as a module: ``ListwiseDistillationLoss()(scores, teacher_scores)``."""
+
+    function = staticmethod(losses.listwise_distillation)
+
+
+class PairwiseRankDistillationLoss(Loss):
+    """`contrastive_ops.pairwise_rank_distillation` as a module: ``PairwiseRankDistillationLoss()(scores, teacher)``."""
+
+    function = staticmethod(losses.pairwise_rank_distillation)
+
+
+class LinearCrossEntropyLoss(Loss):
+    """`contrastive_ops.linear_cross_entropy` as a module: ``LinearCrossEntropyLoss()(hidden, head.weight, labels)``."""
+
+    function = staticmethod(losses.linear_cross_entropy)
 
 
 class NegativeSamplingLoss(Loss):

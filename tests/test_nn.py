@@ -68,6 +68,10 @@ OTHERS = [
     (nn.SimCTGLoss, lambda a, b: (a, IDS), {"margin": 0.4}),
     (nn.AlignmentLoss, lambda a, b: (a, b), {"power": 1.0}),
     (nn.DPOLoss, lambda a, b: (a[:, 0], b[:, 0]), {"kind": "hinge"}),
+    (nn.LinearCrossEntropyLoss, lambda a, b: (a, b, IDS), {"reduction": "sum"}),
+    (nn.MarginMSELoss, lambda a, b: (a, b), {"reduction": "sum"}),
+    (nn.ListwiseDistillationLoss, lambda a, b: (a, b), {"kind": "listmle"}),
+    (nn.PairwiseRankDistillationLoss, lambda a, b: (a, b), {"kind": "hinge", "margin": 0.3}),
     (nn.NegativeSamplingLoss, lambda a, b: (a, b, IDS, IDS[:, None]), {"reduction": "sum"}),
 ]
 

@@ -14,13 +14,15 @@ from .diagnostics import Diagnostics
 from .distillation import distance_distillation, similarity_distillation
 from .hardness import dcl, debiased, hcl, hn_nce
 from .late_interaction import late_interaction
+from .linear_softmax import LogProb, linear_cross_entropy, linear_kl, linear_log_prob
 from .margin import energy_hinge, simctg, vse
 from .matryoshka import matryoshka_clip, matryoshka_info_nce, matryoshka_nt_xent
 from .mined import mined_info_nce
 from .multi_positive import multi_positive_info_nce, soft_info_nce, sup_con
 from .partition import gist, gte
-from .preference import LogProb, dpo, linear_log_prob
+from .preference import dpo, kl_estimate
 from .queue import moco
+from .rank_distillation import listwise_distillation, margin_mse, pairwise_rank_distillation
 from .regularizers import alignment, sparsity, uniformity
 from .running import RunningDenominator, sog_clr
 from .sigmoid import bixse, multi_positive_siglip, pair_bce, siglip
@@ -57,9 +59,14 @@ __all__ = [
     "hcl",
     "hn_nce",
     "info_nce",
+    "kl_estimate",
     "late_interaction",
+    "linear_cross_entropy",
+    "linear_kl",
     "linear_log_prob",
+    "listwise_distillation",
     "log_det",
+    "margin_mse",
     "margin_softmax",
     "matryoshka_clip",
     "matryoshka_info_nce",
@@ -71,6 +78,7 @@ __all__ = [
     "negative_sampling",
     "nt_xent",
     "pair_bce",
+    "pairwise_rank_distillation",
     "siglip",
     "simctg",
     "similarity_distillation",

@@ -140,14 +140,14 @@ def check_partners(function: str, x_name: str, x: Tensor, y_name: str, y: Tensor
         )
 
 
-def check_weight(function: str, weight: Tensor, size: int, x_name: str, x: Tensor) -> None:
+def check_weight(function: str, weight: Tensor, size: int, x_name: str, x: Tensor, name: str = "weight") -> None:
     """`weight` must be (size,) numbers >= 0, where they can be read."""
-    _checks.check_vector(function, "weight", weight, size, x_name, x)
+    _checks.check_vector(function, name, weight, size, x_name, x)
     if not _checks.may_read(weight):
         return
     negative = weight.detach()[weight.detach() < 0]
     if negative.numel():
-        raise ValueError(f"{function}: weight must not be negative, got {float(negative[0])}")
+        raise ValueError(f"{function}: {name} must not be negative, got {float(negative[0])}")
 
 
 def check_margin(function: str, margin: object) -> None:

@@ -1,132 +1,15 @@
-"""Log-probabilities under a large softmax, and the preference losses that are made of them."""
+"""Preference losses, made of log-probabilities under two models."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from ..ops.similarity_reduce import fold
+from .. import _checks
 from ..reference.similarity_reduce import softplus
-from ..reference.stream import stream_rows
 from . import _arguments
 
 KINDS = ("sigmoid", "ipo", "hinge")
-
-
-class LogProb(NamedTuple):
-    """What `linear_log_prob` returns with ``entropy=True``.
-
-    Attributes:
-        log_prob: logarithm of the probability of each label.
-        entropy: of each row's softmax, in nats.
-    """
-
-    log_prob: Tensor
-    entropy: Tensor
-
-
-def linear_log_prob(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    entropy: bool = False,
-    memory_budget: int | None = None,
-    backend: str = "auto",
-) -> Tensor | LogProb:
-    """Log-probability of each label under the softmax of a linear layer, whose logits are never stored.
-
-    Equivalent to::
-
-        log_prob = F.linear(hidden, weight, bias).float().log_softmax(-1)
-        selected = log_prob.gather(-1, labels.clamp_min(0)[..., None])[..., 0].masked_fill(labels == ignore_index, 0.0)
-        entropy = torch.special.entr(log_prob.exp()).sum(-1).masked_fill(labels == ignore_index, 0.0)
-
-    Args:
-        hidden: (..., D) float32, bfloat16, float16 or float64, such as (B, L, D).
-        weight: (V, D) of the same dtype, as `torch.nn.Linear` stores it.
-        labels: int64, shaped as ``hidden`` without its last dimension; in [0, V), or `ignore_index`.
-        bias: (V,).
-        ignore_index: a label that stands for none; such rows are left out of the work, and have value and gradient 0.
-        entropy: also return the entropy of each row. A row that is computed by plain torch, in chunks.
-        memory_budget: bytes of logits kept for backward; see `similarity_reduce`.
-        backend: "auto", "reference", "cpu", "triton" or "cuda".
-
-    Returns:
-        Tensor shaped as ``labels``, in float32 (float64 for float64 inputs), never positive; or `LogProb`. Not reduced,
-        so that sums over sequences (``.sum(-1)``), ratios and policy gradients can be made of it.
-
-    Raises:
-        ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
-
-    Note:
-        Memory O((T + V) D) beside ``memory_budget`` for T rows; work 8 T V D with gradients of any cotangent. For the
-        mean of the cross entropy alone ``info_nce(hidden, weight, target=labels, scale=1.0)`` takes 6 T V D.
-
-    Source:
-        Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2024.
-
-    Example:
-        >>> hidden, head = torch.randn(2, 5, 16), torch.nn.Linear(16, 100)
-        >>> labels = torch.randint(100, (2, 5))
-        >>> labels[1, 3:] = -100                                              # the second sequence has three tokens
-        >>> linear_log_prob(hidden, head.weight, labels, bias=head.bias).sum(-1).shape
-        torch.Size([2])
-    """
-    name, names = "linear_log_prob", ("linear_log_prob", "hidden", "weight")
-    hidden, weight, bias = _autocast.cast(hidden, weight, bias)
-    if not isinstance(hidden, Tensor) or hidden.dim() < 2:
-        raise ValueError(f"{name}: hidden must be a tensor (..., D), got {hidden!r}")
-    if not isinstance(labels, Tensor) or labels.shape != hidden.shape[:-1]:
-        got = _checks.shape(labels) if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"{name}: labels must have shape {tuple(hidden.shape[:-1])}, got {got}")
-    rows, target = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    _checks.check_matrices(name, "hidden", rows, "weight", weight)
-    _checks.check_index(name, "labels", target, rows.shape[0], "hidden", rows)
-    if bias is not None:
-        _checks.check_vector(name, "bias", bias, weight.shape[0], "hidden", rows)
-    used = target != ignore_index
-    # A traced program must not depend on how many there are.
-    places = None if torch.compiler.is_compiling() or bool(used.all()) else used.nonzero()[:, 0]
-    if places is not None:
-        rows, target = rows[places], target[places]
-    target = torch.where(target == ignore_index, 0, target)
-    _checks.check_index_values(name, "labels", target, weight.shape[0])
-    with _autocast.disabled(rows):
-        folded = fold(
-            rows,
-            weight,
-            col_bias=bias,
-            target=target,
-            memory_budget=memory_budget,
-            names=names,
-            backend=backend,
-        )
-        found = [-softplus(folded.rows[0] - folded.target)]
-        if entropy:
-            found.append(_entropy(rows, weight, bias))
-    results = [_spread(each, used, places).view(labels.shape) for each in found]
-    return LogProb(*results) if entropy else results[0]
-
-
-def _entropy(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    def of_chunk(logits: Tensor, _: slice) -> Tensor:
-        log_prob = (logits if bias is None else logits + bias).log_softmax(1)
-        return -(log_prob.exp() * log_prob.clamp_min(torch.finfo(log_prob.dtype).min)).sum(1)
-
-    return stream_rows(of_chunk, rows, weight)  # type: ignore[return-value]
-
-
-def _spread(values: Tensor, used: Tensor, places: Tensor | None) -> Tensor:
-    """The values of the rows that are used at their places, 0 elsewhere."""
-    if places is None:
-        return torch.where(used, values, 0.0)
-    return values.new_zeros(used.shape).index_put((places,), values)
+ESTIMATES = ("k1", "k2", "k3")
 
 
 def dpo(
@@ -220,3 +103,52 @@ def dpo(
     else:
         losses = softplus(-z) + label_smoothing * z
     return _arguments.reduce_rows(losses, weight, reduction)
+
+
+def kl_estimate(log_prob: Tensor, reference_log_prob: Tensor, *, kind: str = "k3") -> Tensor:
+    """Estimate KL(policy || reference) token by token from what the policy sampled, without the other classes.
+
+    Equivalent to::
+
+        r = reference_log_prob - log_prob
+        k1 = -r
+        k2 = r.square() / 2
+        k3 = r.exp() - 1 - r
+
+    Args:
+        log_prob: (...) logarithm of the policy's probability of each sampled token, as `linear_log_prob` gives it.
+            Differentiable.
+        reference_log_prob: of the same shape under the reference model; detach it, or compute it without gradients.
+        kind: "k1": no bias, but of any sign and of a large variance; "k2": small variance, some bias, and the gradient
+            of the divergence where tokens come from the policy itself; "k3": no bias, small variance, never negative.
+
+    Returns:
+        Tensor of that shape, in float32 (float64 for float64 inputs); 0 for tokens whose log-probabilities are both 0,
+        as those of ignored labels are. `linear_kl` has the divergence itself.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+
+    Source:
+        Schulman, Approximating KL Divergence, 2020; k3 is the penalty of GRPO (Shao et al., DeepSeekMath, 2024).
+
+    Example:
+        >>> kl_estimate(torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.5]))
+        tensor([0.1065, 0.1487])
+    """
+    name = "kl_estimate"
+    _checks.check_choice(name, "kind", kind, ESTIMATES)
+    for key, each in (("log_prob", log_prob), ("reference_log_prob", reference_log_prob)):
+        if not isinstance(each, Tensor) or not each.is_floating_point():
+            got = each.dtype if isinstance(each, Tensor) else type(each).__name__
+            raise TypeError(f"{name}: {key} must be a floating tensor, got {got}")
+    if log_prob.shape != reference_log_prob.shape:
+        raise ValueError(
+            f"{name}: reference_log_prob must have the shape of log_prob, "
+            f"got {_checks.shape(log_prob)} and {_checks.shape(reference_log_prob)}"
+        )
+    dtype = _checks.accumulator(log_prob.dtype)
+    r = reference_log_prob.to(dtype) - log_prob.to(dtype)
+    if kind == "k1":
+        return -r
+    return r.square() / 2 if kind == "k2" else r.expm1() - r

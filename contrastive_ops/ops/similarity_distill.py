@@ -186,7 +186,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Call the operator: (rows, cols). Both sides are matrices, scale (a vector) and biases, checked and cast."""
     x, y = student[:2]
-    budget = budget_bytes(function, memory_budget, x.device.type)
+    budget = budget_bytes(function, memory_budget, x.device.type)  # type: ignore[union-attr]
     chosen = choose(function, BACKENDS, x, backend)  # type: ignore[arg-type]
     keeps = needs_gradient(*student) and BACKENDS[chosen].keeps
     kept_size = _kept_size(x, y, teacher[0], budget) if keeps else 0  # type: ignore[arg-type]

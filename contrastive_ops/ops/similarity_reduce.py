@@ -293,6 +293,7 @@ def weighted_total(
     kind: str = "logsumexp",
     scale: float | Tensor,
     row_bias: Tensor | None = None,
+    col_bias: Tensor | None = None,
     target: Tensor,
     pairs: Pairs | None = None,
     weight: Tensor,
@@ -305,7 +306,8 @@ def weighted_total(
 
     Equivalent to::
 
-        reduced = similarity_reduce(x, y, reduce=kind, scale=scale, row_bias=row_bias, target=target, pairs=pairs)
+        biases = {"row_bias": row_bias, "col_bias": col_bias}
+        reduced = similarity_reduce(x, y, reduce=kind, scale=scale, target=target, pairs=pairs, **biases)
         t = reduced.target
         if kind == "logsumexp":
             losses = F.softplus(merge_lse(reduced.rows, extra) - t)
@@ -321,6 +323,7 @@ def weighted_total(
         kind: the fold, "logsumexp" or "sum_softplus".
         scale: as in `similarity_reduce`.
         row_bias: as in `similarity_reduce`.
+        col_bias: as in `similarity_reduce`.
         target: (N,) int64.
         pairs: as in `similarity_reduce`.
         weight: (N,) weight of each row's loss. Differentiable.
@@ -332,11 +335,11 @@ def weighted_total(
     Returns:
         The total, 0-d.
     """
-    x, y_or_none, row_bias, _ = prepare(names, x, y, row_bias, None, target)
+    x, y_or_none, row_bias, col_bias = prepare(names, x, y, row_bias, col_bias, target)
     sets = LogitSets(names, x, y_or_none)
     folds = (SetFold(sets.add(scale, pairs), kind, cols=False),)
     layout = Layout(tuple(sets.sets), folds)
-    problem = (x, y_or_none, sets.scale(), row_bias, None, target, *layout.encode())
+    problem = (x, y_or_none, sets.scale(), row_bias, col_bias, target, *layout.encode())
     differentiable = problem[:5]
     needs = sum(1 << bit for bit, a in enumerate(differentiable) if a is not None and a.requires_grad)
     chosen = choose(names[0], BACKENDS, x, backend, layout)

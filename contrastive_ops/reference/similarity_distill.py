@@ -157,7 +157,8 @@ def _line(logits: Tensor, dim: int) -> _Line:
 
 def _merged(a: _Line, b: _Line) -> _Line:
     top = torch.maximum(a.top, b.top)
-    return _Line(top, _safe_log(sum(((each.top - _finite(top)) + each.log).exp() for each in (a, b))))
+    total, other = (((each.top - _finite(top)) + each.log).exp() for each in (a, b))
+    return _Line(top, _safe_log(total + other))
 
 
 # ---- The problem -----------------------------------------------------------------------------------------------------
@@ -204,7 +205,8 @@ class _Problem:
 
     @staticmethod
     def _one(layout: Layout, part: slice, x: Tensor, y: Tensor, *of_logits: Any) -> tuple[SetOfChunk, Tensor]:
-        (each,) = chunk_sets(layout, part, inner_products(x[part], y), x, y, *of_logits, None)
+        scale, row_bias, col_bias = of_logits
+        (each,) = chunk_sets(layout, part, inner_products(x[part], y), x, y, scale, row_bias, col_bias, None)
         return each, each.without_left_out()
 
     def lines(self) -> tuple[int, int]:

@@ -138,6 +138,27 @@ class Draw:
         """(N,) logarithms of probabilities."""
         return self._uniform(self.rows).log().requires_grad_()
 
+    def list_scores(self) -> Tensor:
+        """(N, 5) scores of candidates."""
+        return (4 * self._uniform(self.rows, 5)).requires_grad_()
+
+    def teacher_scores(self) -> Tensor:
+        """(N, 5) scores of candidates by a teacher; the lists of odd rows have three."""
+        scores = 3 * self._uniform(self.rows, 5)
+        scores[1::2, 1] = -torch.inf
+        scores[1::2, 4] = -torch.inf
+        return scores
+
+    def list_mask(self) -> Tensor:
+        """(N, 5) which of them are there, another choice."""
+        mask = torch.ones(self.rows, 5, dtype=torch.bool)
+        mask[::3, 3] = False
+        return mask
+
+    def temperature(self) -> Tensor:
+        """0-d: what scores are divided by."""
+        return torch.tensor(0.8, dtype=self._wide, requires_grad=True)
+
     def zero_or_one(self) -> Tensor:
         """(N,) whether a pair belongs together."""
         return torch.arange(self.rows) % 2

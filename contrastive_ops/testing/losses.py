@@ -29,6 +29,10 @@ def _mean_over_positives(inputs: Inputs, rows: Tensor) -> Tensor:
     return (rows * number).sum() / number.sum()
 
 
+def _mean_over_tokens(inputs: Inputs, rows: Tensor) -> Tensor:
+    return rows.sum() / inputs["token_weight"].sum() if "token_weight" in inputs else rows.mean()
+
+
 @dataclass(eq=False)
 class LossCase:
     """One loss, or an important variant of it.
@@ -144,6 +148,9 @@ _MINED = {"query": Draw.matrix, "positive": Draw.matrix, "corpus": Draw.columns,
 _QWEN3 = ("query_to_doc", "query_to_query", "doc_to_doc")
 _TRIPLET = {"anchor": Draw.matrix, "positive": Draw.matrix, "negative": Draw.matrix}
 _TOKENS = {"queries": Draw.tokens, "documents": Draw.tokens, "scale": Draw.scale}
+_LISTS = {"scores": Draw.list_scores, "teacher_scores": Draw.teacher_scores}
+_MASKED_LISTS = {**_LISTS, "mask": Draw.list_mask, **_WEIGHT}
+_TOKEN_LABELS = {"hidden": Draw.matrix, "weight": Draw.columns, "labels": Draw.column}
 _TAUGHT = {"x": Draw.matrix, "y": Draw.matrix, "teacher_x": Draw.teacher, "teacher_y": Draw.teacher}
 _PAIR_LIST = {"x": Draw.columns, "y": Draw.columns, "rows": Draw.own, "cols": Draw.column, "labels": Draw.grades}
 
@@ -361,6 +368,27 @@ LOSSES: dict[str, LossCase] = {
         {"label_smoothing": 0.1},
     ),
     "dpo ipo": LossCase(losses.dpo, {"chosen": Draw.log_prob, "rejected": Draw.log_prob, **_WEIGHT}, {"kind": "ipo"}),
+    "linear_cross_entropy": LossCase(losses.linear_cross_entropy, _TOKEN_LABELS, mean=_mean_over_tokens),
+    "linear_cross_entropy weighted": LossCase(
+        losses.linear_cross_entropy, {**_TOKEN_LABELS, "token_weight": Draw.weight}, mean=_mean_over_tokens
+    ),
+    "margin_mse": LossCase(losses.margin_mse, _LISTS),
+    "margin_mse masked": LossCase(losses.margin_mse, _MASKED_LISTS),
+    "listwise_distillation": LossCase(losses.listwise_distillation, _LISTS),
+    "listwise_distillation temperatures": LossCase(
+        losses.listwise_distillation, {**_MASKED_LISTS, "temperature": Draw.temperature}, {"teacher_temperature": 0.3}
+    ),
+    "listwise_distillation listnet": LossCase(losses.listwise_distillation, _MASKED_LISTS, {"kind": "listnet"}),
+    "listwise_distillation listmle": LossCase(
+        losses.listwise_distillation, {**_MASKED_LISTS, "temperature": Draw.temperature}, {"kind": "listmle"}
+    ),
+    "pairwise_rank_distillation": LossCase(losses.pairwise_rank_distillation, _LISTS),
+    "pairwise_rank_distillation hinge": LossCase(
+        losses.pairwise_rank_distillation,
+        {**_MASKED_LISTS, "temperature": Draw.temperature},
+        {"kind": "hinge", "pair_weight": "reciprocal_rank", "pairs": "sum"},
+    ),
+    "pairwise_rank_distillation lambda": LossCase(losses.pairwise_rank_distillation, _LISTS, {"pair_weight": "lambda"}),
     "negative_sampling": LossCase(
         losses.negative_sampling,
         {

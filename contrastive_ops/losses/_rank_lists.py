@@ -1,0 +1,204 @@
+"""Losses of short lists of scores against a teacher's, with the derivative of each row formed beside its loss.
+
+What a row's loss depends on is the row, so its derivative by the scores is as small as they are, whatever the cotangent
+will be. It is made in the forward pass, some rows at a time: pairs of all lists are never in memory at once, and
+backward is one product.
+
+    kind          loss of a row                                      derivative by s_j
+    kl            sum_j q_j log(q_j / p_j)                           p_j - q_j
+    listnet       -sum_j q_j log p_j                                 p_j - q_j
+    listmle       sum_k lse(s_k, s_k+1, ...) - s_k, in q's order     sum_(k <= j) exp(s_j - lse_k) - 1
+    margin_mse    mean_j ((s_0 - s_j) - (t_0 - t_j))^2               by the chain rule
+    logistic      mean over t_i > t_j of w_ij softplus(s_j - s_i)    by the chain rule
+    hinge         mean over t_i > t_j of w_ij relu(margin + s_j - s_i)
+
+p and q are the softmax of the scores and of the teacher's scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _autocast
+from ..ops._autograd import LIBRARY, alias, grad
+from ..reference.similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, softplus
+from ._linear_chunks import kl_of_rows
+
+PAIRWISE = ("logistic", "hinge")
+WEIGHTINGS = ("none", "reciprocal_rank", "lambda")
+
+
+class Options(NamedTuple):
+    """What a loss of lists is.
+
+    Attributes:
+        kind: as in the table above.
+        weighting: of pairs, one of `WEIGHTINGS`.
+        margin: of "hinge".
+        sums_pairs: sum over the pairs of a list, not their mean.
+    """
+
+    kind: str
+    weighting: str = "none"
+    margin: float = 0.0
+    sums_pairs: bool = False
+
+
+def list_losses(scores: Tensor, teacher: Tensor, valid: Tensor, options: Options) -> Tensor:
+    """(N,) losses; lists without anything to compare have loss 0.
+
+    Args:
+        scores: (N, K) float32 or float64. Differentiable.
+        teacher: (N, K) of the same dtype, without a gradient.
+        valid: (N, K) bool: which candidates there are.
+        options: the loss.
+    """
+    return torch.ops.contrastive_ops.rank_lists(scores, teacher, valid, *options)[0]
+
+
+# ---- Losses and their derivatives ----------------------------------------------------------------------------------
+
+
+def _rows(scores: Tensor, teacher: Tensor, valid: Tensor, options: Options, slopes: bool) -> tuple[Tensor, Tensor]:
+    """Losses of some rows and, where asked for, their derivatives."""
+    # What is not there must not reach a sum, be it NaN; and its derivative is 0.
+    scores, teacher = scores.masked_fill(~valid, 0.0), teacher.masked_fill(~valid, 0.0)
+    function = {"kl": _softmax, "listnet": _softmax, "listmle": _permutation, "margin_mse": _margins}
+    losses, derivative = function.get(options.kind, _pairs)(scores, teacher, valid, options, slopes)
+    # Comparisons with NaN are false, which would hide it.
+    losses = losses.masked_fill(teacher.isnan().any(1), torch.nan)
+    return losses, derivative.masked_fill(~valid, 0.0) if slopes else derivative
+
+
+def _softmax(scores: Tensor, teacher: Tensor, valid: Tensor, options: Options, slopes: bool) -> tuple[Tensor, Tensor]:
+    # A list without candidates is one of equal candidates, whose divergence is 0.
+    hidden = ~valid & valid.any(1, keepdim=True)
+    log_p, log_q = (each.masked_fill(hidden, -torch.inf).log_softmax(1) for each in (scores, teacher))
+    p, q = log_p.exp(), log_q.exp()
+    if options.kind == "kl":
+        losses = kl_of_rows(log_q, log_p)
+    else:
+        losses = -(q * log_p.masked_fill(q == 0, 0.0)).sum(1).masked_fill(~valid.any(1), 0.0)
+    return losses, p - q
+
+
+def _permutation(
+    scores: Tensor, teacher: Tensor, valid: Tensor, options: Options, slopes: bool
+) -> tuple[Tensor, Tensor]:
+    """The negative logarithm of the probability of the teacher's order under Plackett and Luce's model."""
+    order = teacher.masked_fill(~valid, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    there = valid.gather(1, order)
+    # Not -inf, of which logcumsumexp has no derivative.
+    s = scores.gather(1, order).masked_fill(~there, torch.finfo(scores.dtype).min / 4)
+    lse = s.flip(1).logcumsumexp(1).flip(1)
+    losses = (lse - s).masked_fill(~there, 0.0).sum(1)
+    if not slopes:
+        return losses, losses
+    # lse_k is at least s_j for every k up to j, so no term of the sum exceeds 1.
+    derivative = (s + (-lse).logcumsumexp(1)).exp() - 1
+    return losses, torch.zeros_like(scores).scatter(1, order, derivative)
+
+
+def _margins(scores: Tensor, teacher: Tensor, valid: Tensor, options: Options, slopes: bool) -> tuple[Tensor, Tensor]:
+    there = valid[:, 1:] & valid[:, :1]
+    off = (scores[:, :1] - scores[:, 1:]) - (teacher[:, :1] - teacher[:, 1:])
+    off = off.masked_fill(~there, 0.0)
+    count = there.sum(1, keepdim=True).clamp_min(1)
+    by_margin = 2 * off / count
+    return (off.square() / count).sum(1), torch.cat([by_margin.sum(1, keepdim=True), -by_margin], 1)
+
+
+def _pairs(scores: Tensor, teacher: Tensor, valid: Tensor, options: Options, slopes: bool) -> tuple[Tensor, Tensor]:
+    better = (teacher[:, :, None] > teacher[:, None]) & valid[:, :, None] & valid[:, None]
+    lead = scores[:, :, None] - scores[:, None]
+    weight = better.to(scores.dtype) * _weight(scores.detach(), teacher, valid, options.weighting)
+    if not options.sums_pairs:
+        weight = weight / better.sum((1, 2), keepdim=True).clamp_min(1)
+    is_hinge = options.kind == "hinge"
+    cost = (options.margin - lead).relu() if is_hinge else softplus(-lead)
+    losses = (weight * cost.masked_fill(~better, 0.0)).sum((1, 2))
+    if not slopes:
+        return losses, losses
+    # A comparison would hide NaN; a product with the lead does not.
+    falling = (lead < options.margin) + 0 * lead if is_hinge else (-lead).sigmoid()
+    by_lead = -weight * falling.masked_fill(~better, 0.0)
+    return losses, by_lead.sum(2) - by_lead.sum(1)
+
+
+def _weight(scores: Tensor, teacher: Tensor, valid: Tensor, weighting: str) -> Tensor:
+    """(N, K, K) weight of each pair, or 1."""
+    if weighting == "none":
+        return scores.new_ones(())
+    by_teacher = _ranks(teacher, valid)
+    if weighting == "reciprocal_rank":
+        return _differences(1 / by_teacher)
+    gain = torch.exp2(teacher).sub(1).masked_fill(~valid, 0.0)
+    # The best order has equal grades one after another, however they are numbered.
+    best = gain.sort(1, descending=True).values
+    places = torch.arange(2, gain.shape[1] + 2, device=gain.device, dtype=gain.dtype)
+    ideal = (best / places.log2()).sum(1, keepdim=True)
+    gain = gain / torch.where(ideal > 0, ideal, 1.0)
+    return _differences(gain) * _differences(1 / (1 + _ranks(scores, valid, ties=True)).log2())
+
+
+def _differences(values: Tensor) -> Tensor:
+    return (values[:, :, None] - values[:, None]).abs()
+
+
+def _ranks(values: Tensor, valid: Tensor, ties: bool = False) -> Tensor:
+    """1 for the largest of what is there; equal values share the best of their ranks, or are ranked as they come."""
+    ahead = values[:, None] > values[:, :, None]
+    if ties:
+        size = values.shape[1]
+        earlier = torch.ones(size, size, dtype=torch.bool, device=values.device).tril(-1)
+        ahead = ahead | ((values[:, None] == values[:, :, None]) & earlier)
+    return 1 + (ahead & valid[:, None]).sum(2).to(values.dtype)
+
+
+# ---- Operators -----------------------------------------------------------------------------------------------------
+
+
+def _forward(scores: Tensor, teacher: Tensor, valid: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    of_what = Options(*options)
+    losses, slopes = scores.new_empty(scores.shape[:1]), torch.empty_like(scores, memory_format=torch.contiguous_format)
+    size = scores.shape[1] ** 2 if of_what.kind in PAIRWISE else scores.shape[1]
+    with _autocast.disabled(scores):
+        for rows in chunks_of_rows(scores.shape[0], max(1, CHUNK_ELEMENTS // max(size, 1))):
+            losses[rows], slopes[rows] = _rows(scores[rows], teacher[rows], valid[rows], of_what, True)
+    return losses, slopes
+
+
+def _fake(scores: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return scores.new_empty(scores.shape[:1]), torch.empty_like(scores, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    scores, teacher, valid, *options = inputs
+    ctx.save_for_backward(scores, teacher, valid, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.options = Options(*options)
+
+
+def _derivative(ctx: Any, d_losses: Tensor | None, _: Any) -> tuple[Any, ...]:
+    scores, teacher, valid, slopes = ctx.saved_tensors
+    others = (None,) * (2 + len(ctx.options))
+    if d_losses is None:
+        return None, *others
+    if not torch.is_grad_enabled():
+        return d_losses[:, None] * slopes, *others
+    scores = alias(scores)
+    losses, _ = _rows(scores, teacher, valid, ctx.options, False)
+    return *grad([losses], [scores], [d_losses]), *others
+
+
+LIBRARY.define(
+    "rank_lists(Tensor scores, Tensor teacher, Tensor valid, str kind, str weighting, float margin, bool sums_pairs)"
+    " -> (Tensor losses, Tensor slopes)"
+)
+LIBRARY.impl("rank_lists", _forward, "CompositeExplicitAutograd")
+torch.library.register_fake("contrastive_ops::rank_lists", _fake, lib=LIBRARY)
+torch.library.register_autograd("contrastive_ops::rank_lists", _derivative, setup_context=_setup, lib=LIBRARY)
