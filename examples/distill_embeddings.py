@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dim", type=int, default=256, help="of the teacher's embeddings")
     parser.add_argument("--student-width", type=int, default=16)
     parser.add_argument("--student-dim", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stdlib", action="store_true", help="the standard library alone")
     parser.add_argument("--json", type=Path, help="also write every number to this file")

@@ -97,9 +97,7 @@ class Block(nn.Module):
         if not self.sparse:
             return x + self.mlp(self.norms[1](x)), None
         rows = torch.cat([mask.flatten() for mask in masks]).nonzero().squeeze(1)  # padding is not an expert's work
-        out, routing = self.mlp(
-            self.norms[1](x[rows]), segments=segments[rows], num_segments=len(MODALITIES), generator=generator
-        )
+        out, routing = self.mlp(self.norms[1](x[rows]), segments=segments[rows], num_segments=2, generator=generator)
         return x.index_add(0, rows, out), routing
 
 
@@ -126,11 +124,9 @@ class LIMoE(nn.Module):
             x, routing = block(x, masks, segments, generator)
             routings += [routing] if routing is not None else []
         parts = self.norm(x).split([mask.numel() for mask in masks])
-        pooled = [
-            (p.unflatten(0, m.shape) * m[:, :, None]).sum(1) / m.sum(1, keepdim=True)
-            for p, m in zip(parts, masks, strict=True)
-        ]
-        image, text = (F.normalize(last(p), dim=1) for last, p in zip(self.last, pooled, strict=True))
+        sums = [(p.unflatten(0, m.shape) * m[:, :, None]).sum(1) for p, m in zip(parts, masks, strict=True)]
+        means = [total / m.sum(1, keepdim=True) for total, m in zip(sums, masks, strict=True)]
+        image, text = (F.normalize(last(mean), dim=1) for last, mean in zip(self.last, means, strict=True))
         return image, text, routings
 
 
