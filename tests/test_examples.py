@@ -278,7 +278,6 @@ def test_domains_run(tmp_path, capsys):
 # --- distillation --------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not hasattr(contrastive_ops, "similarity_distillation"), reason="needs similarity_distillation")
 def test_distillation_runs(tmp_path, capsys):
     import distill_embeddings
 

@@ -157,8 +157,8 @@ def _line(logits: Tensor, dim: int) -> _Line:
 
 def _merged(a: _Line, b: _Line) -> _Line:
     top = torch.maximum(a.top, b.top)
-    total, other = (((each.top - _finite(top)) + each.log).exp() for each in (a, b))
-    return _Line(top, _safe_log(total + other))
+    total_a, total_b = (((each.top - _finite(top)) + each.log).exp() for each in (a, b))
+    return _Line(top, _safe_log(total_a + total_b))
 
 
 # ---- The problem -----------------------------------------------------------------------------------------------------
@@ -204,9 +204,17 @@ class _Problem:
         return student, s, t.masked_fill(s.detach() == -torch.inf, -torch.inf)
 
     @staticmethod
-    def _one(layout: Layout, part: slice, x: Tensor, y: Tensor, *of_logits: Any) -> tuple[SetOfChunk, Tensor]:
-        scale, row_bias, col_bias = of_logits
-        (each,) = chunk_sets(layout, part, inner_products(x[part], y), x, y, scale, row_bias, col_bias, None)
+    def _one(
+        layout: Layout,
+        part: slice,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        row_bias: Tensor | None,
+        col_bias: Tensor | None,
+    ) -> tuple[SetOfChunk, Tensor]:
+        dots = inner_products(x[part], y)
+        (each,) = chunk_sets(layout, part, dots, x, y, scale, row_bias, col_bias, None)
         return each, each.without_left_out()
 
     def lines(self) -> tuple[int, int]:
