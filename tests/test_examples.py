@@ -22,7 +22,6 @@ import moe_embeddings  # noqa: E402
 import simclr_digits  # noqa: E402
 import train_limoe  # noqa: E402
 
-import contrastive_ops  # noqa: E402
 from benchmarks import tables_examples  # noqa: E402
 
 SMALL = train_limoe.Config(steps=6, batch=16, dim=16, hidden=16, layers=2, heads=2, experts=4)
