@@ -9,6 +9,7 @@ mines hard negatives for its own training pairs and is trained on with them; see
     python examples/docstring_search.py --quick    # seconds, to see that it works
     python examples/docstring_search.py --ask      # and then answers your questions
     python examples/docstring_search.py --chunk 512 --batch 16384   # the towers see 512 texts at a time
+    python examples/docstring_search.py --dims 32 64 128 256 512    # embeddings that may be cut off
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from _mining_stage import to_table as mining_table
 from _pairs import Pair, collect_pairs, split_identifier
 from _report import Result, draw, takeaway, to_json, to_table
 from torch import Tensor, nn
+
+import contrastive_ops
 
 BUCKETS = 1 << 15
 BAG_WIDTH = 128
@@ -191,9 +194,9 @@ def train_both(
 
 
 @torch.no_grad()
-def mrr_at_10(model: TwoTower, bags: tuple[Bags, Bags], rows: Tensor) -> float:
-    """Mean reciprocal rank of the right signature for a held-out sentence, 0 beyond rank 10."""
-    signatures, sentences = model(bags[0][rows], bags[1][rows])
+def mrr_at_10(model: TwoTower, bags: tuple[Bags, Bags], rows: Tensor, dim: int | None = None) -> float:
+    """Mean reciprocal rank of the right signature for a held-out sentence, 0 beyond rank 10; by `dim` numbers alone."""
+    signatures, sentences = (F.normalize(x[:, :dim], dim=1) for x in model(bags[0][rows], bags[1][rows]))
     scores = sentences @ signatures.T
     # Ties count against the model: a rank is the number of signatures scored at least as high.
     rank = (scores >= scores.diagonal()[:, None]).sum(1)
@@ -207,6 +210,26 @@ def search(model: TwoTower, pairs: list[Pair], signatures: Bags, query: str) -> 
     keys, words = model(signatures[everything], make_bags([query]))
     best = (words @ keys.T)[0].topk(3).indices.tolist()
     return [pairs[i].signature for i in best]
+
+
+def truncated(
+    model: TwoTower, bags: tuple[Bags, Bags], rows: Tensor, held_out: Tensor, args: argparse.Namespace
+) -> str:
+    """MRR@10 of embeddings that are cut off, of the model and of one trained for that (Matryoshka)."""
+
+    def layer(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+        return contrastive_ops.matryoshka_clip(a, b, dims=args.dims, scale=scale)
+
+    torch.manual_seed(args.seed)
+    run = Training(TwoTower(args.dim), layer, args.chunk)
+    plan = batches(len(rows), args.batch, args.steps, torch.Generator().manual_seed(args.seed))
+    for chosen in progress(plan, "training Matryoshka"):
+        run.step(*(side[rows[chosen]] for side in bags))
+    lines = [f"{'numbers':>12}  {'clip':>8}  {'matryoshka_clip':>16}"]
+    for dim in args.dims:
+        found = [mrr_at_10(each, bags, held_out, dim) for each in (model, run.model)]
+        lines.append(f"{dim:>12}  {found[0]:>8.4f}  {found[1]:>16.4f}")
+    return "\n".join(lines)
 
 
 def find_largest(name: str, first: Trial, args: argparse.Namespace) -> Largest:
@@ -254,6 +277,9 @@ def run_demo(args: argparse.Namespace) -> tuple[Result, Callable[[str], list[str
     model = runs["contrastive_ops"].model
     plan = batches(len(rows), args.mining_batch, args.mining_steps, generator)
     mining = run_stage(model, pairs, bags, rows, plan, lambda trained: mrr_at_10(trained, bags, held_out))
+    if args.dims:
+        print("\nMRR@10 by the first numbers of each embedding alone:\n")
+        print(truncated(model, bags, rows, held_out, args))
     result = Result(
         pairs=len(pairs),
         held_out=len(held_out),
@@ -281,6 +307,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mining-batch", type=int, default=512, help="of the training with mined negatives")
     parser.add_argument("--mining-steps", type=int, default=120)
     parser.add_argument("--chunk", type=int, help="texts that the towers encode at a time, twice (GradCache)")
+    parser.add_argument("--dims", type=int, nargs="+", help="also train for embeddings cut off there (Matryoshka)")
     parser.add_argument("--ask", action="store_true", help="then answer queries from the terminal")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder of the plot")

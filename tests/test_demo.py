@@ -204,13 +204,15 @@ def test_quick_run(tmp_path: Path) -> None:
     paths = [os.environ.get("PYTHONPATH", ""), str(ROOT)]
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / "docstring_search.py"), "--quick"]
-        + ["--out", str(tmp_path), "--json", str(tmp_path / "result.json")],
+        + ["--out", str(tmp_path), "--json", str(tmp_path / "result.json"), "--dims", "16", "256"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    shortest, longest = (line.split() for line in re.findall(r"^ +(?:16|256)  .*", done.stdout, re.MULTILINE))
+    assert float(shortest[1]) < float(shortest[2]) < float(longest[2])  # what Matryoshka is for, and what cutting costs
     assert (tmp_path / "docstring_search.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((tmp_path / "result.json").read_text())
     both = {"pytorch", "contrastive_ops"}
