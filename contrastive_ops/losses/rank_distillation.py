@@ -114,7 +114,7 @@ def listwise_distillation(
     Example:
         >>> scores, teacher = torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([[4.0, 2.0, -torch.inf]])
         >>> listwise_distillation(scores, teacher)
-        tensor(1.0071)
+        tensor(0.8287)
     """
     name = "listwise_distillation"
     _checks.check_choice(name, "kind", kind, LISTWISE)
