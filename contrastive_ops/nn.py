@@ -61,7 +61,6 @@ __all__ = [
     "SupConLoss",
     "TripletLoss",
     "VSELoss",
-    "ValueDistillationLoss",
 ]
 
 
@@ -345,16 +344,6 @@ class SimilarityDistillationLoss(ScaledLoss):
     function = staticmethod(losses.similarity_distillation)
     default_temperature = 0.07
     default_learnable = True
-
-
-class ValueDistillationLoss(ScaledLoss):
-    """`contrastive_ops.value_distillation` as a module with a learnable temperature.
-
-    ``ValueDistillationLoss()(query, document, teacher_query, teacher_document)``
-    """
-
-    function = staticmethod(losses.value_distillation)
-    default_temperature = 0.07
 
 
 class DistanceDistillationLoss(Loss):

@@ -67,7 +67,6 @@ OTHERS = [
     (nn.EnergyHingeLoss, lambda a, b: (a, b), {"hardest": False}),
     (nn.SimCTGLoss, lambda a, b: (a, IDS), {"margin": 0.4}),
     (nn.SimilarityDistillationLoss, lambda a, b: (a, b, b, a), {"divergence": "js", "symmetric": True}),
-    (nn.ValueDistillationLoss, lambda a, b: (a, b, b, a), {"reduction": "sum"}),
     (nn.DistanceDistillationLoss, lambda a, b: (a, b), {"relative": False}),
     (nn.AlignmentLoss, lambda a, b: (a, b), {"power": 1.0}),
     (nn.DPOLoss, lambda a, b: (a[:, 0], b[:, 0]), {"kind": "hinge"}),

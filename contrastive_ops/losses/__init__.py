@@ -28,7 +28,6 @@ from .running import RunningDenominator, sog_clr
 from .sigmoid import bixse, multi_positive_siglip, pair_bce, siglip
 from .softmax import clip, info_nce, nt_xent
 from .triplet import batch_hard_triplet, batch_semi_hard_triplet, contrastive, triplet
-from .value_sums import softmax_values, value_distillation
 from .whitening import group_whiten
 from .word2vec import UnigramSampler, negative_sampling
 
@@ -84,13 +83,11 @@ __all__ = [
     "simctg",
     "similarity_distillation",
     "soft_info_nce",
-    "softmax_values",
     "sog_clr",
     "sparsity",
     "sup_con",
     "triplet",
     "uniformity",
-    "value_distillation",
     "variance_hinge",
     "vicreg",
     "vse",

@@ -291,10 +291,6 @@ LOSSES: dict[str, LossCase] = {
         {"x": Draw.matrix, "teacher_x": Draw.teacher, **_SCALE},
         {"y": None, "normalize": True},
     ),
-    "value_distillation": LossCase(
-        losses.value_distillation,
-        {"x": Draw.matrix, "y": Draw.columns, "teacher_x": Draw.teacher, "teacher_y": Draw.queue, **_SCALE, **_WEIGHT},
-    ),
     "distance_distillation": LossCase(losses.distance_distillation, {"x": Draw.matrix, "teacher_x": Draw.teacher}),
     "distance_distillation absolute": LossCase(
         losses.distance_distillation,
