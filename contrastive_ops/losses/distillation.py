@@ -52,7 +52,7 @@ def similarity_distillation(
         symmetric: average the divergences of row i and of column i, as for images and texts; then M = N.
         temperature: divides the student's inner products; float, 0-d or (N,) tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead; not both.
-        teacher_temperature: the teacher's. Default: the student's.
+        teacher_temperature: the teacher's; a constant. Default: the student's, through which no gradient comes.
         teacher_scale: 1 / teacher_temperature instead; not both.
         teacher_bias: (M,) added to the teacher's logits of each column; -inf takes its probability.
         pairs: which pairs take part, for both.

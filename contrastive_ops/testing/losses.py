@@ -273,6 +273,7 @@ LOSSES: dict[str, LossCase] = {
     "similarity_distillation": LossCase(
         losses.similarity_distillation,
         {"x": Draw.matrix, "y": Draw.columns, "teacher_x": Draw.teacher, "teacher_y": Draw.queue, **_SCALE, **_WEIGHT},
+        {"teacher_scale": 4.0},
     ),
     "similarity_distillation symmetric": LossCase(
         losses.similarity_distillation,
