@@ -114,6 +114,8 @@ def test_lists_of_any_length(function, formula, options, how):
         there, teacher = there & ~dropped, teacher.masked_fill(dropped, -torch.inf)
     with torch.no_grad():
         scores[~there] = torch.nan  # what is not there is not looked at
+        if how == "mask":
+            teacher[~there] = torch.nan
     rows = function(scores, teacher, reduction="none", **options, **given)
     expected = torch.stack(
         [formula_of(formula, options)(s[m], t[m]) for s, t, m in zip(scores, teacher, there, strict=True)]
