@@ -26,7 +26,7 @@ def checked_target(function: str, name: str, target: Tensor, x_name: str, x: Ten
     """`target` must name one of the first `columns` columns for each row of `x`."""
     _checks.check_index(function, name, target, x.shape[0], x_name, x)
     # Of these columns alone: a target among shared negatives is a mistake that the operator could not see.
-    # On a GPU the row of a target that does not exist gets NaN.
+    # On a GPU it goes unseen, and the row of a target that is no column at all gets NaN.
     _checks.check_index_values(function, name, target, columns, waits=False)
     return target
 
