@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._library import define
+
 # Half of the size from which torch splits a sum.
 PART = 1 << 14
-
-_LIBRARY = torch.library.Library("contrastive_ops", "FRAGMENT")
 
 
 def in_parts(values: Tensor) -> Tensor:
@@ -71,7 +71,4 @@ for _name, _schema, _function, _fake, _setup, _derivative in (
         lambda ctx, d_repeated: (ordered_sum(d_repeated), None),
     ),
 ):
-    _LIBRARY.define(f"{_name}{_schema}")
-    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"contrastive_ops::{_name}", _fake, lib=_LIBRARY)
-    torch.library.register_autograd(f"contrastive_ops::{_name}", _derivative, setup_context=_setup, lib=_LIBRARY)
+    define(_name, _schema, _function, _fake, _setup, _derivative)

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from . import _autocast, _checks
+from ._library import define
 
 # As torch.nn.functional.normalize: shorter rows are divided by this.
 SHORTEST = 1e-12
-
-_LIBRARY = torch.library.Library("contrastive_ops", "FRAGMENT")
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -57,7 +56,4 @@ def _derivative(ctx: Any, d_unit: Tensor | None, d_inverse: Tensor | None) -> Te
     return None if dx is None else dx.to(x.dtype)
 
 
-_LIBRARY.define("unit_rows(Tensor x) -> (Tensor unit, Tensor inverse)")
-_LIBRARY.impl("unit_rows", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("contrastive_ops::unit_rows", _fake, lib=_LIBRARY)
-torch.library.register_autograd("contrastive_ops::unit_rows", _derivative, setup_context=_setup, lib=_LIBRARY)
+define("unit_rows", "(Tensor x) -> (Tensor unit, Tensor inverse)", _forward, _fake, _setup, _derivative)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .. import _autocast
 from .._checks import accumulator
-from ..ops._autograd import LIBRARY, alias, grad
+from .._library import define
+from ..ops._autograd import alias, grad
 from ..reference.similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, softplus
 from ..reference.stream import stream_rows
 
@@ -281,15 +282,18 @@ def _differentiably(
     return tuple(next(found) if t is not None and t.requires_grad else None for t in (x, y, bias))
 
 
-LIBRARY.define(f"linear_rows_forward({_PROBLEM}) -> (Tensor first, Tensor second)")
-LIBRARY.define(
-    f"linear_rows_backward({_PROBLEM}, Tensor second, Tensor? d_first, Tensor? d_second, int needs)"
-    " -> (Tensor dx, Tensor dy, Tensor dbias)"
+define(
+    "linear_rows_forward",
+    f"({_PROBLEM}) -> (Tensor first, Tensor second)",
+    _forward,
+    _forward_fake,
+    _setup,
+    _derivative,
 )
-LIBRARY.impl("linear_rows_forward", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("linear_rows_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("contrastive_ops::linear_rows_forward", _forward_fake, lib=LIBRARY)
-torch.library.register_fake(
-    "contrastive_ops::linear_rows_backward", lambda x, y, *rest: _empty_gradients(x, y, rest[-1]), lib=LIBRARY
+define(
+    "linear_rows_backward",
+    f"({_PROBLEM}, Tensor second, Tensor? d_first, Tensor? d_second, int needs)"
+    " -> (Tensor dx, Tensor dy, Tensor dbias)",
+    _backward,
+    lambda x, y, *rest: _empty_gradients(x, y, rest[-1]),
 )
-torch.library.register_autograd("contrastive_ops::linear_rows_forward", _derivative, setup_context=_setup, lib=LIBRARY)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._library import define
 from ..reference.similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows
-
-_LIBRARY = torch.library.Library("contrastive_ops", "FRAGMENT")
 
 
 def pair_similarity(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
@@ -92,7 +91,4 @@ for _name, _schema, _function, _fake, _derivative in (
         _scatter_derivative,
     ),
 ):
-    _LIBRARY.define(f"{_name}{_schema}")
-    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"contrastive_ops::{_name}", _fake, lib=_LIBRARY)
-    torch.library.register_autograd(f"contrastive_ops::{_name}", _derivative, setup_context=_save, lib=_LIBRARY)
+    define(_name, _schema, _function, _fake, _save, _derivative)

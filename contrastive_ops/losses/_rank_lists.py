@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from .. import _autocast
-from ..ops._autograd import LIBRARY, alias, grad
+from .._library import define
+from ..ops._autograd import alias, grad
 from ..reference.similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, softplus
 from ._linear_chunks import kl_of_rows
 
@@ -195,10 +196,12 @@ def _derivative(ctx: Any, d_losses: Tensor | None, _: Any) -> tuple[Any, ...]:
     return *grad([losses], [scores], [d_losses]), *others
 
 
-LIBRARY.define(
-    "rank_lists(Tensor scores, Tensor teacher, Tensor valid, str kind, str weighting, float margin, bool sums_pairs)"
-    " -> (Tensor losses, Tensor slopes)"
+define(
+    "rank_lists",
+    "(Tensor scores, Tensor teacher, Tensor valid, str kind, str weighting, float margin, bool sums_pairs)"
+    " -> (Tensor losses, Tensor slopes)",
+    _forward,
+    _fake,
+    _setup,
+    _derivative,
 )
-LIBRARY.impl("rank_lists", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("contrastive_ops::rank_lists", _fake, lib=LIBRARY)
-torch.library.register_autograd("contrastive_ops::rank_lists", _derivative, setup_context=_setup, lib=LIBRARY)

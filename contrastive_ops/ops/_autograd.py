@@ -1,4 +1,4 @@
-"""What the operators of all primitives share in autograd: the library, which gradients are needed, their shapes.
+"""What the operators of all primitives share in autograd: which gradients are needed, their shapes.
 
 The first five inputs of every operator are x, y, scale, row_bias, col_bias; bit b of `needs` stands for input b.
 """
@@ -9,9 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-# Not torch.library.custom_op, whose first call imports torch._dynamo: three seconds and 150 MiB for a plain evaluation.
-LIBRARY = torch.library.Library("contrastive_ops", "FRAGMENT")
 
 
 def to_inputs(inputs: list[Any], gradients: Any, needs: int) -> tuple[Any, ...]:

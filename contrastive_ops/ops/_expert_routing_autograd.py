@@ -16,9 +16,10 @@ from torch import Tensor
 from .. import _autocast
 from .._checks import accumulator
 from .._dispatch import Backend
+from .._library import define, of_backend
 from .._routing import ScoreSpec, SlotSpec
 from ..reference import expert_routing as reference
-from ._autograd import LIBRARY, alias, grad
+from ._autograd import alias, grad
 
 _GIVEN = "Tensor logits, Tensor? noise, Tensor? bias, Tensor? allowed"
 _RULES = "Tensor? segment, Tensor? valid, SymInt[] spec, float sigma"
@@ -41,15 +42,6 @@ _DOTS = "(Tensor tokens, Tensor rows, Tensor slots, Tensor order, str backend) -
 
 def register(backends: Mapping[str, Backend]) -> None:
     """Define the operators; `backends` says where each backend's functions are."""
-
-    def call(name: str) -> Any:
-        def function(*arguments: Any) -> Any:
-            *problem, backend = arguments
-            with _autocast.disabled(problem[0]):
-                return getattr(backends[backend].functions(), name)(*problem)
-
-        return function
-
     for name, schema, fake, setup, derivative in (
         ("scores", _SCORES, _scores_fake, _scores_setup, _scores_derivative),
         ("scores_backward", _SCORES_BACKWARD, _backward_fake, _backward_setup, _backward_derivative),
@@ -58,12 +50,7 @@ def register(backends: Mapping[str, Backend]) -> None:
         ("combine", _COMBINE, _combine_fake, _moved_setup, _combine_derivative),
         ("dots", _DOTS, _dots_fake, _dots_setup, _dots_derivative),
     ):
-        qualified = f"contrastive_ops::expert_routing_{name}"
-        LIBRARY.define(f"expert_routing_{name}{schema}")
-        LIBRARY.impl(f"expert_routing_{name}", call(name), "CompositeExplicitAutograd")
-        torch.library.register_fake(qualified, fake, lib=LIBRARY)
-        if derivative is not None:
-            torch.library.register_autograd(qualified, derivative, setup_context=setup, lib=LIBRARY)
+        define(f"expert_routing_{name}", schema, of_backend(backends, name), fake, setup, derivative)
 
 
 # ---- scores --------------------------------------------------------------------------------------------------------

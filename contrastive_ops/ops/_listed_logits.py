@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .._dispatch import choose
+from .._library import define
 from .._similarity import Layout
-from ._autograd import LIBRARY
 from ._logit_sets import LogitSets
 from .pairs import Pairs
 from .similarity_topk import BACKENDS
@@ -72,10 +72,12 @@ def _derivative(ctx: Any, d_values: Tensor) -> tuple[Any, ...]:
     return (*gradients, [None] * len(pair_data), None, None, None)
 
 
-LIBRARY.define(
-    "listed_logits(Tensor x, Tensor y, Tensor scale, Tensor[] pair_data, SymInt[] spec, Tensor indices, str backend)"
-    " -> Tensor values"
+define(
+    "listed_logits",
+    "(Tensor x, Tensor y, Tensor scale, Tensor[] pair_data, SymInt[] spec, Tensor indices, str backend)"
+    " -> Tensor values",
+    _forward,
+    _fake,
+    _setup,
+    _derivative,
 )
-LIBRARY.impl("listed_logits", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("contrastive_ops::listed_logits", _fake, lib=LIBRARY)
-torch.library.register_autograd("contrastive_ops::listed_logits", _derivative, setup_context=_setup, lib=LIBRARY)

@@ -15,8 +15,9 @@ from torch import Tensor
 from .. import _autocast
 from .._checks import accumulator
 from .._dispatch import Backend
+from .._library import define, of_backend
 from ..reference import maxsim as reference
-from ._autograd import LIBRARY, alias, grad
+from ._autograd import alias, grad
 
 _SETS = "Tensor queries, Tensor documents, Tensor query_offsets, Tensor document_offsets"
 _PAIRS = "Tensor? pair_queries, Tensor? pair_documents"
@@ -32,24 +33,11 @@ _BACKWARD = (
 
 def register(backends: Mapping[str, Backend]) -> None:
     """Define the operators; `backends` says where each backend's functions are."""
-
-    def call(name: str) -> Any:
-        def function(*arguments: Any) -> Any:
-            *problem, backend = arguments
-            with _autocast.disabled(problem[0]):
-                return getattr(backends[backend].functions(), name)(*problem)
-
-        return function
-
     for name, schema, fake, setup, derivative in (
         ("forward", _FORWARD, _forward_fake, _forward_setup, _forward_derivative),
         ("backward", _BACKWARD, _backward_fake, _backward_setup, _backward_derivative),
     ):
-        qualified = f"contrastive_ops::maxsim_{name}"
-        LIBRARY.define(f"maxsim_{name}{schema}")
-        LIBRARY.impl(f"maxsim_{name}", call(name), "CompositeExplicitAutograd")
-        torch.library.register_fake(qualified, fake, lib=LIBRARY)
-        torch.library.register_autograd(qualified, derivative, setup_context=setup, lib=LIBRARY)
+        define(f"maxsim_{name}", schema, of_backend(backends, name), fake, setup, derivative)
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------

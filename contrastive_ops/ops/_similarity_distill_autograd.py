@@ -14,8 +14,9 @@ from torch import Tensor
 from .. import _autocast
 from .._checks import accumulator
 from .._dispatch import Backend
+from .._library import define, of_backend
 from ..reference import similarity_distill as reference
-from ._autograd import LIBRARY, alias, grad, gradient_shapes, needed, to_inputs
+from ._autograd import alias, grad, gradient_shapes, needed, to_inputs
 
 _SIDE = "Tensor {0}x, Tensor {0}y, Tensor {0}scale, Tensor? {0}row_bias, Tensor? {0}col_bias"
 _PROBLEM = (
@@ -33,24 +34,11 @@ _TENSORS, _DIFFERENTIABLE, _PROBLEM_SIZE = 10, 5, 15
 
 def register(backends: Mapping[str, Backend]) -> None:
     """Define the operators; `backends` says where each backend's functions are."""
-
-    def call(name: str) -> Any:
-        def function(*arguments: Any) -> Any:
-            *problem, backend = arguments
-            with _autocast.disabled(problem[0]):
-                return getattr(backends[backend].functions(), name)(*problem)
-
-        return function
-
     for name, schema, fake, setup, derivative in (
         ("forward", _FORWARD, _forward_fake, _forward_setup, _forward_derivative),
         ("backward", _BACKWARD, _backward_fake, _backward_setup, _backward_derivative),
     ):
-        qualified = f"contrastive_ops::similarity_distill_{name}"
-        LIBRARY.define(f"similarity_distill_{name}{schema}")
-        LIBRARY.impl(f"similarity_distill_{name}", call(name), "CompositeExplicitAutograd")
-        torch.library.register_fake(qualified, fake, lib=LIBRARY)
-        torch.library.register_autograd(qualified, derivative, setup_context=setup, lib=LIBRARY)
+        define(f"similarity_distill_{name}", schema, of_backend(backends, name), fake, setup, derivative)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], *others: Any) -> None:

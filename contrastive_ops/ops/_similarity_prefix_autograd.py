@@ -11,8 +11,9 @@ from torch import Tensor
 from .. import _autocast
 from .._checks import accumulator, check_index_values
 from .._dispatch import Backend
+from .._library import define
 from ..reference import similarity_prefix as reference
-from ._autograd import LIBRARY, alias, grad
+from ._autograd import alias, grad
 
 _TENSORS = "Tensor x, Tensor? y, Tensor scale, Tensor? target, Tensor? differ_rows, Tensor? differ_cols"
 _PROBLEM = f"{_TENSORS}, int[] dims, SymInt? diagonal, bool normalize"
@@ -44,11 +45,7 @@ def register(backends: Mapping[str, Backend]) -> None:
         ("forward", _FORWARD, _forward_fake, _forward_setup, _forward_derivative),
         ("backward", _BACKWARD, _backward_fake, _backward_setup, _backward_derivative),
     ):
-        qualified = f"contrastive_ops::similarity_prefix_{name}"
-        LIBRARY.define(f"similarity_prefix_{name}{schema}")
-        LIBRARY.impl(f"similarity_prefix_{name}", call(name), "CompositeExplicitAutograd")
-        torch.library.register_fake(qualified, fake, lib=LIBRARY)
-        torch.library.register_autograd(qualified, derivative, setup_context=setup, lib=LIBRARY)
+        define(f"similarity_prefix_{name}", schema, call(name), fake, setup, derivative)
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ from torch import Tensor
 from .. import _autocast
 from .._checks import accumulator, check_index_values
 from .._dispatch import Backend
+from .._library import define
 from .._ordered import in_parts, ordered_sum
 from .._similarity import Layout
 from ..reference import similarity_reduce as reference
-from ._autograd import LIBRARY, alias, grad, gradient_shapes, needed, to_inputs
+from ._autograd import alias, grad, gradient_shapes, needed, to_inputs
 
 _PROBLEM = (
     "Tensor x, Tensor? y, Tensor scale, Tensor? row_bias, Tensor? col_bias, Tensor{q} target,"
@@ -74,11 +75,7 @@ def register(backends: Mapping[str, Backend]) -> None:
         ("backward", _BACKWARD, backward, _backward_fake, _backward_setup, _backward_derivative),
         ("total", _TOTAL, total, _total_fake, _total_setup, _total_derivative),
     ):
-        qualified = f"contrastive_ops::similarity_reduce_{name}"
-        LIBRARY.define(f"similarity_reduce_{name}{schema}")
-        LIBRARY.impl(f"similarity_reduce_{name}", function, "CompositeExplicitAutograd")
-        torch.library.register_fake(qualified, fake, lib=LIBRARY)
-        torch.library.register_autograd(qualified, derivative, setup_context=setup, lib=LIBRARY)
+        define(f"similarity_reduce_{name}", schema, function, fake, setup, derivative)
 
 
 def _check_target(problem: list[Any], backend: str) -> None:

@@ -15,9 +15,10 @@ from torch import Tensor
 from .. import _autocast
 from .._checks import accumulator
 from .._dispatch import Backend
+from .._library import define, of_backend
 from .._similarity import STATISTICS
 from ..reference import similarity_topk as reference
-from ._autograd import LIBRARY, alias, grad, gradient_shapes, needed, to_inputs
+from ._autograd import alias, grad, gradient_shapes, needed, to_inputs
 
 _PROBLEM = "Tensor x, Tensor y, Tensor scale, Tensor? row_bias, Tensor? col_bias, Tensor[] pair_data, SymInt[] spec"
 _FORWARD = (
@@ -35,25 +36,12 @@ _PAIR_DATA, _SPEC = 5, 6
 
 def register(backends: Mapping[str, Backend]) -> None:
     """Define the operators; `backends` says where each backend's functions are."""
-
-    def call(name: str) -> Any:
-        def function(*arguments: Any) -> Any:
-            *problem, backend = arguments
-            with _autocast.disabled(problem[0]):
-                return getattr(backends[backend].functions(), name)(*problem)
-
-        return function
-
     for name, schema, fake, setup, derivative in (
         ("forward", _FORWARD, _forward_fake, _forward_setup, _forward_derivative),
         ("at", _AT, _at_fake, _at_setup, _at_derivative),
         ("backward", _BACKWARD, _backward_fake, _backward_setup, _backward_derivative),
     ):
-        qualified = f"contrastive_ops::similarity_topk_{name}"
-        LIBRARY.define(f"similarity_topk_{name}{schema}")
-        LIBRARY.impl(f"similarity_topk_{name}", call(name), "CompositeExplicitAutograd")
-        torch.library.register_fake(qualified, fake, lib=LIBRARY)
-        torch.library.register_autograd(qualified, derivative, setup_context=setup, lib=LIBRARY)
+        define(f"similarity_topk_{name}", schema, of_backend(backends, name), fake, setup, derivative)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], *others: Any) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .. import _autocast, _checks, _extension, _triton
 from .._dispatch import Backend, choose, unsupported_by_cpu
+from .._library import define
 from ..reference import grouped_matmul as reference
-from ._autograd import LIBRARY
 from .expert_routing import Routing, check_rows
 
 # One hop to every implementation; each offers forward and outer with the same arguments.
@@ -256,24 +256,16 @@ def _outer_derivative(ctx: Any, d_db: Tensor | None, d_dbias: Tensor | None) -> 
     return da, dg, *(None,) * 7
 
 
-def _register(name: str, schema: str, function: Any, fake: Any, setup: Any, derivative: Any) -> None:
-    qualified = f"contrastive_ops::grouped_matmul_{name}"
-    LIBRARY.define(f"grouped_matmul_{name}{schema}")
-    LIBRARY.impl(f"grouped_matmul_{name}", function, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, fake, lib=LIBRARY)
-    torch.library.register_autograd(qualified, derivative, setup_context=setup, lib=LIBRARY)
-
-
-_register(
-    "forward",
+define(
+    "grouped_matmul_forward",
     "(Tensor a, Tensor b, Tensor offsets, Tensor? bias, Tensor? slots, Tensor? order, str backend) -> Tensor",
     _forward,
     _forward_fake,
     _forward_setup,
     _forward_derivative,
 )
-_register(
-    "outer",
+define(
+    "grouped_matmul_outer",
     "(Tensor a, Tensor g, Tensor offsets, Tensor? slots, Tensor? order, bool transposed, bool wants_b, bool wants_bias,"
     " str backend) -> (Tensor db, Tensor dbias)",
     _outer,
