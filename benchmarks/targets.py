@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FINISHED = {"softmax", "sup_con", "sigmoid", "partitions", "mining", "routing", "late_interaction", "matryoshka", "distillation"}
+FINISHED = {
+    "softmax",
+    "sup_con",
+    "sigmoid",
+    "partitions",
+    "mining",
+    "routing",
+    "late_interaction",
+    "matryoshka",
+    "distillation",
+}
 
 
 @dataclass(frozen=True)
