@@ -25,6 +25,7 @@ FAMILIES = (
     "cases_routing",
     "cases_late_interaction",
     "cases_distillation",
+    "cases_values",
     "cases_matryoshka",
     "cases_linear_log_prob",
     "cases_gpu",

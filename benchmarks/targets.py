@@ -18,6 +18,7 @@ FINISHED = {
     "late_interaction",
     "matryoshka",
     "distillation",
+    "values",
 }
 
 
@@ -147,6 +148,20 @@ ROWS = (
         "the same",
         "the same mathematics dense in torch; open_clip DistillClipLoss",
         ">= 1.3x faster; extra memory <= 1/20 with memory_budget=0",
+    ),
+    DesignRow(
+        "values",
+        "values",
+        "values summed by a softmax, fwd+bwd fp32, N=4096 M=8192 D=256, values of the same dimension",
+        "its own matmuls alone (logits twice, sums, weights' gradient, three gradients, through torch.mm)",
+        "<= 1.2x their time with memory_budget=0",
+    ),
+    DesignRow(
+        "values-dense",
+        "values",
+        "the same",
+        "the same mathematics dense in torch; torch's scaled_dot_product_attention of one head",
+        ">= 0.9x; >= 1.1x faster; extra memory <= 1/4 with memory_budget=0",
     ),
     DesignRow(
         "linear_log_prob",

@@ -281,6 +281,19 @@ def distillation_truth(inputs: Inputs) -> Outcome:
     return _differentiate(loss_of, inputs)
 
 
+def values_truth(inputs: Inputs) -> Outcome:
+    """Values summed by the softmax of each row, against a gradient from above."""
+    scale, upstream = inputs.constants["scale"], inputs.frozen["upstream"].double()
+
+    def loss_of(x: Tensor, y: Tensor, values: Tensor) -> Tensor:
+        def of_rows(part: slice) -> Tensor:
+            return (((scale * x[part] @ y.T).softmax(1) @ values) * upstream[part]).sum()
+
+        return _mean_over_rows(of_rows, len(x), len(y), x.device) * len(x)
+
+    return _differentiate(loss_of, inputs)
+
+
 def maxsim_truth(inputs: Inputs) -> Outcome:
     """MaxSim: for each query token the largest similarity with a token of a document, a document at a time."""
     weight, mask = inputs.frozen["weight"].double(), inputs.frozen.get("mask")

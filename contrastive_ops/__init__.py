@@ -97,6 +97,7 @@ from .ops import (
     similarity_prefix,
     similarity_reduce,
     similarity_topk,
+    similarity_values,
     xtr,
 )
 from .reference.stream import stream_rows
@@ -190,6 +191,7 @@ __all__ = [
     "similarity_prefix",
     "similarity_reduce",
     "similarity_topk",
+    "similarity_values",
     "soft_info_nce",
     "sog_clr",
     "sparsity",

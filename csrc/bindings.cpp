@@ -16,6 +16,7 @@
 #include "bindings_similarity_prefix.h"
 #include "bindings_similarity_problem.h"
 #include "bindings_similarity_topk.h"
+#include "bindings_similarity_values.h"
 #include "cpu/capability.h"
 #include "similarity_reduce.h"
 
@@ -143,6 +144,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("similarity_topk_at", &similarity_topk_at);
   m.def("similarity_topk_backward", &similarity_topk_backward);
   m.def("similarity_topk_merge", &similarity_topk_merge);
+  m.def("similarity_values_forward", &similarity_values_forward);
+  m.def("similarity_values_backward", &similarity_values_backward);
   m.def("similarity_topk_order", &similarity_topk_order);
   m.def("expert_routing_scores", &expert_routing_scores);
   m.def("expert_routing_scores_backward", &expert_routing_scores_backward);

@@ -43,6 +43,7 @@ MODULES = [
     "contrastive_ops.ops.similarity_prefix",
     "contrastive_ops.ops.similarity_reduce",
     "contrastive_ops.ops.similarity_topk",
+    "contrastive_ops.ops.similarity_values",
     "contrastive_ops.ops.token_sets",
     "contrastive_ops.ops.xtr",
     "contrastive_ops.reference.stream",

@@ -183,6 +183,7 @@ def test_export():
         ("maxsim", ("forward", "backward")),
         ("similarity_distill", ("forward", "backward")),
         ("similarity_prefix", ("forward", "backward")),
+        ("similarity_values", ("forward", "backward")),
     ],
 )
 def test_one_table_names_every_implementation(stem, functions):

@@ -12,6 +12,7 @@ from .similarity_distill import similarity_distill
 from .similarity_prefix import PrefixFolds, similarity_prefix
 from .similarity_reduce import merge_lse, similarity_reduce
 from .similarity_topk import TopK, similarity_topk
+from .similarity_values import similarity_values
 from .token_sets import TokenSets
 from .xtr import xtr
 
@@ -40,5 +41,6 @@ __all__ = [
     "similarity_prefix",
     "similarity_reduce",
     "similarity_topk",
+    "similarity_values",
     "xtr",
 ]

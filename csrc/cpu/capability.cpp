@@ -17,6 +17,7 @@
 #include "../similarity_prefix.h"
 #include "../similarity_reduce.h"
 #include "../similarity_topk.h"
+#include "../similarity_values.h"
 
 namespace contrastive_ops {
 
@@ -106,5 +107,6 @@ CONTRASTIVE_OPS_OF_LEVEL(SimilarityDistill, similarity_distill)
 CONTRASTIVE_OPS_OF_LEVEL(SimilarityPrefix, similarity_prefix)
 CONTRASTIVE_OPS_OF_LEVEL(SimilarityReduce, similarity_reduce)
 CONTRASTIVE_OPS_OF_LEVEL(SimilarityTopK, similarity_topk)
+CONTRASTIVE_OPS_OF_LEVEL(SimilarityValues, similarity_values)
 
 }  // namespace contrastive_ops

@@ -8,3 +8,4 @@
 #include "similarity_prefix.cpp"
 #include "similarity_reduce.cpp"
 #include "similarity_topk.cpp"
+#include "similarity_values.cpp"

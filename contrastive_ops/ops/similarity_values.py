@@ -1,0 +1,136 @@
+"""Sum values, weighted by the softmax of each row of a similarity matrix that is not stored."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .. import _autocast, _checks, _extension
+from .._dispatch import Backend, choose, unsupported_by_cpu
+from .._similarity import Layout, SetFold, Slot
+from ..reference import similarity_values as reference
+from ._logit_sets import LogitSets, prepare
+from ._similarity_values_autograd import register
+from .pairs import Pairs
+from .similarity_reduce import KEEP_FROM_DIMENSION, budget_bytes, needs_gradient
+
+# One hop to every implementation; each offers forward and backward with the same arguments.
+BACKENDS = {
+    "reference": Backend(
+        source="contrastive_ops/reference/similarity_values.py",
+        functions=lambda: reference,
+        unsupported=lambda x: [],
+    ),
+    "cpu": Backend(
+        source="csrc/cpu/similarity_values.cpp",
+        functions=functools.cache(lambda: _extension.functions("similarity_values")),
+        unsupported=unsupported_by_cpu,
+        keeps=True,
+    ),
+}
+
+register(BACKENDS)
+
+
+def similarity_values(
+    x: Tensor,
+    y: Tensor | None,
+    values: Tensor | None = None,
+    *,
+    scale: float | Tensor = 1.0,
+    col_bias: Tensor | None = None,
+    pairs: Pairs | None = None,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Sum the values of all columns, weighted by each row's softmax: soft assignment to a codebook, soft retrieval.
+
+    Equivalent to::
+
+        logits = (scale * x @ y.T + col_bias).masked_fill(~keep, -torch.inf)       # (N, M), in float32
+        logits.softmax(1) @ values                                                 # (N, V)
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64. Differentiable, as all that follow.
+        y: (M, D) of the same dtype, such as the entries of a codebook; None for y = x.
+        values: (M, V); None for ``values=y``. Where its dtype is another one, all are multiplied in float32 (in float64
+            for a float64 x).
+        scale: float, 0-d tensor, or (N,) with one scale per row.
+        col_bias: (M,) added to the logits of each column.
+        pairs: which pairs take part. `fill` is refused.
+        memory_budget: bytes of inner products to keep between forward and backward, so that backward need not compute
+            them again; 0 keeps none. None: 128 MiB. Does not change results. Of use to "cpu".
+        backend: "auto", "reference" or "cpu". An explicit backend runs or raises.
+
+    Returns:
+        (N, V) float32 (float64 for float64 inputs). A row in which no pair takes part is 0 with gradient 0. NaN
+        propagates.
+
+    Raises:
+        ValueError: shapes, devices or values that do not fit.
+        TypeError: dtypes that do not fit.
+        NotImplementedError: an explicit backend that cannot run these inputs.
+
+    Note:
+        Memory: O((N + M) (D + V)), the inner products of 512 rows and ``memory_budget``; never N x M. Work:
+        2 N M (D + V) forward, and 6 N M D + 4 N M V backward, less 2 N M D where they are kept. The weights of a
+        gradient are p (t - mean), with t the product of the upstream gradient and the values, formed in float32 before
+        they are rounded for a product. Results are bitwise the same for any number of threads. Differentiable twice;
+        the second derivative runs on the reference backend.
+
+        By squared distances, which assign to the nearest entry: ``scale=2 / temperature`` and
+        ``col_bias=-y.square().sum(1) / temperature``.
+
+    Source:
+        The soft assignment with which a vector quantizer is trained: Agustsson et al., Soft-to-Hard Vector Quantization
+        for End-to-End Learning Compressible Representations, 2017.
+
+    Example:
+        >>> x, codebook = torch.randn(5, 4), torch.randn(7, 4)
+        >>> assigned = (2.0 * x @ codebook.T).softmax(1) @ codebook
+        >>> torch.allclose(similarity_values(x, codebook, scale=2.0), assigned, atol=1e-5)
+        True
+    """
+    names = name, *_ = ("similarity_values", "x", "y")
+    x, y, values = _autocast.cast(x, y, values)
+    if values is None:
+        values = x if y is None else y
+    x, y_or_none, _, _ = prepare(names, x, y, None, None, None)
+    y = x if y_or_none is None else y_or_none
+    _check_values(name, values, "x" if y_or_none is None else "y", y)
+    if values.dtype != x.dtype:
+        dtype = _checks.accumulator(x.dtype)
+        x, y, values = (t.to(dtype) for t in (x, y, values))
+    if col_bias is not None:
+        _checks.check_vector(name, "col_bias", col_bias, y.shape[0], "x", x)
+        col_bias = col_bias.to(_checks.accumulator(x.dtype))
+    sets = LogitSets(names, x, None if y_or_none is None else y)
+    sets.add(scale, pairs)
+    if Slot.FILL in sets.sets[0].data:
+        raise NotImplementedError(
+            f"{name}: pairs.fill must be None, got one\n  give the column a bias, or leave it out"
+        )
+    factor = sets.scale()
+    budget = budget_bytes(name, memory_budget, x.device.type)
+    chosen = choose(name, BACKENDS, x, backend)
+    kept_size = 0
+    if x.shape[1] >= KEEP_FROM_DIMENSION and BACKENDS[chosen].keeps and needs_gradient(x, y, factor, col_bias, values):
+        whole = (x.shape[0] + 32) * (y.shape[0] + 128)  # tiles are padded
+        kept_size = min(budget // _checks.accumulator(x.dtype).itemsize, whole)
+    layout = Layout(tuple(sets.sets), (SetFold(0, "logsumexp", False),))
+    sums, _, _ = torch.ops.contrastive_ops.similarity_values_forward(
+        x, y, factor, None, col_bias, values, *layout.encode(), kept_size, chosen
+    )
+    return sums
+
+
+def _check_values(function: str, values: Tensor, y_name: str, y: Tensor) -> None:
+    _checks.check_matrix(function, "values", values)
+    _checks.check_device(function, y_name, y, "values", values)
+    if values.shape[0] != y.shape[0]:
+        raise ValueError(
+            f"{function}: values must have as many rows as {y_name}, "
+            f"got {y_name} {_checks.shape(y)} and values {_checks.shape(values)}"
+        )
