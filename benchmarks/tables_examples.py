@@ -3,6 +3,7 @@
 make limoe-ablation ARGS="--json benchmarks/results/limoe.json"
 make simclr ARGS="--seed 0 --json benchmarks/results/simclr-0.json"
 make moe-embeddings ARGS="--seed 0 --json benchmarks/results/moe-embeddings-0.json"
+make distill ARGS="--seed 0 --json benchmarks/results/distill-0.json"
 """
 
 from __future__ import annotations
@@ -75,6 +76,16 @@ def moe_embeddings(runs: list[dict[str, Any]]) -> str:
     return _table(["", f"MRR@10, mean of {len(runs[0]['domains'])} domains", "parameters"], rows)
 
 
+def distill(runs: list[dict[str, Any]]) -> str:
+    """Students that learn from labels, and from a teacher."""
+    rows = [
+        [name, _spread([run["mrr"][name] for run in runs], ".3f"), f"{size / 1e6:.2f} M"]
+        for name, size in runs[0]["parameters"].items()
+    ]
+    header = f"MRR@10 on {runs[0]['held_out']:,} held-out pairs"
+    return _table([f"learned from, of {runs[0]['pairs']:,} pairs", header, "parameters"], rows)
+
+
 def tables() -> dict[str, Callable[[], str]]:
     """The tables that there are results for."""
 
@@ -88,4 +99,6 @@ def tables() -> dict[str, Callable[[], str]]:
         found["simclr"] = lambda: simclr(runs)
     if others := several("moe-embeddings"):
         found["moe-embeddings"] = lambda: moe_embeddings(others)
+    if taught := several("distill"):
+        found["distill"] = lambda: distill(taught)
     return found

@@ -1,8 +1,9 @@
 """Distil a small embedding model from a larger one: similarities of a teacher instead of labels, and beside them.
 
-A teacher learns to find docstrings by signatures and the other way round. Then students of an eighth of its size are
-trained from the same weights on the same batches: with `clip`, as the teacher was; with `similarity_distillation`, to
-spread their similarities over the batch as the teacher does; and with both.
+A teacher has learned from many pairs to find docstrings by signatures and the other way round. Students of a quarter of
+its size start from the same weights. With labels, they learn pairs by `clip`, as the teacher did; from the teacher, by
+`similarity_distillation`, to spread their similarities over a batch as it does, which takes texts and no pairs:
+it is the better one to learn from where pairs are few, and where all of them are known, too.
 
     python examples/distill_embeddings.py             # a few minutes
     python examples/distill_embeddings.py --stdlib    # the standard library alone: less
@@ -50,6 +51,8 @@ class TwoTower(nn.Module):
 
 
 Loss = Callable[[TwoTower, tuple[Tensor, Tensor], tuple[Bags, Bags]], Tensor]
+# A loss, and for each step the texts of both sides that it sees.
+Task = tuple[Loss, list[tuple[Tensor, Tensor]]]
 
 
 def labels_alone(model: TwoTower, rows: tuple[Tensor, Tensor], bags: tuple[Bags, Bags]) -> Tensor:
@@ -69,16 +72,16 @@ def from_teacher(teacher: TwoTower) -> Loss:
     return loss
 
 
-def train(
-    model: TwoTower, bags: tuple[Bags, Bags], plan: list[Tensor], losses: list[Loss], rate: float, label: str
-) -> TwoTower:
+def train(model: TwoTower, bags: tuple[Bags, Bags], tasks: list[Task], rate: float, label: str) -> TwoTower:
     """Train in place with the sum of some losses."""
+    steps = list(zip(*(plan for _, plan in tasks), strict=True))
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=len(plan))
-    for chosen in progress(plan, label):
-        batch = (bags[0][chosen], bags[1][chosen])
-        rows = model(*batch)
-        total = sum(loss(model, rows, batch) for loss in losses)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=len(steps))
+    for chosen in progress(steps, label):
+        total = torch.zeros(())
+        for (loss, _), (signatures, sentences) in zip(tasks, chosen, strict=True):
+            batch = (bags[0][signatures], bags[1][sentences])
+            total = total + loss(model, model(*batch), batch)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -92,19 +95,32 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     bags = (make_bags([pair.signature for pair in pairs]), make_bags([pair.sentence for pair in pairs]))
     generator = torch.Generator().manual_seed(args.seed)
     held_out, rows = torch.randperm(len(pairs), generator=generator).tensor_split([HELD_OUT])
-    plan = [rows[chosen] for chosen in batches(len(rows), args.batch, args.steps, generator)]
+    few = rows[: args.labelled]
 
+    def plan(of: Tensor) -> list[Tensor]:
+        return [of[chosen] for chosen in batches(len(of), min(args.batch, len(of)), args.steps, generator)]
+
+    def together(of: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        return [(chosen, chosen) for chosen in of]
+
+    all_pairs, few_pairs = together(plan(rows)), together(plan(few))
+    apart = list(zip(plan(rows), plan(rows), strict=True))  # signatures and docstrings that do not belong together
     torch.manual_seed(args.seed)
-    teacher = train(TwoTower(args.width, args.dim), bags, plan, [labels_alone], args.learning_rate, "teacher")
-    found = {"teacher": teacher}
-    student = TwoTower(args.student_width, args.student_dim)
+    start = TwoTower(args.width, args.dim)
+    teacher = train(start, bags, [(labels_alone, all_pairs)], args.learning_rate, "teacher")
+    student, known = TwoTower(args.student_width, args.student_dim), from_teacher(teacher)
+    some = f"{len(few):,} pairs"
     students = {
-        "student, labels": [labels_alone],
-        "student, teacher": [from_teacher(teacher)],
-        "student, both": [labels_alone, from_teacher(teacher)],
+        f"labels of {some}": [(labels_alone, few_pairs)],
+        f"teacher, {some}": [(known, few_pairs)],
+        "teacher, texts without pairs": [(known, apart)],
+        f"both: labels of {some}, teacher, texts": [(labels_alone, few_pairs), (known, apart)],
+        "labels of all pairs": [(labels_alone, all_pairs)],
+        "teacher, all pairs": [(known, all_pairs)],
     }
-    for name, losses in students.items():
-        found[name] = train(copy.deepcopy(student), bags, plan, losses, args.learning_rate, name)
+    found = {"the teacher itself": teacher}
+    for name, tasks in students.items():
+        found[name] = train(copy.deepcopy(student), bags, tasks, args.learning_rate, name)
     return {
         "mrr": {name: mrr_at_10(model, bags, held_out) for name, model in found.items()},
         "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in found.items()},
@@ -115,9 +131,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def to_table(result: dict[str, Any]) -> str:
     """Aligned text."""
-    lines = [f"{'':<20} {'parameters':>10} {'dimension':>10} {'MRR@10':>8}"]
+    lines = [f"{'':<42} {'parameters':>10} {'dimension':>10} {'MRR@10':>8}"]
     for name, value in result["mrr"].items():
-        lines.append(f"{name:<20} {result['parameters'][name]:>10,} {result['dim'][name]:>10} {value:>8.4f}")
+        lines.append(f"{name:<42} {result['parameters'][name]:>10,} {result['dim'][name]:>10} {value:>8.4f}")
     return "\n".join([*lines, f"{result['pairs']:,} pairs to train on, {result['held_out']:,} held out"])
 
 
@@ -128,8 +144,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=150, help="of each model")
     parser.add_argument("--width", type=int, default=128, help="of the teacher's n-grams")
     parser.add_argument("--dim", type=int, default=256, help="of the teacher's embeddings")
-    parser.add_argument("--student-width", type=int, default=16)
+    parser.add_argument("--student-width", type=int, default=32)
     parser.add_argument("--student-dim", type=int, default=64)
+    parser.add_argument("--labelled", type=int, default=2000, help="pairs that students know where they know few")
     parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stdlib", action="store_true", help="the standard library alone")

@@ -281,11 +281,12 @@ def test_distillation_runs(tmp_path, capsys):
     import distill_embeddings
 
     options = ["--stdlib", "--steps", "6", "--batch", "128", "--width", "16", "--dim", "16", "--student-width", "4"]
-    distill_embeddings.main([*options, "--student-dim", "8", "--json", str(tmp_path / "found.json")])
+    options += ["--student-dim", "8", "--labelled", "500"]
+    distill_embeddings.main([*options, "--json", str(tmp_path / "found.json")])
     found = json.loads((tmp_path / "found.json").read_text())
-    assert set(found["mrr"]) == {"teacher", "student, labels", "student, teacher", "student, both"}
-    assert found["dim"]["teacher"] == 16 and found["dim"]["student, both"] == 8
-    assert found["parameters"]["student, both"] < found["parameters"]["teacher"] / 3
+    assert len(found["mrr"]) == 7 and "labels of 500 pairs" in found["mrr"]
+    assert found["dim"]["the teacher itself"] == 16 and found["dim"]["teacher, all pairs"] == 8
+    assert found["parameters"]["teacher, all pairs"] < found["parameters"]["the teacher itself"] / 3
     assert "held out" in capsys.readouterr().out
 
 
@@ -305,6 +306,9 @@ def test_tables_show_the_spread_of_seeds():
     assert "| encoder, untrained | 60.0% (50.0 to 70.0%) | 90.0% (90.0 to 90.0%) |" in tables_examples.simclr(probes)
     mrr = {"mrr": {"experts": [0.2, 0.4]}, "parameters": {"experts": 4.6e6}, "domains": {"a": 1, "b": 2}}
     assert "| experts | 0.300 (0.300 to 0.300) | 4.6 M |" in tables_examples.moe_embeddings([mrr])
+    taught = {"mrr": {"labels": 0.2}, "parameters": {"labels": 4.6e6}, "pairs": 10, "held_out": 3}
+    other = taught | {"mrr": {"labels": 0.3}}
+    assert "| labels | 0.250 (0.200 to 0.300) | 4.60 M |" in tables_examples.distill([taught, other])
 
 
 def simclr_names() -> list[str]:
