@@ -18,6 +18,7 @@ FINISHED = {
     "late_interaction",
     "matryoshka",
     "distillation",
+    "preference",
     "values",
 }
 
@@ -166,7 +167,7 @@ ROWS = (
     DesignRow(
         "linear_log_prob",
         "preference",
-        "linear log-probability, forward + backward, T=4096 V=32,000 D=512, fp32 and bf16",
+        "linear log-probability, forward + backward, D=512, T=4096 V=32,000 fp32 and T=1024 V=16,000 bf16",
         "torch F.linear_cross_entropy with LinearCrossEntropyOptions: auto, which has the mean alone",
         ">= 1x faster; of the mean alone >= 1.1x",
     ),

@@ -131,9 +131,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def to_table(result: dict[str, Any]) -> str:
     """Aligned text."""
-    lines = [f"{'':<42} {'parameters':>10} {'dimension':>10} {'MRR@10':>8}"]
+    lines = [f"{'':<44} {'parameters':>10} {'dimension':>10} {'MRR@10':>8}"]
     for name, value in result["mrr"].items():
-        lines.append(f"{name:<42} {result['parameters'][name]:>10,} {result['dim'][name]:>10} {value:>8.4f}")
+        lines.append(f"{name:<44} {result['parameters'][name]:>10,} {result['dim'][name]:>10} {value:>8.4f}")
     return "\n".join([*lines, f"{result['pairs']:,} pairs to train on, {result['held_out']:,} held out"])
 
 
