@@ -5,17 +5,20 @@ The first five inputs of every operator are x, y, scale, row_bias, col_bias; bit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import _autocast
+
 
 def to_inputs(inputs: list[Any], gradients: Any, needs: int) -> tuple[Any, ...]:
-    """Gradients in the dtype of the first five inputs; None where none is needed."""
+    """Gradients in the dtype of the first inputs; None where none is needed."""
     return tuple(
         gradient.to(tensor.dtype) if needs >> bit & 1 and tensor is not None else None
-        for bit, (tensor, gradient) in enumerate(zip(inputs[:5], gradients, strict=True))
+        for bit, (tensor, gradient) in enumerate(zip(inputs[: len(gradients)], gradients, strict=True))
     )
 
 
@@ -29,9 +32,9 @@ def gradient_shapes(x: Tensor, y: Tensor | None, scale: Tensor, needs: int) -> l
     return [shape if want else (0, *shape[1:]) for shape, want in zip(shapes, wants, strict=True)]
 
 
-def needed(ctx: Any) -> int:
-    """`needs` of a forward operator's context."""
-    return sum(1 << bit for bit in range(5) if ctx.needs_input_grad[bit])
+def needed(ctx: Any, inputs: int = 5) -> int:
+    """`needs` of a forward operator's context, of its first inputs."""
+    return sum(1 << bit for bit in range(inputs) if ctx.needs_input_grad[bit])
 
 
 def alias(t: Any) -> Any:
@@ -44,3 +47,31 @@ def grad(outputs: list[Tensor], inputs: list[Tensor], d_outputs: list[Tensor]) -
     if not outputs or not inputs:
         return (None,) * len(inputs)
     return torch.autograd.grad(outputs, inputs, d_outputs, create_graph=True, allow_unused=True)
+
+
+def second_derivative(
+    function: Callable[..., Tensor],
+    inputs: list[Any],
+    d_values: Tensor,
+    d_gradients: tuple[Tensor | None, ...],
+    needs: int,
+) -> tuple[Tensor | None, ...]:
+    """Differentiate the gradients of ``function(*inputs)`` by the inputs and by `d_values`, their upstream gradient.
+
+    `d_gradients` are those of the gradients of the inputs; bit b of `needs` says whether that of input b was asked for.
+    Aliases: only what the operator itself does with an input counts, not how its other inputs came from it.
+    """
+    with torch.enable_grad(), _autocast.disabled(inputs[0]):
+        leaves = [alias(t) for t in (*inputs, d_values)]
+        differentiable = [t is not None and t.requires_grad for t in leaves]
+        wanted = [t for t, wants in zip(leaves, differentiable, strict=True) if wants]
+        sources = [t for t, wants in zip(leaves[:-1], differentiable, strict=False) if wants]
+        first = iter(grad([function(*leaves[:-1])], sources, [leaves[-1]]))
+        by_input = [next(first) if wants else None for wants in differentiable[:-1]]
+        pairs = [
+            (g, d)
+            for bit, (g, d) in enumerate(zip(by_input, d_gradients, strict=True))
+            if g is not None and d is not None and needs >> bit & 1
+        ]
+        found = iter(grad([g for g, _ in pairs], wanted, [d.to(g.dtype) for g, d in pairs]))
+    return tuple(next(found) if wants else None for wants in differentiable)

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast
 from .._checks import accumulator
 from .._dispatch import Backend
 from .._library import define, of_backend
 from ..reference import similarity_distill as reference
-from ._autograd import alias, grad, gradient_shapes, needed, to_inputs
+from ._autograd import gradient_shapes, needed, second_derivative, to_inputs
 
 _SIDE = "Tensor {0}x, Tensor {0}y, Tensor {0}scale, Tensor? {0}row_bias, Tensor? {0}col_bias"
 _PROBLEM = (
@@ -109,18 +108,10 @@ def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _backward_derivative(ctx: Any, *d_gradients: Tensor | None) -> tuple[Any, ...]:
     """The second derivative: autograd through the streamed reference, whatever the backend was."""
     problem, (d_values,) = _saved(ctx)
-    with torch.enable_grad(), _autocast.disabled(problem[0]):
-        leaves = [alias(t) for t in (*problem[:_DIFFERENTIABLE], d_values)]
-        values, _ = reference.values(*leaves[:-1], *problem[_DIFFERENTIABLE:])
-        inputs = [t for t in leaves[:-1] if t is not None and t.requires_grad]
-        first = iter(grad([values], inputs, [leaves[-1]]))
-        by_input = [next(first) if t is not None and t.requires_grad else None for t in leaves[:-1]]
-        pairs = [
-            (g, d)
-            for bit, (g, d) in enumerate(zip(by_input, d_gradients, strict=True))
-            if g is not None and d is not None and ctx.needs >> bit & 1
-        ]
-        wanted = [t for t in leaves if t is not None and t.requires_grad]
-        found = iter(grad([g for g, _ in pairs], wanted, [d.to(g.dtype) for g, d in pairs]))
-    *gradients, by_values = (next(found) if t is not None and t.requires_grad else None for t in leaves)
+    rest = problem[_DIFFERENTIABLE:]
+
+    def function(*inputs: Any) -> Tensor:
+        return reference.values(*inputs, *rest)[0]
+
+    *gradients, by_values = second_derivative(function, problem[:_DIFFERENTIABLE], d_values, d_gradients, ctx.needs)
     return (*gradients, *_no_gradients(ctx), None, by_values, None, None, None)

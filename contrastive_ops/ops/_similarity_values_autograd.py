@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast
 from .._checks import accumulator
 from .._dispatch import Backend
 from .._library import define, of_backend
 from ..reference import similarity_values as reference
-from ._autograd import alias, grad, gradient_shapes
+from ._autograd import gradient_shapes, needed, second_derivative, to_inputs
 
 _PROBLEM = (
     "Tensor x, Tensor y, Tensor scale, Tensor? row_bias, Tensor? col_bias, Tensor values, Tensor[] pair_data,"
@@ -68,13 +67,9 @@ def _forward_derivative(ctx: Any, d_sums: Tensor | None, *_: Any) -> tuple[Any, 
     if d_sums is None:
         return (*(None,) * _TENSORS, *of_the_rest)
     problem, (sums, lse, kept) = _saved(ctx)
-    needs = sum(1 << bit for bit in range(_TENSORS) if ctx.needs_input_grad[bit])
+    needs = needed(ctx, _TENSORS)
     found = torch.ops.contrastive_ops.similarity_values_backward(*problem, sums, lse, d_sums, kept, needs, ctx.backend)
-    gradients = (
-        g.to(t.dtype) if needs >> bit & 1 and t is not None else None
-        for bit, (t, g) in enumerate(zip(problem[:_TENSORS], found, strict=True))
-    )
-    return (*gradients, *of_the_rest)
+    return (*to_inputs(problem, found, needs), *of_the_rest)
 
 
 def _backward_fake(x: Tensor, y: Tensor, scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -96,18 +91,10 @@ def _backward_derivative(ctx: Any, *d_gradients: Tensor | None) -> tuple[Any, ..
     Neither the sums nor their logsumexp count as inputs: they are functions of the others.
     """
     problem, (d_sums,) = _saved(ctx)
-    with torch.enable_grad(), _autocast.disabled(problem[0]):
-        leaves = [alias(t) for t in (*problem[:_TENSORS], d_sums)]
-        sums, _ = reference.weighted_sums(*leaves[:-1], *problem[_TENSORS:])
-        inputs = [t for t in leaves[:-1] if t is not None and t.requires_grad]
-        first = iter(grad([sums], inputs, [leaves[-1]]))
-        by_input = [next(first) if t is not None and t.requires_grad else None for t in leaves[:-1]]
-        pairs = [
-            (g, d)
-            for bit, (g, d) in enumerate(zip(by_input, d_gradients, strict=True))
-            if g is not None and d is not None and ctx.needs >> bit & 1
-        ]
-        wanted = [t for t in leaves if t is not None and t.requires_grad]
-        found = iter(grad([g for g, _ in pairs], wanted, [d.to(g.dtype) for g, d in pairs]))
-    *gradients, by_d_sums = (next(found) if t is not None and t.requires_grad else None for t in leaves)
+    rest = problem[_TENSORS:]
+
+    def function(*inputs: Any) -> Tensor:
+        return reference.weighted_sums(*inputs, *rest)[0]
+
+    *gradients, by_d_sums = second_derivative(function, problem[:_TENSORS], d_sums, d_gradients, ctx.needs)
     return (*gradients, [None] * ctx.pair_count, None, None, None, by_d_sums, None, None, None)
