@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._masks import left_out
 from .._ordered import ordered_sum
 from ..ops.similarity_reduce import fold, needs_gradient, weighted_total
 from ..reference.similarity_reduce import softplus
@@ -126,7 +127,8 @@ def linear_cross_entropy(
         bias: (V,).
         ignore_index: a label that stands for none; such rows are left out of the work.
         token_weight: shaped as ``labels``, the weight of each row; the mean divides by the sum of those that are used.
-            Differentiable. With ``reduction="sum"`` of any sign, such as advantages: a policy gradient.
+            Differentiable. With ``reduction="sum"`` of any sign, such as advantages: a policy gradient. A row of weight
+            0 is left out like one whose label is ignored, whatever it and its label hold.
         reduction: "mean", "sum" or "none".
         memory_budget: bytes of logits kept for backward with ``reduction="none"``; see `similarity_reduce`.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
@@ -149,14 +151,16 @@ def linear_cross_entropy(
     """
     name = "linear_cross_entropy"
     _arguments.check_reduction(name, reduction)
-    problem = _Problem(name, hidden, weight, labels, bias, ignore_index)
-    share = problem.used.to(_checks.accumulator(problem.rows.dtype))
+    flat = None
     if token_weight is not None:
         _check_entries(name, "token_weight", token_weight, hidden)
+        flat = token_weight.reshape(-1)
         if reduction == "mean":
-            flat = token_weight.reshape(-1)
-            _arguments.check_weight(name, flat, share.shape[0], "hidden", problem.rows, "token_weight")
-        share = share * token_weight.reshape(-1).to(share.dtype)
+            _arguments.check_weight(name, flat, flat.shape[0], "hidden", hidden, "token_weight")
+    problem = _Problem(name, hidden, weight, labels, bias, ignore_index, flat)
+    share = problem.used.to(_checks.accumulator(problem.rows.dtype))
+    if flat is not None:
+        share = left_out(flat.to(share.dtype), problem.used)
     with _autocast.disabled(problem.rows):
         given = (problem.rows, problem.weight, problem.bias, token_weight)
         if reduction == "none" or not needs_gradient(*given):
@@ -253,9 +257,7 @@ def linear_kl(
     if used.dtype != torch.bool:
         raise TypeError(f"{name}: mask must be bool, got {used.dtype}")
     used = used.reshape(-1)
-    places = _places(used)
-    if places is not None:
-        rows, q_rows = rows[places], q_rows[places]
+    places, (rows, q_rows) = _of_used(used, rows, q_rows)
     with _autocast.disabled(rows):
         found = _linear_chunks.divergence(rows, weight, bias, q_rows, q_weight, q_bias, direction)
     return _spread(found, used, places).view(shape)
@@ -268,7 +270,14 @@ class _Problem:
     """The rows that have a label, as the primitives take them."""
 
     def __init__(
-        self, name: str, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int
+        self,
+        name: str,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        ignore_index: int,
+        token_weight: Tensor | None = None,
     ) -> None:
         self.names = (name, "hidden", "weight")
         self.rows, self.weight, self.bias = _checked(name, ("hidden", hidden), ("weight", weight), ("bias", bias))
@@ -276,10 +285,9 @@ class _Problem:
         target = labels.reshape(-1)
         _checks.check_index(name, "labels", target, self.rows.shape[0], "hidden", self.rows)
         self.shape, self.used = labels.shape, target != ignore_index
-        self.places = _places(self.used)
-        if self.places is not None:
-            self.rows, target = self.rows[self.places], target[self.places]
-        self.target = torch.where(target == ignore_index, 0, target)
+        if token_weight is not None:
+            self.used = self.used & (token_weight.detach() != 0)
+        self.places, (self.rows, self.target) = _of_used(self.used, self.rows, target)
         _checks.check_index_values(name, "labels", self.target, weight.shape[0])
 
     def log_prob(self, memory_budget: int | None, backend: str) -> Tensor:
@@ -323,11 +331,17 @@ def _check_entries(name: str, key: str, given: object, hidden: Tensor) -> None:
     _checks.check_device(name, "hidden", hidden, key, given)
 
 
-def _places(used: Tensor) -> Tensor | None:
-    """Which rows are used, None for all. A traced program must not depend on how many there are."""
-    if torch.compiler.is_compiling() or used.device.type == "meta" or bool(used.all()):
-        return None
-    return used.nonzero()[:, 0]
+def _of_used(used: Tensor, *given: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """Which rows are used, None for all, and these rows of what is given.
+
+    A traced program must not depend on how many there are: it keeps all, with 0 for those that are not used.
+    """
+    if torch.compiler.is_compiling() or used.device.type == "meta":
+        return None, tuple(left_out(each, used) for each in given)
+    if bool(used.all()):
+        return None, given
+    places = used.nonzero()[:, 0]
+    return places, tuple(each[places] for each in given)
 
 
 def _spread(values: Tensor, used: Tensor, places: Tensor | None) -> Tensor:
