@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _autocast, _checks
+from ._judgements import parse
+from ._lists import NONE, first_of_each, grades_at, ranks
 from ._unit_rows import unit_rows
 from .losses.decorrelation import effective_rank
 from .ops.similarity_topk import TopK
@@ -29,7 +34,7 @@ def isotropy(x: Tensor, segments: Tensor | None = None, num_segments: int | None
     Args:
         x: (N, D) float32, bfloat16, float16 or float64.
         segments: (N,) int64: the text of each token; only pairs of one text count. -1 for padding. None for one text.
-        num_segments: how many there are, without which the largest is read.
+        num_segments: how many there are, and texts are in [0, num_segments); None: any numbers, which are counted.
 
     Returns:
         0-d, in float32 (float64 for float64 inputs). NaN where there is no pair.
@@ -53,7 +58,10 @@ def isotropy(x: Tensor, segments: Tensor | None = None, num_segments: int | None
         segments, num_segments = x.new_zeros((x.shape[0],), dtype=torch.int64), 1
     _checks.check_index(name, "segments", segments, x.shape[0], "x", x)
     if num_segments is None:
-        num_segments = int(segments.max()) + 1 if segments.numel() else 0
+        there = segments != NONE
+        (known,) = ranks(segments[there])
+        segments = torch.full_like(segments, NONE).masked_scatter(there, known)
+        num_segments = int(known.max()) + 1 if known.numel() else 0
     _checks.check_index_values(name, "segments", segments, num_segments, or_none=True)
     with _autocast.disabled(x):
         rows = unit_rows(x.to(_checks.accumulator(x.dtype)))
@@ -71,12 +79,13 @@ def hubness(neighbours: Tensor | TopK, columns: int) -> Tensor:
 
     Equivalent to::
 
-        occurrences = torch.bincount(neighbours[neighbours >= 0], minlength=columns).double()
+        occurrences = torch.bincount(neighbours[neighbours >= 0], minlength=columns).double()   # once in a row
         deviation = occurrences - occurrences.mean()
         deviation.pow(3).mean() / deviation.square().mean().pow(1.5)
 
     Args:
-        neighbours: (N, k) int64 columns, -1 for none, or what `similarity_topk` returns.
+        neighbours: (N, k) int64 columns, -1 for none, or what `similarity_topk` returns. A column that a row lists more
+            than once counts once.
         columns: M, how many columns there are.
 
     Returns:
@@ -94,16 +103,17 @@ def hubness(neighbours: Tensor | TopK, columns: int) -> Tensor:
     """
     indices = _indices("hubness", "neighbours", neighbours)
     _checks.check_index_values("hubness", "neighbours", indices, columns, or_none=True)
-    occurrences = torch.bincount(indices[indices >= 0], minlength=columns).double()
+    occurrences = torch.bincount(indices[first_of_each(indices)], minlength=columns).double()
     deviation = occurrences - occurrences.mean()
     return deviation.pow(3).mean() / deviation.square().mean().pow(1.5)
 
 
 @torch.no_grad()
 def retrieval_metrics(
-    found: Tensor | TopK,
-    relevant: tuple[Tensor, ...],
+    found: Tensor | TopK | Sequence[Any] | Mapping[Any, Any],
+    relevant: tuple[Tensor, ...] | Sequence[Any] | Mapping[Any, Any],
     *,
+    documents: Tensor | Mapping[Any, Any] | None = None,
     k: Sequence[int] = (1, 5, 10),
     persistence: Sequence[float] = (0.8,),
     gain: str = "linear",
@@ -120,23 +130,31 @@ def retrieval_metrics(
         err@k       = sum_{r <= k} s_r / r prod_{q < r} (1 - s_q) with s_r = (2^g_r - 1) / 2^G
         rbp@p       = (1 - p) sum_r p^(r - 1) g_r / G, of all that was found
 
+    Lists are sets. A document that was found more than once counts at its best rank, and what was found after it moves
+    up; one that was judged more than once has the largest of its grades. So every measure is in [0, 1].
+
     Args:
-        found: (N, K) int64 documents, the best first, -1 for none; or what `similarity_topk` returns.
+        found: (N, K) int64 documents, the best first, -1 for none; what `similarity_topk` returns; an array; a list of
+            documents for each query; or a dict {query: {document: score}}.
         relevant: (indptr, indices) or (indptr, indices, grades): query i's relevant documents are
-            ``indices[indptr[i]:indptr[i + 1]]``, in any order, with grades >= 0, or 1.
-        k: cut-offs, from 1 to K.
+            ``indices[indptr[i]:indptr[i + 1]]``, in any order. Or a list of documents, or a dict {document: grade}, for
+            each query; or a matrix with -1 for none. Or a dict {query: {document: grade}}, where a query is a row of
+            `found`, or one of its keys. Grades are finite, of any dtype, and not negative; 1 where there are none.
+        documents: the document of each chunk where `found` has chunks: (M,) int64, or a dict. `relevant` names
+            documents; a document is found where the first of its chunks is. See `contrastive_ops.mining.collapse`.
+        k: cut-offs, at least 1. Beyond what was found nothing is relevant.
         persistence: p of rank-biased precision, in (0, 1).
         gain: "linear", the grade itself; or "exponential", 2^grade - 1.
 
     Returns:
-        The measures by name ("ndcg@10", "rbp@0.8", ...), each (N,) float64. NaN for a query without a relevant
-        document, which has none of them: ``value.nanmean()`` leaves it out.
+        The measures by name ("ndcg@10", "rbp@0.8", ...), each (N,) float64, in the order of `found`. NaN for a query
+        without a relevant document, which has none of them: ``value.nanmean()`` leaves it out.
 
     Raises:
         ValueError, TypeError: arguments that do not fit.
 
     Note:
-        Memory O(N K + the number of relevant documents).
+        Ids are any int64 but -1, and in lists and dicts also strings. Memory O(N K + the number of judgements).
 
     Source:
         Järvelin and Kekäläinen, Cumulated Gain-Based Evaluation of IR Techniques, 2002; Chapelle et al., Expected
@@ -144,50 +162,49 @@ def retrieval_metrics(
 
     Example:
         >>> found = torch.tensor([[3, 1, 0], [2, 0, 1]])
-        >>> relevant = torch.tensor([0, 1, 2]), torch.tensor([1, 2])           # of query 0: 1, of query 1: 2
-        >>> measures = retrieval_metrics(found, relevant, k=(1, 3))
+        >>> measures = retrieval_metrics(found, [[1], [2]], k=(1, 3))
         >>> measures["recall@1"].tolist(), measures["mrr@3"].tolist()
         ([0.0, 1.0], [0.5, 1.0])
+        >>> judged = {"q1": {"d7": 2, "d9": 1}}
+        >>> float(retrieval_metrics({"q1": {"d9": 0.3, "d7": 0.8}}, judged)["ndcg@10"])
+        1.0
     """
     name = "retrieval_metrics"
     _checks.check_choice(name, "gain", gain, GAINS)
-    indices = _indices(name, "found", found)
-    N, K = indices.shape
     for cut in k:
-        if not 1 <= cut <= K:
-            raise ValueError(f"{name}: k must be in [1, {K}], got {cut}")
+        if isinstance(cut, bool) or not hasattr(cut, "__index__") or cut < 1:
+            raise ValueError(f"{name}: k must be integers of at least 1, got {cut}")
     for p in persistence:
         if not 0 < p < 1:
             raise ValueError(f"{name}: persistence must be in (0, 1), got {p}")
-    query, document, grade = _relevant(name, relevant, indices)
-    grades = _grades(indices, query, document, grade)
-    hit = (grades > 0).double()
-    rank = torch.arange(1, K + 1, device=indices.device, dtype=torch.float64)
-    number = torch.bincount(query[grade > 0], minlength=N).double()
-    gains = _gain(grades, gain)
-    best = _gain(_best_grades(query, grade, N, max(k, default=0)), gain)
-    top = float(grade.max()) if grade.numel() else 0.0
-    satisfied = (grades.exp2() - 1) / 2.0**top
-    seen_on = torch.cat([satisfied.new_ones((N, 1)), (1 - satisfied).cumprod(1)[:, :-1]], 1)
-    measures = {}
-    for cut in k:
-        first = hit[:, :cut]
-        total = first.sum(1)
-        precision = first.cumsum(1) / rank[:cut]
-        discount = (rank[:cut] + 1).log2()
-        measures[f"precision@{cut}"] = total / cut
-        measures[f"recall@{cut}"] = total / number
-        measures[f"hit@{cut}"] = (total > 0).double()
-        measures[f"mrr@{cut}"] = (first / rank[:cut]).amax(1)
-        measures[f"map@{cut}"] = (first * precision).sum(1) / number
-        measures[f"ndcg@{cut}"] = (gains[:, :cut] / discount).sum(1) / (best[:, :cut] / discount).sum(1)
+    indices, judged = parse(name, found, relevant, documents)
+    N = len(indices)
+    grades = grades_at(judged.query, judged.document, judged.grade, indices)
+    number = torch.bincount(judged.query[judged.grade > 0], minlength=N)
+    longest = int(number.max()) if N else 0
+    best = _best_grades(judged.query, judged.grade, N, min(max(k, default=0), longest))
+    # Measures are ratios, and so the largest grade is taken out before a power is formed: 2^grade overflows.
+    largest = judged.grade.new_zeros(N).scatter_reduce(0, judged.query, judged.grade, "amax")[:, None]
+    ideal = _discounted(_gain(best, largest, gain))
+    gained = _discounted(_gain(grades, largest, gain))
+    measures: dict[str, Tensor] = {}
+    for cut in map(operator.index, k):
+        measures |= _of_hits((grades[:, :cut] > 0).double(), number, cut)
+        measures[f"ndcg@{cut}"] = gained[:, :cut].sum(1) / ideal[:, :cut].sum(1)
+    top = judged.grade.max() if judged.grade.numel() else judged.grade.new_zeros(())
+    satisfied = _gain(grades, top, "exponential")
+    seen_on = torch.cat([satisfied.new_ones((N, 1)), (1 - satisfied).cumprod(1)], 1)[:, :-1]
+    rank = _ranks(satisfied)
+    for cut in map(operator.index, k):
         measures[f"err@{cut}"] = (satisfied * seen_on / rank)[:, :cut].sum(1)
     for p in persistence:
-        measures[f"rbp@{p:g}"] = (1 - p) * (p ** (rank - 1) * grades).sum(1) / top if top else hit.sum(1)
-    return {key: torch.where(number > 0, value, torch.nan) for key, value in measures.items()}
+        share = grades / torch.where(top > 0, top, 1.0)
+        measures[f"rbp@{p:g}"] = (1 - p) * (p ** (rank - 1) * share).sum(1)
+    # The sum of a perfect ranking may round to just above that of the best one.
+    return {key: torch.where(number > 0, value.clamp_max(1.0), torch.nan) for key, value in measures.items()}
 
 
-def _indices(function: str, name: str, found: Tensor | TopK) -> Tensor:
+def _indices(function: str, name: str, found: object) -> Tensor:
     indices = found.indices if isinstance(found, TopK) else found
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
@@ -197,38 +214,25 @@ def _indices(function: str, name: str, found: Tensor | TopK) -> Tensor:
     return indices
 
 
-def _relevant(function: str, relevant: tuple[Tensor, ...], indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The query, the document and the grade of each entry of the lists."""
-    if not isinstance(relevant, tuple) or len(relevant) not in (2, 3):
-        raise TypeError(
-            f"{function}: relevant must be (indptr, indices) or (indptr, indices, grades), got {relevant!r}"
-        )
-    indptr, document = relevant[:2]
-    _checks.check_index(function, "indptr", indptr, len(indices) + 1, "found", indices)
-    _checks.check_index(function, "indices", document, None, "found", indices)
-    lengths = indptr.diff()
-    if int(indptr[0]) != 0 or int(indptr[-1]) != len(document) or bool((lengths < 0).any()):
-        raise ValueError(f"{function}: indptr must ascend from 0 to {len(document)}, got {indptr.tolist()}")
-    query = torch.repeat_interleave(lengths)
-    grade = torch.ones(len(document), dtype=torch.float64, device=indices.device)
-    if len(relevant) == 3:
-        _checks.check_vector(function, "grades", relevant[2], len(document), "found", indices)
-        grade = relevant[2].double()
-        if bool((grade < 0).any()):
-            raise ValueError(f"{function}: grades must not be negative, got {float(grade.min())}")
-    return query, document, grade
+def _of_hits(hit: Tensor, number: Tensor, cut: int) -> dict[str, Tensor]:
+    """The measures that do not know grades, of the (N, K) hits up to a cut-off."""
+    rank, total = _ranks(hit), hit.sum(1)
+    reciprocal = torch.cat([hit.new_zeros((len(hit), 1)), hit / rank], 1)
+    return {
+        f"precision@{cut}": total / cut,
+        f"recall@{cut}": total / number,
+        f"hit@{cut}": (total > 0).double(),
+        f"mrr@{cut}": reciprocal.amax(1),
+        f"map@{cut}": (hit * hit.cumsum(1) / rank).sum(1) / number,
+    }
 
 
-def _grades(indices: Tensor, query: Tensor, document: Tensor, grade: Tensor) -> Tensor:
-    """(N, K) grade of each document that was found, 0 for those that no list names."""
-    if not document.numel() or not indices.numel():
-        return torch.zeros(indices.shape, dtype=torch.float64, device=indices.device)
-    width = int(torch.maximum(indices.max(), document.max())) + 2
-    row = torch.arange(len(indices), device=indices.device)[:, None]
-    key, order = (query * width + document + 1).sort()
-    wanted = row * width + indices + 1
-    at = torch.searchsorted(key, wanted).clamp_max(len(key) - 1)
-    return torch.where((key[at] == wanted) & (indices >= 0), grade[order][at], 0.0)
+def _ranks(lists: Tensor) -> Tensor:
+    return torch.arange(1, lists.shape[1] + 1, device=lists.device, dtype=torch.float64)
+
+
+def _discounted(gains: Tensor) -> Tensor:
+    return gains / (_ranks(gains) + 1).log2()
 
 
 def _best_grades(query: Tensor, grade: Tensor, rows: int, cut: int) -> Tensor:
@@ -243,5 +247,8 @@ def _best_grades(query: Tensor, grade: Tensor, rows: int, cut: int) -> Tensor:
     return best
 
 
-def _gain(grades: Tensor, gain: str) -> Tensor:
-    return grades if gain == "linear" else grades.exp2() - 1
+def _gain(grades: Tensor, largest: Tensor, gain: str) -> Tensor:
+    """The gain of each grade over `largest`, or over 2^largest; in [0, 1]."""
+    if gain == "linear":
+        return grades / torch.where(largest > 0, largest, 1.0)
+    return -torch.expm1(-math.log(2) * grades) * (grades - largest).exp2()

@@ -130,8 +130,16 @@ FOUND, INDPTR, INDICES = torch.tensor([[0, 1]]), torch.tensor([0, 1]), torch.ten
         ),
         (lambda: hubness(torch.ones(3, 2), 4), TypeError, "hubness: neighbours must be an int64 tensor or a TopK"),
         (lambda: hubness(FOUND, 1), ValueError, "hubness: neighbours must be in [-1, 1), got 1"),
-        (lambda: retrieval_metrics(FOUND, (INDPTR, INDICES)), ValueError, "k must be in [1, 2], got 5"),
-        (lambda: retrieval_metrics(FOUND, (INDPTR, INDICES), k=(0,)), ValueError, "k must be in [1, 2], got 0"),
+        (
+            lambda: retrieval_metrics(FOUND, (INDPTR, INDICES), k=(0,)),
+            ValueError,
+            "k must be integers of at least 1, got 0",
+        ),
+        (
+            lambda: retrieval_metrics(FOUND, (INDPTR, INDICES), k=(2.5,)),
+            ValueError,
+            "k must be integers of at least 1, got 2.5",
+        ),
         (lambda: retrieval_metrics(FOUND, INDICES, k=(1,)), TypeError, "relevant must be (indptr, indices)"),
         (lambda: retrieval_metrics(FOUND, (INDPTR[:1], INDICES), k=(1,)), ValueError, "indptr must have shape (2,)"),
         (

@@ -1,5 +1,7 @@
 """Mining: the best columns of a corpus that may be larger than memory, as negatives for contrastive losses."""
 
+from .._lists import first_of_each
+from ._collapse import collapse
 from ._rules import NegativeRules
 from ._sampling import Sampling
 from .bank import Entries, MemoryBank
@@ -16,6 +18,8 @@ __all__ = [
     "RefreshSchedule",
     "Sampling",
     "TopKState",
+    "collapse",
+    "first_of_each",
     "mine_hard_negatives",
     "search",
     "still_exact",

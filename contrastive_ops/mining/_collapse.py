@@ -1,0 +1,66 @@
+"""Chunks of documents that were found as documents, each once."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .._lists import first_of_each, moved_up
+from ..ops.similarity_topk import TopK
+
+Found = TypeVar("Found", Tensor, TopK)
+
+
+def collapse(found: Found, documents: Tensor | None = None) -> Found:
+    """Lists of what was found as sets: each document once, at its best place, and what comes after it moves up.
+
+    Equivalent to, for each row::
+
+        ids = [documents[j] for j in found if j != -1]
+        list(dict.fromkeys(ids))                                        # and -1 for the rest
+
+    Args:
+        found: (N, K) int64, the best first, -1 for none; or a `TopK`, whose values move along and keep their gradient.
+        documents: (M,) int64, the document of each chunk, where what was found are chunks in [0, M); any int64 but -1.
+            None: what was found are documents, some of them more than once.
+
+    Returns:
+        As `found`, of the same shape. K chunks may be fewer than K documents: search for more where that is too few.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+
+    Example:
+        >>> collapse(torch.tensor([[4, 0, 5, 2]]), documents=torch.tensor([7, 7, 8, 8, 9, 9]))
+        tensor([[ 9,  7,  8, -1]])
+    """
+    name = "collapse"
+    indices = found.indices if isinstance(found, TopK) else found
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise TypeError(f"{name}: found must be an int64 tensor or a TopK, got {kind}")
+    if indices.dim() != 2:
+        raise ValueError(f"{name}: found must have two dimensions (N, K), got {_checks.shape(indices)}")
+    ids = indices if documents is None else documents_of(name, "found", indices, documents)
+    first = first_of_each(ids)
+    place = moved_up(first)
+    kept = first.gather(1, place)
+    ids = ids.gather(1, place).masked_fill(~kept, -1)
+    if not isinstance(found, TopK):
+        return ids
+    values = found.values.gather(1, place).masked_fill(~kept, -torch.inf)
+    return found._replace(values=values, indices=ids, counts=kept.sum(1))
+
+
+def documents_of(function: str, name: str, chunks: Tensor, documents: Tensor) -> Tensor:
+    """The document of each chunk, -1 for none."""
+    _checks.check_index(function, "documents", documents, None, name, chunks)
+    _checks.check_index_values(function, name, chunks, documents.shape[0], or_none=True)
+    if _checks.may_read(documents, waits=True) and bool((documents == -1).any()):
+        raise ValueError(f"{function}: documents must not be -1, which stands for none, got it for a chunk")
+    if not documents.shape[0]:
+        return torch.full_like(chunks, -1)
+    return torch.where(chunks < 0, -1, documents[chunks.clamp_min(0)])
