@@ -102,7 +102,7 @@ def test_the_module_moves_with_its_model():
     assert bank.rows.dtype == torch.bfloat16 and bank.ids.dtype == bank.pointer.dtype == torch.int64
     bank.enqueue(torch.randn(2, 3))
     assert "filled=2" in repr(bank) and "bfloat16" in repr(bank)
-    assert {each.device.type for each in bank.to("meta").buffers()} == {"meta"}
+    assert {each.device.type for each in bank.to("meta").state_dict().values()} == {"meta"}
 
 
 def test_clear():
@@ -216,14 +216,19 @@ def test_topk_is_differentiable_in_the_query(backend, metric):
         torch.testing.assert_close(top.values, cosines.sort(dim=1, descending=True).values[:, :5])
 
 
-def test_rows_of_nan_are_stored_and_never_found(backend):
-    bank = MemoryBank(6, 3)
-    rows = torch.randn(5, 3)
-    rows[1] = torch.nan
-    bank.enqueue(rows)
-    assert bank.entries().rows[1].isnan().all()
-    found = bank.topk(torch.randn(4, 3), 6, backend=backend)
-    assert (found.counts == 4).all() and not (found.indices == 1).any()
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e39])
+def test_rows_that_are_not_finite_are_not_stored(value):
+    bank, truth, number = MemoryBank(6, 3), MemoryBank(6, 3), 0
+    for size in (5, 1, 4, 0, 9, 2):
+        rows = torch.rand(size, 3, dtype=torch.float64)
+        good = torch.rand(size) < 0.6
+        rows[~good, 1] = value
+        ids = number + torch.arange(size)
+        bank.enqueue(rows, ids, ids + 1)
+        truth.enqueue(rows[good], ids[good], ids[good] + 1)
+        number += size
+        for name, stored in truth.state_dict().items():
+            assert torch.equal(bank.state_dict()[name], stored), name
 
 
 def test_topk_follows_autocast(backend):

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _autocast, _checks
+from .._state import State
 from . import _arguments
 
 # Added to variances where batch normalisation does it, as torch.nn.BatchNorm1d.
@@ -165,7 +166,7 @@ def barlow_twins(x: Tensor, y: Tensor, *, off_diagonal: float = 0.0051) -> Tenso
     return (same - 1).square().sum() + off_diagonal * _off_diagonal(x, y) / rows.square()
 
 
-class RunningCovariance(nn.Module):
+class RunningCovariance(State):
     """Mean and covariance of features over the steps of a training: ``covariance = running(x)``.
 
     Equivalent to::
@@ -174,7 +175,9 @@ class RunningCovariance(nn.Module):
         covariance = momentum * (x - mean).T @ (x - mean) / N + (1 - momentum) * covariance
 
     The result is differentiable by the batch; what is kept for the next step is detached. In evaluation nothing is
-    kept. It starts with mean 0 and the identity, in float64, whose digits a long average needs.
+    kept. It starts with mean 0 and the identity, in float64, whose digits a long average needs and which it keeps
+    whatever the module is cast to. Under DistributedDataParallel each process has its own. A batch that makes any of
+    its numbers infinite or NaN is not kept, and shows in the result for that batch alone.
 
     Args:
         dim: D.
@@ -184,6 +187,7 @@ class RunningCovariance(nn.Module):
         Ozsoy et al., Self-Supervised Learning with an Information Maximization Criterion, 2022 (CorInfoMax).
     """
 
+    digits = own = ("mean", "covariance")
     mean: Tensor
     covariance: Tensor
 
@@ -191,8 +195,14 @@ class RunningCovariance(nn.Module):
         super().__init__()
         _arguments.check_number("RunningCovariance", "momentum", momentum, "(0, 1]")
         self.momentum = momentum
-        self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64, device=device))
-        self.register_buffer("covariance", torch.eye(dim, dtype=torch.float64, device=device))
+        self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.covariance = torch.eye(dim, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget all batches."""
+        self.mean.zero_()
+        self.covariance.zero_().fill_diagonal_(1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (D, D) of the past and the batch (N, D), in float64."""
@@ -207,8 +217,9 @@ class RunningCovariance(nn.Module):
             covariance = self.momentum * (centred.T @ centred) / len(x) + old * self.covariance
         if self.training:
             with torch.no_grad():
-                self.mean.copy_(mean)
-                self.covariance.copy_(covariance)
+                finite = mean.isfinite().all() & covariance.isfinite().all()
+                for kept, new in ((self.mean, mean), (self.covariance, covariance)):
+                    kept.copy_(torch.where(finite, new, kept))
         return covariance
 
 

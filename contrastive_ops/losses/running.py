@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _checks
+from .._state import State
 from ..ops.similarity_reduce import fold
 from . import _arguments
 
 
-class RunningDenominator(nn.Module):
+class RunningDenominator(State):
     """The running denominators of a data set's samples, in log space; the state of `sog_clr`.
 
     Equivalent to::
@@ -28,12 +29,13 @@ class RunningDenominator(nn.Module):
             steps.
 
     Attributes:
-        log_u: (2, size) float32 buffer, saved in the state dict: the logarithms of the denominators of images and of
-            texts. -inf is a sample that was never seen.
+        log_u: (2, size) float32, saved in the state dict: the logarithms of the denominators of images and of texts.
+            -inf is a sample that was never seen.
 
     Note:
-        8 bytes a sample. Keep the module in float32: `module.bfloat16()` would round the buffer. It may stay on
-        another device than the batch; then the rows of each batch are copied.
+        8 bytes a sample. It keeps its digits whatever the module is cast to, and under DistributedDataParallel each
+        process has its own. It may stay on another device than the batch; then the rows of each batch are copied.
+        A denominator that is not finite, of a batch that overflowed, is not stored.
 
     Example:
         >>> state = RunningDenominator(1000, gamma=0.5)
@@ -42,6 +44,7 @@ class RunningDenominator(nn.Module):
         4
     """
 
+    digits = own = ("log_u",)
     log_u: Tensor
 
     def __init__(self, size: int, gamma: float = 0.9) -> None:
@@ -52,7 +55,12 @@ class RunningDenominator(nn.Module):
             raise ValueError(f"RunningDenominator: size must be >= 0, got {size}")
         _arguments.check_number("RunningDenominator", "gamma", gamma, "(0, 1]")
         self.gamma = gamma
-        self.register_buffer("log_u", torch.full((2, size), -torch.inf))
+        self.log_u = torch.full((2, size), -torch.inf, dtype=torch.float32)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget all samples."""
+        self.log_u.fill_(-torch.inf)
 
     @torch.no_grad()
     def forward(self, index: Tensor, log_mean: Tensor) -> Tensor:
@@ -73,8 +81,10 @@ class RunningDenominator(nn.Module):
         new = torch.where(old == -torch.inf, log_mean, torch.logaddexp(old + keep, log_mean + math.log(self.gamma)))
         if self.training:
             # A batch without negatives, or one that overflowed, must not spoil what other batches have found.
-            stored = torch.where(log_mean.isfinite(), new, old).to(self.log_u)
+            stored = torch.where(log_mean.isfinite(), new, -torch.inf).to(self.log_u)
             self.log_u.scatter_reduce_(1, index.expand(2, -1), stored, "amax", include_self=False)
+            found = self.log_u[:, index]
+            self.log_u[:, index] = torch.where(found == -torch.inf, old.to(self.log_u), found)
         return new
 
     def extra_repr(self) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _autocast, _checks
+from .._state import State
 from ..ops._listed_logits import listed_logits
 from ..reference.similarity_reduce import softplus
 from . import _arguments
 
 
-class UnigramSampler(nn.Module):
+class UnigramSampler(State):
     """Draws words in proportion to a power of how often they occur: ``negatives = sampler(words, k)``.
 
     Args:
@@ -19,7 +20,8 @@ class UnigramSampler(nn.Module):
         power: of the counts; 0.75 as in word2vec, 1 for the frequencies themselves, 0 for all words alike.
 
     Note:
-        Memory O(V): cumulative shares in float64, searched for each number. State, so that it moves with a model.
+        Memory O(V): cumulative shares in float64, searched for each number. State, which moves with a model and keeps
+        its digits whatever that is cast to.
 
     Source:
         Mikolov et al., Distributed Representations of Words and Phrases and their Compositionality, 2013.
@@ -31,6 +33,7 @@ class UnigramSampler(nn.Module):
         (torch.Size([2, 5]), True, True)
     """
 
+    digits = own = ("cumulative",)
     cumulative: Tensor
 
     def __init__(self, counts: Tensor, power: float = 0.75) -> None:
@@ -44,7 +47,7 @@ class UnigramSampler(nn.Module):
         # A word that never occurs is never drawn, whatever the power.
         share = torch.where(counts > 0, counts.double().pow(power), 0.0)
         cumulative = share.cumsum(0)
-        self.register_buffer("cumulative", cumulative / cumulative[-1])
+        self.cumulative = cumulative / cumulative[-1]
 
     def forward(self, avoid: Tensor, k: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw (N, k) words, none of row i equal to ``avoid[i]`` unless it is the only word that occurs.

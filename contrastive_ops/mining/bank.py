@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _autocast, _checks
+from .._state import State
 from ..ops.pairs import Pairs, check_lists
 from ..ops.similarity_topk import TopK, similarity_topk
 
@@ -29,7 +30,7 @@ class Entries(NamedTuple):
     ages: Tensor
 
 
-class MemoryBank(nn.Module):
+class MemoryBank(State):
     """The embeddings of the last batches, with the sample, the class and the age of each.
 
     Equivalent to, for a batch that fits::
@@ -42,7 +43,7 @@ class MemoryBank(nn.Module):
         capacity: how many entries it holds, at least 1; new ones replace the oldest.
         dim: D, the size of an embedding.
         dtype: of the stored rows: float32, bfloat16, float16 or float64. What is enqueued is rounded to it.
-        device: where the buffers are made.
+        device: where the entries are kept.
 
     Attributes:
         rows: (capacity, D), the slots; those after the filled ones are 0.
@@ -57,11 +58,12 @@ class MemoryBank(nn.Module):
         ValueError, TypeError: arguments that do not fit.
 
     Note:
-        Memory capacity (D + 3) numbers, in buffers: they are saved in the state dict, follow ``.to(device)`` and get no
-        gradient. `entries` returns views where it can, so that a large bank is not copied at each step; therefore call
-        `enqueue` after ``backward()``, as autograd refuses to go through rows that were overwritten. Call `enqueue`
-        outside of a compiled region. DistributedDataParallel copies the buffers of rank 0 to all ranks unless
-        ``broadcast_buffers=False``: gather the rows of all ranks before you enqueue them, so that the banks agree.
+        Memory capacity (D + 3) numbers: they are saved in the state dict, follow ``.to(device)`` and get no gradient.
+        The rows follow a cast of the module as its weights do, ids and counters stay int64. `entries` returns views
+        where it can, so that a large bank is not copied at each step; therefore call `enqueue` after ``backward()``, as
+        autograd refuses to go through rows that were overwritten. Call `enqueue` outside of a compiled region. They are
+        no buffers: under DistributedDataParallel each rank has its own. Gather the rows of all ranks before you enqueue
+        them where the banks must agree.
 
     Source:
         He et al., Momentum Contrast for Unsupervised Visual Representation Learning, 2020;
@@ -80,6 +82,8 @@ class MemoryBank(nn.Module):
         (24, torch.Size([8, 5]))
     """
 
+    digits = ("ids", "labels", "born", "pointer", "filled", "step")
+    own = ("rows", *digits)
     rows: Tensor
     ids: Tensor
     labels: Tensor
@@ -103,11 +107,11 @@ class MemoryBank(nn.Module):
             if value < 1:
                 raise ValueError(f"MemoryBank: {name} must be at least 1, got {value}")
         _checks.check_choice("MemoryBank", "dtype", dtype, _checks.FLOATING)
-        self.register_buffer("rows", torch.zeros(capacity, dim, dtype=dtype, device=device))
+        self.rows = torch.zeros(capacity, dim, dtype=dtype, device=device)
         for name in ("ids", "labels", "born"):
-            self.register_buffer(name, torch.full((capacity,), -1, dtype=torch.int64, device=device))
+            setattr(self, name, torch.full((capacity,), -1, dtype=torch.int64, device=device))
         for name in ("pointer", "filled", "step"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
+            setattr(self, name, torch.zeros((), dtype=torch.int64, device=device))
 
     @property
     def capacity(self) -> int:
@@ -130,11 +134,13 @@ class MemoryBank(nn.Module):
         Args:
             rows: (N, D) floating, on the bank's device. Detached and rounded to the bank's dtype. Of more than
                 `capacity` rows the last are kept; no rows are a batch too, after which all entries are older by one.
+                A row with a number that is not finite, then or after rounding, is not stored: one batch that overflowed
+                would make every loss NaN until it has left the bank.
             ids: (N,) int64, the sample of each row. None: -1.
             labels: (N,) int64, the class of each row. None: -1.
 
         Raises:
-            ValueError, TypeError: arguments that do not fit. NaN is stored like any number.
+            ValueError, TypeError: arguments that do not fit.
         """
         name = "MemoryBank.enqueue"
         _checks.check_matrix(name, "rows", rows)
@@ -146,18 +152,26 @@ class MemoryBank(nn.Module):
         for argument, index in (("ids", ids), ("labels", labels)):
             if index is not None:
                 _checks.check_index(name, argument, index, rows.shape[0], "rows", rows)
+        rows = rows.to(self.rows.dtype)
+        # Those that are finite come last, in their order, so that slots need not wait for their number.
+        finite, order = rows.isfinite().all(1).sort(stable=True)
+        end = self.pointer + finite.sum()
         # As if the rows came one by one: of two for one slot the later stays, and the pointer counts both.
-        end = self.pointer + rows.shape[0]
         count = min(rows.shape[0], self.capacity)
-        first = rows.shape[0] - count
+        finite, order = finite[rows.shape[0] - count :], order[rows.shape[0] - count :]
         slots = (end - count + torch.arange(count, device=rows.device)) % self.capacity
         self.step += 1
-        self.rows[slots] = rows[first:].to(self.rows.dtype)
-        for stored, index in ((self.ids, ids), (self.labels, labels)):
-            stored[slots] = torch.full_like(slots, -1) if index is None else index[first:]
-        self.born[slots] = self.step
+        none = torch.full((), -1, dtype=torch.int64, device=rows.device)
+        for stored, given in (
+            (self.rows, rows[order]),
+            (self.ids, none if ids is None else ids[order]),
+            (self.labels, none if labels is None else labels[order]),
+            (self.born, self.step),
+        ):
+            before = stored[slots]
+            stored[slots] = torch.where(finite.view(-1, *(1,) * (before.dim() - 1)), given, before)
         self.pointer.copy_(end % self.capacity)
-        self.filled.copy_((self.filled + count).clamp_max(self.capacity))
+        self.filled.copy_((self.filled + finite.sum()).clamp_max(self.capacity))
 
     def entries(self, max_age: int | None = None) -> Entries:
         """What the bank holds.
@@ -233,13 +247,15 @@ class MemoryBank(nn.Module):
         return similarity_topk(query, rows, k, metric=metric, col_bias=bias, pairs=pairs, backend=backend)
 
     @torch.no_grad()
-    def clear(self) -> None:
+    def reset(self) -> None:
         """Forget all entries, and start to count batches again."""
         self.rows.zero_()
         for each in (self.ids, self.labels, self.born):
             each.fill_(-1)
         for each in (self.pointer, self.filled, self.step):
             each.zero_()
+
+    clear = reset
 
     @staticmethod
     def _fresh(max_age: object, ages: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import _autocast, _checks
+from .._state import State
 from ..ops import Capacity, Gating, RouterLoss, Routing, route
 from ..ops.expert_routing import DEFAULT
 
@@ -24,7 +25,7 @@ def balanced_bias(bias: Tensor, choices: Tensor, rate: float = 1e-3, rule: str =
     Equivalent to::
 
         error = choices.float().mean() - choices
-        bias + rate * (error.sign() if rule == "sign" else error / choices.float().std(correction=0))
+        bias.float() + rate * (error.sign() if rule == "sign" else error / choices.float().std(correction=0))
 
     Args:
         bias: (E,) of `Gating`.
@@ -34,7 +35,8 @@ def balanced_bias(bias: Tensor, choices: Tensor, rate: float = 1e-3, rule: str =
         rule: "sign"; or "zscore", in proportion to the deviation, which does not oscillate around balance.
 
     Returns:
-        (E,) the new bias; `bias` itself is not changed.
+        (E,) the new bias, in float32 (float64 for a bias in float64), whose digits many small steps need; `bias` itself
+        is not changed. Choices that are not finite change nothing.
 
     Raises:
         ValueError: an unknown rule, or choices of another number of experts.
@@ -51,15 +53,19 @@ def balanced_bias(bias: Tensor, choices: Tensor, rate: float = 1e-3, rule: str =
         raise ValueError(
             f"balanced_bias: choices must have one count for each of {len(bias)} experts, got {_checks.shape(choices)}"
         )
-    counts = choices.reshape(-1, len(bias)).sum(0).to(bias.dtype)
-    error = counts.mean() - counts
+    bias = bias.to(_checks.accumulator(bias.dtype))
+    counts = choices.reshape(-1, len(bias)).to(bias.dtype if choices.is_floating_point() else torch.int64).sum(0)
+    # E times the mean less E times each: integers, so that equal counts are equal however many they are.
+    error = (counts.sum() - len(bias) * counts).to(bias.dtype)
     if rule == "sign":
-        return bias + rate * error.sign()
-    spread = counts.std(correction=0)
-    return bias + rate * torch.where(spread > 0, error / torch.where(spread > 0, spread, 1.0), 0.0)
+        step = error.sign()
+    else:
+        spread = error.square().mean().sqrt()
+        step = error / torch.where(spread > 0, spread, 1.0)
+    return torch.where(error.isfinite().all(), bias + rate * step, bias)
 
 
-class Router(nn.Module):
+class Router(State):
     """Scores of the experts by a linear map, and `route`: ``routing = router(tokens)``.
 
     The logits are computed in float32 (float64 for float64 tokens) in every autocast region. Noise is drawn in training
@@ -79,9 +85,11 @@ class Router(nn.Module):
 
     Attributes:
         weight: (E, D).
-        expert_bias: (E,) buffer, where there is `balance`.
+        expert_bias: (E,) buffer, where there is `balance`: at least float32 whatever the module is cast to. It must be
+            equal on all ranks, to which DistributedDataParallel copies it from the first.
     """
 
+    digits = ("expert_bias",)
     expert_bias: Tensor | None
 
     def __init__(
@@ -110,7 +118,7 @@ class Router(nn.Module):
         self.losses = tuple(RouterLoss(loss) if isinstance(loss, str) else loss for loss in losses)
         self.balance, self.balance_rate = balance, balance_rate
         self.weight = nn.Parameter(torch.empty(experts, dim, device=device, dtype=dtype))
-        bias = None if balance is None else torch.zeros(experts, device=device)
+        bias = None if balance is None else torch.zeros(experts, dtype=torch.float32, device=device)
         self.register_buffer("expert_bias", bias)
         self.reset_parameters()
 
@@ -147,7 +155,9 @@ class Router(nn.Module):
         """Move the bias by `balanced_bias`: once a step, with the choices of all its micro-batches and ranks."""
         if self.balance is None or self.expert_bias is None:
             raise ValueError('Router.update_bias: balance must be "sign" or "zscore", got None')
-        self.expert_bias.copy_(balanced_bias(self.expert_bias, choices, self.balance_rate, self.balance))
+        # FSDP may have cast the buffer behind the module's back; a sum of small steps needs its digits.
+        wide = self.expert_bias.to(_checks.accumulator(self.expert_bias.dtype))
+        self.expert_bias = wide.copy_(balanced_bias(wide, choices, self.balance_rate, self.balance))
 
     def extra_repr(self) -> str:
         """Sizes and rules."""

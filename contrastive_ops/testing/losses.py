@@ -129,7 +129,7 @@ def _prefixes(inputs: Inputs) -> dict[str, Any]:
 def _state(inputs: Inputs) -> dict[str, Any]:
     """Running denominators, a copy for every step: one that is stored could not be repeated."""
     state = RunningDenominator(0)
-    state.register_buffer("log_u", inputs["log_u"].clone())
+    state.log_u = inputs["log_u"].clone()
     return {**_without(inputs, "log_u"), "state": state}
 
 
