@@ -31,17 +31,22 @@ def pairs_ascend(row: Tensor, index: Tensor) -> bool:
 def first_of_pairs(row: Tensor, index: Tensor) -> Tensor:
     """(P,) bool: True for pairs (row, index) that no earlier one is equal to."""
     order = pair_order(row, index)
-    row, index = row[order], index[order]
-    first = torch.ones_like(order, dtype=torch.bool)
-    first[order[1:]] = (row[1:] != row[:-1]) | (index[1:] != index[:-1])
-    return first
+    return torch.empty_like(order, dtype=torch.bool).index_copy_(0, order, _changes(row[order], index[order]))
 
 
 def distinct_pairs(row: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """The pairs in ascending order, each once."""
     order = pair_order(row, index)
-    order = order[first_of_pairs(row[order], index[order])]
-    return row[order], index[order]
+    row, index = row[order], index[order]
+    first = _changes(row, index)
+    return row[first], index[first]
+
+
+def _changes(row: Tensor, index: Tensor) -> Tensor:
+    """True for pairs, which ascend, that differ from the one before."""
+    changes = torch.ones_like(row, dtype=torch.bool)
+    changes[1:] = (row[1:] != row[:-1]) | (index[1:] != index[:-1])
+    return changes
 
 
 def first_of_each(lists: Tensor) -> Tensor:

@@ -153,15 +153,17 @@ def test_without_negatives_loss_and_gradient_are_zero(backend, reduction):
 
 
 def test_padding_and_repeated_rows(backend):
-    """-1 is nobody, wherever it stands; a row that is listed twice is two negatives."""
+    """-1 is nobody, wherever it stands; a row that is listed twice is one negative."""
     query, positive, corpus = leaf(3, 4), leaf(3, 4), leaf(5, 4)
     padded = torch.tensor([[-1, 2, -1, 4], [0, -1, -1, -1], [3, 3, 1, -1]])
+    again = torch.zeros_like(padded, dtype=torch.bool)
+    again[2, 1] = True
     scale = torch.tensor(1.5, dtype=DOUBLE, requires_grad=True)
     for in_batch in (False, True):
         value = mined_info_nce(
             query, positive, corpus, indices=padded, scale=scale, in_batch=in_batch, reduction="none", backend=backend
         )
-        rows = dense(query, positive, corpus, padded, scale, None, in_batch)
+        rows = dense(query, positive, corpus, padded.masked_fill(again, -1), scale, None, in_batch)
         check(value, rows, [query, positive, corpus, scale])
 
 

@@ -50,7 +50,8 @@ def late_interaction(
         queries: (N, L, D) tokens or `TokenSets`, as in `maxsim`.
         documents: (M, L', D) or `TokenSets`; query i belongs to document ``target[i]``.
         negatives: (K, L'', D) or `TokenSets`, more documents for every query, such as mined ones of the batch.
-        row_negatives: (N, K', L'', D) or `TokenSets`, more documents for each query alone.
+        row_negatives: (N, K', L'', D) or `TokenSets`, more documents for each query alone. Documents have no ids: one
+            that is given twice counts twice.
         target: (N,) int64 in [0, M). None: query i belongs to document i, and M >= N.
         temperature: divides the scores; float, 0-d or (N,) tensor, differentiable. Default 1.0.
         scale: 1 / temperature instead; not both.

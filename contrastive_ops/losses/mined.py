@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._lists import NONE, first_of_each
 from .._unit_rows import unit_rows
 from ..ops._listed_logits import listed_logits
 from ..ops.pairs import Pairs
@@ -52,8 +53,8 @@ def mined_info_nce(
         corpus: (M, D) of the same dtype, after the region's cast under autocast: documents, class prototypes, the
             entries of a memory bank. Differentiable; a frozen one costs no gradient.
         k: how many rows to mine for each query, the most similar ones. The choice is not differentiated.
-        indices: (N, P) int64 in place of k: rows of the corpus that were mined before, -1 for none. One that is listed
-            twice counts twice.
+        indices: (N, P) int64 in place of k: rows of the corpus that were mined before, -1 for none. A list is a set: a
+            row that is listed twice counts once.
         pairs: with k, which rows of the corpus may be mined for a query; all rules but `fill`. A query's own document
             is a row like any other: leave it out by ``exclude`` or by ``differ=(ids, ids of the corpus)``, and what is
             too similar to be a negative by ``below``.
@@ -124,6 +125,8 @@ def mined_info_nce(
                     names=(name, "query", "corpus"),
                     backend=backend,
                 ).top.indices
+        else:
+            indices = torch.where(first_of_each(indices), indices, NONE)
         # The gradients of the positive, the batch and the mined rows meet in float32, before they are rounded.
         dtype = _checks.accumulator(query.dtype)
         query, positive = query.to(dtype), positive.to(dtype)

@@ -230,8 +230,8 @@ def soft_info_nce(
         query: (N, D) float32, bfloat16, float16 or float64.
         key: (M, D).
         targets: (indptr (N + 1,), indices, weights): query i belongs to the keys ``indices[indptr[i]:indptr[i + 1]]``
-            with those weights, which are >= 0 and sum to 1 up to 0.01. Not differentiable. Repeated keys add up. A
-            query with an empty list has no loss.
+            with those weights, which are >= 0 and sum to 1 up to 0.01. Not differentiable. Those of a key that is
+            listed twice add up. A query with an empty list has no loss.
         label_smoothing: share of the target distribution that is spread evenly over all keys: a float, or an (N,)
             tensor with a share of each query, differentiable.
         temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 0.07.

@@ -53,7 +53,8 @@ def gte(
         query: (N, D) float32, bfloat16, float16 or float64.
         document: (N, D); row i is the positive of query i.
         hard_negatives: (N, K, D), K documents of each query, or (H, D) of nobody. They are columns for every query, and
-            for every document but those of the same query; no direction starts from them.
+            for every document but those of the same query; no direction starts from them. Rows have no ids: one that is
+            given twice counts twice.
         partition: "joint": all directions share one denominator. "per_direction": each has its own and their losses are
             averaged; for "query_to_doc" and "doc_to_query", as the other two hold no positive.
         directions: which blocks take part; "query_to_doc" must, because it holds the positive.
@@ -174,7 +175,7 @@ def gist(
         key: (N, D); row i is the positive of query i.
         guide_query: (N, D') the guide's embeddings of the queries, in any floating dtype; not differentiated.
         guide_key: (N, D') the guide's embeddings of the keys.
-        negatives: (H, D), more columns for every query.
+        negatives: (H, D), more columns for every query. Rows have no ids: one that is given twice counts twice.
         guide_negatives: (H, D') the guide's embeddings of the negatives.
         margin_strategy: "absolute": drop pairs of row i whose guide similarity exceeds that of its positive less
             ``margin``; "relative": less the share ``margin`` of its size.

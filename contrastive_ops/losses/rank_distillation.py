@@ -3,6 +3,9 @@
 Scores come from wherever the student has them: ``torch.einsum("nd,nkd->nk", query, candidates)`` for embeddings,
 `maxsim_pairs` for late interaction, the outputs of a cross-encoder. Each list has its own candidates; for the matrix of
 all queries and documents of a batch there are other losses. Memory is that of the lists, pairs are never all stored.
+
+Lists of scores have no ids. Where a candidate may be listed twice, ``mask=contrastive_ops.mining.first_of_each(ids)``
+makes sets of them.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ def margin_mse(
             float64; differentiable.
         teacher_scores: (N, K) of the teacher, -inf where a list has no candidate. Not differentiated. Margins t alone
             are the scores ``torch.cat([torch.zeros(N, 1), -t], 1)``.
-        mask: (N, K) bool, False where a list has no candidate.
+        mask: (N, K) bool, False where a list has no candidate. A candidate that is listed twice counts twice, unless
+            this leaves one out: `contrastive_ops.mining.first_of_each` of ids.
         weight: (N,) weight of each list; the mean divides by its sum. Differentiable.
         reduction: "mean", "sum" or "none".
 
@@ -95,7 +99,8 @@ def listwise_distillation(
         temperature: divides the student's scores; float or 0-d tensor, differentiable.
         teacher_temperature: divides the teacher's scores. None: as the student's. A constant in any case.
             Without effect on "listmle".
-        mask: (N, K) bool, False where a list has no candidate.
+        mask: (N, K) bool, False where a list has no candidate. A candidate that is listed twice counts twice, unless
+            this leaves one out: `contrastive_ops.mining.first_of_each` of ids.
         weight: (N,) weight of each list; the mean divides by its sum. Differentiable.
         reduction: "mean", "sum" or "none".
 
@@ -163,7 +168,8 @@ def pairwise_rank_distillation(
         pairs: "mean" or "sum" over the pairs of a list.
         margin: of "hinge", a finite number >= 0.
         temperature: divides the student's scores; float or 0-d tensor, differentiable.
-        mask: (N, K) bool, False where a list has no candidate.
+        mask: (N, K) bool, False where a list has no candidate. A candidate that is listed twice counts twice, unless
+            this leaves one out: `contrastive_ops.mining.first_of_each` of ids.
         weight: (N,) weight of each list; the mean divides by its sum. Differentiable.
         reduction: "mean", "sum" or "none".
 

@@ -124,7 +124,8 @@ def sog_clr(
     Args:
         image: (N, D) float32, bfloat16, float16 or float64.
         text: (N, D); row i belongs to row i of ``image``.
-        index: (N,) int64, which sample of the data set each pair is.
+        index: (N,) int64, which sample of the data set each pair is. A sample that occurs twice in a batch is two
+            pairs, and the larger of its denominators is stored.
         state: the running denominators. Updated if it is in training mode, and only read by ``state.eval()``.
         temperature: divides the inner products; float, 0-d or, for a temperature of each sample, (N,) tensor,
             differentiable. Default 0.07.

@@ -218,8 +218,8 @@ def bixse(
         key: (M, D).
         grades: (N,) relevance in [0, 1] of one key per query, or (P,) of lists of keys. Differentiable.
         target: (N,) int64 in [0, M), the graded key of each query; or (P,), the lists. None: query i's is key i.
-        indptr: (N + 1,) int64: query i's graded keys are ``target[indptr[i]:indptr[i + 1]]``, each at most once. None:
-            one per query.
+        indptr: (N + 1,) int64: query i's graded keys are ``target[indptr[i]:indptr[i + 1]]``; a key that is listed
+            twice for a query is an error. None: one per query.
         temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 0.1.
         scale: 1 / temperature instead; not both.
         bias: added to every logit; float or 0-d tensor, differentiable.
@@ -321,7 +321,8 @@ def pair_bce(
     Args:
         x: (N, D) float32, bfloat16, float16 or float64.
         y: (M, D); may be ``x``.
-        rows: (P,) int64 in [0, N), the row of x of each pair. Pairs may repeat.
+        rows: (P,) int64 in [0, N), the row of x of each pair. A pair that is listed twice counts twice, each time with
+            its own label.
         cols: (P,) int64 in [0, M), the row of y of each pair.
         labels: (P,) probability in [0, 1] that the pair belongs together. Differentiable.
         temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 1.

@@ -78,8 +78,8 @@ def info_nce(
     Args:
         query: (N, D) float32, bfloat16, float16 or float64.
         key: (M, D); query i belongs to key ``target[i]``.
-        negatives: (K, D), more columns for every query.
-        row_negatives: (N, K', D), more columns for each query alone.
+        negatives: (K, D), more columns for every query. Rows have no ids: one that is given twice counts twice.
+        row_negatives: (N, K', D), more columns for each query alone; the same is true of them.
         target: (N,) int64 in [0, M). None: query i belongs to key i, and M >= N.
         temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead; not both.

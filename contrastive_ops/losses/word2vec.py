@@ -98,7 +98,8 @@ def negative_sampling(
         center: (N, D) float32, bfloat16, float16 or float64: embedding of each center word.
         table: (V, D) output embeddings, of the same dtype.
         context: (N,) int64, the word near each center.
-        negatives: (N, k) int64, words from `UnigramSampler`; -1 for none.
+        negatives: (N, k) int64, words from `UnigramSampler`; -1 for none. They are draws: a word that was drawn twice
+            counts twice.
         log_expected: (V,) log of the expected number of times that a word is drawn for a row, k times its share: this
             makes it NCE, whose scores are log-probabilities. None for negative sampling.
         weight: (N,) weight >= 0 of each row; the mean divides by its sum. Differentiable.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._lists import distinct_pairs, first_of_pairs
 from ..ops.pairs import check_lists
 from ..ops.similarity_topk import logits_at, metric_rows
 
@@ -36,11 +37,10 @@ class Positives(NamedTuple):
         """(N,) positives of each query."""
         return self.indptr.diff()
 
-    def excluded_with(self, indptr: Tensor, index: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    def excluded_with(self, indptr: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Lists, ascending, of the columns that are a positive or in the given lists."""
         row = torch.cat([self.row, torch.repeat_interleave(indptr.diff())])
-        place = (row * columns + torch.cat([self.column, index])).unique()
-        return lists_of(place // max(columns, 1), place % max(columns, 1), len(self.indptr) - 1)
+        return lists_of(*distinct_pairs(row, torch.cat([self.column, index])), len(self.indptr) - 1)
 
 
 class Scored(NamedTuple):
@@ -80,10 +80,7 @@ def parse(function: str, positives: object, query: Tensor, columns: int) -> Posi
                 f"{function}: positives must be in [0, {columns}) or -1 for none, got {int(index[at])} for query "
                 f"{int(row[at])}"
             )
-    place = row * columns + index
-    order = place.argsort(stable=True)
-    first = torch.ones_like(place, dtype=torch.bool)
-    first[order[1:]] = place[order].diff() != 0
+    first = first_of_pairs(row, index)
     row, index = row[first], index[first]
     return Positives(lists_of(row, index, rows)[0], row, index)
 

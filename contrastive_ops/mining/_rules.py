@@ -140,7 +140,7 @@ def selection(
         pairs,
         diagonal=None,
         guide=guide,
-        exclude=positives.excluded_with(*_excluded(function, pairs, positive, columns), columns),
+        exclude=positives.excluded_with(*_excluded(function, pairs, positive, columns)),
     )
     upper, lower = rules.upper(positive), rules.min_score
     kept = replace(ranked, below=_joined(ranked.below, upper), above=_joined(ranked.above, lower))

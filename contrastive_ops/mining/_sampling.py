@@ -41,7 +41,8 @@ class Sampling:
         b: of "simans", which difference to the positive's score is preferred, in units of the score; negative values
             prefer documents that score below the positive.
         ids: (query_ids (N,), corpus_ids (M,)) int64, the ids that random numbers belong to; None: the numbers of rows.
-            Where queries are mined in parts, or rows are moved, give ids that stay the same.
+            Documents that share an id share their number: give each its own, or they are drawn together. Where queries
+            are mined in parts, or rows are moved, give ids that stay the same.
 
     Source:
         Zhou et al., SimANS: Simple Ambiguous Negatives Sampling for Dense Text Retrieval, 2022. Kool et al., Stochastic

@@ -136,7 +136,8 @@ class MemoryBank(State):
                 `capacity` rows the last are kept; no rows are a batch too, after which all entries are older by one.
                 A row with a number that is not finite, then or after rounding, is not stored: one batch that overflowed
                 would make every loss NaN until it has left the bank.
-            ids: (N,) int64, the sample of each row. None: -1.
+            ids: (N,) int64, the sample of each row. None: -1. A sample that is enqueued again has two entries, of
+                different age, until the older one is replaced.
             labels: (N,) int64, the class of each row. None: -1.
 
         Raises:
@@ -222,7 +223,7 @@ class MemoryBank(State):
 
         Returns:
             `TopK`; indices are slots: ``bank.rows[top.indices]``. -1, and value -inf, where fewer entries take part.
-            The values are differentiable in `query`.
+            The values are differentiable in `query`. ``mining.collapse(top, bank.ids)`` leaves one entry of a sample.
 
         Raises:
             ValueError, TypeError, NotImplementedError: as `similarity_topk`.

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._lists import first_of_pairs
 from ..ops._pair_slices import rows_of
 from ..ops.pairs import Pairs
 from ..ops.similarity_topk import METRICS, TopK
+from ._collapse import collapse
 from ._formats import Columns, Mined, Texts, columns
 from ._near_duplicates import Distinct
 from ._positives import Positives, aggregate, parse, score
@@ -62,6 +64,8 @@ class HardNegatives:
     ) -> Columns:
         """Columns for ``datasets.Dataset.from_dict``, in the formats of sentence-transformers.
 
+        Lists are sets: a document that is listed twice for a query, as positive or as negative, is written once.
+
         - "triplet": anchor, positive, negative; a row for each positive and negative of a query.
         - "n-tuple": anchor, positive, negative_1, ..., negative_n; a row for each positive. Queries with fewer than n
           negatives are left out.
@@ -87,8 +91,17 @@ class HardNegatives:
             >>> mined.format("n-tuple")
             {'anchor': [0, 1, 2], 'positive': [0, 1, 2], 'negative_1': [1, 0, 0], 'negative_2': [2, 2, 1]}
         """
-        row = torch.repeat_interleave(self.positives[0].diff())
-        mined = Mined(self.indices, self.scores, self.counts, row, self.positives[1], self.positive_scores)
+        row, positive = torch.repeat_interleave(self.positives[0].diff()), self.positives[1]
+        first = first_of_pairs(row, positive)
+        negatives = collapse(TopK(self.scores, self.indices, self.counts))
+        mined = Mined(
+            negatives.indices,
+            negatives.values,
+            negatives.counts,
+            row[first],
+            positive[first],
+            self.positive_scores[first],
+        )
         return columns(mined, output_format, queries, documents, output_scores)
 
 
@@ -127,7 +140,7 @@ def mine_hard_negatives(
             any object with a shape of two numbers and [a:b] slicing. Read once, and once more for each round in which
             near-duplicates used up the candidates of a query.
         positives: (N,) int64, or (N, P) with -1 for none, or (indptr (N + 1,), indices) with a list for each query.
-            They are no candidates, and margins refer to their scores.
+            They are no candidates, and margins refer to their scores. One that is listed twice counts once.
         num_negatives: n, negatives of a query.
         rules: margins, limits, ranks, near-duplicates; see `NegativeRules`.
         sampling: how negatives are drawn; see `Sampling`. Default: the best.

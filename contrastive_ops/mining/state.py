@@ -18,6 +18,8 @@ from ..ops.pairs import Guide, Pairs, resolve
 from ..ops.similarity_topk import TopK, check_k, merge, metric_rows, select
 
 Range = tuple[int, int]
+# The end of a range is a number of int64, as the indices in it are.
+LAST = torch.iinfo(torch.int64).max
 
 
 class _Found(NamedTuple):
@@ -280,6 +282,8 @@ class TopKState:
         limit = self._limit if rows is None else rows
         joined: list[Range] = []
         for begin, end in sorted(each for each in (*self._found.covered, *ranges)):
+            if end > LAST:
+                raise ValueError(f"{self._function}: base_index must leave room for int64 indices, got {begin}")
             if limit is not None and end > limit:
                 raise ValueError(
                     f"{self._function}: block must be of the {limit} rows that the corpus was declared to have, got "
@@ -365,7 +369,7 @@ def _resolved(function: str, pairs: Pairs | None, query: Tensor, rows: int | Non
         columns = max(1, 1 + int(listed.max())) if isinstance(listed, Tensor) and listed.numel() else 1
     # The guide waits for its blocks: here all its columns would be converted.
     plain = dataclasses.replace(pairs, guide=None)
-    data = resolve(function, plain, query, query.new_zeros(()).expand(columns, query.shape[1]))
+    data = resolve(function, plain, query, query.new_empty((columns, 0)))
     if pairs.guide is not None and rows is not None:
         guide = pairs.guide.gx if pairs.guide.gy is None else pairs.guide.gy
         if len(guide) != rows:

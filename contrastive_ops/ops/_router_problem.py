@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._lists import NONE, first_of_each
 from .._routing import GROUP_SCORES, SCORES, ScoreSpec
 from ._router_statistics import Statistics
 from .gating import Capacity, Gating, RouterLoss
+
+# Of labels that are read: each is a row of every metric.
+MOST_SEGMENTS = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +166,11 @@ def _segments(function: str, segments: Tensor | None, num_segments: int | None, 
         if torch.compiler.is_compiling() or segments.device.type == "meta":
             raise ValueError(f"{function}: num_segments must be given where segments cannot be read, got None")
         num_segments = int(segments.max()) + 1 if len(segments) else 1
+        if num_segments > MOST_SEGMENTS:
+            raise ValueError(
+                f"{function}: segments must be numbers of rows of the metrics, got {num_segments - 1}\n"
+                "  number them: segments.unique(return_inverse=True)[1]"
+            )
     # Kernels for a GPU count a token of another segment nowhere.
     _checks.check_index_values(function, "segments", segments, num_segments, waits=False)
     return num_segments
@@ -179,6 +188,8 @@ def _allowed(function: str, allowed: Tensor | None, k: int, logits: Tensor) -> t
         given = allowed[:, None] if allowed.dim() == 1 and k == 1 else allowed
         _check_like(function, "allowed", given, torch.int64, (tokens, k), logits)
         _checks.check_index_values(function, "allowed", given, experts, or_none=True, waits=False)
+        if k > 1:
+            given = torch.where(first_of_each(given), given, NONE)
         return None, given
     kind = allowed.dtype if isinstance(allowed, Tensor) else type(allowed).__name__
     raise TypeError(f"{function}: allowed must be bool (T, E), or int64 (T, k) experts, got {kind}")

@@ -126,7 +126,8 @@ def route(
         num_segments: S; by default one more than the largest label, which reads the data.
         valid: (T,) bool; padding is not routed, and counts nowhere.
         allowed: (T, E) bool, the experts that a token may choose, to which its probabilities are restricted; or (T, k)
-            int64, the experts it is given, -1 for none. A row with fewer experts than k has -1 and gate 0 in the rest.
+            int64, the experts it is given, -1 for none, each once: one that is named again is left out. A row with
+            fewer experts than k has -1 and gate 0 in the rest.
         losses: names, or `RouterLoss` with weights and thresholds.
         generator: for the noise; by default torch's own.
         noise: (T, E) normal numbers to use instead of drawing them, such as those of an earlier pass over the same

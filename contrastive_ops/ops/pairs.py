@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._lists import pair_order, pairs_ascend
 from .._similarity import Slot
 
 Bound = float | Tensor
@@ -49,10 +50,11 @@ class Pairs:
 
     Args:
         diagonal: drop column ``i + diagonal`` of row ``i`` (0 drops each row's own column). None drops nothing.
-        differ: (row_ids (N,), col_ids (M,)) int64: keep pairs whose ids differ. -1 equals nothing.
+        differ: (row_ids (N,), col_ids (M,)) int64: keep pairs whose ids differ. Any int64; -1 equals nothing.
         same: (row_ids, col_ids) int64: keep pairs with equal ids. -1 equals nothing.
         exclude: (indptr (N + 1,), indices) int64: row i drops the columns ``indices[indptr[i]:indptr[i + 1]]``.
-            Unsorted or repeated columns are sorted; a column that does not exist is an error that names the row.
+            In any order; a column that is listed twice is dropped once. One that does not exist is an error that names
+            the row.
         below: keep pairs whose similarity <x_i, y_j> (no scale, no bias) is at most this: a float, a 0-d tensor, (N,)
             or (N, 1) for a bound per row, (1, M) for one per column, or a tuple of these, all of which must hold.
         above: keep pairs whose similarity is at least this; the same forms.
@@ -205,8 +207,7 @@ def check_lists(
         raise ValueError(
             f"{function}: {name} indices must be in [0, {m}), got {int(indices[at])} in the list of row {int(row[at])}"
         )
-    position = row * m + indices
-    if bool((position.diff() >= 0).all()):
+    if pairs_ascend(row, indices):
         return indptr, indices, torch.arange(indices.shape[0], device=indices.device)
-    order = position.argsort(stable=True)
+    order = pair_order(row, indices)
     return indptr, indices[order], order

@@ -123,7 +123,7 @@ def similarity_reduce(
             near convergence, where ``logsumexp - target`` cancels.
         linear: (indptr (N + 1,), indices[, weights]): a list of columns per row, whose weighted logits are summed in
             the tile, so that its gradient joins that of the folds before anything is rounded. Weights default to 1 and
-            are not differentiable. Rules and target do not apply to it.
+            are not differentiable; those of a column that is listed twice add up. Rules and target do not apply to it.
         pairs: which pairs take part. The target is returned even where a rule drops its pair.
         memory_budget: bytes of inner products to keep between forward and backward, so that backward need not
             compute them again; 0 keeps none. None: 128 MiB, on a GPU 1 GiB. Does not change
