@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -116,6 +120,66 @@ def check_choice(function: str, name: str, value: object, choices: tuple[object,
         raise ValueError(f"{function}: {name} must be one of {known}, got {value!r}")
 
 
+def number(function: str, name: str, value: object, interval: str = "(-inf, inf)") -> float:
+    """Return the option `value` as a float in `interval`, which is written as in mathematics: "[0, 1)".
+
+    A number is one of Python or numpy, or a tensor or array of any shape with one element, which is read; a tensor that
+    requires a gradient is refused, since an option has none. A bool or a string is no number.
+    """
+    found: Any = value if type(value) is float else plain(function, name, value)
+    if type(found) is int:
+        found = float(found)
+    low, high = interval[1:-1].split(",")
+    above = found >= float(low) if interval[0] == "[" else found > float(low)
+    below = found <= float(high) if interval[-1] == "]" else found < float(high)
+    if not (above and below):
+        raise ValueError(f"{function}: {name} must be in {interval}, got {found}")
+    return found
+
+
+def integer(function: str, name: str, value: object, low: int | None = None, high: int | None = None) -> int:
+    """`number` for options that are counted: an int, at least `low` and at most `high` where they are given.
+
+    A size that is traced (torch.SymInt) stays one.
+    """
+    found: Any = value if type(value) is int else plain(function, name, value, "an int", numbers.Integral)
+    if high is not None and not (found <= high and (low is None or low <= found)):
+        raise ValueError(f"{function}: {name} must be in [{'-inf' if low is None else low}, {high}], got {found}")
+    if low is not None and found < low:
+        raise ValueError(f"{function}: {name} must be at least {low}, got {found}")
+    return found
+
+
+def plain(function: str, name: str, value: object, words: str = "a number", kind: type = numbers.Real) -> Any:
+    """Return the number that `value` is or, as a tensor or array with one element, holds: an int or a float."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    if kind is numbers.Real and (type(value) is float or isinstance(value, torch.SymFloat)):
+        return value
+    got = type(value).__name__
+    if isinstance(value, Tensor):
+        got = f"a tensor of {value.dtype} with shape {shape(value)}"
+        if torch.compiler.is_compiling() or value.device.type == "meta":
+            raise TypeError(f"{function}: {name} must be {words} of Python where it is traced, got {got}")
+        if value.numel() == 1:
+            check_constant(function, name, value)
+            value = value.item()
+    elif getattr(value, "size", None) == 1 and hasattr(value, "item"):  # numpy's scalars and arrays
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{function}: {name} must be {words}, got {got}")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)  # type: ignore[arg-type]
+
+
+def listed(function: str, name: str, values: object) -> list[Any]:
+    """Return the elements of a list, tuple, range, or tensor or array of one dimension."""
+    if hasattr(values, "tolist") and getattr(values, "ndim", 0) == 1:  # of torch or numpy
+        return values.tolist()
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        raise TypeError(f"{function}: {name} must be a tuple or list of numbers, got {type(values).__name__}")
+    return list(values)
+
+
 def scale_tensor(function: str, scale: object, x_name: str, x: Tensor, name: str = "scale") -> Tensor:
     """Return `scale` (float, 0-d or one number per row of `x`) in the accumulation dtype on the device of `x`."""
     dtype = accumulator(x.dtype)
@@ -130,6 +194,4 @@ def scale_tensor(function: str, scale: object, x_name: str, x: Tensor, name: str
         if scale.dim() == 1:
             check_device(function, x_name, x, name, scale)
         return scale.to(device=x.device, dtype=dtype)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"{function}: {name} must be a float or a tensor, got {type(scale).__name__}")
-    return torch.full((), scale, dtype=dtype, device=x.device)
+    return torch.full((), number(function, name, scale, "[-inf, inf]"), dtype=dtype, device=x.device)

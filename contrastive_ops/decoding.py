@@ -9,7 +9,6 @@ from torch import Tensor
 
 from . import _autocast, _checks
 from ._unit_rows import unit_rows
-from .losses import _arguments
 
 __all__ = ["ContrastiveCache", "ContrastiveChoice", "contrastive_search"]
 
@@ -71,7 +70,7 @@ def contrastive_search(
         tensor([1])
     """
     name = "contrastive_search"
-    _arguments.check_number(name, "alpha", alpha, "[0, 1]")
+    alpha = _checks.number(name, "alpha", alpha, "[0, 1]")
     _check_states(name, "candidates", candidates)
     B, k, D = candidates.shape
     if not isinstance(probabilities, Tensor) or probabilities.shape != (B, k):

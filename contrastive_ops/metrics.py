@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -171,12 +170,9 @@ def retrieval_metrics(
     """
     name = "retrieval_metrics"
     _checks.check_choice(name, "gain", gain, GAINS)
-    for cut in k:
-        if isinstance(cut, bool) or not hasattr(cut, "__index__") or cut < 1:
-            raise ValueError(f"{name}: k must be integers of at least 1, got {cut}")
-    for p in persistence:
-        if not 0 < p < 1:
-            raise ValueError(f"{name}: persistence must be in (0, 1), got {p}")
+    k = [_checks.integer(name, "k", cut, 1) for cut in _checks.listed(name, "k", k)]
+    persistence = _checks.listed(name, "persistence", persistence)
+    persistence = [_checks.number(name, "persistence", p, "(0, 1)") for p in persistence]
     indices, judged = parse(name, found, relevant, documents)
     N = len(indices)
     grades = grades_at(judged.query, judged.document, judged.grade, indices)
@@ -188,14 +184,14 @@ def retrieval_metrics(
     ideal = _discounted(_gain(best, largest, gain))
     gained = _discounted(_gain(grades, largest, gain))
     measures: dict[str, Tensor] = {}
-    for cut in map(operator.index, k):
+    for cut in k:
         measures |= _of_hits((grades[:, :cut] > 0).double(), number, cut)
         measures[f"ndcg@{cut}"] = gained[:, :cut].sum(1) / ideal[:, :cut].sum(1)
     top = judged.grade.max() if judged.grade.numel() else judged.grade.new_zeros(())
     satisfied = _gain(grades, top, "exponential")
     seen_on = torch.cat([satisfied.new_ones((N, 1)), (1 - satisfied).cumprod(1)], 1)[:, :-1]
     rank = _ranks(satisfied)
-    for cut in map(operator.index, k):
+    for cut in k:
         measures[f"err@{cut}"] = (satisfied * seen_on / rank)[:, :cut].sum(1)
     for p in persistence:
         share = grades / torch.where(top > 0, top, 1.0)

@@ -52,7 +52,7 @@ CASES = [
         ValueError,
         "scale must be a float, a 0-d tensor or have shape (4,), got (4, 1)",
     ),
-    (lambda: similarity_reduce(X, Y, scale="1"), TypeError, "scale must be a float or a tensor, got str"),
+    (lambda: similarity_reduce(X, Y, scale="1"), TypeError, "scale must be a number, got str"),
     (lambda: similarity_reduce(X, Y, row_bias=torch.ones(5)), ValueError, "row_bias must have shape (4,), got (5,)"),
     (lambda: similarity_reduce(X, Y, col_bias=torch.ones(4)), ValueError, "col_bias must have shape (5,), got (4,)"),
     (
@@ -73,7 +73,7 @@ CASES = [
     (
         lambda: similarity_reduce(X, Y, memory_budget=-1),
         ValueError,
-        "memory_budget must be a number of bytes >= 0, got -1",
+        "memory_budget must be at least 0, got -1",
     ),
     (
         lambda: similarity_reduce(X, Y, backend="gpu"),
@@ -93,7 +93,7 @@ FOLD_CASES = [
     (lambda: Pairs(differ=IDS), TypeError, "Pairs: differ must be a tuple of 2 tensors, got Tensor"),
     (lambda: Pairs(same=(IDS,)), TypeError, "Pairs: same must be a tuple of 2 tensors, got 1 elements"),
     (lambda: Pairs(guide=X), TypeError, "Pairs: guide must be a Guide or None, got Tensor"),
-    (lambda: Pairs(fill="0"), TypeError, "Pairs: fill must be a float or None, got str"),
+    (lambda: Pairs(fill="0"), TypeError, "Pairs: fill must be a number, got str"),
     (lambda: reduce(()), ValueError, "similarity_reduce: reduce must name at least one fold, got ()"),
     (lambda: reduce(3), TypeError, "similarity_reduce: reduce must be a name, a Fold or a tuple of these, got int"),
     (
@@ -202,9 +202,9 @@ LOSS_CASES = [
         ValueError,
         "info_nce: temperature and scale must not both be given",
     ),
-    (lambda: info_nce(X, Y, temperature=0.0), ValueError, "info_nce: temperature must be positive, got 0.0"),
-    (lambda: info_nce(X, Y, temperature=float("nan")), ValueError, "info_nce: temperature must be positive, got nan"),
-    (lambda: info_nce(X, Y, temperature="x"), TypeError, "info_nce: temperature must be a float or a tensor, got str"),
+    (lambda: info_nce(X, Y, temperature=0.0), ValueError, "info_nce: temperature must be in (0, inf], got 0.0"),
+    (lambda: info_nce(X, Y, temperature=float("nan")), ValueError, "info_nce: temperature must be in (0, inf], got"),
+    (lambda: info_nce(X, Y, temperature="x"), TypeError, "info_nce: temperature must be a number, got str"),
     (
         lambda: info_nce(X, Y, reduction="avg"),
         ValueError,
@@ -242,7 +242,7 @@ LOSS_CASES = [
     (
         lambda: nt_xent(X, X, memory_budget=-5),
         ValueError,
-        "nt_xent: memory_budget must be a number of bytes >= 0, got -5",
+        "nt_xent: memory_budget must be at least 0, got -5",
     ),
     (lambda: merge_lse(), ValueError, "merge_lse: lse must be at least one tensor, got none"),
     (
@@ -250,9 +250,9 @@ LOSS_CASES = [
         ValueError,
         "merge_lse: lse must have one shape, got (2,) and (3,)",
     ),
-    (lambda: Pairs(diagonal=0.5), TypeError, "Pairs: diagonal must be an int or None, got float"),
-    (lambda: nn.CLIPLoss(-1.0), ValueError, "CLIPLoss: temperature must be positive, got -1.0"),
-    (lambda: nn.InfoNCELoss(max_scale=0.0), ValueError, "InfoNCELoss: max_scale must be positive, got 0.0"),
+    (lambda: Pairs(diagonal=0.5), TypeError, "Pairs: diagonal must be an int, got float"),
+    (lambda: nn.CLIPLoss(-1.0), ValueError, "CLIPLoss: temperature must be in (0, inf), got -1.0"),
+    (lambda: nn.InfoNCELoss(max_scale=0.0), ValueError, "InfoNCELoss: max_scale must be in (0, inf], got 0.0"),
 ]
 
 

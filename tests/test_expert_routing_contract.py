@@ -164,8 +164,8 @@ BAD = {
     "k is a float": ({"k": 1.0}, TypeError, "k must be an int, got float"),
     "k above E": ({"k": 5}, ValueError, "k must be at most the number of experts, got k=5 and 4 experts"),
     "unknown priority": ({"priority": "random"}, ValueError, "priority must be one of"),
-    "negative capacity": ({"capacity": -1}, ValueError, "capacity must be at least 0, got -1"),
-    "infinite capacity": ({"capacity": torch.inf}, ValueError, "capacity must be a finite factor"),
+    "negative capacity": ({"capacity": -1}, ValueError, "capacity.limit must be at least 0, got -1"),
+    "infinite capacity": ({"capacity": torch.inf}, ValueError, "capacity.factor must be in"),
     "capacity is a word": ({"capacity": "all"}, TypeError, "capacity must be an int, a float, Capacity or None"),
     "capacity twice": (
         {"capacity": Capacity(factor=1.0, limit=2)},
@@ -179,8 +179,8 @@ BAD = {
     "gating is a dict": ({"gating": {}}, TypeError, "gating must be Gating, got dict"),
     "unknown score": ({"gating": Gating(score="relu")}, ValueError, "gating.score must be one of"),
     "renormalised single gate": ({"gating": Gating(renormalize=True)}, ValueError, "would get no gradient"),
-    "negative noise": ({"gating": Gating(noise_std=-1.0)}, ValueError, "gating.noise_std must be a finite number"),
-    "noise of nan": ({"gating": Gating(noise_std=torch.nan)}, ValueError, "gating.noise_std must be a finite number"),
+    "negative noise": ({"gating": Gating(noise_std=-1.0)}, ValueError, "gating.noise_std must be in"),
+    "noise of nan": ({"gating": Gating(noise_std=torch.nan)}, ValueError, "gating.noise_std must be in"),
     "bias of another size": (
         {"gating": Gating(bias=torch.zeros(3))},
         ValueError,

@@ -237,7 +237,7 @@ def test_modules():
         ({"teacher_y": torch.zeros(4, 3)}, ValueError, "teacher_y must have as many rows as y, got y"),
         ({"scale": 1.0, "temperature": 1.0}, ValueError, "temperature and scale must not both be given"),
         ({"teacher_scale": 1.0, "teacher_temperature": 1.0}, ValueError, "teacher_temperature and teacher_scale must"),
-        ({"teacher_temperature": -1.0}, ValueError, "teacher_temperature must be positive, got -1.0"),
+        ({"teacher_temperature": -1.0}, ValueError, "teacher_temperature must be"),
         ({"divergence": "mse"}, ValueError, "divergence must be one of 'kl', 'reverse_kl', 'ce', 'js', got 'mse'"),
         ({"reduction": "max"}, ValueError, "reduction must be one of"),
         ({"weight": torch.zeros(4)}, ValueError, r"weight must have shape \(5,\)"),
@@ -258,7 +258,7 @@ def test_errors_of_similarities(change, error, message):
         ({"teacher_x": torch.zeros(5)}, ValueError, "teacher_x must have two dimensions"),
         ({"teacher_x": torch.zeros(5, 3, device="meta")}, ValueError, "teacher_x must be on the same device as x"),
         ({"x": torch.zeros(5, 8).int()}, TypeError, "x must be float32"),
-        ({"delta": 0.0}, ValueError, "delta must be a positive number, got 0.0"),
+        ({"delta": 0.0}, ValueError, "delta must be in"),
         ({"weight": torch.zeros(4)}, ValueError, r"weight must have shape \(5,\)"),
     ],
 )

@@ -241,7 +241,7 @@ BAD = [
     (lambda: dcl(X, Y), ValueError, "dcl: z1 must have the same shape as z0, got z0 (4, 3) and z1 (5, 3)"),
     (lambda: dcl(X, X, sigma=0.0), ValueError, "dcl: sigma must be in (0, inf), got 0.0"),
     (lambda: dcl(X, X, sigma="0.5"), TypeError, "dcl: sigma must be a number, got str"),
-    (lambda: dcl(X, X, temperature=-1.0), ValueError, "dcl: temperature must be positive, got -1.0"),
+    (lambda: dcl(X, X, temperature=-1.0), ValueError, "dcl: temperature must be in (0, inf], got -1.0"),
     (lambda: debiased(X, X, tau_plus=1.0), ValueError, "debiased: tau_plus must be in [0, 1), got 1.0"),
     (lambda: debiased(X, X, tau_plus=float("nan")), ValueError, "debiased: tau_plus must be in [0, 1), got nan"),
     (lambda: hcl(X, X, beta=-0.5), ValueError, "hcl: beta must be in [0, inf), got -0.5"),

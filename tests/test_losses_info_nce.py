@@ -329,11 +329,11 @@ CASES = [
     (
         lambda: clip(X, X, label_smoothing="0.1"),
         TypeError,
-        "clip: label_smoothing must be a float or a tensor, got str",
+        "clip: label_smoothing must be a number, got str",
     ),
     (lambda: info_nce(X, Y, z_loss=-1.0), ValueError, "info_nce: z_loss must be in [0, inf), got -1.0"),
-    (lambda: info_nce(X, Y, margin=-0.1), ValueError, "info_nce: margin must be a finite number >= 0, got -0.1"),
-    (lambda: info_nce(X, Y, margin="0.1"), TypeError, "info_nce: margin must be a float, got str"),
+    (lambda: info_nce(X, Y, margin=-0.1), ValueError, "info_nce: margin must be in [0, inf), got -0.1"),
+    (lambda: info_nce(X, Y, margin="0.1"), TypeError, "info_nce: margin must be a number, got str"),
     (lambda: info_nce(X, Y, pairs=3), TypeError, "info_nce: pairs must be Pairs or None, got int"),
     (lambda: clip(X, X, pairs=3, diagnostics=True), TypeError, "clip: pairs must be Pairs or None, got int"),
     (

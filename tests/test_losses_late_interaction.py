@@ -200,10 +200,10 @@ BAD = [
         ValueError,
         "row_negatives must be None where retrieved is given",
     ),
-    (lambda: late_interaction(Q, D, retrieved=0), ValueError, "late_interaction: k must be at least 1, got 0"),
+    (lambda: late_interaction(Q, D, retrieved=0), ValueError, "late_interaction: retrieved must be at least 1, got 0"),
     (lambda: late_interaction(Q, D, reduce="max"), ValueError, "reduce must be one of 'sum', 'mean', got 'max'"),
     (lambda: late_interaction(Q, D, reduction="max"), ValueError, "reduction must be one of 'mean', 'sum', 'none'"),
-    (lambda: late_interaction(Q, D, temperature=0.0), ValueError, "temperature must be positive, got 0.0"),
+    (lambda: late_interaction(Q, D, temperature=0.0), ValueError, "temperature must be in (0, inf], got 0.0"),
     (
         lambda: late_interaction(Q, D, temperature=1.0, scale=1.0),
         ValueError,

@@ -339,7 +339,7 @@ BAD = [
         ValueError,
         "ids must be None where in_batch is False, got ids of the batch\n  use pairs=Pairs(differ=",
     ),
-    (lambda: mined_info_nce(X, X, C, 2, temperature=0.0), ValueError, "temperature must be positive, got 0.0"),
+    (lambda: mined_info_nce(X, X, C, 2, temperature=0.0), ValueError, "temperature must be in (0, inf], got 0.0"),
     (
         lambda: mined_info_nce(X, X, C, 2, scale=torch.ones(3)),
         ValueError,

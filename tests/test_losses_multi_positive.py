@@ -362,7 +362,7 @@ BAD = [
         ValueError,
         "sup_con: positives must be one of 'mean_log', 'log_mean', got",
     ),
-    (lambda: sup_con(X, L, temperature=0.0), ValueError, "sup_con: temperature must be positive, got 0.0"),
+    (lambda: sup_con(X, L, temperature=0.0), ValueError, "sup_con: temperature must be in (0, inf], got 0.0"),
     (lambda: sup_con(X, L, weight=-torch.ones(4)), ValueError, "sup_con: weight must not be negative, got -1.0"),
     (lambda: sup_con(X, L, Y[:, :2], M), ValueError, "sup_con: y must have the same last dimension as x, got x (4, 3)"),
     (

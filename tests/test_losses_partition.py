@@ -426,9 +426,9 @@ CASES = [
     (
         lambda: gte(X, X, false_negative_margin=torch.ones(4)),
         TypeError,
-        "gte: false_negative_margin must be a number, got Tensor",
+        "gte: false_negative_margin must be a number, got a tensor of torch.float32 with shape (4,)",
     ),
-    (lambda: gte(X, X, temperature=0.0), ValueError, "gte: temperature must be positive, got 0.0"),
+    (lambda: gte(X, X, temperature=0.0), ValueError, "gte: temperature must be in (0, inf], got 0.0"),
     (
         lambda: gte(X, X, scale=torch.ones(3)),
         ValueError,

@@ -165,7 +165,7 @@ CASES = [
         TypeError,
         "moco: ids must be int64, got torch.int32",
     ),
-    (lambda: moco(X, X, Q, temperature=-1.0), ValueError, "moco: temperature must be positive, got -1.0"),
+    (lambda: moco(X, X, Q, temperature=-1.0), ValueError, "moco: temperature must be in (0, inf], got -1.0"),
     (
         lambda: moco(X, X, Q, scale=torch.ones(3)),
         ValueError,

@@ -324,7 +324,7 @@ S = torch.zeros(2, 3)
         (
             lambda: pairwise_rank_distillation(S, S, margin=-1),
             ValueError,
-            "margin must be a finite number >= 0, got -1",
+            "margin must be in [0, inf), got -1",
         ),
     ],
 )

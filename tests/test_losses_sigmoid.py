@@ -308,13 +308,13 @@ CASES = [
         ValueError,
         "siglip: bias must be a float or a 0-d tensor, got (4,)",
     ),
-    (lambda: siglip(X, X, bias="0"), TypeError, "siglip: bias must be a float or a tensor, got str"),
+    (lambda: siglip(X, X, bias="0"), TypeError, "siglip: bias must be a number, got str"),
     (
         lambda: siglip(X, X, bias=torch.tensor(1)),
         TypeError,
         "siglip: bias must be a float or a floating tensor, got torch.int64",
     ),
-    (lambda: siglip(X, X, temperature=0.0), ValueError, "siglip: temperature must be positive, got 0.0"),
+    (lambda: siglip(X, X, temperature=0.0), ValueError, "siglip: temperature must be in (0, inf], got 0.0"),
     (lambda: siglip(X, X, weight=-GRADES), ValueError, "siglip: weight must not be negative, got -"),
     (lambda: siglip(X, X, weight=GRADES[:2]), ValueError, "siglip: weight must have shape (4,), got (2,)"),
     (

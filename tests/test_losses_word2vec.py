@@ -118,7 +118,7 @@ NEGATIVES = torch.tensor([[1, 2], [3, -1]])
             ValueError,
             "UnigramSampler: avoid must be in [-1, 3), got 4",
         ),
-        (lambda: UnigramSampler(torch.ones(5))(CONTEXT, 0), ValueError, "UnigramSampler: k must be an int >= 1, got 0"),
+        (lambda: UnigramSampler(torch.ones(5))(CONTEXT, 0), ValueError, "UnigramSampler: k must be at least 1, got 0"),
     ],
 )
 def test_bad_input(call, error, message):

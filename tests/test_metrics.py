@@ -133,12 +133,12 @@ FOUND, INDPTR, INDICES = torch.tensor([[0, 1]]), torch.tensor([0, 1]), torch.ten
         (
             lambda: retrieval_metrics(FOUND, (INDPTR, INDICES), k=(0,)),
             ValueError,
-            "k must be integers of at least 1, got 0",
+            "k must be at least 1, got 0",
         ),
         (
             lambda: retrieval_metrics(FOUND, (INDPTR, INDICES), k=(2.5,)),
-            ValueError,
-            "k must be integers of at least 1, got 2.5",
+            TypeError,
+            "k must be an int, got float",
         ),
         (lambda: retrieval_metrics(FOUND, INDICES, k=(1,)), TypeError, "relevant must be (indptr, indices)"),
         (lambda: retrieval_metrics(FOUND, (INDPTR[:1], INDICES), k=(1,)), ValueError, "indptr must have shape (2,)"),

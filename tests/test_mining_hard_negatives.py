@@ -633,8 +633,8 @@ def mine(positives=None, n=3, query=None, **options):
             "mine_hard_negatives: pairs.below must be 0-d or",
         ),
         (lambda: mine(pairs="all"), TypeError, "pairs must be Pairs or None, got str"),
-        (lambda: NegativeRules(rank_window=(-1, 5)), ValueError, "rank_window must have 0 <= first < end, got (-1, 5)"),
-        (lambda: NegativeRules(rank_window=(5, 5)), ValueError, "rank_window must have 0 <= first < end, got (5, 5)"),
+        (lambda: NegativeRules(rank_window=(-1, 5)), ValueError, "rank_window[0] must be at least 0, got -1"),
+        (lambda: NegativeRules(rank_window=(5, 5)), ValueError, "rank_window[1] must be at least 6, got 5"),
         (lambda: NegativeRules(rank_window=5), TypeError, "rank_window must be (first, end), got 5"),
         (
             lambda: NegativeRules(positive_score="median"),
@@ -646,8 +646,8 @@ def mine(positives=None, n=3, query=None, **options):
             ValueError,
             "rank_basis must be one of 'surviving', 'raw', got 'all'",
         ),
-        (lambda: NegativeRules(absolute_margin="1"), TypeError, "absolute_margin must be a float or None, got str"),
-        (lambda: NegativeRules(max_score=math.nan), ValueError, "max_score must be a number, got nan"),
+        (lambda: NegativeRules(absolute_margin="1"), TypeError, "absolute_margin must be a number, got str"),
+        (lambda: NegativeRules(max_score=math.nan), ValueError, "max_score must be in [-inf, inf], got nan"),
     ],
 )
 def test_bad_input(make, error, message):

@@ -179,11 +179,11 @@ def test_infinite_scores(backend):
     ("make", "error", "message"),
     [
         (lambda: Sampling("random"), ValueError, "strategy must be one of 'top', 'uniform', 'softmax', 'simans'"),
-        (lambda: Sampling(temperature=0.0), ValueError, "temperature must be positive, got 0.0"),
-        (lambda: Sampling(temperature=-1), ValueError, "temperature must be positive, got -1"),
-        (lambda: Sampling(temperature=math.nan), ValueError, "temperature must be finite, got nan"),
-        (lambda: Sampling(a=-1.0), ValueError, "a must be at least 0, got -1.0"),
-        (lambda: Sampling(b="0"), TypeError, "b must be a float, got str"),
+        (lambda: Sampling(temperature=0.0), ValueError, "temperature must be in (0, inf), got 0.0"),
+        (lambda: Sampling(temperature=-1), ValueError, "temperature must be in (0, inf), got -1"),
+        (lambda: Sampling(temperature=math.nan), ValueError, "temperature must be in (0, inf), got nan"),
+        (lambda: Sampling(a=-1.0), ValueError, "a must be in [0, inf), got -1.0"),
+        (lambda: Sampling(b="0"), TypeError, "b must be a number, got str"),
         (lambda: Sampling(seed=0.5), TypeError, "seed must be an int, got float"),
         (lambda: Sampling(ids=torch.arange(3)), TypeError, "ids must be (query_ids, corpus_ids) or None"),
         (

@@ -602,7 +602,7 @@ def updated(*blocks, **options):
 CASES = [
     (lambda: TopKState(QUERY, 0), ValueError, "TopKState: k must be at least 1, got 0"),
     (lambda: TopKState(QUERY[0], 5), ValueError, "TopKState: query must have two dimensions"),
-    (lambda: TopKState(QUERY, 5, rows=-1), ValueError, "TopKState: rows must not be negative, got -1"),
+    (lambda: TopKState(QUERY, 5, rows=-1), ValueError, "TopKState: rows must be at least 0, got -1"),
     (lambda: TopKState(QUERY, 5, rows=2.0), TypeError, "TopKState: rows must be an int, got float"),
     (lambda: TopKState(QUERY, 5, metric="l1"), ValueError, "TopKState: metric must be one of 'dot', 'cosine'"),
     (lambda: TopKState(QUERY, 5, pairs=3), TypeError, "TopKState: pairs must be Pairs or None, got int"),
@@ -645,7 +645,7 @@ CASES = [
         ValueError,
         "TopKState: block must be on the same device as query, got query on cpu and block on meta",
     ),
-    (lambda: TopKState(QUERY, 5).update(ROWS, -1), ValueError, "TopKState: base_index must not be negative, got -1"),
+    (lambda: TopKState(QUERY, 5).update(ROWS, -1), ValueError, "TopKState: base_index must be at least 0, got -1"),
     (lambda: TopKState(QUERY, 5).update(ROWS, True), TypeError, "TopKState: base_index must be an int, got bool"),
     (lambda: updated((0, 9), (8, 12)), ValueError, "TopKState: each row of the corpus must be seen once, rows 8 to 9"),
     (lambda: updated((5, 9), (0, 20)), ValueError, "TopKState: each row of the corpus must be seen once, rows 5 to 9"),
@@ -662,7 +662,7 @@ CASES = [
         "TopKState: all 40 rows of the corpus must be seen before the lists are final, rows 10 to 20 are missing",
     ),
     (lambda: search(QUERY, ROWS, 0), ValueError, "search: k must be at least 1, got 0"),
-    (lambda: search(QUERY, ROWS, 5, block_rows=0), ValueError, "search: block_rows must be positive, got 0"),
+    (lambda: search(QUERY, ROWS, 5, block_rows=0), ValueError, "search: block_rows must be at least 1, got 0"),
     (lambda: search(QUERY, ROWS, 5, progress=3), TypeError, "search: progress must be a bool or a function, got int"),
     (
         lambda: search(QUERY, ROWS.numpy()[:, :3], 5),

@@ -148,5 +148,5 @@ def test_a_coarse_corpus_of_another_shape_is_refused():
         similarity_topk(x, y, 3, coarse=Coarse.of(y[1:]))
     with pytest.raises(ValueError, match="Coarse: dtype must be one of"):
         similarity_topk(x, y, 3, coarse=torch.float16)
-    with pytest.raises(ValueError, match="candidates must be a positive int"):
+    with pytest.raises(ValueError, match="candidates must be at least 1, got"):
         Coarse(candidates=0)

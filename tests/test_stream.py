@@ -103,7 +103,7 @@ def test_functions_that_are_not_row_wise_are_refused():
         stream_rows(lambda logits, rows: logits.sum(), x, chunk_rows=4)
     with pytest.raises(TypeError, match="stream_rows: fn must return a tensor or a tuple of tensors, got float"):
         stream_rows(lambda logits, rows: logits.sum().item(), x)
-    with pytest.raises(ValueError, match="stream_rows: chunk_rows must be a positive int, got 0"):
+    with pytest.raises(ValueError, match="stream_rows: chunk_rows must be at least 1, got 0"):
         stream_rows(lambda logits, rows: logits.sum(1), x, chunk_rows=0)
     with pytest.raises(ValueError, match="stream_rows: y must have the same last dimension as x"):
         stream_rows(lambda logits, rows: logits.sum(1), x, torch.randn(6, 5))

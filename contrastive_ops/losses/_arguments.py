@@ -84,11 +84,7 @@ def resolve_scale(
     value = default_temperature if temperature is None else temperature
     if isinstance(value, Tensor):
         return value.reciprocal()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{function}: temperature must be a float or a tensor, got {type(value).__name__}")
-    if not value > 0:
-        raise ValueError(f"{function}: temperature must be positive, got {value}")
-    return 1.0 / value
+    return 1.0 / _checks.number(function, "temperature", value, "(0, inf]")
 
 
 def reduce_rows(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
@@ -148,22 +144,3 @@ def check_weight(function: str, weight: Tensor, size: int, x_name: str, x: Tenso
     negative = weight.detach()[weight.detach() < 0]
     if negative.numel():
         raise ValueError(f"{function}: {name} must not be negative, got {float(negative[0])}")
-
-
-def check_margin(function: str, margin: object) -> None:
-    """`margin` must be a finite number >= 0."""
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
-        raise TypeError(f"{function}: margin must be a float, got {type(margin).__name__}")
-    if not 0 <= margin < float("inf"):
-        raise ValueError(f"{function}: margin must be a finite number >= 0, got {margin}")
-
-
-def check_number(function: str, name: str, value: object, interval: str) -> None:
-    """`value` must be a number in `interval`, which is written as in mathematics: "[0, 1)"."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{function}: {name} must be a number, got {type(value).__name__}")
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    below = value <= high if interval[-1] == "]" else value < high
-    if not (above and below):
-        raise ValueError(f"{function}: {name} must be in {interval}, got {value}")

@@ -85,12 +85,7 @@ def scaled(scale: float | Tensor, rows: Tensor) -> Tensor:
 def smoothing_share(function: str, label_smoothing: float | Tensor, x_name: str, x: Tensor) -> float | Tensor | None:
     """Check `label_smoothing`: a number or (N,) numbers in [0, 1]. None where there is nothing to smooth."""
     if not isinstance(label_smoothing, Tensor):
-        if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
-            kind = type(label_smoothing).__name__
-            raise TypeError(f"{function}: label_smoothing must be a float or a tensor, got {kind}")
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"{function}: label_smoothing must be in [0, 1], got {label_smoothing}")
-        return label_smoothing or None
+        return _checks.number(function, "label_smoothing", label_smoothing, "[0, 1]") or None
     _checks.check_vector(function, "label_smoothing", label_smoothing, x.shape[0], x_name, x)
     if _checks.may_read(label_smoothing):
         wrong = label_smoothing.detach()[~((label_smoothing >= 0) & (label_smoothing <= 1))]

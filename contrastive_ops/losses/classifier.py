@@ -294,9 +294,9 @@ def _margin(function: str, margin: float | Tensor, kind: str, x: Tensor) -> Tens
     if isinstance(margin, Tensor):
         _checks.check_vector(function, "margin", margin, x.shape[0], "x", x)
         return margin.to(dtype)
-    _arguments.check_margin(function, margin)
+    margin = _checks.number(function, "margin", margin, "[0, inf)")
     if kind == "arcface":
-        _arguments.check_number(function, "margin", margin, f"[0, {math.pi}]")
+        margin = _checks.number(function, "margin", margin, f"[0, {math.pi}]")
     return torch.full((), margin, dtype=dtype, device=x.device)
 
 

@@ -45,7 +45,7 @@ def variance_hinge(x: Tensor, *, target: float = 1.0, eps: float = 1e-4) -> Tens
         tensor(0.9900)
     """
     name = "variance_hinge"
-    _arguments.check_number(name, "eps", eps, "(0, inf)")
+    eps = _checks.number(name, "eps", eps, "(0, inf)")
     (x,) = _features(name, x=x)
     return (target - (x.var(0) + eps).sqrt()).relu().mean()
 
@@ -193,8 +193,7 @@ class RunningCovariance(State):
 
     def __init__(self, dim: int, momentum: float = 0.01, *, device: torch.device | str | None = None) -> None:
         super().__init__()
-        _arguments.check_number("RunningCovariance", "momentum", momentum, "(0, 1]")
-        self.momentum = momentum
+        self.momentum = _checks.number("RunningCovariance", "momentum", momentum, "(0, 1]")
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
         self.covariance = torch.eye(dim, dtype=torch.float64, device=device)
 
@@ -256,7 +255,7 @@ def log_det(x: Tensor, *, eps: float = 1e-6, covariance: bool = False) -> Tensor
         0.0
     """
     name = "log_det"
-    _arguments.check_number(name, "eps", eps, "(0, inf)")
+    eps = _checks.number(name, "eps", eps, "(0, inf)")
     dtype = _checks.accumulator(x.dtype) if isinstance(x, Tensor) else torch.float32
     (x,) = _features(name, x=x)
     wide = x.to(torch.float64)

@@ -182,8 +182,7 @@ def distance_distillation(
     """
     name = "distance_distillation"
     _arguments.check_reduction(name, reduction)
-    if isinstance(delta, bool) or not isinstance(delta, (int, float)) or not delta > 0:
-        raise ValueError(f"{name}: delta must be a positive number, got {delta!r}")
+    delta = _checks.number(name, "delta", delta, "(0, inf]")
     x, teacher_x = _autocast.cast(x, teacher_x)
     _checks.check_matrix(name, "x", x)
     _checks.check_matrix(name, "teacher_x", teacher_x)
@@ -202,7 +201,7 @@ def distance_distillation(
     options = {"memory_budget": memory_budget, "function": name, "backend": backend}
     if relative:
         student, teacher = (each / _mean_distance(each, **options) for each in (student, teacher))
-    rows = _between_all(student, teacher, "huber", float(delta), **options)
+    rows = _between_all(student, teacher, "huber", delta, **options)
     return _arguments.reduce_rows(rows / _others(student), weight, reduction)
 
 

@@ -275,8 +275,8 @@ def hn_nce(
         True
     """
     name = "hn_nce"
-    _arguments.check_number(name, "alpha", alpha, "[0, inf)")
-    _arguments.check_number(name, "beta", beta, "[0, inf)")
+    alpha = _checks.number(name, "alpha", alpha, "[0, inf)")
+    beta = _checks.number(name, "beta", beta, "[0, inf)")
     image, text, scale = _arguments.two_sides(
         name,
         (("image", image), ("text", text)),
@@ -332,8 +332,8 @@ def _two_view_loss(
     backend: str,
     **common: Any,
 ) -> Tensor:
-    _arguments.check_number(function, "beta", beta, "[0, inf)")
-    _arguments.check_number(function, "tau_plus", tau_plus, "[0, 1)")
+    beta = _checks.number(function, "beta", beta, "[0, inf)")
+    tau_plus = _checks.number(function, "tau_plus", tau_plus, "[0, 1)")
     z, scale, partner, negatives = _two_views(function, *views, 0.5, **common)
     lse, _, positive, *_ = fold(
         z,
@@ -357,7 +357,7 @@ def _two_view_loss(
 
 def _von_mises_fisher(function: str, z: Tensor, sigma: float) -> Tensor:
     """(2 N,) weights with mean 1, smaller for samples whose views are alike."""
-    _arguments.check_number(function, "sigma", sigma, "(0, inf)")
+    sigma = _checks.number(function, "sigma", sigma, "(0, inf)")
     count, dtype = z.shape[0] // 2, _checks.accumulator(z.dtype)
     with _autocast.disabled(z), torch.no_grad():
         similarity = (z[:count].to(dtype) * z[count:].to(dtype)).sum(1)

@@ -16,7 +16,6 @@ from .. import _checks
 from .._ordered import repeated
 from .._unit_rows import unit_rows
 from ..ops.maxsim import REDUCTIONS, own_pairs, pair_scores, scores_of
-from ..ops.similarity_topk import check_k
 from ..ops.token_sets import Packed, TokenSets, check_two_sides, concatenated, packed
 from ..ops.xtr import retrieved_scores
 from ..reference.similarity_reduce import softplus
@@ -104,7 +103,7 @@ def late_interaction(
             parts.append(of_own if of_own.dim() == 2 else of_own[:, None])
         scores = torch.cat(parts, 1)
     else:
-        check_k(name, retrieved)
+        retrieved = _checks.integer(name, "retrieved", retrieved, 1)
         if own is not None:
             raise ValueError(f"{name}: row_negatives must be None where retrieved is given: no batch has their tokens")
         everything = d if more is None else concatenated(d, more)

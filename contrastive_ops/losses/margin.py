@@ -259,7 +259,7 @@ def simctg(
         reduction=reduction,
         weight=weight,
     )
-    _arguments.check_margin(name, margin)
+    margin = _checks.number(name, "margin", margin, "[0, inf)")
     _checks.check_choice(name, "average", average, ("pair", "segment"))
     _checks.check_index(name, "segments", segments, x.shape[0], "x", x)
     # Exactly 1 for unit rows, whose own gradient would only lengthen them.
@@ -292,7 +292,7 @@ def _partners(
     normalize: bool,
 ) -> tuple[Tensor, Tensor]:
     """Check what the losses of partners take; return both matrices, cast and normalised as asked for."""
-    _arguments.check_margin(function, margin)
+    margin = _checks.number(function, "margin", margin, "[0, inf)")
     x, y, _ = _arguments.two_sides(
         function,
         ((names[0], x), (names[1], y)),

@@ -6,12 +6,12 @@ first columns again and again; here the inner products of a prefix are those of 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .. import _checks
 from ..ops.pairs import Pairs
 from ..ops.similarity_prefix import check_dims, prefix_folds
 from ..reference.similarity_reduce import softplus
@@ -277,17 +277,12 @@ def _dim_weights(function: str, dims: list[int], weights: Sequence[float] | None
     """The weight of each prefix."""
     if weights is None:
         return [1.0] * len(dims)
-    found = list(weights)
+    found = _checks.listed(function, "dim_weights", weights)
     if len(found) != len(dims):
         raise ValueError(
             f"{function}: dim_weights must be as many as dims, got {len(found)} weights and {len(dims)} dims"
         )
-    for each in found:
-        if isinstance(each, bool) or not isinstance(each, (int, float)):
-            raise TypeError(f"{function}: dim_weights must be numbers, got {type(each).__name__}")
-        if not 0 <= each < math.inf:
-            raise ValueError(f"{function}: dim_weights must be finite numbers >= 0, got {each}")
-    return found
+    return [_checks.number(function, "dim_weights", each, "[0, inf)") for each in found]
 
 
 def _row_losses(weights: list[float], own: Tensor | None, *folds: Tensor | None) -> Tensor:

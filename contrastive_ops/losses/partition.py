@@ -96,7 +96,7 @@ def gte(
     name = "gte"
     _check_directions(name, partition, directions)
     if false_negative_margin is not None:
-        _arguments.check_number(name, "false_negative_margin", false_negative_margin, "(-inf, inf)")
+        false_negative_margin = _checks.number(name, "false_negative_margin", false_negative_margin, "(-inf, inf)")
     query, document, scale = _arguments.two_sides(
         name,
         (("query", query), ("document", document)),
@@ -213,7 +213,7 @@ def gist(
     """
     name = "gist"
     _checks.check_choice(name, "margin_strategy", margin_strategy, ("absolute", "relative"))
-    _arguments.check_number(name, "margin", margin, "(-inf, inf)")
+    margin = _checks.number(name, "margin", margin, "(-inf, inf)")
     query, key, scale = _arguments.two_sides(
         name,
         (("query", query), ("key", key)),

@@ -66,9 +66,9 @@ def dpo(
     name = "dpo"
     _arguments.check_reduction(name, reduction)
     _checks.check_choice(name, "kind", kind, KINDS)
-    _arguments.check_number(name, "beta", beta, "(0, inf)")
-    _arguments.check_number(name, "label_smoothing", label_smoothing, "[0, 0.5)")
-    _arguments.check_number(name, "margin", margin, "(-inf, inf)")
+    beta = _checks.number(name, "beta", beta, "(0, inf)")
+    label_smoothing = _checks.number(name, "label_smoothing", label_smoothing, "[0, 0.5)")
+    margin = _checks.number(name, "margin", margin, "(-inf, inf)")
     if kind != "sigmoid" and label_smoothing:
         raise ValueError(f'{name}: label_smoothing must be 0 for kind="{kind}", got {label_smoothing}')
     if kind == "ipo" and margin:

@@ -196,10 +196,10 @@ def pairwise_rank_distillation(
     _checks.check_choice(name, "kind", kind, PAIRWISE)
     _checks.check_choice(name, "pair_weight", pair_weight, WEIGHTINGS)
     _checks.check_choice(name, "pairs", pairs, ("mean", "sum"))
-    _arguments.check_margin(name, margin)
+    margin = _checks.number(name, "margin", margin, "[0, inf)")
     scores, teacher, valid = _lists(name, scores, teacher_scores, mask, weight, reduction)
     factor = _factor(name, "temperature", temperature, scores)
-    options = Options(kind, pair_weight, float(margin), pairs == "sum")
+    options = Options(kind, pair_weight, margin, pairs == "sum")
     losses = list_losses(scores * factor, teacher, valid, options)
     lowest, highest = (teacher.masked_fill(~valid, end).sort(1).values for end in (torch.inf, -torch.inf))
     # Not `highest > lowest`, which would leave out lists with NaN.
@@ -250,5 +250,5 @@ def _factor(name: str, key: str, temperature: float | Tensor, scores: Tensor) ->
         if temperature.dim() or not temperature.is_floating_point():
             raise ValueError(f"{name}: {key} must be a number or a 0-d tensor, got shape {_checks.shape(temperature)}")
         return temperature.to(device=scores.device, dtype=scores.dtype).reciprocal()
-    _arguments.check_number(name, key, temperature, "(0, inf)")
+    temperature = _checks.number(name, key, temperature, "(0, inf)")
     return torch.full((), 1 / temperature, dtype=scores.dtype, device=scores.device)

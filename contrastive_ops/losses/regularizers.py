@@ -60,7 +60,7 @@ def alignment(
         tensor(0.)
     """
     name = "alignment"
-    _arguments.check_number(name, "power", power, "(0, inf)")
+    power = _checks.number(name, "power", power, "(0, inf)")
     x, y, _ = _arguments.two_sides(
         name,
         (("x", x), ("y", y)),
@@ -129,7 +129,7 @@ def uniformity(
         tensor(-4.)
     """
     name = "uniformity"
-    _arguments.check_number(name, "t", t, "(0, inf)")
+    t = _checks.number(name, "t", t, "(0, inf)")
     x, queue = _autocast.cast(x, queue)
     _checks.check_matrix(name, "x", x)
     if queue is not None:

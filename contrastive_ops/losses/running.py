@@ -49,12 +49,8 @@ class RunningDenominator(State):
 
     def __init__(self, size: int, gamma: float = 0.9) -> None:
         super().__init__()
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"RunningDenominator: size must be an int, got {type(size).__name__}")
-        if size < 0:
-            raise ValueError(f"RunningDenominator: size must be >= 0, got {size}")
-        _arguments.check_number("RunningDenominator", "gamma", gamma, "(0, 1]")
-        self.gamma = gamma
+        size = _checks.integer("RunningDenominator", "size", size, 0)
+        self.gamma = _checks.number("RunningDenominator", "gamma", gamma, "(0, 1]")
         self.log_u = torch.full((2, size), -torch.inf, dtype=torch.float32)
 
     @torch.no_grad()
@@ -165,7 +161,7 @@ def sog_clr(
         8
     """
     name = "sog_clr"
-    _arguments.check_number(name, "eps", eps, "[0, inf)")
+    eps = _checks.number(name, "eps", eps, "[0, inf)")
     image, text, scale = _arguments.two_sides(
         name,
         (("image", image), ("text", text)),
@@ -225,6 +221,6 @@ def _scale_of_texts(
     if isinstance(temperature, Tensor):
         scale = temperature.reciprocal()
     elif temperature is not None:
-        _arguments.check_number(function, "text_temperature", temperature, "(0, inf)")
+        temperature = _checks.number(function, "text_temperature", temperature, "(0, inf)")
         scale = 1.0 / temperature
     return None if scale is None else _checks.scale_tensor(function, scale, "text", text, "text_scale")

@@ -122,8 +122,8 @@ def info_nce(
     name = "info_nce"
     _arguments.check_reduction(name, reduction)
     check_pairs(name, pairs)
-    _arguments.check_margin(name, margin)
-    _arguments.check_number(name, "z_loss", z_loss, "[0, inf)")
+    margin = _checks.number(name, "margin", margin, "[0, inf)")
+    z_loss = _checks.number(name, "z_loss", z_loss, "[0, inf)")
     query, key, negatives, row_negatives = _autocast.cast(query, key, negatives, row_negatives)
     _checks.check_matrices(name, "query", query, "key", key)
     scale = _arguments.resolve_scale(name, temperature, scale, 0.07)

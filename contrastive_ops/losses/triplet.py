@@ -67,7 +67,7 @@ def triplet(
     """
     name = "triplet"
     _arguments.check_reduction(name, reduction)
-    _arguments.check_margin(name, margin)
+    margin = _checks.number(name, "margin", margin, "[0, inf)")
     _checks.check_choice(name, "distance", distance, DISTANCES)
     anchor, positive, negative = _autocast.cast(anchor, positive, negative)
     for other_name, other in (("positive", positive), ("negative", negative)):
@@ -144,7 +144,7 @@ def batch_hard_triplet(
     if soft and margin is not None:
         raise ValueError(f"{name}: margin must be left out with soft=True, got {margin}")
     margin = 0.2 if margin is None else margin
-    _arguments.check_margin(name, margin)
+    margin = _checks.number(name, "margin", margin, "[0, inf)")
     positives = Pairs(same=ids, diagonal=0 if y is None else None)
     rows, columns = points(x, distance), None if y is None else points(y, distance)
     if distance == "cosine":
@@ -217,7 +217,7 @@ def batch_semi_hard_triplet(
     """
     name = "batch_semi_hard_triplet"
     x, y, ids = _mined(name, x, labels, y, col_labels, distance, weight, reduction)
-    _arguments.check_margin(name, margin)
+    margin = _checks.number(name, "margin", margin, "[0, inf)")
     columns = x if y is None else y
     if target is None:
         if y is None:
@@ -279,7 +279,7 @@ def contrastive(
     """
     name = "contrastive"
     _arguments.check_reduction(name, reduction)
-    _arguments.check_margin(name, margin)
+    margin = _checks.number(name, "margin", margin, "[0, inf)")
     _checks.check_choice(name, "distance", distance, ("cosine", "euclidean"))
     x, y = _autocast.cast(x, y)
     _checks.check_matrices(name, "x", x, "y", y)

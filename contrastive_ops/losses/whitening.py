@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
-from . import _arguments
 
 
 class _InverseRoot(torch.autograd.Function):
@@ -70,10 +69,11 @@ def group_whiten(
         True
     """
     name = "group_whiten"
-    _arguments.check_number(name, "eps", eps, "(0, inf)")
+    eps = _checks.number(name, "eps", eps, "(0, inf)")
     _checks.check_matrix(name, "x", x)
     N, D = x.shape
-    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or D % groups:
+    groups = _checks.integer(name, "groups", groups, 1)
+    if D % groups:
         raise ValueError(f"{name}: groups must be an int that divides {D} features, got {groups!r}")
     with _autocast.disabled(x):
         order = torch.randperm(D, generator=generator, device=x.device) if shuffle else None

@@ -39,7 +39,7 @@ class UnigramSampler(State):
     def __init__(self, counts: Tensor, power: float = 0.75) -> None:
         super().__init__()
         name = "UnigramSampler"
-        _arguments.check_number(name, "power", power, "[0, inf)")
+        power = _checks.number(name, "power", power, "[0, inf)")
         if not isinstance(counts, Tensor) or counts.dim() != 1 or not counts.numel():
             raise ValueError(f"{name}: counts must be a tensor of shape (V,), got {counts!r}")
         if bool((counts < 0).any()) or not bool((counts > 0).any()):
@@ -58,8 +58,7 @@ class UnigramSampler(State):
             generator: of the random numbers, on the device of ``avoid``.
         """
         name = "UnigramSampler"
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"{name}: k must be an int >= 1, got {k!r}")
+        k = _checks.integer(name, "k", k, 1)
         _checks.check_index(name, "avoid", avoid, None, "counts", self.cumulative)
         _checks.check_index_values(name, "avoid", avoid, len(self.cumulative), or_none=True)
         uniform = torch.rand((len(avoid), k), dtype=torch.float64, device=avoid.device, generator=generator)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -62,22 +61,16 @@ class NegativeRules:
         """Check what does not depend on the matrices."""
         for name in ("absolute_margin", "relative_margin", "min_score", "max_score", "near_duplicate"):
             value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"NegativeRules: {name} must be a float or None, got {type(value).__name__}")
-            if math.isnan(value):
-                raise ValueError(f"NegativeRules: {name} must be a number, got nan")
+            if value is not None:
+                object.__setattr__(self, name, _checks.number("NegativeRules", name, value, "[-inf, inf]"))
         _checks.check_choice("NegativeRules", "positive_score", self.positive_score, AGGREGATES)
         _checks.check_choice("NegativeRules", "rank_basis", self.rank_basis, BASES)
         window = self.rank_window
         if not isinstance(window, tuple) or len(window) != 2:
             raise TypeError(f"NegativeRules: rank_window must be (first, end), got {window!r}")
-        for rank in window[: 1 if window[1] is None else 2]:
-            if isinstance(rank, bool) or not isinstance(rank, int):
-                raise TypeError(f"NegativeRules: rank_window must be (first, end) of int, got {window!r}")
-        if window[0] < 0 or (window[1] is not None and window[1] <= window[0]):
-            raise ValueError(f"NegativeRules: rank_window must have 0 <= first < end, got {window}")
+        first = _checks.integer("NegativeRules", "rank_window[0]", window[0], 0)
+        end = None if window[1] is None else _checks.integer("NegativeRules", "rank_window[1]", window[1], first + 1)
+        object.__setattr__(self, "rank_window", (first, end))
 
     @property
     def needs_positive(self) -> bool:

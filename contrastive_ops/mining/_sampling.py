@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -63,18 +62,9 @@ class Sampling:
     def __post_init__(self) -> None:
         """Check what does not depend on the matrices."""
         _checks.check_choice("Sampling", "strategy", self.strategy, STRATEGIES)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"Sampling: seed must be an int, got {type(self.seed).__name__}")
-        for name in ("temperature", "a", "b"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"Sampling: {name} must be a float, got {type(value).__name__}")
-            if not math.isfinite(value):
-                raise ValueError(f"Sampling: {name} must be finite, got {value}")
-        if self.temperature <= 0:
-            raise ValueError(f"Sampling: temperature must be positive, got {self.temperature}")
-        if self.a < 0:
-            raise ValueError(f"Sampling: a must be at least 0, got {self.a}")
+        object.__setattr__(self, "seed", _checks.integer("Sampling", "seed", self.seed))
+        for name, interval in (("temperature", "(0, inf)"), ("a", "[0, inf)"), ("b", "(-inf, inf)")):
+            object.__setattr__(self, name, _checks.number("Sampling", name, getattr(self, name), interval))
         if self.ids is not None and (not isinstance(self.ids, tuple) or len(self.ids) != 2):
             raise TypeError("Sampling: ids must be (query_ids, corpus_ids) or None")
 

@@ -101,11 +101,8 @@ class MemoryBank(State):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("capacity", capacity), ("dim", dim)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"MemoryBank: {name} must be an int, got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"MemoryBank: {name} must be at least 1, got {value}")
+        capacity = _checks.integer("MemoryBank", "capacity", capacity, 1)
+        dim = _checks.integer("MemoryBank", "dim", dim, 1)
         _checks.check_choice("MemoryBank", "dtype", dtype, _checks.FLOATING)
         self.rows = torch.zeros(capacity, dim, dtype=dtype, device=device)
         for name in ("ids", "labels", "born"):
@@ -260,11 +257,7 @@ class MemoryBank(State):
 
     @staticmethod
     def _fresh(max_age: object, ages: Tensor) -> Tensor:
-        if isinstance(max_age, bool) or not isinstance(max_age, int):
-            raise TypeError(f"MemoryBank: max_age must be an int or None, got {type(max_age).__name__}")
-        if max_age < 0:
-            raise ValueError(f"MemoryBank: max_age must be >= 0, got {max_age}")
-        return ages <= max_age
+        return ages <= _checks.integer("MemoryBank", "max_age", max_age, 0)
 
     def extra_repr(self) -> str:
         """The size, the dtype and how much is filled."""

@@ -20,7 +20,7 @@ from ._positives import Positives, aggregate, parse, score
 from ._rules import NegativeRules, Selection, dropped_positives, selection
 from ._sampling import Sampling, check_ids, keys, order_of
 from .corpus import Corpus, as_corpus, read_ahead, rows_in_block
-from .state import TopKState, check_count
+from .state import TopKState
 from .streaming import Progress, reporter
 
 FUNCTION = "mine_hard_negatives"
@@ -179,11 +179,9 @@ def mine_hard_negatives(
     """
     _checks.check_matrix(FUNCTION, "query", query)
     _checks.check_choice(FUNCTION, "metric", metric, METRICS)
-    for name, value in (("num_negatives", num_negatives), ("block_rows", block_rows)):
-        if value is not None:
-            check_count(FUNCTION, name, value)
-            if value == 0:
-                raise ValueError(f"{FUNCTION}: {name} must be at least 1, got 0")
+    num_negatives = _checks.integer(FUNCTION, "num_negatives", num_negatives, 1)
+    if block_rows is not None:
+        block_rows = _checks.integer(FUNCTION, "block_rows", block_rows, 1)
     rules = NegativeRules() if rules is None else rules
     sampling = Sampling() if sampling is None else sampling
     with torch.no_grad(), _autocast.disabled(query):

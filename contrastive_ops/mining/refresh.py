@@ -41,18 +41,18 @@ class RefreshSchedule:
     """
 
     def __init__(self, every: int, *, start: int = 0, parts: int = 1) -> None:
-        self.every = _number("every", every, 1)
-        self.start = _number("start", start, 0)
-        self.parts = _number("parts", parts, 1)
-        self._next, self._part = start, 0
+        self.every = _checks.integer("RefreshSchedule", "every", every, 1)
+        self.start = _checks.integer("RefreshSchedule", "start", start, 0)
+        self.parts = _checks.integer("RefreshSchedule", "parts", parts, 1)
+        self._next, self._part = self.start, 0
 
     def due(self, step: int) -> bool:
         """Whether a refresh is due at this step, or has been since an earlier one."""
-        return _number("step", step, 0) >= self._next
+        return _checks.integer("RefreshSchedule", "step", step, 0) >= self._next
 
     def rows(self, count: int) -> slice:
         """Which of `count` queries this refresh mines: ``queries[schedule.rows(len(queries))]``."""
-        count = _number("count", count, 0)
+        count = _checks.integer("RefreshSchedule", "count", count, 0)
         return slice(count * self._part // self.parts, count * (self._part + 1) // self.parts)
 
     def done(self, step: int) -> None:
@@ -65,6 +65,7 @@ class RefreshSchedule:
         Raises:
             ValueError: nothing was due. A refresh that is done twice would leave out a part.
         """
+        step = _checks.integer("RefreshSchedule", "step", step, 0)
         if not self.due(step):
             raise ValueError(
                 f"RefreshSchedule.done: step must be one at which a refresh is due, got {step} before {self._next}"
@@ -149,11 +150,8 @@ def still_exact(
             f"{name}: top must have values of shape ({query.shape[0]}, k + 1) with k >= 1, "
             f"got {_checks.shape(top.values)}"
         )
-    for argument, value in (("corpus_shift", corpus_shift), ("corpus_length", corpus_length)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: {argument} must be a number, got {type(value).__name__}")
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{name}: {argument} must be a finite number >= 0, got {value}")
+    corpus_shift = _checks.number(name, "corpus_shift", corpus_shift, "[0, inf)")
+    corpus_length = _checks.number(name, "corpus_length", corpus_length, "[0, inf)")
     before, after = query.detach().double(), new_query.detach().double()
     moved = (after - before).norm(dim=1) * corpus_length + after.norm(dim=1) * corpus_shift
     # Scores are sums of D products in the accumulation dtype, then and now.
@@ -162,11 +160,3 @@ def still_exact(
     values = top.values.detach().double()
     gap = values[:, -2] - values[:, -1]
     return (gap > 2 * (moved + rounding)) | ((top.counts < values.shape[1]) & moved.isfinite())
-
-
-def _number(name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"RefreshSchedule: {name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"RefreshSchedule: {name} must be at least {least}, got {value}")
-    return value

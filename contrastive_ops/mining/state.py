@@ -15,7 +15,7 @@ from .. import _autocast, _checks
 from .._similarity import STATISTICS, Slot
 from ..ops._pair_slices import columns_of
 from ..ops.pairs import Guide, Pairs, resolve
-from ..ops.similarity_topk import TopK, check_k, merge, metric_rows, select
+from ..ops.similarity_topk import TopK, merge, metric_rows, select
 
 Range = tuple[int, int]
 # The end of a range is a number of int64, as the indices in it are.
@@ -86,9 +86,9 @@ class TopKState:
     ) -> None:
         function = self._function
         _checks.check_matrix(function, "query", query)
-        check_k(function, k)
+        k = _checks.integer(function, "k", k, 1)
         if rows is not None:
-            check_count(function, "rows", rows)
+            rows = _checks.integer(function, "rows", rows, 0)
         self.k, self.metric, self.rows = k, metric, rows
         self._given = query.detach()
         with torch.no_grad(), _autocast.disabled(query):
@@ -256,7 +256,7 @@ class TopKState:
                 f"{block.dtype}\n  convert the block, or start a state for each dtype"
             )
         _checks.check_matrices(function, "query", query, "block", block)
-        check_count(function, "base_index", base_index)
+        base_index = _checks.integer(function, "base_index", base_index, 0)
 
     def _check_same(self, other: TopKState) -> None:
         function = f"{self._function}.merge"
@@ -342,14 +342,6 @@ def fingerprint(*things: object) -> str:
 
     add(things)
     return digest.hexdigest()
-
-
-def check_count(function: str, name: str, value: object) -> None:
-    """`value` must be an int that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{function}: {name} must not be negative, got {value}")
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from .. import _checks
 from ..ops.pairs import Pairs
 from ..ops.similarity_topk import TopK
 from .corpus import Corpus, as_corpus, has_shape, read_ahead, rows_in_block
-from .state import Range, TopKState, check_count, columns_named, fingerprint, missing
+from .state import Range, TopKState, columns_named, fingerprint, missing
 
 # Between two writes of a checkpoint, which is as large as the lists.
 CHECKPOINT_SECONDS = 10.0
@@ -88,9 +88,7 @@ def search(
     name = "search"
     _checks.check_matrix(name, "query", query)
     if block_rows is not None:
-        check_count(name, "block_rows", block_rows)
-        if block_rows == 0:
-            raise ValueError(f"{name}: block_rows must be positive, got 0")
+        block_rows = _checks.integer(name, "block_rows", block_rows, 1)
     step = rows_in_block(query.shape[1], query.dtype) if block_rows is None else block_rows
     parts = None if has_shape(corpus) or isinstance(corpus, (str, bytes, dict)) else corpus
     view = None if isinstance(parts, Iterable) else as_corpus(name, corpus, query)
@@ -129,7 +127,7 @@ def _of_parts(parts: Iterable[Any], query: Tensor, seen: list[Range], step: int)
     begin = last = 0
     for item in parts:
         begin, part = item if isinstance(item, tuple) and len(item) == 2 else (begin, item)
-        check_count("search", "index of the first row of a block", begin)
+        begin = _checks.integer("search", "index of the first row of a block", begin, 0)
         corpus = as_corpus("search", part, query)
         yield from _unseen(corpus, begin, seen, step)
         begin += corpus.rows

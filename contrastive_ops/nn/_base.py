@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import _checks
+
 
 class Loss(nn.Module):
     """A loss function with its options. Subclasses name the function.
@@ -70,13 +72,9 @@ class ScaledLoss(Loss):
         name = type(self).__name__
         temperature = self.default_temperature if temperature is None else temperature
         self.learnable = self.default_learnable if learnable is None else learnable
-        if not temperature > 0:
-            raise ValueError(f"{name}: temperature must be positive, got {temperature}")
-        if not max_scale > 0:
-            raise ValueError(f"{name}: max_scale must be positive, got {max_scale}")
-        self.temperature = temperature
-        self.max_scale = max_scale
-        self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if self.learnable else None
+        self.temperature = _checks.number(name, "temperature", temperature, "(0, inf)")
+        self.max_scale = _checks.number(name, "max_scale", max_scale, "(0, inf]")
+        self.logit_scale = nn.Parameter(torch.tensor(-math.log(self.temperature))) if self.learnable else None
 
     def scale(self) -> float | Tensor:
         """The factor of the inner products: 1 / temperature, or exp(logit_scale), at most `max_scale`."""

@@ -104,15 +104,6 @@ class RouterProblem:
         )
 
 
-def check_count(function: str, name: str, value: object) -> int:
-    """`value` must be a positive int."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{function}: {name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{function}: {name} must be at least 1, got {value}")
-    return value
-
-
 def check_gating(function: str, gating: object) -> None:
     """`gating` must be a description of one."""
     if not isinstance(gating, Gating):
@@ -125,10 +116,8 @@ def as_capacity(function: str, capacity: int | float | Capacity | None) -> Capac
         return capacity
     if capacity is None:
         return Capacity()
-    if isinstance(capacity, bool) or not isinstance(capacity, (int, float)):
-        kind = type(capacity).__name__
-        raise TypeError(f"{function}: capacity must be an int, a float, Capacity or None, got {kind}")
-    return Capacity(limit=capacity) if isinstance(capacity, int) else Capacity(factor=capacity)
+    value = _checks.plain(function, "capacity", capacity, "an int, a float, Capacity or None")
+    return Capacity(limit=value) if isinstance(value, int) else Capacity(factor=value)
 
 
 def _check_like(
@@ -156,7 +145,7 @@ def _losses(function: str, losses: object) -> tuple[RouterLoss, ...]:
 def _segments(function: str, segments: Tensor | None, num_segments: int | None, logits: Tensor) -> int:
     """How many segments there are."""
     if num_segments is not None:
-        check_count(function, "num_segments", num_segments)
+        num_segments = _checks.integer(function, "num_segments", num_segments, 1)
     if segments is None:
         if num_segments not in (None, 1):
             raise ValueError(f"{function}: segments must be given for num_segments={num_segments}, got None")

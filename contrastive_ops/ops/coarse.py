@@ -64,8 +64,8 @@ class Coarse:
     def __post_init__(self) -> None:
         """Check what does not depend on the matrices."""
         _checks.check_choice("Coarse", "dtype", self.dtype, DTYPES)
-        if self.candidates is not None and (not isinstance(self.candidates, int) or self.candidates < 1):
-            raise ValueError(f"Coarse: candidates must be a positive int or None, got {self.candidates!r}")
+        if self.candidates is not None:
+            object.__setattr__(self, "candidates", _checks.integer("Coarse", "candidates", self.candidates, 1))
 
     @classmethod
     def of(

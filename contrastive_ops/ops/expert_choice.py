@@ -71,12 +71,12 @@ def expert_choice(
     _checks.check_matrix(function, "logits", logits)
     tokens, experts = logits.shape
     check_gating(function, gating)
-    if gating.bias is not None or gating.expert_groups > 1 or gating.renormalize:
+    if gating.bias is not None or gating.expert_groups != 1 or gating.renormalize:
         raise ValueError(
             f"{function}: gating must have no bias, no groups and no renormalisation, got {gating}: experts choose by "
             "the scores themselves"
         )
-    gating.check(function, 1, experts, logits)
+    gating = gating.checked(function, 1, experts, logits)
     limits = as_capacity(function, capacity)
     taken, group = limits.slots(function, tokens, experts, 1)
     if taken < 0:

@@ -14,7 +14,7 @@ from .._dispatch import Backend, choose, unsupported_by_cpu
 from .._routing import SlotSpec
 from ..reference import expert_routing as reference
 from ._expert_routing_autograd import register
-from ._router_problem import RouterProblem, as_capacity, check_count, check_gating
+from ._router_problem import RouterProblem, as_capacity, check_gating
 from .gating import Capacity, Gating, RouterLoss
 
 # One hop to every implementation; each offers scores, scores_backward, slots, dispatch, combine and dots.
@@ -164,13 +164,13 @@ def route(
     """
     function = "route"
     _checks.check_matrix(function, "logits", logits)
-    k = check_count(function, "k", k)
+    k = _checks.integer(function, "k", k, 1)
     _checks.check_choice(function, "priority", priority, PRIORITIES)
     tokens, experts = logits.shape
     if k > experts:
         raise ValueError(f"{function}: k must be at most the number of experts, got k={k} and {experts} experts")
     check_gating(function, gating)
-    gating.check(function, k, experts, logits)
+    gating = gating.checked(function, k, experts, logits)
     limits = as_capacity(function, capacity)
     taken, group = limits.slots(function, tokens, experts, k)
     problem = RouterProblem.of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,8 +40,8 @@ class Gating:
     kept_groups: int = 1
     group_score: str = "top2"
 
-    def check(self, function: str, k: int, experts: int, logits: Tensor) -> None:
-        """Raise where this does not fit k choices among the logits' experts."""
+    def checked(self, function: str, k: int, experts: int, logits: Tensor) -> Gating:
+        """Return it with Python's numbers; raise where it does not fit k choices among the logits' experts."""
         _checks.check_choice(function, "gating.score", self.score, SCORES)
         _checks.check_choice(function, "gating.group_score", self.group_score, GROUP_SCORES)
         if self.renormalize and k == 1:
@@ -49,27 +49,25 @@ class Gating:
                 f"{function}: gating.renormalize must be False for k=1, got True: the only gate would be 1 whatever "
                 "the logits are, and the router would get no gradient"
             )
-        if not 0 <= self.noise_std < math.inf:  # traced with symbolic numbers too
-            raise ValueError(
-                f"{function}: gating.noise_std must be a finite number of at least 0, got {self.noise_std}"
-            )
+        noise_std = _checks.number(function, "gating.noise_std", self.noise_std, "[0, inf)")
         if self.bias is not None:
             _checks.check_vector(function, "gating.bias", self.bias, experts, "logits", logits)
             _checks.check_constant(function, "gating.bias", self.bias)
-        if self.expert_groups < 1 or experts % self.expert_groups:
+        groups = _checks.integer(function, "gating.expert_groups", self.expert_groups, 1)
+        if experts % groups:
             raise ValueError(
-                f"{function}: gating.expert_groups must divide the number of experts, got {self.expert_groups} groups "
-                f"of {experts} experts"
+                f"{function}: gating.expert_groups must divide the number of experts, got {groups} groups of {experts} "
+                "experts"
             )
-        if not 1 <= self.kept_groups <= self.expert_groups:
-            raise ValueError(
-                f"{function}: gating.kept_groups must be in [1, {self.expert_groups}], got {self.kept_groups}"
-            )
-        if k > experts // self.expert_groups * self.kept_groups:
+        kept = _checks.integer(function, "gating.kept_groups", self.kept_groups, 1, groups)
+        if k > experts // groups * kept:
             raise ValueError(
                 f"{function}: k must be at most the number of experts that may be chosen, got k={k} and "
-                f"{experts // self.expert_groups * self.kept_groups} experts"
+                f"{experts // groups * kept} experts"
             )
+        if noise_std is self.noise_std and groups is self.expert_groups and kept is self.kept_groups:
+            return self
+        return replace(self, noise_std=noise_std, expert_groups=groups, kept_groups=kept)
 
 
 @dataclass(frozen=True)
@@ -94,34 +92,28 @@ class Capacity:
 
     def slots(self, function: str, tokens: int, experts: int, k: int) -> tuple[int, int]:
         """Return (tokens that an expert takes of a group, -1 for all; tokens in a group)."""
-        for name in ("limit", "multiple_of", "group_size"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise TypeError(f"{function}: capacity.{name} must be an int, got {type(value).__name__}")
-        size = tokens if self.group_size is None else self.group_size
-        if self.group_size is not None and (size < 1 or tokens % size):
+        multiple = _checks.integer(function, "capacity.multiple_of", self.multiple_of, 1)
+        size = tokens
+        if self.group_size is not None:
+            size = _checks.integer(function, "capacity.group_size", self.group_size, 1)
+        if self.group_size is not None and tokens % size:
             raise ValueError(
                 f"{function}: capacity.group_size must divide the number of tokens, got groups of {size} and {tokens} "
                 "tokens; pad the tokens and mark them in valid"
             )
         if self.factor is not None and self.limit is not None:
             raise ValueError(f"{function}: capacity must have a factor or a limit, got both")
-        if self.multiple_of < 1:
-            raise ValueError(f"{function}: capacity.multiple_of must be at least 1, got {self.multiple_of}")
         if self.limit is not None:
-            most = self.limit
+            most = _checks.integer(function, "capacity.limit", self.limit, 0)
         elif self.factor is not None:
-            if not 0 <= self.factor < math.inf:
-                raise ValueError(f"{function}: capacity must be a finite factor of at least 0, got {self.factor}")
+            factor = _checks.number(function, "capacity.factor", self.factor, "[0, inf)")
             # The product may miss a whole number by a rounding, which must not cost a slot.
-            most = math.ceil(self.factor * k * size / experts - 1e-9)
+            most = math.ceil(factor * k * size / experts - 1e-9)
         elif self.padded:
             raise ValueError(f"{function}: capacity must have a factor or a limit to be padded, got neither")
         else:
             return -1, size
-        if most < 0:
-            raise ValueError(f"{function}: capacity must be at least 0, got {most}")
-        return -(-most // self.multiple_of) * self.multiple_of, size
+        return -(-most // multiple) * multiple, size
 
 
 @dataclass(frozen=True)

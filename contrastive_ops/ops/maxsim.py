@@ -11,7 +11,6 @@ from .. import _checks, _extension
 from .._dispatch import Backend, choose, unsupported_by_cpu
 from ..reference import maxsim as reference
 from ._maxsim_autograd import register
-from .similarity_topk import check_k
 from .token_sets import Packed, TokenSets, check_two_sides, packed
 
 # One hop to every implementation; each offers forward and backward with the same arguments.
@@ -201,7 +200,7 @@ def _checked_pairs(function: str, q: Packed, d: Packed, pairs: object) -> tuple[
 
 def _check(function: str, q: Packed, d: Packed, k: int, reduce: str) -> None:
     check_two_sides(function, q, d)
-    check_k(function, k)
+    k = _checks.integer(function, "k", k, 1)
     _checks.check_choice(function, "reduce", reduce, REDUCTIONS)
 
 

@@ -81,18 +81,16 @@ class Pairs:
 
     def __post_init__(self) -> None:
         """Check what does not depend on the matrices."""
-        if self.diagonal is not None and (
-            isinstance(self.diagonal, bool) or not isinstance(self.diagonal, (int, torch.SymInt))
-        ):
-            raise TypeError(f"Pairs: diagonal must be an int or None, got {type(self.diagonal).__name__}")
+        if self.diagonal is not None:
+            object.__setattr__(self, "diagonal", _checks.integer("Pairs", "diagonal", self.diagonal))
         for name, size in (("differ", 2), ("same", 2), ("exclude", 2), ("log_weight", 3)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, tuple) or len(value) != size):
                 raise TypeError(f"Pairs: {name} must be a tuple of {size} tensors, got {_described(value)}")
         if self.guide is not None and not isinstance(self.guide, Guide):
             raise TypeError(f"Pairs: guide must be a Guide or None, got {type(self.guide).__name__}")
-        if self.fill is not None and (isinstance(self.fill, bool) or not isinstance(self.fill, (int, float))):
-            raise TypeError(f"Pairs: fill must be a float or None, got {type(self.fill).__name__}")
+        if self.fill is not None:
+            object.__setattr__(self, "fill", _checks.number("Pairs", "fill", self.fill, "[-inf, inf]"))
 
 
 def resolve(function: str, pairs: Pairs, x: Tensor, y: Tensor) -> dict[Slot, Tensor]:

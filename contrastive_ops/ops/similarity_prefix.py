@@ -184,13 +184,8 @@ def prefix_folds(
 
 def check_dims(function: str, dims: Sequence[int], x_name: str, x: Tensor) -> list[int]:
     """`dims` must be lengths of prefixes of the rows of `x`, ascending."""
-    if not isinstance(dims, Sequence):
-        raise TypeError(f"{function}: dims must be a tuple or list of integers, got {type(dims).__name__}")
-    found = list(dims)
-    for each in found:
-        if isinstance(each, bool) or not isinstance(each, int):
-            raise TypeError(f"{function}: dims must be integers, got {type(each).__name__}")
-    if not found or found[0] < 1 or any(a >= b for a, b in zip(found, found[1:], strict=False)):
+    found = [_checks.integer(function, "dims", each, 1) for each in _checks.listed(function, "dims", dims)]
+    if not found or any(a >= b for a, b in zip(found, found[1:], strict=False)):
         raise ValueError(
             f"{function}: dims must be one or more ascending lengths >= 1, got {tuple(found)}\n"
             "  sort them, and put weights of prefixes into the same order"

@@ -270,9 +270,7 @@ def budget_bytes(function: str, memory_budget: object, device: str) -> int:
     """The number of bytes that `memory_budget` allows."""
     if memory_budget is None:
         return DEFAULT_MEMORY_BUDGET_OF_GPU if device == "cuda" else DEFAULT_MEMORY_BUDGET
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 0:
-        raise ValueError(f"{function}: memory_budget must be a number of bytes >= 0, got {memory_budget!r}")
-    return memory_budget
+    return _checks.integer(function, "memory_budget", memory_budget, 0)
 
 
 def _kept_size(x: Tensor, y: Tensor | None, budget: int) -> int:

@@ -156,7 +156,7 @@ def similarity_topk(
         (torch.Size([2, 5]), True)
     """
     name = "similarity_topk"
-    check_k(name, k)
+    k = _checks.integer(name, "k", k, 1)
     x, y = _autocast.cast(x, y)
     _checks.check_matrices(name, "x", x, "y", y)
     x, y = metric_rows(name, x, y, metric)
@@ -207,7 +207,7 @@ def select(
         rules say, and those that each rule drops, whatever the others say.
     """
     function = names[0]
-    check_k(function, k)
+    k = _checks.integer(function, "k", k, 1)
     arguments, chosen = _problem(names, x, y, scale, row_bias, col_bias, pairs, count_pairs, code_scale, backend)
     values, indices, counts, statistics = torch.ops.contrastive_ops.similarity_topk_forward(
         *arguments, k, floor, count_above, chosen
@@ -257,14 +257,6 @@ def order(values: Tensor, indices: Tensor, k: int, backend: str = "auto") -> Top
     functions = BACKENDS[choose("similarity_topk", BACKENDS, values, backend)].functions()
     values, indices = functions.order(values, indices, k)
     return TopK(values, indices, (indices >= 0).sum(1))
-
-
-def check_k(function: str, k: object) -> None:
-    """`k` must be a positive int."""
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        raise TypeError(f"{function}: k must be an int, got {type(k).__name__}")
-    if k < 1:
-        raise ValueError(f"{function}: k must be at least 1, got {k}")
 
 
 def _problem(

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from .. import _checks
 from .maxsim import REDUCTIONS
-from .similarity_topk import check_k, select
+from .similarity_topk import select
 from .token_sets import Packed, TokenSets, check_two_sides, packed
 
 MISSING = ("skip", "impute")
@@ -75,7 +75,7 @@ def xtr(
 def retrieved_scores(function: str, q: Packed, d: Packed, k: int, missing: str, reduce: str, backend: str) -> Tensor:
     """`xtr` of sets that are packed already."""
     check_two_sides(function, q, d)
-    check_k(function, k)
+    k = _checks.integer(function, "k", k, 1)
     _checks.check_choice(function, "missing", missing, MISSING)
     _checks.check_choice(function, "reduce", reduce, REDUCTIONS)
     dtype = _checks.accumulator(q.tokens.dtype)

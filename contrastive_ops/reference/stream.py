@@ -69,8 +69,8 @@ def stream_rows(
     columns = x if y is None else y
     if chunk_rows is None:
         chunk_rows = max(1, CHUNK_ELEMENTS // max(1, columns.shape[0]))
-    elif isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int) or chunk_rows < 1:
-        raise ValueError(f"{name}: chunk_rows must be a positive int, got {chunk_rows!r}")
+    else:
+        chunk_rows = _checks.integer(name, "chunk_rows", chunk_rows, 1)
 
     # checkpoint would save the generator's state, 5 kB a chunk, and small pieces that outlive the chunks' large
     # temporaries lie between them and keep the allocator from reusing memory: the peak then grows with N M. One number
