@@ -17,7 +17,7 @@ def left_out(x: Tensor, keep: Tensor) -> Tensor:
         x: any shape and dtype.
         keep: bool, of the first dimensions of `x`.
     """
-    return torch.where(keep.view(keep.shape + (1,) * (x.dim() - keep.dim())), x, 0)
+    return torch.where(keep.view(keep.shape + (1,) * (x.dim() - keep.dim())), x, x.new_zeros(()))
 
 
 def times(weight: Tensor, x: Tensor) -> Tensor:

@@ -178,7 +178,6 @@ BAD = {
     "limit is a float": ({"capacity": Capacity(limit=2.5)}, TypeError, "capacity.limit must be an int, got float"),
     "gating is a dict": ({"gating": {}}, TypeError, "gating must be Gating, got dict"),
     "unknown score": ({"gating": Gating(score="relu")}, ValueError, "gating.score must be one of"),
-    "renormalised single gate": ({"gating": Gating(renormalize=True)}, ValueError, "would get no gradient"),
     "negative noise": ({"gating": Gating(noise_std=-1.0)}, ValueError, "gating.noise_std must be in"),
     "noise of nan": ({"gating": Gating(noise_std=torch.nan)}, ValueError, "gating.noise_std must be in"),
     "bias of another size": (

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
+from .._masks import left_out
 from ..ops import Capacity, Routing, combine
 from ..ops.expert_choice import expert_choice
 from .experts import Experts
@@ -59,7 +60,7 @@ class _Layer(nn.Module):
             segments: int64 label of each token, shaped as the tokens' leading dimensions or the first of them: (B,)
                 labels sequences.
             num_segments: as in `route`.
-            valid: bool, shaped as `segments`; the output of padding is 0.
+            valid: bool, shaped as `segments`; the output of padding is 0, and what padding holds reaches nothing.
             allowed: bool (..., E), the experts that a token may choose; or int64 (..., k), those it is given, without
                 the last dimension for k = 1, such as the domain of each sequence (B,).
             generator: as in `route`.
@@ -68,6 +69,7 @@ class _Layer(nn.Module):
         shape = tokens.shape[:-1]
         flat, name = tokens.reshape(-1, tokens.shape[-1]), type(self).__name__
         valid = _of_tokens(name, "valid", valid, shape)
+        flat = flat if valid is None else left_out(flat, valid)
         if allowed is not None:
             last = allowed.shape[-1:] if allowed.dtype == torch.bool or self.gate.k > 1 else ()
             allowed = _of_tokens(name, "allowed", allowed, shape, last)
@@ -125,6 +127,9 @@ class SparseMoE(_Layer):
         ``block_sparse_moe`` state loads as it is. Memory: rows of the chosen experts only, (T k, F); tokens are read
         where they are, and no copy of them is made.
 
+        Causal models: with a capacity, ``priority="gate"``, the default, lets a later token take the place of an
+        earlier one, so that outputs depend on what comes after; see `route` for what does not.
+
     Example:
         >>> from contrastive_ops import RouterLoss
         >>> losses = [RouterLoss("local_entropy", 0.04), RouterLoss("global_entropy", 0.04, threshold=1.0)]
@@ -166,6 +171,10 @@ class ExpertChoice(_Layer):
         router: keyword arguments of `Router`: gating, losses, eval_capacity.
         options: gated, activation, bias, shared, as in `SparseMoE`.
 
+    Note:
+        Not for causal models: whether an expert takes a token depends on the tokens after it. Take `SparseMoE` without
+        a capacity or with ``router={"priority": "position"}``.
+
     Example:
         >>> out, routing = ExpertChoice(16, 32, experts=4, capacity=1.0)(torch.randn(2, 10, 16))
         >>> routing.offsets.diff()
@@ -191,4 +200,4 @@ class ExpertChoice(_Layer):
 
     def route(self, tokens: Tensor, labels: dict[str, Any]) -> Routing:
         """Experts choose tokens."""
-        return expert_choice(self.gate.logits(tokens), **self.gate.options(), **labels)
+        return expert_choice(self.gate.scored(tokens, labels), **self.gate.options(), **labels)

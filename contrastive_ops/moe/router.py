@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import _autocast, _checks
+from .._masks import left_out
 from .._state import State
 from ..ops import Capacity, Gating, RouterLoss, Routing, route
 from ..ops.expert_routing import DEFAULT
@@ -134,6 +135,15 @@ class Router(State):
         with _autocast.disabled(tokens):
             return F.linear(tokens.to(dtype), self.weight.to(dtype))
 
+    def scored(self, tokens: Tensor, labels: dict[str, Any]) -> Tensor:
+        """`logits` in which tokens that take no part are 0, so that what they hold does not reach the weight."""
+        valid, allowed = labels.get("valid"), labels.get("allowed")
+        if allowed is not None:
+            some = allowed if allowed.dtype == torch.bool else allowed >= 0
+            some = some.any(1) if some.dim() == 2 else some
+            valid = some if valid is None else valid & some
+        return self.logits(tokens if valid is None else left_out(tokens, valid))
+
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `route` in the present mode."""
         gating = self.gating
@@ -148,7 +158,7 @@ class Router(State):
 
     def forward(self, tokens: Tensor, **labels: Any) -> Routing:
         """Route tokens (T, D); `labels` are segments, num_segments, valid, allowed, generator, backend of `route`."""
-        return route(self.logits(tokens), self.k, priority=self.priority, **self.options(), **labels)
+        return route(self.scored(tokens, labels), self.k, priority=self.priority, **self.options(), **labels)
 
     @torch.no_grad()
     def update_bias(self, choices: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import _autocast, _checks
+from .._masks import left_out
 from .experts import Experts
 
 
@@ -30,7 +31,7 @@ class SoftMoE(nn.Module):
         options: gated, activation, bias, as in `Experts`.
 
     Note:
-        Memory O(B L E P). Sequences share nothing; their tokens do, so not for causal models.
+        Memory O(B L E P). Sequences share nothing; their tokens do, so not for causal models: take `SparseMoE`.
 
     Source:
         Puigcerver et al., From Sparse to Soft Mixtures of Experts, 2023.
@@ -60,6 +61,7 @@ class SoftMoE(nn.Module):
     def forward(self, tokens: Tensor, *, valid: Tensor | None = None, backend: str = "auto") -> Tensor:
         """Return the output (..., L, D) of tokens (..., L, D); padding, where valid (..., L) is False, is left out."""
         shape = tokens.shape
+        tokens = tokens if valid is None else left_out(tokens, valid)
         x = tokens.reshape(-1, *shape[-2:])
         dtype = _checks.accumulator(tokens.dtype)
         with _autocast.disabled(tokens):
@@ -70,7 +72,7 @@ class SoftMoE(nn.Module):
                 padding = ~valid.reshape(-1, shape[-2], 1)
                 # The least number, not -inf, so that a sequence of padding alone has finite weights.
                 into = into.masked_fill(padding, torch.finfo(dtype).min)
-                x, back = x.masked_fill(padding, 0.0), back.masked_fill(padding, 0.0)
+                back = back.masked_fill(padding, 0.0)
             mixed = into.softmax(1).transpose(1, 2) @ x.to(dtype)
         experts, slots = self.slots.shape[1:]
         # Rows of one expert in succession, those of all sequences.

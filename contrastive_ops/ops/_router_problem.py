@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._lists import NONE, first_of_each
+from .._masks import left_out
 from .._routing import GROUP_SCORES, SCORES, ScoreSpec
 from ._router_statistics import Statistics
 from .gating import Capacity, Gating, RouterLoss
@@ -55,9 +56,10 @@ class RouterProblem:
         names = [loss.name for loss in wanted]
         if len(set(names)) < len(names):
             raise ValueError(f"{function}: losses must differ, got {names}")
-        count = _segments(function, segments, num_segments, logits)
-        if valid is not None:
+        if valid is not None:  # what padding has for a segment and for experts is not looked at
             _check_like(function, "valid", valid, torch.bool, (tokens,), logits)
+            segments, allowed = (_of_valid(each, valid) for each in (segments, allowed))
+        count = _segments(function, segments, num_segments, logits)
         mask, given = _allowed(function, allowed, k, logits)
         if given is not None:  # a token that is given no expert is left out
             some = (given >= 0).any(1)
@@ -70,6 +72,7 @@ class RouterProblem:
             _check_like(function, "noise", noise, noise.dtype, tuple(logits.shape), logits)
             _checks.check_constant(function, "noise", noise)
             noise = noise.to(dtype).contiguous()
+            noise = noise if valid is None else left_out(noise, valid)
         elif gating.noise_std:
             noise = torch.randn(logits.shape, dtype=dtype, device=logits.device, generator=generator)
         return cls(function, logits, gating, noise, mask, given, segments, count, valid, wanted)
@@ -82,7 +85,10 @@ class RouterProblem:
         """What the operator takes that scores the experts, up to the backend."""
         g = self.gating
         groups = (g.expert_groups, g.kept_groups, GROUP_SCORES.index(g.group_score))
-        spec = ScoreSpec(k, SCORES.index(g.score), int(g.renormalize), *groups, self.segments, int(self.asks("load")))
+        # With one choice the gate is 1, which `routing_of` puts there: x / x has a gradient of rounding errors.
+        spec = ScoreSpec(
+            k, SCORES.index(g.score), int(g.renormalize and k > 1), *groups, self.segments, int(self.asks("load"))
+        )
         bias = None if g.bias is None else g.bias.detach().to(_checks.accumulator(self.logits.dtype))
         sigma = g.noise_std / max(self.logits.shape[1], 1)
         given = self.given if given is None else given
@@ -130,6 +136,12 @@ def _check_like(
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{function}: {name} must have shape {shape}, got {_checks.shape(tensor)}")
     _checks.check_device(function, "logits", logits, name, tensor)
+
+
+def _of_valid(label: Tensor | None, valid: Tensor) -> Tensor | None:
+    """A label of tokens with 0 for padding, if it fits; what does not is left to the checks."""
+    fits = isinstance(label, Tensor) and label.shape[:1] == valid.shape and label.device == valid.device
+    return left_out(label, valid) if fits and isinstance(label, Tensor) else label
 
 
 def _losses(function: str, losses: object) -> tuple[RouterLoss, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._masks import times
 from .gating import RouterLoss
 
 
@@ -83,7 +84,7 @@ class Statistics:
         by_name = {name: values[name] for name in names}
         every = torch.stack(tuple(by_name.values()))
         if not all(isinstance(loss.weight, (int, float)) and loss.weight == 1 for loss in wanted):
-            every = every * per_segment(function, wanted, [loss.weight for loss in wanted], every)
+            every = times(per_segment(function, wanted, [loss.weight for loss in wanted], every), every)
         return by_name, every.sum()
 
     def _global_entropy(self, function: str, loss: RouterLoss, tokens: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ def expert_choice(
         ValueError, TypeError, NotImplementedError: as `route`.
 
     Note:
-        Equal scores are taken in the order of tokens, NaN after all numbers. Memory O(T E).
+        Equal scores are taken in the order of tokens, NaN after all numbers. Memory O(T E). Not for causal models:
+        whether an expert takes a token depends on the tokens after it. `route` without a capacity does not.
 
     Source:
         Zhou et al., Mixture-of-Experts with Expert Choice Routing, 2022.

@@ -119,12 +119,15 @@ def route(
         capacity: an int, tokens that an expert takes; a float, a factor of its fair share k T / E, rounded up; or
             `Capacity`, which also has groups and the padded layout. None drops nothing. 0 drops everything.
         priority: who is kept where more want an expert than it takes: "gate", tokens by the score of their first choice
-            (Batch Priority Routing); or "position", those that come first.
+            (Batch Priority Routing); or "position", those that come first. In causal models a token must not depend on
+            those after it: with "gate" and a capacity it does, and with "position" and k > 1, where first choices of
+            later tokens come before second ones. Without a capacity, or with "position", k = 1 and a capacity that is
+            an int, nothing depends on later tokens.
         gating: scores, noise, renormalisation, bias and groups of experts; see `Gating`.
         segments: (T,) int64 the segment of each token, such as its modality, tower or language. Losses and metrics are
             per segment; priority and capacity do not look at it.
         num_segments: S; by default one more than the largest label, which reads the data.
-        valid: (T,) bool; padding is not routed, and counts nowhere.
+        valid: (T,) bool; padding is not routed and counts nowhere, whatever its logits, noise, segment and experts are.
         allowed: (T, E) bool, the experts that a token may choose, to which its probabilities are restricted; or (T, k)
             int64, the experts it is given, -1 for none, each once: one that is named again is left out. A row with
             fewer experts than k has -1 and gate 0 in the rest.
@@ -138,8 +141,8 @@ def route(
         `Routing`.
 
     Raises:
-        ValueError: arguments that do not fit: k above the number of experts, "load" without noise, renormalised gates
-            with k=1, segments out of range.
+        ValueError: arguments that do not fit: k above the number of experts, "load" without noise, segments out of
+            range.
         TypeError: dtypes that do not fit.
         NotImplementedError: an explicit backend that cannot run these inputs.
 
@@ -200,6 +203,8 @@ def routing_of(
 ) -> Routing:
     """Put together what the operators returned; `served`: (S,) tokens that have an expert, where experts choose."""
     slots, order, offsets, kept = places
+    if problem.gating.renormalize and experts.shape[1] == 1:
+        gates = torch.where(gates.isnan(), gates, (experts >= 0).to(gates.dtype))
     statistics = problem.statistics(sums, kept)
     by_name, total = statistics.losses(problem.function, problem.losses)
     with torch.no_grad():

@@ -22,8 +22,9 @@ class Gating:
 
     Attributes:
         score: "softmax" over the experts, or "sigmoid" of each.
-        renormalize: divide the gates of a token by their sum over its k choices, before any is dropped. Not with k = 1,
-            where it would make every gate 1 and leave the router without a gradient.
+        renormalize: divide the gates of a token by their sum over its k choices, before any is dropped. With k = 1
+            every gate is 1, as checkpoints expect that are run with one expert per token; the router then has no
+            gradient through the gates and learns from balance losses alone.
         noise_std: noise of standard deviation noise_std / E is added to the logits, for choices and gates; 0 for none.
         bias: (E,) added to the scores for the choice alone, as balancing without auxiliary losses does.
         expert_groups: the experts are this many groups of consecutive ones, of which a token's choices must come from
@@ -44,11 +45,6 @@ class Gating:
         """Return it with Python's numbers; raise where it does not fit k choices among the logits' experts."""
         _checks.check_choice(function, "gating.score", self.score, SCORES)
         _checks.check_choice(function, "gating.group_score", self.group_score, GROUP_SCORES)
-        if self.renormalize and k == 1:
-            raise ValueError(
-                f"{function}: gating.renormalize must be False for k=1, got True: the only gate would be 1 whatever "
-                "the logits are, and the router would get no gradient"
-            )
         noise_std = _checks.number(function, "gating.noise_std", self.noise_std, "[0, inf)")
         if self.bias is not None:
             _checks.check_vector(function, "gating.bias", self.bias, experts, "logits", logits)
