@@ -73,6 +73,8 @@ def contrastive_search(
     alpha = _checks.number(name, "alpha", alpha, "[0, 1]")
     _check_states(name, "candidates", candidates)
     B, k, D = candidates.shape
+    if not k:
+        raise ValueError(f"{name}: candidates must be one or more for each text, got {_checks.shape(candidates)}")
     if not isinstance(probabilities, Tensor) or probabilities.shape != (B, k):
         raise ValueError(f"{name}: probabilities must have shape ({B}, {k}), got {_shape(probabilities)}")
     cache = context

@@ -61,7 +61,7 @@ def distance_between(x: Points, y: Points, distance: str, eps: float = 0.0) -> T
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """The rows that `index` names; anything finite for -1."""
     if x.shape[0] == 0:
-        return x.new_zeros((index.shape[0], *x.shape[1:]))
+        return x.new_zeros((index.shape[0], *x.shape[1:])) + x.sum(0)  # the sum of no rows: 0, with a gradient
     return x.index_select(0, index.clamp_min(0))  # its gradient is summed in order, that of x[index] is not
 
 
@@ -125,7 +125,7 @@ def semi_hard_negative(
             # because a bound on <x, y> cannot depend on row and column at once.
             x, y = _accumulated(x), _accumulated(x if y is None else y)
             half = -y.square().sum(1, keepdim=True) / 2
-            x, y = torch.cat([x, torch.ones_like(x[:, :1])], 1), torch.cat([y, half], 1)
+            x, y = torch.cat([x, x.new_ones((x.shape[0], 1))], 1), torch.cat([y, half], 1)
         positive = take_rows(x if y is None else y, target)
         # Copies of the positive are no farther than it, whatever the order of summation rounds.
         slack = 8 * torch.finfo(x.dtype).eps * (x * positive).abs().sum(1)

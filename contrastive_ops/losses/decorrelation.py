@@ -311,7 +311,10 @@ def effective_rank(x: Tensor, *, centre: bool = False) -> Tensor:
     wide = x.to(torch.float64)
     if centre:
         wide = wide - wide.mean(0)
-    share = torch.linalg.eigvalsh(_smaller_gram(wide))
+    gram = _smaller_gram(wide)
+    # LAPACK fails on NaN; the product carries it to the result.
+    broken = ~gram.isfinite().all()
+    share = torch.linalg.eigvalsh(gram.masked_fill(broken, 0.0)) + torch.where(broken, torch.nan, 0.0)
     share = share / share.sum()
     # Rounding makes small ones negative; the logarithm's slope at 0 is infinite.
     used = share > torch.finfo(torch.float64).eps

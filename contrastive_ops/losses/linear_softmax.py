@@ -316,7 +316,7 @@ def _checked(
     x, y, b = _autocast.cast(x, y, b)
     if not isinstance(x, Tensor) or x.dim() < 2:
         raise ValueError(f"{name}: {hidden_name} must be a tensor (..., D), got {x!r}")
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.flatten(0, -2)  # not reshape, which cannot tell how many rows of no numbers there are
     _checks.check_matrices(name, hidden_name, rows, weight_name, y)
     if b is not None:
         _checks.check_vector(name, bias_name, b, y.shape[0], hidden_name, rows)

@@ -280,7 +280,8 @@ def soft_info_nce(
     lists, row = _checked_targets(name, targets, query, key)
     counted = lists[0].diff() > 0
     if key.shape[0] == 0:
-        return _arguments.mean_over(query.sum(1).to(lists[2].dtype), counted, weight, reduction)
+        nothing = _columns.logit_sums(query, key, scale) * (1.0 if share is None else share)
+        return _arguments.mean_over(nothing, counted, weight, reduction)
     (others,), _, first, listed, *_ = fold(
         query,
         key,

@@ -17,8 +17,11 @@ class _InverseRoot(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, matrix: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        values, vectors = torch.linalg.eigh(matrix)
+        # LAPACK fails on NaN, which the batch has, or which is the mean of no rows.
+        broken = ~matrix.isfinite().all(-1).all(-1)[..., None, None]
+        values, vectors = torch.linalg.eigh(matrix.masked_fill(broken, 0.0))
         roots = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+        vectors = vectors.masked_fill(broken, torch.nan)
         ctx.save_for_backward(roots, vectors)
         return (vectors / roots[..., None, :]) @ vectors.mT
 

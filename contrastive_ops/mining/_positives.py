@@ -98,7 +98,7 @@ def _listed(function: str, positives: object, query: Tensor) -> tuple[Tensor, Te
             f"{function}: positives must have shape ({rows},) or ({rows}, P), got {_checks.shape(positives)}"
         )
     _checks.check_device(function, "query", query, "positives", positives)
-    table = positives.view(rows, -1) if positives.dim() == 2 else positives[:, None]
+    table = positives if positives.dim() == 2 else positives[:, None]
     row, slot = (table != -1).nonzero(as_tuple=True)
     return row, table[row, slot]
 

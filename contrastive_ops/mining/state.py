@@ -345,7 +345,8 @@ def fingerprint(*things: object) -> str:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
+    # A tensor of one number is contiguous whatever its strides are, but not for a view as bytes.
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _resolved(function: str, pairs: Pairs | None, query: Tensor, rows: int | None) -> tuple[Pairs | None, int | None]:

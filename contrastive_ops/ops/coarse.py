@@ -184,6 +184,9 @@ def search(
             f"similarity_topk: coarse must be made from y, got rows {_checks.shape(corpus.rows)} and y "
             f"{_checks.shape(y)}\n  make it with Coarse.of(y)"
         )
+    if not y.shape[0]:  # nothing was left out of an empty list
+        indices = torch.full((x.shape[0], k), -1, dtype=torch.int64, device=x.device)
+        return indices, torch.ones(x.shape[:1], dtype=torch.bool, device=x.device)
     rounded = x.to(torch.bfloat16)
     doubt = _doubt(x, rounded, corpus)
     usual = (2 if coarse.dtype == torch.bfloat16 else 8) * k + 64

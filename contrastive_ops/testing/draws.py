@@ -127,12 +127,12 @@ class Draw:
 
     def column(self) -> Tensor:
         """(N,) one of the M columns."""
-        return torch.randint(self.rows + MORE_COLUMNS, (self.rows,), generator=self._generator)
+        return torch.randint(max(self.rows + MORE_COLUMNS, 1), (self.rows,), generator=self._generator)
 
     def two_columns(self) -> Tensor:
         """(N, 2) two different columns out of M."""
         first = self.column()
-        return torch.stack([first, (first + 2) % (self.rows + MORE_COLUMNS)], 1)
+        return torch.stack([first, (first + 2) % max(self.rows + MORE_COLUMNS, 1)], 1)
 
     def log_prob(self) -> Tensor:
         """(N,) logarithms of probabilities."""

@@ -123,7 +123,7 @@ def _prefixes(inputs: Inputs) -> dict[str, Any]:
     """A few prefixes of whatever depth the inputs have; the last column takes no part where there are enough."""
     depth = next(iter(inputs.values())).shape[1]
     pairs = {"pairs": Pairs(differ=(inputs["ids"], inputs["ids"]))} if "ids" in inputs else {}
-    return {**_without(inputs, "ids"), **pairs, "dims": sorted({1, depth // 3, depth - 1} - {0})}
+    return {**_without(inputs, "ids"), **pairs, "dims": sorted({1, depth // 3, max(depth - 1, 0)} - {0})}
 
 
 def _state(inputs: Inputs) -> dict[str, Any]:
