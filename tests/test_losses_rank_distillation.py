@@ -331,3 +331,31 @@ S = torch.zeros(2, 3)
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("options", [{}, {"kind": "hinge", "pairs": "sum", "pair_weight": "reciprocal_rank"}], ids=str)
+def test_long_lists_go_by_blocks_of_pairs(monkeypatch, options):
+    """Blocks of a few candidates of one list give what all of its pairs at once give, value and gradients."""
+    scores, teacher = torch.randn(3, 50, dtype=DOUBLE), torch.randint(0, 4, (3, 50)).double()
+    mask = torch.rand(3, 50) > 0.2
+    found = []
+    for pairs in (1 << 30, 120, 1):
+        monkeypatch.setattr(_rank_lists, "PAIRS", pairs)
+        own = scores.clone().requires_grad_()
+        value = pairwise_rank_distillation(own, teacher, mask=mask, reduction="none", **options)
+        found.append((value.detach(), *torch.autograd.grad(value.sum(), own)))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("grade", [1.0, 100.0, 128.0, 1e4, 1e30])
+def test_lambda_weights_of_grades_of_any_size(grade):
+    """Gains are divided by those of the best order, whatever 2**grade is."""
+    scores = torch.tensor([[0.3, 0.9, -0.2]], requires_grad=True)
+    loss = pairwise_rank_distillation(scores, torch.tensor([[grade, 0.0, 0.0]]), pair_weight="lambda")
+    loss.backward()
+    # Only the first has a gain, which is the whole of the best order's.
+    discount = [1 / math.log2(rank + 1) for rank in (2, 1, 3)]
+    cost = [math.log1p(math.exp(s - 0.3)) for s in (0.9, -0.2)]
+    truth = sum(c * abs(discount[0] - d) for c, d in zip(cost, discount[1:], strict=True)) / 2
+    assert math.isclose(float(loss), truth, rel_tol=1e-5) and bool(scores.grad.isfinite().all())

@@ -1,8 +1,8 @@
 """Losses of short lists of scores against a teacher's, with the derivative of each row formed beside its loss.
 
 What a row's loss depends on is the row, so its derivative by the scores is as small as they are, whatever the cotangent
-will be. It is made in the forward pass, some rows at a time: pairs of all lists are never in memory at once, and
-backward is one product.
+will be. It is made in the forward pass, some rows at a time, or some candidates of one row: neither all lists nor all
+pairs of a long one are in memory at once, and backward is one product.
 
     kind          loss of a row                                      derivative by s_j
     kl            sum_j q_j log(q_j / p_j)                           p_j - q_j
@@ -17,6 +17,7 @@ p and q are the softmax of the scores and of the teacher's scores.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,9 @@ from ._linear_chunks import kl_of_rows
 
 PAIRWISE = ("logistic", "hinge")
 WEIGHTINGS = ("none", "reciprocal_rank", "lambda")
+
+# Pairs that are in memory at once: what a core's cache holds. A GPU, which waits for each launch, takes more.
+PAIRS, PAIRS_OF_GPU = 1 << 17, CHUNK_ELEMENTS
 
 
 class Options(NamedTuple):
@@ -113,50 +117,66 @@ def _margins(scores: Tensor, teacher: Tensor, valid: Tensor, options: Options, s
 
 
 def _pairs(scores: Tensor, teacher: Tensor, valid: Tensor, options: Options, slopes: bool) -> tuple[Tensor, Tensor]:
-    better = (teacher[:, :, None] > teacher[:, None]) & valid[:, :, None] & valid[:, None]
-    lead = scores[:, :, None] - scores[:, None]
-    weight = better.to(scores.dtype) * _weight(scores.detach(), teacher, valid, options.weighting)
-    if not options.sums_pairs:
-        weight = weight / better.sum((1, 2), keepdim=True).clamp_min(1)
-    is_hinge = options.kind == "hinge"
-    cost = (options.margin - lead).relu() if is_hinge else softplus(-lead)
-    losses = (weight * cost.masked_fill(~better, 0.0)).sum((1, 2))
-    if not slopes:
-        return losses, losses
-    # A comparison would hide NaN; a product with the lead does not.
-    falling = (lead < options.margin) + 0 * lead if is_hinge else (-lead).sigmoid()
-    by_lead = -weight * falling.masked_fill(~better, 0.0)
-    return losses, by_lead.sum(2) - by_lead.sum(1)
+    """Sums over all pairs of each list, of which some are in memory at a time: those of some better candidates."""
+    ratings = _ratings(scores.detach(), teacher, valid, options.weighting)
+    losses, count = scores.new_zeros(scores.shape[:1]), scores.new_zeros(scores.shape[:1])
+    derivative = torch.zeros_like(scores, memory_format=torch.contiguous_format)
+    for part in chunks_of_rows(scores.shape[1], max(1, _at_once(scores) // max(scores.numel(), 1))):
+        better = (teacher[:, part, None] > teacher[:, None]) & valid[:, part, None] & valid[:, None]
+        lead = scores[:, part, None] - scores[:, None]
+        weight = better.to(scores.dtype)
+        for rating in ratings:
+            weight = weight * (rating[:, part, None] - rating[:, None]).abs()
+        cost = (options.margin - lead).relu() if options.kind == "hinge" else softplus(-lead)
+        losses = losses + (weight * cost.masked_fill(~better, 0.0)).sum((1, 2))
+        count = count + better.sum((1, 2))
+        if not slopes:
+            continue
+        # A comparison would hide NaN; a product with the lead does not.
+        falling = (lead < options.margin) + 0 * lead if options.kind == "hinge" else (-lead).sigmoid()
+        by_lead = -weight * falling.masked_fill(~better, 0.0)
+        derivative[:, part] += by_lead.sum(2)
+        derivative -= by_lead.sum(1)
+    if options.sums_pairs:
+        return losses, derivative
+    count = count.clamp_min(1)
+    return losses / count, derivative / count[:, None]
 
 
-def _weight(scores: Tensor, teacher: Tensor, valid: Tensor, weighting: str) -> Tensor:
-    """(N, K, K) weight of each pair, or 1."""
+def _at_once(scores: Tensor) -> int:
+    return PAIRS if scores.device.type == "cpu" else PAIRS_OF_GPU
+
+
+def _ratings(scores: Tensor, teacher: Tensor, valid: Tensor, weighting: str) -> tuple[Tensor, ...]:
+    """(N, K) numbers of the candidates: the weight of a pair is the product of how far they are apart in each."""
     if weighting == "none":
-        return scores.new_ones(())
-    by_teacher = _ranks(teacher, valid)
+        return ()
     if weighting == "reciprocal_rank":
-        return _differences(1 / by_teacher)
-    gain = torch.exp2(teacher).sub(1).masked_fill(~valid, 0.0)
+        return (1 / _ranks(teacher, valid),)
+    # 2^grade - 1 over that of the best order: the largest grade is taken out of the powers, which overflow.
+    grade = teacher.masked_fill(~valid, 0.0)
+    largest = grade.amax(1, keepdim=True)
+    gain = -torch.expm1(-math.log(2) * grade) * (grade - largest).exp2()
     # The best order has equal grades one after another, however they are numbered.
     best = gain.sort(1, descending=True).values
     places = torch.arange(2, gain.shape[1] + 2, device=gain.device, dtype=gain.dtype)
     ideal = (best / places.log2()).sum(1, keepdim=True)
     gain = gain / torch.where(ideal > 0, ideal, 1.0)
-    return _differences(gain) * _differences(1 / (1 + _ranks(scores, valid, ties=True)).log2())
-
-
-def _differences(values: Tensor) -> Tensor:
-    return (values[:, :, None] - values[:, None]).abs()
+    return gain, 1 / (1 + _ranks(scores, valid, ties=True)).log2()
 
 
 def _ranks(values: Tensor, valid: Tensor, ties: bool = False) -> Tensor:
     """1 for the largest of what is there; equal values share the best of their ranks, or are ranked as they come."""
-    ahead = values[:, None] > values[:, :, None]
-    if ties:
-        size = values.shape[1]
-        earlier = torch.ones(size, size, dtype=torch.bool, device=values.device).tril(-1)
-        ahead = ahead | ((values[:, None] == values[:, :, None]) & earlier)
-    return 1 + (ahead & valid[:, None]).sum(2).to(values.dtype)
+    values, order = values.masked_fill(values.isnan(), -torch.inf).sort(dim=1, descending=True, stable=True)
+    # What is not there comes last, also after -inf.
+    there, place = valid.gather(1, order).to(torch.uint8).sort(dim=1, descending=True, stable=True)
+    values, order = values.gather(1, place), order.gather(1, place)
+    rank = torch.arange(values.shape[1], device=values.device).expand_as(order)
+    if not ties:
+        first = torch.ones_like(there, dtype=torch.bool)
+        first[:, 1:] = values[:, 1:] != values[:, :-1]
+        rank = torch.where(first, rank, 0).cummax(1).values
+    return torch.zeros_like(values).scatter(1, order, 1 + rank.to(values.dtype))
 
 
 # ---- Operators -----------------------------------------------------------------------------------------------------
@@ -165,9 +185,11 @@ def _ranks(values: Tensor, valid: Tensor, ties: bool = False) -> Tensor:
 def _forward(scores: Tensor, teacher: Tensor, valid: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     of_what = Options(*options)
     losses, slopes = scores.new_empty(scores.shape[:1]), torch.empty_like(scores, memory_format=torch.contiguous_format)
-    size = scores.shape[1] ** 2 if of_what.kind in PAIRWISE else scores.shape[1]
+    size, at_once = scores.shape[1], CHUNK_ELEMENTS
+    if of_what.kind in PAIRWISE:
+        size, at_once = size**2, _at_once(scores)
     with _autocast.disabled(scores):
-        for rows in chunks_of_rows(scores.shape[0], max(1, CHUNK_ELEMENTS // max(size, 1))):
+        for rows in chunks_of_rows(scores.shape[0], max(1, at_once // max(size, 1))):
             losses[rows], slopes[rows] = _rows(scores[rows], teacher[rows], valid[rows], of_what, True)
     return losses, slopes
 

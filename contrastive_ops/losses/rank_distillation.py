@@ -181,7 +181,8 @@ def pairwise_rank_distillation(
         ValueError, TypeError: arguments that do not fit.
 
     Note:
-        Work O(N K^2), memory O(N K) and a few MiB.
+        Work O(N K^2), memory O(N K) and a few MiB, for one long list as for many short ones. A second derivative keeps
+        the pairs of all lists, O(N K^2).
 
     Source:
         Burges et al., Learning to Rank using Gradient Descent, 2005; Burges, From RankNet to LambdaRank to LambdaMART,
