@@ -1,19 +1,39 @@
 """How operators are defined: the library, and what every one of them has beside its function.
 
 Not torch.library.custom_op, whose first call imports torch._dynamo: three seconds and 150 MiB for a plain evaluation.
+
+What torch.library leaves out is added here, for all operators at once: forward-mode differentiation is refused where
+torch.library would return zero, `torch.func.grad` and its relatives run the derivative that is registered, and
+`torch.func.vmap` runs an operator once for each entry of the batch.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _autocast
 from ._dispatch import Backend
 
-LIBRARY = torch.library.Library("contrastive_ops", "FRAGMENT")
+
+class _Library(torch.library.Library):
+    """A library whose derivatives go through `_guarded` first."""
+
+    def impl(self, op_name: Any, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:
+        """Register a kernel."""
+        if dispatch_key == "Autograd" and isinstance(op_name, str):
+            fn = _guarded(op_name, fn)
+        super().impl(op_name, fn, dispatch_key, **options)
+
+
+LIBRARY = _Library("contrastive_ops", "FRAGMENT")
+# The derivatives of operators as autograd.Functions for the transforms of torch.func.
+_TRANSFORMED: dict[str, Callable[..., Any]] = {}
 
 
 def define(
@@ -27,10 +47,15 @@ def define(
     """Define contrastive_ops::name for all devices; without `derivative` it has none."""
     qualified = f"contrastive_ops::{name}"
     LIBRARY.define(name + schema)
-    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _without_grad_mode(function), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
-    if derivative is not None:
+    operator = getattr(torch.ops.contrastive_ops, name).default
+    if derivative is not None and setup is not None:
+        _TRANSFORMED[name] = _transformed(operator, setup, derivative)
         torch.library.register_autograd(qualified, derivative, setup_context=setup, lib=LIBRARY)
+    else:
+        LIBRARY.impl(name, _without_derivative(operator), "Autograd", with_keyset=True)
+    torch.library.register_vmap(qualified, _one_by_one(operator), lib=LIBRARY)
 
 
 def of_backend(backends: Mapping[str, Backend], name: str) -> Callable[..., Any]:
@@ -42,3 +67,119 @@ def of_backend(backends: Mapping[str, Backend], name: str) -> Callable[..., Any]
             return getattr(backends[backend].functions(), name)(*problem)
 
     return function
+
+
+def _without_grad_mode(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with grad mode off: below autograd it says nothing, and the reference would keep its chunks."""
+
+    def run(*arguments: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return function(*arguments)
+        with torch.no_grad():
+            return function(*arguments)
+
+    return run
+
+
+# ---- Forward mode and the transforms of torch.func -------------------------------------------------------------------
+
+
+def _guarded(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, except for what it would get wrong."""
+
+    def run(keyset: Any, *arguments: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, arguments)
+        if torch._C._are_functorch_transforms_active() and name in _TRANSFORMED:
+            return _TRANSFORMED[name](keyset, *arguments)
+        return kernel(keyset, *arguments)
+
+    return run
+
+
+def _refuse_tangents(name: str, arguments: tuple[Any, ...]) -> None:
+    for argument in arguments:
+        for each in argument if isinstance(argument, (list, tuple)) else (argument,):
+            if isinstance(each, Tensor) and forward_ad.unpack_dual(each).tangent is not None:
+                raise NotImplementedError(
+                    f"{name.removesuffix('_forward')}: inputs must have no forward-mode tangents (torch.func.jvp, "
+                    "jacfwd, hessian, dual_level), got some: no operator of contrastive_ops has that derivative\n"
+                    "  torch.autograd.functional.jvp computes the same by reverse mode; Jacobians and Hessians come "
+                    "from torch.func.jacrev"
+                )
+
+
+def _without_derivative(operator: Any) -> Callable[..., Any]:
+    """For an operator that nothing is differentiated through."""
+
+    def run(keyset: Any, *arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    return run
+
+
+def _transformed(operator: Any, setup: Callable[..., None], derivative: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator with its derivative at the level of one transform; the levels below follow by dispatch."""
+
+    @functools.cache
+    def function() -> Any:
+        from torch.autograd.function import _SingleLevelFunction
+
+        class Transformed(_SingleLevelFunction):
+            @staticmethod
+            def forward(ctx: Any, *inputs: Any) -> Any:
+                *arguments, keyset = inputs
+                # Within a Function both modes are off, which the levels below would take over.
+                with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+                    output = operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+                setup(ctx, tuple(arguments), output)
+                return output
+
+            @staticmethod
+            def backward(ctx: Any, *gradients: Any) -> Any:
+                found = _as_tuple(derivative(ctx, *gradients))
+                given = (*ctx.saved_tensors, *gradients)
+                # `alias` makes leaves of what a transform has left, which are nobody's when the derivative is done.
+                ended = not any(t is not None and t.view_as(t).requires_grad for t in given)
+                # Tensors in lists have none.
+                tensors = (each if isinstance(each, Tensor) else None for each in found)
+                return *(each.detach() if each is not None and ended else each for each in tensors), None
+
+        return Transformed
+
+    def run(keyset: Any, *arguments: Any) -> Any:
+        from torch._functorch.autograd_function import enable_single_level_autograd_function
+
+        with enable_single_level_autograd_function():
+            return function().apply(*arguments, keyset)
+
+    return run
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _one_by_one(operator: Any) -> Callable[..., Any]:
+    """The rule of `torch.func.vmap`: the operator for each entry of the batch."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        def entry(argument: Any, dim: Any, index: int) -> Any:
+            if isinstance(argument, (list, tuple)) and isinstance(dim, (list, tuple)):
+                return [entry(each, at, index) for each, at in zip(argument, dim, strict=True)]
+            if dim is None:
+                return argument
+            # Without any entry the shapes are those of zeros.
+            return argument.select(dim, index) if info.batch_size else argument.sum(dim).to(argument.dtype)
+
+        found = [
+            operator(*(entry(argument, dim, index) for argument, dim in zip(arguments, in_dims, strict=True)))
+            for index in range(max(info.batch_size, 1))
+        ]
+        if isinstance(found[0], Tensor):
+            return torch.stack(found)[: info.batch_size], 0
+        outputs = tuple(torch.stack(each)[: info.batch_size] for each in zip(*found, strict=True))
+        return outputs, (0,) * len(outputs)
+
+    return rule

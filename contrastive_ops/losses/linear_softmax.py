@@ -336,7 +336,7 @@ def _of_used(used: Tensor, *given: Tensor) -> tuple[Tensor | None, tuple[Tensor,
 
     A traced program must not depend on how many there are: it keeps all, with 0 for those that are not used.
     """
-    if torch.compiler.is_compiling() or used.device.type == "meta":
+    if not _checks.may_read(used, waits=True):
         return None, tuple(left_out(each, used) for each in given)
     if bool(used.all()):
         return None, given

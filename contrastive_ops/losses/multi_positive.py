@@ -317,7 +317,7 @@ def _checked_targets(
     weights = targets[2].detach().to(_checks.accumulator(query.dtype))[order]
     # Not repeat_interleave, whose size depends on the data: it could not be traced.
     row = torch.searchsorted(indptr, torch.arange(indices.shape[0], device=indices.device), right=True) - 1
-    if torch.compiler.is_compiling() or weights.device.type == "meta":
+    if not _checks.may_read(weights, waits=True):
         return (indptr, indices, weights), row
     if bool((weights < 0).any()):
         raise ValueError(f"{function}: targets weights must not be negative, got {float(weights.min())}")

@@ -337,7 +337,7 @@ def _zero_or_one(function: str, labels: object, x: Tensor) -> Tensor:
     if tuple(labels.shape) != (x.shape[0],):
         raise ValueError(f"{function}: labels must have shape ({x.shape[0]},), got {_checks.shape(labels)}")
     _checks.check_device(function, "x", x, "labels", labels)
-    if not torch.compiler.is_compiling() and labels.device.type != "meta":
+    if _checks.may_read(labels, waits=True):
         wrong = labels[(labels != 0) & (labels != 1)]
         if wrong.numel():
             raise ValueError(f"{function}: labels must be 0 or 1, got {wrong[0].item()}")

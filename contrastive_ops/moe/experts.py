@@ -80,7 +80,8 @@ class Experts(nn.Module):
     @property
     def up(self) -> Tensor:
         """The weight of the first layer."""
-        return self.get_parameter(self.up_name)
+        weight: Tensor = getattr(self, self.up_name)  # not get_parameter: torch.func.functional_call puts in tensors
+        return weight
 
     def forward(self, rows: Tensor, offsets: Tensor | Routing, backend: str = "auto") -> Tensor:
         """Apply expert e to the rows (R, D) from offsets[e] to offsets[e + 1]; rows beyond are 0.

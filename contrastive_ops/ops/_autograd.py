@@ -39,7 +39,19 @@ def needed(ctx: Any, inputs: int = 5) -> int:
 
 def alias(t: Any) -> Any:
     """The same numbers as another node of the graph."""
-    return t if t is None or not t.is_floating_point() else t.view_as(t)
+    if t is None or not t.is_floating_point():
+        return t
+    same = t.view_as(t)
+    functorch = torch._C._functorch
+    if same.requires_grad or not functorch.is_gradtrackingtensor(t) or functorch.maybe_get_level(t) >= 0:
+        return same
+    # The pullback of torch.func.vjp runs when its transform has ended, and nothing that was saved requires a gradient.
+    allowed = functorch.get_inplace_requires_grad_allowed()
+    functorch.set_inplace_requires_grad_allowed(True)
+    try:
+        return same.detach().requires_grad_()
+    finally:
+        functorch.set_inplace_requires_grad_allowed(allowed)
 
 
 def grad(outputs: list[Tensor], inputs: list[Tensor], d_outputs: list[Tensor]) -> tuple[Tensor | None, ...]:

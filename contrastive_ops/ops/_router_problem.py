@@ -164,7 +164,7 @@ def _segments(function: str, segments: Tensor | None, num_segments: int | None, 
         return 1
     _check_like(function, "segments", segments, torch.int64, (len(logits),), logits)
     if num_segments is None:
-        if torch.compiler.is_compiling() or segments.device.type == "meta":
+        if not _checks.may_read(segments, waits=True):
             raise ValueError(f"{function}: num_segments must be given where segments cannot be read, got None")
         num_segments = int(segments.max()) + 1 if len(segments) else 1
         if num_segments > MOST_SEGMENTS:

@@ -117,7 +117,7 @@ def _check(function: str, a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | 
             raise ValueError(f"{function}: bias must have shape ({groups}, {columns}), got {_checks.shape(bias)}")
     _checks.check_index(function, "offsets", offsets, groups + 1, "a", a)
     # Only what is at hand is read: not a traced tensor, and not one on a GPU, which every call would have to wait for.
-    if not torch.compiler.is_compiling() and offsets.device.type == "cpu":
+    if offsets.device.type == "cpu" and _checks.may_read(offsets):
         _check_offsets(function, offsets.tolist(), rows)
 
 

@@ -79,7 +79,7 @@ class Packed:
         """The number of tokens of the longest set. Reads the offsets of packed sets."""
         if self.length is not None:
             return self.length
-        if torch.compiler.is_compiling():
+        if not _checks.may_read(self.offsets, waits=True):
             raise NotImplementedError(
                 f"{function}: queries must be padded in a traced program, which does not know lengths of packed ones\n"
                 "  pad them: TokenSets(tokens, mask)"
@@ -160,7 +160,7 @@ def _check_offsets(function: str, name: str, offsets: Tensor, tokens: Tensor) ->
     if offsets.shape[0] == 0:
         raise ValueError(f"{function}: {name}.offsets must have shape (B + 1,), got (0,)")
     # Only what is at hand is read: not a traced tensor, and not one on a GPU, which every call would have to wait for.
-    if torch.compiler.is_compiling() or offsets.device.type != "cpu":
+    if offsets.device.type != "cpu" or not _checks.may_read(offsets):
         return
     falls = (offsets.diff() < 0).nonzero()
     if falls.numel():

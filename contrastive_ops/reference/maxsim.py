@@ -7,16 +7,15 @@ GPU every call waits for the device.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.checkpoint import checkpoint
 
 from .._checks import accumulator
+from ._recompute import recomputed
 from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows
 
 # ---- Forward -------------------------------------------------------------------------------------------------------
@@ -171,9 +170,7 @@ def backward(
         of_documents = torch.where(listed[..., None], weight * left[row][:, :, None], 0.0)
         return row.flatten(), of_queries.flatten(0, 1), column.flatten(), of_documents.flatten(0, 2)
 
-    run = one_chunk
-    if torch.is_grad_enabled():
-        run = functools.partial(checkpoint, one_chunk, use_reentrant=False, preserve_rng_state=False)
+    run = recomputed(one_chunk)
     for part in _chunks(winners, queries, documents):
         row, of_queries, column, of_documents = run(part)
         dqueries.index_add_(0, row, of_queries)

@@ -9,19 +9,18 @@ the logarithm of sum exp(logit - maximum), the same of the teacher's, and the me
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .._checks import accumulator
 from .._similarity import Layout, LogitSet, ScaleOf
+from ._recompute import recomputed
 from .pairs import SetOfChunk, chunk_sets, inner_products
-from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows
+from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, times
 
 # The position is the number of a kind in csrc/similarity_distill.h. The last two are of logits that are squared
 # distances, pair by pair: the Huber loss between the student's and the teacher's distance, and the distance itself.
@@ -222,13 +221,6 @@ class _Problem:
         return len(self.x) * self.rows, len(self.y) * self.cols
 
 
-def _checkpointed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Under autograd (second derivatives) each chunk is computed again instead of being stored."""
-    if not torch.is_grad_enabled():
-        return function
-    return functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
-
-
 def values(*problem: Any) -> tuple[Tensor, Tensor]:
     """Return (values, statistics): of the rows, then of the columns, where these are asked for."""
     p = _Problem(*problem)
@@ -252,7 +244,7 @@ def values(*problem: Any) -> tuple[Tensor, Tensor]:
         parts = [*by_rows[0], *by_rows[1], row_mean[:, None]]
         return of_rows, of_cols, torch.cat(parts, 1).T.detach(), col_mean
 
-    run = _checkpointed(one_chunk)
+    run = recomputed(one_chunk)
     for part in p.chunks():
         of_rows, of_cols, row_statistics, col_mean = run(part)
         if p.rows:
@@ -293,7 +285,7 @@ def _column_lines(p: _Problem) -> tuple[_Line, _Line]:
         _, s, t = p.logits(part)
         return _line(s, 0), _line(t, 0)
 
-    run = _checkpointed(one_chunk)
+    run = recomputed(one_chunk)
     parts = [run(part) for part in p.chunks()]
     student, teacher = parts[0]
     for more_student, more_teacher in parts[1:]:
@@ -334,7 +326,7 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         dy += weights.T @ x[part].to(dtype)
         drow_bias[part] = student.sign * e.sum(1)
         dcol_bias += student.sign * e.sum(0)
-        of_scale = student.scale_gradient(e * student.dots.masked_fill(e == 0, 0.0))
+        of_scale = student.scale_gradient(times(e, student.dots))
         dscale[part if of_rows_scale else slice(0, 1)] += of_scale
     full = (dx, dy, dscale, drow_bias, dcol_bias)
     return tuple(g if needs >> bit & 1 else g[:0] for bit, g in enumerate(full))  # type: ignore[return-value]

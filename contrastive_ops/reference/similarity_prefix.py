@@ -6,17 +6,16 @@ of differentiable operations, so that it also defines the second derivative of e
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .._checks import accumulator
 from .._unit_rows import SHORTEST
-from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, merge_lse, probability
+from ._recompute import recomputed
+from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, merge_lse, probability, times
 
 
 def segments(dims: Sequence[int]) -> list[slice]:
@@ -156,7 +155,7 @@ def backward(
             e = e.masked_fill(out, 0.0)
             if d_target is not None and target is not None:
                 e = e.scatter_add(1, target[part, None], d_target[prefix, part, None])
-            along = e * cosines.masked_fill(e == 0, 0.0)
+            along = times(e, cosines)
             # A prefix weighs all columns before its end, so a segment has the weights of the prefixes from its own on.
             weights = weights + e * (scale * factors)
             of_segment = weights @ m.y[:, columns], weights.T @ m.x[part, columns]
@@ -164,9 +163,7 @@ def backward(
         dx_parts, dy_parts, by_row_parts, by_col_parts = zip(*reversed(found), strict=True)
         return torch.cat(dx_parts, 1), torch.cat(dy_parts, 1), torch.stack(by_row_parts), torch.stack(by_col_parts)
 
-    run = one_chunk
-    if torch.is_grad_enabled():
-        run = functools.partial(checkpoint, one_chunk, use_reentrant=False, preserve_rng_state=False)
+    run = recomputed(one_chunk)
     dx, dy = torch.zeros_like(m.x), torch.zeros_like(m.y)
     by_row, by_col = torch.zeros_like(m.x_factor), torch.zeros_like(m.y_factor)
     end = dims[-1]

@@ -6,16 +6,15 @@ differentiable operations, so that it also defines the second derivative of ever
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from torch.utils.checkpoint import checkpoint
 
 from .._checks import accumulator
 from .._similarity import Layout, ScaleOf, SetFold
+from ._recompute import recomputed
 from .pairs import SetOfChunk, chunk_sets, inner_products
 
 # Logits that one chunk of rows may hold: 4 MiB of float32, some twenty times that with temporaries.
@@ -129,6 +128,11 @@ def forward(
 # ---- Backward ------------------------------------------------------------------------------------------------------
 
 
+def times(e: Tensor, values: Tensor) -> Tensor:
+    """``e * values``, but 0 where e is 0 and values are no numbers; with both derivatives also where e is 0."""
+    return e * values.masked_fill((e == 0) & ~values.isfinite(), 0.0)
+
+
 def probability(logits: Tensor, lse: Tensor) -> Tensor:
     """exp(logits - lse), 0 where lse is -inf: a row or column without a pair has no gradient."""
     empty = lse == -torch.inf
@@ -214,15 +218,13 @@ def backward(
             of_set = [f for f in active if f[0].set == index]
             e = _weights(each, of_set, d_target if first else None, d_linear if first else None)
             weights = weights + e * each.scale
-            dscale.append(each.scale_gradient(e * dots.masked_fill(e == 0, 0.0)))
+            dscale.append(each.scale_gradient(times(e, dots)))
             e_rows, e_cols = e_rows + each.sign * e.sum(1), e_cols + each.sign * e.sum(0)
         dx, dy = weights @ columns.to(dtype), weights.T @ x[part].to(dtype)
         return dx, dy, e_rows, e_cols, *dscale
 
     # Under autograd (second derivatives) each chunk is computed again instead of being stored.
-    run = one_chunk
-    if torch.is_grad_enabled():
-        run = functools.partial(checkpoint, one_chunk, use_reentrant=False, preserve_rng_state=False)
+    run = recomputed(one_chunk)
     dx, dy = (x.new_zeros(t.shape, dtype=dtype) for t in (x, columns))
     dscale = torch.zeros_like(scale)
     drow_bias, dcol_bias = (x.new_zeros((len(t),), dtype=dtype) for t in (x, columns))

@@ -6,16 +6,15 @@ differentiable operations, so that they also define the second derivative of eve
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.checkpoint import checkpoint
 
 from .._checks import accumulator
 from .._similarity import STATISTICS, Layout, LogitSet, ScaleOf, Slot
+from ._recompute import recomputed
 from .pairs import SetOfChunk, chunk_sets, inner_products
 from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows
 
@@ -212,9 +211,7 @@ def backward(
         dy_part = (weight[:, :, None] * listed.x[:, None]).flatten(0, 1)
         return dx_part, dy_part, e, e * listed.dots, listed.column
 
-    run = one_chunk
-    if torch.is_grad_enabled():
-        run = functools.partial(checkpoint, one_chunk, use_reentrant=False, preserve_rng_state=False)
+    run = recomputed(one_chunk)
     step = _rows_at_a_time(indices.shape[1], x.shape[1])
     for part in chunks_of_rows(len(x) if len(y) else 0, step):
         dx[part], dy_part, e, e_dots, column = run(part)

@@ -6,18 +6,17 @@ made of differentiable operations: it defines the second derivative of every bac
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .._checks import accumulator
 from .._similarity import Layout, ScaleOf
+from ._recompute import recomputed
 from .pairs import SetOfChunk, chunk_sets, inner_products
-from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows
+from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, times
 
 
 class _Problem:
@@ -69,9 +68,7 @@ def weighted_sums(*problem: Any) -> tuple[Tensor, Tensor]:
         safe = logits.masked_fill(empty, 0.0).softmax(1)
         return safe.masked_fill(empty, 0.0) @ p.values, lse
 
-    run = one_chunk
-    if torch.is_grad_enabled():  # each chunk is computed again instead of being stored
-        run = functools.partial(checkpoint, one_chunk, use_reentrant=False, preserve_rng_state=False)
+    run = recomputed(one_chunk)
     sums = p.values.new_zeros((p.x.shape[0], p.values.shape[1]))
     lse = p.values.new_full(p.x.shape[:1], -torch.inf)
     for rows in p.chunks():
@@ -105,6 +102,6 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
         dy += by_dots.T @ p.x[rows].to(p.dtype)
         drow_bias[rows] = own.sign * e.sum(1)
         dcol_bias += own.sign * e.sum(0)
-        dscale[rows if of_rows_scale else slice(0, 1)] += own.scale_gradient(e * own.dots.masked_fill(e == 0, 0.0))
+        dscale[rows if of_rows_scale else slice(0, 1)] += own.scale_gradient(times(e, own.dots))
     full = (dx, dy, dscale, drow_bias, dcol_bias, dvalues)
     return tuple(g if needs >> bit & 1 else g[:0] for bit, g in enumerate(full))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .. import _autocast, _checks
+from ._recompute import recomputed
 from .pairs import inner_products
 from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows
 
@@ -88,9 +87,7 @@ def stream_rows(
         returns_tuple.append(isinstance(result, tuple))
         return parts
 
-    run = one_chunk
-    if torch.is_grad_enabled():
-        run = functools.partial(checkpoint, one_chunk, use_reentrant=False, preserve_rng_state=False)
+    run = recomputed(one_chunk)
     returns_tuple: list[bool] = []
     joined: list[Tensor] = []
     for rows in chunks_of_rows(x.shape[0], chunk_rows):
