@@ -4,18 +4,20 @@ The extension is torch code (``csrc/bindings*.cpp``) linked with torch-free stat
 per SIMD level and one of CUDA kernels, because setuptools and torch know one set of flags per
 extension only. Two environment variables steer the build:
 
-    CONTRASTIVE_OPS_EXT   auto (default): build the extension if possible, else install pure Python
-                          and warn; 1: fail if it cannot be built; 0: pure Python
+    CONTRASTIVE_OPS_EXT   auto (default): build the extension, or install pure Python and warn where
+                          there is no compiler for it; 1: fail if it cannot be built; 0: pure Python
     CONTRASTIVE_OPS_CUDA  auto (default): CUDA kernels where torch is a CUDA build and a toolkit of
                           its major version is found, else CPU only; 1: fail without them; 0: CPU only
 
-CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LIST the GPUs (see ``setup_cuda.py``).
+CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LIST the GPUs (see ``setup_cuda.py``). The torch is that
+of the interpreter that gets the package, in an isolated build too (see ``setup_torch.py``).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +30,6 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_clib import build_clib
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
-from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # build front ends do not import from the source folder
@@ -40,14 +41,18 @@ from setup_cpu import (  # noqa: E402
     compiler_version,
     find_compiler,
     levels,
+    say_first_error,
     x86_macro,
 )
+from setup_torch import NoTorch, advice, import_torch  # noqa: E402
 
 MIN_SETUPTOOLS = 77  # the first that reads the license expression in pyproject.toml
-MIN_TORCH = (2, 6)
-REPORT = "_build_report.json"  # read by `python -m contrastive_ops info`: pip hides build output
+REPORT = "_build_report.json"  # read when the package is imported: pip hides build output
 
 CUDA_LIBRARY = "contrastive_ops_cuda"
+
+# The package is not imported: that would need torch, and an extension.
+sources_digest = runpy.run_path(str(ROOT / "contrastive_ops" / "_checkout.py"))["sources_digest"]
 
 
 def fail(message: str) -> NoReturn:
@@ -76,6 +81,7 @@ class Plan:
     """What is going to be built, or why nothing is."""
 
     reason: str | None = None  # why there is no extension
+    compiler: str = ""
     cpu: str = ""  # what the extension is made of
     macros: list[tuple[str, str]] = field(default_factory=list)  # of bindings.cpp
     library_macros: list[tuple[str, str]] = field(default_factory=list)
@@ -92,7 +98,12 @@ class Plan:
         return f"{self.cpu}; CUDA {self.cuda.what}"
 
     def report(self) -> dict[str, str | None]:
-        return {"summary": self.summary, "why_no_extension": self.reason, "why_no_cuda": self.why_no_cuda}
+        return {
+            "summary": self.summary,
+            "why_no_extension": self.reason,
+            "why_no_cuda": self.why_no_cuda,
+            "sources": sources_digest(ROOT),
+        }
 
 
 def find_cuda(torch, compiler: list[str], macros: list[tuple[str, str]]) -> setup_cuda.Nvcc:
@@ -126,22 +137,12 @@ def make_plan() -> Plan:
         return Plan(reason=f"the extension supports Linux and macOS, got {sys.platform}")
     if not (ROOT / "csrc" / "bindings.cpp").exists():
         return Plan(reason="csrc/bindings.cpp is missing from the source folder")
-    try:
-        import torch
-        import torch.utils.cpp_extension
-    except Exception as error:
-        return Plan(
-            reason="torch could not be imported in the build environment "
-            f"({type(error).__name__}: {error}); pip hides the installed torch from the build "
-            "unless it is called with --no-build-isolation"
-        )
-    version = str(torch.__version__)
-    if tuple(int(part) for part in version.split(".")[:2]) < MIN_TORCH:
-        return Plan(reason=f"torch must be at least 2.6 at build time, got {version}")
     compiler = find_compiler()
     if compiler is None:
         looked = os.environ.get("CXX") or "c++, g++ and clang++"
         return Plan(reason=f"no C++ compiler was found (looked for {looked})")
+    torch = import_torch()
+    version = str(torch.__version__)
 
     # torch adds this one to bindings.cpp; its wheels before 2.7 have the older ABI of std::string.
     new_abi = getattr(torch, "compiled_with_cxx11_abi", lambda: True)()
@@ -151,6 +152,7 @@ def make_plan() -> Plan:
     # clang would ask for a second runtime of its own.
     openmp = sys.platform == "linux" and "clang" not in name.lower()
     plan = Plan(
+        compiler=name,
         cpu=f"CPU extension with levels {', '.join(levels())}; {name}; torch {version}; "
         f"{'OpenMP' if openmp else 'no OpenMP: one thread'}",
         macros=[("CONTRASTIVE_OPS_TORCH_VERSION", f'"{version}"'), *x86_macro()],
@@ -231,8 +233,8 @@ def warn_pure_python(reason: str) -> None:
         f"\n{line}\nWARNING: contrastive_ops is installed WITHOUT its compiled CPU extension.\n"
         f"  why: {reason}\n"
         "  Everything works on the slower reference backend. To get the extension, remove the\n"
-        "  cause and install again with --no-build-isolation; CONTRASTIVE_OPS_EXT=1 turns this\n"
-        f"  warning into an error. `python -m contrastive_ops info` repeats it.\n{line}\n",
+        "  cause and install again; CONTRASTIVE_OPS_EXT=1 turns this warning into an error.\n"
+        f"  `python -m contrastive_ops info` repeats it.\n{line}\n",
         file=sys.stderr,
         flush=True,
     )
@@ -289,16 +291,21 @@ class BuildClib(build_clib):
         os.makedirs(os.path.join(self.build_temp, "csrc", "cpu"), exist_ok=True)
         cpu = [library for library in libraries if library[0] != CUDA_LIBRARY]
         kernels = [info for name, info in libraries if name == CUDA_LIBRARY]
+        say_first_error(self.compiler, PLAN.compiler)
         with ThreadPoolExecutor(jobs()) as pool:
             # The slowest first.
             objects = [pool.submit(self.build_kernels, path, info) for info in kernels for path in info["sources"]]
-            for done in [pool.submit(self.build_library, library) for library in cpu]:
-                done.result()
+            levels = [pool.submit(super(BuildClib, self).build_libraries, [library]) for library in cpu]
             try:
+                for done in levels:
+                    done.result()
                 objects = [done.result() for done in objects]
             except setup_cuda.NoCuda as why:
                 pool.shutdown(cancel_futures=True)
                 self.drop_cuda(str(why))
+            except Exception:
+                pool.shutdown(cancel_futures=True)  # the others would take minutes
+                raise
         if PLAN.cuda is not None:
             self.compiler.create_static_lib(objects, CUDA_LIBRARY, output_dir=self.build_clib, debug=self.debug)
 
@@ -321,18 +328,15 @@ class BuildClib(build_clib):
                 setattr(extension, name, [value for value in getattr(extension, name) if value not in values])
         self.get_finalized_command("build_py").write_report(PLAN)
 
-    def build_library(self, library) -> None:
-        try:
-            super().build_libraries([library])
-        except CompileError as error:
-            # The error's own text is a command line of ten lines; the compiler has said the rest.
-            raise CompileError(f"the compiler rejected {library[1]['sources'][0]}") from error
-
 
 def make_build_ext() -> type[build_ext]:
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildExt(BuildExtension):
+        def __init__(self, *args, **kwargs) -> None:
+            # Without ninja, which few people have: what it is for are many files, and it swallows errors.
+            super().__init__(*args, use_ninja=False, **kwargs)
+
         def finalize_options(self) -> None:
             super().finalize_options()
             self.force = True  # setuptools knows neither an edited kernel nor a changed macro
@@ -350,6 +354,10 @@ def make_build_ext() -> type[build_ext]:
             except (Exception, SystemExit) as error:
                 give_up(self, error)
                 self.extensions = []
+
+        def build_extensions(self) -> None:
+            say_first_error(self.compiler, PLAN.compiler)
+            super().build_extensions()
 
     return BuildExt
 
@@ -376,7 +384,10 @@ def give_up(command: setuptools.Command, error: BaseException) -> None:
 def build_arguments() -> dict:
     """The arguments of setup() that only a build needs; they cost an import of torch."""
     global PLAN
-    PLAN = make_plan()
+    try:
+        PLAN = make_plan()
+    except NoTorch as why:
+        fail(f"torch must be installed before the extension is built against it, but {why}\n{advice()}")
     commands = {"build_py": BuildPy}
     if PLAN.reason is None:
         print(f"contrastive_ops: building {PLAN.summary}", flush=True)

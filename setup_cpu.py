@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+
+from setuptools.errors import ExecError
 
 X86_LEVELS: dict[str, list[str]] = {
     "default": [],
@@ -26,10 +29,7 @@ COMMON_FLAGS += ["-g0", "-fno-lto"]
 
 
 def find_compiler() -> list[str] | None:
-    """The C++ compiler command, the same one for setuptools and for torch's ninja file."""
-    # ninja of a virtual environment that is not activated
-    scripts = sysconfig.get_path("scripts")
-    os.environ["PATH"] = os.pathsep.join(filter(None, [scripts, os.environ.get("PATH")]))
+    """The C++ compiler command; setuptools is told to take it for everything."""
     chosen = os.environ.get("CXX")
     names = [chosen] if chosen else [sysconfig.get_config_var("CXX"), "c++", "g++", "clang++"]
     for name in filter(None, names):
@@ -50,6 +50,32 @@ def compiler_version(command: list[str]) -> str:
         return run.stdout.splitlines()[0].strip()
     except (OSError, IndexError):
         return command[0]
+
+
+def say_first_error(compiler, name: str) -> None:
+    """Makes what a compiler of setuptools raises name the compiler, the file and the first error, not the command."""
+
+    def run_or_raise(command: list[str], **options) -> None:
+        print(shlex.join(map(str, command)), flush=True)
+        target = sysconfig.get_config_var("MACOSX_DEPLOYMENT_TARGET")
+        environment = {**({"MACOSX_DEPLOYMENT_TARGET": str(target)} if target else {}), **os.environ}
+        try:
+            run = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", env=environment)
+        except OSError as error:
+            raise ExecError(f"{command[0]} does not run: {error}") from error
+        print(run.stderr, end="", file=sys.stderr, flush=True)
+        if run.returncode:
+            source = next((word for word in command if word.endswith(".cpp")), "the object files")
+            raise ExecError(f"{name} rejected {source}: {first_error(run.stderr, run.returncode)}")
+
+    compiler.call = compiler.spawn = run_or_raise  # newer releases of setuptools use the first, older ones the second
+
+
+def first_error(output: str, status: int) -> str:
+    """What a compiler or linker says first about why it failed."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    said = [line for line in lines if re.search(r"\b(error|undefined reference|cannot find)\b", line)]
+    return [*said, *lines, f"exit status {status}"][0]
 
 
 def is_x86() -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,8 +19,11 @@ from typing import Any, cast
 import torch
 
 import contrastive_ops
+from contrastive_ops import _checkout
 
 PACKAGE = Path(__file__).resolve().parent
+CHECKED_BUILD = "CONTRASTIVE_OPS_EXT=1"  # a build that fails says so
+MIN_SETUPTOOLS = 77  # as in pyproject.toml
 # Largest relative error of a result and of each gradient against the reference in float64.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 
@@ -54,7 +57,8 @@ def collect_info() -> dict[str, Any]:
             lambda: {
                 "version": contrastive_ops.__version__,
                 "location": str(PACKAGE),
-                "editable": _install_record().get("dir_info", {}).get("editable", False),
+                "editable": _record().get("dir_info", {}).get("editable", False),
+                "installed": [str(folder) for folder in _checkout.installed_copies()],
             }
         ),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -80,14 +84,12 @@ def _extension_info() -> dict[str, Any]:
     from contrastive_ops import _extension
 
     module = _extension.load()
-    report = probe(lambda: json.loads((PACKAGE / "_build_report.json").read_text()))
-    report = report if isinstance(report, dict) else {}
     if module is None:
-        # The build knows the cause; the failed import knows it only if there is a file to import.
-        why = report.get("why_no_extension") or probe(_extension.why_missing)
-        return {"present": False, "why": why or "unknown", "fix": _fix_commands()}
-    config = dict(module.build_config())
-    facts: dict[str, Any] = {"present": True, "build": report.get("summary"), "config": config}
+        return {"present": False, "why": probe(_extension.reason) or "unknown", "fix": _fix_commands()}
+    report, config, file = _extension.report(), dict(module.build_config()), str(module.__file__)
+    facts: dict[str, Any] = {"present": True, "file": file, "build": report.get("summary"), "config": config}
+    if Path(file).parent != PACKAGE:
+        facts["note"] = f"the Python code is that of {PACKAGE}, which is not built; the C++ sources are the same"
     if config.get("cuda") == "no":
         facts["why_no_cuda"] = report.get("why_no_cuda") or "unknown"
     built, running = config.get("torch"), str(torch.__version__)
@@ -97,36 +99,50 @@ def _extension_info() -> dict[str, Any]:
     return facts
 
 
-def _install_record() -> dict[str, Any]:
-    """Where pip installed the package from (PEP 610); empty for an installation from an index."""
-    text = importlib.metadata.distribution("contrastive-ops").read_text("direct_url.json")
-    record: dict[str, Any] = json.loads(text) if text else {}
-    return record
+def _record() -> dict[str, Any]:
+    """What pip recorded of the folder in use; empty where nobody did."""
+    return next((record for folder, record in _checkout.installations() if folder == PACKAGE and record), {})
+
+
+def _source() -> str | None:
+    """What pip can build the package from: the clone in use, or what it was installed from."""
+    record, root = _record(), _checkout.source_folder()
+    url = str(record.get("url", ""))
+    if root is not None:
+        return f"{'-e ' if record else ''}{shlex.quote(str(root))}"
+    if "vcs_info" in record:
+        return shlex.quote(f"{record['vcs_info']['vcs']}+{url}@{record['vcs_info']['commit_id']}")
+    if url.startswith("file:"):
+        path = _checkout.local_path(url)
+        return None if path.suffix == ".whl" or not path.exists() else shlex.quote(str(path))
+    return shlex.quote(url) if url else None
 
 
 def _fix_commands() -> list[str]:
     """The commands that build the extension in this environment."""
-    python = sys.executable or "python"
+    from contrastive_ops import _extension
+
     commands = []
     if not any(shutil.which(name) for name in (os.environ.get("CXX"), "c++", "g++") if name):
         commands.append("install a C++ compiler, for example: apt-get install g++")
-    if importlib.util.find_spec("setuptools") is None:
-        commands.append(f'{python} -m pip install "setuptools>=77" ninja')
-    record = probe(_install_record)
-    record = record if isinstance(record, dict) else {}
-    source = record.get("url", "").removeprefix("file://") or "contrastive-ops"
-    if "vcs_info" in record:
-        source = f"{record['vcs_info']['vcs']}+{record['url']}"
-    if record.get("dir_info", {}).get("editable"):
-        source = f"-e {source}"
-    elif source == "contrastive-ops":
-        # Only a source distribution compiles on this machine.
-        source = "--no-binary contrastive-ops contrastive-ops"
-    commands.append(
-        f"CONTRASTIVE_OPS_EXT=1 {python} -m pip install --no-build-isolation --no-deps "
-        f"--no-cache-dir --force-reinstall {source}"
-    )
-    return commands
+    if " rejected " in (_extension.reason() or ""):
+        commands.append("name another C++ compiler with CXX=..., for example g++ 12 or newer")
+    source = _source()
+    if source is None:
+        return [*commands, f"install it again from the folder of its source code, with {CHECKED_BUILD}"]
+    # Without isolation nothing is downloaded, but then the build needs this of the environment.
+    isolation = "--no-build-isolation " if _has_setuptools() else ""
+    python = shlex.quote(sys.executable or "python")
+    install = f"-m pip install {isolation}--no-deps --no-cache-dir --force-reinstall {source}"
+    return [*commands, f"{CHECKED_BUILD} {python} {install}"]
+
+
+def _has_setuptools() -> bool:
+    """Whether setuptools can build this package."""
+    try:
+        return int(importlib.metadata.version("setuptools").partition(".")[0]) >= MIN_SETUPTOOLS
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return False
 
 
 def _cpu_info() -> dict[str, Any]:

@@ -45,7 +45,9 @@ def why_missing() -> str | None:
         return missing
     module: Any = _extension.load()
     if module.build_config()["cuda"] == "no":
-        return "the extension was built without CUDA kernels; install again with CONTRASTIVE_OPS_CUDA=1"
+        why = _extension.report().get("why_no_cuda")
+        because = f" ({why})" if why else ""
+        return f"the extension was built without CUDA kernels{because}; install again with CONTRASTIVE_OPS_CUDA=1"
     return None
 
 

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch  # the extension links against libraries that importing torch loads
+
+from . import _checkout
 
 HOW_TO_FIX = "run `python -m contrastive_ops info`, which prints the command that builds it"
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
+    if not (_checkout.PACKAGE / _checkout.EXTENSION).exists():
+        module, said = _checkout.borrow_extension()
+        return module, said if module is None else None
     try:
         return importlib.import_module("contrastive_ops._C"), None
-    except ModuleNotFoundError:
-        return None, "the extension was not built: no C++ compiler was found, or compiling failed"
     except ImportError as error:
         # An undefined symbol: the extension was built for another torch than the one that is running.
         return None, f"the extension does not load with torch {torch.__version__}: {error}"
 
 
+_checkout.map_kernels()
 # At import, so that a traced program sees constants instead of an import.
 _MODULE, _REASON = _load()
+_REPORT = _checkout.report(_checkout.PACKAGE if _MODULE is None else Path(str(_MODULE.__file__)).parent)
 
 
 def load() -> ModuleType | None:
@@ -29,9 +35,19 @@ def load() -> ModuleType | None:
     return _MODULE
 
 
+def reason() -> str | None:
+    """Return None if the extension is loaded, else why it is not: what its build recorded, where there was one."""
+    return _REASON
+
+
 def why_missing() -> str | None:
     """Return None if the extension is loaded, else the reason and how to fix it."""
     return None if _REASON is None else f"{_REASON}; {HOW_TO_FIX}"
+
+
+def report() -> dict[str, str | None]:
+    """Return what the build of the loaded extension recorded; empty if it recorded nothing."""
+    return _REPORT
 
 
 def functions(stem: str) -> SimpleNamespace:

@@ -2,7 +2,7 @@
 
 Memory is measured in a fresh process per trial, by running this file:
 
-    python _loss_meter.py LAYER BATCH DIM      # prints one JSON object
+    python examples/_loss_meter.py LAYER BATCH DIM      # prints one JSON object
 
 so that neither layer inherits memory that the other, or the training, left behind.
 """

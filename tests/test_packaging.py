@@ -5,10 +5,8 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -17,42 +15,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from install_cases import NO_COMPILER, ROOT, copy_sources, environment, run
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [
-    "setup.py",
-    "setup_cpu.py",
-    "setup_cuda.py",
-    "pyproject.toml",
-    "MANIFEST.in",
-    "LICENSE",
-    "contrastive_ops",
-    "kernels",
-    "csrc",
-]
-NO_COMPILER = {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}
+from contrastive_ops import _checkout
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "setup.py").exists(), reason="needs the source checkout, not an installed package"
 )
-
-
-def environment(**changes: str) -> dict[str, str]:
-    """The environment without the variables of this package, of pip and of Python's path."""
-    own = ("CONTRASTIVE_OPS_", "PYTHONPATH", "PIP_")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
-    return {**kept, "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", **changes}
-
-
-def run(*command: object, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def literal_version() -> str:
@@ -66,16 +35,7 @@ def literal_version() -> str:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources, so that no build product lands in the checkout."""
-    folder = tmp_path_factory.mktemp("source")
-    ignore = shutil.ignore_patterns("__pycache__", "*.so", "_build_report.json")
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-        else:
-            shutil.copy(ROOT / name, folder / name)
-    readme = ROOT / "README.md"
-    (folder / "README.md").write_text(readme.read_text() if readme.exists() else "")
-    return folder
+    return copy_sources(tmp_path_factory.mktemp("source"))
 
 
 # --- a machine without a compiler ------------------------------------------------------------
@@ -193,7 +153,7 @@ def test_source_archive_contains_every_build_input(source: Path, tmp_path: Path)
         files = [path for path in (source / folder).rglob("*") if path.is_file()]
         missing = {path.relative_to(source).as_posix() for path in files} - names
         assert not [name for name in missing if not name.endswith((".pyc", ".json"))], missing
-    assert {"setup.py", "setup_cpu.py", "setup_cuda.py", "pyproject.toml", "LICENSE"} <= names
+    assert {*(path.name for path in source.glob("setup*.py")), "pyproject.toml", "LICENSE"} <= names
 
 
 # --- the switches of the build ---------------------------------------------------------------
@@ -219,6 +179,81 @@ def test_required_extension_without_compiler_fails(source: Path, tmp_path: Path)
     done = run(sys.executable, "setup.py", "build_py", cwd=source, env=env)
     assert done.returncode != 0
     assert "CONTRASTIVE_OPS_EXT=1 must be able to build the extension" in done.stderr
+
+
+def test_a_compiler_that_fails_is_named_with_its_first_error(source: Path, tmp_path: Path) -> None:
+    compiler = tmp_path / "c++"
+    error = "csrc/x.h:7:1: error: no such thing"
+    compiler.write_text(f"#!/bin/sh\n[ $1 = --version ] && echo 'odd c++ 1.0' && exit\necho '{error}' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    env = environment(CXX=str(compiler), CC=str(compiler), CONTRASTIVE_OPS_CUDA="0", MAX_JOBS="1")
+    command = (sys.executable, "setup.py", "build", "--build-base", tmp_path / "build")
+    reason = f"the compilation failed: odd c++ 1.0 rejected csrc/cpu/capability.cpp: {error}"
+    done = run(*command, cwd=source, env=env)
+    assert done.returncode == 0 and f"why: {reason}\n" in done.stderr, done.stderr
+    (report,) = (tmp_path / "build").glob("lib*/contrastive_ops/_build_report.json")
+    assert json.loads(report.read_text())["why_no_extension"] == reason
+
+
+# --- a clone that is not built ---------------------------------------------------------------
+
+
+@pytest.fixture
+def clone(source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The sources in the place of the package in use, and one installed copy whose extension is no library."""
+    (tmp_path / "contrastive_ops").mkdir()
+    (tmp_path / "contrastive_ops" / _checkout.EXTENSION).write_text("not a library")
+    monkeypatch.setattr(_checkout, "PACKAGE", source / "contrastive_ops")
+    monkeypatch.setattr(_checkout, "installations", lambda: iter([(tmp_path / "contrastive_ops", {})]))
+    return source
+
+
+def say(folder: Path, **report: str) -> None:
+    (folder / "contrastive_ops" / "_build_report.json").write_text(json.dumps(report))
+
+
+def test_unbuilt_clone_looks_at_what_is_installed(clone: Path, tmp_path: Path) -> None:
+    file = tmp_path / "contrastive_ops" / _checkout.EXTENSION
+    other = f"{file} was built from other C++ sources than those in {clone}"
+    assert _checkout.borrow_extension() == (None, other)  # a build that recorded nothing
+    say(tmp_path, sources="0123456789abcdef")
+    assert _checkout.borrow_extension() == (None, other)
+    say(tmp_path, sources=_checkout.sources_digest(clone))
+    assert _checkout.borrow_extension()[1].startswith(f"{file} does not load: ")
+    file.unlink()
+    say(tmp_path, why_no_extension="no C++ compiler was found")
+    assert _checkout.borrow_extension() == (None, "no C++ compiler was found")
+
+
+def test_unbuilt_clone_without_an_installation(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_checkout, "installations", lambda: iter(()))
+    said = f"{clone} holds source code, and nothing was built or installed from it"
+    assert _checkout.borrow_extension() == (None, said)
+    other = clone / "contrastive_ops" / "_C.cpython-39-x86_64-linux-gnu.so"
+    other.touch()
+    assert "was built for another Python: " in _checkout.borrow_extension()[1]
+    other.unlink()
+
+
+def test_digest_sees_every_native_source(source: Path) -> None:
+    before = _checkout.sources_digest(source)
+    for path in ("csrc/bindings.cpp", "csrc/cpu/simd.h", sorted((source / "csrc/cuda").glob("*.cu"))[0]):
+        text = (source / path).read_text()
+        (source / path).write_text(text + "\n")
+        assert _checkout.sources_digest(source) != before
+        (source / path).write_text(text)
+    assert _checkout.sources_digest(source) == before == _checkout.sources_digest(ROOT)
+
+
+def test_kernels_are_a_subpackage_of_a_clone(source: Path) -> None:
+    script = """
+        import importlib, contrastive_ops, contrastive_ops.kernels as kernels
+        print(contrastive_ops.kernels is kernels, kernels.__file__)
+        print(importlib.util.find_spec("contrastive_ops.kernels").origin)
+    """
+    done = run(sys.executable, "-c", textwrap.dedent(script), cwd=source, env=environment())
+    file = source / "kernels" / "__init__.py"
+    assert done.stdout.split() == ["True", str(file), str(file)], done.stderr
 
 
 # --- the package under test ------------------------------------------------------------------
