@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 
-def left_out(x: Tensor, keep: Tensor) -> Tensor:
+def left_out(x: Tensor, keep: Tensor, otherwise: float = 0) -> Tensor:
     """`x` with 0 in place of what is not kept, whatever it holds; no gradient goes there.
 
     Args:
         x: any shape and dtype.
         keep: bool, of the first dimensions of `x`.
+        otherwise: instead of 0.
     """
-    return torch.where(keep.view(keep.shape + (1,) * (x.dim() - keep.dim())), x, x.new_zeros(()))
+    return torch.where(keep.view(keep.shape + (1,) * (x.dim() - keep.dim())), x, x.new_full((), otherwise))
 
 
 def times(weight: Tensor, x: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ class ContrastiveChoice(NamedTuple):
     """What `contrastive_search` returns.
 
     Attributes:
-        chosen: (B,) int64, which of the k candidates is best; the first of equal ones.
+        chosen: (B,) int64, which of the k candidates is best; the first of equal ones. One whose score is NaN is worse
+            than all others; the first where all are NaN.
         score: (B, k), in float32 (float64 for float64 inputs).
         penalty: (B, k), each candidate's largest cosine similarity to the context; -1 without context.
     """
@@ -92,7 +93,10 @@ def contrastive_search(
         nothing = cosine.new_full((B, k, 1), -1.0)
         penalty = torch.cat([nothing, cosine], 2).amax(2)
         score = (1 - alpha) * probabilities.to(rows.dtype) - alpha * penalty
-    return ContrastiveChoice(score.argmax(1), score, penalty)
+        # A candidate whose score is NaN, such as one whose hidden state overflowed, comes after all others.
+        least = torch.finfo(score.dtype).min
+        order = torch.where(score.isnan(), -torch.inf, score.clamp_min(least))
+    return ContrastiveChoice(order.argmax(1), score, penalty)
 
 
 class ContrastiveCache:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._masks import left_out, times
 from .._ordered import ordered_sum
 from .._unit_rows import unit_rows
 
@@ -87,9 +88,18 @@ def resolve_scale(
     return 1.0 / _checks.number(function, "temperature", value, "(0, inf]")
 
 
+def of_weighted(weight: Tensor | None, rows: Tensor, *, otherwise: float = 0) -> Tensor:
+    """`rows` with 0, or what is given, for those of weight 0.
+
+    What such a row holds is left out before anything is computed from it. That goes for what belongs to this row alone:
+    what other rows are compared with stays as it is.
+    """
+    return rows if weight is None else left_out(rows, weight != 0, otherwise)
+
+
 def reduce_rows(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     """Mean (weighted: divided by the sum of weights), sum, or the weighted rows themselves."""
-    weighted = losses if weight is None else losses * weight.to(losses.dtype)
+    weighted = losses if weight is None else times(weight.to(losses.dtype), losses)
     if reduction == "none":
         return weighted
     total = ordered_sum(weighted)
@@ -114,7 +124,7 @@ def mean_over(rows: Tensor, counted: Tensor, weight: Tensor | None, reduction: s
 
     Where no row counts, the mean is 0 with gradient 0.
     """
-    rows = torch.where(counted, rows, 0.0)
+    rows = torch.where(counted if weight is None else counted & (weight != 0), rows, 0.0)
     if reduction != "mean":
         return reduce_rows(rows, weight, reduction)
     share = counted.to(rows.dtype) if weight is None else counted * weight.to(rows.dtype)

@@ -131,8 +131,10 @@ def _pairs(scores: Tensor, teacher: Tensor, valid: Tensor, options: Options, slo
         count = count + better.sum((1, 2))
         if not slopes:
             continue
-        # A comparison would hide NaN; a product with the lead does not.
-        falling = (lead < options.margin) + 0 * lead if options.kind == "hinge" else (-lead).sigmoid()
+        if options.kind == "hinge":  # a comparison would hide NaN
+            falling = torch.where(lead.isnan(), lead, (lead < options.margin).to(lead))
+        else:
+            falling = (-lead).sigmoid()
         by_lead = -weight * falling.masked_fill(~better, 0.0)
         derivative[:, part] += by_lead.sum(2)
         derivative -= by_lead.sum(1)

@@ -32,7 +32,8 @@ def variance_hinge(x: Tensor, *, target: float = 1.0, eps: float = 1e-4) -> Tens
         eps: keeps the root's slope finite.
 
     Returns:
-        0-d, in float32 (float64 for float64 inputs). NaN for fewer than two rows.
+        0-d, in float32 (float64 for float64 inputs). 0 with gradient 0 for one row, such as that of a last batch, which
+        has no statistics; NaN for no rows.
 
     Raises:
         ValueError, TypeError: arguments that do not fit.
@@ -47,6 +48,8 @@ def variance_hinge(x: Tensor, *, target: float = 1.0, eps: float = 1e-4) -> Tens
     name = "variance_hinge"
     eps = _checks.number(name, "eps", eps, "(0, inf)")
     (x,) = _features(name, x=x)
+    if x.shape[0] == 1:
+        return _nothing(x)
     return (target - (x.var(0) + eps).sqrt()).relu().mean()
 
 
@@ -62,7 +65,8 @@ def covariance_penalty(x: Tensor) -> Tensor:
         x: (N, D) float32, bfloat16, float16 or float64.
 
     Returns:
-        0-d, in float32 (float64 for float64 inputs). NaN for fewer than two rows.
+        0-d, in float32 (float64 for float64 inputs). 0 with gradient 0 for one row, such as that of a last batch, which
+        has no statistics; NaN for no rows.
 
     Raises:
         ValueError, TypeError: arguments that do not fit.
@@ -78,6 +82,8 @@ def covariance_penalty(x: Tensor) -> Tensor:
         tensor(4.)
     """
     (x,) = _features("covariance_penalty", x=x)
+    if x.shape[0] == 1:
+        return _nothing(x)
     centred = x - x.mean(0)
     rows = x.new_full((), x.shape[0])
     # Off the diagonal of a D x D matrix; (N - 1)^2 once instead of in every number.
@@ -108,7 +114,8 @@ def vicreg(
         covariance: weight of `covariance_penalty`.
 
     Returns:
-        0-d, in float32 (float64 for float64 inputs). NaN for fewer than two rows.
+        0-d, in float32 (float64 for float64 inputs). 0 with gradient 0 for one row, such as that of a last batch, which
+        has no statistics; NaN for no rows.
 
     Raises:
         ValueError, TypeError: arguments that do not fit.
@@ -124,6 +131,8 @@ def vicreg(
         torch.Size([])
     """
     x, y = _features("vicreg", x=x, y=y)
+    if x.shape[0] == 1:
+        return _nothing(x, y)
     spread = (variance_hinge(x) + variance_hinge(y)) / 2
     shared = covariance_penalty(x) + covariance_penalty(y)
     return invariance * (x - y).square().mean() + variance * spread + covariance * shared
@@ -144,7 +153,8 @@ def barlow_twins(x: Tensor, y: Tensor, *, off_diagonal: float = 0.0051) -> Tenso
         off_diagonal: weight of the correlations of different features.
 
     Returns:
-        0-d, in float32 (float64 for float64 inputs). NaN for no rows.
+        0-d, in float32 (float64 for float64 inputs). 0 with gradient 0 for one row, such as that of a last batch, which
+        has no statistics; NaN for no rows.
 
     Raises:
         ValueError, TypeError: arguments that do not fit.
@@ -160,7 +170,10 @@ def barlow_twins(x: Tensor, y: Tensor, *, off_diagonal: float = 0.0051) -> Tenso
         >>> bool(barlow_twins(x, x) < 1e-8)                                   # two features without correlation
         True
     """
-    x, y = (_standardised(each) for each in _features("barlow_twins", x=x, y=y))
+    x, y = _features("barlow_twins", x=x, y=y)
+    if x.shape[0] == 1:
+        return _nothing(x, y)
+    x, y = _standardised(x), _standardised(y)
     rows = x.new_full((), x.shape[0])
     same = (x * y).sum(0) / rows
     return (same - 1).square().sum() + off_diagonal * _off_diagonal(x, y) / rows.square()
@@ -289,7 +302,7 @@ def effective_rank(x: Tensor, *, centre: bool = False) -> Tensor:
 
     Returns:
         0-d, in float32 (float64 for float64 inputs), between 1 and min(N, D); computed in float64. Its logarithm is the
-        regulariser of rank reduction. NaN where all numbers are 0.
+        regulariser of rank reduction. One row has rank 1 with gradient 0; NaN where all numbers are 0.
 
     Raises:
         ValueError, TypeError: arguments that do not fit.
@@ -308,6 +321,8 @@ def effective_rank(x: Tensor, *, centre: bool = False) -> Tensor:
     name = "effective_rank"
     dtype = _checks.accumulator(x.dtype) if isinstance(x, Tensor) else torch.float32
     (x,) = _features(name, x=x)
+    if x.shape[0] == 1:
+        return (_nothing(x) + 1).to(dtype)
     wide = x.to(torch.float64)
     if centre:
         wide = wide - wide.mean(0)
@@ -335,6 +350,11 @@ def _features(function: str, **matrices: Tensor) -> list[Tensor]:
         _arguments.check_partners(function, x_name, x, name, each)
     with _autocast.disabled(x):
         return [each.to(_checks.accumulator(each.dtype)) for each in matrices.values()]
+
+
+def _nothing(*matrices: Tensor) -> Tensor:
+    """0 with gradient 0, whatever the matrices hold."""
+    return torch.stack([each[:0].sum() for each in matrices]).sum()
 
 
 def _smaller_gram(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import _checks
@@ -50,7 +51,10 @@ def dpo(
         reduction: "mean", "sum" or "none".
 
     Returns:
-        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs).
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Log-probabilities may be -inf:
+        an answer that is impossible has loss 0 where it was rejected and inf where it was chosen ("ipo": inf in both
+        cases, with gradient 0). NaN where nothing can be said: two impossible answers, or one that is impossible under
+        both models. Leave such pairs out by weight 0.
 
     Raises:
         ValueError, TypeError: arguments that do not fit.
@@ -86,22 +90,24 @@ def dpo(
     }
     dtype = _checks.accumulator(chosen.dtype)
     vectors = []
+    if weight is not None:
+        _arguments.check_weight(name, weight, chosen.shape[0], "chosen", chosen)
     for key, each in given.items():
         if each is not None:
             _checks.check_vector(name, key, each, chosen.shape[0], "chosen", chosen)
-            vectors.append(each.to(dtype))
-    if weight is not None:
-        _arguments.check_weight(name, weight, chosen.shape[0], "chosen", chosen)
+            vectors.append(_arguments.of_weighted(weight, each.to(dtype)))
     ratio = vectors[0] - vectors[1]
     if reference_chosen is not None:
         ratio = (vectors[0] - vectors[2]) - (vectors[1] - vectors[3])
     z = beta * ratio - margin
     if kind == "ipo":
-        losses = (ratio - 1 / (2 * beta)).square()
+        losses = _square(ratio - 1 / (2 * beta))
     elif kind == "hinge":
         losses = (1 - z).relu()
     else:
-        losses = softplus(-z) + label_smoothing * z
+        losses = softplus(-z)
+        if label_smoothing:  # not softplus(-z) + label_smoothing * z, which is inf - inf for an impossible answer
+            losses = (1 - label_smoothing) * losses + label_smoothing * softplus(z)
     return _arguments.reduce_rows(losses, weight, reduction)
 
 
@@ -124,7 +130,8 @@ def kl_estimate(log_prob: Tensor, reference_log_prob: Tensor, *, kind: str = "k3
 
     Returns:
         Tensor of that shape, in float32 (float64 for float64 inputs); 0 for tokens whose log-probabilities are both 0,
-        as those of ignored labels are. `linear_kl` has the divergence itself.
+        as those of ignored labels are; infinite for tokens that are impossible under one of the models, NaN under both.
+        `linear_kl` has the divergence itself.
 
     Raises:
         ValueError, TypeError: arguments that do not fit.
@@ -151,4 +158,14 @@ def kl_estimate(log_prob: Tensor, reference_log_prob: Tensor, *, kind: str = "k3
     r = reference_log_prob.to(dtype) - log_prob.to(dtype)
     if kind == "k1":
         return -r
-    return r.square() / 2 if kind == "k2" else r.expm1() - r
+    if kind == "k2":
+        return _square(r) / 2
+    impossible = r == torch.inf  # where exp(r) - r is inf - inf
+    r = torch.where(impossible, 0.0, r)
+    return torch.where(impossible, torch.inf, r.expm1() - r)
+
+
+def _square(x: Tensor) -> Tensor:
+    """x^2 whose slope is 0 where it is infinite: a row that does not count hands back 0 times its slope."""
+    infinite = x.isinf()
+    return torch.where(infinite, torch.inf, torch.where(infinite, 0.0, x).square())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._masks import left_out
 from . import _arguments
 from ._rank_lists import PAIRWISE, WEIGHTINGS, Options, list_losses
 
@@ -242,7 +243,10 @@ def _lists(
     dtype = _checks.accumulator(scores.dtype)
     teacher = teacher_scores.detach().to(dtype)
     there = teacher != -torch.inf
-    return scores.to(dtype), teacher, there if mask is None else there & mask
+    there = there if mask is None else there & mask
+    there = there if weight is None else there & (weight != 0)[:, None]
+    # Before scores meet the temperature, whose gradient they would reach.
+    return left_out(scores.to(dtype), there), left_out(teacher, there), there
 
 
 def _factor(name: str, key: str, temperature: float | Tensor, scores: Tensor) -> Tensor:

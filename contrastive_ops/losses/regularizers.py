@@ -110,7 +110,8 @@ def uniformity(
 
     Returns:
         0-d, in float32 (float64 for float64 inputs): at most 0, and at least -4 t for normalised rows. Lower is more
-        uniform. NaN where there is no pair.
+        uniform. 0 with gradient 0 for one row without a queue, such as that of a last batch, which has no pair; NaN for
+        no rows.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
@@ -134,6 +135,8 @@ def uniformity(
     _checks.check_matrix(name, "x", x)
     if queue is not None:
         _checks.check_matrices(name, "x", x, "queue", queue)
+    if x.shape[0] == 1 and (queue is None or queue.shape[0] == 0):
+        return (x[:0] if queue is None else torch.cat([x[:0], queue])).sum(dtype=_checks.accumulator(x.dtype))
     x = unit_rows(x) if normalize else x
     lengths = None if normalize else _potential_of_lengths(x, t)
     options: dict[str, Any] = {"scale": 2.0 * t, "memory_budget": memory_budget, "backend": backend}

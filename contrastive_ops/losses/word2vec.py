@@ -16,7 +16,7 @@ class UnigramSampler(State):
     """Draws words in proportion to a power of how often they occur: ``negatives = sampler(words, k)``.
 
     Args:
-        counts: (V,) how often each word occurs, >= 0 and not all 0.
+        counts: (V,) how often each word occurs: finite, >= 0 and not all 0.
         power: of the counts; 0.75 as in word2vec, 1 for the frequencies themselves, 0 for all words alike.
 
     Note:
@@ -42,10 +42,13 @@ class UnigramSampler(State):
         power = _checks.number(name, "power", power, "[0, inf)")
         if not isinstance(counts, Tensor) or counts.dim() != 1 or not counts.numel():
             raise ValueError(f"{name}: counts must be a tensor of shape (V,), got {counts!r}")
-        if bool((counts < 0).any()) or not bool((counts > 0).any()):
+        wrong = ~((counts >= 0) & (counts < torch.inf))
+        if bool(wrong.any()):
+            raise ValueError(f"{name}: counts must be finite and >= 0, got {counts[wrong][0].item()}")
+        if not bool((counts > 0).any()):
             raise ValueError(f"{name}: counts must be >= 0 and not all 0, got {counts.tolist()[:5]}")
-        # A word that never occurs is never drawn, whatever the power.
-        share = torch.where(counts > 0, counts.double().pow(power), 0.0)
+        # A word that never occurs is never drawn, whatever the power. Of shares, since the power of a count may be inf.
+        share = torch.where(counts > 0, (counts.double() / counts.max().double()).pow(power), 0.0)
         cumulative = share.cumsum(0)
         self.cumulative = cumulative / cumulative[-1]
 
@@ -63,8 +66,8 @@ class UnigramSampler(State):
         _checks.check_index_values(name, "avoid", avoid, len(self.cumulative), or_none=True)
         uniform = torch.rand((len(avoid), k), dtype=torch.float64, device=avoid.device, generator=generator)
         # The word's own stretch of [0, 1) is cut out, so that nothing has to be drawn again.
-        end = torch.where(avoid < 0, 0.0, self.cumulative[avoid])[:, None]
-        begin = torch.where(avoid <= 0, 0.0, self.cumulative[avoid - 1])[:, None]
+        end = torch.where(avoid < 0, 0.0, self.cumulative[avoid.clamp_min(0)])[:, None]
+        begin = torch.where(avoid <= 0, 0.0, self.cumulative[(avoid - 1).clamp_min(0)])[:, None]
         rest = 1 - (end - begin)
         point = uniform * torch.where(rest > 0, rest, 1.0)
         beyond = (point >= begin) & (rest > 0)
