@@ -53,11 +53,11 @@ def lists(n, m):
 def rules(n, m, d):
     return ops.Pairs(
         diagonal=1,
-        differ=(ids(n), ids(m)),
+        differ=(torch.arange(n), torch.arange(1, m + 1)),
         exclude=lists(n, m),
-        below=(0.5, fixed(n), fixed(1, m)),
+        below=(5.0, 5 + fixed(n), 5 + fixed(1, m), 5 + fixed(n, 1)),
         above=torch.tensor(-9.0),
-        guide=ops.Guide(fixed(n, d), fixed(m, d), 3.0),
+        guide=ops.Guide(fixed(n, d), fixed(m, d), (3.0, 3 + fixed(n, 1), 3 + fixed(1, m))),
         log_weight=(fixed(2, 2), ids(n), ids(m)),
     )
 

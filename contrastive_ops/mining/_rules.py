@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ..ops._pair_slices import each_bound
 from ..ops.pairs import Bound, Guide, Pairs, check_lists
 from ._positives import AGGREGATES, Positives, Scored, score
 
@@ -143,14 +144,8 @@ def selection(
 
 
 def _joined(bounds: Bound | tuple[Bound, ...] | None, more: Bound | None) -> tuple[Bound, ...] | None:
-    listed = _each(bounds) + _each(more)
+    listed = each_bound(bounds) + each_bound(more)
     return listed or None
-
-
-def _each(bounds: Bound | tuple[Bound, ...] | None) -> tuple[Bound, ...]:
-    if bounds is None:
-        return ()
-    return bounds if isinstance(bounds, tuple) else (bounds,)
 
 
 def _excluded(function: str, pairs: Pairs, positive: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -202,12 +197,10 @@ def _outside(
     exceeds: Callable[[Tensor, Tensor | float], Tensor],
 ) -> Tensor:
     outside = torch.zeros_like(similarity, dtype=torch.bool)
-    for bound in _each(bounds):
+    for bound in each_bound(bounds):
         if isinstance(bound, Tensor):
             bound = bound.detach().to(similarity.dtype)
-            if bound.numel() == 1:
-                bound = bound.reshape(())
-            else:
+            if bound.dim():
                 by_column = bound.dim() == 2 and bound.shape[0] == 1
                 bound = bound[0][index] if by_column else bound.reshape(-1)[row]
         outside |= exceeds(similarity, bound)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _autocast, _checks
 from .._similarity import STATISTICS, Slot
-from ..ops._pair_slices import columns_of
+from ..ops._pair_slices import columns_of, each_bound
 from ..ops.pairs import Guide, Pairs, resolve
 from ..ops.similarity_topk import TopK, merge, metric_rows, select
 
@@ -383,7 +383,7 @@ def columns_named(pairs: object) -> int | None:
     if pairs.guide is not None:
         return len(pairs.guide.gx if pairs.guide.gy is None else pairs.guide.gy)
     for bound in bounds:
-        for each in bound if isinstance(bound, tuple) else (bound,):
-            if isinstance(each, Tensor) and each.dim() == 2 and each.shape[0] == 1 and each.shape[1] != 1:
+        for each in each_bound(bound):
+            if isinstance(each, Tensor) and each.dim() == 2 and each.shape[0] == 1:
                 return each.shape[1]
     return None

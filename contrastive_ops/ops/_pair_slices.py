@@ -13,11 +13,20 @@ from .pairs import Bound, Guide, Pairs
 Bounds = Bound | tuple[Bound, ...] | None
 
 
-def map_bounds(bounds: Bounds, function: Callable[[Bound], Bound]) -> Bounds:
-    """Apply a function to each of the bounds that `Pairs.below`, `Pairs.above` and `Guide.below` may be."""
+def each_bound(bounds: Bounds) -> tuple[Bound, ...]:
+    """The bounds that `Pairs.below`, `Pairs.above` and `Guide.below` may be.
+
+    One number is that of all pairs, whatever its shape: (1, 1) may be meant for one row and for one column.
+    """
     if bounds is None:
-        return None
-    return tuple(function(each) for each in bounds) if isinstance(bounds, tuple) else function(bounds)
+        return ()
+    listed = bounds if isinstance(bounds, tuple) else (bounds,)
+    return tuple(each.reshape(()) if isinstance(each, Tensor) and each.numel() == 1 else each for each in listed)
+
+
+def map_bounds(bounds: Bounds, function: Callable[[Bound], Bound]) -> Bounds:
+    """Apply a function to each of these bounds."""
+    return None if bounds is None else tuple(function(each) for each in each_bound(bounds))
 
 
 def rows_of(pairs: Pairs | None, rows: Tensor, columns: int) -> Pairs | None:
@@ -27,7 +36,6 @@ def rows_of(pairs: Pairs | None, rows: Tensor, columns: int) -> Pairs | None:
 
     def bound(value: Bound) -> Bound:
         per_row = isinstance(value, Tensor) and value.dim() > 0 and not (value.dim() == 2 and value.shape[0] == 1)
-        # One row may have a bound (1, 1), which is that of a row and of a column alike.
         return value[rows] if per_row else value  # type: ignore[index]
 
     def ids(value: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
@@ -59,7 +67,7 @@ def columns_of(pairs: Pairs | None, begin: int, end: int) -> Pairs | None:
         return None
 
     def bound(value: Bound) -> Bound:
-        per_column = isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] == 1 and value.shape[1] != 1
+        per_column = isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] == 1
         return value[:, begin:end] if per_column else value  # type: ignore[index]
 
     def ids(value: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ._pair_slices import map_bounds, rows_of
+from ._pair_slices import each_bound, map_bounds, rows_of
 from .pairs import Bound, Pairs
 
 DTYPES = (torch.bfloat16, torch.int8)
@@ -141,7 +141,7 @@ def _outside(pairs: Pairs, dots: Tensor, indices: Tensor) -> Tensor:
     outside = torch.zeros(dots.shape, dtype=torch.bool, device=dots.device)
     column = indices.clamp_min(0)
     for bounds, sign in ((pairs.below, 1), (pairs.above, -1)):
-        for bound in bounds if isinstance(bounds, tuple) else (() if bounds is None else (bounds,)):
+        for bound in each_bound(bounds):
             if isinstance(bound, Tensor) and bound.dim() == 2 and bound.shape[0] == 1:
                 bound = bound[0].to(dots.dtype)[column]
             elif isinstance(bound, Tensor) and bound.dim() > 0:
