@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
+from ._scalars import Scalars, bounded
 
 
 class Loss(nn.Module):
@@ -21,15 +22,25 @@ class Loss(nn.Module):
     """
 
     function: ClassVar[Callable[..., Any]]
-    owned: ClassVar[tuple[str, ...]] = ()  # keyword arguments that the module itself provides
+    owned: ClassVar[tuple[str, ...]] = ()  # arguments that the module itself provides
+    taken: ClassVar[tuple[str, ...]] = ()  # the function's tensors, in order, without those that the module provides
+    known: ClassVar[dict[str, str]] = {}  # its keyword arguments and what they may be, as annotated
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if not hasattr(cls, "function"):
+            return
+        parameters = inspect.signature(cls.function).parameters.values()
+        cls.taken = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in cls.owned)
+        cls.known = {p.name: str(p.annotation) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        parameters = inspect.signature(self.function).parameters.values()
-        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in self.owned]
-        for option in options:
-            if option not in known:
-                raise TypeError(f"{type(self).__name__}: options must be among {', '.join(known)}, got {option}")
+        for option, value in options.items():
+            if option not in self.known or option in self.owned:
+                known = ", ".join(name for name in self.known if name not in self.owned)
+                raise TypeError(f"{type(self).__name__}: options must be among {known}, got {option}")
+            check_option(type(self).__name__, option, value, self.known[option])
         self.options = options
 
     def provided(self) -> dict[str, Any]:
@@ -38,25 +49,56 @@ class Loss(nn.Module):
 
     def forward(self, *tensors: Any, **keywords: Any) -> Any:
         """Return what the function returns; tensors and keywords as there."""
-        return self.function(*tensors, **self.provided(), **{**self.options, **keywords})
+        name = type(self).__name__
+        if len(tensors) > len(self.taken):
+            raise TypeError(
+                f"{name}: tensors must be ({', '.join(self.taken)}), got {len(tensors)}; everything else goes by name"
+            )
+        given = dict(zip(self.taken, tensors, strict=False))
+        for key in keywords:
+            if key in given:
+                raise TypeError(f"{name}: {key} must be given once, got it by position and by name")
+            if key in self.owned:
+                self.check_owned(key)
+            elif key not in self.known and key not in self.taken:
+                known = ", ".join(each for each in (*self.taken, *self.known) if each not in self.owned)
+                raise TypeError(f"{name}: arguments must be among {known}, got {key}")
+        return self.function(**given, **{**self.options, **self.provided(), **keywords})
+
+    def check_owned(self, key: str) -> None:
+        """Raise where a call may not replace what the module owns."""
+        function = getattr(self.function, "__name__", "the function")
+        raise TypeError(
+            f"{type(self).__name__}: {key} must not be given at a call, the module owns it\n"
+            f"  use contrastive_ops.{function} where it comes from elsewhere"
+        )
+
+    def reset_parameters(self) -> None:
+        """Put back what the constructor made."""
 
     def extra_repr(self) -> str:
         """The options that were given."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-class ScaledLoss(Loss):
+class ScaledLoss(Scalars, Loss):
     """A loss with a temperature, fixed or learnable.
 
     Args:
         temperature: divides the inner products; the start value if learnable. Default: that of the class.
         learnable: make the temperature (and the bias, where there is one) a parameter, `logit_scale` =
-            log(1 / temperature). Default: that of the class.
-        max_scale: upper bound of exp(logit_scale) in training.
+            log(1 / temperature), of shape (1,), which FSDP can shard. Default: that of the class.
+        max_scale: upper bound of exp(logit_scale). The parameter itself is left alone: while it is above the bound,
+            only gradients that lead back reach it.
         options: as in `Loss`.
+
+    Note:
+        Where the temperature is fixed, a call may have another: ``loss(x, y, scale=model.logit_scale.exp())``. State
+        dicts of models whose `logit_scale` is 0-d load too; for the other way, ``reshape(())`` it.
     """
 
     owned: ClassVar[tuple[str, ...]] = ("temperature", "scale")
+    scalars: ClassVar[tuple[str, ...]] = ("logit_scale",)
     default_temperature: ClassVar[float]
     default_learnable: ClassVar[bool] = False
 
@@ -70,26 +112,46 @@ class ScaledLoss(Loss):
     ) -> None:
         super().__init__(**options)
         name = type(self).__name__
-        temperature = self.default_temperature if temperature is None else temperature
+        if learnable is not None:
+            check_option(name, "learnable", learnable, "bool")
         self.learnable = self.default_learnable if learnable is None else learnable
+        temperature = self.default_temperature if temperature is None else temperature
         self.temperature = _checks.number(name, "temperature", temperature, "(0, inf)")
         self.max_scale = _checks.number(name, "max_scale", max_scale, "(0, inf]")
-        self.logit_scale = nn.Parameter(torch.tensor(-math.log(self.temperature))) if self.learnable else None
+        self.logit_scale = nn.Parameter(torch.empty(1)) if self.learnable else None
+        ScaledLoss.reset_parameters(self)
+
+    def reset_parameters(self) -> None:
+        """Put back the start value of the temperature."""
+        super().reset_parameters()
+        if self.logit_scale is not None:
+            nn.init.constant_(self.logit_scale, -math.log(self.temperature))
 
     def scale(self) -> float | Tensor:
         """The factor of the inner products: 1 / temperature, or exp(logit_scale), at most `max_scale`."""
         if self.logit_scale is None:
             return 1.0 / self.temperature
-        if self.training:
-            # Clipping the parameter, as CLIP's training does, and not its use: a clamp in the graph would have
-            # gradient 0 from then on, and the temperature could never come back.
-            with torch.no_grad():
-                self.logit_scale.clamp_(max=math.log(self.max_scale))
-        return self.logit_scale.exp()
+        return bounded(self.logit_scale, math.log(self.max_scale)).exp()
 
     def provided(self) -> dict[str, Any]:
         """The scale."""
         return {"scale": self.scale()}
+
+    def forward(self, *tensors: Any, **keywords: Any) -> Any:
+        """Return what the function returns; tensors and keywords as there, and a scale where it is not learned here."""
+        if "temperature" in keywords and not self.learnable:
+            keywords = {"scale": None, **keywords}
+        return super().forward(*tensors, **keywords)
+
+    def check_owned(self, key: str) -> None:
+        """A fixed number may be another one at a call."""
+        if key not in ("temperature", "scale", "bias"):
+            super().check_owned(key)
+        if self.learnable:
+            raise TypeError(
+                f"{type(self).__name__}: {key} must not be given at a call, the module learns its own\n"
+                f"  make it with learnable=False where a model owns the {key}"
+            )
 
     def extra_repr(self) -> str:
         """The temperature and the options that were given."""
@@ -102,12 +164,13 @@ class BiasedLoss(ScaledLoss):
 
     Args:
         temperature: as in `ScaledLoss`.
-        bias: added to every logit; the start value of the parameter `logit_bias` if learnable.
+        bias: added to every logit; the start value of the parameter `logit_bias`, of shape (1,), if learnable.
         learnable: as in `ScaledLoss`.
         options: as in `ScaledLoss`.
     """
 
     owned: ClassVar[tuple[str, ...]] = ("temperature", "scale", "bias")
+    scalars: ClassVar[tuple[str, ...]] = ("logit_scale", "logit_bias")
     default_temperature = 0.1
     default_learnable = True
     default_bias: ClassVar[float] = -10.0
@@ -121,8 +184,15 @@ class BiasedLoss(ScaledLoss):
         **options: Any,
     ) -> None:
         super().__init__(temperature, learnable=learnable, **options)
-        self.bias = self.default_bias if bias is None else bias
-        self.logit_bias = nn.Parameter(torch.tensor(float(self.bias))) if self.learnable else None
+        self.bias = _checks.number(type(self).__name__, "bias", self.default_bias if bias is None else bias)
+        self.logit_bias = nn.Parameter(torch.empty(1)) if self.learnable else None
+        BiasedLoss.reset_parameters(self)
+
+    def reset_parameters(self) -> None:
+        """Put back the start values of temperature and bias."""
+        super().reset_parameters()
+        if self.logit_bias is not None:
+            nn.init.constant_(self.logit_bias, self.bias)
 
     def provided(self) -> dict[str, Any]:
         """The scale and the bias."""
@@ -139,13 +209,42 @@ class PrototypeLoss(ScaledLoss):
         options: as in `ScaledLoss`.
     """
 
+    owned: ClassVar[tuple[str, ...]] = ("temperature", "scale", "prototypes")
     default_temperature = 1 / 64
 
     def __init__(self, classes: int, dimension: int, temperature: float | None = None, **options: Any) -> None:
         super().__init__(temperature, **options)
-        self.prototypes = nn.Parameter(torch.empty(classes, dimension))
+        name = type(self).__name__
+        classes = _checks.integer(name, "classes", classes, 1)
+        self.prototypes = nn.Parameter(torch.empty(classes, _checks.integer(name, "dimension", dimension, 1)))
+        PrototypeLoss.reset_parameters(self)
+
+    def reset_parameters(self) -> None:
+        """Draw prototypes, and put back the start value of the temperature."""
+        super().reset_parameters()
         nn.init.xavier_uniform_(self.prototypes)
 
-    def forward(self, x: Tensor, labels: Tensor, **keywords: Any) -> Any:
-        """Return the loss of embeddings (N, D) with labels (N,)."""
-        return super().forward(x, self.prototypes, labels, **keywords)
+    def provided(self) -> dict[str, Any]:
+        """The scale and the prototypes."""
+        return {**super().provided(), "prototypes": self.prototypes}
+
+
+def check_option(function: str, name: str, value: object, annotation: str) -> None:
+    """An option from a configuration file must be of the kind that the function takes: "1e-2" and "true" are none."""
+    kinds = {each.strip() for each in annotation.split("|")}
+    if value is None or not kinds <= {"bool", "int", "float", "str", "Tensor", "None"}:
+        return
+    if isinstance(value, Tensor) and "Tensor" in kinds:
+        return
+    if kinds <= {"bool", "None"}:
+        if not isinstance(value, bool):
+            raise TypeError(f"{function}: {name} must be True or False, got {value!r}")
+    elif "str" in kinds:
+        if not isinstance(value, str) and not (isinstance(value, bool) and "bool" in kinds):
+            raise TypeError(f"{function}: {name} must be a string, got {value!r}")
+    elif "float" in kinds:
+        _checks.plain(function, name, value)
+    elif "int" in kinds:
+        _checks.integer(function, name, value)
+    elif not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")

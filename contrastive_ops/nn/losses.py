@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from .. import losses
 from ..losses import RunningDenominator
 from ._base import BiasedLoss, Loss, PrototypeLoss, ScaledLoss
@@ -168,15 +166,16 @@ class SogCLRLoss(ScaledLoss):
     """
 
     function = staticmethod(losses.sog_clr)
+    owned = ("temperature", "scale", "state")
     default_temperature = 0.07
 
     def __init__(self, size: int, gamma: float = 0.9, temperature: float | None = None, **options: Any) -> None:
         super().__init__(temperature, **options)
         self.state = RunningDenominator(size, gamma)
 
-    def forward(self, image: Tensor, text: Tensor, index: Tensor, **keywords: Any) -> Any:
-        """Return the loss of pairs whose numbers in the data set are `index` (N,)."""
-        return super().forward(image, text, index, self.state, **keywords)
+    def provided(self) -> dict[str, Any]:
+        """The scale and the running denominators."""
+        return {**super().provided(), "state": self.state}
 
 
 class CosFaceLoss(PrototypeLoss):
