@@ -24,8 +24,8 @@ def collapse(found: Found, documents: Tensor | None = None) -> Found:
 
     Args:
         found: (N, K) int64, the best first, -1 for none; or a `TopK`, whose values move along and keep their gradient.
-        documents: (M,) int64, the document of each chunk, where what was found are chunks in [0, M); any int64 but -1.
-            None: what was found are documents, some of them more than once.
+        documents: (M,) int64, the document of each chunk, where what was found are chunks in [0, M); any int64, but not
+            -1 for one that was found. None: what was found are documents, some of them more than once.
 
     Returns:
         As `found`, of the same shape. K chunks may be fewer than K documents: search for more where that is too few.
@@ -59,8 +59,11 @@ def documents_of(function: str, name: str, chunks: Tensor, documents: Tensor) ->
     """The document of each chunk, -1 for none."""
     _checks.check_index(function, "documents", documents, None, name, chunks)
     _checks.check_index_values(function, name, chunks, documents.shape[0], or_none=True)
-    if _checks.may_read(documents, waits=True) and bool((documents == -1).any()):
-        raise ValueError(f"{function}: documents must not be -1, which stands for none, got it for a chunk")
     if not documents.shape[0]:
         return torch.full_like(chunks, -1)
-    return torch.where(chunks < 0, -1, documents[chunks.clamp_min(0)])
+    of_chunk = documents[chunks.clamp_min(0)]
+    if _checks.may_read(documents, waits=True) and bool(((of_chunk == -1) & (chunks >= 0)).any()):
+        raise ValueError(
+            f"{function}: documents must not be -1, which stands for none, got it for a chunk that was found"
+        )
+    return torch.where(chunks < 0, -1, of_chunk)
