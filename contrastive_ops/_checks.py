@@ -176,8 +176,10 @@ def plain(function: str, name: str, value: object, words: str = "a number", kind
         if value.numel() == 1:
             check_constant(function, name, value)
             value = value.item()
-    elif getattr(value, "size", None) == 1 and hasattr(value, "item"):  # numpy's scalars and arrays
-        value = value.item()
+    elif hasattr(value, "item") and hasattr(value, "dtype"):  # numpy's scalars and arrays
+        if torch.compiler.is_compiling():
+            raise TypeError(f"{function}: {name} must be {words} of Python where it is traced, got {got}")
+        value = value.item() if value.size == 1 else value
     if isinstance(value, bool) or not isinstance(value, kind):
         raise TypeError(f"{function}: {name} must be {words}, got {got}")
     return int(value) if isinstance(value, numbers.Integral) else float(value)  # type: ignore[arg-type]
@@ -192,18 +194,42 @@ def listed(function: str, name: str, values: object) -> list[Any]:
     return list(values)
 
 
+def factor(function: str, name: str, value: object) -> float | Tensor:
+    """Return a scale, a temperature or a bias: a float, a 0-d tensor, or a tensor that has one of each row.
+
+    A tensor with one element of any shape becomes 0-d, and its gradient has its own shape: parameters are often (1,),
+    which FSDP can shard.
+    """
+    if not isinstance(value, Tensor):
+        if type(value) is float:
+            return value
+        found = plain(function, name, value)
+        return float(found) if type(found) is int else found
+    if value.dim() and value.numel() == 1:
+        value = value.reshape(())
+    if value.is_floating_point():
+        return value
+    if value.dim() or value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{function}: {name} must be a number or a floating tensor, got {value.dtype}")
+    return value.to(torch.get_default_dtype())
+
+
 def scale_tensor(function: str, scale: object, x_name: str, x: Tensor, name: str = "scale") -> Tensor:
-    """Return `scale` (float, 0-d or one number per row of `x`) in the accumulation dtype on the device of `x`."""
+    """Return `factor`, one or one per row of `x`, in the accumulation dtype on the device of `x`."""
     dtype = accumulator(x.dtype)
-    if isinstance(scale, Tensor):
-        if not scale.is_floating_point():
-            raise TypeError(f"{function}: {name} must be a float or a floating tensor, got {scale.dtype}")
-        if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != x.shape[0]):
-            raise ValueError(
-                f"{function}: {name} must be a float, a 0-d tensor or have shape ({x.shape[0]},), got {shape(scale)}"
-            )
-        # A 0-d CPU tensor may meet tensors of any device, as in plain PyTorch.
-        if scale.dim() == 1:
-            check_device(function, x_name, x, name, scale)
-        return scale.to(device=x.device, dtype=dtype)
-    return torch.full((), number(function, name, scale, "[-inf, inf]"), dtype=dtype, device=x.device)
+    found = factor(function, name, scale)
+    if not isinstance(found, Tensor):
+        return torch.full((), found, dtype=dtype, device=x.device)
+    if found.dim():
+        if found.dim() > 1 or found.shape[0] != x.shape[0]:
+            raise ValueError(f"{function}: {name} must be one number or have shape ({x.shape[0]},), got {shape(found)}")
+        # A single number on the CPU may meet tensors of any device, as in plain PyTorch.
+        check_device(function, x_name, x, name, found)
+    return found.to(device=x.device, dtype=dtype)
+
+
+def one_number(function: str, name: str, value: object, x_name: str, x: Tensor) -> Tensor:
+    """`scale_tensor` for what is the same for all rows: 0-d."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"{function}: {name} must be one number, got a tensor of shape {shape(value)}")
+    return scale_tensor(function, value, x_name, x, name)

@@ -40,17 +40,17 @@ CASES = [
     (
         lambda: similarity_reduce(X, Y, scale=torch.ones(5)),
         ValueError,
-        "scale must be a float, a 0-d tensor or have shape (4,), got (5,)",
+        "scale must be one number or have shape (4,), got (5,)",
     ),
     (
         lambda: similarity_reduce(X, Y, scale=torch.ones(4, dtype=torch.int64)),
         TypeError,
-        "scale must be a float or a floating tensor, got torch.int64",
+        "scale must be a number or a floating tensor, got torch.int64",
     ),
     (
         lambda: similarity_reduce(X, Y, scale=torch.ones(4, 1)),
         ValueError,
-        "scale must be a float, a 0-d tensor or have shape (4,), got (4, 1)",
+        "scale must be one number or have shape (4,), got (4, 1)",
     ),
     (lambda: similarity_reduce(X, Y, scale="1"), TypeError, "scale must be a number, got str"),
     (lambda: similarity_reduce(X, Y, row_bias=torch.ones(5)), ValueError, "row_bias must have shape (4,), got (5,)"),
@@ -124,12 +124,12 @@ FOLD_CASES = [
     (
         lambda: ruled(below="1"),
         TypeError,
-        "similarity_reduce: pairs.below must be a float or a floating tensor, got str",
+        "Pairs: below must be a number, got str",
     ),
     (
         lambda: ruled(above=torch.ones(5)),
         ValueError,
-        "similarity_reduce: pairs.above must be 0-d or have shape (4,), (4, 1) or (1, 5), got (5,)",
+        "similarity_reduce: pairs.above must be one number or have shape (4,), (4, 1) or (1, 5), got (5,)",
     ),
     (
         lambda: ruled(guide=Guide(X, Y[:4], 0.5)),
@@ -172,7 +172,7 @@ FOLD_CASES = [
     (
         lambda: similarity_reduce(X, Y, dim=0, col_scale=torch.ones(4)),
         ValueError,
-        "similarity_reduce: col_scale must be a float, a 0-d tensor or have shape (5,), got (4,)",
+        "similarity_reduce: col_scale must be one number or have shape (5,), got (4,)",
     ),
 ]
 
@@ -232,7 +232,7 @@ LOSS_CASES = [
     (
         lambda: clip(X, X, scale=torch.ones(3)),
         ValueError,
-        "clip: scale must be a float, a 0-d tensor or have shape (4,), got (3,)",
+        "clip: scale must be one number or have shape (4,), got (3,)",
     ),
     (
         lambda: clip(X, X, backend="gpu"),

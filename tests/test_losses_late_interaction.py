@@ -212,7 +212,7 @@ BAD = [
     (
         lambda: late_interaction(Q, D, scale=torch.ones(3)),
         ValueError,
-        "scale must be a float, a 0-d tensor or have shape (2,), got (3,)",
+        "scale must be one number or have shape (2,), got (3,)",
     ),
     (lambda: late_interaction(Q, D, weight=-torch.ones(2)), ValueError, "weight must not be negative, got -1.0"),
 ]

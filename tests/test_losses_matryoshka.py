@@ -225,7 +225,7 @@ def test_matryoshka_loss_of_sentence_transformers(negatives, weights, backend):
         ({"dim_weights": (1.0, INF)}, ValueError, "dim_weights must be in"),
         ({"dim_weights": (1.0, "a")}, TypeError, "dim_weights must be a number, got str"),
         ({"temperature": 0.0}, ValueError, "temperature must be in"),
-        ({"scale": torch.ones(5)}, ValueError, "scale must be a float or a 0-d tensor"),
+        ({"scale": torch.ones(5)}, ValueError, "scale must be one number, got a tensor"),
         ({"reduction": "max"}, ValueError, "reduction must be one of"),
     ],
 )

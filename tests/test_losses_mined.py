@@ -343,7 +343,7 @@ BAD = [
     (
         lambda: mined_info_nce(X, X, C, 2, scale=torch.ones(3)),
         ValueError,
-        "scale must be a float, a 0-d tensor or have shape (4,), got (3,)",
+        "scale must be one number or have shape (4,), got (3,)",
     ),
     (lambda: mined_info_nce(X, X, C, 2, weight=-torch.ones(4)), ValueError, "weight must not be negative, got -1.0"),
     (

@@ -432,7 +432,7 @@ CASES = [
     (
         lambda: gte(X, X, scale=torch.ones(3)),
         ValueError,
-        "gte: scale must be a float, a 0-d tensor or have shape (4,), got (3,)",
+        "gte: scale must be one number or have shape (4,), got (3,)",
     ),
     (lambda: gte(X, X, weight=-torch.ones(4)), ValueError, "gte: weight must not be negative, got -1.0"),
     (lambda: gte(X, X, reduction="avg"), ValueError, "gte: reduction must be one of 'mean', 'sum', 'none', got 'avg'"),

@@ -169,7 +169,7 @@ CASES = [
     (
         lambda: moco(X, X, Q, scale=torch.ones(3)),
         ValueError,
-        "moco: scale must be a float, a 0-d tensor or have shape (4,), got (3,)",
+        "moco: scale must be one number or have shape (4,), got (3,)",
     ),
     (lambda: moco(X, X, Q, weight=-torch.ones(4)), ValueError, "moco: weight must not be negative, got -1.0"),
     (lambda: moco(X, X, Q, label_smoothing=2.0), ValueError, "moco: label_smoothing must be in [0, 1], got 2.0"),

@@ -312,11 +312,11 @@ S = torch.zeros(2, 3)
         (lambda: margin_mse(S, S, weight=S[0]), ValueError, "margin_mse: weight must have shape (2,), got (3,)"),
         (lambda: margin_mse(S, S, reduction="max"), ValueError, "margin_mse: reduction must be one of"),
         (lambda: listwise_distillation(S, S, kind="js"), ValueError, "kind must be one of 'kl', 'listnet', 'listmle'"),
-        (lambda: listwise_distillation(S, S, temperature=0), ValueError, "temperature must be in (0, inf), got 0"),
+        (lambda: listwise_distillation(S, S, temperature=0), ValueError, "temperature must be in (0, inf], got 0"),
         (
             lambda: listwise_distillation(S, S, teacher_temperature=S),
             ValueError,
-            "teacher_temperature must be a number or a 0-d tensor, got shape (2, 3)",
+            "teacher_temperature must be one number, got a tensor of shape (2, 3)",
         ),
         (lambda: pairwise_rank_distillation(S, S, kind="exp"), ValueError, "kind must be one of 'logistic', 'hinge'"),
         (lambda: pairwise_rank_distillation(S, S, pair_weight="r"), ValueError, "pair_weight must be one of 'none'"),

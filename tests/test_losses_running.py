@@ -233,7 +233,7 @@ BAD = [
     (
         lambda: sog_clr(X, X, I, S, text_temperature=0.0),
         ValueError,
-        "sog_clr: text_temperature must be in (0, inf), got 0.0",
+        "sog_clr: text_temperature must be in (0, inf], got 0.0",
     ),
     (
         lambda: sog_clr(X, X, I, S, text_temperature=1.0, text_scale=1.0),
@@ -243,7 +243,7 @@ BAD = [
     (
         lambda: sog_clr(X, X, I, S, text_scale=torch.ones(3)),
         ValueError,
-        "sog_clr: text_scale must be a float, a 0-d tensor or have shape (4,), got (3,)",
+        "sog_clr: text_scale must be one number or have shape (4,), got (3,)",
     ),
     (lambda: sog_clr(X, X, I, S, weight=-torch.ones(4)), ValueError, "sog_clr: weight must not be negative, got -1.0"),
 ]

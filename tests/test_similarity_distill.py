@@ -474,7 +474,7 @@ def test_meta_tensors():
         ({"y": torch.zeros(6, 9)}, ValueError, "y must have the same last dimension as x"),
         ({"teacher_x": [1.0]}, TypeError, "teacher_x must be a tensor, got list"),
         ({"teacher_bias": torch.zeros(5)}, ValueError, r"teacher_bias must have shape \(6,\)"),
-        ({"teacher_scale": torch.zeros(3)}, ValueError, "teacher_scale must be a float, a 0-d tensor or have shape"),
+        ({"teacher_scale": torch.zeros(3)}, ValueError, "teacher_scale must be one number or have shape"),
         ({"divergence": "l2"}, ValueError, "divergence must be one of 'kl', 'reverse_kl', 'ce', 'js', got 'l2'"),
         ({"dim": 2}, ValueError, r"dim must be 0, 1 or \(0, 1\), got 2"),
         ({"memory_budget": -1}, ValueError, "memory_budget must be at least 0"),

@@ -396,7 +396,7 @@ def test_wrong_dims(dims, error, message):
 @pytest.mark.parametrize(
     "options,error,message",
     [
-        ({"scale": torch.ones(3)}, ValueError, r"scale must be a float or a 0-d tensor, got \(3,\)"),
+        ({"scale": torch.ones(3)}, ValueError, r"scale must be one number, got a tensor of shape \(3,\)"),
         ({"scale": "1"}, TypeError, "scale must be a number, got str"),
         ({"dim": 2}, ValueError, r"dim must be 0, 1 or \(0, 1\), got 2"),
         ({"target": torch.tensor([0, 1, 4])}, ValueError, r"target must be in \[0, 4\), got 4"),

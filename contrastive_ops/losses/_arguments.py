@@ -75,17 +75,48 @@ def one_side(
 
 
 def resolve_scale(
-    function: str, temperature: float | Tensor | None, scale: float | Tensor | None, default_temperature: float
+    function: str,
+    temperature: float | Tensor | None,
+    scale: float | Tensor | None,
+    default_temperature: float,
+    prefix: str = "",
 ) -> float | Tensor:
-    """Return the factor of the inner products; `temperature` and `scale` exclude each other."""
+    """Return the factor of the inner products; `temperature` and `scale` exclude each other.
+
+    Args:
+        function: the loss, for errors.
+        temperature: or `scale`; each may be one number, in a tensor of any shape, or one of each row.
+        scale: 1 / temperature.
+        default_temperature: where neither is given.
+        prefix: of the names of both, in errors.
+    """
     if temperature is not None and scale is not None:
-        raise ValueError(f"{function}: temperature and scale must not both be given (scale = 1 / temperature)")
+        raise ValueError(
+            f"{function}: {prefix}temperature and {prefix}scale must not both be given "
+            f"({prefix}scale = 1 / {prefix}temperature)"
+        )
     if scale is not None:
-        return scale
-    value = default_temperature if temperature is None else temperature
-    if isinstance(value, Tensor):
-        return value.reciprocal()
-    return 1.0 / _checks.number(function, "temperature", value, "(0, inf]")
+        return _checks.factor(function, f"{prefix}scale", scale)
+    return inverse(function, f"{prefix}temperature", default_temperature if temperature is None else temperature)
+
+
+def inverse(function: str, name: str, temperature: float | Tensor) -> float | Tensor:
+    """Return 1 / temperature, which must be positive.
+
+    A tensor is looked at where that costs nothing. Elsewhere, on a GPU or traced, a temperature that is not positive
+    makes the scale NaN, and so the loss: turned around, it would train without a word.
+    """
+    if not isinstance(temperature, Tensor):
+        return 1.0 / _checks.number(function, name, temperature, "(0, inf]")
+    value = _checks.factor(function, name, temperature)
+    assert isinstance(value, Tensor)
+    if not _checks.may_read(value):
+        return torch.where(value > 0, value, torch.nan).reciprocal()
+    if value.numel():
+        least = value.item() if value.dim() == 0 else float(value.detach().amin())
+        if not least > 0:
+            raise ValueError(f"{function}: {name} must be in (0, inf], got {least}")
+    return value.reciprocal()
 
 
 def of_weighted(weight: Tensor | None, rows: Tensor, *, otherwise: float = 0) -> Tensor:

@@ -81,9 +81,7 @@ def pair_logits(
 
 def shared_bias(function: str, bias: float | Tensor, x: Tensor) -> Tensor:
     """0-d: the bias of every pair, in the accumulation dtype."""
-    if isinstance(bias, Tensor) and bias.dim() > 0:
-        raise ValueError(f"{function}: bias must be a float or a 0-d tensor, got {_checks.shape(bias)}")
-    return _checks.scale_tensor(function, bias, "x", x, "bias")
+    return _checks.one_number(function, "bias", bias, "x", x)
 
 
 def checked_labels(function: str, name: str, labels: Tensor, size: int, x_name: str, x: Tensor) -> Tensor:

@@ -86,6 +86,8 @@ def smoothing_share(function: str, label_smoothing: float | Tensor, x_name: str,
     """Check `label_smoothing`: a number or (N,) numbers in [0, 1]. None where there is nothing to smooth."""
     if not isinstance(label_smoothing, Tensor):
         return _checks.number(function, "label_smoothing", label_smoothing, "[0, 1]") or None
+    if label_smoothing.numel() == 1:
+        label_smoothing = _checks.one_number(function, "label_smoothing", label_smoothing, x_name, x).expand(x.shape[0])
     _checks.check_vector(function, "label_smoothing", label_smoothing, x.shape[0], x_name, x)
     if _checks.may_read(label_smoothing):
         wrong = label_smoothing.detach()[~((label_smoothing >= 0) & (label_smoothing <= 1))]

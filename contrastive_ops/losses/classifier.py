@@ -291,6 +291,8 @@ def _margin_softmax(
 def _margin(function: str, margin: float | Tensor, kind: str, x: Tensor) -> Tensor:
     """Check the margin; return it in the accumulation dtype, 0-d or one of each row."""
     dtype = _checks.accumulator(x.dtype)
+    if isinstance(margin, Tensor) and margin.numel() == 1:
+        return _checks.one_number(function, "margin", margin, "x", x)
     if isinstance(margin, Tensor):
         _checks.check_vector(function, "margin", margin, x.shape[0], "x", x)
         return margin.to(dtype)

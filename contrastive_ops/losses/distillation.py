@@ -104,7 +104,7 @@ def similarity_distillation(
         )
     teacher_factor = factor
     if teacher_temperature is not None or teacher_scale is not None:
-        teacher_factor = _teacher_scale(name, teacher_temperature, teacher_scale)
+        teacher_factor = _arguments.resolve_scale(name, teacher_temperature, teacher_scale, 1.0, "teacher_")
     if normalize:
         x, teacher_x = unit_rows(x), _unit_teacher(name, "teacher_x", teacher_x)
         columns = x if y is None else unit_rows(columns)
@@ -230,17 +230,6 @@ def _mean_distance(x: Tensor, **options: object) -> Tensor:
     others = _others(x)
     mean = ordered_sum(sums) / (others * (others + 1))
     return torch.where(mean == 0, 1.0, mean)
-
-
-def _teacher_scale(function: str, temperature: float | Tensor | None, scale: float | Tensor | None) -> float | Tensor:
-    """The teacher's `resolve_scale`, with its own names in errors."""
-    if temperature is not None and scale is not None:
-        raise ValueError(
-            f"{function}: teacher_temperature and teacher_scale must not both be given (scale = 1 / temperature)"
-        )
-    if isinstance(temperature, (int, float)) and not temperature > 0:
-        raise ValueError(f"{function}: teacher_temperature must be positive, got {temperature}")
-    return _arguments.resolve_scale(function, temperature, scale, 1.0)
 
 
 def _unit_teacher(function: str, name: str, teacher: Tensor) -> Tensor:

@@ -252,8 +252,5 @@ def _lists(
 def _factor(name: str, key: str, temperature: float | Tensor, scores: Tensor) -> Tensor:
     """1 / temperature as a 0-d tensor."""
     if isinstance(temperature, Tensor):
-        if temperature.dim() or not temperature.is_floating_point():
-            raise ValueError(f"{name}: {key} must be a number or a 0-d tensor, got shape {_checks.shape(temperature)}")
-        return temperature.to(device=scores.device, dtype=scores.dtype).reciprocal()
-    temperature = _checks.number(name, key, temperature, "(0, inf)")
-    return torch.full((), 1 / temperature, dtype=scores.dtype, device=scores.device)
+        temperature = _checks.one_number(name, key, temperature, "scores", scores)
+    return _checks.one_number(name, key, _arguments.inverse(name, key, temperature), "scores", scores)

@@ -214,13 +214,7 @@ def _scale_of_texts(
     function: str, temperature: float | Tensor | None, scale: float | Tensor | None, text: Tensor
 ) -> Tensor | None:
     """The scale from texts to images, as a tensor, where it is another one."""
-    if temperature is not None and scale is not None:
-        raise ValueError(
-            f"{function}: text_temperature and text_scale must not both be given (text_scale = 1 / text_temperature)"
-        )
-    if isinstance(temperature, Tensor):
-        scale = temperature.reciprocal()
-    elif temperature is not None:
-        temperature = _checks.number(function, "text_temperature", temperature, "(0, inf)")
-        scale = 1.0 / temperature
-    return None if scale is None else _checks.scale_tensor(function, scale, "text", text, "text_scale")
+    if temperature is None and scale is None:
+        return None
+    found = _arguments.resolve_scale(function, temperature, scale, 1.0, "text_")
+    return _checks.scale_tensor(function, found, "text", text, "text_scale")

@@ -14,6 +14,13 @@ from .._similarity import Slot
 Bound = float | Tensor
 
 
+def _bounds(function: str, name: str, value: object) -> object:
+    """Bounds with numbers as floats or 0-d tensors, whatever they came in."""
+    if isinstance(value, tuple):
+        return tuple(_checks.factor(function, name, each) for each in value)
+    return None if value is None else _checks.factor(function, name, value)
+
+
 @dataclass(frozen=True, eq=False)
 class Guide:
     """A second, frozen similarity that drops pairs: those whose guide similarity exceeds a bound.
@@ -27,6 +34,10 @@ class Guide:
     gx: Tensor
     gy: Tensor | None
     below: Bound | tuple[Bound, ...]
+
+    def __post_init__(self) -> None:
+        """Check what does not depend on the matrices."""
+        object.__setattr__(self, "below", _bounds("Guide", "below", self.below))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +100,8 @@ class Pairs:
                 raise TypeError(f"Pairs: {name} must be a tuple of {size} tensors, got {_described(value)}")
         if self.guide is not None and not isinstance(self.guide, Guide):
             raise TypeError(f"Pairs: guide must be a Guide or None, got {type(self.guide).__name__}")
+        for name in ("below", "above"):
+            object.__setattr__(self, name, _bounds("Pairs", name, getattr(self, name)))
         if self.fill is not None:
             object.__setattr__(self, "fill", _checks.number("Pairs", "fill", self.fill, "[-inf, inf]"))
 
@@ -136,18 +149,16 @@ class _Resolver:
     def _bound(self, name: str, value: Bound | tuple[Bound, ...], rows: Slot, cols: Slot, both: object) -> None:
         n, m = self.x.shape[0], self.y.shape[0]
         for bound in value if isinstance(value, tuple) else (value,):
-            if isinstance(bound, (int, float)) and not isinstance(bound, bool):
+            bound = _checks.factor(self.function, f"pairs.{name}", bound)
+            if not isinstance(bound, Tensor):
                 slot, vector = rows, torch.full((n,), bound, dtype=self.dtype, device=self.x.device)
-            elif not isinstance(bound, Tensor) or not bound.is_floating_point():
-                kind = bound.dtype if isinstance(bound, Tensor) else type(bound).__name__
-                raise TypeError(f"{self.function}: pairs.{name} must be a float or a floating tensor, got {kind}")
             elif bound.dim() == 2 and tuple(bound.shape) == (1, m):
                 slot, vector = cols, bound[0]
             elif bound.dim() == 0 or tuple(bound.shape) in ((n,), (n, 1)):
                 slot, vector = rows, bound.reshape(-1).expand(n)
             else:
                 raise ValueError(
-                    f"{self.function}: pairs.{name} must be 0-d or have shape ({n},), ({n}, 1) or (1, {m}), "
+                    f"{self.function}: pairs.{name} must be one number or have shape ({n},), ({n}, 1) or (1, {m}), "
                     f"got {_checks.shape(bound)}"
                 )
             _checks.check_device(self.function, "x", self.x, f"pairs.{name}", vector)

@@ -153,9 +153,7 @@ def prefix_folds(
         _checks.check_matrices(function, x_name, x, y_name, y)
     columns = x if y is None else y
     checked_dims = check_dims(function, dims, x_name, x)
-    if isinstance(scale, Tensor) and scale.dim():
-        raise ValueError(f"{function}: scale must be a float or a 0-d tensor, got {_checks.shape(scale)}")
-    factor = _checks.scale_tensor(function, scale, x_name, x)
+    factor = _checks.one_number(function, "scale", scale, x_name, x)
     if target is not None:
         _checks.check_index(function, "target", target, x.shape[0], x_name, x)
     rules = _rules(function, pairs, x, columns)

@@ -160,6 +160,7 @@ def similarity_topk(
     x, y = _autocast.cast(x, y)
     _checks.check_matrices(name, "x", x, "y", y)
     x, y = metric_rows(name, x, y, metric)
+    scale = _checks.factor(name, "scale", scale)
     if coarse is None:
         return select(x, y, k, scale=scale, row_bias=row_bias, col_bias=col_bias, pairs=pairs, backend=backend).top
     coarse = coarse if isinstance(coarse, Coarse) else Coarse(coarse)
