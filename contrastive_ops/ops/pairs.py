@@ -15,10 +15,10 @@ Bound = float | Tensor
 
 
 def _bounds(function: str, name: str, value: object) -> object:
-    """Bounds with numbers as floats or 0-d tensors, whatever they came in."""
+    """Bounds that are no tensors as floats, whatever they came as."""
     if isinstance(value, tuple):
-        return tuple(_checks.factor(function, name, each) for each in value)
-    return None if value is None else _checks.factor(function, name, value)
+        return tuple(_bounds(function, name, each) for each in value)
+    return value if value is None or isinstance(value, Tensor) else _checks.factor(function, name, value)
 
 
 @dataclass(frozen=True, eq=False)
