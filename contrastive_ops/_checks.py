@@ -194,6 +194,33 @@ def listed(function: str, name: str, values: object) -> list[Any]:
     return list(values)
 
 
+def flag(function: str, name: str, value: object) -> bool:
+    """`value` must be a bool: "false" would be true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{function}: {name} must be True or False, got {value!r}")
+    return value
+
+
+def option(function: str, name: str, value: object, annotation: str) -> None:
+    """An option from a configuration file must be of the kind that the function takes: "1e-2" and "true" are none."""
+    kinds = {each.strip() for each in annotation.split("|")}
+    if value is None or not kinds <= {"bool", "int", "float", "str", "Tensor", "None"}:
+        return
+    if isinstance(value, Tensor) and "Tensor" in kinds:
+        return
+    if kinds <= {"bool", "None"}:
+        flag(function, name, value)
+    elif "str" in kinds:
+        if not isinstance(value, str) and not (isinstance(value, bool) and "bool" in kinds):
+            raise TypeError(f"{function}: {name} must be a string, got {value!r}")
+    elif "float" in kinds:
+        plain(function, name, value)
+    elif "int" in kinds:
+        integer(function, name, value)
+    elif not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+
+
 def factor(function: str, name: str, value: object) -> float | Tensor:
     """Return a scale, a temperature or a bias: a float, a 0-d tensor, or a tensor that has one of each row.
 

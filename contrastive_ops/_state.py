@@ -35,6 +35,10 @@ class State(nn.Module):
         """Back to the start."""
         raise NotImplementedError(f"{type(self).__name__}.reset: the state must be made anew or loaded")
 
+    def reset_parameters(self) -> None:
+        """Put back what the constructor made: a module that was made on the meta device holds nothing until then."""
+        self.reset()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> State:
         before = {name: getattr(self, name) for name in {*self.digits, *self.own}}
         super()._apply(fn, recurse)

@@ -51,6 +51,12 @@ class UnigramSampler(State):
         share = torch.where(counts > 0, (counts.double() / counts.max().double()).pow(power), 0.0)
         cumulative = share.cumsum(0)
         self.cumulative = cumulative / cumulative[-1]
+        self._made = self.cumulative.clone()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the counts that it was made of."""
+        self.cumulative.copy_(self._made)
 
     def forward(self, avoid: Tensor, k: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Draw (N, k) words, none of row i equal to ``avoid[i]`` unless it is the only word that occurs.

@@ -16,6 +16,13 @@ from ..ops.grouped_matmul import grouped_matmul
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
+# What checkpoints call the matrices of an expert, by whether it is gated: those of the first layer, and the second's.
+# Of each expert (``0.w1.weight``), or one tensor of all (``w1``, ``w1.weight``).
+NAMES: Mapping[bool, tuple[tuple[str, ...], ...]] = {
+    True: (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj")),
+    False: (("up_proj", "down_proj"), ("w1", "w2"), ("wi", "wo"), ("fc1", "fc2")),
+}
+
 
 class Experts(nn.Module):
     """E feed-forward networks on rows grouped by expert, ``experts(rows, offsets)``, or ``experts(tokens, routing)``.
@@ -25,7 +32,8 @@ class Experts(nn.Module):
         hidden: F, of each expert.
         experts: E.
         gated: ``activation(gate) * up`` instead of ``activation(up)``; the names and layout of the weights are those of
-            Mixtral in transformers, and checkpoints with one matrix per expert (``0.w1.weight``, ...) load too.
+            Mixtral in transformers. Checkpoints load too that have one matrix per expert (``0.w1.weight``, ...,
+            ``0.gate_proj.weight``, ...) or gate and up apart (``gate_proj`` (E, F, D), ``up_proj``, ``down_proj``).
         activation: "gelu", "relu", "silu" or a function; by default "silu" where gated, else "gelu".
         bias: whether there are biases.
 
@@ -53,6 +61,10 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        dim, hidden = _checks.integer("Experts", "dim", dim, 0), _checks.integer("Experts", "hidden", hidden, 0)
+        experts = _checks.integer("Experts", "experts", experts, 0)
+        _checks.flag("Experts", "gated", gated)
+        _checks.flag("Experts", "bias", bias)
         activation = activation or ("silu" if gated else "gelu")
         if isinstance(activation, str):
             _checks.check_choice("Experts", "activation", activation, tuple(ACTIVATIONS))
@@ -99,17 +111,27 @@ class Experts(nn.Module):
         return grouped_matmul(hidden, self.down_proj.transpose(1, 2), bounds, self.down_bias, backend=backend)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
-        """Stack checkpoints that have w1 (gate), w3 (up) and w2 (down) of each expert."""
-        names = {
-            name: [f"{prefix}{e}.{name}.weight" for e in range(len(self.down_proj))] for name in ("w1", "w3", "w2")
-        }
-        if self.gated and all(key in state_dict for keys in names.values() for key in keys):
-            w1, w3, w2 = (torch.stack([state_dict.pop(key) for key in keys]) for keys in names.values())
-            state_dict[f"{prefix}gate_up_proj"] = torch.cat([w1, w3], 1)
-            state_dict[f"{prefix}down_proj"] = w2
+        """Join what other layouts keep apart: see `NAMES`."""
+        for names in NAMES[self.gated]:
+            for ending, up, down in (("weight", self.up_name, "down_proj"), ("bias", "up_bias", "down_bias")):
+                found = [_keys(state_dict, prefix, name, ending, len(self.down_proj)) for name in names]
+                if getattr(self, up) is None or not all(found) or found[0] == [prefix + up]:
+                    continue
+                stacked = [torch.stack([state_dict.pop(key) for key in keys]) for keys in found]
+                stacked = [each[0] if each.dim() > (3 if ending == "weight" else 2) else each for each in stacked]
+                state_dict[prefix + up], state_dict[prefix + down] = torch.cat(stacked[:-1], 1), stacked[-1]
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         """Sizes."""
         experts, dim, hidden = self.down_proj.shape
         return f"{dim}, {hidden}, {experts}, gated={self.gated}, bias={self.down_bias is not None}"
+
+
+def _keys(state_dict: Mapping[str, Any], prefix: str, name: str, ending: str, experts: int) -> list[str]:
+    """Where a checkpoint has a matrix or bias of all experts: of each one, or one tensor of all; empty if nowhere."""
+    of_all = [f"{prefix}{name}", f"{prefix}{name}.{ending}"] if ending == "weight" else [f"{prefix}{name}.{ending}"]
+    for keys in ([f"{prefix}{e}.{name}.{ending}" for e in range(experts)], *([key] for key in of_all)):
+        if keys and all(key in state_dict for key in keys):
+            return keys
+    return []

@@ -33,10 +33,14 @@ class _Layer(nn.Module):
     ) -> None:
         super().__init__()
         experts, dim = gate.weight.shape
+        shared = _checks.integer(type(self).__name__, "shared", shared, 0)
         options: dict[str, Any] = {"gated": gated, "activation": activation, "bias": bias, "device": device}
         self.gate = gate
         self.experts = Experts(dim, hidden, experts, dtype=dtype, **options)
         self.shared_experts = Experts(dim, hidden * shared, 1, dtype=dtype, **options) if shared else None
+
+    def reset_parameters(self) -> None:
+        """Nothing: all parameters belong to the parts, which put back their own."""
 
     def route(self, tokens: Tensor, labels: dict[str, Any]) -> Routing:
         """Route tokens (T, D)."""

@@ -15,7 +15,8 @@ from .. import _autocast, _checks
 from .._masks import left_out
 from .._state import State
 from ..ops import Capacity, Gating, RouterLoss, Routing, route
-from ..ops.expert_routing import DEFAULT
+from ..ops._router_problem import as_capacity, check_gating, described
+from ..ops.expert_routing import DEFAULT, PRIORITIES
 
 BALANCING = ("sign", "zscore")
 
@@ -110,14 +111,21 @@ class Router(State):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        dim, experts = _checks.integer("Router", "dim", dim, 0), _checks.integer("Router", "experts", experts, 1)
+        for each in (capacity, eval_capacity):
+            as_capacity("Router", each)
+        _checks.check_choice("Router", "priority", priority, PRIORITIES)
+        check_gating("Router", gating)
         if balance is not None:
             _checks.check_choice("Router", "balance", balance, BALANCING)
         if balance is not None and gating.bias is not None:
             raise ValueError("Router: gating.bias must be None with balance, which has a bias of its own, got both")
-        self.k, self.capacity, self.priority, self.gating = k, capacity, priority, gating
+        self.k = _checks.integer("Router", "k", k, 1)
+        self.capacity, self.priority, self.gating = capacity, priority, gating
         self.eval_capacity = capacity if eval_capacity is None else eval_capacity
-        self.losses = tuple(RouterLoss(loss) if isinstance(loss, str) else loss for loss in losses)
-        self.balance, self.balance_rate = balance, balance_rate
+        self.losses = described("Router", losses)
+        self.balance = balance
+        self.balance_rate = _checks.number("Router", "balance_rate", balance_rate)
         self.weight = nn.Parameter(torch.empty(experts, dim, device=device, dtype=dtype))
         bias = None if balance is None else torch.zeros(experts, dtype=torch.float32, device=device)
         self.register_buffer("expert_bias", bias)

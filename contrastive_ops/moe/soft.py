@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from .. import _autocast, _checks
 from .._masks import left_out
+from .._scalars import Scalars
 from .experts import Experts
 
 
-class SoftMoE(nn.Module):
+class SoftMoE(Scalars):
     """A layer whose experts see mixtures of all tokens of a sequence: nothing is chosen and nothing dropped.
 
     Equivalent to::
@@ -41,6 +42,8 @@ class SoftMoE(nn.Module):
         torch.Size([3, 10, 16])
     """
 
+    scalars = ("scale",)
+
     def __init__(
         self,
         dim: int,
@@ -54,9 +57,16 @@ class SoftMoE(nn.Module):
     ) -> None:
         super().__init__()
         self.experts = Experts(dim, hidden, experts, device=device, dtype=dtype, **options)
-        self.slots = nn.Parameter(torch.empty(dim, experts, slots, device=device, dtype=dtype))
-        self.scale = nn.Parameter(torch.ones((), device=device, dtype=dtype))
-        nn.init.normal_(self.slots, std=1 / math.sqrt(dim))
+        _, dim, _ = self.experts.down_proj.shape
+        slots = _checks.integer("SoftMoE", "slots", slots, 1)
+        self.slots = nn.Parameter(torch.empty(dim, len(self.experts.down_proj), slots, device=device, dtype=dtype))
+        self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Slots of unit length on average, and scale 1."""
+        nn.init.normal_(self.slots, std=1 / math.sqrt(self.slots.shape[0]))
+        nn.init.ones_(self.scale)
 
     def forward(self, tokens: Tensor, *, valid: Tensor | None = None, backend: str = "auto") -> Tensor:
         """Return the output (..., L, D) of tokens (..., L, D); padding, where valid (..., L) is False, is left out."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from ._scalars import Scalars, bounded
+from .._scalars import Scalars, bounded
 
 
 class Loss(nn.Module):
@@ -40,7 +40,7 @@ class Loss(nn.Module):
             if option not in self.known or option in self.owned:
                 known = ", ".join(name for name in self.known if name not in self.owned)
                 raise TypeError(f"{type(self).__name__}: options must be among {known}, got {option}")
-            check_option(type(self).__name__, option, value, self.known[option])
+            _checks.option(type(self).__name__, option, value, self.known[option])
         self.options = options
 
     def provided(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class ScaledLoss(Scalars, Loss):
         super().__init__(**options)
         name = type(self).__name__
         if learnable is not None:
-            check_option(name, "learnable", learnable, "bool")
+            _checks.flag(name, "learnable", learnable)
         self.learnable = self.default_learnable if learnable is None else learnable
         temperature = self.default_temperature if temperature is None else temperature
         self.temperature = _checks.number(name, "temperature", temperature, "(0, inf)")
@@ -227,24 +227,3 @@ class PrototypeLoss(ScaledLoss):
     def provided(self) -> dict[str, Any]:
         """The scale and the prototypes."""
         return {**super().provided(), "prototypes": self.prototypes}
-
-
-def check_option(function: str, name: str, value: object, annotation: str) -> None:
-    """An option from a configuration file must be of the kind that the function takes: "1e-2" and "true" are none."""
-    kinds = {each.strip() for each in annotation.split("|")}
-    if value is None or not kinds <= {"bool", "int", "float", "str", "Tensor", "None"}:
-        return
-    if isinstance(value, Tensor) and "Tensor" in kinds:
-        return
-    if kinds <= {"bool", "None"}:
-        if not isinstance(value, bool):
-            raise TypeError(f"{function}: {name} must be True or False, got {value!r}")
-    elif "str" in kinds:
-        if not isinstance(value, str) and not (isinstance(value, bool) and "bool" in kinds):
-            raise TypeError(f"{function}: {name} must be a string, got {value!r}")
-    elif "float" in kinds:
-        _checks.plain(function, name, value)
-    elif "int" in kinds:
-        _checks.integer(function, name, value)
-    elif not isinstance(value, Tensor):
-        raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")

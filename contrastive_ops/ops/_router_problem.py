@@ -52,7 +52,7 @@ class RouterProblem:
     ) -> RouterProblem:
         """Check the arguments, and draw the noise."""
         tokens = len(logits)
-        wanted = _losses(function, losses)
+        wanted = described(function, losses)
         names = [loss.name for loss in wanted]
         if len(set(names)) < len(names):
             raise ValueError(f"{function}: losses must differ, got {names}")
@@ -144,7 +144,7 @@ def _of_valid(label: Tensor | None, valid: Tensor) -> Tensor | None:
     return left_out(label, valid) if fits and isinstance(label, Tensor) else label
 
 
-def _losses(function: str, losses: object) -> tuple[RouterLoss, ...]:
+def described(function: str, losses: object) -> tuple[RouterLoss, ...]:
     """Names and descriptions as descriptions."""
     if not isinstance(losses, (list, tuple)):
         raise TypeError(f"{function}: losses must be a list of names and RouterLoss, got {type(losses).__name__}")
