@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from . import _autocast, _checks
 from ._judgements import parse
 from ._lists import NONE, first_of_each, grades_at, ranks
+from ._ordered import segment_rows, segment_sums, wide_dtype
 from ._unit_rows import unit_rows
 from .losses.decorrelation import effective_rank
 from .ops.similarity_topk import TopK
@@ -63,13 +64,34 @@ def isotropy(x: Tensor, segments: Tensor | None = None, num_segments: int | None
         num_segments = int(known.max()) + 1 if known.numel() else 0
     _checks.check_index_values(name, "segments", segments, num_segments, or_none=True)
     with _autocast.disabled(x):
-        rows = unit_rows(x.to(_checks.accumulator(x.dtype)))
-        # The last place is that of padding.
-        place = torch.where(segments < 0, num_segments, segments)
-        sums = rows.new_zeros((num_segments + 1, x.shape[1])).index_add_(0, place, rows)[:-1]
-        own = rows.new_zeros((num_segments + 1,)).index_add_(0, place, rows.square().sum(1))[:-1]
-        lengths = torch.bincount(place, minlength=num_segments + 1)[:-1].to(rows.dtype)
-        return 1 - (sums.square().sum(1) - own).sum() / (lengths * (lengths - 1)).sum()
+        return _isotropy(x, segments, num_segments)
+
+
+def _isotropy(x: Tensor, segments: Tensor, count: int) -> Tensor:
+    """From deviations from the mean: for directions that nearly agree, 1 minus their cosine would be all rounding.
+
+    With z rows of zeros among n rows, the others of length 1, sum_{i != j} (1 - <u_i, u_j>) is
+    n sum_i |u_i - mean|^2 + (n - 1) z.
+    """
+    dtype = wide_dtype(x)
+    step = max(1, (1 << 18) // max(x.shape[1], 1))
+    chunks = [slice(begin, begin + step) for begin in range(0, x.shape[0], step)]
+
+    def summed(rows: Callable[[slice], Tensor], width: int) -> Tensor:
+        total = x.new_zeros((count, width), dtype=dtype)
+        for chunk in chunks:
+            total += segment_sums(rows(chunk), segments[chunk], count)
+        return total
+
+    def unit(chunk: slice) -> Tensor:
+        return unit_rows(x[chunk].to(dtype))
+
+    number = summed(lambda chunk: x.new_ones(segments[chunk].shape[0], 1, dtype=dtype), 1)
+    zeros = summed(lambda chunk: (x[chunk] == 0).all(1, keepdim=True).to(dtype), 1)
+    mean = summed(unit, x.shape[1]) / number.clamp_min(1)
+    spread = summed(lambda chunk: (unit(chunk) - segment_rows(mean, segments[chunk])).square().sum(1, keepdim=True), 1)
+    apart = (number * spread + (number - 1) * zeros).sum()
+    return (apart / (number * (number - 1)).sum()).to(_checks.accumulator(x.dtype))
 
 
 @torch.no_grad()

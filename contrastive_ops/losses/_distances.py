@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._offsets import from_common_row
 from .._unit_rows import unit_rows
 from ..ops.folds import Fold
 from ..ops.pairs import Pairs
@@ -76,15 +77,15 @@ def farthest_and_nearest(
 ) -> tuple[Tensor, Tensor]:
     """(N,) the columns at the largest distance among some pairs and at the smallest among others, or -1.
 
-    No gradient: the caller computes the distances of the selected pairs again, exactly and for O(N D). For the cosine
-    `x` and `y` are the rows of its `points`: in the accumulation dtype, because unit rows in a lower one are rounded.
+    No gradient: the caller computes the distances of the selected pairs again, exactly and for O(N D). `x` and `y` are
+    the rows of `points`: in the accumulation dtype, because differences and unit rows in a lower one are rounded.
     """
     with torch.no_grad(), _autocast.disabled(x):
         scale, col_bias = 1.0, None
         if distance != "cosine":
             # |y|^2 - 2 <x, y> orders each row's columns as the distance does.
-            dtype = _checks.accumulator(x.dtype)
-            scale, col_bias = 2.0, -(x if y is None else y).to(dtype).square().sum(1)
+            x, y = from_common_row(x, y)
+            scale, col_bias = 2.0, -(x if y is None else y).square().sum(1)
         folded = fold(
             x,
             y,
@@ -123,7 +124,8 @@ def semi_hard_negative(
         else:
             # <x, y> - |y|^2 / 2 falls as the distance grows. It is made an inner product, with one more dimension,
             # because a bound on <x, y> cannot depend on row and column at once.
-            x, y = _accumulated(x), _accumulated(x if y is None else y)
+            x, y = from_common_row(_accumulated(x), None if y is None else _accumulated(y))
+            y = x if y is None else y
             half = -y.square().sum(1, keepdim=True) / 2
             x, y = torch.cat([x, x.new_ones((x.shape[0], 1))], 1), torch.cat([y, half], 1)
         positive = take_rows(x if y is None else y, target)

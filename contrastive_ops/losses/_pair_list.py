@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import _autocast, _checks
 from .._library import define
+from .._ordered import add_segments
 from ..reference.similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows
 
 
@@ -56,7 +57,7 @@ def _scatter(grad: Tensor, y: Tensor, rows: Tensor, cols: Tensor, size: int) -> 
     out = y.new_zeros((size, y.shape[1]), dtype=dtype)
     with _autocast.disabled(y):
         for part in _chunks(rows, y):
-            out.index_add_(0, rows[part], grad[part, None].to(dtype) * y[cols[part]].to(dtype))
+            add_segments(out, grad[part, None].to(dtype) * y[cols[part]].to(dtype), rows[part])
     return out
 
 

@@ -1,7 +1,8 @@
 """Losses on the features of a batch: variance, decorrelation, log-determinant and rank of D x D Gram matrices.
 
 A Gram matrix and its dual, ``x.T @ x`` (D, D) and ``x @ x.T`` (N, N), have the same norm and the same eigenvalues apart
-from zeros. The smaller of the two is made, so that wide features of a small batch need no D x D matrix.
+from zeros. The smaller of the two is made, so that wide features of a small batch need no D x D matrix. What the dual
+tells of the squares off the diagonal is a difference, and is made in float64.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._offsets import centred
+from .._ordered import long_product, wide_dtype
 from .._state import State
 from . import _arguments
 
@@ -50,7 +53,8 @@ def variance_hinge(x: Tensor, *, target: float = 1.0, eps: float = 1e-4) -> Tens
     (x,) = _features(name, x=x)
     if x.shape[0] == 1:
         return _nothing(x)
-    return (target - (x.var(0) + eps).sqrt()).relu().mean()
+    variance = centred(x).square().sum(0) / x.new_full((), x.shape[0] - 1)
+    return (target - (variance + eps).sqrt()).relu().mean()
 
 
 def covariance_penalty(x: Tensor) -> Tensor:
@@ -84,10 +88,10 @@ def covariance_penalty(x: Tensor) -> Tensor:
     (x,) = _features("covariance_penalty", x=x)
     if x.shape[0] == 1:
         return _nothing(x)
-    centred = x - x.mean(0)
+    deviations = centred(x)
     rows = x.new_full((), x.shape[0])
     # Off the diagonal of a D x D matrix; (N - 1)^2 once instead of in every number.
-    return _off_diagonal(centred, centred) / ((rows - 1).square() * x.shape[1])
+    return _off_diagonal(deviations, deviations) / ((rows - 1).square() * x.shape[1])
 
 
 def vicreg(
@@ -173,10 +177,11 @@ def barlow_twins(x: Tensor, y: Tensor, *, off_diagonal: float = 0.0051) -> Tenso
     x, y = _features("barlow_twins", x=x, y=y)
     if x.shape[0] == 1:
         return _nothing(x, y)
-    x, y = _standardised(x), _standardised(y)
+    (x, x_lacks), (y, y_lacks) = _standardised(x), _standardised(y)
     rows = x.new_full((), x.shape[0])
-    same = (x * y).sum(0) / rows
-    return (same - 1).square().sum() + off_diagonal * _off_diagonal(x, y) / rows.square()
+    # 1 - <x, y> / N from differences: near the end of a training it is small.
+    short = (x - y).square().sum(0) / rows + x_lacks + y_lacks
+    return short.square().sum() / 4 + off_diagonal * _off_diagonal(x, y) / rows.square()
 
 
 class RunningCovariance(State):
@@ -224,9 +229,9 @@ class RunningCovariance(State):
             raise ValueError(f"{name}: x must have shape (N, {len(self.mean)}), got {_checks.shape(x)}")
         x, old = x.to(self.mean.dtype), 1 - self.momentum
         mean = self.momentum * x.mean(0) + old * self.mean
-        centred = x - mean
+        deviations = x - mean
         with _autocast.disabled(x):
-            covariance = self.momentum * (centred.T @ centred) / len(x) + old * self.covariance
+            covariance = self.momentum * (deviations.T @ deviations) / len(x) + old * self.covariance
         if self.training:
             with torch.no_grad():
                 finite = mean.isfinite().all() & covariance.isfinite().all()
@@ -365,18 +370,23 @@ def _smaller_gram(x: Tensor) -> Tensor:
 def _off_diagonal(x: Tensor, y: Tensor) -> Tensor:
     """The sum of the squares of x.T @ y off its diagonal.
 
-    By the dual it is a difference, which loses no digits where it is used: D features of fewer rows are far from
-    uncorrelated.
+    Directly, or, for many more features than rows, as the square of everything less that of the diagonal. A few large
+    features make that a small difference of large numbers, for which float64 has the digits.
     """
     with _autocast.disabled(x):
-        if x.shape[0] >= x.shape[1]:
-            products = x.T @ y
+        if 2 * x.shape[0] >= x.shape[1] or wide_dtype(x) != torch.float64:
+            products = long_product(x.T, y)
             return (products - torch.diag(products.diagonal())).square().sum()
-        of_x = x @ x.T
-        everything = of_x.square().sum() if x is y else (of_x * (y @ y.T)).sum()
-    return everything - (x * y).sum(0).square().sum()
+        wide_x = x.double()
+        wide_y = wide_x if x is y else y.double()
+        of_x = wide_x @ wide_x.T
+        everything = of_x.square().sum() if x is y else (of_x * (wide_y @ wide_y.T)).sum()
+        return (everything - (wide_x * wide_y).sum(0).square().sum()).to(x.dtype)
 
 
-def _standardised(x: Tensor) -> Tensor:
-    """Batch normalisation without parameters."""
-    return (x - x.mean(0)) * (x.var(0, correction=0) + _BATCH_NORM_EPSILON).rsqrt()
+def _standardised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Batch normalisation without parameters, and (D,) what the mean squares of its features lack of 1."""
+    deviations = centred(x)
+    # Not x.var(0), whose gradient has deviations from a mean that is rounded.
+    variance = deviations.square().mean(0) + _BATCH_NORM_EPSILON
+    return deviations * variance.rsqrt(), _BATCH_NORM_EPSILON / variance

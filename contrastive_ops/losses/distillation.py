@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._offsets import from_common_row
 from .._ordered import ordered_sum
 from .._similarity import Layout, LogitSet
 from .._unit_rows import unit_rows
@@ -167,7 +168,8 @@ def distance_distillation(
 
     Note:
         Memory O(N (D + D')) beside ``memory_budget``; ``relative`` takes one more sweep of each side for the means.
-        Distances come from inner products in float32, so those below a thousandth of the rows' lengths are inexact.
+        Distances come from inner products in float32, of rows less a common one: those below a thousandth of the rows'
+        distances from their middle are inexact.
         RKD's own mean counts the N zeros of the diagonal, and is (N - 1) / N of this one; ProCLIP's loss is the sum
         over i < j without ``relative``, N (N - 1) / 2 times this one.
 
@@ -199,6 +201,7 @@ def distance_distillation(
     if normalize:
         student, teacher = unit_rows(student), unit_rows(teacher)
     options = {"memory_budget": memory_budget, "function": name, "backend": backend}
+    student, teacher = (from_common_row(each)[0] for each in (student, teacher))
     if relative:
         student, teacher = (each / _mean_distance(each, **options) for each in (student, teacher))
     rows = _between_all(student, teacher, "huber", delta, **options)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._ordered import segment_sums
 from ..ops.folds import Fold
 from ..ops.pairs import check_lists
 from ..ops.similarity_reduce import fold
@@ -292,7 +293,7 @@ def soft_info_nce(
         names=(name, "query", "key"),
         backend=backend,
     )
-    total = lists[2].new_zeros(query.shape[:1]).index_add(0, row, lists[2])
+    total = segment_sums(lists[2], row, query.shape[0])
     # total * lse - listed, with the largest logit taken out of both: that difference would cancel.
     losses = total * softplus(others - first) + (total * first - listed)
     if share is not None:
@@ -321,7 +322,7 @@ def _checked_targets(
         return (indptr, indices, weights), row
     if bool((weights < 0).any()):
         raise ValueError(f"{function}: targets weights must not be negative, got {float(weights.min())}")
-    total = weights.new_zeros(query.shape[:1]).index_add(0, row, weights)
+    total = segment_sums(weights, row, query.shape[0])
     wrong = ((indptr.diff() > 0) & ~((total - 1).abs() <= TARGET_TOLERANCE)).nonzero()
     if len(wrong):
         at = int(wrong[0])

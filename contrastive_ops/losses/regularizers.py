@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._offsets import from_common_row
 from .._ordered import ordered_logsumexp
 from .._unit_rows import unit_rows
 from ..ops.pairs import Pairs
@@ -137,7 +138,13 @@ def uniformity(
         _checks.check_matrices(name, "x", x, "queue", queue)
     if x.shape[0] == 1 and (queue is None or queue.shape[0] == 0):
         return (x[:0] if queue is None else torch.cat([x[:0], queue])).sum(dtype=_checks.accumulator(x.dtype))
-    x = unit_rows(x) if normalize else x
+    if normalize:
+        x, queue = unit_rows(x), None if queue is None else unit_rows(queue)
+    else:
+        # Distances do not change, and not in 16 bits, which differences need more than.
+        with _autocast.disabled(x):
+            dtype = _checks.accumulator(x.dtype)
+            x, queue = from_common_row(x.to(dtype), None if queue is None else queue.to(dtype))
     lengths = None if normalize else _potential_of_lengths(x, t)
     options: dict[str, Any] = {"scale": 2.0 * t, "memory_budget": memory_budget, "backend": backend}
     names = (name, "x", "queue")
@@ -145,7 +152,6 @@ def uniformity(
     rows = of_rows.new_full((), x.shape[0])
     total, count = ordered_logsumexp(of_rows), rows * (rows - 1)
     if queue is not None:
-        queue = unit_rows(queue) if normalize else queue
         of_queue = None if normalize else _potential_of_lengths(queue, t)
         (across,), *_ = fold(x, queue, row_bias=lengths, col_bias=of_queue, names=names, **options)
         # Pairs of x are counted twice, from either side.
@@ -157,7 +163,7 @@ def uniformity(
 def _potential_of_lengths(x: Tensor, t: float) -> Tensor:
     """What each row adds to -t times a squared distance beside the inner product."""
     with _autocast.disabled(x):
-        return -t * x.to(_checks.accumulator(x.dtype)).square().sum(1)
+        return -t * x.square().sum(1)
 
 
 def sparsity(x: Tensor, kind: str = "flops") -> Tensor:

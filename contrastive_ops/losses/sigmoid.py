@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._ordered import repeated
+from .._ordered import repeated, segment_sums
 from ..ops.folds import Fold
 from ..ops.pairs import Pairs, check_lists
 from ..ops.similarity_reduce import fold
@@ -291,7 +291,7 @@ def bixse(
         backend=backend,
     )
     logits = pair_logits(name, "query", query, key, rows, cols, scale, bias)
-    graded = torch.zeros_like(negatives).index_add(0, rows, cross_entropy(logits, grades[order]))
+    graded = segment_sums(cross_entropy(logits, grades[order]), rows, negatives.shape[0])
     return _arguments.reduce_rows(negatives + graded, weight, reduction)
 
 

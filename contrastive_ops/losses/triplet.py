@@ -147,8 +147,7 @@ def batch_hard_triplet(
     margin = _checks.number(name, "margin", margin, "[0, inf)")
     positives = Pairs(same=ids, diagonal=0 if y is None else None)
     rows, columns = points(x, distance), None if y is None else points(y, distance)
-    if distance == "cosine":
-        x, y = rows.rows, None if columns is None else columns.rows
+    x, y = rows.rows, None if columns is None else columns.rows
     farthest, nearest = farthest_and_nearest((name, "x", "y"), x, y, distance, positives, Pairs(differ=ids), backend)
     gap = _distance_gap(rows, columns, farthest, nearest, distance)
     losses = softplus(gap) if soft else (gap + margin).relu()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._offsets import centred
 
 
 class _InverseRoot(torch.autograd.Function):
@@ -82,8 +83,8 @@ def group_whiten(
         order = torch.randperm(D, generator=generator, device=x.device) if shuffle else None
         dealt = x if order is None else x[:, order]
         grouped = dealt.to(_checks.accumulator(x.dtype)).view(N, groups, D // groups).transpose(0, 1)
-        centred = grouped - grouped.mean(1, keepdim=True)
-        identity = torch.eye(D // groups, dtype=centred.dtype, device=x.device)
-        root = _InverseRoot.apply(centred.mT @ centred / N + eps * identity)
-        white = (centred @ root).transpose(0, 1).reshape(N, D)
+        deviations = centred(grouped, 1)
+        identity = torch.eye(D // groups, dtype=deviations.dtype, device=x.device)
+        root = _InverseRoot.apply(deviations.mT @ deviations / N + eps * identity)
+        white = (deviations @ root).transpose(0, 1).reshape(N, D)
         return (white if order is None else white[:, order.argsort()]).to(x.dtype)

@@ -98,5 +98,6 @@ class Distinct:
             alive[at] &= ~self._close(x[place[at, slot]], y, place[at].masked_fill(~alive[at], -1))
 
     def _close(self, x: Tensor, y: Tensor, listed: Tensor) -> Tensor:
-        similarity = logits_at(x, y, listed, names=(self.function, "corpus", "corpus"), backend=self.backend)
+        names = (self.function, "corpus", "corpus")
+        similarity = logits_at(x, y, listed, metric=self.metric, names=names, backend=self.backend)
         return similarity > self.bound

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .. import _checks
 from .._lists import distinct_pairs, first_of_pairs
+from .._offsets import common_row
+from .._ordered import segment_sums
+from ..ops._nearest import products
 from ..ops.pairs import check_lists
 from ..ops.similarity_topk import logits_at, metric_rows
 
@@ -124,15 +127,17 @@ def score(
     dtype = _checks.accumulator(query.dtype)
     values = torch.empty(positives.column.shape, dtype=dtype, device=query.device)
     slack = torch.empty_like(values)
+    origin = common_row(query.to(dtype))  # that of a search for the same queries
     step = max(1, CHUNK_ELEMENTS // max(query.shape[1], 1))
     for begin in range(0, len(values), step):
         part = slice(begin, begin + step)
         rows, row = positives.row[part].unique(return_inverse=True)
         columns, column = positives.column[part].unique(return_inverse=True)
         x, y = metric_rows(function, query[rows], take(columns), metric)
-        values[part] = logits_at(
-            x[row], y, column[:, None], names=(function, "query", "corpus"), backend=backend
-        ).squeeze(1)
+        names = (function, "query", "corpus")
+        values[part] = logits_at(x[row], y, column[:, None], metric=metric, names=names, backend=backend).squeeze(1)
+        if metric == "sqeuclidean":
+            x, y = products(x, y, origin)
         length = [torch.linalg.vector_norm(side.to(dtype), dim=1) for side in (x, y)]
         slack[part] = length[0][row] * length[1][column]
     # Two orders of adding D products differ by about sqrt(D) roundings of a number no larger than the lengths' product.
@@ -144,7 +149,7 @@ def aggregate(scores: Tensor, positives: Positives, how: str) -> Tensor:
     counts = positives.counts
     none = counts == 0
     if how == "mean":
-        total = scores.new_zeros(len(counts)).index_add(0, positives.row, scores)
+        total = segment_sums(scores, positives.row, len(counts))
         return (total / counts).masked_fill(none, torch.nan)
     of_row = scores.new_full((len(counts),), torch.inf if how == "min" else -torch.inf)
     of_row = of_row.scatter_reduce(0, positives.row, scores, "amin" if how == "min" else "amax")

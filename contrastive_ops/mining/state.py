@@ -153,6 +153,7 @@ class TopKState:
                 floor=self._floor(base_index),
                 count_above=self._count_above,
                 count_pairs=own,
+                metric=self.metric,
                 names=(self._function, "query", "block"),
                 backend=self._backend,
             )

@@ -41,9 +41,9 @@ def rows_of(pairs: Pairs | None, rows: Tensor, columns: int) -> Pairs | None:
     def ids(value: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
         return None if value is None else (value[0][rows], value[1])
 
-    exclude = None if pairs.exclude is None else _lists_of(*pairs.exclude, rows)
+    exclude = None if pairs.exclude is None else lists_of_rows(*pairs.exclude, rows)
     if pairs.diagonal is not None:
-        exclude = _with_own(exclude, rows + pairs.diagonal, columns)
+        exclude = with_own_column(exclude, rows + pairs.diagonal, columns)
     guide, weight = pairs.guide, pairs.log_weight
     if guide is not None:
         columns_of_guide = guide.gx if guide.gy is None else guide.gy
@@ -90,7 +90,8 @@ def columns_of(pairs: Pairs | None, begin: int, end: int) -> Pairs | None:
     )
 
 
-def _lists_of(indptr: Tensor, indices: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def lists_of_rows(indptr: Tensor, indices: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The lists of some of the rows."""
     lengths = indptr.diff()[rows]
     starts = lengths.cumsum(0) - lengths
     row = torch.repeat_interleave(lengths)
@@ -104,7 +105,7 @@ def _columns_of_lists(indptr: Tensor, indices: Tensor, begin: int, end: int) -> 
     return before[indptr], indices[kept] - begin
 
 
-def _with_own(lists: tuple[Tensor, Tensor] | None, column: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+def with_own_column(lists: tuple[Tensor, Tensor] | None, column: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """Lists with one more column for each row, where there is such a column."""
     indptr, indices = (column.new_zeros(len(column) + 1), column[:0]) if lists is None else lists
     row = torch.cat([torch.repeat_interleave(indptr.diff()), torch.arange(len(column), device=column.device)])

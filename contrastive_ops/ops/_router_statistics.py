@@ -104,8 +104,7 @@ class Statistics:
         total = of_segment.sum().clamp_min(1)
         joint = choices / total
         spread, used = entropy_of(of_segment / total), entropy_of(joint.sum(0))
-        # A sum of logarithms can be below 0 by a rounding where segments and experts are independent.
-        information = (spread + used - entropy_of(joint.flatten())).clamp_min(0)
+        information = relative_entropy(joint, of_segment[:, None] / total * joint.sum(0))
         least = torch.minimum(spread, used)
         return {
             "tokens": self.tokens,
@@ -130,6 +129,12 @@ def squared_variation(values: Tensor) -> Tensor:
 def entropy_of(p: Tensor) -> Tensor:
     """Entropy of the last dimension in nats. Its gradient at 0 is infinite."""
     return torch.special.entr(p).sum(-1)
+
+
+def relative_entropy(p: Tensor, q: Tensor) -> Tensor:
+    """Sum of p log(p / q) for distributions: of terms that are never negative, as a difference of entropies cancels."""
+    apart = torch.where(q > 0, (p - q) / torch.where(q > 0, q, 1.0), 0.0)
+    return (q * (torch.special.xlog1py(1 + apart, apart) - apart).clamp_min(0)).sum()
 
 
 def per_segment(function: str, losses: Sequence[RouterLoss], values: Sequence[Any], like: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._offsets import common_row
+from ._nearest import products
 from ._pair_slices import each_bound, map_bounds, rows_of
 from .pairs import Bound, Pairs
 
@@ -168,6 +170,7 @@ def search(
     y: Tensor,
     k: int,
     coarse: Coarse,
+    metric: str,
     scale: float | Tensor,
     row_bias: Tensor | None,
     col_bias: Tensor | None,
@@ -178,17 +181,18 @@ def search(
     from .similarity_topk import logits_at, order, select
 
     names = ("similarity_topk", "x", "y")
-    corpus = coarse.round(y) if coarse.rounded is None else coarse.rounded
-    if corpus.rows.shape != y.shape:
+    left, right = products(x, y, common_row(x)) if metric == "sqeuclidean" else (x, y)
+    corpus = coarse.round(right) if coarse.rounded is None else coarse.rounded
+    if corpus.rows.shape != right.shape:
         raise ValueError(
             f"similarity_topk: coarse must be made from y, got rows {_checks.shape(corpus.rows)} and y "
-            f"{_checks.shape(y)}\n  make it with Coarse.of(y)"
+            f"{_checks.shape(right)}\n  make it with Coarse.of(y)"
         )
     if not y.shape[0]:  # nothing was left out of an empty list
         indices = torch.full((x.shape[0], k), -1, dtype=torch.int64, device=x.device)
         return indices, torch.ones(x.shape[:1], dtype=torch.bool, device=x.device)
-    rounded = x.to(torch.bfloat16)
-    doubt = _doubt(x, rounded, corpus)
+    rounded = left.to(torch.bfloat16)
+    doubt = _doubt(left, rounded, corpus)
     usual = (2 if coarse.dtype == torch.bfloat16 else 8) * k + 64
     first = select(
         rounded,
@@ -205,9 +209,9 @@ def search(
     size = scale.detach().abs() if isinstance(scale, Tensor) else abs(scale)
     candidates, rest = _worth_computing(first.values, first.indices, k, size * doubt)
     arguments = {"scale": scale, "row_bias": row_bias, "col_bias": col_bias, "pairs": pairs}
-    exact = logits_at(x, y, candidates, **arguments, names=names, backend=backend)  # type: ignore[arg-type]
+    exact = logits_at(x, y, candidates, **arguments, metric=metric, names=names, backend=backend)  # type: ignore[arg-type]
     if pairs is not None and (pairs.below is not None or pairs.above is not None):
-        dots = logits_at(x, y, candidates, names=names, backend=backend)
+        dots = logits_at(x, y, candidates, metric=metric, names=names, backend=backend)
         exact = exact.masked_fill(_outside(pairs, dots, candidates), -torch.inf)
     values, indices, _, _ = order(exact, candidates, k, backend)
     certified = (rest + size * doubt < values[:, -1]) | (rest == -torch.inf)
@@ -221,6 +225,7 @@ def search(
             row_bias=None if row_bias is None else row_bias[rows],
             col_bias=col_bias,
             pairs=rows_of(pairs, rows, y.shape[0]),
+            metric=metric,
             names=names,
             backend=backend,
         ).top

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from .._similarity import STATISTICS, Layout, Slot
 from .._unit_rows import unit_rows
 from ..cuda import _products
 from ..reference import similarity_topk as reference
+from . import _nearest
 from ._logit_sets import LogitSets, prepare
 from ._similarity_topk_autograd import register
 from .coarse import Coarse, search
@@ -44,6 +45,7 @@ BACKENDS = {
 }
 
 register(BACKENDS)
+_nearest.register(BACKENDS)
 
 METRICS = ("dot", "cosine", "sqeuclidean")
 
@@ -73,21 +75,14 @@ class Selected(NamedTuple):
 
 
 def metric_rows(function: str, x: Tensor, y: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """Matrices whose inner products are the similarities of `metric`.
-
-    The squared distance becomes an inner product with two more dimensions, so that bounds and every other rule apply to
-    it as to any similarity; in the accumulation dtype, because norms must not be rounded to 16 bits.
-    """
+    """Rows as `select` and `logits_at` take them with this metric: of length 1 for the cosine."""
     _checks.check_choice(function, "metric", metric, METRICS)
     if metric == "cosine":
         return unit_rows(x), unit_rows(y)
     if metric == "sqeuclidean":
         dtype = _checks.accumulator(x.dtype)
         x, y = x.to(dtype), y.to(dtype)
-        return (
-            torch.cat([2 * x, -x.square().sum(1, keepdim=True), torch.ones_like(x[:, :1])], 1),
-            torch.cat([y, torch.ones_like(y[:, :1]), -y.square().sum(1, keepdim=True)], 1),
-        )
+        return x, y
     return x, y
 
 
@@ -121,8 +116,8 @@ def similarity_topk(
         y: (M, D) of the same dtype.
         k: length of the lists; more than M is allowed.
         metric: the similarity: "dot" <x, y>; "cosine", of rows that are scaled to length 1 first; "sqeuclidean", minus
-            the squared distance. Bounds of `pairs` apply to it. Squared distances are differences of inner products:
-            rows that nearly agree lose as many digits as in ``torch.cdist`` by matmul.
+            the squared distance. Bounds of `pairs` apply to it. Squared distances are sums of squared differences, in
+            float32 for 16-bit rows: equal rows are at 0, wherever the rows lie.
         scale: float, 0-d tensor, or (N,) tensor with one scale per row. Differentiable.
         row_bias: (N,) added to the scores of each row. Differentiable.
         col_bias: (M,) added to the scores of each column. Differentiable.
@@ -161,12 +156,14 @@ def similarity_topk(
     _checks.check_matrices(name, "x", x, "y", y)
     x, y = metric_rows(name, x, y, metric)
     scale = _checks.factor(name, "scale", scale)
+    arguments: dict[str, Any] = {"scale": scale, "row_bias": row_bias, "col_bias": col_bias, "pairs": pairs}
+    arguments |= {"metric": metric, "backend": backend}
     if coarse is None:
-        return select(x, y, k, scale=scale, row_bias=row_bias, col_bias=col_bias, pairs=pairs, backend=backend).top
+        return select(x, y, k, **arguments).top
     coarse = coarse if isinstance(coarse, Coarse) else Coarse(coarse)
     with torch.no_grad():
-        indices, certified = search(x, y, k, coarse, scale, row_bias, col_bias, pairs, backend)
-    values = logits_at(x, y, indices, scale=scale, row_bias=row_bias, col_bias=col_bias, pairs=pairs, backend=backend)
+        indices, certified = search(x, y, k, coarse, metric, scale, row_bias, col_bias, pairs, backend)
+    values = logits_at(x, y, indices, **arguments)
     return TopK(values, indices, (indices >= 0).sum(1), certified)
 
 
@@ -183,10 +180,11 @@ def select(
     count_above: Tensor | None = None,
     count_pairs: Pairs | None = None,
     code_scale: Tensor | None = None,
+    metric: str = "dot",
     names: tuple[str, str, str] = ("similarity_topk", "x", "y"),
     backend: str = "auto",
 ) -> Selected:
-    """`similarity_topk` of inner products for mining.
+    """`similarity_topk` for mining.
 
     Args:
         x: (N, D).
@@ -200,6 +198,7 @@ def select(
         count_above: (N,) asks for statistics; "higher" counts the columns with a score above this.
         count_pairs: rules that statistics are counted under where they are not `pairs`.
         code_scale: (M,) what one unit of the codes of each column is worth.
+        metric: of rows that `metric_rows` made.
         names: the function and the arguments to name in errors.
         backend: as in `similarity_topk`.
 
@@ -210,9 +209,12 @@ def select(
     function = names[0]
     k = _checks.integer(function, "k", k, 1)
     arguments, chosen = _problem(names, x, y, scale, row_bias, col_bias, pairs, count_pairs, code_scale, backend)
-    values, indices, counts, statistics = torch.ops.contrastive_ops.similarity_topk_forward(
-        *arguments, k, floor, count_above, chosen
-    )
+    if metric == "sqeuclidean":
+        values, indices, counts, statistics = _nearest.select(arguments, k, floor, count_above, chosen)
+    else:
+        values, indices, counts, statistics = torch.ops.contrastive_ops.similarity_topk_forward(
+            *arguments, k, floor, count_above, chosen
+        )
     by_name = dict(zip(STATISTICS, statistics.unbind(0), strict=True)) if count_above is not None else {}
     return Selected(TopK(values, indices, counts), by_name)
 
@@ -226,6 +228,7 @@ def logits_at(
     row_bias: Tensor | None = None,
     col_bias: Tensor | None = None,
     pairs: Pairs | None = None,
+    metric: str = "dot",
     names: tuple[str, str, str] = ("similarity_topk", "x", "y"),
     backend: str = "auto",
 ) -> Tensor:
@@ -239,10 +242,13 @@ def logits_at(
         row_bias: as in `similarity_topk`.
         col_bias: as in `similarity_topk`.
         pairs: of its rules only `log_weight` matters here: listed pairs are computed whether dropped or not.
+        metric: of rows that `metric_rows` made.
         names: the function and the arguments to name in errors.
         backend: as in `similarity_topk`.
     """
     arguments, chosen = _problem(names, x, y, scale, row_bias, col_bias, pairs, None, None, backend)
+    if metric == "sqeuclidean":
+        return _nearest.logits_at(arguments, indices)
     return torch.ops.contrastive_ops.similarity_topk_at(*arguments, indices, chosen)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import _checks
+from .._ordered import segment_sums
 from .maxsim import REDUCTIONS
 from .similarity_topk import select
 from .token_sets import Packed, TokenSets, check_two_sides, packed
@@ -134,6 +135,4 @@ def _holds_nan(sets: Packed, owner: Tensor) -> Tensor:
 
 def _sums_by_owner(sets: Packed, owner: Tensor, rows: Tensor) -> Tensor:
     """(B, ...) sums of the rows (T, ...) of each set; what belongs to none is dropped."""
-    count = sets.shape[0]
-    total = rows.new_zeros((count + 1, *rows.shape[1:])).index_add(0, torch.where(owner < 0, count, owner), rows)
-    return total[:count]
+    return segment_sums(rows, owner, sets.shape[0])

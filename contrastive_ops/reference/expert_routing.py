@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .._checks import accumulator
+from .._ordered import segment_sums
 from .._routing import GROUP_SCORES, SCORES, ScoreSpec, SlotSpec
 
 # ---- Scores --------------------------------------------------------------------------------------------------------
@@ -52,9 +53,7 @@ def scores(
     lse = z.logsumexp(1)
 
     def summed(values: Tensor) -> Tensor:
-        zero = values.new_zeros((s.segments, *values.shape[1:]))
-        part = values.masked_fill(~live.view(-1, *(1,) * (values.dim() - 1)), 0)
-        return zero.index_add(0, label, part)
+        return segment_sums(values, torch.where(live, label, -1), s.segments)
 
     nothing = p.new_zeros((s.segments, p.shape[1]))
     of_noisy = (
@@ -67,7 +66,8 @@ def scores(
     choices = torch.bincount(cell, minlength=nothing.numel()).view_as(nothing)
     best = p.detach().topk(min(2, p.shape[1]), dim=1).values
     margin = summed(best[:, 0] - best[:, 1] if best.shape[1] > 1 else best[:, 0])
-    return experts, gates, priority, sums, totals, choices, summed(live.long()), margin
+    tokens = torch.bincount(label[live], minlength=s.segments)
+    return experts, gates, priority, sums, totals, choices, tokens, margin
 
 
 def scores_backward(

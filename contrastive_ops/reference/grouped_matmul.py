@@ -10,6 +10,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from .._checks import accumulator
+from .._ordered import long_product
 from .expert_routing import dispatch
 
 
@@ -47,7 +48,7 @@ def outer(
     for e, (begin, end) in enumerate(pairwise(offsets.tolist())):
         rows = g[begin:end].to(dtype)
         if wants_b:
-            db[e] = _rows(a, slots, order, begin, end).to(dtype).T @ rows
+            db[e] = long_product(_rows(a, slots, order, begin, end).to(dtype).T, rows)
         if wants_bias:
             dbias[e] = rows.sum(0)
     return db, dbias

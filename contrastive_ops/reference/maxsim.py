@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .._checks import accumulator
+from .._ordered import add_segments
 from ._recompute import recomputed
 from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows
 
@@ -173,8 +174,8 @@ def backward(
     run = recomputed(one_chunk)
     for part in _chunks(winners, queries, documents):
         row, of_queries, column, of_documents = run(part)
-        dqueries.index_add_(0, row, of_queries)
-        ddocuments.index_add_(0, column, of_documents)
+        add_segments(dqueries, of_queries, row)
+        add_segments(ddocuments, of_documents, column)
     return dqueries if needs & 1 else dqueries[:0], ddocuments if needs & 2 else ddocuments[:0]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import accumulator
+from .._ordered import segment_sums
 from .._similarity import Layout, LogitSet, ScaleOf, Slot
 
 
@@ -77,7 +78,7 @@ class SetOfChunk:
     def linear_sum(self) -> Tensor:
         """Each row's weighted sum of the logits in its list."""
         row, column, weight = self._linear_lists()
-        return self.logits.new_zeros(len(self.logits)).index_add(0, row, weight * self.logits[row, column])
+        return segment_sums(weight * self.logits[row, column], row, len(self.logits))
 
     def add_linear(self, e: Tensor, d_linear: Tensor) -> Tensor:
         """Add the derivative of the linear lists to the derivative by the logits."""

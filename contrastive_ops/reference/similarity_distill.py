@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .._checks import accumulator
+from .._ordered import long_product
 from .._similarity import Layout, LogitSet, ScaleOf
 from ._recompute import recomputed
 from .pairs import SetOfChunk, chunk_sets, inner_products
@@ -322,8 +323,8 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
                 e = e + _slope(p, s, t, own_statistics, d_values[own].unsqueeze(dim))
         e = e.masked_fill(s == -torch.inf, 0.0)
         weights = e * student.scale
-        dx[part] = weights @ y.to(dtype)
-        dy += weights.T @ x[part].to(dtype)
+        dx[part] = long_product(weights, y.to(dtype))
+        dy += long_product(weights.T, x[part].to(dtype))
         drow_bias[part] = student.sign * e.sum(1)
         dcol_bias += student.sign * e.sum(0)
         of_scale = student.scale_gradient(times(e, student.dots))

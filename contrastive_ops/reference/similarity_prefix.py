@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._checks import accumulator
+from .._ordered import long_product, wide_dtype
 from .._unit_rows import SHORTEST
 from ._recompute import recomputed
 from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, merge_lse, probability, times
@@ -102,6 +103,7 @@ def forward(
         m.x.new_full((len(dims), size if wanted else 0), -torch.inf)
         for size, wanted in ((len(m.x), directions & 1), (m.columns, directions & 2), (len(m.x), target is not None))
     )
+    cols = cols.to(wide_dtype(x))  # chunks add to it
     for part in chunks_of_rows(len(m.x), max(1, CHUNK_ELEMENTS // max(m.columns, 1))):
         out = m.left_out(part)
         dots = torch.zeros(out.shape, dtype=m.x.dtype, device=x.device)
@@ -114,8 +116,8 @@ def forward(
             if directions & 1:
                 rows[prefix, part] = logits.logsumexp(1)
             if directions & 2:
-                cols[prefix] = merge_lse(cols[prefix], logits.logsumexp(0))
-    return rows, cols, target_logit
+                cols[prefix] = merge_lse(cols[prefix], logits.logsumexp(0).to(cols.dtype))
+    return rows, cols.to(m.x.dtype), target_logit
 
 
 def backward(
@@ -158,7 +160,7 @@ def backward(
             along = times(e, cosines)
             # A prefix weighs all columns before its end, so a segment has the weights of the prefixes from its own on.
             weights = weights + e * (scale * factors)
-            of_segment = weights @ m.y[:, columns], weights.T @ m.x[part, columns]
+            of_segment = long_product(weights, m.y[:, columns]), long_product(weights.T, m.x[part, columns])
             found.append((*of_segment, along.sum(1), along.sum(0)))
         dx_parts, dy_parts, by_row_parts, by_col_parts = zip(*reversed(found), strict=True)
         return torch.cat(dx_parts, 1), torch.cat(dy_parts, 1), torch.stack(by_row_parts), torch.stack(by_col_parts)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .._checks import accumulator
+from .._ordered import long_product, wide_dtype
 from .._similarity import Layout, ScaleOf, SetFold
 from ._recompute import recomputed
 from .pairs import SetOfChunk, chunk_sets, inner_products
@@ -58,7 +59,7 @@ def _fold(kind: str, logits: Tensor, dim: int) -> Tensor:
     if kind == "logsumexp":
         return logits.logsumexp(dim)
     if kind == "count":
-        return (logits != -torch.inf).to(logits.dtype).sum(dim)
+        return (logits != -torch.inf).sum(dim).to(logits.dtype)  # ones in float32 end at 2^24
     if kind == "sum":
         return logits.masked_fill(logits == -torch.inf, 0.0).sum(dim)
     return (softplus(logits) if kind == "sum_softplus" else logits.relu()).sum(dim)
@@ -75,7 +76,7 @@ def _fold_into(fold: SetFold, logits: Tensor, part: slice, value: Tensor, winner
             value.copy_(torch.where(better, best, value))
             winner.copy_(torch.where(better, index + part.start, winner))
         elif fold.kind == "logsumexp":
-            value.copy_(merge_lse(value, logits.logsumexp(0)))
+            value.copy_(merge_lse(value, logits.logsumexp(0).to(value.dtype)))
         else:
             value += _fold(fold.kind, logits, 0)
         return
@@ -106,7 +107,11 @@ def forward(
     sizes, argmax_sizes = layout.sizes(len(x), len(y)), layout.argmax_sizes(len(x), len(y))
     folds = x.new_empty((sum(sizes),), dtype=dtype)
     argmax = x.new_full((sum(argmax_sizes),), -1, dtype=torch.int64)
-    values, winners = folds.split(sizes), argmax.split(argmax_sizes)
+    results, winners = folds.split(sizes), argmax.split(argmax_sizes)
+    # Chunks add to the columns: in float64, because millions of rows have many.
+    values = [
+        result.to(wide_dtype(x)) if fold.cols else result for fold, result in zip(layout.folds, results, strict=True)
+    ]
     for fold, value in zip(layout.folds, values, strict=True):
         value.fill_(_EMPTY[fold.kind])
     target_logit = x.new_empty((0 if target is None else len(x),), dtype=dtype)
@@ -122,6 +127,9 @@ def forward(
             for fold, value, winner in zip(layout.folds, values, winners, strict=True):
                 if fold.set == index:
                     _fold_into(fold, shown, part, value, winner)
+    for result, value in zip(results, values, strict=True):
+        if value is not result:
+            result.copy_(value)
     return folds, argmax, target_logit, linear, x.new_empty((kept_size,), dtype=dtype)
 
 
@@ -220,14 +228,17 @@ def backward(
             weights = weights + e * each.scale
             dscale.append(each.scale_gradient(times(e, dots)))
             e_rows, e_cols = e_rows + each.sign * e.sum(1), e_cols + each.sign * e.sum(0)
-        dx, dy = weights @ columns.to(dtype), weights.T @ x[part].to(dtype)
+        dx, dy = long_product(weights, columns.to(dtype)), long_product(weights.T, x[part].to(dtype))
         return dx, dy, e_rows, e_cols, *dscale
 
     # Under autograd (second derivatives) each chunk is computed again instead of being stored.
     run = recomputed(one_chunk)
-    dx, dy = (x.new_zeros(t.shape, dtype=dtype) for t in (x, columns))
-    dscale = torch.zeros_like(scale)
-    drow_bias, dcol_bias = (x.new_zeros((len(t),), dtype=dtype) for t in (x, columns))
+    # What all chunks add to is float64 where that is cheap.
+    wide = wide_dtype(x)
+    dx = x.new_zeros(x.shape, dtype=dtype)
+    dy = columns.new_zeros(columns.shape, dtype=wide if columns.numel() <= CHUNK_ELEMENTS else dtype)
+    dscale = torch.zeros_like(scale, dtype=wide)
+    drow_bias, dcol_bias = x.new_zeros((len(x),), dtype=dtype), x.new_zeros((len(columns),), dtype=wide)
     slices = layout.scale_slices(len(x), len(columns))
     for part in _chunks(len(x), len(columns)):
         dx[part], dy_part, drow_bias[part], dcol_part, *dscale_parts = run(part)
@@ -236,6 +247,7 @@ def backward(
         for each, own, dscale_part in zip(layout.sets, slices, dscale_parts, strict=True):
             begin = own.start + part.start if each.scale_of == ScaleOf.ROWS else own.start
             dscale[begin : begin + len(dscale_part)] += dscale_part
+    dy, dscale, dcol_bias = dy.to(dtype), dscale.to(scale.dtype), dcol_bias.to(dtype)
     if y is None:
         dx, dy = dx + dy, dy[:0]
     full = (dx, dy, dscale, drow_bias, dcol_bias)

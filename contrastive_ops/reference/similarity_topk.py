@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .._checks import accumulator
+from .._ordered import add_segments, segment_rows
 from .._similarity import STATISTICS, Layout, LogitSet, ScaleOf, Slot
 from ._recompute import recomputed
 from .pairs import SetOfChunk, chunk_sets, inner_products
@@ -116,6 +117,29 @@ def merge(values: Tensor, indices: Tensor, other_values: Tensor, other_indices: 
 # ---- Logits of listed pairs ----------------------------------------------------------------------------------------
 
 
+def logits_of_listed(
+    each: LogitSet,
+    rows: slice,
+    dots: Tensor,
+    scale: Tensor,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
+    column: Tensor,
+    listed: Tensor,
+) -> Tensor:
+    """(rows, P) logits of similarities `dots` with the columns `column`, -inf where there is none."""
+    logits = dots * scale
+    if row_bias is not None:
+        logits = logits + row_bias[rows, None]
+    if col_bias is not None:
+        logits = logits + segment_rows(col_bias, column.flatten()).view(column.shape)
+    if Slot.LOG_WEIGHT in each.data:
+        row, other = each.data[Slot.CLASS_ROWS][rows, None], each.data[Slot.CLASS_COLS][column]
+        entry = each.data[Slot.LOG_WEIGHT][row.clamp_min(0), other.clamp_min(0)]
+        logits = logits + entry.masked_fill((row < 0) | (other < 0), 0.0)
+    return logits.masked_fill(~listed, -torch.inf)
+
+
 def _rows_at_a_time(listed: int, depth: int) -> int:
     return max(1, CHUNK_ELEMENTS // max(listed * max(depth, 1), 1))
 
@@ -144,17 +168,9 @@ class _Listed:
         self.scale = scale[self.column] if each.scale_of == ScaleOf.COLUMNS else self.scale
 
     def logits(self, row_bias: Tensor | None, col_bias: Tensor | None) -> Tensor:
-        logits = self.dots * self.scale
-        if row_bias is not None:
-            logits = logits + row_bias[self.rows, None]
-        if col_bias is not None:
-            logits = logits + col_bias[self.column]
-        data = self.set.data
-        if Slot.LOG_WEIGHT in data:
-            row, column = data[Slot.CLASS_ROWS][self.rows, None], data[Slot.CLASS_COLS][self.column]
-            entry = data[Slot.LOG_WEIGHT][row.clamp_min(0), column.clamp_min(0)]
-            logits = logits + entry.masked_fill((row < 0) | (column < 0), 0.0)
-        return logits.masked_fill(~self.listed, -torch.inf)
+        return logits_of_listed(
+            self.set, self.rows, self.dots, self.scale, row_bias, col_bias, self.column, self.listed
+        )
 
 
 def _chunks_of_lists(
@@ -215,13 +231,14 @@ def backward(
     step = _rows_at_a_time(indices.shape[1], x.shape[1])
     for part in chunks_of_rows(len(x) if len(y) else 0, step):
         dx[part], dy_part, e, e_dots, column = run(part)
-        dy.index_add_(0, column.flatten(), dy_part)
+        column = column.flatten()
+        add_segments(dy, dy_part, column)
         drow_bias[part] = e.sum(1)
-        dcol_bias.index_add_(0, column.flatten(), e.flatten())
+        add_segments(dcol_bias, e.flatten(), column)
         if layout.sets[0].scale_of == ScaleOf.ROWS:
             dscale[part] = e_dots.sum(1)
         elif layout.sets[0].scale_of == ScaleOf.COLUMNS:
-            dscale.index_add_(0, column.flatten(), e_dots.flatten())
+            add_segments(dscale, e_dots.flatten(), column)
         else:
             dscale += e_dots.sum()
     full = (dx, dy, dscale, drow_bias, dcol_bias)

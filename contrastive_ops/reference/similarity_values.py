@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._checks import accumulator
+from .._ordered import long_product
 from .._similarity import Layout, ScaleOf
 from ._recompute import recomputed
 from .pairs import SetOfChunk, chunk_sets, inner_products
@@ -66,7 +67,7 @@ def weighted_sums(*problem: Any) -> tuple[Tensor, Tensor]:
         lse = logits.detach().logsumexp(1)
         empty = (lse == -torch.inf)[:, None]
         safe = logits.masked_fill(empty, 0.0).softmax(1)
-        return safe.masked_fill(empty, 0.0) @ p.values, lse
+        return long_product(safe.masked_fill(empty, 0.0), p.values), lse
 
     run = recomputed(one_chunk)
     sums = p.values.new_zeros((p.x.shape[0], p.values.shape[1]))
@@ -94,12 +95,12 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
     for rows in p.chunks():
         own, logits = p.logits(rows)
         weight, upstream = _probabilities(logits, lse[rows]), d_sums[rows]
-        dvalues += weight.T @ upstream
+        dvalues += long_product(weight.T, upstream)
         mean = (upstream * sums[rows]).sum(1, keepdim=True)
         e = torch.where(weight == 0, 0.0, weight * (upstream @ p.values.T - mean))
         by_dots = e * own.scale
-        dx[rows] = by_dots @ p.y.to(p.dtype)
-        dy += by_dots.T @ p.x[rows].to(p.dtype)
+        dx[rows] = long_product(by_dots, p.y.to(p.dtype))
+        dy += long_product(by_dots.T, p.x[rows].to(p.dtype))
         drow_bias[rows] = own.sign * e.sum(1)
         dcol_bias += own.sign * e.sum(0)
         dscale[rows if of_rows_scale else slice(0, 1)] += own.scale_gradient(times(e, own.dots))

@@ -17,7 +17,7 @@ namespace {
 // ---- Scores ------------------------------------------------------------------------------------------------------
 
 // Blocks whose sums are added up in the type of the logits before they go on in double.
-constexpr int64_t kBlocksOfStrip = 128;
+constexpr int64_t kBlocksOfStrip = 32;
 
 // Adds the lanes of `from` to `to` and clears them.
 template <class A>

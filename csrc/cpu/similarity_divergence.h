@@ -232,33 +232,44 @@ template <class A, DistillKind K>
 void merge_lines(int64_t count, Lines<A> first, int64_t step, Lines<A> out) {
   const auto part = [&](int64_t k) { return first.at(k * step); };
   const Vec<A> zero = {};
-  Vec<A> top_s = broadcast(-infinity<A>()), top_t = top_s, sum_s = {}, sum_t = {}, value = {};
+  constexpr int W = kLanes<A>;
+  Vec<A> top_s = broadcast(-infinity<A>()), top_t = top_s;
+  // In double: a line of millions of pairs has tens of thousands of parts.
+  double sum_s[W] = {}, sum_t[W] = {}, value[W] = {};
+  const auto add = [](double* to, Vec<A> from) {
+    for (int q = 0; q < W; ++q) to[q] += from[q];
+  };
+  const auto rounded_to = [](const double* from) {
+    Vec<A> to = {};
+    for (int q = 0; q < W; ++q) to[q] = static_cast<A>(from[q]);
+    return to;
+  };
   for (int64_t k = 0; k < count; ++k) {
     top_s = greater<A>(load(part(k).top_s), top_s);
     top_t = greater<A>(load(part(k).top_t), top_t);
   }
   Normalizer<Vec<A>> n{finite_or_zero<A>(top_s), zero, finite_or_zero<A>(top_t), zero};
   for (int64_t k = 0; k < count; ++k) {
-    sum_s += exponential(n.student(load(part(k).top_s)) + load(part(k).log_s));
-    sum_t += exponential(n.teacher(load(part(k).top_t)) + load(part(k).log_t));
+    add(sum_s, exponential(n.student(load(part(k).top_s)) + load(part(k).log_s)));
+    add(sum_t, exponential(n.teacher(load(part(k).top_t)) + load(part(k).log_t)));
   }
-  n.log_s = logarithm_or_zero<A>(sum_s);
-  n.log_t = logarithm_or_zero<A>(sum_t);
+  n.log_s = logarithm_or_zero<A>(rounded_to(sum_s));
+  n.log_t = logarithm_or_zero<A>(rounded_to(sum_t));
   if constexpr (K != DistillKind::js) {
     for (int64_t k = 0; k < count; ++k) {
       const Vec<A> log_q = n.student(load(part(k).top_s)) + load(part(k).log_s);
       const Vec<A> log_p = n.teacher(load(part(k).top_t)) + load(part(k).log_t);
       // The divergence within a part to which the mean gives no weight may be anything.
       const Vec<A> share = exponential_of_negative(K == DistillKind::reverse_kl ? log_q : log_p);
-      value += share == zero ? zero : share * load(part(k).value);
-      value += divergence_terms<A, K>(log_p, log_q).value;
+      add(value, share == zero ? zero : share * load(part(k).value));
+      add(value, divergence_terms<A, K>(log_p, log_q).value);
     }
   }
   store(out.top_s, top_s);
   store(out.log_s, n.log_s);
   store(out.top_t, top_t);
   store(out.log_t, n.log_t);
-  store(out.value, value);
+  store(out.value, rounded_to(value));
 }
 
 // ---- Blocks ----------------------------------------------------------------------------------------------

@@ -97,18 +97,27 @@ template <class A>
 struct Sums {
   A* e_i;  // (rows)
   A* edot_i;
-  A e_j[kBlock];
-  A edot_j[kBlock];
+  double e_j[kBlock];
+  double edot_j[kBlock];
 };
+// Rows whose sums along columns are added up before they go on in double.
+constexpr int64_t kSumRows = 32;
 
 // g (+)= e * scale: the gradient by the inner product. g may be e.
 template <class A, bool kAdd, bool kSums>
 void accumulate(const View<A>& view, const A* dots, const A* e, A* g, int64_t rows, int64_t cols, Sums<A>* sums) {
   constexpr int W = kLanes<A>;
+  alignas(64) A few_e[kBlock] = {}, few_edot[kBlock] = {};
   if (kSums) {
     memset(sums->e_j, 0, sizeof(sums->e_j));
     memset(sums->edot_j, 0, sizeof(sums->edot_j));
   }
+  const auto move = [cols](A* from, double* to) {
+    for (int64_t j = 0; j < cols; ++j) {
+      to[j] += from[j];
+      from[j] = 0;
+    }
+  };
   for (int64_t i = 0; i < rows; ++i) {
     const A scale = view.scale_i[i];
     Vec<A> e_sum = {}, edot_sum = {};
@@ -120,8 +129,8 @@ void accumulate(const View<A>& view, const A* dots, const A* e, A* g, int64_t ro
         const Vec<A> edot = value == Vec<A>{} ? Vec<A>{} : value * load(dots + at);
         e_sum += value;
         edot_sum += edot;
-        store(sums->e_j + j, load(sums->e_j + j) + value);
-        store(sums->edot_j + j, load(sums->edot_j + j) + edot);
+        store(few_e + j, load(few_e + j) + value);
+        store(few_edot + j, load(few_edot + j) + edot);
       }
       const Vec<A> weight = value * (scale * load(view.scale_j + j));
       store(g + at, kAdd ? load(g + at) + weight : weight);
@@ -129,6 +138,10 @@ void accumulate(const View<A>& view, const A* dots, const A* e, A* g, int64_t ro
     if (kSums) {
       sums->e_i[i] = lane_sum<A>(e_sum);
       sums->edot_i[i] = lane_sum<A>(edot_sum);
+      if ((i + 1) % kSumRows == 0 || i + 1 == rows) {
+        move(few_e, sums->e_j);
+        move(few_edot, sums->edot_j);
+      }
     }
   }
 }

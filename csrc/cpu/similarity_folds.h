@@ -4,7 +4,8 @@
 //   logsumexp     a = max, b = sum of exp(l - max)
 //   max           a = max, index = where
 //   sums, count   a = sum
-// Logits of -inf are pairs that take no part.
+// Logits of -inf are pairs that take no part. Parts are short and merged in double: one sum over millions of numbers in
+// float drifts, by thousandths where they are equal, and a count ends at 2^24.
 #pragma once
 
 #include "logistic.h"
@@ -19,6 +20,15 @@ struct Part {
   A *a, *b;
   int64_t* index;
   Part at(int64_t k) const { return {a + k, b ? b + k : b, index ? index + k : index}; }
+};
+
+// What parts are merged into: a = max or best, b = the sum.
+template <class A>
+struct Total {
+  A* a;
+  double* b;
+  int64_t* index;
+  Total at(int64_t k) const { return {a + k, b + k, index ? index + k : index}; }
 };
 
 template <FoldKind K>
@@ -73,44 +83,38 @@ INLINE bool beats(A candidate, A best) {
   return candidate > best || (candidate != candidate && best == best);
 }
 
-// A logsumexp is a pair (max, sum of exp(l - max)); where the maximum is not finite, the sum is taken relative to 0,
-// so that -inf rows give 0, and +inf and NaN propagate. A part without pairs has no maximum to scale its sum of 0 with.
-template <class A>
-INLINE Vec<A> rescaled(Vec<A> sum, Vec<A> exponent) {
-  return sum == Vec<A>{} ? sum : sum * exponential(exponent);
-}
-template <class A>
-INLINE void merge(Vec<A>& max, Vec<A>& sum, Vec<A> other_max, Vec<A> other_sum) {
-  const Vec<A> top = greater<A>(other_max, max);
-  const Vec<A> reference = finite_or_zero<A>(top);
-  sum = rescaled<A>(sum, finite_or_zero<A>(max) - reference) +
-        rescaled<A>(other_sum, finite_or_zero<A>(other_max) - reference);
-  max = top;
-}
-
-// Merges kLanes results, `from` after `into`.
+// Merges kLanes parts. A logsumexp is a pair (max, sum of exp(l - max)); where the maximum is not finite, the sum is
+// taken relative to 0, so that -inf rows give 0, and +inf and NaN propagate. A sum of 0 has no maximum.
 template <class A, FoldKind K>
-INLINE void merge_parts(Part<A> into, Part<A> from) {
+INLINE void merge_parts(Total<A> into, Part<A> from) {
+  constexpr int W = kLanes<A>;
   if constexpr (K == FoldKind::logsumexp) {
-    Vec<A> max = load(into.a), sum = load(into.b);
-    merge<A>(max, sum, load(from.a), load(from.b));
-    store(into.a, max);
-    store(into.b, sum);
+    const Vec<A> max = load(into.a), other = load(from.a), top = greater<A>(other, max), zero = {};
+    const Vec<A> reference = finite_or_zero<A>(top), part = load(from.b);
+    const Vec<A> shift = finite_or_zero<A>(max) - reference;
+    const Vec<A> added = part == zero ? part : part * exponential(finite_or_zero<A>(other) - reference);
+    for (int q = 0; q < W; ++q) {
+      // Rare: the largest so far is exceeded. In double, as it may happen with every part.
+      if (shift[q] != 0 && into.b[q] != 0) into.b[q] *= exp(static_cast<double>(shift[q]));
+      into.b[q] += added[q];
+    }
+    store(into.a, top);
   } else if constexpr (K == FoldKind::max) {
-    for (int q = 0; q < kLanes<A>; ++q) {
+    for (int q = 0; q < W; ++q) {
       if (!beats(from.a[q], into.a[q])) continue;
       into.a[q] = from.a[q];
       into.index[q] = from.index[q];
     }
   } else {
-    store(into.a, load(into.a) + load(from.a));
+    for (int q = 0; q < W; ++q) into.b[q] += from.a[q];
   }
 }
 
 template <class A>
-INLINE A finish(FoldKind kind, A a, A b) {
-  if (kind != FoldKind::logsumexp) return a;
-  return b == 0 ? -infinity<A>() : finite_or_zero(a) + natural_log(b);
+INLINE A finish(FoldKind kind, A a, double b) {
+  if (kind == FoldKind::max) return a;
+  if (kind != FoldKind::logsumexp) return static_cast<A>(b);
+  return b == 0 ? -infinity<A>() : static_cast<A>(finite_or_zero(a) + log(b));
 }
 
 template <class A>
@@ -119,6 +123,22 @@ INLINE A empty_fold(FoldKind kind) {
 }
 
 // ---- Blocks ----------------------------------------------------------------------------------------------
+
+// The sum of term(begin), term(begin + step), ... in groups of groups of 8: the same term hundreds of times is rounded
+// in the same direction each time, and few additions follow one another here.
+template <class A, int kGroup = 512, class Term>
+INLINE Vec<A> sum_in_groups(int64_t begin, int64_t end, int64_t step, Term term) {
+  Vec<A> sum = {};
+  if constexpr (kGroup == 8) {
+    for (int64_t k = begin; k < end; k += step) sum += term(k);
+  } else {
+    const int64_t size = kGroup / 8 * step;
+    for (int64_t k = begin; k < end; k += size) {
+      sum += sum_in_groups<A, kGroup / 8>(k, minimum(end, k + size), step, term);
+    }
+  }
+  return sum;
+}
 
 // Lane by lane the best so far and its position along the loop.
 template <class A>
@@ -138,10 +158,9 @@ void fold_rows(const A* l, int64_t rows, int64_t cols, int64_t j_begin, Part<A> 
       Vec<A> top = broadcast(-infinity<A>());
       for (int64_t j = 0; j < cols; j += W) top = greater<A>(load(row + j), top);
       const A max = lane_max<A>(top), reference = finite_or_zero(max);
-      Vec<A> sum = {};
-      for (int64_t j = 0; j < cols; j += W) sum += exponential(load(row + j) - reference);
+      const auto term_at = [=](int64_t j) { return exponential(load(row + j) - reference); };
       out.a[i] = max;
-      out.b[i] = lane_sum<A>(sum);
+      out.b[i] = lane_sum<A>(sum_in_groups<A, 64>(0, cols, W, term_at));
     } else if constexpr (K == FoldKind::max) {
       Vec<A> best = broadcast(-infinity<A>());
       Vec<Id<A>> at = {}, position = lane_numbers<A>();
@@ -158,28 +177,27 @@ void fold_rows(const A* l, int64_t rows, int64_t cols, int64_t j_begin, Part<A> 
       out.a[i] = value;
       out.index[i] = index < 0 ? -1 : j_begin + index;
     } else {
-      Vec<A> sum = {};
-      for (int64_t j = 0; j < cols; j += W) sum += term<A, K>(load(row + j));
-      out.a[i] = lane_sum<A>(sum);
+      const auto term_at = [=](int64_t j) { return term<A, K>(load(row + j)); };
+      out.a[i] = lane_sum<A>(sum_in_groups<A, 64>(0, cols, W, term_at));
     }
   }
 }
 
 // Folds down the rows and merges into the running fold of each column. Vectors past `cols` hold no column.
 template <class A, FoldKind K>
-void fold_columns(const A* l, int64_t rows, int64_t cols, int64_t i_begin, Part<A> running) {
+void fold_columns(const A* l, int64_t rows, int64_t cols, int64_t i_begin, Total<A> running) {
   constexpr int W = kLanes<A>;
   for (int64_t j = 0; j < cols; j += W) {
     alignas(64) A a[W], b[W];
     int64_t index[W];
     const Part<A> part{a, b, index};
     if constexpr (K == FoldKind::logsumexp) {
-      Vec<A> max = broadcast(-infinity<A>()), sum = {};
+      Vec<A> max = broadcast(-infinity<A>());
       for (int64_t i = 0; i < rows; ++i) max = greater<A>(load(l + i * kBlock + j), max);
       const Vec<A> reference = finite_or_zero<A>(max);
-      for (int64_t i = 0; i < rows; ++i) sum += exponential(load(l + i * kBlock + j) - reference);
+      const auto term_at = [=](int64_t i) { return exponential(load(l + i * kBlock + j) - reference); };
       store(a, max);
-      store(b, sum);
+      store(b, sum_in_groups<A>(0, rows, 1, term_at));
     } else if constexpr (K == FoldKind::max) {
       Vec<A> best = broadcast(-infinity<A>());
       Vec<Id<A>> at = {}, position = {};
@@ -187,9 +205,8 @@ void fold_columns(const A* l, int64_t rows, int64_t cols, int64_t i_begin, Part<
       store(a, best);
       for (int q = 0; q < W; ++q) index[q] = i_begin + at[q];
     } else {
-      Vec<A> sum = {};
-      for (int64_t i = 0; i < rows; ++i) sum += term<A, K>(load(l + i * kBlock + j));
-      store(a, sum);
+      const auto term_at = [=](int64_t i) { return term<A, K>(load(l + i * kBlock + j)); };
+      store(a, sum_in_groups<A>(0, rows, 1, term_at));
     }
     merge_parts<A, K>(running.at(j), part);
   }
@@ -213,10 +230,7 @@ class FoldState {
     j_side = on_j;
     chunk_rows_ = chunk_rows;
     if (on_i) partial_.allocate(kind, blocks * chunk_rows);
-    if (on_j) {
-      running_.allocate(kind, padded_columns);
-      running_.clear(kind, 0, padded_columns);
-    }
+    if (on_j) running_.allocate(kind, padded_columns);
   }
 
   // Rows [i, i + rows) of the chunk; those that a block does not have are cleared.
@@ -226,19 +240,20 @@ class FoldState {
   }
   void clear_i(int64_t block, int64_t from) { partial_.clear(kind, block * chunk_rows_ + from, chunk_rows_ - from); }
   void fold_j(int64_t j_begin, int64_t i_begin, const A* l, int64_t rows, int64_t cols) {
-    const Part<A> part = running_.at(j_begin);
+    const Total<A> part = running_.at(j_begin);
     with_kind(kind, [&](auto k) { fold_columns<A, decltype(k)::value>(l, rows, cols, i_begin, part); });
   }
 
   // Merges the chunk's parts for rows [i, i + kLanes) of it, in block order, and writes their results.
   void finish_i(int64_t blocks, int64_t chunk_begin, int64_t i, int64_t chunk_rows) {
     constexpr int W = kLanes<A>;
-    alignas(64) A a[W], b[W];
+    alignas(64) A a[W];
+    double b[W];
     int64_t index[W];
     for (int q = 0; q < W; ++q) {
       const int64_t row = chunk_begin + i + q;
-      a[q] = j_side ? running_.at(row).a[0] : empty_fold<A>(kind);
-      b[q] = j_side && kind == FoldKind::logsumexp ? running_.at(row).b[0] : 0;
+      a[q] = j_side ? running_.at(row).a[0] : -infinity<A>();
+      b[q] = j_side ? running_.at(row).b[0] : 0;
       index[q] = j_side && kind == FoldKind::max ? running_.at(row).index[0] : -1;
     }
     with_kind(kind, [&](auto k) {
@@ -250,8 +265,8 @@ class FoldState {
   }
   void finish_j(int64_t columns) {
     for (int64_t j = 0; j < columns; ++j) {
-      const Part<A> part = running_.at(j);
-      write(j, part.a[0], kind == FoldKind::logsumexp ? part.b[0] : 0, kind == FoldKind::max ? part.index[0] : -1);
+      const Total<A> total = running_.at(j);
+      write(j, total.a[0], total.b[0], kind == FoldKind::max ? total.index[0] : -1);
     }
   }
 
@@ -273,8 +288,24 @@ class FoldState {
     }
     Part<A> at(int64_t k) const { return Part<A>{a.get(), b.get(), index.get()}.at(k); }
   };
+  struct Totals {
+    Buffer<A> a;
+    Buffer<double> b;
+    Buffer<int64_t> index;
+    void allocate(FoldKind kind, int64_t size) {
+      a.allocate(size);
+      b.allocate(size);
+      if (kind == FoldKind::max) index.allocate(size);
+      for (int64_t k = 0; k < size; ++k) {
+        a.get()[k] = -infinity<A>();
+        b.get()[k] = 0;
+        if (kind == FoldKind::max) index.get()[k] = -1;
+      }
+    }
+    Total<A> at(int64_t k) const { return Total<A>{a.get(), b.get(), index.get()}.at(k); }
+  };
 
-  void write(int64_t at, A a, A b, int64_t index) {
+  void write(int64_t at, A a, double b, int64_t index) {
     value_[at] = finish<A>(kind, a, b);
     if (argmax_) argmax_[at] = a == -infinity<A>() ? -1 : index;
   }
@@ -282,7 +313,8 @@ class FoldState {
   A* value_ = nullptr;
   int64_t* argmax_ = nullptr;
   int64_t chunk_rows_ = 0;
-  Parts partial_, running_;
+  Parts partial_;
+  Totals running_;
 };
 
 }  // namespace

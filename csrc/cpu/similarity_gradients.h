@@ -40,6 +40,9 @@ class Gradients {
       zero(drow_bias_, p.N);
       zero(dcol_bias_, p.M);
     }
+    products_.reset(new Buffer<A>[sweep.parallel_.threads]);
+    if (wide(p.N, p.M) && out.dx) zero(wide_dx_, p.N * p.D);
+    if (wide(p.M, p.N) && out.dy) zero(wide_dy_, p.M * p.D);
     if (kRounds && p.target) {
       residual_.allocate(parts);
       zero(residual_rows_, p.N);
@@ -70,6 +73,8 @@ class Gradients {
   }
 
   void finish() {
+    if (wide_dx_.get()) copy(out.dx, wide_dx_, p.N * p.D);
+    if (wide_dy_.get()) copy(out.dy, wide_dy_, p.M * p.D);
     if constexpr (kRounds) {
       if (compensates()) compensate();
     }
@@ -90,6 +95,16 @@ class Gradients {
     Buffer<A> direct_e, direct_edot, mirrored_e, mirrored_edot;
     Buffer<double> dscale;
   };
+
+  // Few rows have the sums of many others' chunks: in double, because millions of them drift in float.
+  bool wide(int64_t rows, int64_t others) const { return !p.self && rows * p.D <= kWideElements && others > kWideFrom; }
+  static constexpr int64_t kWideElements = int64_t{1} << 20, kWideFrom = int64_t{1} << 18;
+  static constexpr int64_t kWideUnits = 64 / C::kDepth;  // depth of the products that are added up in double
+  int64_t product_size() const { return maximum(kBlock * p.D, sweep_.chunk_rows * 4 * kCols<C>); }
+  // to += the product of a task, whose own sums are short: `from` has `width` numbers of each row.
+  void add_wide(double* to, const A* from, int64_t rows, int64_t width) const {
+    for (int64_t i = 0; i < rows; ++i) add_to(to + i * p.D, from + i * width, width);
+  }
 
   bool compensates() const { return kRounds && p.target; }
   void* dscale(int set) const { return out.dscale ? out.dscale[set] : nullptr; }
@@ -254,11 +269,22 @@ class Gradients {
     const int64_t units = depth_units<C>(block.rows);
     U* panels = s.weights_panels.once(kBlock * depth_units<C>(round_up(sweep_.chunk_rows, kLaneGroup<C>)));
     pack_columns<C, Side::a>(panels, kRows<C> * units, g, kBlock, block.cols, block.rows);
-    multiply<C>(block.cols, p.D, units, panels, kRows<C> * units, x_columns_.get(),
-                kCols<C> * depth_units<C>(chunk.rows), dy() + block.j * p.D, p.D, true);
+    const int64_t x_units = depth_units<C>(chunk.rows);
+    if (!wide_dy_.get()) {
+      multiply<C>(block.cols, p.D, units, panels, kRows<C> * units, x_columns_.get(), kCols<C> * x_units,
+                  dy() + block.j * p.D, p.D, true);
+      return;
+    }
+    A* product = products_[s.thread].once(product_size());
+    for (int64_t u = 0; u < units; u += kWideUnits) {
+      multiply<C>(block.cols, p.D, minimum(kWideUnits, units - u), panels + u * kRows<C>, kRows<C> * units,
+                  x_columns_.get() + u * kCols<C>, kCols<C> * x_units, product, p.D, false);
+      add_wide(wide_dy_.get() + block.j * p.D, product, block.cols, p.D);
+    }
   }
 
-  static void add_to(double* to, const A* from, int64_t count, double sign = 1) {
+  template <class T>
+  static void add_to(double* to, const T* from, int64_t count, double sign = 1) {
     for (int64_t j = 0; j < count; ++j) to[j] += sign * from[j];
   }
 
@@ -328,7 +354,9 @@ class Gradients {
 
   // dx of the chunk's rows += weights x columns of y, over blocks [first, last). A task owns some rows and dimensions.
   void add_dx(const Chunk& chunk, int64_t first, int64_t last) {
-    constexpr int64_t kDepthStep = 512;
+    constexpr int64_t kMostDepth = 512;
+    const bool in_place = !wide_dx_.get();
+    const int64_t depth_step = in_place ? kMostDepth : kWideUnits * C::kDepth;
     const int64_t begin = chunk.j_begin + first * kBlock, end = minimum(chunk.j_begin + last * kBlock, chunk.j_end);
     const int64_t panels = (p.D + kCols<C> - 1) / kCols<C>, tasks = 2 * sweep_.parallel_.threads;
     const int64_t group = maximum<int64_t>(1, minimum<int64_t>(4, panels / tasks));
@@ -340,16 +368,18 @@ class Gradients {
     sweep_.run(groups * segments, [&](int64_t index, int thread) {
       const int64_t d = index % groups * group * kCols<C>, lanes = minimum(group * kCols<C>, p.D - d);
       const int64_t i = index / groups * segment, rows = minimum(segment, chunk.rows - i);
-      const int64_t step_units = depth_units<C>(kDepthStep);
+      const int64_t step_units = depth_units<C>(kMostDepth);
       U* y_columns = sweep_.scratch(thread).y_columns.once(4 * kCols<C> * step_units);
-      for (int64_t j = begin; j < end; j += kDepthStep) {
-        const int64_t depth = minimum(kDepthStep, end - j);
+      A* to = static_cast<A*>(out.dx) + (chunk.begin + i) * p.D + d;
+      if (!in_place) to = products_[thread].once(product_size());
+      for (int64_t j = begin; j < end; j += depth_step) {
+        const int64_t depth = minimum(depth_step, end - j);
         pack_columns<C, Side::b>(y_columns, kCols<C> * step_units, static_cast<const S*>(p.y) + j * p.y_stride + d,
                                  p.y_stride, lanes, depth);
         multiply<C>(rows, lanes, depth_units<C>(depth),
                     weight_panels_.get() + i * super_units_ + (j - begin) / C::kDepth * kRows<C>,
-                    kRows<C> * super_units_, y_columns, kCols<C> * step_units,
-                    static_cast<A*>(out.dx) + (chunk.begin + i) * p.D + d, p.D, true);
+                    kRows<C> * super_units_, y_columns, kCols<C> * step_units, to, in_place ? p.D : lanes, in_place);
+        if (!in_place) add_wide(wide_dx_.get() + (chunk.begin + i) * p.D + d, to, rows, lanes);
       }
     });
   }
@@ -362,6 +392,8 @@ class Gradients {
   std::unique_ptr<SetSums[]> sums_;  // per set
   bool any_sums_ = false;
   Buffer<A> residual_;
+  Buffer<double> wide_dx_, wide_dy_;       // where sums are long
+  std::unique_ptr<Buffer<A>[]> products_;  // per thread, what is added to them
   Buffer<double> drow_bias_, dcol_bias_, residual_rows_, residual_columns_;
 };
 

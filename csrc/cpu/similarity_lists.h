@@ -107,6 +107,16 @@ void topk_at(const SimilarityProblem& p, const TopKAt& out, const Parallel& para
 
 // to += weight * from
 template <class A, class S>
+void add_long_row(A weight, const S* from, int64_t depth, double* to) {
+  constexpr int W = kLanes<A>;
+  for (int64_t k = 0; k < depth; k += W) {
+    S some[W] = {};
+    for (int64_t q = 0; q < minimum<int64_t>(W, depth - k); ++q) some[q] = from[k + q];
+    const Vec<A> product = weight * to_accumulator<A>(static_cast<const S*>(some));
+    for (int64_t q = 0; q < minimum<int64_t>(W, depth - k); ++q) to[k + q] += product[q];
+  }
+}
+template <class A, class S>
 void add_row(A weight, const S* from, int64_t depth, A* to) {
   constexpr int W = kLanes<A>;
   int64_t k = 0;
@@ -134,6 +144,7 @@ class ByColumn {
     for (int64_t j = columns; j > 0; --j) begin[j] = begin[j - 1];
     begin[0] = 0;
   }
+  int64_t count(int64_t column) const { return begin_.get()[column + 1] - begin_.get()[column]; }
   template <class Body>
   void for_each(int64_t column, Body body) const {
     for (int64_t at = begin_.get()[column]; at < begin_.get()[column + 1]; ++at) body(entries_.get()[at]);
@@ -191,17 +202,30 @@ void topk_backward(const SimilarityProblem& p, const TopKBackward& b, const Para
   if (!by_column) return;
   const ByColumn entries(b.indices, p.N * b.listed, p.M);
   constexpr int64_t kColumnsOfATask = 64;
-  auto of_columns = [&](int64_t index, int) {
+  // A column that many rows list is summed in double, which a sum of millions needs.
+  constexpr int64_t kLongList = 256;
+  std::unique_ptr<Buffer<double>[]> long_sums(new Buffer<double>[parallel.threads]);
+  auto of_columns = [&](int64_t index, int thread) {
     for (int64_t j = index * kColumnsOfATask; j < minimum((index + 1) * kColumnsOfATask, p.M); ++j) {
+      double bias = 0, scale = 0, *sums = nullptr;
+      A* dy = b.dy ? static_cast<A*>(b.dy) + j * p.D : nullptr;
+      if (dy && entries.count(j) > kLongList) {
+        sums = long_sums[thread].once(p.D);
+        std::fill(sums, sums + p.D, 0.0);
+      }
       entries.for_each(j, [&](int64_t entry) {
         const int64_t i = entry / b.listed;
         const A e = d_values[entry];
-        if (b.dcol_bias) static_cast<A*>(b.dcol_bias)[j] += e;
-        if (b.dscale && set.scale_of == ScaleOf::columns) static_cast<A*>(b.dscale)[j] += edots.get()[entry];
-        if (!b.dy) return;
-        add_row(e * inner_scale(i, j), static_cast<const X*>(p.x) + i * p.x_stride, p.D,
-                static_cast<A*>(b.dy) + j * p.D);
+        bias += e;
+        if (b.dscale && set.scale_of == ScaleOf::columns) scale += edots.get()[entry];
+        if (!dy) return;
+        const X* row = static_cast<const X*>(p.x) + i * p.x_stride;
+        const A weight = e * inner_scale(i, j);
+        sums ? add_long_row(weight, row, p.D, sums) : add_row(weight, row, p.D, dy);
       });
+      for (int64_t k = 0; sums && k < p.D; ++k) dy[k] = static_cast<A>(sums[k]);
+      if (b.dcol_bias) static_cast<A*>(b.dcol_bias)[j] = static_cast<A>(bias);
+      if (b.dscale && set.scale_of == ScaleOf::columns) static_cast<A*>(b.dscale)[j] = static_cast<A>(scale);
     }
   };
   run_parallel(parallel.run, (p.M + kColumnsOfATask - 1) / kColumnsOfATask, of_columns);

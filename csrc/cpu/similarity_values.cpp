@@ -90,6 +90,7 @@ void values_forward(const ValuesProblem& p, const ValuesForward& out, const Para
                          softmax.probabilities(chunk, block, block_dots, guide, e, s);
                        });
   });
+  weighted.finish();
 }
 
 // ---- Backward ----------------------------------------------------------------------------------------------
@@ -163,6 +164,7 @@ void values_backward(const ValuesProblem& p, const ValuesBackward& b, const Para
           deviations(t, means.get() + chunk.begin, scaled ? &s.view : nullptr, e, block.rows, block.cols);
         });
   });
+  by_values.finish();
   gradients.finish();
 }
 

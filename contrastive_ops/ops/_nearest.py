@@ -1,0 +1,395 @@
+"""The nearest columns of every row: squared distances are sums of squared differences, whoever found the columns.
+
+``2 <x, y> - |x|^2 - |y|^2`` is one product of matrices, but of rows far from the origin or close to one another it has
+few digits. So products of rows less a common one *propose* a few more columns than are wanted; the distances of these
+are computed from differences, and a bound on what a product may be off proves that no other column belongs to the list.
+Rows without the proof are searched again, from one of them as the origin or with more candidates. What is returned
+depends neither on the origin nor on what else was asked in the call: equal rows are at distance 0, and rows, blocks and
+shards that are searched on their own give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _autocast
+from .._checks import accumulator
+from .._dispatch import Backend
+from .._library import define
+from .._offsets import common_row
+from .._ordered import add_segments
+from .._similarity import STATISTICS, Layout, LogitSet, ScaleOf, Slot
+from ..reference.similarity_reduce import chunks_of_rows
+from ..reference.similarity_topk import logits_of_listed
+from ._autograd import needed, second_derivative
+from ._pair_slices import lists_of_rows, with_own_column
+
+# Numbers of gathered rows at a time: they stay in a cache.
+CHUNK_ELEMENTS = 1 << 18
+# Entries of lists of candidates at a time, where many columns are equally far.
+LIST_ELEMENTS = 1 << 22
+
+_OF_ROWS = (
+    Slot.DIFFER_ROWS,
+    Slot.SAME_ROWS,
+    Slot.BELOW_ROWS,
+    Slot.ABOVE_ROWS,
+    Slot.GUIDE_X,
+    Slot.GUIDE_BELOW_ROWS,
+    Slot.CLASS_ROWS,
+)
+# Bounds of rows and of columns, and whether they are from above.
+_BOUNDS = (
+    (Slot.BELOW_ROWS, False, 1),
+    (Slot.BELOW_COLS, True, 1),
+    (Slot.ABOVE_ROWS, False, -1),
+    (Slot.ABOVE_COLS, True, -1),
+)
+
+
+def register(backends: Mapping[str, Backend]) -> None:
+    """Define the operators; `backends` says where each backend's functions are."""
+
+    def nearest_columns(*arguments: Any) -> tuple[Tensor, ...]:
+        *problem, k, floor, count_above, backend = arguments
+        with torch.no_grad(), _autocast.disabled(problem[0]):
+            return _nearest(Problem(backends[backend].functions(), *problem), k, floor, count_above)
+
+    define(
+        "nearest_columns",
+        "(Tensor x, Tensor y, Tensor scale, Tensor? row_bias, Tensor? col_bias, Tensor[] pair_data, SymInt[] spec, "
+        "SymInt k, Tensor? floor, Tensor? count_above, str backend) -> "
+        "(Tensor values, Tensor indices, Tensor counts, Tensor statistics)",
+        nearest_columns,
+        _nearest_fake,
+    )
+
+
+def products(x: Tensor, y: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices whose inner products are minus the squared distances of (N, D) from (M, D), two more dimensions."""
+    x, y = x - origin, y - origin
+    return (
+        torch.cat([2 * x, -x.square().sum(1, keepdim=True), x.new_ones((x.shape[0], 1))], 1),
+        torch.cat([y, y.new_ones((y.shape[0], 1)), -y.square().sum(1, keepdim=True)], 1),
+    )
+
+
+def rounding(x: Tensor) -> float:
+    """How far minus a squared distance by `products` may be off, in squares of the two lengths' sum."""
+    # D products and the lengths are added up; the roundings of many do not all go one way.
+    return min(x.shape[1] + 4.0, 16.0 * x.shape[1] ** 0.5 + 4.0) * torch.finfo(x.dtype).eps * 1.1
+
+
+def select(
+    arguments: tuple[Any, ...], k: int, floor: Tensor | None, count_above: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(values, indices, counts, statistics) of a problem as the operators take it; values are differentiable."""
+    constant = [each.detach() if isinstance(each, Tensor) else each for each in arguments]
+    values, *others = torch.ops.contrastive_ops.nearest_columns(*constant, k, floor, count_above, backend)
+    if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments):
+        values = logits_at(arguments, others[0])
+    return values, *others
+
+
+def logits_at(arguments: tuple[Any, ...], indices: Tensor) -> Tensor:
+    """(N, P) logits of the columns that each row lists, -inf for -1."""
+    x, y, scale, row_bias, col_bias, *rules = arguments
+    first = Layout.decode(*rules).sets[0]
+    if first.scale_of == ScaleOf.ROWS:
+        scale = scale[: x.shape[0], None]
+    elif first.scale_of == ScaleOf.ALL:
+        scale = scale[:1]
+    dots = listed_distances(x, y, indices)
+    listed, column = indices >= 0, indices.clamp_min(0)
+    return logits_of_listed(first, slice(None), dots, scale, row_bias, col_bias, column, listed)
+
+
+# ---- Search --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What the operator takes; the bounds of the rules are on minus the squared distance."""
+
+    functions: Any
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    row_bias: Tensor | None
+    col_bias: Tensor | None
+    pair_data: list[Tensor]
+    spec: list[int]
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.decode(self.pair_data, self.spec)
+
+    def of_rows(self, rows: Tensor) -> Problem:
+        """The same for some of the rows."""
+        layout, columns = self.layout, self.y.shape[0]
+        slices = layout.scale_slices(self.x.shape[0], columns)
+        scales = [
+            self.scale[own][rows] if each.scale_of == ScaleOf.ROWS else self.scale[own]
+            for each, own in zip(layout.sets, slices, strict=True)
+        ]
+        sets = tuple(_set_of_rows(each, rows, columns) for each in layout.sets)
+        bias = None if self.row_bias is None else self.row_bias[rows]
+        encoded = Layout(sets, ()).encode()
+        return Problem(self.functions, self.x[rows], self.y, torch.cat(scales), bias, self.col_bias, *encoded)
+
+
+def _set_of_rows(each: LogitSet, rows: Tensor, columns: int) -> LogitSet:
+    data = {slot: tensor[rows] if slot in _OF_ROWS else tensor for slot, tensor in each.data.items()}
+    lists = (data[Slot.EXCLUDE_INDPTR], data[Slot.EXCLUDE_INDICES]) if Slot.EXCLUDE_INDPTR in data else None
+    lists = None if lists is None else lists_of_rows(*lists, rows)
+    if each.diagonal is not None:
+        lists = with_own_column(lists, rows + each.diagonal, columns)
+    if lists is not None:
+        data[Slot.EXCLUDE_INDPTR], data[Slot.EXCLUDE_INDICES] = lists
+    return replace(each, diagonal=None, data=data)
+
+
+@dataclass
+class _Pass:
+    """A first pass over all columns, from one origin, and what is known after it."""
+
+    problem: Problem
+    origin: Tensor
+    width: int
+
+    def __post_init__(self) -> None:
+        p = self.problem
+        self.left, self.right = products(p.x, p.y, self.origin)
+        self.squared = -self.left[:, -2]
+        self.kappa = rounding(p.x)
+        layout = p.layout
+        self.set = layout.sets[0]
+        self.sets = layout.sets
+        own = layout.scale_slices(p.x.shape[0], p.y.shape[0])[0]
+        self.scale = p.scale[own].expand(p.x.shape[0])
+        self.bounded = any(slot in self.set.data for slot, *_ in _BOUNDS)
+        self.biased = p.col_bias is not None or Slot.LOG_WEIGHT in self.set.data
+
+    def search(self, k: int, floor: Tensor | None, count_above: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return (values (N, k), indices (N, k), certified (N,), statistics)."""
+        p = self.problem
+        least = None if floor is None else floor - self._reach(floor)
+        counted = count_above is not None
+        sets = (self._relaxed(), *(self.sets[-1:] if counted and (self.bounded or len(self.sets) > 1) else ()))
+        slices = p.layout.scale_slices(p.x.shape[0], p.y.shape[0])
+        scale = p.scale[slices[0]] if len(sets) == 1 else torch.cat([p.scale[slices[0]], p.scale[slices[-1]]])
+        rules = Layout(sets, ()).encode()
+        problem = (self.left, self.right, scale, p.row_bias, p.col_bias, *rules)
+        found, candidates, _, statistics = p.functions.forward(*problem, self.width, least, count_above)
+        values, indices = p.functions.order(self._exact(candidates), candidates, k)
+        last, rest = values[:, -1], found[:, -1]
+        last = last if floor is None else torch.maximum(last, floor)
+        certified = (rest == -torch.inf) | (rest + self._reach(rest) < last)
+        if not _capturing(p.x) and not bool(certified.all()) and self._is_exact():
+            certified = certified | (rest <= last)
+        return values, indices, certified, statistics
+
+    def _exact(self, candidates: Tensor) -> Tensor:
+        """The logits of the candidates from differences, -inf where they are out of bounds."""
+        p, data = self.problem, self.set.data
+        listed, column = candidates >= 0, candidates.clamp_min(0)
+        dots = _distances(p.x, p.y, candidates)
+        logits = logits_of_listed(
+            self.set, slice(None), dots, self._own_scale(), p.row_bias, p.col_bias, column, listed
+        )
+        for slot, of_columns, sign in _BOUNDS:
+            if slot in data:
+                bound = data[slot][column] if of_columns else data[slot][:, None]
+                logits = logits.masked_fill(sign * dots > sign * bound, -torch.inf)
+        return logits
+
+    def _own_scale(self) -> Tensor:
+        return self.scale[:, None] if self.set.scale_of == ScaleOf.ROWS else self.problem.scale[:1]
+
+    def _margin(self, squared: Tensor, similarity: Tensor) -> Tensor:
+        """How far products may be off for rows of this squared length and columns at this similarity, or beyond.
+
+        A column is no longer than the row and the distance together.
+        """
+        return self.kappa * (2 * squared.sqrt() + (-similarity).clamp_min(0).sqrt()).square()
+
+    def _reach(self, logits: Tensor) -> Tensor:
+        """How far above a logit of each row by products a column can be that is not above it by products."""
+        size, row_bias = self.scale.abs(), self.problem.row_bias
+        longest = (-self.right[:, -1]).nan_to_num(0.0, posinf=0.0).amax()
+        anywhere = size * self.kappa * (self.squared.sqrt() + longest.sqrt()).square()
+        if self.biased:
+            return anywhere
+        similarity = (logits if row_bias is None else logits - row_bias) / torch.where(size > 0, self.scale, 1.0)
+        reach = size * self._margin(self.squared, similarity)
+        return torch.where(self.scale > 0, reach, anywhere)
+
+    def _relaxed(self) -> LogitSet:
+        """The rules that select, with bounds that no pair fails because of rounding."""
+        data = dict(self.set.data)
+        for slot, of_columns, sign in _BOUNDS:
+            if slot in data:
+                lengths = self.squared.nan_to_num(0.0, posinf=0.0)
+                squared = lengths.amax() if of_columns else lengths
+                wider = data[slot] + sign * self._margin(squared, data[slot])
+                data[slot] = torch.where(torch.isfinite(data[slot]), wider, data[slot])
+        return replace(self.set, data=data)
+
+    def _is_exact(self) -> bool:
+        """Whether nothing was rounded, as for small integers, so that equal distances are equal products."""
+        p = self.problem
+        if self.biased or p.row_bias is not None or not bool((self.scale == 1).all()):
+            return False
+        most = float(self.squared.amax().sqrt() + (-self.right[:, -1]).amax().sqrt())
+        if not 0 < most < 1e15:
+            return most == 0
+        # Multiples of a unit, whose squared lengths have no more digits than a number.
+        unit = 2.0 ** torch.tensor(2 * most * torch.finfo(p.x.dtype).eps ** 0.5).log2().ceil().item()
+        return all(bool((side / unit).frac().eq(0).all()) for side in (p.x, p.y))
+
+
+def _nearest(problem: Problem, k: int, floor: Tensor | None, count_above: Tensor | None) -> tuple[Tensor, ...]:
+    x, y = problem.x, problem.y
+    if not x.shape[0] or not y.shape[0]:
+        values, indices, *numbers = _nearest_fake(x, k, floor, count_above, "")
+        return values.fill_(-torch.inf), indices.fill_(-1), *(each.zero_() for each in numbers)
+    width = k + k // 4 + 8
+    searched = _Pass(problem, common_row(x), width)
+    values, indices, certified, statistics = searched.search(k, floor, count_above)
+    if not _capturing(x) and not bool(certified.all()):
+        lengths, widths = searched.squared, torch.full_like(indices[:, 0], width)
+        left = (~certified).nonzero().squeeze(1)
+        while len(left):
+            group, origin, width = _next(x, left, lengths, widths)
+            searched = _Pass(problem.of_rows(group), origin, width)
+            of_group = [None if each is None else each[group] for each in (floor, count_above)]
+            values[group], indices[group], found, counted = searched.search(k, *of_group)
+            if count_above is not None:
+                statistics[:, group] = counted
+            lengths[group], widths[group], certified[group] = searched.squared, width, found
+            left = left[~certified[left]]
+    return values, indices, (indices >= 0).sum(1), statistics
+
+
+def _next(x: Tensor, left: Tensor, lengths: Tensor, widths: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Which rows are searched next, from which origin and with how many candidates.
+
+    The first one that is left is the origin, and rows come along that are much nearer to it than to their last origin.
+    Where it was that already, many columns are as far as the last of its list, and more candidates are kept.
+    """
+    first = left[:1]
+    origin = torch.where(torch.isfinite(x[first[0]]), x[first[0]], 0.0)
+    width = int(widths[first])
+    if not float(lengths[first]) > 0:
+        width *= 4
+        group = left[(x[left] == x[first]).all(1) | (left == first)]
+        return group[: max(1, LIST_ELEMENTS // width)], origin, width
+    nearer = (x[left] - origin).square().sum(1) <= lengths[left] / 16
+    return left[nearer | (left == first)], origin, width
+
+
+def _capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is recorded, in which nothing can be decided by numbers."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _nearest_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    k, _, count_above, _ = arguments[-4:]
+    N = x.shape[0]
+    return (
+        x.new_empty((N, k), dtype=accumulator(x.dtype)),
+        x.new_empty((N, k), dtype=torch.int64),
+        x.new_empty((N,), dtype=torch.int64),
+        x.new_empty((0 if count_above is None else len(STATISTICS), N), dtype=torch.int64),
+    )
+
+
+# ---- Distances of listed pairs -------------------------------------------------------------------------------------
+
+
+def listed_distances(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
+    """(N, P) minus the squared distance of each row of (N, D) from the rows (M, D) that it lists; 0 for -1.
+
+    Differentiable twice in x and y, with O(N P) memory.
+    """
+    return torch.ops.contrastive_ops.listed_distances(x, y, indices)
+
+
+def _steps(x: Tensor, indices: Tensor) -> Any:
+    step = max(1, CHUNK_ELEMENTS // max(indices.shape[1] * x.shape[1], 1))
+    return chunks_of_rows(x.shape[0], step)
+
+
+def _differences(x: Tensor, y: Tensor, indices: Tensor, part: slice) -> Tensor:
+    """(rows, P, D); 0 where a row lists -1."""
+    column = indices[part]
+    apart = x[part, None] - y.index_select(0, column.clamp_min(0).flatten()).view(*column.shape, -1)
+    return apart.masked_fill((column < 0)[..., None], 0.0)
+
+
+def _distances(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
+    if not y.shape[0] or not x.shape[0]:
+        return x.new_zeros(indices.shape)
+    return torch.cat([0.0 - _differences(x, y, indices, part).square().sum(2) for part in _steps(x, indices)])
+
+
+def _distances_backward(x: Tensor, y: Tensor, indices: Tensor, d_values: Tensor, needs: int) -> tuple[Tensor, Tensor]:
+    dx, dy = (torch.zeros_like(t) if needs >> bit & 1 else t[:0].clone() for bit, t in enumerate((x, y)))
+    for part in _steps(x, indices) if y.shape[0] and indices.numel() else ():
+        along = -2 * d_values[part, :, None] * _differences(x, y, indices, part)
+        along = along.masked_fill((indices[part] < 0)[..., None], 0.0)
+        if needs & 1:
+            dx[part] = along.sum(1)
+        if needs & 2:
+            add_segments(dy, -along.flatten(0, 1), indices[part].flatten().clamp_min(0))
+    return dx, dy
+
+
+def _backward_fake(x: Tensor, y: Tensor, indices: Tensor, d_values: Tensor, needs: int) -> tuple[Tensor, Tensor]:
+    dx, dy = (torch.empty_like(t) if needs >> bit & 1 else t.new_empty((0, t.shape[1])) for bit, t in enumerate((x, y)))
+    return dx, dy
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.needs = inputs[4] if len(inputs) > 4 else 3
+
+
+def _derivative(ctx: Any, d_values: Tensor) -> tuple[Any, ...]:
+    x, y, indices = ctx.saved_tensors
+    needs = needed(ctx, 2)
+    dx, dy = torch.ops.contrastive_ops.listed_distances_backward(x, y, indices, d_values, needs)
+    return dx if needs & 1 else None, dy if needs & 2 else None, None
+
+
+def _second_derivative(ctx: Any, *d_gradients: Tensor) -> tuple[Any, ...]:
+    x, y, indices, d_values = ctx.saved_tensors
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        return _distances(x, y, indices)
+
+    by_x, by_y, by_values = second_derivative(function, [x, y], d_values, d_gradients, ctx.needs)
+    return by_x, by_y, None, by_values, None
+
+
+define(
+    "listed_distances",
+    "(Tensor x, Tensor y, Tensor indices) -> Tensor",
+    _distances,
+    lambda x, y, indices: x.new_empty(indices.shape),
+    _setup,
+    _derivative,
+)
+define(
+    "listed_distances_backward",
+    "(Tensor x, Tensor y, Tensor indices, Tensor d_values, int needs) -> (Tensor dx, Tensor dy)",
+    _distances_backward,
+    _backward_fake,
+    _setup,
+    _second_derivative,
+)
