@@ -1,4 +1,11 @@
-"""Losses: short algebra on the primitives, one family a file."""
+"""Losses: short algebra on the primitives, one family a file.
+
+`weight` says how much a row's own loss counts. A row of weight 0 is left out: what belongs to it alone (its query,
+its label, its temperature, its own negatives, its list) reaches no value and no gradient, be it NaN or an unknown
+label, and the weight's own gradient there is 0. What other rows are compared with, such as its key among the keys of
+a batch, or both sides of it in losses of two directions, stays a candidate of theirs: `Pairs` takes pairs out of
+both.
+"""
 
 from .classifier import arc_face, cos_face, margin_softmax
 from .decorrelation import (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ def two_sides(
     weight: Tensor | None = None,
     normalize: bool = False,
     partners: bool = False,
+    anchors: int = 0,
 ) -> tuple[Tensor, Tensor, float | Tensor]:
     """Check what every loss takes; return both matrices, cast and normalised as asked for, and the scale.
 
@@ -37,6 +40,8 @@ def two_sides(
         weight: (rows,) or None.
         normalize: scale the rows of both matrices to length 1.
         partners: row i of one side belongs to row i of the other, so both must have one shape.
+        anchors: how many of the sides have rows that belong to the row of the loss alone, and that no other row is
+            compared with: none, the first, or both. Those of weight 0 are left out.
     """
     check_reduction(function, reduction)
     (x_name, x), (y_name, y) = sides
@@ -46,6 +51,8 @@ def two_sides(
         check_partners(function, x_name, x, y_name, y)
     if weight is not None:
         check_weight(function, weight, x.shape[0], x_name, x)
+        x, y = (of_weighted(weight if side < anchors else None, each) for side, each in enumerate((x, y)))
+        temperature, scale = (of_weighted(weight, each, 1) for each in (temperature, scale))
     factor = resolve_scale(function, temperature, scale, default_temperature)
     if normalize:
         x, y = unit_rows(x), unit_rows(y)
@@ -119,13 +126,29 @@ def inverse(function: str, name: str, temperature: float | Tensor) -> float | Te
     return value.reciprocal()
 
 
-def of_weighted(weight: Tensor | None, rows: Tensor, *, otherwise: float = 0) -> Tensor:
-    """`rows` with 0, or what is given, for those of weight 0.
+def of_weighted(weight: Tensor | None, value: Any, otherwise: float = 0) -> Any:
+    """A tensor with one entry for each row, with 0, or what is given, for those of weight 0; others as they are.
 
-    What such a row holds is left out before anything is computed from it. That goes for what belongs to this row alone:
-    what other rows are compared with stays as it is.
+    What such a row holds is left out before anything is computed from it, be it NaN or an impossible label. That goes
+    for what belongs to this row alone: what other rows are compared with stays as it is.
     """
-    return rows if weight is None else left_out(rows, weight != 0, otherwise)
+    if weight is None or not isinstance(value, Tensor) or value.shape[:1] != weight.shape:
+        return value
+    return left_out(value, weight != 0, otherwise) if value.device == weight.device else value
+
+
+def lists_of_weighted(weight: Tensor | None, indptr: Tensor, *entries: Tensor) -> tuple[Tensor, ...]:
+    """Lists of the rows (indptr, and entries such as indices and grades) without those of rows of weight 0."""
+    fits = all(isinstance(each, Tensor) and each.dim() == 1 for each in (indptr, *entries))
+    if weight is None or not fits or indptr.dtype != torch.int64 or indptr.shape[0] != weight.shape[0] + 1:
+        return indptr, *entries
+    used = weight != 0
+    row = torch.searchsorted(indptr, torch.arange(entries[0].shape[0], device=indptr.device), right=True) - 1
+    kept = used[row.clamp(0, max(used.shape[0] - 1, 0))] if used.shape[0] else torch.ones_like(row, dtype=torch.bool)
+    if not _checks.may_read(indptr, waits=True):  # which a traced program cannot drop
+        return indptr, *(left_out(each, kept) for each in entries)
+    lengths = torch.where(used, indptr.diff(), 0)
+    return torch.cat([indptr[:1], indptr[:1] + lengths.cumsum(0)]), *(each[kept] for each in entries)
 
 
 def reduce_rows(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
@@ -140,7 +163,7 @@ def reduce_rows(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor
 def divide(total: Tensor, losses: Tensor, weight: Tensor | None) -> Tensor:
     """Turn a sum into the mean; NaN for no rows, as everywhere in PyTorch, and 0 where all weights are 0."""
     if weight is not None:
-        size = ordered_sum(weight.to(total.dtype))
+        size = ordered_sum(of_weighted(weight, weight).to(total.dtype))
         return total / torch.where(size == 0, 1.0, size)
     rows = losses.shape[0]
     if isinstance(rows, int) and rows > 0 and not torch.compiler.is_compiling():
@@ -155,10 +178,11 @@ def mean_over(rows: Tensor, counted: Tensor, weight: Tensor | None, reduction: s
 
     Where no row counts, the mean is 0 with gradient 0.
     """
-    rows = torch.where(counted if weight is None else counted & (weight != 0), rows, 0.0)
+    counted = counted if weight is None else counted & (weight != 0)
+    rows = torch.where(counted, rows, 0.0)
     if reduction != "mean":
         return reduce_rows(rows, weight, reduction)
-    share = counted.to(rows.dtype) if weight is None else counted * weight.to(rows.dtype)
+    share = counted.to(rows.dtype) if weight is None else left_out(weight.to(rows.dtype), counted)
     size = ordered_sum(share)
     return ordered_sum(rows * share) / torch.where(size == 0, 1.0, size)
 

@@ -27,7 +27,9 @@ def one_grade(
 ) -> Tensor:
     """One labelled column per row (label 1 where there are no grades), label 0 everywhere else."""
     if reduction != "none" and needs_gradient(x, y, scale, row_bias, weight, grades):
-        row_weight = torch.ones_like(row_bias) if weight is None else weight.to(row_bias.dtype)
+        row_weight = torch.ones_like(row_bias)
+        if weight is not None:
+            row_weight = _arguments.of_weighted(weight, weight).to(row_bias.dtype)
         total = weighted_total(
             x,
             y,

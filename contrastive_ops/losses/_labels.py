@@ -40,7 +40,7 @@ def labelled(
     if y is None:
         x, factor = _arguments.one_side(function, "x", x, **common)
     else:
-        x, y, factor = _arguments.two_sides(function, (("x", x), ("y", y)), **common)
+        x, y, factor = _arguments.two_sides(function, (("x", x), ("y", y)), anchors=1, **common)
     _checks.check_index(function, "labels", labels, x.shape[0], "x", x)
     if y is None or col_labels is None:
         ids, diagonal = (labels, labels), 0

@@ -105,7 +105,9 @@ def _total(
 ) -> Tensor:
     """The mean or sum with gradients that are formed in the forward pass."""
     dtype = _checks.accumulator(x.dtype)
-    row_weight = x.new_ones(x.shape[:1], dtype=dtype) if weight is None else weight.to(dtype)
+    row_weight = (
+        x.new_ones(x.shape[:1], dtype=dtype) if weight is None else _arguments.of_weighted(weight, weight).to(dtype)
+    )
     spread = None if share is None else share * row_weight
     total = weighted_total(
         x,

@@ -43,7 +43,7 @@ def cos_face(
         margin: subtracted from the cosine; a float >= 0, or (N,) with a margin for each row, differentiable.
         temperature: 1 / scale instead; not both.
         scale: factor of the cosines; float, 0-d or (N,) tensor, differentiable. Default 64.
-        weight: (N,) weight of each row; the mean divides by its sum. Differentiable.
+        weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first. Without it they must have that length already.
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
@@ -121,7 +121,7 @@ def arc_face(
         easy_margin: no margin for angles of 90 degrees and more.
         temperature: 1 / scale instead; not both.
         scale: factor of the cosines; float, 0-d or (N,) tensor, differentiable. Default 64.
-        weight: (N,) weight of each row; the mean divides by its sum. Differentiable.
+        weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first. Without it they must have that length already.
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
@@ -265,8 +265,10 @@ def _margin_softmax(
         reduction=reduction,
         weight=weight,
         normalize=normalize,
+        anchors=1,
     )
     scale = _checks.scale_tensor(function, scale, "x", x)
+    margin, labels = (_arguments.of_weighted(weight, each) for each in (margin, labels))
     margin = _margin(function, margin, kind, x)
 
     def own_logit(logit: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def similarity_distillation(
         teacher_scale: 1 / teacher_temperature instead; not both.
         teacher_bias: (M,) added to the teacher's logits of each column; -inf takes its probability.
         pairs: which pairs take part, for both.
-        weight: (N,) weight of each row; the mean divides by its sum. Differentiable.
+        weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows of student and teacher to length 1 first; O((N + M) (D + D')).
         memory_budget: bytes of inner products kept for backward; see `similarity_distill`.
@@ -97,7 +97,13 @@ def similarity_distillation(
         default_temperature=0.07,
         reduction=reduction,
         weight=weight,
+        anchors=int(y is not None and not symmetric),
     )
+    if y is not None and not symmetric:
+        teacher_x, teacher_temperature, teacher_scale = (
+            _arguments.of_weighted(weight, each, otherwise)
+            for each, otherwise in ((teacher_x, 0), (teacher_temperature, 1), (teacher_scale, 1))
+        )
     if symmetric and columns.shape[0] != x.shape[0]:
         raise ValueError(
             f"{name}: y must have as many rows as x where symmetric=True, "
@@ -153,7 +159,7 @@ def distance_distillation(
         teacher_x: (N, D') the teacher's rows; a constant.
         relative: divide the distances of each side by their mean over all pairs, through which the gradient goes.
         delta: where the Huber loss becomes linear.
-        weight: (N,) weight of each row; the mean divides by its sum. Differentiable.
+        weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows of student and teacher to length 1 first; O(N (D + D')).
         memory_budget: bytes of inner products kept for backward; see `similarity_distill`.

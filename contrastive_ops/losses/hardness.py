@@ -248,7 +248,7 @@ def hn_nce(
         beta: concentration of the negatives on those close to the row, >= 0. alpha = 1 and beta = 0 is `clip`.
         temperature: divides the inner products; float or 0-d tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead, for instance ``logit_scale.exp()``; not both.
-        weight: (N,) weight of each pair; the mean divides by its sum. Differentiable.
+        weight: (N,) weight of each pair; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first; O(N D).
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import _checks
+from .._masks import left_out
 from .._ordered import repeated
 from .._unit_rows import unit_rows
 from ..ops.maxsim import REDUCTIONS, own_pairs, pair_scores, scores_of
@@ -57,7 +58,7 @@ def late_interaction(
         reduce: over the tokens of a query, as in `maxsim`: "sum", or "mean", whose scores have the size of one cosine.
         retrieved: None, or how many document tokens of the batch each query token retrieves: scores are those of `xtr`,
             with ``missing="skip"``. Not with `row_negatives`, which are not of the batch.
-        weight: (N,) weight of each query; the mean divides by its sum. Differentiable.
+        weight: (N,) weight of each query; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all tokens to length 1 first; O(T D).
         backend: as in `maxsim`.
@@ -88,10 +89,13 @@ def late_interaction(
     _arguments.check_reduction(name, reduction)
     _checks.check_choice(name, "reduce", reduce, REDUCTIONS)
     q, d, more, own = _sides(name, queries, documents, negatives, row_negatives)
-    target = _checked_target(name, q, d, target)
-    factor = _arguments.resolve_scale(name, temperature, scale, 1.0)
     if weight is not None:
         _arguments.check_weight(name, weight, q.shape[0], "queries", q.tokens)
+        q, own = _of_weighted(weight, q), None if own is None else _of_weighted(weight, own)
+        target = _arguments.of_weighted(weight, target)
+        temperature, scale = (_arguments.of_weighted(weight, each, 1) for each in (temperature, scale))
+    target = _checked_target(name, q, d, target)
+    factor = _arguments.resolve_scale(name, temperature, scale, 1.0)
     if normalize:
         q, d = _unit(q), _unit(d)
         more, own = (None if each is None else _unit(each) for each in (more, own))
@@ -143,6 +147,13 @@ def _checked_target(function: str, q: Packed, d: Packed, target: Tensor | None) 
     _checks.check_index(function, "target", target, count, "queries", q.tokens)
     _checks.check_index_values(function, "target", target, columns)
     return target
+
+
+def _of_weighted(weight: Tensor, sets: Packed) -> Packed:
+    """The sets with zeros for the tokens of rows of weight 0, each of which has one set or a list of them."""
+    each = sets.shape[1] if len(sets.shape) == 2 else 1
+    used = torch.cat([(weight != 0).repeat_interleave(each), weight.new_zeros(1, dtype=torch.bool)])
+    return dataclasses.replace(sets, tokens=left_out(sets.tokens, used[sets.owners()]))
 
 
 def _unit(sets: Packed) -> Packed:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._masks import left_out
 from .._unit_rows import unit_rows
 from ..ops.folds import Fold
 from ..ops.pairs import Pairs
@@ -56,7 +57,7 @@ def vse(
         margin: by how much a pair must be more similar than a negative; a number >= 0.
         hardest: only the most similar negative of each row and of each column (VSE++).
         ids: (N,) int64; pairs with equal ids, such as captions of one image, are no negatives. -1 equals nothing.
-        weight: (N,) weight >= 0 of each pair; the mean divides by its sum. Differentiable.
+        weight: (N,) weight >= 0 of each pair; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" (the authors') or "none".
         normalize: scale all rows to length 1 first, as the papers do; O(N D).
         memory_budget: bytes kept for backward without ``hardest``; see `similarity_reduce`.
@@ -141,7 +142,7 @@ def energy_hinge(
         negatives: (K, D), more negatives of every query.
         margin: by how much the energies must differ; a number >= 0.
         hardest: only the negative of lowest energy, as in the paper. False: the sum over all negatives.
-        weight: (N,) weight >= 0 of each query; the mean divides by its sum. Differentiable.
+        weight: (N,) weight >= 0 of each query; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first, as the paper does; O((N + K) D).
         memory_budget: bytes kept for backward with ``hardest=False``; see `similarity_reduce`.
@@ -170,7 +171,7 @@ def energy_hinge(
     query, key, negatives = _autocast.cast(query, key, negatives)
     if negatives is not None:
         _checks.check_matrices(name, "query", query, "negatives", negatives)
-    query, key = _partners(name, names[1:], query, key, margin, weight, reduction, normalize)
+    query, key = _partners(name, names[1:], query, key, margin, weight, reduction, normalize, anchors=1)
     columns = key if negatives is None else torch.cat([key, _rows(negatives, normalize)])
     if hardest:
         with torch.no_grad(), _autocast.disabled(query):
@@ -221,6 +222,7 @@ def simctg(
         average: "pair": the mean over all pairs of the batch, as in the authors' code. "segment": the mean over
             sequences of each one's mean over its n (n - 1) pairs, as in the paper.
         weight: (N,) weight >= 0 of each token; the mean divides by their sum, weighed likewise. Differentiable.
+            0 leaves it out.
         reduction: "mean", "sum" or "none"; of tokens, each of which is the mean over the n - 1 others of its sequence.
             The mean weighs tokens as `average` says.
         normalize: scale all rows to length 1 first, as the paper does, so that ``s_ii`` is 1; O(N D).
@@ -262,6 +264,7 @@ def simctg(
     margin = _checks.number(name, "margin", margin, "[0, inf)")
     _checks.check_choice(name, "average", average, ("pair", "segment"))
     _checks.check_index(name, "segments", segments, x.shape[0], "x", x)
+    x = left_out(x, segments != -1)
     # Exactly 1 for unit rows, whose own gradient would only lengthen them.
     own = x.new_ones(x.shape[:1], dtype=_checks.accumulator(x.dtype)) if normalize else partner_similarity(x, x)
     with _autocast.disabled(x):
@@ -290,6 +293,7 @@ def _partners(
     weight: Tensor | None,
     reduction: str,
     normalize: bool,
+    anchors: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Check what the losses of partners take; return both matrices, cast and normalised as asked for."""
     margin = _checks.number(function, "margin", margin, "[0, inf)")
@@ -302,6 +306,7 @@ def _partners(
         reduction=reduction,
         weight=weight,
         partners=True,
+        anchors=anchors,
     )
     return _rows(x, normalize), _rows(y, normalize)
 

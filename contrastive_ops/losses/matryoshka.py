@@ -58,7 +58,7 @@ def matryoshka_info_nce(
         scale: 1 / temperature instead; not both.
         pairs: which keys are negatives of a query: the rules ``diagonal`` and ``differ`` (ids of false negatives) of
             `Pairs`. The target always takes part.
-        weight: (N,) weight of each row; the mean divides by its sum. Differentiable.
+        weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale every prefix of every row to length 1: a truncated embedding is none. O(N D).
         backend: "auto", "reference" or "cpu".
@@ -93,8 +93,10 @@ def matryoshka_info_nce(
         default_temperature=0.07,
         reduction=reduction,
         weight=weight,
+        anchors=1,
     )
     check_pairs(name, pairs)
+    target = _arguments.of_weighted(weight, target)
     if target is None:
         target = own_column(name, query, key)
     else:
@@ -144,7 +146,7 @@ def matryoshka_clip(
         scale: 1 / temperature instead, for instance ``logit_scale.exp()``; not both.
         pairs: which images and texts are negatives of each other: the rules ``diagonal`` and ``differ`` of `Pairs`.
             An image and its own text always take part.
-        weight: (N,) weight of each pair; the mean divides by its sum. Differentiable.
+        weight: (N,) weight of each pair; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale every prefix of every row to length 1: a truncated embedding is none. O(N D).
         backend: "auto", "reference" or "cpu".

@@ -62,7 +62,7 @@ def mined_info_nce(
         in_batch: the positives of other queries are negatives too.
         temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead; not both.
-        weight: (N,) weight of each row; the mean divides by its sum. Differentiable.
+        weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first, also those of the corpus: O((N + M) D). Better done once.
         memory_budget: bytes kept for backward with ``reduction="none"``; see `similarity_reduce`.
@@ -107,10 +107,12 @@ def mined_info_nce(
         weight=weight,
         normalize=normalize,
         partners=True,
+        anchors=1 if in_batch else 2,
     )
     (corpus,) = _autocast.cast(corpus)
     _checks.check_matrices(name, "query", query, "corpus", corpus)
     corpus = unit_rows(corpus) if normalize else corpus
+    indices = _arguments.of_weighted(weight, indices, NONE)
     _check_choice_of_rows(name, k, indices, pairs, ids, in_batch, query, corpus)
     scale = _checks.scale_tensor(name, factor, "query", query)
     with _autocast.disabled(query):

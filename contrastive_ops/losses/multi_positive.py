@@ -60,6 +60,7 @@ def sup_con(
         temperature: divides the cosines; float or 0-d tensor, differentiable. Default 0.1.
         scale: 1 / temperature instead; not both.
         weight: (N,) weight of each row; the mean divides by its sum over the rows that count. Differentiable.
+            0 leaves it out.
         reduction: "mean" (over rows with a positive), "sum" or "none".
         normalize: scale all rows to length 1 first; O((N + M) D).
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
@@ -152,6 +153,7 @@ def multi_positive_info_nce(
         temperature: divides the cosines; float or 0-d tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead; not both.
         weight: (N,) weight of each row; the mean divides by its sum over rows or pairs. Differentiable.
+            0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first; O((N + M) D).
         memory_budget: bytes of inner products kept for backward by each of two sweeps; see `similarity_reduce`.
@@ -238,6 +240,7 @@ def soft_info_nce(
         temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead; not both.
         weight: (N,) weight of each row; the mean divides by its sum over the rows that count. Differentiable.
+            0 leaves it out.
         reduction: "mean" (over queries with targets), "sum" or "none".
         normalize: scale all rows to length 1 first; O((N + M) D).
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
@@ -276,8 +279,11 @@ def soft_info_nce(
         reduction=reduction,
         weight=weight,
         normalize=normalize,
+        anchors=1,
     )
-    share = _columns.smoothing_share(name, label_smoothing, "query", query)
+    share = _columns.smoothing_share(name, _arguments.of_weighted(weight, label_smoothing), "query", query)
+    if isinstance(targets, tuple) and len(targets) == 3:
+        targets = _arguments.lists_of_weighted(weight, *targets)  # type: ignore[assignment]
     lists, row = _checked_targets(name, targets, query, key)
     counted = lists[0].diff() > 0
     if key.shape[0] == 0:

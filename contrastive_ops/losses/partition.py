@@ -62,7 +62,7 @@ def gte(
             every block; Qwen3 takes 0.1. None drops nothing.
         temperature: divides the similarities; float, 0-d or (N,) tensor, differentiable. Default 0.01.
         scale: 1 / temperature instead; not both.
-        weight: (N,) weight of each row; the mean divides by its sum. Differentiable.
+        weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first; O(N D).
         memory_budget: bytes of inner products kept for backward by each sweep; see `similarity_reduce`.
@@ -184,7 +184,7 @@ def gist(
         contrast_positives: keys are negatives of each other.
         temperature: divides the similarities; float, 0-d or (N,) tensor, differentiable. Default 0.01.
         scale: 1 / temperature instead; not both.
-        weight: (N,) weight of each row; the mean divides by its sum. Differentiable.
+        weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows, also the guide's, to length 1 first.
         memory_budget: bytes of inner products kept for backward by each sweep; see `similarity_reduce`.

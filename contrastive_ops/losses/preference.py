@@ -47,7 +47,7 @@ def dpo(
         label_smoothing: the share of preferences that are wrong, in [0, 0.5); conservative DPO. For "sigmoid".
         margin: by how much ``beta r`` must be larger; SimPO is that without a reference, of log-probabilities that are
             divided by the lengths. Not for "ipo".
-        weight: (N,) weight >= 0 of each pair; the mean divides by its sum. Differentiable.
+        weight: (N,) weight >= 0 of each pair; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
 
     Returns:

@@ -53,7 +53,7 @@ def moco(
         scale: 1 / temperature instead; not both.
         label_smoothing: share of the target distribution that is spread evenly over the own key and the entries that
             take part; a float, or (N,) with a share for each row, differentiable.
-        weight: (N,) weight of each row; the mean divides by its sum. Differentiable.
+        weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first; O((N + K) D).
         diagnostics: also return `Diagnostics` (accuracy, ranks, mean similarities) from the same sweep.
@@ -93,6 +93,7 @@ def moco(
         weight=weight,
         normalize=normalize,
         partners=True,
+        anchors=2,
     )
     (queue,) = _autocast.cast(queue)
     _checks.check_matrices(name, "query", query, "queue", queue)
@@ -116,7 +117,7 @@ def moco(
         target=torch.arange(count, device=query.device),
         scale=scale,
         pairs=Pairs(same=same, differ=differ),
-        share=smoothing_share(name, label_smoothing, "query", query),
+        share=smoothing_share(name, _arguments.of_weighted(weight, label_smoothing), "query", query),
         weight=weight,
         reduction=reduction,
         diagnostics=diagnostics,

@@ -44,7 +44,7 @@ def margin_mse(
             are the scores ``torch.cat([torch.zeros(N, 1), -t], 1)``.
         mask: (N, K) bool, False where a list has no candidate. A candidate that is listed twice counts twice, unless
             this leaves one out: `contrastive_ops.mining.first_of_each` of ids.
-        weight: (N,) weight of each list; the mean divides by its sum. Differentiable.
+        weight: (N,) weight of each list; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
 
     Returns:
@@ -102,7 +102,7 @@ def listwise_distillation(
             Without effect on "listmle".
         mask: (N, K) bool, False where a list has no candidate. A candidate that is listed twice counts twice, unless
             this leaves one out: `contrastive_ops.mining.first_of_each` of ids.
-        weight: (N,) weight of each list; the mean divides by its sum. Differentiable.
+        weight: (N,) weight of each list; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
 
     Returns:
@@ -171,7 +171,7 @@ def pairwise_rank_distillation(
         temperature: divides the student's scores; float or 0-d tensor, differentiable.
         mask: (N, K) bool, False where a list has no candidate. A candidate that is listed twice counts twice, unless
             this leaves one out: `contrastive_ops.mining.first_of_each` of ids.
-        weight: (N,) weight of each list; the mean divides by its sum. Differentiable.
+        weight: (N,) weight of each list; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
 
     Returns:

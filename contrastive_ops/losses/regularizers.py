@@ -38,7 +38,7 @@ def alignment(
         x: (N, D) float32, bfloat16, float16 or float64.
         y: (N, D); row i is the partner of row i of ``x``.
         power: of the distance; a number > 0.
-        weight: (N,) weight >= 0 of each row; the mean divides by its sum. Differentiable.
+        weight: (N,) weight >= 0 of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first, as the paper does.
 
@@ -71,6 +71,7 @@ def alignment(
         reduction=reduction,
         weight=weight,
         partners=True,
+        anchors=2,
     )
     with _autocast.disabled(x):
         # In the accumulation dtype before rows are normalised: partners differ by less than bfloat16 can tell.

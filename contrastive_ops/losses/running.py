@@ -130,7 +130,7 @@ def sog_clr(
         text_scale: 1 / text_temperature instead; not both.
         eps: added to the denominators, >= 0: samples whose negatives are all farther than log(1 / eps) have almost
             no gradient.
-        weight: (N,) weight of each pair; the mean divides by its sum. Differentiable.
+        weight: (N,) weight of each pair; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first; O(N D).
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
@@ -173,7 +173,9 @@ def sog_clr(
         normalize=normalize,
         partners=True,
     )
+    index = _arguments.of_weighted(weight, index)
     _check_samples(name, index, state, image)
+    text_temperature, text_scale = (_arguments.of_weighted(weight, each, 1) for each in (text_temperature, text_scale))
     text_scale = _scale_of_texts(name, text_temperature, text_scale, text)
     per_sample = isinstance(scale, Tensor) and scale.dim() == 1
     (rows,), (cols,), positive, *_ = fold(
@@ -192,10 +194,11 @@ def sog_clr(
         text_positive = positive * (text_scale / _checks.scale_tensor(name, scale, "image", image))
     negatives = positive.new_full((), image.shape[0] - 1).clamp_min(1.0)
     log_mean = torch.stack([rows - positive, cols - text_positive]) - negatives.log()
-    log_u = state(index, log_mean.detach())
+    # What is not finite is not stored: of pairs of weight 0 the state learns nothing.
+    log_u = state(index, _arguments.of_weighted(weight, log_mean.detach().T, torch.nan).T)
     if eps:
         log_u = torch.logaddexp(log_u, log_u.new_full((), eps).log())
-    counted = rows != -torch.inf
+    counted = _arguments.of_weighted(weight, rows != -torch.inf)
     log_mean, log_u = torch.where(counted, log_mean, 0.0), torch.where(counted, log_u, 0.0)
     # The value of log u with the gradient of g / u, which is that of log g times g / u.
     share = (log_mean.detach() - log_u).exp()

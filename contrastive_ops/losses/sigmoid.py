@@ -53,7 +53,7 @@ def siglip(
         scale: 1 / temperature instead, for instance ``logit_scale.exp()``; not both.
         bias: added to every logit; float or 0-d tensor, differentiable. It starts at about -log(N): most pairs are
             negative.
-        weight: (N,) weight >= 0 of each row; the mean divides by its sum. Differentiable.
+        weight: (N,) weight >= 0 of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none"; of rows, each of which is a sum over its N pairs.
         normalize: scale all rows to length 1 first; O(N D).
         memory_budget: bytes kept for backward with ``reduction="none"``; see `similarity_reduce`.
@@ -91,6 +91,7 @@ def siglip(
         weight=weight,
         normalize=normalize,
         partners=True,
+        anchors=1,
     )
     target = torch.arange(image.shape[0], device=image.device)
     names = (name, "image", "text")
@@ -136,7 +137,7 @@ def multi_positive_siglip(
         bias: added to every logit; float or 0-d tensor, differentiable.
         balanced: divide each row's sum over positives and its sum over negatives by their numbers. False: every pair
             counts the same, as in SigLIP.
-        weight: (N,) weight >= 0 of each row; the mean divides by its sum. Differentiable.
+        weight: (N,) weight >= 0 of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none"; of rows, each of which is a sum over its M pairs.
         normalize: scale all rows to length 1 first; O((N + M) D).
         memory_budget: bytes kept for backward; see `similarity_reduce`.
@@ -171,6 +172,7 @@ def multi_positive_siglip(
         reduction=reduction,
         weight=weight,
         normalize=normalize,
+        anchors=1,
     )
     _checks.check_index(name, "row_ids", row_ids, x.shape[0], "x", x)
     col_ids = row_ids if col_ids is None else col_ids
@@ -223,7 +225,7 @@ def bixse(
         temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 0.1.
         scale: 1 / temperature instead; not both.
         bias: added to every logit; float or 0-d tensor, differentiable.
-        weight: (N,) weight >= 0 of each query; the mean divides by its sum. Differentiable.
+        weight: (N,) weight >= 0 of each query; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none"; of queries, each of which is a sum over its M keys.
         normalize: scale all rows to length 1 first; O((N + M) D).
         memory_budget: bytes kept for backward with lists or ``reduction="none"``; see `similarity_reduce`.
@@ -261,9 +263,11 @@ def bixse(
         reduction=reduction,
         weight=weight,
         normalize=normalize,
+        anchors=1,
     )
     row_bias = repeated(shared_bias(name, bias, query), query.shape[0])
     if indptr is None:
+        target, grades = (_arguments.of_weighted(weight, each) for each in (target, grades))
         target = (
             own_column(name, query, key)
             if target is None
@@ -274,6 +278,8 @@ def bixse(
     if target is None:
         raise ValueError(f"{name}: target must be given with indptr, got None\n  it holds the keys of all lists")
     _checks.check_index(name, "target", target, None, "query", query)
+    _checks.check_vector(name, "grades", grades, target.shape[0], "query", query)
+    indptr, target, grades = _arguments.lists_of_weighted(weight, indptr, target, grades)
     grades = checked_labels(name, "grades", grades, target.shape[0], "query", query)
     indptr, cols, order = check_lists(name, "target", (indptr, target), query, key)
     rows = torch.repeat_interleave(indptr.diff(), output_size=cols.shape[0])
@@ -328,7 +334,7 @@ def pair_bce(
         temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 1.
         scale: 1 / temperature instead; not both.
         bias: added to every logit; float or 0-d tensor, differentiable.
-        weight: (P,) weight >= 0 of each pair; the mean divides by its sum. Differentiable.
+        weight: (P,) weight >= 0 of each pair; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none"; of pairs.
         normalize: scale all rows to length 1 first; O((N + M) D).
 
@@ -364,10 +370,14 @@ def pair_bce(
     )
     _checks.check_index(name, "rows", rows, None, "x", x)
     _checks.check_index(name, "cols", cols, rows.shape[0], "x", x)
+    if weight is not None:
+        _arguments.check_weight(name, weight, rows.shape[0], "x", x)
+        rows, cols, labels = (_arguments.of_weighted(weight, each) for each in (rows, cols, labels))
+        if rows.shape[0]:  # a pair that counts in place of one that does not: what row 0 holds may count nowhere
+            used, first = weight != 0, (weight != 0).to(torch.uint8).argmax()
+            rows, cols = (torch.where(used, each, each[first]) for each in (rows, cols))
     _checks.check_index_values(name, "rows", rows, x.shape[0])
     _checks.check_index_values(name, "cols", cols, y.shape[0])
     labels = checked_labels(name, "labels", labels, rows.shape[0], "x", x)
-    if weight is not None:
-        _arguments.check_weight(name, weight, rows.shape[0], "x", x)
     losses = cross_entropy(pair_logits(name, "x", x, y, rows, cols, scale, bias), labels)
     return _arguments.reduce_rows(losses, weight, reduction)

@@ -90,7 +90,7 @@ def info_nce(
             float, or (N,) with a share for each row, differentiable.
         z_loss: factor of the squared logarithm of the softmax's denominator, which is added to the loss.
         diagnostics: also return `Diagnostics` (accuracy, ranks, mean similarities) from the same sweep.
-        weight: (N,) weight of each row; the mean divides by its sum. Differentiable.
+        weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first; O(N D).
         memory_budget: bytes kept for backward with ``reduction="none"``; see `similarity_reduce`.
@@ -126,6 +126,11 @@ def info_nce(
     z_loss = _checks.number(name, "z_loss", z_loss, "[0, inf)")
     query, key, negatives, row_negatives = _autocast.cast(query, key, negatives, row_negatives)
     _checks.check_matrices(name, "query", query, "key", key)
+    if weight is not None:
+        _arguments.check_weight(name, weight, query.shape[0], "query", query)
+        query, row_negatives, target = (_arguments.of_weighted(weight, each) for each in (query, row_negatives, target))
+        label_smoothing = _arguments.of_weighted(weight, label_smoothing)
+        temperature, scale = (_arguments.of_weighted(weight, each, 1) for each in (temperature, scale))
     scale = _arguments.resolve_scale(name, temperature, scale, 0.07)
     share = smoothing_share(name, label_smoothing, "query", query)
     if target is None:
@@ -137,8 +142,6 @@ def info_nce(
         key = torch.cat([key, negatives])
     if row_negatives is not None:
         check_row_negatives(name, query, row_negatives)
-    if weight is not None:
-        _arguments.check_weight(name, weight, query.shape[0], "query", query)
     if normalize:
         query, key = unit_rows(query), unit_rows(key)
         row_negatives = None if row_negatives is None else unit_rows(row_negatives)
@@ -194,7 +197,7 @@ def clip(
             guide, ... An image and its own text always take part.
         label_smoothing: share of the target distribution that is spread evenly over all columns that take part; a
             float, or (N,) with a share for each pair, differentiable.
-        weight: (N,) weight of each pair; the mean divides by its sum. Differentiable.
+        weight: (N,) weight of each pair; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first; O(N D).
         diagnostics: also return `Diagnostics` of both directions from the same sweep.
@@ -235,7 +238,7 @@ def clip(
         partners=True,
     )
     check_pairs(name, pairs)
-    share = smoothing_share(name, label_smoothing, "image", image)
+    share = smoothing_share(name, _arguments.of_weighted(weight, label_smoothing), "image", image)
     of_smoothing = smoothing_folds(share, pairs)
     ranking = Ranking(image, text, text, pairs, both=True) if diagnostics else None
     folded = fold(

@@ -43,7 +43,7 @@ def triplet(
         negative: (N, D).
         margin: by how much the negative must be farther than the positive; a number >= 0.
         distance: "euclidean", "sqeuclidean" or "cosine".
-        weight: (N,) weight >= 0 of each triplet; the mean divides by its sum. Differentiable.
+        weight: (N,) weight >= 0 of each triplet; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
 
     Returns:
@@ -75,6 +75,7 @@ def triplet(
         _arguments.check_partners(name, "anchor", anchor, other_name, other)
     if weight is not None:
         _arguments.check_weight(name, weight, anchor.shape[0], "anchor", anchor)
+        anchor, positive, negative = (_arguments.of_weighted(weight, each) for each in (anchor, positive, negative))
     # One copy of the anchors, so that their two gradients are added before they are rounded.
     of_anchor = points(anchor, distance)
     near = distance_between(of_anchor, points(positive, distance), distance, TORCH_EPS)
@@ -115,6 +116,7 @@ def batch_hard_triplet(
         soft: softplus of the difference instead of a hinge; it has no margin.
         distance: "euclidean", "sqeuclidean" or "cosine".
         weight: (N,) weight >= 0 of each row; the mean divides by the sum over the rows that count. Differentiable.
+            0 leaves it out.
         reduction: "mean", "sum" or "none".
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
@@ -191,6 +193,7 @@ def batch_semi_hard_triplet(
             costs nothing.
         distance: "euclidean", "sqeuclidean" or "cosine".
         weight: (N,) weight >= 0 of each row; the mean divides by the sum over the rows that count. Differentiable.
+            0 leaves it out.
         reduction: "mean", "sum" or "none".
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
@@ -224,6 +227,7 @@ def batch_semi_hard_triplet(
         _arguments.check_partners(name, "x", x, "y", columns)
         target = torch.arange(x.shape[0], device=x.device)
     _checks.check_index(name, "target", target, x.shape[0], "x", x)
+    target = _arguments.of_weighted(weight, target, -1)
     _checks.check_index_values(name, "target", target, columns.shape[0], or_none=True)
     chosen = semi_hard_negative((name, "x", "y"), x, y, distance, ids, target, backend)
     others = None if y is None else points(y, distance)
@@ -254,7 +258,7 @@ def contrastive(
         labels: (N,) of any dtype: 1 where a pair belongs together, else 0.
         margin: the distance that other pairs are pushed to; a number >= 0.
         distance: "cosine" or "euclidean".
-        weight: (N,) weight >= 0 of each pair; the mean divides by its sum. Differentiable.
+        weight: (N,) weight >= 0 of each pair; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
 
     Returns:
@@ -285,6 +289,7 @@ def contrastive(
     _arguments.check_partners(name, "x", x, "y", y)
     if weight is not None:
         _arguments.check_weight(name, weight, x.shape[0], "x", x)
+        x, y, labels = (_arguments.of_weighted(weight, each) for each in (x, y, labels))
     dtype = _checks.accumulator(x.dtype)
     together = _zero_or_one(name, labels, x).to(dtype)
     d = distance_between(points(x, distance), points(y, distance), distance, TORCH_EPS)
@@ -317,6 +322,7 @@ def _mined(
             )
         return x, None, (labels, labels)
     _checks.check_matrices(function, "x", x, "y", y)
+    x = _arguments.of_weighted(weight, x)
     if col_labels is None:
         raise ValueError(f"{function}: col_labels must be given with y, got None")
     _checks.check_index(function, "col_labels", col_labels, y.shape[0], "x", x)

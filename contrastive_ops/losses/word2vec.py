@@ -110,7 +110,7 @@ def negative_sampling(
             counts twice.
         log_expected: (V,) log of the expected number of times that a word is drawn for a row, k times its share: this
             makes it NCE, whose scores are log-probabilities. None for negative sampling.
-        weight: (N,) weight >= 0 of each row; the mean divides by its sum. Differentiable.
+        weight: (N,) weight >= 0 of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         backend: "auto", "reference", "cpu", "triton" or "cuda"; as in `similarity_topk`.
 
@@ -139,6 +139,10 @@ def negative_sampling(
     _checks.check_matrices(name, "center", center, "table", table)
     N, V = center.shape[0], table.shape[0]
     _checks.check_index(name, "context", context, N, "center", center)
+    if weight is not None:
+        _arguments.check_weight(name, weight, N, "center", center)
+        center, context = (_arguments.of_weighted(weight, each) for each in (center, context))
+        negatives = _arguments.of_weighted(weight, negatives, -1)
     _checks.check_index_values(name, "context", context, V)
     if not isinstance(negatives, Tensor) or negatives.dtype != torch.int64:
         raise TypeError(f"{name}: negatives must be an int64 tensor, got {negatives!r}")
@@ -148,9 +152,7 @@ def negative_sampling(
     _checks.check_index_values(name, "negatives", negatives, V, or_none=True)
     if log_expected is not None:
         _checks.check_vector(name, "log_expected", log_expected, V, "center", center)
-    if weight is not None:
-        _arguments.check_weight(name, weight, N, "center", center)
-    words = torch.cat([context[:, None], negatives], 1)
+    words = torch.cat([_arguments.of_weighted(weight, context, -1)[:, None], negatives], 1)
     dtype = _checks.accumulator(center.dtype)
     with _autocast.disabled(center):
         one = torch.ones((), dtype=dtype, device=center.device)

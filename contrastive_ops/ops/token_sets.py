@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._masks import left_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +102,7 @@ def packed(function: str, name: str, sets: Tensor | TokenSets, lists: bool = Fal
         _checks.check_matrix(function, name, tokens)
         _check_offsets(function, name, sets.offsets, tokens)
         _check_mask(function, name, sets.mask, tokens)
+        tokens = tokens if sets.mask is None else left_out(tokens, sets.mask)
         return Packed(tokens, sets.offsets, sets.mask, (sets.offsets.shape[0] - 1,), None)
     if tokens.dim() != 3 and not (lists and tokens.dim() == 4):
         shapes = "(B, L, D) or (N, K, L, D)" if lists else "(B, L, D)"
@@ -108,6 +110,7 @@ def packed(function: str, name: str, sets: Tensor | TokenSets, lists: bool = Fal
             f"{function}: {name} must have shape {shapes}, or (T, D) with offsets, got {_checks.shape(tokens)}"
         )
     _check_mask(function, name, sets.mask, tokens)
+    tokens = tokens if sets.mask is None else left_out(tokens, sets.mask)
     shape, length, depth = tuple(tokens.shape[:-2]), tokens.shape[-2], tokens.shape[-1]
     count = shape[0] if len(shape) == 1 else shape[0] * shape[1]
     rows = tokens.reshape(count * length, depth)
