@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Without uint64, half of which are no int64.
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -72,15 +74,35 @@ def check_vector(function: str, name: str, v: object, size: int, x_name: str, x:
     check_device(function, x_name, x, name, v)
 
 
-def check_index(function: str, name: str, index: object, rows: int | None, x_name: str, x: Tensor) -> None:
-    """`index` must be an int64 vector, of `rows` numbers where that is given, on the device of `x`."""
+def from_array(function: str, name: str, value: Any) -> Any:
+    """Return a numpy array as a tensor, copied where it may not be written to; everything else as it is."""
+    if isinstance(value, Tensor) or not hasattr(value, "__array_interface__"):
+        return value
+    try:
+        return torch.from_numpy(value if value.flags.writeable and min((*value.strides, 0)) >= 0 else value.copy())
+    except (TypeError, ValueError, AttributeError):
+        kind = getattr(value, "dtype", type(value).__name__)
+        raise TypeError(f"{function}: {name} must be a tensor or an array of numbers, got an array of {kind}") from None
+
+
+def as_index(function: str, name: str, index: object) -> Tensor:
+    """Return a tensor of labels, ids or places as int64; any integer dtype is one."""
     if not isinstance(index, Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(index).__name__}")
-    if index.dtype != torch.int64:
-        raise TypeError(f"{function}: {name} must be int64, got {index.dtype}")
-    if index.dim() != 1 or (rows is not None and index.shape[0] != rows):
-        raise ValueError(f"{function}: {name} must have shape ({'n' if rows is None else rows},), got {shape(index)}")
-    check_device(function, x_name, x, name, index)
+    if index.dtype == torch.int64:
+        return index
+    if index.dtype not in INTEGERS:
+        raise TypeError(f"{function}: {name} must be int64, got {index.dtype}\n  any integer dtype up to that will do")
+    return index.to(torch.int64)
+
+
+def check_index(function: str, name: str, index: object, rows: int | None, x_name: str, x: Tensor) -> Tensor:
+    """Return a vector of integers, of `rows` where that is given, on the device of `x`, as int64."""
+    found = as_index(function, name, index)
+    if found.dim() != 1 or (rows is not None and found.shape[0] != rows):
+        raise ValueError(f"{function}: {name} must have shape ({'n' if rows is None else rows},), got {shape(found)}")
+    check_device(function, x_name, x, name, found)
+    return found
 
 
 def may_read(tensor: Tensor, *, waits: bool = False) -> bool:
@@ -179,7 +201,7 @@ def plain(function: str, name: str, value: object, words: str = "a number", kind
     elif hasattr(value, "item") and hasattr(value, "dtype"):  # numpy's scalars and arrays
         if torch.compiler.is_compiling():
             raise TypeError(f"{function}: {name} must be {words} of Python where it is traced, got {got}")
-        value = value.item() if value.size == 1 else value
+        value = value.item() if getattr(value, "size", 0) == 1 else value
     if isinstance(value, bool) or not isinstance(value, kind):
         raise TypeError(f"{function}: {name} must be {words}, got {got}")
     return int(value) if isinstance(value, numbers.Integral) else float(value)  # type: ignore[arg-type]

@@ -191,8 +191,8 @@ def _from_tuple(function: str, relevant: tuple[Any, ...], indices: Tensor) -> tu
         as_ids(function, name, each).to(indices.device)
         for name, each in zip(("indptr", "indices"), relevant, strict=False)
     )
-    _checks.check_index(function, "indptr", indptr, len(indices) + 1, "found", indices)
-    _checks.check_index(function, "indices", document, None, "found", indices)
+    indptr = _checks.check_index(function, "indptr", indptr, len(indices) + 1, "found", indices)
+    document = _checks.check_index(function, "indices", document, None, "found", indices)
     lengths = indptr.diff()
     if int(indptr[0]) != 0 or int(indptr[-1]) != len(document) or bool((lengths < 0).any()):
         raise ValueError(f"{function}: indptr must ascend from 0 to {len(document)}, got {indptr.tolist()}")

@@ -56,7 +56,7 @@ def isotropy(x: Tensor, segments: Tensor | None = None, num_segments: int | None
     _checks.check_matrix(name, "x", x)
     if segments is None:
         segments, num_segments = x.new_zeros((x.shape[0],), dtype=torch.int64), 1
-    _checks.check_index(name, "segments", segments, x.shape[0], "x", x)
+    segments = _checks.check_index(name, "segments", segments, x.shape[0], "x", x)
     if num_segments is None:
         there = segments != NONE
         (known,) = ranks(segments[there])
@@ -224,9 +224,7 @@ def retrieval_metrics(
 
 def _indices(function: str, name: str, found: object) -> Tensor:
     indices = found.indices if isinstance(found, TopK) else found
-    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
-        kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-        raise TypeError(f"{function}: {name} must be an int64 tensor or a TopK, got {kind}")
+    indices = _checks.as_index(function, name, _checks.from_array(function, name, indices))
     if indices.dim() != 2:
         raise ValueError(f"{function}: {name} must have two dimensions (queries, k), got {_checks.shape(indices)}")
     return indices

@@ -192,7 +192,7 @@ BAD = {
         ValueError,
         "k must be at most the number of experts that may be chosen",
     ),
-    "segments of int32": ({"segments": FLAGS.int()}, TypeError, "segments must be int64"),
+    "segments of float32": ({"segments": FLAGS.float()}, TypeError, "segments must be int64"),
     "segments of another size": ({"segments": FLAGS.long()[:5]}, ValueError, r"segments must have shape \(6,\)"),
     "segments out of range": ({"segments": FLAGS.long(), "num_segments": 1}, ValueError, "segments must be in"),
     "negative segments": ({"segments": -FLAGS.long(), "num_segments": 2}, ValueError, "segments must be in"),

@@ -361,7 +361,7 @@ BAD = {
     "b elsewhere": ({"b": torch.zeros(2, 3, 4, device="meta")}, ValueError, "b must be on the same device as a"),
     "bias of another shape": ({"bias": torch.zeros(4)}, ValueError, r"bias must have shape \(2, 4\), got \(4,\)"),
     "bias of another dtype": ({"bias": torch.zeros(2, 4).half()}, TypeError, "bias must have the same dtype as a"),
-    "offsets of int32": ({"offsets": torch.tensor([0, 2, 5]).int()}, TypeError, "offsets must be int64"),
+    "offsets of float32": ({"offsets": torch.tensor([0.0, 2, 5])}, TypeError, "offsets must be int64"),
     "offsets without the first": ({"offsets": torch.tensor([2, 5])}, ValueError, r"offsets must have shape \(3,\)"),
     "offsets that descend": ({"offsets": torch.tensor([0, 3, 2])}, ValueError, "got 2 at index 2 after 3"),
     "offsets below 0": (

@@ -328,7 +328,7 @@ BAD = [
         "pairs must be None where indices are given, got Pairs\n  rules decide what is mined; write -1",
     ),
     (lambda: mined_info_nce(X, X, C, indices=[[1]]), TypeError, "indices must be a tensor, got list"),
-    (lambda: mined_info_nce(X, X, C, indices=LISTS.int()), TypeError, "indices must be int64, got torch.int32"),
+    (lambda: mined_info_nce(X, X, C, indices=LISTS.float()), TypeError, "indices must be int64, got torch.float32"),
     (lambda: mined_info_nce(X, X, C, indices=LISTS[:3]), ValueError, "indices must have shape (4, P), got (3, 2)"),
     (lambda: mined_info_nce(X, X, C, indices=LISTS[0]), ValueError, "indices must have shape (4, P), got (2,)"),
     (lambda: mined_info_nce(X, X, C, indices=LISTS + 6), ValueError, "indices must be in [-1, 6), got 6"),

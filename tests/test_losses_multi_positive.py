@@ -351,7 +351,7 @@ def test_parity_with_pytorch_metric_learning(backend):
 X, Y, L, M = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, 1, 0, 1]), torch.tensor([0, 1, 0, 1, 2])
 LISTS = (torch.arange(5), torch.arange(4), torch.ones(4))
 BAD = [
-    (lambda: sup_con(X, L.int()), TypeError, "sup_con: labels must be int64, got torch.int32"),
+    (lambda: sup_con(X, L.float()), TypeError, "sup_con: labels must be int64, got torch.float32"),
     (lambda: sup_con(X, L[:3]), ValueError, "sup_con: labels must have shape (4,), got (3,)"),
     (lambda: sup_con(X, [0, 1, 0, 1]), TypeError, "sup_con: labels must be a tensor, got list"),
     (lambda: sup_con(X, L, Y), ValueError, "sup_con: col_labels must be given together with y, got y alone"),

@@ -161,9 +161,9 @@ CASES = [
         "moco: queue_ids must have shape (5,), got (4,)",
     ),
     (
-        lambda: moco(X, X, Q, ids=IDS.int(), queue_ids=torch.arange(5)),
+        lambda: moco(X, X, Q, ids=IDS.float(), queue_ids=torch.arange(5)),
         TypeError,
-        "moco: ids must be int64, got torch.int32",
+        "moco: ids must be int64, got torch.float32",
     ),
     (lambda: moco(X, X, Q, temperature=-1.0), ValueError, "moco: temperature must be in (0, inf], got -1.0"),
     (

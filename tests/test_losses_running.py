@@ -224,7 +224,7 @@ BAD = [
     (lambda: RunningDenominator(2, gamma=0.0), ValueError, "RunningDenominator: gamma must be in (0, 1], got 0.0"),
     (lambda: RunningDenominator(2, gamma="1"), TypeError, "RunningDenominator: gamma must be a number, got str"),
     (lambda: sog_clr(X, Y, I, S), ValueError, "sog_clr: text must have the same shape as image, got image (4, 3) and"),
-    (lambda: sog_clr(X, X, I.int(), S), TypeError, "sog_clr: index must be int64, got torch.int32"),
+    (lambda: sog_clr(X, X, I.float(), S), TypeError, "sog_clr: index must be int64, got torch.float32"),
     (lambda: sog_clr(X, X, I[:3], S), ValueError, "sog_clr: index must have shape (4,), got (3,)"),
     (lambda: sog_clr(X, X, I + 1, S), ValueError, "sog_clr: index must be in [0, 4), got 4"),
     (lambda: sog_clr(X, X, I, S.log_u), TypeError, "sog_clr: state must be a RunningDenominator, got Tensor"),

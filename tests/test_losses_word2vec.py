@@ -94,7 +94,7 @@ NEGATIVES = torch.tensor([[1, 2], [3, -1]])
             ValueError,
             "negative_sampling: negatives must be in [-1, 5), got -2",
         ),
-        (lambda: negative_sampling(CENTER, TABLE, CONTEXT, NEGATIVES.float()), TypeError, "negatives must be an int64"),
+        (lambda: negative_sampling(CENTER, TABLE, CONTEXT, NEGATIVES.float()), TypeError, "negatives must be int64"),
         (
             lambda: negative_sampling(CENTER, TABLE, CONTEXT, NEGATIVES[:1]),
             ValueError,

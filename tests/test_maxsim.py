@@ -627,9 +627,9 @@ BAD = [
         "documents.mask must have shape (9,), got (5,)",
     ),
     (
-        lambda: maxsim(Q, TokenSets(FLAT, offsets=OFFSETS.int())),
+        lambda: maxsim(Q, TokenSets(FLAT, offsets=OFFSETS.float())),
         TypeError,
-        "documents.offsets must be int64, got torch.int32",
+        "documents.offsets must be int64, got torch.float32",
     ),
     (
         lambda: maxsim(Q, TokenSets(FLAT, offsets=OFFSETS[:0])),

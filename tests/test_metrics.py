@@ -128,7 +128,7 @@ FOUND, INDPTR, INDICES = torch.tensor([[0, 1]]), torch.tensor([0, 1]), torch.ten
             ValueError,
             "isotropy: segments must have shape (3,)",
         ),
-        (lambda: hubness(torch.ones(3, 2), 4), TypeError, "hubness: neighbours must be an int64 tensor or a TopK"),
+        (lambda: hubness(torch.ones(3, 2), 4), TypeError, "hubness: neighbours must be int64, got"),
         (lambda: hubness(FOUND, 1), ValueError, "hubness: neighbours must be in [-1, 1), got 1"),
         (
             lambda: retrieval_metrics(FOUND, (INDPTR, INDICES), k=(0,)),

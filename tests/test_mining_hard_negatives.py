@@ -630,7 +630,7 @@ def mine(positives=None, n=3, query=None, **options):
         (
             lambda: mine(pairs=Pairs(below=torch.zeros(3))),
             ValueError,
-            "mine_hard_negatives: pairs.below must be 0-d or",
+            "mine_hard_negatives: pairs.below must be one number or",
         ),
         (lambda: mine(pairs="all"), TypeError, "pairs must be Pairs or None, got str"),
         (lambda: NegativeRules(rank_window=(-1, 5)), ValueError, "rank_window[0] must be at least 0, got -1"),

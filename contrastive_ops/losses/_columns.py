@@ -24,7 +24,7 @@ def own_column(function: str, query: Tensor, key: Tensor) -> Tensor:
 
 def checked_target(function: str, name: str, target: Tensor, x_name: str, x: Tensor, columns: int) -> Tensor:
     """`target` must name one of the first `columns` columns for each row of `x`."""
-    _checks.check_index(function, name, target, x.shape[0], x_name, x)
+    target = _checks.check_index(function, name, target, x.shape[0], x_name, x)
     # Of these columns alone: a target among shared negatives is a mistake that the operator could not see.
     # On a GPU it goes unseen, and the row of a target that is no column at all gets NaN.
     _checks.check_index_values(function, name, target, columns, waits=False)

@@ -144,7 +144,7 @@ def _checked_target(function: str, q: Packed, d: Packed, target: Tensor | None) 
                 f"got {columns} and {count}"
             )
         return torch.arange(count, device=q.tokens.device)
-    _checks.check_index(function, "target", target, count, "queries", q.tokens)
+    target = _checks.check_index(function, "target", target, count, "queries", q.tokens)
     _checks.check_index_values(function, "target", target, columns)
     return target
 

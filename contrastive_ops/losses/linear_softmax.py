@@ -283,7 +283,7 @@ class _Problem:
         self.rows, self.weight, self.bias = _checked(name, ("hidden", hidden), ("weight", weight), ("bias", bias))
         _check_entries(name, "labels", labels, hidden)
         target = labels.reshape(-1)
-        _checks.check_index(name, "labels", target, self.rows.shape[0], "hidden", self.rows)
+        target = _checks.check_index(name, "labels", target, self.rows.shape[0], "hidden", self.rows)
         self.shape, self.used = labels.shape, target != ignore_index
         if token_weight is not None:
             self.used = self.used & (token_weight.detach() != 0)

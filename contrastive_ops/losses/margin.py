@@ -85,7 +85,7 @@ def vse(
     name, names = "vse", ("vse", "image", "text")
     image, text = _partners(name, names[1:], image, text, margin, weight, reduction, normalize)
     if ids is not None:
-        _checks.check_index(name, "ids", ids, image.shape[0], "image", image)
+        ids = _checks.check_index(name, "ids", ids, image.shape[0], "image", image)
     differ = None if ids is None else (ids, ids)
     if hardest:
         pairs = Pairs(diagonal=0, differ=differ)
@@ -263,7 +263,7 @@ def simctg(
     )
     margin = _checks.number(name, "margin", margin, "[0, inf)")
     _checks.check_choice(name, "average", average, ("pair", "segment"))
-    _checks.check_index(name, "segments", segments, x.shape[0], "x", x)
+    segments = _checks.check_index(name, "segments", segments, x.shape[0], "x", x)
     x = left_out(x, segments != -1)
     # Exactly 1 for unit rows, whose own gradient would only lengthen them.
     own = x.new_ones(x.shape[:1], dtype=_checks.accumulator(x.dtype)) if normalize else partner_similarity(x, x)

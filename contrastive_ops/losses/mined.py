@@ -112,6 +112,7 @@ def mined_info_nce(
     (corpus,) = _autocast.cast(corpus)
     _checks.check_matrices(name, "query", query, "corpus", corpus)
     corpus = unit_rows(corpus) if normalize else corpus
+    indices = None if indices is None else _checks.as_index(name, "indices", indices)
     indices = _arguments.of_weighted(weight, indices, NONE)
     _check_choice_of_rows(name, k, indices, pairs, ids, in_batch, query, corpus)
     scale = _checks.scale_tensor(name, factor, "query", query)
@@ -155,7 +156,7 @@ def mined_info_nce(
 def _check_choice_of_rows(
     function: str,
     k: object,
-    indices: object,
+    indices: Tensor | None,
     pairs: object,
     ids: Tensor | None,
     in_batch: bool,
@@ -181,10 +182,6 @@ def _check_choice_of_rows(
             f"{function}: pairs must be None where indices are given, got Pairs\n"
             "  rules decide what is mined; write -1 in place of a row that is no negative"
         )
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"{function}: indices must be a tensor, got {type(indices).__name__}")
-    if indices.dtype != torch.int64:
-        raise TypeError(f"{function}: indices must be int64, got {indices.dtype}")
     if indices.dim() != 2 or indices.shape[0] != query.shape[0]:
         raise ValueError(f"{function}: indices must have shape ({query.shape[0]}, P), got {_checks.shape(indices)}")
     _checks.check_device(function, "query", query, "indices", indices)

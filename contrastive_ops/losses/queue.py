@@ -105,8 +105,8 @@ def moco(
     of_queue = torch.zeros(entries, dtype=torch.int64, device=query.device)
     same, differ = (torch.zeros_like(of_batch), torch.cat([of_batch, of_queue])), None
     if ids is not None and queue_ids is not None:
-        _checks.check_index(name, "ids", ids, count, "query", query)
-        _checks.check_index(name, "queue_ids", queue_ids, entries, "query", query)
+        ids = _checks.check_index(name, "ids", ids, count, "query", query)
+        queue_ids = _checks.check_index(name, "queue_ids", queue_ids, entries, "query", query)
         differ = (ids, torch.cat([of_batch, queue_ids]))
     elif ids is not None or queue_ids is not None:
         raise ValueError(f"{name}: ids and queue_ids must both be given, or neither")

@@ -174,7 +174,7 @@ def sog_clr(
         partners=True,
     )
     index = _arguments.of_weighted(weight, index)
-    _check_samples(name, index, state, image)
+    index = _check_samples(name, index, state, image)
     text_temperature, text_scale = (_arguments.of_weighted(weight, each, 1) for each in (text_temperature, text_scale))
     text_scale = _scale_of_texts(name, text_temperature, text_scale, text)
     per_sample = isinstance(scale, Tensor) and scale.dim() == 1
@@ -206,11 +206,12 @@ def sog_clr(
     return _arguments.mean_over(losses, counted, weight, reduction)
 
 
-def _check_samples(function: str, index: Tensor, state: object, image: Tensor) -> None:
+def _check_samples(function: str, index: Tensor, state: object, image: Tensor) -> Tensor:
     if not isinstance(state, RunningDenominator):
         raise TypeError(f"{function}: state must be a RunningDenominator, got {type(state).__name__}")
-    _checks.check_index(function, "index", index, image.shape[0], "image", image)
+    index = _checks.check_index(function, "index", index, image.shape[0], "image", image)
     _checks.check_index_values(function, "index", index, state.log_u.shape[1])
+    return index
 
 
 def _scale_of_texts(

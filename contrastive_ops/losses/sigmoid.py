@@ -174,9 +174,9 @@ def multi_positive_siglip(
         normalize=normalize,
         anchors=1,
     )
-    _checks.check_index(name, "row_ids", row_ids, x.shape[0], "x", x)
+    row_ids = _checks.check_index(name, "row_ids", row_ids, x.shape[0], "x", x)
     col_ids = row_ids if col_ids is None else col_ids
-    _checks.check_index(name, "col_ids", col_ids, y.shape[0], "x", x)
+    col_ids = _checks.check_index(name, "col_ids", col_ids, y.shape[0], "x", x)
     same, differ = Pairs(same=(row_ids, col_ids)), Pairs(differ=(row_ids, col_ids))
     folds: tuple[Fold, ...] = (Fold("sum_softplus", pairs=same, negate=True), Fold("sum_softplus", pairs=differ))
     if balanced:
@@ -277,7 +277,7 @@ def bixse(
         return one_grade(names, query, key, scale, row_bias, target, grades, weight, reduction, memory_budget, backend)
     if target is None:
         raise ValueError(f"{name}: target must be given with indptr, got None\n  it holds the keys of all lists")
-    _checks.check_index(name, "target", target, None, "query", query)
+    target = _checks.check_index(name, "target", target, None, "query", query)
     _checks.check_vector(name, "grades", grades, target.shape[0], "query", query)
     indptr, target, grades = _arguments.lists_of_weighted(weight, indptr, target, grades)
     grades = checked_labels(name, "grades", grades, target.shape[0], "query", query)
@@ -368,8 +368,8 @@ def pair_bce(
         reduction=reduction,
         normalize=normalize,
     )
-    _checks.check_index(name, "rows", rows, None, "x", x)
-    _checks.check_index(name, "cols", cols, rows.shape[0], "x", x)
+    rows = _checks.check_index(name, "rows", rows, None, "x", x)
+    cols = _checks.check_index(name, "cols", cols, rows.shape[0], "x", x)
     if weight is not None:
         _arguments.check_weight(name, weight, rows.shape[0], "x", x)
         rows, cols, labels = (_arguments.of_weighted(weight, each) for each in (rows, cols, labels))

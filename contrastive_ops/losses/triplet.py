@@ -226,7 +226,7 @@ def batch_semi_hard_triplet(
             raise ValueError(f"{name}: target must be given where y is not, got None")
         _arguments.check_partners(name, "x", x, "y", columns)
         target = torch.arange(x.shape[0], device=x.device)
-    _checks.check_index(name, "target", target, x.shape[0], "x", x)
+    target = _checks.check_index(name, "target", target, x.shape[0], "x", x)
     target = _arguments.of_weighted(weight, target, -1)
     _checks.check_index_values(name, "target", target, columns.shape[0], or_none=True)
     chosen = semi_hard_negative((name, "x", "y"), x, y, distance, ids, target, backend)
@@ -312,7 +312,7 @@ def _mined(
     _checks.check_choice(function, "distance", distance, DISTANCES)
     x, y = _autocast.cast(x, y)
     _checks.check_matrix(function, "x", x)
-    _checks.check_index(function, "labels", labels, x.shape[0], "x", x)
+    labels = _checks.check_index(function, "labels", labels, x.shape[0], "x", x)
     if weight is not None:
         _arguments.check_weight(function, weight, x.shape[0], "x", x)
     if y is None:
@@ -325,7 +325,7 @@ def _mined(
     x = _arguments.of_weighted(weight, x)
     if col_labels is None:
         raise ValueError(f"{function}: col_labels must be given with y, got None")
-    _checks.check_index(function, "col_labels", col_labels, y.shape[0], "x", x)
+    col_labels = _checks.check_index(function, "col_labels", col_labels, y.shape[0], "x", x)
     return x, y, (labels, col_labels)
 
 

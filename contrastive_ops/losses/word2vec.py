@@ -68,7 +68,7 @@ class UnigramSampler(State):
         """
         name = "UnigramSampler"
         k = _checks.integer(name, "k", k, 1)
-        _checks.check_index(name, "avoid", avoid, None, "counts", self.cumulative)
+        avoid = _checks.check_index(name, "avoid", avoid, None, "counts", self.cumulative)
         _checks.check_index_values(name, "avoid", avoid, len(self.cumulative), or_none=True)
         uniform = torch.rand((len(avoid), k), dtype=torch.float64, device=avoid.device, generator=generator)
         # The word's own stretch of [0, 1) is cut out, so that nothing has to be drawn again.
@@ -138,14 +138,13 @@ def negative_sampling(
     center, table = _autocast.cast(center, table)
     _checks.check_matrices(name, "center", center, "table", table)
     N, V = center.shape[0], table.shape[0]
-    _checks.check_index(name, "context", context, N, "center", center)
+    context = _checks.check_index(name, "context", context, N, "center", center)
+    negatives = _checks.as_index(name, "negatives", negatives)
     if weight is not None:
         _arguments.check_weight(name, weight, N, "center", center)
         center, context = (_arguments.of_weighted(weight, each) for each in (center, context))
         negatives = _arguments.of_weighted(weight, negatives, -1)
     _checks.check_index_values(name, "context", context, V)
-    if not isinstance(negatives, Tensor) or negatives.dtype != torch.int64:
-        raise TypeError(f"{name}: negatives must be an int64 tensor, got {negatives!r}")
     if negatives.dim() != 2 or negatives.shape[0] != N:
         raise ValueError(f"{name}: negatives must have shape ({N}, k), got {_checks.shape(negatives)}")
     _checks.check_device(name, "center", center, "negatives", negatives)

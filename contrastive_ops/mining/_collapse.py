@@ -39,9 +39,7 @@ def collapse(found: Found, documents: Tensor | None = None) -> Found:
     """
     name = "collapse"
     indices = found.indices if isinstance(found, TopK) else found
-    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
-        kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-        raise TypeError(f"{name}: found must be an int64 tensor or a TopK, got {kind}")
+    indices = _checks.as_index(name, "found", indices)
     if indices.dim() != 2:
         raise ValueError(f"{name}: found must have two dimensions (N, K), got {_checks.shape(indices)}")
     ids = indices if documents is None else documents_of(name, "found", indices, documents)
@@ -57,7 +55,7 @@ def collapse(found: Found, documents: Tensor | None = None) -> Found:
 
 def documents_of(function: str, name: str, chunks: Tensor, documents: Tensor) -> Tensor:
     """The document of each chunk, -1 for none."""
-    _checks.check_index(function, "documents", documents, None, name, chunks)
+    documents = _checks.check_index(function, "documents", documents, None, name, chunks)
     _checks.check_index_values(function, name, chunks, documents.shape[0], or_none=True)
     if not documents.shape[0]:
         return torch.full_like(chunks, -1)

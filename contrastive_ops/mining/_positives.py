@@ -72,6 +72,8 @@ def parse(function: str, positives: object, query: Tensor, columns: int) -> Posi
     if isinstance(positives, tuple):
         if len(positives) != 2:
             raise TypeError(f"{function}: positives must be (indptr, indices), got a tuple of {len(positives)}")
+        arrays = (_checks.from_array(function, "positives", each) for each in positives)
+        positives = tuple(_checks.as_index(function, "positives", each) for each in arrays)
         check_lists(function, "positives", positives, query, query.new_empty((columns, 0)))
         row, index = torch.repeat_interleave(positives[0].diff()), positives[1]
     else:
@@ -90,12 +92,12 @@ def parse(function: str, positives: object, query: Tensor, columns: int) -> Posi
 
 def _listed(function: str, positives: object, query: Tensor) -> tuple[Tensor, Tensor]:
     rows = query.shape[0]
+    positives = _checks.from_array(function, "positives", positives)
     if not isinstance(positives, Tensor):
         raise TypeError(
             f"{function}: positives must be an int64 tensor or (indptr, indices), got {type(positives).__name__}"
         )
-    if positives.dtype != torch.int64:
-        raise TypeError(f"{function}: positives must be int64, got {positives.dtype}")
+    positives = _checks.as_index(function, "positives", positives)
     if positives.dim() not in (1, 2) or positives.shape[0] != rows:
         raise ValueError(
             f"{function}: positives must have shape ({rows},) or ({rows}, P), got {_checks.shape(positives)}"

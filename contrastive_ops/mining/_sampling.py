@@ -71,10 +71,13 @@ class Sampling:
 
 def check_ids(function: str, sampling: Sampling, query: Tensor, columns: int) -> tuple[Tensor, Tensor] | None:
     """Check the ids against the sizes they are for."""
-    if sampling.ids is not None:
-        for name, ids, size in zip(("query_ids", "corpus_ids"), sampling.ids, (query.shape[0], columns), strict=True):
-            _checks.check_index(function, f"sampling.ids {name}", ids, size, "query", query)
-    return sampling.ids
+    if sampling.ids is None:
+        return None
+    of_queries, of_corpus = sampling.ids
+    return (
+        _checks.check_index(function, "sampling.ids query_ids", of_queries, query.shape[0], "query", query),
+        _checks.check_index(function, "sampling.ids corpus_ids", of_corpus, columns, "query", query),
+    )
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:

@@ -149,7 +149,7 @@ class MemoryBank(State):
         _checks.check_device(name, "the bank", self.rows, "rows", rows)
         for argument, index in (("ids", ids), ("labels", labels)):
             if index is not None:
-                _checks.check_index(name, argument, index, rows.shape[0], "rows", rows)
+                index = _checks.check_index(name, argument, index, rows.shape[0], "rows", rows)
         rows = rows.to(self.rows.dtype)
         # Those that are finite come last, in their order, so that slots need not wait for their number.
         finite, order = rows.isfinite().all(1).sort(stable=True)
@@ -236,7 +236,7 @@ class MemoryBank(State):
         _checks.check_matrices(name, "query", query, "bank", rows)
         for argument, index, stored in (("labels", labels, self.labels), ("ids", ids, self.ids)):
             if index is not None:
-                _checks.check_index(name, argument, index, query.shape[0], "query", query)
+                index = _checks.check_index(name, argument, index, query.shape[0], "query", query)
                 pairs = _with_unequal(pairs or Pairs(), index, stored[: len(ages)], query, rows)
         bias = None
         if max_age is not None:  # a score of -inf takes no part

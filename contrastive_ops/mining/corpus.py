@@ -77,8 +77,7 @@ class Corpus:
 
         Each row is read once, in ascending order, however often it is named.
         """
-        if index.dtype != torch.int64:
-            raise TypeError(f"{self._function}: index of corpus rows must be int64, got {index.dtype}")
+        index = _checks.as_index(self._function, "index of corpus rows", index)
         _checks.check_index_values(self._function, "index of corpus rows", index, self.rows)
         if isinstance(self._source, Tensor):
             return self._source.detach()[index.to(self._source.device)].to(self.device)

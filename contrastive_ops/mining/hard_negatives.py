@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -177,6 +177,7 @@ def mine_hard_negatives(
         >>> mined.indices.shape, list(mined.format("triplet"))
         (torch.Size([4, 5]), ['anchor', 'positive', 'negative'])
     """
+    query = _checks.from_array(FUNCTION, "query", query)
     _checks.check_matrix(FUNCTION, "query", query)
     _checks.check_choice(FUNCTION, "metric", metric, METRICS)
     num_negatives = _checks.integer(FUNCTION, "num_negatives", num_negatives, 1)
@@ -189,7 +190,7 @@ def mine_hard_negatives(
         view = as_corpus(FUNCTION, corpus, query)
         listed = parse(FUNCTION, positives, query, view.rows)
         _check_positives(listed, rules, sampling)
-        check_ids(FUNCTION, sampling, query, view.rows)
+        sampling = replace(sampling, ids=check_ids(FUNCTION, sampling, query, view.rows))
         scored = score(FUNCTION, query, view.take, listed, metric, backend)
         positive = aggregate(scored.values, listed, rules.positive_score)
         selected = selection(FUNCTION, rules, pairs, listed, positive, view.rows)

@@ -85,6 +85,7 @@ class TopKState:
         backend: str = "auto",
     ) -> None:
         function = self._function
+        query = _checks.from_array(function, "query", query)
         _checks.check_matrix(function, "query", query)
         k = _checks.integer(function, "k", k, 1)
         if rows is not None:
@@ -136,7 +137,8 @@ class TopKState:
             ValueError: rows that were seen before, or that the corpus does not have; shapes that do not fit.
             TypeError: a dtype that the state was not started with.
         """
-        self._check_block(block, base_index)
+        block = _checks.from_array(self._function, "block", block)
+        base_index = self._check_block(block, base_index)
         end = base_index + block.shape[0]
         found = self._found
         covered = self._with(((base_index, end),))
@@ -248,7 +250,7 @@ class TopKState:
             }
         return self._problem
 
-    def _check_block(self, block: Tensor, base_index: int) -> None:
+    def _check_block(self, block: Tensor, base_index: int) -> int:
         function, query = self._function, self._given
         _checks.check_matrix(function, "block", block)
         if block.dtype != query.dtype:
@@ -257,7 +259,7 @@ class TopKState:
                 f"{block.dtype}\n  convert the block, or start a state for each dtype"
             )
         _checks.check_matrices(function, "query", query, "block", block)
-        base_index = _checks.integer(function, "base_index", base_index, 0)
+        return _checks.integer(function, "base_index", base_index, 0)
 
     def _check_same(self, other: TopKState) -> None:
         function = f"{self._function}.merge"

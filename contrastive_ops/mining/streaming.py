@@ -86,6 +86,7 @@ def search(
         (torch.Size([3, 10]), True)
     """
     name = "search"
+    query = _checks.from_array(name, "query", query)
     _checks.check_matrix(name, "query", query)
     if block_rows is not None:
         block_rows = _checks.integer(name, "block_rows", block_rows, 1)

@@ -59,6 +59,8 @@ class RouterProblem:
         if valid is not None:  # what padding has for a segment and for experts is not looked at
             _check_like(function, "valid", valid, torch.bool, (tokens,), logits)
             segments, allowed = (_of_valid(each, valid) for each in (segments, allowed))
+        if segments is not None:
+            segments = _checks.as_index(function, "segments", segments)
         count = _segments(function, segments, num_segments, logits)
         mask, given = _allowed(function, allowed, k, logits)
         if given is not None:  # a token that is given no expert is left out
@@ -185,8 +187,9 @@ def _allowed(function: str, allowed: Tensor | None, k: int, logits: Tensor) -> t
     if isinstance(allowed, Tensor) and allowed.dtype == torch.bool:
         _check_like(function, "allowed", allowed, torch.bool, (tokens, experts), logits)
         return allowed, None
-    if isinstance(allowed, Tensor) and allowed.dtype == torch.int64:
-        given = allowed[:, None] if allowed.dim() == 1 and k == 1 else allowed
+    if isinstance(allowed, Tensor) and allowed.dtype in _checks.INTEGERS:
+        given = _checks.as_index(function, "allowed", allowed)
+        given = given[:, None] if given.dim() == 1 and k == 1 else given
         _check_like(function, "allowed", given, torch.int64, (tokens, k), logits)
         _checks.check_index_values(function, "allowed", given, experts, or_none=True, waits=False)
         if k > 1:

@@ -98,6 +98,7 @@ def grouped_matmul(
     if isinstance(offsets, Routing):
         check_rows(name, "a", a, len(offsets.slots), offsets)
         slots, order, offsets = offsets.slots, offsets.order, offsets.offsets
+    offsets = _checks.as_index(name, "offsets", offsets)
     _check(name, a, b, offsets, bias, a.shape[0] if order is None else order.shape[0])
     backend = choose(name, BACKENDS, a, backend)
     return torch.ops.contrastive_ops.grouped_matmul_forward(a, b, offsets, bias, slots, order, backend)

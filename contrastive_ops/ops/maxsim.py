@@ -190,12 +190,13 @@ def _checked_pairs(function: str, q: Packed, d: Packed, pairs: object) -> tuple[
         raise ValueError(f"{function}: documents must have shape (B, L, D) where pairs are given, got lists")
     if not isinstance(pairs, tuple) or len(pairs) != 2:
         raise TypeError(f"{function}: pairs must be a tuple of 2 tensors, got {type(pairs).__name__}")
-    size = None
+    size, found = None, []
     for side, index, sets in (("queries", pairs[0], q), ("documents", pairs[1], d)):
-        _checks.check_index(function, f"pairs of the {side}", index, size, side, sets.tokens)
+        index = _checks.check_index(function, f"pairs of the {side}", index, size, side, sets.tokens)
         _checks.check_index_values(function, f"pairs of the {side}", index, sets.shape[0])
         size = index.shape[0]
-    return pairs
+        found.append(index)
+    return found[0], found[1]
 
 
 def _check(function: str, q: Packed, d: Packed, k: int, reduce: str) -> None:

@@ -143,7 +143,7 @@ class _Resolver:
 
     def _ids(self, name: str, ids: tuple[Tensor, Tensor], rows: Slot, cols: Slot) -> None:
         for side, of, like, slot in (("rows", ids[0], self.x, rows), ("columns", ids[1], self.y, cols)):
-            _checks.check_index(self.function, f"pairs.{name} of the {side}", of, like.shape[0], "x", self.x)
+            of = _checks.check_index(self.function, f"pairs.{name} of the {side}", of, like.shape[0], "x", self.x)
             self.data[slot] = of
 
     def _bound(self, name: str, value: Bound | tuple[Bound, ...], rows: Slot, cols: Slot, both: object) -> None:
@@ -199,8 +199,8 @@ def check_lists(
     """
     indptr, indices = lists[:2]
     n, m = x.shape[0], y.shape[0]
-    _checks.check_index(function, f"{name} indptr", indptr, n + 1, "x", x)
-    _checks.check_index(function, f"{name} indices", indices, None, "x", x)
+    indptr = _checks.check_index(function, f"{name} indptr", indptr, n + 1, "x", x)
+    indices = _checks.check_index(function, f"{name} indices", indices, None, "x", x)
     if not _checks.may_read(indptr, waits=True):
         return indptr, indices, torch.arange(indices.shape[0], device=indices.device)
     lengths = indptr.diff()

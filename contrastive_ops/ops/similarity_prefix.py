@@ -155,7 +155,7 @@ def prefix_folds(
     checked_dims = check_dims(function, dims, x_name, x)
     factor = _checks.one_number(function, "scale", scale, x_name, x)
     if target is not None:
-        _checks.check_index(function, "target", target, x.shape[0], x_name, x)
+        target = _checks.check_index(function, "target", target, x.shape[0], x_name, x)
     rules = _rules(function, pairs, x, columns)
     diagonal = None if pairs is None else pairs.diagonal
     ids = rules.get(Slot.DIFFER_ROWS), rules.get(Slot.DIFFER_COLS)

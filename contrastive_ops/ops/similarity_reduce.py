@@ -216,6 +216,7 @@ def fold(
     by_rows, by_cols = directions(names[0], dim)
     if not reduce:
         raise ValueError(f"{names[0]}: reduce must name at least one fold, got ()")
+    target = None if target is None else _checks.as_index(names[0], "target", target)
     x, y, row_bias, col_bias = prepare(names, x, y, row_bias, col_bias, target)
     sets = LogitSets(names, x, y)
     if target is not None or linear is not None:
@@ -333,6 +334,7 @@ def weighted_total(
     Returns:
         The total, 0-d.
     """
+    target = None if target is None else _checks.as_index(names[0], "target", target)
     x, y_or_none, row_bias, col_bias = prepare(names, x, y, row_bias, col_bias, target)
     sets = LogitSets(names, x, y_or_none)
     folds = (SetFold(sets.add(scale, pairs), kind, cols=False),)

@@ -100,10 +100,11 @@ def packed(function: str, name: str, sets: Tensor | TokenSets, lists: bool = Fal
         raise TypeError(f"{function}: {name}.tokens must be a tensor, got {type(tokens).__name__}")
     if sets.offsets is not None:
         _checks.check_matrix(function, name, tokens)
-        _check_offsets(function, name, sets.offsets, tokens)
+        offsets = _checks.check_index(function, f"{name}.offsets", sets.offsets, None, name, tokens)
+        _check_offsets(function, name, offsets, tokens)
         _check_mask(function, name, sets.mask, tokens)
         tokens = tokens if sets.mask is None else left_out(tokens, sets.mask)
-        return Packed(tokens, sets.offsets, sets.mask, (sets.offsets.shape[0] - 1,), None)
+        return Packed(tokens, offsets, sets.mask, (offsets.shape[0] - 1,), None)
     if tokens.dim() != 3 and not (lists and tokens.dim() == 4):
         shapes = "(B, L, D) or (N, K, L, D)" if lists else "(B, L, D)"
         raise ValueError(
@@ -159,7 +160,6 @@ def _check_mask(function: str, name: str, mask: object, tokens: Tensor) -> None:
 
 
 def _check_offsets(function: str, name: str, offsets: Tensor, tokens: Tensor) -> None:
-    _checks.check_index(function, f"{name}.offsets", offsets, None, name, tokens)
     if offsets.shape[0] == 0:
         raise ValueError(f"{function}: {name}.offsets must have shape (B + 1,), got (0,)")
     # Only what is at hand is read: not a traced tensor, and not one on a GPU, which every call would have to wait for.
