@@ -134,6 +134,20 @@ def test_all_rows_of_weight_0():
         )
 
 
+@pytest.mark.parametrize("name", ["matryoshka_info_nce", "matryoshka_clip", "matryoshka_nt_xent"])
+def test_a_prefix_of_weight_0(name):
+    inputs, case = LOSSES[name].inputs(6, 8), LOSSES[name]
+    first, second = (key for key, t in inputs.items() if t.dim() == 2)
+    given = {**inputs, first: inputs[first].detach().clone(), second: inputs[second].detach().clone()}
+    given[first][1, 6] = torch.nan  # in the longest prefix alone
+    given = {key: t.requires_grad_() if t.is_floating_point() else t for key, t in given.items()}
+    found = case(given, dims=[2, 4, 8], dim_weights=[1.0, 0.5, 0.0])
+    alone = case(inputs, dims=[2, 4], dim_weights=[1.0, 0.5])
+    torch.testing.assert_close(found, alone)
+    for a, b in zip(*(torch.autograd.grad(v, leaves(g)) for v, g in ((found, given), (alone, inputs))), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # ---- Other masks of losses and primitives --------------------------------------------------------------------------
 
 

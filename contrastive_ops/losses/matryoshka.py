@@ -101,7 +101,7 @@ def matryoshka_info_nce(
         target = own_column(name, query, key)
     else:
         target = checked_target(name, "target", target, "query", query, key.shape[0])
-    weights = _dim_weights(name, check_dims(name, dims, "query", query), dim_weights)
+    dims, weights = _dims(name, check_dims(name, dims, "query", query), dim_weights)
     rows, _, own = prefix_folds(
         (name, "query", "key"),
         query,
@@ -185,7 +185,7 @@ def matryoshka_clip(
         partners=True,
     )
     check_pairs(name, pairs)
-    weights = _dim_weights(name, check_dims(name, dims, "image", image), dim_weights)
+    dims, weights = _dims(name, check_dims(name, dims, "image", image), dim_weights)
     rows, cols, own = prefix_folds(
         (name, "image", "text"),
         image,
@@ -259,7 +259,7 @@ def matryoshka_nt_xent(
         reduction=reduction,
         partners=True,
     )
-    weights = _dim_weights(name, check_dims(name, dims, "z0", z0), dim_weights)
+    dims, weights = _dims(name, check_dims(name, dims, "z0", z0), dim_weights)
     count = z0.shape[0]
     rows, _, own = prefix_folds(
         (name, "z0", "z1"),
@@ -275,16 +275,18 @@ def matryoshka_nt_xent(
     return _arguments.reduce_rows(_row_losses(weights, own, rows), None, reduction)
 
 
-def _dim_weights(function: str, dims: list[int], weights: Sequence[float] | None) -> list[float]:
-    """The weight of each prefix."""
+def _dims(function: str, dims: list[int], weights: Sequence[float] | None) -> tuple[list[int], list[float]]:
+    """The prefixes and the weight of each; those of weight 0 are left out, unless all are."""
     if weights is None:
-        return [1.0] * len(dims)
+        return dims, [1.0] * len(dims)
     found = _checks.listed(function, "dim_weights", weights)
     if len(found) != len(dims):
         raise ValueError(
             f"{function}: dim_weights must be as many as dims, got {len(found)} weights and {len(dims)} dims"
         )
-    return [_checks.number(function, "dim_weights", each, "[0, inf)") for each in found]
+    numbers = [_checks.number(function, "dim_weights", each, "[0, inf)") for each in found]
+    used = [place for place, number in enumerate(numbers) if number] or list(range(len(numbers)))
+    return [dims[place] for place in used], [numbers[place] for place in used]
 
 
 def _row_losses(weights: list[float], own: Tensor | None, *folds: Tensor | None) -> Tensor:

@@ -375,7 +375,7 @@ def pair_bce(
         rows, cols, labels = (_arguments.of_weighted(weight, each) for each in (rows, cols, labels))
         if rows.shape[0]:  # a pair that counts in place of one that does not: what row 0 holds may count nowhere
             used, first = weight != 0, (weight != 0).to(torch.uint8).argmax()
-            rows, cols = (torch.where(used, each, each[first]) for each in (rows, cols))
+            rows, cols = (torch.where(used, each, each.index_select(0, first.view(1))) for each in (rows, cols))
     _checks.check_index_values(name, "rows", rows, x.shape[0])
     _checks.check_index_values(name, "cols", cols, y.shape[0])
     labels = checked_labels(name, "labels", labels, rows.shape[0], "x", x)

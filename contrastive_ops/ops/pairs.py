@@ -77,7 +77,9 @@ class Pairs:
 
     Note:
         Bounds and the guide decide and are not differentiated. NaN similarities pass every bound, so that they
-        propagate. Not differentiable in ``log_weight``: a table that requires a gradient is refused.
+        propagate. A pair that a rule drops reaches no value, whatever its rows hold; in gradients it has weight 0, and
+        0 times NaN is NaN: fill rows that take part in no pair with zeros. Not differentiable in ``log_weight``: a
+        table that requires a gradient is refused.
     """
 
     diagonal: int | None = None
