@@ -72,11 +72,23 @@ def register(backends: Mapping[str, Backend]) -> None:
 
 def products(x: Tensor, y: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
     """Matrices whose inner products are minus the squared distances of (N, D) from (M, D), two more dimensions."""
-    x, y = x - origin, y - origin
-    return (
-        torch.cat([2 * x, -x.square().sum(1, keepdim=True), x.new_ones((x.shape[0], 1))], 1),
-        torch.cat([y, y.new_ones((y.shape[0], 1)), -y.square().sum(1, keepdim=True)], 1),
-    )
+    D = x.shape[1]
+    left, right = (side.new_ones((side.shape[0], D + 2)) for side in (x, y))
+    left[:, D], right[:, D + 1] = -_squared_lengths(x, origin, left), -_squared_lengths(y, origin, right)
+    left[:, :D] *= 2
+    return left, right
+
+
+def _squared_lengths(x: Tensor, origin: Tensor, kept: Tensor | None = None) -> Tensor:
+    """(N,) squared lengths of the rows less a common one, which are written into the first columns of `kept`."""
+    squared = x.new_empty(x.shape[:1])
+    step = max(1, CHUNK_ELEMENTS // max(x.shape[1], 1)) if x.device.type == "cpu" else max(1, x.shape[0])
+    for part in chunks_of_rows(x.shape[0], step):
+        apart = x[part] - origin
+        if kept is not None:
+            kept[part, :-2] = apart
+        squared[part] = apart.square_().sum(1)
+    return squared
 
 
 def rounding(x: Tensor) -> float:
@@ -164,8 +176,13 @@ class _Pass:
 
     def __post_init__(self) -> None:
         p = self.problem
-        self.left, self.right = products(p.x, p.y, self.origin)
-        self.squared = -self.left[:, -2]
+        if p.x.shape[0] == 1 and not _capturing(p.x) and torch.equal(p.x[0], self.origin):
+            # The lengths are the distances.
+            self.left, self.right = p.x.new_ones((1, 1)), -_squared_lengths(p.y, self.origin)[:, None]
+            self.squared = p.x.new_zeros(1)
+        else:
+            self.left, self.right = products(p.x, p.y, self.origin)
+            self.squared = -self.left[:, -2]
         self.kappa = rounding(p.x)
         layout = p.layout
         self.set = layout.sets[0]
@@ -258,7 +275,7 @@ def _nearest(problem: Problem, k: int, floor: Tensor | None, count_above: Tensor
     if not x.shape[0] or not y.shape[0]:
         values, indices, *numbers = _nearest_fake(x, k, floor, count_above, "")
         return values.fill_(-torch.inf), indices.fill_(-1), *(each.zero_() for each in numbers)
-    width = k + k // 4 + 8
+    width = k + k // 4 + 4
     searched = _Pass(problem, common_row(x), width)
     values, indices, certified, statistics = searched.search(k, floor, count_above)
     if not _capturing(x) and not bool(certified.all()):
@@ -335,7 +352,14 @@ def _differences(x: Tensor, y: Tensor, indices: Tensor, part: slice) -> Tensor:
 def _distances(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
     if not y.shape[0] or not x.shape[0]:
         return x.new_zeros(indices.shape)
-    return torch.cat([0.0 - _differences(x, y, indices, part).square().sum(2) for part in _steps(x, indices)])
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):  # for second derivatives
+        return torch.cat([0.0 - _differences(x, y, indices, part).square().sum(2) for part in _steps(x, indices)])
+    values = x.new_empty(indices.shape)
+    for part in _steps(x, indices):
+        column = indices[part].clamp_min(0)
+        apart = y.index_select(0, column.flatten()).view(*column.shape, -1).sub_(x[part, None])
+        values[part] = 0.0 - apart.square_().sum(2)
+    return values.masked_fill_(indices < 0, 0.0)
 
 
 def _distances_backward(x: Tensor, y: Tensor, indices: Tensor, d_values: Tensor, needs: int) -> tuple[Tensor, Tensor]:
