@@ -371,7 +371,7 @@ X, W = torch.ones(3, 2), torch.ones(4, 2)
     "call,error,message",
     [
         (
-            lambda: linear_log_prob(V, torch.ones(2, 3), V),
+            lambda: linear_log_prob(V[0], torch.ones(2, 3), V),
             ValueError,
             "linear_log_prob: hidden must be a tensor (..., D)",
         ),
@@ -392,7 +392,7 @@ X, W = torch.ones(3, 2), torch.ones(4, 2)
             ValueError,
             "bias must have shape (4,)",
         ),
-        (lambda: linear_kl(V, W, X, W), ValueError, "linear_kl: hidden must be a tensor (..., D)"),
+        (lambda: linear_kl(V[0], W, X, W), ValueError, "linear_kl: hidden must be a tensor (..., D), got ()"),
         (
             lambda: linear_kl(X, W, X[:2], W),
             ValueError,

@@ -57,13 +57,13 @@ def divergence(
 # ---- Chunks --------------------------------------------------------------------------------------------------------
 
 
-def _chunks(x: Tensor, y: Tensor) -> Iterator[slice]:
+def chunks(x: Tensor, y: Tensor) -> Iterator[slice]:
     """A chunk of logits is no larger than the matrix of classes, whose gradient takes as much, or about a million."""
     rows = max(CHUNK_ELEMENTS // max(y.shape[0], 1), min(_ROWS, y.shape[1]))
     return chunks_of_rows(x.shape[0], max(rows, 1))
 
 
-def _pieces(rows: slice, y: Tensor) -> Iterator[tuple[slice, slice]]:
+def pieces(rows: slice, y: Tensor) -> Iterator[tuple[slice, slice]]:
     """Rows of all, and the same as rows of the chunk. On a GPU the chunk is one piece: there each operation costs."""
     count = rows.stop - rows.start
     step = max(1, _PIECE // max(y.shape[0], 1)) if y.device.type == "cpu" else max(count, 1)
@@ -71,16 +71,16 @@ def _pieces(rows: slice, y: Tensor) -> Iterator[tuple[slice, slice]]:
         yield slice(rows.start + piece.start, rows.start + piece.stop), piece
 
 
-class _Softmax:
+class Softmax:
     """The logits of one chunk of rows at a time, always in the same memory; the matrix of classes is widened once."""
 
-    def __init__(self, x: Tensor, y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self.x, self.y, self.bias = x.to(dtype), y.to(dtype), bias
+    def __init__(self, x: Tensor, y: Tensor, bias: Tensor | None, dtype: torch.dtype, softcap: float = 0.0) -> None:
+        self.x, self.y, self.bias, self.softcap = x.to(dtype), y.to(dtype), bias, softcap
         self.logits = self.y.new_empty(0)
-        self._memory = self.logits
+        self._memory = self._slope = self.logits
 
-    def multiply(self, rows: slice) -> None:
-        """Make the logits of these rows."""
+    def multiply(self, rows: slice, slope: bool = False) -> None:
+        """Make the logits of these rows, and for `times_slope` what backward multiplies with."""
         x, size = self.x[rows], (rows.stop - rows.start) * self.y.shape[0]
         if self._memory.shape[0] < size:
             self._memory = self.y.new_empty(size)
@@ -89,6 +89,15 @@ class _Softmax:
             torch.mm(x, self.y.T, out=self.logits)
         else:
             torch.addmm(self.bias, x, self.y.T, out=self.logits)
+        if self.softcap:
+            self.logits.div_(self.softcap).tanh_()
+            self._slope = 1 - self.logits.square() if slope else self._slope
+            self.logits.mul_(self.softcap)
+
+    def times_slope(self) -> None:
+        """Turn derivatives by capped logits, in the place of the logits, into those by the product."""
+        if self.softcap:
+            self.logits.mul_(self._slope)
 
     def log_p(self, piece: slice) -> Tensor:
         """log p of rows of the chunk, in the place of their logits."""
@@ -105,11 +114,11 @@ class _Softmax:
 
 def _softmaxes(
     x: Tensor, y: Tensor, bias: Tensor | None, qx: Tensor | None, qy: Tensor | None, q_bias: Tensor | None
-) -> tuple[_Softmax, _Softmax]:
+) -> tuple[Softmax, Softmax]:
     """p and q; p twice where there is no other."""
     dtype = accumulator(x.dtype)
-    p = _Softmax(x, y, bias, dtype)
-    return p, p if qx is None or qy is None else _Softmax(qx, qy, q_bias, dtype)
+    p = Softmax(x, y, bias, dtype)
+    return p, p if qx is None or qy is None else Softmax(qx, qy, q_bias, dtype)
 
 
 def _times_log(p: Tensor, log_p: Tensor) -> Tensor:
@@ -143,11 +152,11 @@ def _forward(
     second = torch.empty_like(first)
     with _autocast.disabled(x):
         p, q = _softmaxes(x, y, bias, qx, qy, q_bias)
-        for chunk in _chunks(x, y):
+        for chunk in chunks(x, y):
             p.multiply(chunk)
             if target is None:
                 q.multiply(chunk)
-            for rows, piece in _pieces(chunk, y):
+            for rows, piece in pieces(chunk, y):
                 if target is None:
                     first[rows] = _kl(p.log_p(piece), q.log_p(piece), kind)
                     continue
@@ -171,17 +180,17 @@ def _backward(
     d_second: Tensor | None,
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dy, dbias = _empty_gradients(x, y, needs)
+    dx, dy, dbias = empty_gradients(x, y, needs)
     dx, dy, dbias = dx.zero_(), dy.zero_(), dbias.zero_()
     zeros = torch.zeros_like(second)
     d_first, d_second = (zeros if d is None else d for d in (d_first, d_second))
     with _autocast.disabled(x):
         p, q = _softmaxes(x, y, bias, qx, qy, q_bias)
-        for chunk in _chunks(x, y):
+        for chunk in chunks(x, y):
             p.multiply(chunk)
             if target is None:
                 q.multiply(chunk)
-            for rows, piece in _pieces(chunk, y):
+            for rows, piece in pieces(chunk, y):
                 by_first, by_second, of_second = (each[rows, None] for each in (d_first, d_second, second))
                 if target is None:
                     g = _of_divergence(p.log_p(piece), q.log_p(piece), by_first, kind)
@@ -223,7 +232,7 @@ def _of_divergence(log_p: Tensor, log_q: Tensor, by_value: Tensor, kind: str) ->
 # ---- Operators -----------------------------------------------------------------------------------------------------
 
 
-def _empty_gradients(x: Tensor, y: Tensor, needs: int) -> tuple[Tensor, Tensor, Tensor]:
+def empty_gradients(x: Tensor, y: Tensor, needs: int) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, y and bias, without rows where they are not needed."""
     sizes = (x.shape[0], *x.shape[1:]), (y.shape[0], *y.shape[1:]), (y.shape[0],)
     wanted = (size if needs >> bit & 1 else (0, *size[1:]) for bit, size in enumerate(sizes))
@@ -295,5 +304,5 @@ define(
     f"({_PROBLEM}, Tensor second, Tensor? d_first, Tensor? d_second, int needs)"
     " -> (Tensor dx, Tensor dy, Tensor dbias)",
     _backward,
-    lambda x, y, *rest: _empty_gradients(x, y, rest[-1]),
+    lambda x, y, *rest: empty_gradients(x, y, rest[-1]),
 )

@@ -4,6 +4,8 @@ gradients                              multiply-adds (2 each), T rows, V classes
 linear_log_prob                   recomputed in backward, or kept        8 T V D, 6 if kept
 linear_log_prob, entropy          recomputed in backward (plain torch)   8 T V D
 linear_cross_entropy, mean, sum   in the forward pass (weighted_total)   6 T V D
+  with a z-loss                   recomputed in backward, or kept        8 T V D, 6 if kept
+  capped, of probabilities        recomputed in backward (plain torch)   8 T V D
 linear_kl                         recomputed in backward (plain torch)   8 T V D, and 4 T V D for the reference
 """
 
@@ -17,9 +19,9 @@ from torch import Tensor
 from .. import _autocast, _checks
 from .._masks import left_out
 from .._ordered import ordered_sum
-from ..ops.similarity_reduce import fold, needs_gradient, weighted_total
-from ..reference.similarity_reduce import softplus
-from . import _arguments, _linear_chunks
+from ..ops.similarity_reduce import needs_gradient
+from . import _arguments, _linear_chunks, _linear_targets
+from ._linear_problem import Options, Problem, cap_of, check_entries, checked, of_used, spread
 
 DIRECTIONS = ("reverse", "forward")
 
@@ -44,6 +46,7 @@ def linear_log_prob(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     entropy: bool = False,
+    softcap: float | None = None,
     memory_budget: int | None = None,
     backend: str = "auto",
 ) -> Tensor | LogProb:
@@ -63,6 +66,8 @@ def linear_log_prob(
         ignore_index: a label that stands for none; such rows are left out of the work, and have value and gradient 0.
         entropy: also return the entropy of each row. With "auto" and "reference", both are then made of the same
             logits by plain torch, in chunks; with another backend, the entropy alone is.
+        softcap: logits are ``softcap * tanh(logits / softcap)``, as those of Gemma 2; made by plain torch, in chunks,
+            and without entropies. None for no cap.
         memory_budget: bytes of logits kept for backward; see `similarity_reduce`.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
@@ -88,8 +93,16 @@ def linear_log_prob(
         torch.Size([2])
     """
     name = "linear_log_prob"
-    problem = _Problem(name, hidden, weight, labels, bias, ignore_index)
+    cap = cap_of(name, softcap)
+    if cap and entropy:
+        raise NotImplementedError(
+            f"{name}: entropy must be False with softcap, got True\n  the log-probabilities have both"
+        )
+    problem = Problem(name, hidden, weight, labels, bias, ignore_index)
     with _autocast.disabled(problem.rows):
+        if cap:
+            given = (problem.rows, problem.weight, problem.bias, problem.target)
+            return problem.spread(-_linear_targets.losses_and_lse(*given, None, 0.0, cap)[0])
         if entropy and backend in ("auto", "reference"):
             found = _linear_chunks.log_prob_and_entropy(problem.rows, problem.weight, problem.bias, problem.target)
             return LogProb(*map(problem.spread, found))
@@ -106,8 +119,12 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     token_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
     reduction: str = "mean",
     memory_budget: int | None = None,
     backend: str = "auto",
@@ -117,69 +134,92 @@ def linear_cross_entropy(
     Equivalent to::
 
         logits = F.linear(hidden, weight, bias).float().flatten(0, -2)
-        loss = F.cross_entropy(logits, labels.flatten(), ignore_index=ignore_index, reduction="none")
-        (token_weight.flatten() * loss).sum() / token_weight[labels != ignore_index].sum()
+        logits = softcap * torch.tanh(logits / softcap)                               # where there is one
+        options = {"weight": class_weight, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
+        loss = F.cross_entropy(logits, labels.flatten(), reduction="none", **options)
+        size = (token_weight.flatten() * class_weight[labels.flatten()])[labels.flatten() != ignore_index].sum()
+        (token_weight.flatten() * loss).sum() / size
+        # with z_loss, of the same tokens, whatever their classes weigh
+        + z_loss * (token_weight.flatten() * logits.logsumexp(1).square()).sum() / token_weight.sum()
 
     Args:
         hidden: (..., D) float32, bfloat16, float16 or float64, such as (B, L, D).
         weight: (V, D) of the same dtype, as `torch.nn.Linear` stores it.
-        labels: int64, shaped as ``hidden`` without its last dimension; in [0, V), or `ignore_index`.
+        labels: int64, shaped as ``hidden`` without its last dimension; in [0, V), or `ignore_index`. Or probabilities
+            (..., V) of any floating dtype, differentiable, such as those of a teacher.
         bias: (V,).
-        ignore_index: a label that stands for none; such rows are left out of the work.
+        ignore_index: a label that stands for none; such rows are left out of the work. None: -100. Probabilities have
+            none.
         token_weight: shaped as ``labels``, the weight of each row; the mean divides by the sum of those that are used.
             Differentiable. With ``reduction="sum"`` of any sign, such as advantages: a policy gradient. A row of weight
             0 is left out like one whose label is ignored, whatever it and its label hold.
+        class_weight: (V,) the weight of each class, torch's ``weight``; not differentiable. As in torch, the mean
+            divides by the weights of the labels, but by the number of rows where labels are probabilities.
+        label_smoothing: share in [0, 1] of the target that is spread evenly over the classes.
+        z_loss: weight of the squared logsumexp, which keeps logits from drifting (Liger's ``lse_square_scale``).
+        softcap: logits are ``softcap * tanh(logits / softcap)``, as those of Gemma 2. None for no cap.
         reduction: "mean", "sum" or "none".
         memory_budget: bytes of logits kept for backward with ``reduction="none"``; see `similarity_reduce`.
-        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        backend: "auto", "reference", "cpu", "triton" or "cuda". Capped logits and probabilities are the work of plain
+            torch on all of them, whose products may depend on the number of threads in the last digit.
 
     Returns:
-        0-d, or shaped as ``labels`` for ``reduction="none"``, in float32 (float64 for float64 inputs). The mean is 0
-        where every label is ignored.
+        0-d, or shaped as ``hidden`` without its last dimension for ``reduction="none"``, in float32 (float64 for
+        float64 inputs). The mean is 0 where every label is ignored.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `similarity_reduce`; a negative weight in a mean.
 
     Note:
-        Memory O((T + V) D) for T rows. A mean or sum forms its gradients in the forward pass: 6 T V D.
+        Memory O((T + V) D) for T rows, beside that of probabilities. A mean or sum forms its gradients in the forward
+        pass: 6 T V D; with `z_loss`, `softcap` or probabilities they are recomputed in backward: 8 T V D.
+
+    Source:
+        Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2024. The z-loss: Chowdhery et al., PaLM,
+        2022. Options and their meaning as in ``torch.nn.functional.linear_cross_entropy`` of torch 2.13.
 
     Example:
         >>> hidden, head, labels = torch.randn(2, 5, 16), torch.nn.Linear(16, 100), torch.randint(100, (2, 5))
-        >>> loss = linear_cross_entropy(hidden, head.weight, labels, bias=head.bias)
-        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(head(hidden).mT, labels), atol=1e-5)
+        >>> loss = linear_cross_entropy(hidden, head.weight, labels, bias=head.bias, label_smoothing=0.1)
+        >>> truth = torch.nn.functional.cross_entropy(head(hidden).mT, labels, label_smoothing=0.1)
+        >>> torch.allclose(loss, truth, atol=1e-5)
         True
     """
     name = "linear_cross_entropy"
     _arguments.check_reduction(name, reduction)
+    options = Options(
+        _checks.number(name, "label_smoothing", label_smoothing, "[0, 1]"),
+        _checks.number(name, "z_loss", z_loss, "[0, inf)"),
+        cap_of(name, softcap),
+        class_weight,
+    )
     flat = None
     if token_weight is not None:
-        _check_entries(name, "token_weight", token_weight, hidden)
+        check_entries(name, "token_weight", token_weight, hidden)
         flat = token_weight.reshape(-1)
         if reduction == "mean":
             _arguments.check_weight(name, flat, flat.shape[0], "hidden", hidden, "token_weight")
-    problem = _Problem(name, hidden, weight, labels, bias, ignore_index, flat)
+    problem = Problem(name, hidden, weight, labels, bias, ignore_index, flat, options)
     share = problem.used.to(_checks.accumulator(problem.rows.dtype))
     if flat is not None:
         share = left_out(flat.to(share.dtype), problem.used)
+    used_share = share if problem.places is None else share[problem.places]
     with _autocast.disabled(problem.rows):
         given = (problem.rows, problem.weight, problem.bias, token_weight)
-        if reduction == "none" or not needs_gradient(*given):
-            losses = problem.spread(-problem.log_prob(memory_budget, backend))
+        if reduction == "none" or not needs_gradient(*given, problem.target) or not problem.weighted_total_has(options):
+            losses, squares = problem.losses(options, memory_budget, backend)
             if reduction == "none":
-                return losses if token_weight is None else losses * share.view(labels.shape)
-            total = ordered_sum(losses.reshape(-1) * share)
+                losses = problem.spread(losses if squares is None else losses + squares)
+                return losses if token_weight is None else losses * share.view(problem.shape)
+            total = ordered_sum(losses * used_share)
+            more = None if squares is None else ordered_sum(squares * used_share)
         else:
-            total = weighted_total(
-                problem.rows,
-                problem.weight,
-                scale=1.0,
-                col_bias=problem.bias,
-                target=problem.target,
-                weight=share if problem.places is None else share[problem.places],
-                names=problem.names,
-                backend=backend,
-            )
-    return total if reduction == "sum" else _arguments.divide(total, share, share)
+            total, more = problem.total(options, used_share, backend), None
+    if reduction == "sum":
+        return total if more is None else total + more
+    sizes = used_share if problem.own is None else used_share * problem.own
+    mean = _arguments.divide(total, sizes, sizes)
+    return mean if more is None else mean + _arguments.divide(more, used_share, used_share)
 
 
 def linear_kl(
@@ -238,9 +278,9 @@ def linear_kl(
     """
     name = "linear_kl"
     _checks.check_choice(name, "direction", direction, DIRECTIONS)
-    rows, weight, bias = _checked(name, ("hidden", hidden), ("weight", weight), ("bias", bias))
+    rows, weight, bias = checked(name, ("hidden", hidden), ("weight", weight), ("bias", bias))
     of_reference = ("reference_hidden", reference_hidden), ("reference_weight", reference_weight)
-    q_rows, q_weight, q_bias = _checked(name, *of_reference, ("reference_bias", reference_bias))
+    q_rows, q_weight, q_bias = checked(name, *of_reference, ("reference_bias", reference_bias))
     shape = hidden.shape[:-1]
     if reference_hidden.shape[:-1] != shape:
         raise ValueError(
@@ -253,99 +293,11 @@ def linear_kl(
         )
     _checks.check_device(name, "hidden", rows, "reference_hidden", q_rows)
     used = torch.ones(shape, dtype=torch.bool, device=rows.device) if mask is None else mask
-    _check_entries(name, "mask", used, hidden)
+    check_entries(name, "mask", used, hidden)
     if used.dtype != torch.bool:
         raise TypeError(f"{name}: mask must be bool, got {used.dtype}")
     used = used.reshape(-1)
-    places, (rows, q_rows) = _of_used(used, rows, q_rows)
+    places, (rows, q_rows) = of_used(used, rows, q_rows)
     with _autocast.disabled(rows):
         found = _linear_chunks.divergence(rows, weight, bias, q_rows, q_weight, q_bias, direction)
-    return _spread(found, used, places).view(shape)
-
-
-# ---- What they share -----------------------------------------------------------------------------------------------
-
-
-class _Problem:
-    """The rows that have a label, as the primitives take them."""
-
-    def __init__(
-        self,
-        name: str,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        bias: Tensor | None,
-        ignore_index: int,
-        token_weight: Tensor | None = None,
-    ) -> None:
-        self.names = (name, "hidden", "weight")
-        self.rows, self.weight, self.bias = _checked(name, ("hidden", hidden), ("weight", weight), ("bias", bias))
-        _check_entries(name, "labels", labels, hidden)
-        target = labels.reshape(-1)
-        target = _checks.check_index(name, "labels", target, self.rows.shape[0], "hidden", self.rows)
-        self.shape, self.used = labels.shape, target != ignore_index
-        if token_weight is not None:
-            self.used = self.used & (token_weight.detach() != 0)
-        self.places, (self.rows, self.target) = _of_used(self.used, self.rows, target)
-        _checks.check_index_values(name, "labels", self.target, weight.shape[0])
-
-    def log_prob(self, memory_budget: int | None, backend: str) -> Tensor:
-        """The log-probability of each row that has a label."""
-        folded = fold(
-            self.rows,
-            self.weight,
-            col_bias=self.bias,
-            target=self.target,
-            memory_budget=memory_budget,
-            names=self.names,
-            backend=backend,
-        )
-        return -softplus(folded.rows[0] - folded.target)
-
-    def spread(self, values: Tensor) -> Tensor:
-        """Values of these rows in the shape of the labels."""
-        return _spread(values, self.used, self.places).view(self.shape)
-
-
-def _checked(
-    name: str, hidden: tuple[str, Tensor], weight: tuple[str, Tensor], bias: tuple[str, Tensor | None]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The rows, classes and bias of one softmax, cast as autocast asks."""
-    (hidden_name, x), (weight_name, y), (bias_name, b) = hidden, weight, bias
-    x, y, b = _autocast.cast(x, y, b)
-    if not isinstance(x, Tensor) or x.dim() < 2:
-        raise ValueError(f"{name}: {hidden_name} must be a tensor (..., D), got {x!r}")
-    rows = x.flatten(0, -2)  # not reshape, which cannot tell how many rows of no numbers there are
-    _checks.check_matrices(name, hidden_name, rows, weight_name, y)
-    if b is not None:
-        _checks.check_vector(name, bias_name, b, y.shape[0], hidden_name, rows)
-    return rows, y, b
-
-
-def _check_entries(name: str, key: str, given: object, hidden: Tensor) -> None:
-    """`given` must have one entry for each row of `hidden`."""
-    if not isinstance(given, Tensor) or given.shape != hidden.shape[:-1]:
-        got = _checks.shape(given) if isinstance(given, Tensor) else type(given).__name__
-        raise ValueError(f"{name}: {key} must have shape {tuple(hidden.shape[:-1])}, got {got}")
-    _checks.check_device(name, "hidden", hidden, key, given)
-
-
-def _of_used(used: Tensor, *given: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """Which rows are used, None for all, and these rows of what is given.
-
-    A traced program must not depend on how many there are: it keeps all, with 0 for those that are not used.
-    """
-    if not _checks.may_read(used, waits=True):
-        return None, tuple(left_out(each, used) for each in given)
-    if bool(used.all()):
-        return None, given
-    places = used.nonzero()[:, 0]
-    return places, tuple(each[places] for each in given)
-
-
-def _spread(values: Tensor, used: Tensor, places: Tensor | None) -> Tensor:
-    """The values of the rows that are used at their places, 0 elsewhere."""
-    if places is None:
-        return torch.where(used, values, 0.0)
-    return values.new_zeros(used.shape).index_put((places,), values)
+    return spread(found, used, places).view(shape)

@@ -373,6 +373,12 @@ LOSSES: dict[str, LossCase] = {
     "linear_cross_entropy weighted": LossCase(
         losses.linear_cross_entropy, {**_TOKEN_LABELS, "token_weight": Draw.weight}, mean=_mean_over_tokens
     ),
+    "linear_cross_entropy smoothing": LossCase(
+        losses.linear_cross_entropy,
+        {**_TOKEN_LABELS, "token_weight": Draw.weight},
+        {"label_smoothing": 0.1, "z_loss": 0.1},
+        mean=_mean_over_tokens,
+    ),
     "margin_mse": LossCase(losses.margin_mse, _LISTS),
     "margin_mse masked": LossCase(losses.margin_mse, _MASKED_LISTS),
     "listwise_distillation": LossCase(losses.listwise_distillation, _LISTS),
