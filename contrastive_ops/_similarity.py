@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # What similarity_topk counts over all columns of a row. The position is the row of its `statistics`.
@@ -53,6 +54,10 @@ class Slot(enum.IntEnum):
     LINEAR_INDICES = 19
     LINEAR_WEIGHT = 20
     CODE_SCALE = 21
+    # Of the first set: inner products are multiplied by both; what is asked of operators, not of backends.
+    ROW_FACTOR = 22
+    COL_FACTOR = 23
+    UNIT = 24
 
 
 class ScaleOf(enum.IntEnum):
@@ -137,6 +142,20 @@ class Layout:
         return [size if fold.kind == "max" else 0 for fold, size in zip(self.folds, sizes, strict=True)]
 
     @property
+    def factors(self) -> tuple[Tensor | None, Tensor | None]:
+        """What inner products are multiplied by: for each row and for each column."""
+        data = self.sets[0].data if self.sets else {}
+        return data.get(Slot.ROW_FACTOR), data.get(Slot.COL_FACTOR)
+
+    @property
     def has_linear(self) -> bool:
         """Whether the first set has linear lists."""
         return bool(self.sets) and Slot.LINEAR_INDPTR in self.sets[0].data
+
+
+def with_factors(residual: Tensor, partner: Tensor, own: Tensor | None, other: Tensor | None) -> Tensor:
+    """What rounding took from the weights of each row, in units of its partner's row, where rows have factors."""
+    if own is None or other is None:
+        return residual
+    there = (partner >= 0) & (partner < len(other))
+    return residual * own * torch.where(there, other[torch.where(there, partner, 0)], 0.0)

@@ -90,6 +90,8 @@ enum Slot : int64_t {
   kLinearIndices,
   kLinearWeight,
   kCodeScale,
+  kRowFactor,
+  kColFactor,
   kSlots
 };
 
@@ -193,6 +195,8 @@ class Problem {
       if (k == 0) {
         read_linear(slots);
         raw.code_scale = numbers(slots[kCodeScale], raw.M, "code_scale");
+        raw.x_factor = numbers(slots[kRowFactor], raw.N, "row_factor");
+        raw.y_factor = numbers(slots[kColFactor], raw.M, "col_factor");
       }
       sets.push_back(set);
     }

@@ -71,8 +71,9 @@ struct SimilarityProblem {
   int64_t guide_depth;
   const int64_t *linear_indptr, *linear_indices;  // lists of columns per row, ascending; or null
   const void* linear_weight;
-  void* kept;         // inner products kept from forward for backward, or null
-  int64_t kept_size;  // in elements of the accumulation type
+  void* kept;                       // inner products kept from forward for backward, or null
+  int64_t kept_size;                // in elements of the accumulation type
+  const void *x_factor, *y_factor;  // (N,), (M,): inner products are multiplied by both; or null
 };
 
 }  // namespace contrastive_ops

@@ -85,6 +85,8 @@ class SetRules(NamedTuple):
     linear_indptr: int = -1
     linear_indices: int = -1
     linear_weight: int = -1
+    row_factor: int = -1
+    col_factor: int = -1
 
 
 class PairArguments(NamedTuple):
@@ -185,6 +187,13 @@ def scale_factor(rows, cols, N, M, data, rules):
     else:
         factor = tl.load(data[rules.scale] + cols, mask=cols < M, other=0.0)
     return -factor if rules.negate else factor
+
+
+@triton.jit
+def unit_factor(rows, cols, N, M, data, rules):
+    """What inner products, and so their derivatives, are multiplied by, for a first set with factors."""
+    row_factor = tl.load(data[rules.row_factor] + rows, mask=rows < N, other=1.0)
+    return row_factor * tl.load(data[rules.col_factor] + cols, mask=cols < M, other=1.0)
 
 
 @triton.jit

@@ -201,6 +201,11 @@ def gradient_kernel(
         t = first + tl.arange(0, COLS)
         block_of_other = load_rows(other, t, other_size, other_stride, 0, D, DEPTH)
         dots = product(block_of_own, tl.trans(block_of_other), tl.zeros([ROWS, COLS], tl.float32), PRECISION)
+        if sets[0].row_factor >= 0:
+            by_unit = _pairs.unit_factor(
+                t[None, :] if OWN_COLS else o[:, None], o[:, None] if OWN_COLS else t[None, :], N, M, data, sets[0]
+            )
+            dots *= by_unit
         similarity = dots
         if guide[0] >= 0:
             own_guide = data[guide[OWN_COLS]]
@@ -222,7 +227,11 @@ def gradient_kernel(
                 for k in tl.static_range(len(sums)):
                     if sums[k].cols == (mirrored == 1) and (sums[k].what == BIAS or sums[k].set == s):
                         parts = add_to(parts, summed(e, dots, sets[s], sums[k].what, 1), k)
-        weights, residual = rounded(g, norm, own)
+        if sets[0].row_factor >= 0:
+            weights, residual = rounded(g * by_unit, norm, own)
+            residual /= by_unit
+        else:
+            weights, residual = rounded(g, norm, own)
         for k in tl.static_range(len(sums)):
             if sums[k].what == RESIDUAL:
                 parts = add_to(parts, tl.sum(residual, 1), k)
@@ -308,6 +317,9 @@ def weights_kernel(
     for first in range(begin, end, COLS):
         j = first + tl.arange(0, COLS)
         dots = inner_products(x, y, i, j, N, last_col, x_stride, y_stride, D, ROWS, COLS, DEPTH, PRECISION)
+        if sets[0].row_factor >= 0:
+            by_unit = _pairs.unit_factor(i[:, None], j[None, :], N, M, data, sets[0])
+            dots *= by_unit
         similarity = dots
         if guide[0] >= 0:
             similarity = guide_products(
@@ -331,7 +343,11 @@ def weights_kernel(
                             parts = add_to(parts, summed(e, dots, sets[s], sums[k].what, 1), k)
                         else:
                             across = add_to(across, summed(e, dots, sets[s], sums[k].what, 0), k)
-        own_weights, residual = rounded(g, norm, x)
+        if sets[0].row_factor >= 0:
+            own_weights, residual = rounded(g * by_unit, norm, x)
+            residual /= by_unit
+        else:
+            own_weights, residual = rounded(g, norm, x)
         if weights is not None:
             at = weights + line + (j - first_col)[None, :]
             tl.store(at, own_weights, mask=(i < N)[:, None] & (j < end)[None, :])

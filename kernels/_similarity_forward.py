@@ -95,6 +95,8 @@ def fold_kernel(
             dots = product(block_of_x, tl.trans(block_of_y), tl.zeros([ROWS, COLS], tl.float32), PRECISION)
         else:
             dots = inner_products(x, y, i, j, N, M, x_stride, y_stride, D, ROWS, COLS, DEPTH, PRECISION)
+        if sets[0].row_factor >= 0:
+            dots *= _pairs.unit_factor(i[:, None], j[None, :], N, M, data, sets[0])
         similarity = dots
         if guide[0] >= 0:
             similarity = guide_products(

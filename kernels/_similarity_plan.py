@@ -112,6 +112,10 @@ class Problem:
             "PRECISION": _tiles.precision(self.arch, self.x.dtype),
         }
 
+    def factors(self, cols: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Of the rows, or of the columns, and of the other side; None where inner products are those of the rows."""
+        return self.layout.factors[::-1] if cols else self.layout.factors
+
     def sides(self) -> dict[str, Any]:
         """Both matrices, for kernels that read them as they are."""
         return {"x": self.x, "y": self.y, "x_stride": self.x.stride(0), "y_stride": self.y.stride(0)}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from contrastive_ops._float16 import weight_norm
 from contrastive_ops._ordered import in_parts
-from contrastive_ops._similarity import ScaleOf
+from contrastive_ops._similarity import ScaleOf, with_factors
 from contrastive_ops.reference.similarity_reduce import row_losses, row_slopes
 
 from . import _similarity_plan as plan
@@ -187,4 +187,5 @@ def _compensate(p: plan.Problem, target: Tensor | None, found: plan.Gradients) -
         if cols and not p.itself:  # of several rows with one target the last, whatever the order of writes
             rows = torch.arange(len(target), device=target.device)
             partner = torch.full((p.shape[1],), -1, device=target.device).scatter_reduce_(0, target, rows, "amax")
+        residual = with_factors(residual, partner, *p.factors(cols))
         plan.give_back(gradient, residual, partner.contiguous(), other, p.arch).run()

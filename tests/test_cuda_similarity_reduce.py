@@ -418,18 +418,25 @@ def test_float16_weights_stay_in_range(size):
 
 
 PAIRED = {"info_nce": info_nce, "clip": clip, "nt_xent": functools.partial(nt_xent, normalize=False)}
+# Of rows of any length: factors of rows and columns, between rectangles and within a matrix.
+UNIT = {"clip of unit rows": functools.partial(clip, normalize=True), "nt_xent of unit rows": nt_xent}
+
+
+def lengthened(t):
+    return (t.double() * torch.linspace(0.5, 3, len(t), dtype=torch.float64, device=t.device)[:, None]).to(t.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("level", [0.3, 0.01, 0.001])
-@pytest.mark.parametrize("name", PAIRED)
+@pytest.mark.parametrize("name", [*PAIRED, *UNIT])
 def test_gradient_error_in_three_regimes(monkeypatch, dtype, level, name):
     large_chunks(monkeypatch)
-    a, b = (t.to(DEVICE).requires_grad_() for t in clustered_pairs(64, 64, level, dtype=dtype))
+    function, pairs = {**PAIRED, **UNIT}[name], clustered_pairs(64, 64, level, dtype=dtype)
+    a, b = ((lengthened(t) if name in UNIT else t).to(DEVICE).requires_grad_() for t in pairs)
     doubled = [t.detach().double().requires_grad_() for t in (a, b)]
-    truth = PAIRED[name](*doubled, scale=50.0, backend="reference")
+    truth = function(*doubled, scale=50.0, backend="reference")
     expected = torch.autograd.grad(truth, doubled)
-    value = PAIRED[name](a, b, scale=50.0, backend="cuda")
+    value = function(a, b, scale=50.0, backend="cuda")
     assert relative_error(value, truth) <= 1e-3
     for got, each in zip(torch.autograd.grad(value, [a, b]), expected, strict=True):
         assert got.dtype == dtype

@@ -363,20 +363,27 @@ def test_float16_weights_stay_in_range(monkeypatch, size, depth):
 
 
 PAIRED = {"info_nce": info_nce, "clip": clip, "nt_xent": functools.partial(nt_xent, normalize=False)}
+# Of rows of any length: factors of rows and columns, between rectangles and within a matrix.
+UNIT = {"clip of unit rows": functools.partial(clip, normalize=True), "nt_xent of unit rows": nt_xent}
+
+
+def lengthened(t):
+    return (t.double() * torch.linspace(0.5, 3, len(t), dtype=torch.float64, device=t.device)[:, None]).to(t.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("level", [0.3, 0.01, 0.001])
-@pytest.mark.parametrize("name", PAIRED)
+@pytest.mark.parametrize("name", [*PAIRED, *UNIT])
 def test_gradient_error_in_three_regimes(monkeypatch, dtype, level, name):
     monkeypatch.setattr(_tiles, "INTERPRETED", _tiles.Tiles(128, 128, 32, 1, 1))
-    a, b = (t.to(DEVICE).requires_grad_() for t in clustered_pairs(256, 64, level, dtype=dtype))
+    function, pairs = {**PAIRED, **UNIT}[name], clustered_pairs(256, 64, level, dtype=dtype)
+    a, b = ((lengthened(t) if name in UNIT else t).to(DEVICE).requires_grad_() for t in pairs)
     doubled = [t.detach().double().requires_grad_() for t in (a, b)]
-    truth = PAIRED[name](*doubled, scale=50.0, backend="reference")
+    truth = function(*doubled, scale=50.0, backend="reference")
     expected = torch.autograd.grad(truth, doubled)
     for depth in TIERS:
         use_tier(monkeypatch, depth)
-        value = PAIRED[name](a, b, scale=50.0, backend="triton")
+        value = function(a, b, scale=50.0, backend="triton")
         assert relative_error(value, truth) <= 1e-3
         for got, each in zip(torch.autograd.grad(value, [a, b]), expected, strict=True):
             assert got.dtype == dtype

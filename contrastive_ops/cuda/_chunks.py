@@ -225,6 +225,9 @@ class Workspace:
             chunk = chunk._replace(dots=stored)
         if not filled or stored is None:
             _products.inner_products(self.p.x[rows], self.p.y[cols], chunk.matrix(chunk.dots))
+            of_rows, of_cols = self.p.layout.factors
+            if of_rows is not None and of_cols is not None:
+                chunk.matrix(chunk.dots).mul_(of_rows[rows, None]).mul_(of_cols[cols])
         if self.p.guide is not None and chunk.guide is not None:
             _products.inner_products(self.p.guide[0][rows], self.p.guide[1][cols], chunk.matrix(chunk.guide))
         return chunk

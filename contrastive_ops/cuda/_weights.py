@@ -11,7 +11,7 @@ from torch import Tensor
 from .._cuda import kernels
 from .._float16 import weight_norm
 from .._ordered import in_parts
-from .._similarity import ScaleOf
+from .._similarity import ScaleOf, with_factors
 from . import _products
 from ._chunks import Chunk, Problem
 from ._pairs import dense
@@ -200,6 +200,8 @@ class Gradients(NamedTuple):
             if cols:
                 partner = target.new_full((p.shape[1],), -1)
                 kernels().cuda_similarity_reduce_partners(dense(target), len(target), len(partner), partner)
+            own, mates = p.layout.factors[::-1] if cols else p.layout.factors
+            residual = residual if partner is None else with_factors(residual, partner, own, mates)
             kernels().cuda_similarity_reduce_give_back(gradient, residual, partner, other, *gradient.shape, len(other))
 
 

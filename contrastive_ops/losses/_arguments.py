@@ -28,7 +28,7 @@ def two_sides(
     partners: bool = False,
     anchors: int = 0,
 ) -> tuple[Tensor, Tensor, float | Tensor]:
-    """Check what every loss takes; return both matrices, cast and normalised as asked for, and the scale.
+    """Check what every loss takes; return both matrices, cast and as `unit_sides` leaves them, and the scale.
 
     Args:
         function: the loss, for errors.
@@ -38,7 +38,7 @@ def two_sides(
         default_temperature: the loss's own.
         reduction: "mean", "sum" or "none".
         weight: (rows,) or None.
-        normalize: scale the rows of both matrices to length 1.
+        normalize: scale the rows of both matrices to length 1, or let the sweep do so: see `in_sweep`.
         partners: row i of one side belongs to row i of the other, so both must have one shape.
         anchors: how many of the sides have rows that belong to the row of the loss alone, and that no other row is
             compared with: none, the first, or both. Those of weight 0 are left out.
@@ -54,8 +54,7 @@ def two_sides(
         x, y = (of_weighted(weight if side < anchors else None, each) for side, each in enumerate((x, y)))
         temperature, scale = (of_weighted(weight, each, 1) for each in (temperature, scale))
     factor = resolve_scale(function, temperature, scale, default_temperature)
-    if normalize:
-        x, y = unit_rows(x), unit_rows(y)
+    x, y = unit_sides(normalize, x, y)
     return x, y, factor
 
 
@@ -78,7 +77,22 @@ def one_side(
     if weight is not None:
         check_weight(function, weight, x.shape[0], name, x)
     factor = resolve_scale(function, temperature, scale, default_temperature)
-    return unit_rows(x) if normalize else x, factor
+    (x,) = unit_sides(normalize, x)
+    return x, factor
+
+
+def in_sweep(normalize: bool, x: Tensor) -> bool:
+    """Whether the sweep takes rows of any length as unit rows: those of 16 bits would be rounded once more.
+
+    Such rows reach a loss as they are. `fold` and `weighted_total` are told so by ``unit=True``, and what else reads
+    them does so through `_columns.wide`.
+    """
+    return normalize and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def unit_sides(normalize: bool, *sides: Tensor) -> tuple[Tensor, ...]:
+    """Rows of length 1 if asked for, unless that is left to the sweep."""
+    return tuple(unit_rows(x) if normalize and not in_sweep(normalize, x) else x for x in sides)
 
 
 def resolve_scale(

@@ -9,6 +9,7 @@ from .. import _autocast, _checks
 from ..ops.similarity_reduce import fold, needs_gradient, weighted_total
 from ..reference.similarity_reduce import softplus
 from . import _arguments
+from ._columns import wide
 from ._pair_list import pair_similarity
 
 
@@ -22,6 +23,7 @@ def one_grade(
     grades: Tensor | None,
     weight: Tensor | None,
     reduction: str,
+    unit: bool,
     memory_budget: int | None,
     backend: str,
 ) -> Tensor:
@@ -40,6 +42,7 @@ def one_grade(
             weight=row_weight,
             # The total takes label 1; softplus(-t) + (1 - grade) t is the cross-entropy of another label.
             target_weight=None if grades is None else (1 - grades) * row_weight,
+            unit=unit,
             names=names,
             backend=backend,
         )
@@ -51,6 +54,7 @@ def one_grade(
         scale=scale,
         row_bias=row_bias,
         target=target,
+        unit=unit,
         memory_budget=memory_budget,
         names=names,
         backend=backend,
@@ -73,11 +77,14 @@ def pair_logits(
     cols: Tensor,
     scale: float | Tensor,
     bias: float | Tensor,
+    unit: bool,
 ) -> Tensor:
     """(P,) the logit of each listed pair, in the accumulation dtype."""
     factor = _checks.scale_tensor(function, scale, x_name, x)
-    similarity = pair_similarity(x, y, rows, cols)
     with _autocast.disabled(x):
+        similarity = (
+            pair_similarity(wide(x, True), wide(y, True), rows, cols) if unit else pair_similarity(x, y, rows, cols)
+        )
         return similarity * (factor[rows] if factor.dim() else factor) + shared_bias(function, bias, x)
 
 

@@ -34,6 +34,7 @@ class Blocks:
         scale: 0-d, or (N,) with one of each row.
         bound: (N,) similarity, or guide similarity, above which a pair of row i is dropped.
         guides: the guide's matrices of the same sides.
+        unit: rows of the sides count as if they had length 1.
         memory_budget: as in `similarity_reduce`.
         backend: as in `similarity_reduce`.
     """
@@ -43,6 +44,7 @@ class Blocks:
     scale: Tensor
     bound: Tensor | None
     guides: dict[str, Tensor] | None
+    unit: bool
     memory_budget: int | None
     backend: str
 
@@ -107,6 +109,7 @@ class Blocks:
             col_scale=_padded(self.scale, y, 1.0) if y is not None and both and self.scale.dim() else None,
             target=target,
             pairs=self._pairs(rows, cols, by_row, **rules),
+            unit=self.unit,
             memory_budget=self.memory_budget,
             names=self.names,
             backend=self.backend,

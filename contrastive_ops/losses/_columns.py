@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._unit_rows import unit_rows
 from ..ops.folds import Fold
 from ..ops.pairs import Pairs
 
@@ -54,13 +55,17 @@ def check_pairs(function: str, pairs: object) -> None:
         raise TypeError(f"{function}: pairs must be Pairs or None, got {type(pairs).__name__}")
 
 
-def partner_similarity(x: Tensor, y: Tensor) -> Tensor:
+def wide(x: Tensor, unit: bool = False) -> Tensor:
+    """Rows in the accumulation dtype, of length 1 where `unit`."""
+    x = x.to(_checks.accumulator(x.dtype))
+    return unit_rows(x) if unit else x
+
+
+def partner_similarity(x: Tensor, y: Tensor, unit: bool = False) -> Tensor:
     """(N,) inner product of each row with its partner, or (N, K) with its K partners, in the accumulation dtype."""
-    dtype = _checks.accumulator(x.dtype)
     with _autocast.disabled(x):
-        if y.dim() == 3:
-            return torch.einsum("nd,nkd->nk", x.to(dtype), y.to(dtype))
-        return (x.to(dtype) * y.to(dtype)).sum(1)
+        x, y = wide(x, unit), wide(y, unit)
+        return torch.einsum("nd,nkd->nk", x, y) if y.dim() == 3 else (x * y).sum(1)
 
 
 def by_row(scale: float | Tensor, like: Tensor) -> float | Tensor:
@@ -101,11 +106,10 @@ def smoothing_folds(share: float | Tensor | None, pairs: Pairs | None) -> tuple[
     return () if share is None or pairs is None else (Fold("sum"), Fold("count"))
 
 
-def logit_sums(x: Tensor, y: Tensor, scale: float | Tensor, of_columns: bool = False) -> Tensor:
+def logit_sums(x: Tensor, y: Tensor, scale: float | Tensor, of_columns: bool = False, unit: bool = False) -> Tensor:
     """Each row's (or column's) sum of logits; linear, so that it takes O((N + M) D)."""
-    dtype = _checks.accumulator(x.dtype)
     with _autocast.disabled(x):
-        x, y = x.to(dtype), y.to(dtype)
+        x, y = wide(x, unit), wide(y, unit)
         # Not a matrix-vector product: the bits of one depend on the number of threads in some libraries.
         if of_columns:
             return (y * (by_row(scale, x) * x).sum(0)).sum(1)
@@ -119,11 +123,12 @@ def sum_and_count(
     target_logit: Tensor,
     folded: Sequence[Tensor],
     of_columns: bool = False,
+    unit: bool = False,
 ) -> tuple[Tensor, int | Tensor]:
     """Each row's (or column's) sum and number of logits that take part; `folded`: the results of `smoothing_folds`."""
     if folded:
         return folded[0] + target_logit, folded[1] + 1
-    return logit_sums(x, y, scale, of_columns), (x if of_columns else y).shape[0]
+    return logit_sums(x, y, scale, of_columns, unit), (x if of_columns else y).shape[0]
 
 
 def mean_logit(total: Tensor, count: int | Tensor, own: Tensor | None = None) -> Tensor:

@@ -22,8 +22,9 @@ from torch import Tensor
 from .. import _autocast
 from .._checks import accumulator
 from .._library import define
+from .._softmax import balanced, log_softmax, log_softmax_
 from ..ops._autograd import alias, grad
-from ..reference.similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, softplus
+from ..reference.similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows
 from ..reference.stream import stream_rows
 
 # x, y, bias are those of the softmax; q is the other one, of divergences. Both need what the other does not.
@@ -101,15 +102,7 @@ class Softmax:
 
     def log_p(self, piece: slice) -> Tensor:
         """log p of rows of the chunk, in the place of their logits."""
-        logits = self.logits[piece]
-        return logits.sub_(logits.logsumexp(1, keepdim=True))
-
-    def log_p_of(self, piece: slice, at: Tensor) -> Tensor:
-        """log p whose entry at the target has been formed from the logits of the others, which keeps its digits."""
-        logits = self.logits[piece]
-        own = logits.gather(1, at)
-        others = logits.scatter_(1, at, -torch.inf).logsumexp(1, keepdim=True)
-        return logits.sub_(torch.logaddexp(others, own)).scatter_(1, at, -softplus(others - own))
+        return log_softmax_(self.logits[piece])
 
 
 def _softmaxes(
@@ -160,7 +153,7 @@ def _forward(
                 if target is None:
                     first[rows] = _kl(p.log_p(piece), q.log_p(piece), kind)
                     continue
-                log_p = p.log_p_of(piece, target[rows, None])
+                log_p = p.log_p(piece)
                 first[rows] = log_p.gather(1, target[rows, None])[:, 0]
                 second[rows] = -_times_log(log_p.exp(), log_p).sum(1)
     return first, second
@@ -195,8 +188,7 @@ def _backward(
                 if target is None:
                     g = _of_divergence(p.log_p(piece), q.log_p(piece), by_first, kind)
                 else:
-                    at = target[rows, None]
-                    g = _of_entropy(p.log_p_of(piece, at), at, by_first, by_second, of_second)
+                    g = _of_entropy(p.log_p(piece), target[rows, None], by_first, by_second, of_second)
                 p.logits[piece] = g
             if needs & 1:
                 torch.mm(p.logits, p.y, out=dx[chunk])
@@ -210,23 +202,19 @@ def _backward(
 def _of_entropy(log_p: Tensor, at: Tensor, by_log_prob: Tensor, by_entropy: Tensor, entropy: Tensor) -> Tensor:
     """The derivative of log-probabilities and entropies by a chunk's logits."""
     p = log_p.exp()
-    log_prob = log_p.gather(1, at)
-    own = log_prob.exp()
-    # 1 - p of the target from its logarithm, which keeps digits where p is nearly 1.
-    of_own = -by_log_prob * torch.expm1(log_prob) - by_entropy * (_times_log(own, log_prob) + own * entropy)
-    g = _times_log(p, log_p).mul_(-by_entropy).sub_(p.mul_(by_log_prob + by_entropy * entropy))
-    return g.scatter_(1, at, of_own)
+    g = _times_log(p, log_p).mul_(-by_entropy).sub_(p * (by_log_prob + by_entropy * entropy))
+    return balanced(g.scatter_add_(1, at, by_log_prob), p)
 
 
 def _of_divergence(log_p: Tensor, log_q: Tensor, by_value: Tensor, kind: str) -> Tensor:
     """The derivative of divergences by a chunk's logits of p."""
     p = log_p.exp()
     if kind == "forward":
-        return p.sub_(log_q.exp()).mul_(by_value)
+        return balanced(p - log_q.exp(), p).mul_(by_value)
     weighted = _times_log(p, log_p.sub_(log_q))
     # Not the value of forward: this mean has the errors of both lse, which the difference then does not.
     mean = weighted.sum(1, keepdim=True)
-    return weighted.sub_(p.mul_(mean)).mul_(by_value)
+    return balanced(weighted.sub_(p * mean), p).mul_(by_value)
 
 
 # ---- Operators -----------------------------------------------------------------------------------------------------
@@ -275,7 +263,7 @@ def _differentiably(
     target, qx, qy, q_bias = problem[3:]
 
     def of_chunk(logits: Tensor, rows: slice) -> tuple[Tensor, ...]:
-        log_p = (logits if bias is None else logits + bias).log_softmax(1)
+        log_p = log_softmax(logits if bias is None else logits + bias)
         if target is not None:
             return log_p.gather(1, target[rows, None])[:, 0], -_times_log(log_p.exp(), log_p).sum(1)
         _, q = _softmaxes(x, y, bias, qx, qy, q_bias)

@@ -7,12 +7,13 @@ pairs of a long one are in memory at once, and backward is one product.
     kind          loss of a row                                      derivative by s_j
     kl            sum_j q_j log(q_j / p_j)                           p_j - q_j
     listnet       -sum_j q_j log p_j                                 p_j - q_j
-    listmle       sum_k lse(s_k, s_k+1, ...) - s_k, in q's order     sum_(k <= j) exp(s_j - lse_k) - 1
+    listmle       sum_k softplus(b_k - s_k), in q's order            sum_(k < j) p_kj - sigmoid(b_j - s_j)
     margin_mse    mean_j ((s_0 - s_j) - (t_0 - t_j))^2               by the chain rule
     logistic      mean over t_i > t_j of w_ij softplus(s_j - s_i)    by the chain rule
     hinge         mean over t_i > t_j of w_ij relu(margin + s_j - s_i)
 
-p and q are the softmax of the scores and of the teacher's scores.
+p and q are the softmax of the scores and of the teacher's scores; b_k is the lse of the scores behind
+s_k, and p_kj the softmax of s_k and those.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import _autocast
 from .._library import define
+from .._softmax import balanced, log_softmax
 from ..reference.similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, softplus
 from ._linear_chunks import kl_of_rows
 
@@ -80,13 +83,13 @@ def _rows(scores: Tensor, teacher: Tensor, valid: Tensor, options: Options, slop
 def _softmax(scores: Tensor, teacher: Tensor, valid: Tensor, options: Options, slopes: bool) -> tuple[Tensor, Tensor]:
     # A list without candidates is one of equal candidates, whose divergence is 0.
     hidden = ~valid & valid.any(1, keepdim=True)
-    log_p, log_q = (each.masked_fill(hidden, -torch.inf).log_softmax(1) for each in (scores, teacher))
+    log_p, log_q = (log_softmax(each.masked_fill(hidden, -torch.inf)) for each in (scores, teacher))
     p, q = log_p.exp(), log_q.exp()
     if options.kind == "kl":
         losses = kl_of_rows(log_q, log_p)
     else:
         losses = -(q * log_p.masked_fill(q == 0, 0.0)).sum(1).masked_fill(~valid.any(1), 0.0)
-    return losses, p - q
+    return losses, balanced(p - q, p)
 
 
 def _permutation(
@@ -96,13 +99,18 @@ def _permutation(
     order = teacher.masked_fill(~valid, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     there = valid.gather(1, order)
     # Not -inf, of which logcumsumexp has no derivative.
-    s = scores.gather(1, order).masked_fill(~there, torch.finfo(scores.dtype).min / 4)
-    lse = s.flip(1).logcumsumexp(1).flip(1)
-    losses = (lse - s).masked_fill(~there, 0.0).sum(1)
+    nothing = torch.finfo(scores.dtype).min / 4
+    s = scores.gather(1, order).masked_fill(~there, nothing)
+    # Of those that come later, so that neither a loss nor its derivative is the difference of two large numbers.
+    followed = pad(there[:, 1:], (0, min(1, s.shape[1])), value=False)
+    behind = pad(s[:, 1:].flip(1).logcumsumexp(1).flip(1), (0, min(1, s.shape[1])), value=nothing)
+    losses = softplus((behind - s).masked_fill(~followed, 0.0)).masked_fill(~followed, 0.0).sum(1)
     if not slopes:
         return losses, losses
     # lse_k is at least s_j for every k up to j, so no term of the sum exceeds 1.
-    derivative = (s + (-lse).logcumsumexp(1)).exp() - 1
+    lse = torch.logaddexp(behind, s)
+    ahead = pad((-lse[:, :-1]).logcumsumexp(1), (min(1, s.shape[1]), 0), value=-torch.inf)
+    derivative = (s + ahead).exp() - (behind - s).sigmoid()
     return losses, torch.zeros_like(scores).scatter(1, order, derivative)
 
 

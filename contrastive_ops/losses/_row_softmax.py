@@ -33,6 +33,7 @@ def row_softmax(
     weight: Tensor | None = None,
     reduction: str,
     diagnostics: bool = False,
+    unit: bool = False,
     memory_budget: int | None,
     backend: str,
 ) -> Any:
@@ -53,6 +54,7 @@ def row_softmax(
         weight: (N,).
         reduction: "mean", "sum" or "none".
         diagnostics: also return `Diagnostics`.
+        unit: rows of x and y count as if they had length 1; see `_arguments.in_sweep`.
         memory_budget: as in `similarity_reduce`.
         backend: as in `similarity_reduce`.
 
@@ -64,9 +66,9 @@ def row_softmax(
     of_smoothing = smoothing_folds(share, pairs)
     rows_alone = own_logit is not None or bool(z_loss or diagnostics or of_smoothing)
     if reduction != "none" and not rows_alone and needs_gradient(x, y, scale, weight, extra, share):
-        mean = None if share is None else mean_logit(logit_sums(x, y, scale), y.shape[0], own_logits)
-        return _total(names, x, y, scale, target, pairs, extra, weight, share, mean, reduction, backend)
-    ranking = Ranking(x, y, y.detach()[target], pairs, own=own) if diagnostics else None
+        mean = None if share is None else mean_logit(logit_sums(x, y, scale, unit=unit), y.shape[0], own_logits)
+        return _total(names, x, y, scale, target, pairs, extra, weight, share, mean, reduction, unit, backend)
+    ranking = Ranking(x, y, y.detach()[target], pairs, own=own, unit=unit) if diagnostics else None
     (others, *more), _, target_logit, *_ = fold(
         x,
         y,
@@ -74,6 +76,7 @@ def row_softmax(
         scale=scale,
         target=target,
         pairs=pairs,
+        unit=unit,
         memory_budget=memory_budget,
         names=names,
         backend=backend,
@@ -82,7 +85,7 @@ def row_softmax(
     losses = softplus((others if extra is None else merge_lse(others, extra)) - positive)
     of_z = z_loss * (positive + losses).square() if z_loss else 0.0
     if share is not None:
-        total, count = sum_and_count(x, y, scale, target_logit, more[: len(of_smoothing)])
+        total, count = sum_and_count(x, y, scale, target_logit, more[: len(of_smoothing)], unit=unit)
         total = total if own_logit is None else total + (positive - target_logit)
         losses = losses + share * (positive - mean_logit(total, count, own_logits))
     loss = _arguments.reduce_rows(losses + of_z, weight, reduction)
@@ -101,6 +104,7 @@ def _total(
     share: float | Tensor | None,
     mean: Tensor | None,
     reduction: str,
+    unit: bool,
     backend: str,
 ) -> Tensor:
     """The mean or sum with gradients that are formed in the forward pass."""
@@ -118,6 +122,7 @@ def _total(
         weight=row_weight,
         extra=extra,
         target_weight=spread,
+        unit=unit,
         names=names,
         backend=backend,
     )

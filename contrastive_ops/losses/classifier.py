@@ -283,6 +283,7 @@ def _margin_softmax(
         target=checked_target(function, "labels", labels, "x", x, prototypes.shape[0]),
         scale=scale,
         own_logit=own_logit,
+        unit=_arguments.in_sweep(normalize, x),
         weight=weight,
         reduction=reduction,
         memory_budget=memory_budget,

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _autocast
 from ..ops.folds import Fold
 from ..ops.pairs import Bound, Pairs
-from ._columns import partner_similarity
+from ._columns import partner_similarity, wide
 
 
 class Diagnostics(NamedTuple):
@@ -42,6 +42,7 @@ class Ranking:
         pairs: the rules of the loss. Pairs that `fill` keeps as a constant do not count.
         own: (N, K) similarities of each row with columns that the sweep does not see.
         both: also rank along the columns, where row i and column i belong together.
+        unit: rows count as if they had length 1.
     """
 
     def __init__(
@@ -53,8 +54,10 @@ class Ranking:
         *,
         own: Tensor | None = None,
         both: bool = False,
+        unit: bool = False,
     ) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), _autocast.disabled(x):
+            x, y, positive = (wide(each.detach(), unit) for each in (x, y, positive))
             self.positive = partner_similarity(x, positive)
             # The positive comes from another order of summation than the sweep's inner products, so that equal
             # vectors may differ by rounding.
@@ -89,9 +92,8 @@ class Ranking:
 
     def _sum_of_all(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Sum and number of all negatives where no rule drops any: linear in the similarities."""
-        dtype = _checks.accumulator(x.dtype)
         with torch.no_grad():
-            total = (x.sum(0, dtype=dtype) * y.sum(0, dtype=dtype)).sum() - self.positive.sum()
+            total = (x.sum(0) * y.sum(0)).sum() - self.positive.sum()
             return total, torch.full_like(total, x.shape[0] * (y.shape[0] - 1))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from .._unit_rows import unit_rows
 from ..ops.pairs import Pairs
 from ..ops.similarity_distill import DIVERGENCES, compare, run
 from . import _arguments
+from ._columns import wide
 
 
 def similarity_distillation(
@@ -112,25 +115,27 @@ def similarity_distillation(
     teacher_factor = factor
     if teacher_temperature is not None or teacher_scale is not None:
         teacher_factor = _arguments.resolve_scale(name, teacher_temperature, teacher_scale, 1.0, "teacher_")
-    if normalize:
-        x, teacher_x = unit_rows(x), _unit_teacher(name, "teacher_x", teacher_x)
-        columns = x if y is None else unit_rows(columns)
-        teacher_y = None if teacher_y is None else _unit_teacher(name, "teacher_y", teacher_y)
-    rows, cols = compare(
-        x,
-        None if y is None else columns,
-        teacher_x,
-        teacher_y,
-        kind=divergence,
-        dim=(0, 1) if symmetric else 1,
-        scale=factor,
-        teacher_scale=teacher_factor,
-        teacher_bias=teacher_bias,
-        pairs=Pairs(diagonal=0) if y is None and pairs is None else pairs,
-        memory_budget=memory_budget,
-        names=(name, "x", "y"),
-        backend=backend,
-    )
+    # Unit rows in the accumulation dtype: in 16 bits they would be rounded once more.
+    with _autocast.disabled(x) if normalize else nullcontext():
+        if normalize:
+            x, teacher_x = wide(x, True), _unit_teacher(name, "teacher_x", teacher_x)
+            columns = x if y is None else wide(columns, True)
+            teacher_y = None if teacher_y is None else _unit_teacher(name, "teacher_y", teacher_y)
+        rows, cols = compare(
+            x,
+            None if y is None else columns,
+            teacher_x,
+            teacher_y,
+            kind=divergence,
+            dim=(0, 1) if symmetric else 1,
+            scale=factor,
+            teacher_scale=teacher_factor,
+            teacher_bias=teacher_bias,
+            pairs=Pairs(diagonal=0) if y is None and pairs is None else pairs,
+            memory_budget=memory_budget,
+            names=(name, "x", "y"),
+            backend=backend,
+        )
     return _arguments.reduce_rows((rows + cols) / 2 if symmetric else rows, weight, reduction)
 
 
@@ -243,4 +248,4 @@ def _mean_distance(x: Tensor, **options: object) -> Tensor:
 
 def _unit_teacher(function: str, name: str, teacher: Tensor) -> Tensor:
     _checks.check_matrix(function, name, teacher)
-    return unit_rows(_autocast.cast(teacher.detach())[0])
+    return wide(teacher.detach(), True)

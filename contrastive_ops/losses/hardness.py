@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
+from .. import _checks
 from ..ops.folds import Fold
 from ..ops.pairs import Pairs
 from ..ops.similarity_reduce import fold
 from ..reference.similarity_reduce import softplus
 from . import _arguments
+from ._columns import partner_similarity
 
 
 def dcl(
@@ -78,17 +79,19 @@ def dcl(
     name = "dcl"
     common = {"temperature": temperature, "scale": scale, "reduction": reduction, "normalize": normalize}
     z, scale, partner, negatives = _two_views(name, z0, z1, 0.1, **common)
+    unit = _arguments.in_sweep(normalize, z)
     (others,), _, positive, *_ = fold(
         z,
         scale=scale,
         target=partner,
         pairs=negatives,
+        unit=unit,
         memory_budget=memory_budget,
         names=(name, "z0", "z1"),
         backend=backend,
     )
     if sigma is not None:
-        positive = positive * _von_mises_fisher(name, z, sigma)
+        positive = positive * _von_mises_fisher(name, z, sigma, unit)
     return _arguments.mean_over(others - positive, others != -torch.inf, None, reduction)
 
 
@@ -295,6 +298,7 @@ def hn_nce(
         dim=(0, 1),
         scale=scale,
         target=torch.arange(image.shape[0], device=image.device),
+        unit=_arguments.in_sweep(normalize, image),
         memory_budget=memory_budget,
         names=(name, "image", "text"),
         backend=backend,
@@ -340,6 +344,7 @@ def _two_view_loss(
         reduce=_folds(scale, beta),
         scale=scale,
         target=partner,
+        unit=_arguments.in_sweep(common["normalize"], z),
         pairs=negatives,
         memory_budget=memory_budget,
         names=(function, "z0", "z1"),
@@ -355,12 +360,12 @@ def _two_view_loss(
     return _arguments.mean_over(softplus(mass - positive), lse[0] != -torch.inf, None, common["reduction"])
 
 
-def _von_mises_fisher(function: str, z: Tensor, sigma: float) -> Tensor:
+def _von_mises_fisher(function: str, z: Tensor, sigma: float, unit: bool) -> Tensor:
     """(2 N,) weights with mean 1, smaller for samples whose views are alike."""
     sigma = _checks.number(function, "sigma", sigma, "(0, inf)")
-    count, dtype = z.shape[0] // 2, _checks.accumulator(z.dtype)
-    with _autocast.disabled(z), torch.no_grad():
-        similarity = (z[:count].to(dtype) * z[count:].to(dtype)).sum(1)
+    count = z.shape[0] // 2
+    with torch.no_grad():
+        similarity = partner_similarity(z[:count], z[count:], unit)
         return (2 - count * (similarity / sigma).softmax(0)).repeat(2)
 
 

@@ -15,12 +15,12 @@ from torch.nn.functional import pad
 from .. import _checks
 from .._masks import left_out
 from .._ordered import repeated
-from .._unit_rows import unit_rows
 from ..ops.maxsim import REDUCTIONS, own_pairs, pair_scores, scores_of
 from ..ops.token_sets import Packed, TokenSets, check_two_sides, concatenated, packed
 from ..ops.xtr import retrieved_scores
 from ..reference.similarity_reduce import softplus
 from . import _arguments
+from ._columns import wide
 
 
 def late_interaction(
@@ -157,7 +157,8 @@ def _of_weighted(weight: Tensor, sets: Packed) -> Packed:
 
 
 def _unit(sets: Packed) -> Packed:
-    return dataclasses.replace(sets, tokens=unit_rows(sets.tokens))
+    """Unit rows in the accumulation dtype: in 16 bits they would be rounded once more."""
+    return dataclasses.replace(sets, tokens=wide(sets.tokens, True))
 
 
 def _row_losses(scores: Tensor, target: Tensor, scale: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ..ops.pairs import Pairs
 from ..ops.similarity_topk import select
 from ..reference.similarity_reduce import softplus
 from . import _arguments
-from ._columns import check_pairs, partner_similarity, scaled
+from ._columns import check_pairs, partner_similarity, scaled, wide
 from ._row_softmax import row_softmax
 
 
@@ -111,7 +111,12 @@ def mined_info_nce(
     )
     (corpus,) = _autocast.cast(corpus)
     _checks.check_matrices(name, "query", query, "corpus", corpus)
-    corpus = unit_rows(corpus) if normalize else corpus
+    # Rows that one loss lists many times are normalised in the accumulation dtype, not in each list.
+    if _arguments.in_sweep(normalize, query):
+        with _autocast.disabled(query):
+            query, positive, corpus = (wide(each, True) for each in (query, positive, corpus))
+    elif normalize:
+        corpus = unit_rows(corpus)
     indices = None if indices is None else _checks.as_index(name, "indices", indices)
     indices = _arguments.of_weighted(weight, indices, NONE)
     _check_choice_of_rows(name, k, indices, pairs, ids, in_batch, query, corpus)

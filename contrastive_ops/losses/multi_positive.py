@@ -102,6 +102,7 @@ def sup_con(
         reduce=folds,
         scale=scale,
         target=target,
+        unit=_arguments.in_sweep(normalize, x),
         memory_budget=memory_budget,
         names=(name, "x", "y"),
         backend=backend,
@@ -194,8 +195,8 @@ def multi_positive_info_nce(
     }
     with _autocast.disabled(x):
         # The gradients of the two sweeps largely cancel near convergence: they must meet before they are rounded.
-        dtype = _checks.accumulator(x.dtype)
-        x, y = x.to(dtype), None if y is None else y.to(dtype)
+        unit = _arguments.in_sweep(normalize, x)
+        x, y = _columns.wide(x, unit), None if y is None else _columns.wide(y, unit)
         (others,), *_ = fold(x, y, pairs=of_others, **sweep)
         alone = others == -torch.inf  # no negatives: the loss is 0, and an infinite bias would be NaN times 0
         folds = (Fold("sum_softplus", negate=True), Fold("count"))
@@ -285,26 +286,30 @@ def soft_info_nce(
     if isinstance(targets, tuple) and len(targets) == 3:
         targets = _arguments.lists_of_weighted(weight, *targets)  # type: ignore[assignment]
     lists, row = _checked_targets(name, targets, query, key)
-    counted = lists[0].diff() > 0
+    counted, unit = lists[0].diff() > 0, _arguments.in_sweep(normalize, query)
     if key.shape[0] == 0:
-        nothing = _columns.logit_sums(query, key, scale) * (1.0 if share is None else share)
+        nothing = _columns.logit_sums(query, key, scale, unit=unit) * (1.0 if share is None else share)
         return _arguments.mean_over(nothing, counted, weight, reduction)
+    target = _largest(lists, row, key)
+    # The target's own share stays out of the lists: its gradient would be the difference of two numbers near 1.
+    of_others = lists[2].masked_fill(lists[1] == target[row], 0.0)
     (others,), _, first, listed, *_ = fold(
         query,
         key,
         scale=scale,
-        target=_largest(lists, row, key),
-        linear=lists,
+        target=target,
+        linear=(*lists[:2], of_others),
+        unit=unit,
         memory_budget=memory_budget,
         names=(name, "query", "key"),
         backend=backend,
     )
-    total = segment_sums(lists[2], row, query.shape[0])
-    # total * lse - listed, with the largest logit taken out of both: that difference would cancel.
-    losses = total * softplus(others - first) + (total * first - listed)
+    total, rest = (segment_sums(each, row, query.shape[0]) for each in (lists[2], of_others))
+    # total * lse - all that is listed, with the largest logit taken out of both: that difference would cancel.
+    losses = total * softplus(others - first) + (rest * first - listed)
     if share is not None:
-        mean_logit = _columns.logit_sums(query, key, scale) / key.shape[0]
-        losses = losses + share * (listed - total * mean_logit)
+        mean_logit = _columns.logit_sums(query, key, scale, unit=unit) / key.shape[0]
+        losses = losses + share * (listed + (total - rest) * first - total * mean_logit)
     return _arguments.mean_over(losses, counted, weight, reduction)
 
 

@@ -108,18 +108,19 @@ def gte(
         normalize=normalize,
         partners=True,
     )
-    sides, owners = {"q": query, "d": document}, None
+    sides, owners, unit = {"q": query, "d": document}, None, _arguments.in_sweep(normalize, query)
     if hard_negatives is not None:
         sides["h"], owners = _hard_negatives(name, query, hard_negatives, normalize)
     bound = None
     if false_negative_margin is not None:
-        bound = partner_similarity(query.detach(), document.detach()) + false_negative_margin
+        bound = partner_similarity(query.detach(), document.detach(), unit) + false_negative_margin
     blocks = Blocks(
         names=(name, "query", "document"),
         sides=sides,
         scale=_checks.scale_tensor(name, scale, "query", query),
         bound=bound,
         guides=None,
+        unit=unit,
         memory_budget=memory_budget,
         backend=backend,
     )
@@ -238,6 +239,7 @@ def gist(
         scale=_checks.scale_tensor(name, scale, "query", query),
         bound=positive - (margin if margin_strategy == "absolute" else positive.abs() * margin),
         guides=guides,
+        unit=_arguments.in_sweep(normalize, query),
         memory_budget=memory_budget,
         backend=backend,
     )
@@ -283,7 +285,7 @@ def _shared_negatives(
 ) -> Tensor:
     (negatives,) = _autocast.cast(negatives)
     _checks.check_matrices(function, "query", query, name, negatives)
-    return unit_rows(negatives) if normalize else negatives
+    return _arguments.unit_sides(normalize, negatives)[0]
 
 
 def _guide(function: str, name: str, guide: Tensor, like: Tensor, first: Tensor, normalize: bool) -> Tensor:

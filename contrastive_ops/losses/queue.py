@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
-from .._unit_rows import unit_rows
 from ..ops.pairs import Pairs
 from . import _arguments
 from ._columns import smoothing_share
@@ -97,7 +96,7 @@ def moco(
     )
     (queue,) = _autocast.cast(queue)
     _checks.check_matrices(name, "query", query, "queue", queue)
-    queue = unit_rows(queue.detach()) if normalize else queue.detach()
+    (queue,) = _arguments.unit_sides(normalize, queue.detach())
     count, entries = query.shape[0], queue.shape[0]
     of_batch = torch.full((count,), -1, device=query.device)
     # The keys join the sweep although each is a column for its own query alone: the positive and the negatives close to
@@ -118,6 +117,7 @@ def moco(
         scale=scale,
         pairs=Pairs(same=same, differ=differ),
         share=smoothing_share(name, _arguments.of_weighted(weight, label_smoothing), "query", query),
+        unit=_arguments.in_sweep(normalize, query),
         weight=weight,
         reduction=reduction,
         diagnostics=diagnostics,

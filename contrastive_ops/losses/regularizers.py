@@ -139,15 +139,16 @@ def uniformity(
         _checks.check_matrices(name, "x", x, "queue", queue)
     if x.shape[0] == 1 and (queue is None or queue.shape[0] == 0):
         return (x[:0] if queue is None else torch.cat([x[:0], queue])).sum(dtype=_checks.accumulator(x.dtype))
+    unit = _arguments.in_sweep(normalize, x)
     if normalize:
-        x, queue = unit_rows(x), None if queue is None else unit_rows(queue)
+        (x,), queue = _arguments.unit_sides(True, x), None if queue is None else _arguments.unit_sides(True, queue)[0]
     else:
         # Distances do not change, and not in 16 bits, which differences need more than.
         with _autocast.disabled(x):
             dtype = _checks.accumulator(x.dtype)
             x, queue = from_common_row(x.to(dtype), None if queue is None else queue.to(dtype))
     lengths = None if normalize else _potential_of_lengths(x, t)
-    options: dict[str, Any] = {"scale": 2.0 * t, "memory_budget": memory_budget, "backend": backend}
+    options: dict[str, Any] = {"scale": 2.0 * t, "unit": unit, "memory_budget": memory_budget, "backend": backend}
     names = (name, "x", "queue")
     (of_rows,), *_ = fold(x, row_bias=lengths, col_bias=lengths, pairs=Pairs(diagonal=0), names=names, **options)
     rows = of_rows.new_full((), x.shape[0])

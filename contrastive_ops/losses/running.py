@@ -185,6 +185,7 @@ def sog_clr(
         scale=scale,
         col_scale=scale if text_scale is None and per_sample else text_scale,
         target=torch.arange(image.shape[0], device=image.device),
+        unit=_arguments.in_sweep(normalize, image),
         memory_budget=memory_budget,
         names=(name, "image", "text"),
         backend=backend,

@@ -96,7 +96,8 @@ def siglip(
     target = torch.arange(image.shape[0], device=image.device)
     names = (name, "image", "text")
     bias = repeated(shared_bias(name, bias, image), image.shape[0])
-    return one_grade(names, image, text, scale, bias, target, None, weight, reduction, memory_budget, backend)
+    unit = _arguments.in_sweep(normalize, image)
+    return one_grade(names, image, text, scale, bias, target, None, weight, reduction, unit, memory_budget, backend)
 
 
 def multi_positive_siglip(
@@ -183,7 +184,15 @@ def multi_positive_siglip(
         folds += (Fold("count", pairs=same, negate=True), Fold("count", pairs=differ))
     row_bias, names = repeated(shared_bias(name, bias, x), x.shape[0]), (name, "x", "y")
     (pulled, pushed, *counts), *_ = fold(
-        x, y, reduce=folds, scale=scale, row_bias=row_bias, memory_budget=memory_budget, names=names, backend=backend
+        x,
+        y,
+        reduce=folds,
+        scale=scale,
+        row_bias=row_bias,
+        unit=_arguments.in_sweep(normalize, x),
+        memory_budget=memory_budget,
+        names=names,
+        backend=backend,
     )
     if balanced:
         pulled, pushed = pulled / counts[0].clamp_min(1), pushed / counts[1].clamp_min(1)
@@ -265,7 +274,7 @@ def bixse(
         normalize=normalize,
         anchors=1,
     )
-    row_bias = repeated(shared_bias(name, bias, query), query.shape[0])
+    row_bias, unit = repeated(shared_bias(name, bias, query), query.shape[0]), _arguments.in_sweep(normalize, query)
     if indptr is None:
         target, grades = (_arguments.of_weighted(weight, each) for each in (target, grades))
         target = (
@@ -274,7 +283,9 @@ def bixse(
             else checked_target(name, "target", target, "query", query, key.shape[0])
         )
         grades = checked_labels(name, "grades", grades, query.shape[0], "query", query)
-        return one_grade(names, query, key, scale, row_bias, target, grades, weight, reduction, memory_budget, backend)
+        return one_grade(
+            names, query, key, scale, row_bias, target, grades, weight, reduction, unit, memory_budget, backend
+        )
     if target is None:
         raise ValueError(f"{name}: target must be given with indptr, got None\n  it holds the keys of all lists")
     target = _checks.check_index(name, "target", target, None, "query", query)
@@ -292,11 +303,12 @@ def bixse(
         scale=scale,
         row_bias=row_bias,
         pairs=pairs,
+        unit=unit,
         memory_budget=memory_budget,
         names=names,
         backend=backend,
     )
-    logits = pair_logits(name, "query", query, key, rows, cols, scale, bias)
+    logits = pair_logits(name, "query", query, key, rows, cols, scale, bias, unit)
     graded = segment_sums(cross_entropy(logits, grades[order]), rows, negatives.shape[0])
     return _arguments.reduce_rows(negatives + graded, weight, reduction)
 
@@ -379,5 +391,6 @@ def pair_bce(
     _checks.check_index_values(name, "rows", rows, x.shape[0])
     _checks.check_index_values(name, "cols", cols, y.shape[0])
     labels = checked_labels(name, "labels", labels, rows.shape[0], "x", x)
-    losses = cross_entropy(pair_logits(name, "x", x, y, rows, cols, scale, bias), labels)
+    logits = pair_logits(name, "x", x, y, rows, cols, scale, bias, _arguments.in_sweep(normalize, x))
+    losses = cross_entropy(logits, labels)
     return _arguments.reduce_rows(losses, weight, reduction)

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
-from .._unit_rows import unit_rows
 from ..ops.pairs import Pairs
 from ..ops.similarity_reduce import fold
 from ..reference.similarity_reduce import softplus
@@ -142,10 +141,11 @@ def info_nce(
         key = torch.cat([key, negatives])
     if row_negatives is not None:
         check_row_negatives(name, query, row_negatives)
-    if normalize:
-        query, key = unit_rows(query), unit_rows(key)
-        row_negatives = None if row_negatives is None else unit_rows(row_negatives)
-
+    unit, (query, key) = _arguments.in_sweep(normalize, query), _arguments.unit_sides(normalize, query, key)
+    own = None
+    if row_negatives is not None:
+        (row_negatives,) = _arguments.unit_sides(normalize, row_negatives)
+        own = partner_similarity(query, row_negatives, unit)
     return row_softmax(
         (name, "query", "key"),
         query,
@@ -153,7 +153,8 @@ def info_nce(
         target=target,
         scale=scale,
         pairs=pairs,
-        own=None if row_negatives is None else partner_similarity(query, row_negatives),
+        own=own,
+        unit=unit,
         own_logit=(lambda logit: logit - scaled(scale, torch.full_like(logit, margin))) if margin else None,
         share=share,
         z_loss=z_loss,
@@ -240,7 +241,8 @@ def clip(
     check_pairs(name, pairs)
     share = smoothing_share(name, _arguments.of_weighted(weight, label_smoothing), "image", image)
     of_smoothing = smoothing_folds(share, pairs)
-    ranking = Ranking(image, text, text, pairs, both=True) if diagnostics else None
+    unit = _arguments.in_sweep(normalize, image)
+    ranking = Ranking(image, text, text, pairs, both=True, unit=unit) if diagnostics else None
     folded = fold(
         image,
         text,
@@ -249,6 +251,7 @@ def clip(
         scale=scale,
         target=torch.arange(image.shape[0], device=image.device),
         pairs=pairs,
+        unit=unit,
         memory_budget=memory_budget,
         names=(name, "image", "text"),
         backend=backend,
@@ -257,8 +260,10 @@ def clip(
     end = len(of_smoothing)
     losses = (softplus(rows - target_logit) + softplus(cols - target_logit)) / 2
     if share is not None:
-        row_mean = mean_logit(*sum_and_count(image, text, scale, target_logit, of_rows[:end]))
-        col_mean = mean_logit(*sum_and_count(image, text, scale, target_logit, of_cols[:end], of_columns=True))
+        row_mean, col_mean = (
+            mean_logit(*sum_and_count(image, text, scale, target_logit, folded[:end], of_columns, unit))
+            for folded, of_columns in ((of_rows, False), (of_cols, True))
+        )
         losses = losses + share * (target_logit - (row_mean + col_mean) / 2)
     loss = _arguments.reduce_rows(losses, weight, reduction)
     return (loss, (ranking.read(of_rows[end:]), ranking.read(of_cols[end:], dim=0))) if ranking else loss
@@ -327,6 +332,13 @@ def nt_xent(
     target = torch.arange(2 * count, device=z.device).roll(count)
     names, pairs = (name, "z0", "z1"), Pairs(diagonal=0)
     (rows,), _, target_logit, *_ = fold(
-        z, scale=scale, target=target, pairs=pairs, memory_budget=memory_budget, names=names, backend=backend
+        z,
+        scale=scale,
+        target=target,
+        pairs=pairs,
+        unit=_arguments.in_sweep(normalize, z),
+        memory_budget=memory_budget,
+        names=names,
+        backend=backend,
     )
     return _arguments.reduce_rows(softplus(rows - target_logit), None, reduction)

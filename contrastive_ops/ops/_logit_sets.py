@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _autocast, _checks
 from .._similarity import LogitSet, ScaleOf, Slot
+from . import _unit_lengths
 from .pairs import Pairs, check_lists, resolve
 
 
@@ -44,8 +45,8 @@ def prepare(
 class LogitSets:
     """Logit sets of one call: folds that agree in scale, pairs and sign share one."""
 
-    def __init__(self, names: tuple[str, str, str], x: Tensor, y: Tensor | None) -> None:
-        self.names, self.x, self.y = names, x, x if y is None else y
+    def __init__(self, names: tuple[str, str, str], x: Tensor, y: Tensor | None, unit: bool = False) -> None:
+        self.names, self.x, self.y, self.unit = names, x, x if y is None else y, unit
         self.with_itself = y is None
         self.sets: list[LogitSet] = []
         self._scales: list[Tensor] = []
@@ -71,7 +72,8 @@ class LogitSets:
         like, like_name = (self.y, y_name) if of_columns else (self.x, x_name)
         tensor = _checks.scale_tensor(function, scale, like_name, like, "col_scale" if of_columns else "scale")
         per_item = ScaleOf.COLUMNS if of_columns else ScaleOf.ROWS
-        data = dict(self._rules(pairs))
+        data = _unit_lengths.flag(self.x) if self.unit and not self.sets else {}
+        data.update(self._rules(pairs))
         if linear is not None:
             data.update(_linear_lists(function, linear, self.x, self.y))  # not |=, which torch 2.6 cannot trace
         diagonal = None if pairs is None else pairs.diagonal

@@ -20,6 +20,7 @@ from .._library import define
 from .._ordered import in_parts, ordered_sum
 from .._similarity import Layout
 from ..reference import similarity_reduce as reference
+from . import _unit_lengths
 from ._autograd import alias, grad, gradient_shapes, needed, to_inputs
 
 _PROBLEM = (
@@ -48,22 +49,24 @@ _X, _Y, _SCALE, _ROW_BIAS, _COL_BIAS, _TARGET, _PAIR_DATA, _SPEC = range(8)
 def register(backends: Mapping[str, Backend]) -> None:
     """Define the operators; `backends` says where each backend's functions are."""
 
+    def run(backend: str, name: str, problem: list[Any], gradients: int | None) -> Any:
+        with _autocast.disabled(problem[0]):
+            function = getattr(backends[backend].functions(), name)
+            return _unit_lengths.run(function, problem, backend == "reference", gradients)
+
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         *problem, backend = arguments
         _check_target(problem, backend)
-        with _autocast.disabled(problem[0]):
-            return backends[backend].functions().forward(*problem)
+        return run(backend, "forward", problem, None)
 
     def backward(*arguments: Any) -> tuple[Tensor, ...]:
         *problem, backend = arguments
-        with _autocast.disabled(problem[0]):
-            return backends[backend].functions().backward(*problem)
+        return run(backend, "backward", problem, 0)
 
     def total(*arguments: Any) -> tuple[Tensor, ...]:
         *problem, backend = arguments
         _check_target(problem, backend)
-        with _autocast.disabled(problem[0]):
-            losses, target_logit, *gradients = backends[backend].functions().total(*problem)
+        losses, target_logit, *gradients = run(backend, "total", problem, 2)
         weight, _, target_weight = problem[_SPEC + 1 : _SPEC + 4]
         value = in_parts(weight * losses)
         if target_weight is not None:
@@ -163,7 +166,7 @@ def _backward_derivative(ctx: Any, *d_gradients: Any) -> tuple[Any, ...]:
         tensors = [alias(t) for t in (*problem[:_TARGET], *others)]
         leaves = [a for a in tensors if a is not None and a.requires_grad]
         arguments: list[Any] = [*tensors[:_TARGET], *problem[_TARGET:], *tensors[_TARGET:], ctx.needs]
-        outputs = reference.backward(*arguments)
+        outputs = _unit_lengths.run(reference.backward, arguments, True, 0)
         pairs = [(o, d) for o, d in zip(outputs, d_gradients, strict=True) if d is not None and o.requires_grad]
         found = iter(grad([o for o, _ in pairs], leaves, [d for _, d in pairs]))
     gradients = [next(found) if a is not None and a.requires_grad else None for a in tensors]

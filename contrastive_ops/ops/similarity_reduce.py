@@ -205,10 +205,13 @@ def fold(
     linear: tuple[Tensor, ...] | None = None,
     pairs: Pairs | None = None,
     memory_budget: int | None = None,
+    unit: bool = False,
     names: tuple[str, str, str] = ("similarity_reduce", "x", "y"),
     backend: str = "auto",
 ) -> Folded:
     """`similarity_reduce` for losses: arguments as there, and `names` to name in errors: the loss, its x, its y.
+
+    `unit`: rows of x and y count as if they had length 1. 16-bit rows are not rounded again for it.
 
     Returns:
         One entry per fold of `reduce`, whatever `dim` is; empty where not asked for.
@@ -218,7 +221,7 @@ def fold(
         raise ValueError(f"{names[0]}: reduce must name at least one fold, got ()")
     target = None if target is None else _checks.as_index(names[0], "target", target)
     x, y, row_bias, col_bias = prepare(names, x, y, row_bias, col_bias, target)
-    sets = LogitSets(names, x, y)
+    sets = LogitSets(names, x, y, unit)
     if target is not None or linear is not None:
         sets.add(scale, pairs, linear=linear)  # the first set is that of the targets and of the lists
     folds = []
@@ -298,6 +301,7 @@ def weighted_total(
     weight: Tensor,
     extra: Tensor | None = None,
     target_weight: Tensor | None = None,
+    unit: bool = False,
     names: tuple[str, str, str] = ("similarity_reduce", "x", "y"),
     backend: str = "auto",
 ) -> Tensor:
@@ -328,6 +332,7 @@ def weighted_total(
         weight: (N,) weight of each row's loss. Differentiable.
         extra: (N,) lse of logits that the sweep does not see; for "logsumexp". Differentiable.
         target_weight: (N,) weight of each target's logit. Differentiable.
+        unit: as in `fold`.
         names: the function and the arguments to name in errors.
         backend: as in `similarity_reduce`.
 
@@ -336,7 +341,7 @@ def weighted_total(
     """
     target = None if target is None else _checks.as_index(names[0], "target", target)
     x, y_or_none, row_bias, col_bias = prepare(names, x, y, row_bias, col_bias, target)
-    sets = LogitSets(names, x, y_or_none)
+    sets = LogitSets(names, x, y_or_none, unit)
     folds = (SetFold(sets.add(scale, pairs), kind, cols=False),)
     layout = Layout(tuple(sets.sets), folds)
     problem = (x, y_or_none, sets.scale(), row_bias, col_bias, target, *layout.encode())

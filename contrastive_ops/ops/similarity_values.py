@@ -77,8 +77,9 @@ def similarity_values(
         Memory: O((N + M) (D + V)), the inner products of 512 rows and ``memory_budget``; never N x M. Work:
         2 N M (D + V) forward, and 6 N M D + 4 N M V backward, less 2 N M D where they are kept. The weights of a
         gradient are p (t - mean), with t the product of the upstream gradient and the values, formed in float32 before
-        they are rounded for a product. Results are bitwise the same for any number of threads. Differentiable twice;
-        the second derivative runs on the reference backend.
+        they are rounded for a product; that of a column with nearly all of its row's weight is minus the sum of the
+        others, so that rows that are decided have no gradient, whatever the scale. Results are bitwise the same for any
+        number of threads. Differentiable twice; the second derivative runs on the reference backend.
 
         By squared distances, which assign to the nearest entry: ``scale=2 / temperature`` and
         ``col_bias=-y.square().sum(1) / temperature``.

@@ -19,6 +19,7 @@ from torch import Tensor
 from .._checks import accumulator
 from .._ordered import long_product
 from .._similarity import Layout, LogitSet, ScaleOf
+from .._softmax import DECIDED
 from ._recompute import recomputed
 from .pairs import SetOfChunk, chunk_sets, inner_products
 from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, times
@@ -27,6 +28,8 @@ from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, times
 # distances, pair by pair: the Huber loss between the student's and the teacher's distance, and the distance itself.
 KINDS = ("kl", "reverse_kl", "ce", "js", "huber", "distance")
 PAIRWISE = ("huber", "distance")
+# Whose derivative is q times the distance to a mean; that of the others is a difference that is formed from logarithms.
+DECIDES = ("reverse_kl", "js")
 # Bits of `dims`.
 ROWS, COLS = 1, 2
 
@@ -75,9 +78,16 @@ def _js(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def _of_mixture(log_p: Tensor, log_q: Tensor) -> Tensor:
     """log(q / m) / 2, 0 where q is 0."""
-    q = log_q.exp()
-    r = torch.where(q == 0, 0.0, _share(log_p.exp(), q))
-    return r.log1p() / 2
+    p, q = log_p.exp(), log_q.exp()
+    excess = torch.expm1(log_q - log_p)
+    far = torch.where(q == 0, 1.0, 2 * q / torch.where(q == 0, 1.0, p + q)).log()
+    return torch.where(excess.abs() < 0.5, (excess / (excess + 2)).log1p(), far) / 2
+
+
+def _difference(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """q - p; two numbers near 1 differ by what their logarithms do."""
+    p, d = log_p.exp(), log_q - log_p
+    return torch.where(d.abs() < 0.5, p * torch.expm1(d), log_q.exp() - p)
 
 
 def _divergence(kind: str, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -96,7 +106,7 @@ def _divergence_slope(kind: str, log_p: Tensor, log_q: Tensor, mean: Tensor) -> 
     """The derivative of a line's divergence by the student's logits."""
     q = log_q.exp()
     if kind in ("kl", "ce"):
-        return q - log_p.exp()
+        return _difference(log_p, log_q)
     of_pair = _of_mixture(log_p, log_q) if kind == "js" else log_q - log_p
     return torch.where(q == 0, 0.0, q * (of_pair - mean))
 
@@ -126,7 +136,10 @@ def _between_slope(kind: str, delta: float, s: Tensor, t: Tensor) -> Tensor:
 
 
 class _Line(NamedTuple):
-    """Logsumexps of rows or columns as maximum and logarithm; -inf and 0 where no pair takes part."""
+    """Logsumexps of rows or columns as maximum and logarithm; -inf and 0 where no pair takes part.
+
+    The logarithm is that of 1 and the ratios of all others to the maximum, so that it keeps the digits of small ones.
+    """
 
     top: Tensor
     log: Tensor
@@ -151,14 +164,21 @@ def _line(logits: Tensor, dim: int) -> _Line:
     if logits.shape[dim] == 0:
         empty = logits.sum(dim, keepdim=True)
         return _Line(empty - torch.inf, empty)
-    top = logits.detach().amax(dim, keepdim=True)
-    return _Line(top, _safe_log((logits - _finite(top)).exp().sum(dim, keepdim=True)))
+    best = logits.detach().argmax(dim, keepdim=True)
+    top = logits.gather(dim, best)
+    ratio, is_number = (logits - _finite(top)).exp(), torch.isfinite(top)
+    others = torch.where(is_number, ratio.scatter(dim, best, 0.0), ratio).sum(dim, keepdim=True)
+    return _Line(top, torch.where(is_number, others.log1p(), _safe_log(others)))
 
 
 def _merged(a: _Line, b: _Line) -> _Line:
-    top = torch.maximum(a.top, b.top)
-    total_a, total_b = (((each.top - _finite(top)) + each.log).exp() for each in (a, b))
-    return _Line(top, _safe_log(total_a + total_b))
+    first = a.top >= b.top
+    (top, low), (log, low_log) = (
+        (torch.where(first, s, t), torch.where(first, t, s)) for s, t in zip(a, b, strict=True)
+    )
+    other, is_number = ((low - _finite(top)) + low_log).exp(), torch.isfinite(top)
+    total = ((top - _finite(top)) + log).exp() + other
+    return _Line(top, torch.where(is_number, (torch.expm1(log) + other).log1p(), _safe_log(total)))
 
 
 # ---- The problem -----------------------------------------------------------------------------------------------------
@@ -314,13 +334,16 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dscale = torch.zeros_like(problem[2])
     drow_bias, dcol_bias = (t.new_zeros((len(t),), dtype=dtype) for t in (x, y))
     of_rows_scale = p.layout.sets[0].scale_of == ScaleOf.ROWS
+    of_columns = _sums_of_columns(p, statistics[:, rows:], d_values[rows:]) if p.cols else d_values[:0]
     for part in p.chunks():
         student, s, t = p.logits(part)
         e = torch.zeros_like(s)
         for wanted, own, dim in ((p.rows, part, 1), (p.cols, slice(rows, None), 0)):
             if wanted:
                 own_statistics = statistics[:, own].unsqueeze(dim + 1) if len(statistics.T) else None
-                e = e + _slope(p, s, t, own_statistics, d_values[own].unsqueeze(dim))
+                slope, decided = _slope(p, s, t, own_statistics, d_values[own].unsqueeze(dim))
+                total = slope.sum(1, keepdim=True) if dim else of_columns
+                e = e + (slope if decided is None else torch.where(decided, -total, slope))
         e = e.masked_fill(s == -torch.inf, 0.0)
         weights = e * student.scale
         dx[part] = long_product(weights, y.to(dtype))
@@ -333,12 +356,29 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return tuple(g if needs >> bit & 1 else g[:0] for bit, g in enumerate(full))  # type: ignore[return-value]
 
 
-def _slope(p: _Problem, s: Tensor, t: Tensor, statistics: Tensor | None, upstream: Tensor) -> Tensor:
-    """The derivative of the total by the student's logits through the lines of one direction."""
+def _sums_of_columns(p: _Problem, statistics: Tensor, d_values: Tensor) -> Tensor:
+    """(1, M) the sum of each column's derivatives, without those of decided rows."""
+    total = p.x.new_zeros((1, len(p.y)), dtype=p.dtype)
+    for part in p.chunks() if p.kind in DECIDES else ():
+        _, s, t = p.logits(part)
+        total += _slope(p, s, t, statistics[:, None], d_values[None])[0].sum(0)
+    return total
+
+
+def _slope(
+    p: _Problem, s: Tensor, t: Tensor, statistics: Tensor | None, upstream: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The derivative of the total by the student's logits through the lines of one direction.
+
+    It is 0 where the second result is True: there a line is decided, and the derivative is minus the sum of the others.
+    """
     if statistics is None:
-        return upstream * _between_slope(p.kind, p.delta, s, t)
+        return upstream * _between_slope(p.kind, p.delta, s, t), None
     top_s, log_s, top_t, log_t, mean = statistics
     upstream = upstream.masked_fill(top_t == -torch.inf, 0.0)  # a line without a pair is 0, whatever is in it
     log_q, log_p = _Line(top_s, log_s).log_probability(s), _Line(top_t, log_t).log_probability(t)
-    slope = _divergence_slope(p.kind, log_p, log_q, mean)
-    return torch.where(upstream == 0, 0.0, upstream * slope)
+    slope = torch.where(upstream == 0, 0.0, upstream * _divergence_slope(p.kind, log_p, log_q, mean))
+    if p.kind not in DECIDES:
+        return slope, None
+    decided = log_q.exp() > DECIDED
+    return slope.masked_fill(decided, 0.0), decided

@@ -15,6 +15,7 @@ from torch import Tensor
 from .._checks import accumulator
 from .._ordered import long_product
 from .._similarity import Layout, ScaleOf
+from .._softmax import balanced
 from ._recompute import recomputed
 from .pairs import SetOfChunk, chunk_sets, inner_products
 from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, times
@@ -97,7 +98,7 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
         weight, upstream = _probabilities(logits, lse[rows]), d_sums[rows]
         dvalues += long_product(weight.T, upstream)
         mean = (upstream * sums[rows]).sum(1, keepdim=True)
-        e = torch.where(weight == 0, 0.0, weight * (upstream @ p.values.T - mean))
+        e = balanced(torch.where(weight == 0, 0.0, weight * (upstream @ p.values.T - mean)), weight)
         by_dots = e * own.scale
         dx[rows] = long_product(by_dots, p.y.to(p.dtype))
         dy += long_product(by_dots.T, p.x[rows].to(p.dtype))

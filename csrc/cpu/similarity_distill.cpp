@@ -214,6 +214,49 @@ void prepare_lines(const DistillBackward& b, int64_t lines, int64_t begin, int64
   }
 }
 
+// The decided entries of lines, until their derivatives are known and added.
+template <class A>
+class DecidedEntries {
+ public:
+  // `parts`: sums of each line that are made side by side.
+  void allocate(int64_t lines, int64_t parts, int64_t step) {
+    step_ = step;
+    own_.allocate(lines);
+    other_.allocate(lines);
+    for (Buffer<A>* each : {&dots_, &e_}) each->allocate(lines);
+    parts_.allocate(parts * step);
+    memset(parts_.get(), 0, parts * step * sizeof(A));
+  }
+  void begin(int64_t first, int64_t lines) {
+    for (int64_t k = 0; k < lines; ++k) {
+      own_.get()[k] = first + k;
+      other_.get()[k] = -1;
+    }
+  }
+  DecidedLines<A> part(int64_t at, int64_t line) const {
+    return {other_.get() + line, dots_.get() + line, parts_.get() + at * step_ + line};
+  }
+  template <class Gradients>
+  void finish(int64_t lines, int64_t parts, bool of_columns, Gradients& gradients) {
+    for (int64_t k = 0; k < lines; ++k) {
+      double total = 0;
+      for (int64_t at = 0; at < parts; ++at) total += parts_.get()[at * step_ + k];
+      e_.get()[k] = static_cast<A>(-total);
+    }
+    // A pair's column is -1 where there is none, so that a column without one is said by itself.
+    for (int64_t k = 0; of_columns && k < lines; ++k) {
+      if (other_.get()[k] < 0) own_.get()[k] = -1;
+    }
+    const int64_t *rows = of_columns ? other_.get() : own_.get(), *columns = of_columns ? own_.get() : other_.get();
+    gradients.add_pairs({lines, rows, columns, dots_.get(), e_.get(), nullptr});
+  }
+
+ private:
+  int64_t step_ = 0;
+  Buffer<int64_t> own_, other_;
+  Buffer<A> dots_, e_, parts_;
+};
+
 template <class C, class S>
 void distill_backward(const DistillProblem& p, const DistillBackward& b, const Parallel& parallel) {
   using A = typename C::Acc;
@@ -225,7 +268,16 @@ void distill_backward(const DistillProblem& p, const DistillBackward& b, const P
   if (p.rows) prepare_lines<A>(b, lines, 0, N, rows);
   if (p.cols) prepare_lines<A>(b, lines, N * p.rows, M, cols);
   const A delta = static_cast<A>(p.delta);
+  DecidedEntries<A> decided_rows, decided_cols;
+  const int64_t chunk_rows = both.student.chunk_rows, blocks = (M + kBlock - 1) / kBlock;
+  const bool has_rows = p.rows && decides(p.kind), has_cols = p.cols && decides(p.kind);
+  if (has_rows) decided_rows.allocate(chunk_rows, blocks, chunk_rows);
+  if (has_cols) {
+    decided_cols.allocate(both.student.padded_columns, 1, both.student.padded_columns);
+    decided_cols.begin(0, both.student.padded_columns);
+  }
   both.for_each_chunk([&](const Chunk& chunk) {
+    if (has_rows) decided_rows.begin(chunk.begin, chunk.rows);
     const auto weigh = [&](const Block& block, int, bool, bool scaled, const A* dots, const A* guide, A* e,
                            Scratch& s) {
       const A* t = both.logits(chunk, block, true, dots, guide, e, s);
@@ -234,14 +286,17 @@ void distill_backward(const DistillProblem& p, const DistillBackward& b, const P
       with_comparison(p.kind, [&](auto k) {
         constexpr DistillKind K = decltype(k)::value;
         const auto run = [&](auto function) {
-          function(e, t, block.rows, block.cols, delta, of_rows, of_cols, scale_i, scale_j, e);
+          function(e, t, dots, chunk.begin, block.j, block.rows, block.cols, delta, of_rows, of_cols,
+                   decided_rows.part(block.index, 0), decided_cols.part(0, block.j), scale_i, scale_j, e);
         };
         if (p.rows && p.cols) return run(slopes<A, K, true, true>);
         p.rows ? run(slopes<A, K, true, false>) : run(slopes<A, K, false, true>);
       });
     };
     gradients.add_chunk(chunk, both.student.kept, weigh);
+    if (has_rows) decided_rows.finish(chunk.rows, chunk.blocks(), false, gradients);
   });
+  if (has_cols) decided_cols.finish(M, 1, true, gradients);
   gradients.finish();
 }
 

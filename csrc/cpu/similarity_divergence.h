@@ -36,6 +36,8 @@ INLINE void with_comparison(DistillKind kind, Body body) {
 
 // Lines are softmaxes, not sums over pairs.
 constexpr bool is_softmax(DistillKind kind) { return kind != DistillKind::huber && kind != DistillKind::distance; }
+// The derivative is q (t - mean): where q is nearly 1, that is what rounding leaves of two equal numbers.
+constexpr bool decides(DistillKind kind) { return kind == DistillKind::reverse_kl || kind == DistillKind::js; }
 
 // What folds of a block do: find the logsumexps of their lines, or take those that are known, and find their values.
 struct Folding {
@@ -77,6 +79,19 @@ INLINE Vec<A> logarithm_or_zero(Vec<A> sum) {
   return sum == Vec<A>{} ? Vec<A>{} : logarithm(sum);
 }
 
+// exp(d) - 1 for |d| < 1/2, to the last digits of small d.
+template <class A>
+INLINE Vec<A> excess(Vec<A> d) {
+  return d + d * d * series<A, kExcessTerms<A>>(kExcess, d);
+}
+// The logarithm of a sum of ratios to the largest: `others` of those that are not it, and how many are. Where one
+// column has nearly all the probability, the digits of what is left to 1 are in `others`.
+template <class A>
+INLINE Vec<A> log_of_ratios(Vec<A> others, Vec<A> count) {
+  const Vec<A> u = others + (count - A(1));
+  return (u < broadcast(A(1))) & (count > Vec<A>{}) ? log_one_plus(u) : logarithm_or_zero<A>(u + A(1));
+}
+
 // ---- One pair --------------------------------------------------------------------------------------------
 
 // p (exp(d) - 1 - d) with d = log q - log p: never negative, and sums to KL(p || q) as p and q sum to 1.
@@ -88,7 +103,13 @@ INLINE Vec<A> relative_entropy(Vec<A> p, Vec<A> q, Vec<A> log_p, Vec<A> log_q) {
   return absolute<A>(d) < A(0.5) ? near : far;
 }
 
-// (q - p) / (q + p) lies in [-1, 1]; NaN for 0 / 0.
+// q - p and (q - p) / (q + p), which lies in [-1, 1] and is NaN for 0 / 0. Two numbers near 1 differ by what their
+// logarithms do.
+template <class A>
+INLINE Vec<A> difference(Vec<A> p, Vec<A> q, Vec<A> log_p, Vec<A> log_q) {
+  const Vec<A> d = log_q - log_p;
+  return absolute<A>(d) < A(0.5) ? p * excess<A>(d) : q - p;
+}
 template <class A>
 INLINE Vec<A> relative_difference(Vec<A> p, Vec<A> q) {
   return (q - p) / (q + p);
@@ -106,9 +127,9 @@ INLINE Vec<A> shared_divergence(Vec<A> p, Vec<A> q) {
 }
 // log(q / m) / 2, 0 where q is 0.
 template <class A>
-INLINE Vec<A> half_log_of_mixture(Vec<A> p, Vec<A> q) {
-  const Vec<A> r = relative_difference<A>(p, q), zero = {};
-  const Vec<A> value = A(0.5) * (absolute<A>(r) < A(0.5) ? log_one_plus(r) : logarithm_or_zero<A>(r + A(1)));
+INLINE Vec<A> half_log_of_mixture(Vec<A> p, Vec<A> q, Vec<A> log_p, Vec<A> log_q) {
+  const Vec<A> r = difference<A>(p, q, log_p, log_q) / (q + p), zero = {};
+  const Vec<A> value = A(0.5) * (absolute<A>(r) < A(0.5) ? log_one_plus(r) : logarithm_or_zero<A>((q + q) / (q + p)));
   return q == zero ? zero : value;
 }
 
@@ -124,7 +145,7 @@ INLINE Terms<A> divergence_terms(Vec<A> log_p, Vec<A> log_q) {
   const Vec<A> q = exponential_of_negative(log_q);
   if constexpr (K == DistillKind::kl) return {relative_entropy<A>(p, q, log_p, log_q), zero};
   if constexpr (K == DistillKind::reverse_kl) return {relative_entropy<A>(q, p, log_q, log_p), zero};
-  return {shared_divergence<A>(p, q), q * half_log_of_mixture<A>(p, q)};
+  return {shared_divergence<A>(p, q), q * half_log_of_mixture<A>(p, q, log_p, log_q)};
 }
 
 // The derivative of a line's divergence by the student's logit.
@@ -133,8 +154,8 @@ INLINE Vec<A> divergence_slope(Vec<A> log_p, Vec<A> log_q, Vec<A> mean) {
   const Vec<A> q = exponential_of_negative(log_q), zero = {};
   if constexpr (K == DistillKind::reverse_kl) return q == zero ? zero : q * (log_q - log_p - mean);
   const Vec<A> p = exponential_of_negative(log_p);
-  if constexpr (K == DistillKind::js) return q == zero ? zero : q * (half_log_of_mixture<A>(p, q) - mean);
-  return q - p;
+  if constexpr (K == DistillKind::js) return q == zero ? zero : q * (half_log_of_mixture<A>(p, q, log_p, log_q) - mean);
+  return difference<A>(p, q, log_p, log_q);
 }
 
 // From squared distances, which rounding may have made negative; -inf takes no part.
@@ -235,7 +256,7 @@ void merge_lines(int64_t count, Lines<A> first, int64_t step, Lines<A> out) {
   constexpr int W = kLanes<A>;
   Vec<A> top_s = broadcast(-infinity<A>()), top_t = top_s;
   // In double: a line of millions of pairs has tens of thousands of parts.
-  double sum_s[W] = {}, sum_t[W] = {}, value[W] = {};
+  double value[W] = {};
   const auto add = [](double* to, Vec<A> from) {
     for (int q = 0; q < W; ++q) to[q] += from[q];
   };
@@ -249,12 +270,20 @@ void merge_lines(int64_t count, Lines<A> first, int64_t step, Lines<A> out) {
     top_t = greater<A>(load(part(k).top_t), top_t);
   }
   Normalizer<Vec<A>> n{finite_or_zero<A>(top_s), zero, finite_or_zero<A>(top_t), zero};
-  for (int64_t k = 0; k < count; ++k) {
-    add(sum_s, exponential(n.student(load(part(k).top_s)) + load(part(k).log_s)));
-    add(sum_t, exponential(n.teacher(load(part(k).top_t)) + load(part(k).log_t)));
-  }
-  n.log_s = logarithm_or_zero<A>(rounded_to(sum_s));
-  n.log_t = logarithm_or_zero<A>(rounded_to(sum_t));
+  const auto merged = [&](A* Lines<A>::* top, A* Lines<A>::* log, Vec<A> reference) {
+    double others[W] = {};
+    Vec<A> largest = {};
+    for (int64_t k = 0; k < count; ++k) {
+      const Vec<A> own = load(part(k).*top), sum = load(part(k).*log);
+      const auto is_largest = own == reference;
+      const Vec<A> rest = sum < broadcast(A(0.5)) ? excess<A>(sum) : exponential(sum) - A(1);
+      add(others, is_largest ? rest : exponential((own - reference) + sum));
+      largest += is_largest ? broadcast(A(1)) : zero;
+    }
+    return log_of_ratios<A>(rounded_to(others), largest);
+  };
+  n.log_s = merged(&Lines<A>::top_s, &Lines<A>::log_s, n.top_s);
+  n.log_t = merged(&Lines<A>::top_t, &Lines<A>::log_t, n.top_t);
   if constexpr (K != DistillKind::js) {
     for (int64_t k = 0; k < count; ++k) {
       const Vec<A> log_q = n.student(load(part(k).top_s)) + load(part(k).log_s);
@@ -274,17 +303,23 @@ void merge_lines(int64_t count, Lines<A> first, int64_t step, Lines<A> out) {
 
 // ---- Blocks ----------------------------------------------------------------------------------------------
 
+// Adds exp(l - reference) to `others`, or one to how many are the largest.
+template <class A>
+INLINE void add_ratio(Vec<A> l, Vec<A> reference, Vec<A>& others, Vec<A>& largest) {
+  const auto is_largest = l == reference;
+  others += is_largest ? Vec<A>{} : exponential_of_negative(l - reference);
+  largest += is_largest ? broadcast(A(1)) : Vec<A>{};
+}
 // The logsumexp of one row of a block.
 template <class A>
 INLINE void line_of_row(const A* l, int64_t cols, A* top, A* log) {
   constexpr int W = kLanes<A>;
-  Vec<A> best = broadcast(-infinity<A>()), sum = {};
+  Vec<A> best = broadcast(-infinity<A>()), others = {}, largest = {};
   for (int64_t j = 0; j < cols; j += W) best = greater<A>(load(l + j), best);
   *top = lane_max<A>(best);
-  const A reference = finite_or_zero(*top);
-  for (int64_t j = 0; j < cols; j += W) sum += exponential_of_negative(load(l + j) - reference);
-  const A total = lane_sum<A>(sum);
-  *log = total == 0 ? 0 : natural_log(total);
+  const Vec<A> reference = broadcast(finite_or_zero(*top));
+  for (int64_t j = 0; j < cols; j += W) add_ratio<A>(load(l + j), reference, others, largest);
+  *log = log_of_ratios<A>(broadcast(lane_sum<A>(others)), broadcast(lane_sum<A>(largest)))[0];
 }
 
 // Folds each row of a block.
@@ -340,13 +375,20 @@ void compare_columns(const A* s, const A* t, int64_t rows, int64_t cols, Folding
         store(own.top_s + j, greater<A>(student, load(own.top_s + j)));
         store(own.top_t + j, greater<A>(teacher, load(own.top_t + j)));
       });
+      alignas(64) A largest[2][kBlock] = {};
+      const auto add_to = [&](Vec<A> l, const A* top, A* log, A* count) {
+        Vec<A> others = load(log), equal = load(count);
+        add_ratio<A>(l, finite_or_zero<A>(load(top)), others, equal);
+        store(log, others);
+        store(count, equal);
+      };
       each([&](Vec<A> student, Vec<A> teacher, int64_t j) {
-        add(own.log_s + j, exponential_of_negative(student - finite_or_zero<A>(load(own.top_s + j))));
-        add(own.log_t + j, exponential_of_negative(teacher - finite_or_zero<A>(load(own.top_t + j))));
+        add_to(student, own.top_s + j, own.log_s + j, largest[0] + j);
+        add_to(teacher, own.top_t + j, own.log_t + j, largest[1] + j);
       });
       for (int64_t j = 0; j < cols; j += W) {
-        store(own.log_s + j, logarithm_or_zero<A>(load(own.log_s + j)));
-        store(own.log_t + j, logarithm_or_zero<A>(load(own.log_t + j)));
+        store(own.log_s + j, log_of_ratios<A>(load(own.log_s + j), load(largest[0] + j)));
+        store(own.log_t + j, log_of_ratios<A>(load(own.log_t + j), load(largest[1] + j)));
       }
     }
     const Lines<A> of = f.lines ? own : running;
@@ -378,15 +420,40 @@ void compare_columns(const A* s, const A* t, int64_t rows, int64_t cols, Folding
   }
 }
 
+// The entries with nearly all the probability of their lines, whose derivatives are minus the sums of the others.
+template <class A>
+struct DecidedLines {
+  static constexpr A kLeast = static_cast<A>(0.75);  // DECIDED of contrastive_ops/_softmax.py
+
+  int64_t* other;  // of each line the number of the row or column, or -1
+  A *dots, *sums;  // its inner product, and the sums of the others, which are added to
+  DecidedLines at(int64_t k) const { return {other + k, dots + k, sums + k}; }
+
+  // Of a vector of slopes those that are decided become 0; line(q) and number(q) say of lane q whose they are.
+  template <class Line, class Number>
+  INLINE void take(Vec<A> log_q, const A* dot, Vec<A>& slope, Line line, Number number) const {
+    // exp(-0.2876...) = kLeast
+    unsigned bits = above_bits<A>(log_q, broadcast(static_cast<A>(-0.28768207245178093)));
+    for (; bits; bits &= bits - 1) {
+      const int q = __builtin_ctz(bits);
+      other[line(q)] = number(q);
+      dots[line(q)] = dot[q];
+      slope[q] = 0;
+    }
+  }
+};
+
 // e = dtotal/ds through a line of each row and column that has a weight (`value` of the lines), times `scale` of the
 // row and the column where they are given. `s` may be `e`.
 template <class A, DistillKind K, bool kRowLines, bool kColLines>
-void slopes(const A* s, const A* t, int64_t rows, int64_t cols, A delta, Lines<A> of_rows, Lines<A> of_cols,
+void slopes(const A* s, const A* t, const A* dots, int64_t i_begin, int64_t j_begin, int64_t rows, int64_t cols,
+            A delta, Lines<A> of_rows, Lines<A> of_cols, DecidedLines<A> decided_rows, DecidedLines<A> decided_cols,
             const A* scale_i, const A* scale_j, A* e) {
   constexpr int W = kLanes<A>;
   const Vec<A> zero = {};
-  for (int64_t i = 0; i < rows; ++i, s += kBlock, t += kBlock, e += kBlock) {
+  for (int64_t i = 0; i < rows; ++i, s += kBlock, t += kBlock, e += kBlock, dots += kBlock) {
     const A weight_i = kRowLines ? *of_rows.at(i).value : 0;
+    Vec<A> row_sum = {};
     for (int64_t j = 0; j < cols; j += W) {
       const Vec<A> student = load(s + j), teacher = load(t + j);
       Vec<A> slope = {};
@@ -395,13 +462,24 @@ void slopes(const A* s, const A* t, int64_t rows, int64_t cols, A delta, Lines<A
           const Lines<A> line = of_rows.at(i);
           const Normalizer<A> n{*line.top_s, *line.log_s, *line.top_t, *line.log_t};
           slope = weight_i * divergence_slope<A, K>(n.teacher(teacher), n.student(student), broadcast(*line.mean));
+          if (decides(K)) {
+            decided_rows.take(
+                n.student(student), dots + j, slope, [&](int) { return i; }, [&](int q) { return j_begin + j + q; });
+            row_sum += slope;
+          }
         }
         if (kColLines) {
           const Lines<A> line = of_cols.at(j);
           const Normalizer<Vec<A>> n{load(line.top_s), load(line.log_s), load(line.top_t), load(line.log_t)};
           const Vec<A> weight = load(line.value);
-          const Vec<A> own = weight * divergence_slope<A, K>(n.teacher(teacher), n.student(student), load(line.mean));
-          slope += weight == zero ? zero : own;
+          Vec<A> own = weight * divergence_slope<A, K>(n.teacher(teacher), n.student(student), load(line.mean));
+          own = weight == zero ? zero : own;
+          if (decides(K)) {
+            decided_cols.take(
+                n.student(student), dots + j, own, [&](int q) { return j + q; }, [&](int) { return i_begin + i; });
+            store(decided_cols.sums + j, load(decided_cols.sums + j) + own);
+          }
+          slope += own;
         }
       } else {
         const Vec<A> weight = kColLines ? weight_i + load(of_cols.value + j) : broadcast(weight_i);
@@ -410,6 +488,7 @@ void slopes(const A* s, const A* t, int64_t rows, int64_t cols, A delta, Lines<A
       if (scale_i) slope *= scale_i[i] * load(scale_j + j);
       store(e + j, slope);
     }
+    if (kRowLines && decides(K)) decided_rows.sums[i] = lane_sum<A>(row_sum);
   }
 }
 

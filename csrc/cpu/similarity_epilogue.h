@@ -158,17 +158,21 @@ void accumulate(bool add, bool with_sums, const View<A>& view, const A* dots, co
   }
 }
 
-// What rounding takes from the weights: sums of g - rounded(g) along both sides.
+// What rounding takes from the weights: sums of g - rounded(g) along both sides, over the factors of both where g was
+// multiplied by them.
 template <class C>
-void residuals(const typename C::Acc* g, int64_t rows, int64_t cols, typename C::Acc* residual_i,
-               typename C::Acc* residual_j) {
+void residuals(const typename C::Acc* g, int64_t rows, int64_t cols, const typename C::Acc* factor_i,
+               const typename C::Acc* factor_j, typename C::Acc* residual_i, typename C::Acc* residual_j) {
   using A = typename C::Acc;
   constexpr int W = kLanes<A>;
   memset(residual_j, 0, kBlock * sizeof(A));
+  alignas(64) A over_j[kBlock] = {};
+  for (int64_t j = 0; j < cols; ++j) over_j[j] = factor_j ? 1 / factor_j[j] : 1;
   for (int64_t i = 0; i < rows; ++i) {
     Vec<A> sum = {};
+    const A over_i = factor_i ? 1 / factor_i[i] : 1;
     for (int64_t j = 0; j < cols; j += W) {
-      const Vec<A> v = load(g + i * kBlock + j), lost = v - rounded<C>(v);
+      const Vec<A> v = load(g + i * kBlock + j), lost = (v - rounded<C>(v)) * (over_i * load(over_j + j));
       sum += lost;
       store(residual_j + j, load(residual_j + j) + lost);
     }

@@ -72,6 +72,44 @@ class Gradients {
     }
   }
 
+  // More pairs of the first set, column -1 for none: their inner products, the derivatives by their logits, and their
+  // weights, the derivatives by the inner products, where they are others than e times the scale.
+  struct Pairs {
+    int64_t count;
+    const int64_t *rows, *columns;
+    const A *dots, *e, *weight;
+  };
+  void add_pairs(const Pairs& pairs) {
+    const SimilaritySet& set = p.sets[0];
+    const A* scale = static_cast<const A*>(set.scale);
+    const auto weight_of = [&](int64_t k) {
+      if (pairs.weight) return pairs.weight[k];
+      const int64_t own = set.scale_of == ScaleOf::rows ? pairs.rows[k] : pairs.columns[k];
+      return static_cast<A>(sign_of(0)) * pairs.e[k] * scale[set.scale_of == ScaleOf::all ? 0 : own];
+    };
+    // Pairs may share a row or a column, so tasks own dimensions.
+    sweep_.run((p.D + kBlock - 1) / kBlock, [&](int64_t group, int) {
+      const int64_t d = group * kBlock, depth = minimum(kBlock, p.D - d);
+      for (int64_t k = 0; k < pairs.count; ++k) {
+        if (pairs.columns[k] < 0) continue;
+        const int64_t i = pairs.rows[k], j = pairs.columns[k];
+        const A weight = weight_of(k);
+        const S *x = static_cast<const S*>(p.x) + i * p.x_stride + d,
+                *y = static_cast<const S*>(p.y) + j * p.y_stride + d;
+        if (out.dx) add_row(static_cast<A*>(out.dx) + i * p.D + d, y, weight, depth);
+        if (dy()) add_row(dy() + j * p.D + d, x, weight, depth);
+      }
+    });
+    for (int64_t k = 0; sums_[0].used && k < pairs.count; ++k) {
+      if (pairs.columns[k] < 0) continue;
+      const double own = sign_of(0) * pairs.e[k];
+      drow_bias_.get()[pairs.rows[k]] += own;
+      dcol_bias_.get()[pairs.columns[k]] += own;
+      const bool of_columns = scale_of(0) == ScaleOf::columns;
+      sums_[0].dscale.get()[of_columns ? pairs.columns[k] : pairs.rows[k]] += own * pairs.dots[k];
+    }
+  }
+
   void finish() {
     if (wide_dx_.get()) copy(out.dx, wide_dx_, p.N * p.D);
     if (wide_dy_.get()) copy(out.dy, wide_dy_, p.M * p.D);
@@ -233,9 +271,12 @@ class Gradients {
         add_view(block, set, true, true, part, dots, e, g, s);
       }
     }
+    if (p.x_factor) sweep_.multiply_by_factors(chunk, block, g);
     if (compensates()) {
       A residual_j[kBlock];
-      residuals<C>(g, block.rows, block.cols, residual_.get() + part, residual_j);
+      const A *of_rows = static_cast<const A*>(p.x_factor), *of_columns = static_cast<const A*>(p.y_factor);
+      residuals<C>(g, block.rows, block.cols, of_rows ? of_rows + chunk.begin : nullptr,
+                   of_columns ? of_columns + block.j : nullptr, residual_.get() + part, residual_j);
       add_to(residual_columns_.get() + block.j, residual_j, block.cols);
     }
     multiply_weights(chunk, block, first, g, s);
@@ -317,27 +358,39 @@ class Gradients {
     for (int64_t i = 0; i < p.N && !p.self; ++i) {
       if (p.target[i] >= 0 && p.target[i] < p.M) partner.get()[p.target[i]] = i;
     }
+    const auto weigh = [&](Buffer<double>& residual, const void* own, const void* other, const int64_t* mates,
+                           int64_t count, int64_t others) {
+      for (int64_t i = 0; own && i < count; ++i) {
+        if (mates[i] < 0 || mates[i] >= others) continue;
+        residual.get()[i] *=
+            static_cast<double>(static_cast<const A*>(own)[i]) * static_cast<const A*>(other)[mates[i]];
+      }
+    };
+    weigh(residual_rows_, p.x_factor, p.y_factor, p.target, p.N, p.M);
+    weigh(residual_columns_, p.y_factor, p.x_factor, partner.get(), p.M, p.N);
     give_back(static_cast<A*>(out.dx), p.N, p.target, static_cast<const S*>(p.y), p.y_stride, p.M, residual_rows_);
     give_back(dy(), p.M, partner.get(), static_cast<const S*>(p.x), p.x_stride, p.N, residual_columns_);
   }
 
   void give_back(A* to, int64_t count, const int64_t* partner, const S* from, int64_t stride, int64_t from_count,
                  const Buffer<double>& residual) {
-    constexpr int W = kLanes<A>;
     sweep_.run(to ? (count + kBlock - 1) / kBlock : 0, [&](int64_t group, int) {
       for (int64_t i = group * kBlock; i < minimum(count, (group + 1) * kBlock); ++i) {
         if (partner[i] < 0 || partner[i] >= from_count) continue;
-        const S* row = from + partner[i] * stride;
-        const A weight = static_cast<A>(residual.get()[i]);
-        int64_t d = 0;
-        for (; d + W <= p.D; d += W) store(to + i * p.D + d, load(to + i * p.D + d) + weight * to_float(row + d));
-        if (d == p.D) continue;
-        S tail[W] = {};
-        for (int64_t q = d; q < p.D; ++q) tail[q - d] = row[q];
-        const Vec<A> last = to_float(tail);
-        for (int64_t q = d; q < p.D; ++q) to[i * p.D + q] += weight * last[q - d];
+        add_row(to + i * p.D, from + partner[i] * stride, static_cast<A>(residual.get()[i]), p.D);
       }
     });
+  }
+  // to += weight * row
+  static void add_row(A* to, const S* row, A weight, int64_t count) {
+    constexpr int W = kLanes<A>;
+    int64_t d = 0;
+    for (; d + W <= count; d += W) store(to + d, load(to + d) + weight * to_accumulator<A>(row + d));
+    if (d == count) return;
+    S tail[W] = {};
+    for (int64_t q = d; q < count; ++q) tail[q - d] = row[q];
+    const Vec<A> last = to_accumulator<A>(tail);
+    for (int64_t q = d; q < count; ++q) to[q] += weight * last[q - d];
   }
 
   // The chunk's rows packed as B panels: depth runs over rows, lanes over the embedding dimension.

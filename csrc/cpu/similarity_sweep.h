@@ -98,6 +98,19 @@ class Sweep : public Views<typename C::Acc> {
   // Inner products of the block's columns with the chunk's rows, complete in depth.
   void multiply_block(const Chunk& chunk, const Block& block, Scratch& s, A* dots) {
     products<C, S>(chunk, block, x_panels, p.y, p.y_stride, p.D, s.y_panel, dots);
+    if (p.x_factor) multiply_by_factors(chunk, block, dots);
+  }
+  // What the inner products of a block, and so their derivatives, are multiplied by.
+  A factor_i(int64_t i) const { return static_cast<const A*>(p.x_factor)[i]; }
+  A factor_j(int64_t j) const { return static_cast<const A*>(p.y_factor)[j]; }
+  void multiply_by_factors(const Chunk& chunk, const Block& block, A* numbers) const {
+    constexpr int W = kLanes<A>;
+    alignas(64) A of_columns[kBlock] = {};
+    for (int64_t j = 0; j < block.cols; ++j) of_columns[j] = factor_j(block.j + j);
+    for (int64_t i = 0; i < block.rows; ++i, numbers += kBlock) {
+      const A own = factor_i(chunk.begin + i);
+      for (int64_t j = 0; j < block.cols; j += W) store(numbers + j, load(numbers + j) * (own * load(of_columns + j)));
+    }
   }
   // The guide's similarities of a block, or null where no set has a guide.
   const A* guide_block(const Chunk& chunk, const Block& block, Scratch& s) {

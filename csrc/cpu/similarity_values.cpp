@@ -63,6 +63,33 @@ class Softmax {
   Buffer<A> held_;
 };
 
+// Sums of the weights of each row of a block, as they are multiplied.
+template <class C, class A>
+void sum_rows(const A* e, int64_t rows, int64_t cols, A* sums) {
+  for (int64_t i = 0; i < rows; ++i, e += kBlock) {
+    Vec<A> sum = {};
+    for (int64_t j = 0; j < cols; j += kLanes<A>) sum += rounded<C>(load(e + j));
+    sums[i] = lane_sum<A>(sum);
+  }
+}
+template <class A>
+double sum_parts(const A* parts, int64_t step, int64_t count, int64_t i) {
+  double total = 0;
+  for (int64_t b = 0; b < count; ++b) total += parts[b * step + i];
+  return total;
+}
+// Divides by the sum of the weights, which is 1 but for the rounding of the logsumexp: at a logit of 1,000 that is
+// 3e-5.
+template <class A>
+void normalize(const A* parts, int64_t step, const Chunk& chunk, int64_t depth, A* sums) {
+  for (int64_t i = 0; i < chunk.rows; ++i, sums += depth) {
+    const double total = sum_parts(parts, step, chunk.blocks(), i);
+    if (!(total > 0)) continue;
+    const A factor = static_cast<A>(1 / total);
+    for (int64_t k = 0; k < depth; ++k) sums[k] *= factor;
+  }
+}
+
 template <class C, class S>
 void values_forward(const ValuesProblem& p, const ValuesForward& out, const Parallel& parallel) {
   using A = typename C::Acc;
@@ -75,6 +102,7 @@ void values_forward(const ValuesProblem& p, const ValuesForward& out, const Para
   Gradients<C, S> weighted(values, sums, sweep);
   FoldState<A> fold;
   sweep.start_fold(fold, p.logits.folds[0], out.lse, nullptr);
+  Buffer<A> parts((p.logits.M + kBlock - 1) / kBlock * sweep.chunk_rows);
   sweep.for_each_chunk([&](const Chunk& chunk) {
     A* dots = softmax.place(chunk);
     sweep.for_each_block(chunk, 0, chunk.blocks(), [&](const Block& block, Scratch& s) {
@@ -88,27 +116,75 @@ void values_forward(const ValuesProblem& p, const ValuesForward& out, const Para
     weighted.add_chunk(chunk, dots,
                        [&](const Block& block, int, bool, bool, const A* block_dots, const A* guide, A* e, Scratch& s) {
                          softmax.probabilities(chunk, block, block_dots, guide, e, s);
+                         sum_rows<C>(e, block.rows, block.cols, parts.get() + block.index * sweep.chunk_rows);
                        });
+    normalize(parts.get(), sweep.chunk_rows, chunk, p.depth, static_cast<A*>(out.sums) + chunk.begin * p.depth);
   });
   weighted.finish();
 }
 
 // ---- Backward ----------------------------------------------------------------------------------------------
 
-// e = p (t - mean), times dlogit/d(inner product) where `view` is given: the derivative by the logits. e has p.
+// Columns with nearly all the probability of their row. There p (t - mean) is what rounding leaves of two equal
+// numbers, and grows with the scale; but the derivatives of a row sum to 0, so theirs is minus the sum of the others.
 template <class A>
-void deviations(const A* t, const A* means, const View<A>* view, A* e, int64_t rows, int64_t cols) {
-  constexpr int W = kLanes<A>;
-  const Vec<A> zero = {};
-  for (int64_t i = 0; i < rows; ++i, t += kBlock, e += kBlock) {
-    for (int64_t j = 0; j < cols; j += W) {
-      const Vec<A> p = load(e + j);
-      Vec<A> slope = p * (load(t + j) - means[i]);
-      if (view) slope *= view->scale_i[i] * load(view->scale_j + j);
-      store(e + j, p == zero ? zero : slope);
+class Decided {
+ public:
+  static constexpr A kLeast = static_cast<A>(0.75);  // DECIDED of contrastive_ops/_softmax.py
+
+  Decided(int64_t columns, int64_t chunk_rows) : step_(chunk_rows) {
+    const int64_t parts = (columns + kBlock - 1) / kBlock * chunk_rows;
+    for (Buffer<A>* part : {&e_parts_, &weight_parts_}) part->allocate(parts);
+    for (Buffer<A>* own : {&dots_, &e_, &weight_}) own->allocate(chunk_rows);
+    for (Buffer<int64_t>* own : {&rows_, &columns_}) own->allocate(chunk_rows);
+  }
+  void begin(const Chunk& chunk) {
+    for (int64_t i = 0; i < chunk.rows; ++i) {
+      rows_.get()[i] = chunk.begin + i;
+      columns_.get()[i] = -1;
     }
   }
-}
+  // e = p (t - mean), the derivative by the logits, but 0 for a decided column; `scaled`: times dlogit/d(inner
+  // product). e has p.
+  template <class C>
+  void deviate(const Block& block, const View<A>& view, bool scaled, const A* dots, const A* t, const A* means, A* e) {
+    constexpr int W = kLanes<A>;
+    const Vec<A> zero = {}, least = broadcast(kLeast);
+    for (int64_t i = 0; i < block.rows; ++i, dots += kBlock, t += kBlock, e += kBlock) {
+      Vec<A> sum = {}, weights = {};
+      for (int64_t j = 0; j < block.cols; j += W) {
+        const Vec<A> p = load(e + j);
+        Vec<A> slope = p == zero ? zero : p * (load(t + j) - means[i]);
+        if (const unsigned bits = above_bits<A>(p, least)) {
+          const int64_t own = j + __builtin_ctz(bits);
+          columns_.get()[i] = block.j + own;
+          dots_.get()[i] = dots[own];
+          slope[own - j] = 0;
+        }
+        const Vec<A> weight = slope * (view.scale_i[i] * load(view.scale_j + j));
+        sum += slope;
+        weights += rounded<C>(weight);
+        store(e + j, scaled ? weight : slope);
+      }
+      e_parts_.get()[block.index * step_ + i] = lane_sum<A>(sum);
+      weight_parts_.get()[block.index * step_ + i] = lane_sum<A>(weights);
+    }
+  }
+  template <class Gradients>
+  void finish(const Chunk& chunk, Gradients& gradients) {
+    for (int64_t i = 0; i < chunk.rows; ++i) {
+      if (columns_.get()[i] < 0) continue;
+      e_.get()[i] = static_cast<A>(-sum_parts(e_parts_.get(), step_, chunk.blocks(), i));
+      weight_.get()[i] = static_cast<A>(-sum_parts(weight_parts_.get(), step_, chunk.blocks(), i));
+    }
+    gradients.add_pairs({chunk.rows, rows_.get(), columns_.get(), dots_.get(), e_.get(), weight_.get()});
+  }
+
+ private:
+  const int64_t step_;
+  Buffer<int64_t> rows_, columns_;  // of each row of the chunk its own number, and its column or -1
+  Buffer<A> dots_, e_, weight_, e_parts_, weight_parts_;
+};
 
 // What each row's values deviate from: <d_sums_i, sums_i>, the mean of <d_sums_i, values_j> over the row.
 template <class A>
@@ -138,6 +214,7 @@ void values_backward(const ValuesProblem& p, const ValuesBackward& b, const Para
   Buffer<A> means(p.logits.N + kBlock);
   find_means<A>(p, b, means.get());
   const SimilarityBackward& g = b.gradients;
+  Decided<A> decided(p.logits.M, softmax.sweep.chunk_rows);
   const bool any = g.dx || g.dy || g.dscale || g.drow_bias || g.dcol_bias;
   softmax.sweep.for_each_chunk([&](const Chunk& chunk) {
     A* dots = softmax.place(chunk);
@@ -154,6 +231,7 @@ void values_backward(const ValuesProblem& p, const ValuesBackward& b, const Para
     }
     if (!any) return;
     upstream.begin(chunk);
+    decided.begin(chunk);
     gradients.add_chunk(
         chunk, dots,
         [&](const Block& block, int, bool, bool scaled, const A* block_dots, const A* guide, A* e, Scratch& s) {
@@ -161,8 +239,9 @@ void values_backward(const ValuesProblem& p, const ValuesBackward& b, const Para
           Scratch& own = upstream.scratch(s.thread);
           A* t = upstream.block_buffer(own.dots);
           upstream.multiply_block(chunk, block, own, t);
-          deviations(t, means.get() + chunk.begin, scaled ? &s.view : nullptr, e, block.rows, block.cols);
+          decided.template deviate<C>(block, s.view, scaled, block_dots, t, means.get() + chunk.begin, e);
         });
+    decided.finish(chunk, gradients);
   });
   by_values.finish();
   gradients.finish();

@@ -169,9 +169,13 @@ __global__ void __launch_bounds__(kThreads, 2)
         });
       }
     }
+    // Of the column of a lane, with the row's: what the inner product was multiplied by.
+    const auto unit_factor = [&](int k) {
+      return tile.column(k) < chunk.cols ? p.row_factor[i] * p.col_factor[chunk.first_col + tile.column(k)] : 1.0f;
+    };
     if (weights.data != nullptr) {
       CONTRASTIVE_OPS_UNROLL
-      for (int k = 0; k < kColumns; ++k) g[k] *= up_by;
+      for (int k = 0; k < kColumns; ++k) g[k] *= p.row_factor ? up_by * unit_factor(k) : up_by;
       CONTRASTIVE_OPS_UNROLL
       for (int k = 0; k < kColumns; k += kLoad) {
         const bool inside = tile.column(k) < chunk.cols;
@@ -185,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
       CONTRASTIVE_OPS_UNROLL
-      for (int k = 0; k < kColumns; ++k) g[k] *= down_by;
+      for (int k = 0; k < kColumns; ++k) g[k] *= p.row_factor ? down_by / unit_factor(k) : down_by;
       CONTRASTIVE_OPS_UNROLL
       for (int n = 0; n < kRowSlots; ++n) {
         if (n >= slots.row_count || slots.rows[n].what != SumOf::residual) continue;
@@ -300,6 +304,7 @@ Upstreams upstreams_of(const PairArguments& p, const float* values, const int64_
 Path path_of(const PairArguments& p, const Upstreams& up, bool itself, PlainFolds& folds) {
   folds = {-1, -1};
   if (p.set_count != 1 || !is_plain(p, p.sets[0], itself) || up.d_linear) return Path::general;
+  if (p.row_factor && !itself) return Path::general;  // the kernel of plain rectangles has no registers left for them
   for (int f = 0; f < p.fold_count; ++f) {
     if (!up.folds[f].d_value || p.folds[f].kind == FoldKind::count) continue;
     int& own = p.folds[f].cols ? folds.cols : folds.rows;

@@ -49,7 +49,8 @@ struct PairArguments {
   const int64_t* target;  // (N,) the column of each row that no fold sees
   const int64_t *linear_indptr, *linear_indices;
   const float* linear_weight;
-  const float* code_scale;  // (M,) what one unit of the int8 codes in a column is worth
+  const float* code_scale;               // (M,) what one unit of the int8 codes in a column is worth
+  const float *row_factor, *col_factor;  // (N,), (M,): of derivatives by inner products; products have them already
 };
 
 // ---- Host -----------------------------------------------------------------------------------------------------------
@@ -123,8 +124,14 @@ inline void set_slot(PairArguments& p, PairSet& set, int64_t slot, const TensorA
     case 21:
       p.code_scale = numbers;
       break;
+    case 22:
+      p.row_factor = numbers;
+      break;
+    case 23:
+      p.col_factor = numbers;
+      break;
     default:
-      throw std::invalid_argument("spec: a slot must be below 22");
+      throw std::invalid_argument("spec: a slot must be below 24");
   }
 }
 
