@@ -89,7 +89,7 @@ def _forward(
             for rows, piece in pieces(chunk, y):
                 # The class whose probability may be nearly 1 has it from those of the others.
                 top, at = softmax.logits[piece].max(1, keepdim=True)
-                log_p = softmax.log_p_of(piece, at)
+                log_p = softmax.log_p(piece)
                 lse[rows] = (top - log_p.gather(1, at))[:, 0]
                 loss[rows] = _summed(_shares(target[rows], log_p, class_weight, label_smoothing), log_p)
     return loss, lse
@@ -118,7 +118,7 @@ def _backward(
             softmax.multiply(chunk, slope=True)
             for rows, piece in pieces(chunk, y):
                 at, by_loss, by_lse = softmax.logits[piece].argmax(1)[:, None], d_loss[rows, None], d_lse[rows, None]
-                log_p = softmax.log_p_of(piece, at)
+                log_p = softmax.log_p(piece)
                 share = _shares(target[rows], log_p, class_weight, label_smoothing)
                 if needs & 8:
                     weighted = log_p if class_weight is None else log_p * class_weight
