@@ -18,6 +18,7 @@ from contrastive_ops import (
     maxsim_pairs,
     metrics,
     mine_hard_negatives,
+    mined_info_nce,
     mining,
     route,
     similarity_reduce,
@@ -131,3 +132,20 @@ def test_arrays_are_taken_where_a_corpus_may_be_one():
             mine_hard_negatives(X, Y, wrong, 2)
     with pytest.raises(TypeError, match="info_nce: query must be a tensor, got ndarray"):
         info_nce(X.numpy(), X)
+
+
+def test_more_than_there_are():
+    """Lists end in -1 where rules or the corpus leave fewer, everywhere; draws with replacement have no limit."""
+    everything = similarity_topk(X, Y, 9)
+    for found in (similarity_topk(X, Y, 20), mining.search(X, Y, 20)):
+        assert torch.equal(found.indices[:, :9], everything.indices) and (found.indices[:, 9:] == -1).all()
+        assert (found.values[:, 9:] == -torch.inf).all() and (found.counts == 9).all()
+    for strategy in ("top", "uniform", "softmax", "simans"):
+        rules = mining.NegativeRules(rank_window=(1, 4))
+        mined = mine_hard_negatives(X, Y, I4, 20, rules=rules, sampling=mining.Sampling(strategy))
+        assert mined.indices.shape == (4, 20) and (mined.counts == 3).all() and (mined.indices[:, 3:] == -1).all()
+    held = MemoryBank(8, 8)
+    held.enqueue(X)
+    assert (held.topk(X, 6).indices[:, 4:] == -1).all()
+    torch.testing.assert_close(mined_info_nce(X, X, Y, 20), mined_info_nce(X, X, Y, 9))
+    assert UnigramSampler(torch.ones(2))(torch.tensor([0]), 50).eq(1).all()

@@ -52,7 +52,8 @@ def mined_info_nce(
         positive: (N, D); row i is the positive of query i.
         corpus: (M, D) of the same dtype, after the region's cast under autocast: documents, class prototypes, the
             entries of a memory bank. Differentiable; a frozen one costs no gradient.
-        k: how many rows to mine for each query, the most similar ones. The choice is not differentiated.
+        k: how many rows to mine for each query, the most similar ones; all that take part where there are fewer. The
+            choice is not differentiated.
         indices: (N, P) int64 in place of k: rows of the corpus that were mined before, -1 for none. A list is a set: a
             row that is listed twice counts once.
         pairs: with k, which rows of the corpus may be mined for a query; all rules but `fill`. A query's own document

@@ -63,7 +63,7 @@ class UnigramSampler(State):
 
         Args:
             avoid: (N,) int64, the word that is no negative of each row; -1 for none.
-            k: how many for each row.
+            k: how many for each row, as many as you like: words are drawn with replacement.
             generator: of the random numbers, on the device of ``avoid``.
         """
         name = "UnigramSampler"

@@ -141,7 +141,8 @@ def mine_hard_negatives(
             near-duplicates used up the candidates of a query.
         positives: (N,) int64, or (N, P) with -1 for none, or (indptr (N + 1,), indices) with a list for each query.
             They are no candidates, and margins refer to their scores. One that is listed twice counts once.
-        num_negatives: n, negatives of a query.
+        num_negatives: n, negatives of a query. Where the rules, the window or the corpus leave fewer, the list of that
+            query ends in -1, and `HardNegatives.counts` says how many there are.
         rules: margins, limits, ranks, near-duplicates; see `NegativeRules`.
         sampling: how negatives are drawn; see `Sampling`. Default: the best.
         metric: "cosine", "dot" or "sqeuclidean", as in `similarity_topk`.
