@@ -20,6 +20,8 @@ from .ops.similarity_topk import TopK
 __all__ = ["effective_rank", "hubness", "isotropy", "retrieval_metrics"]
 
 GAINS = ("linear", "exponential")
+# Judgements that are ranked at once.
+LIST_ELEMENTS = 1 << 20
 
 
 @torch.no_grad()
@@ -199,16 +201,14 @@ def retrieval_metrics(
     N = len(indices)
     grades = grades_at(judged.query, judged.document, judged.grade, indices)
     number = torch.bincount(judged.query[judged.grade > 0], minlength=N)
-    longest = int(number.max()) if N else 0
-    best = _best_grades(judged.query, judged.grade, N, min(max(k, default=0), longest))
     # Measures are ratios, and so the largest grade is taken out before a power is formed: 2^grade overflows.
     largest = judged.grade.new_zeros(N).scatter_reduce(0, judged.query, judged.grade, "amax")[:, None]
-    ideal = _discounted(_gain(best, largest, gain))
+    ideal = _best_sums(judged.query, _gain(judged.grade, largest[judged.query, 0], gain), N, k)
     gained = _discounted(_gain(grades, largest, gain))
     measures: dict[str, Tensor] = {}
     for cut in k:
         measures |= _of_hits((grades[:, :cut] > 0).double(), number, cut)
-        measures[f"ndcg@{cut}"] = gained[:, :cut].sum(1) / ideal[:, :cut].sum(1)
+        measures[f"ndcg@{cut}"] = gained[:, :cut].sum(1) / ideal[cut]
     top = judged.grade.max() if judged.grade.numel() else judged.grade.new_zeros(())
     satisfied = _gain(grades, top, "exponential")
     seen_on = torch.cat([satisfied.new_ones((N, 1)), (1 - satisfied).cumprod(1)], 1)[:, :-1]
@@ -251,16 +251,28 @@ def _discounted(gains: Tensor) -> Tensor:
     return gains / (_ranks(gains) + 1).log2()
 
 
-def _best_grades(query: Tensor, grade: Tensor, rows: int, cut: int) -> Tensor:
-    """(rows, cut) grades of each query in the best order, 0 where there are no more."""
-    by_grade = grade.argsort(descending=True, stable=True)
-    order = by_grade[query[by_grade].argsort(stable=True)]
+def _best_sums(query: Tensor, gains: Tensor, rows: int, k: Sequence[int]) -> dict[int, Tensor]:
+    """(rows,) the discounted gains of the best ranking of each query up to each cut-off; entries are by query.
+
+    Queries go by how much was judged, some at a time, so that one long list does not make all of them as long.
+    """
     counts = torch.bincount(query, minlength=rows)
-    place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query[order]]
-    best = grade.new_zeros((rows, cut))
-    kept = place < cut
-    best[query[order][kept], place[kept]] = grade[order][kept]
-    return best
+    begins = counts.cumsum(0) - counts
+    by_count = counts.argsort(descending=True, stable=True)
+    sums = {cut: gains.new_zeros(rows) for cut in k}
+    done = 0
+    while sums and done < rows:
+        width = int(counts[by_count[done]])
+        which = by_count[done : done + max(1, LIST_ELEMENTS // max(width, 1))]
+        place = torch.arange(width, device=gains.device)
+        there = place < counts[which, None]
+        entry = (begins[which, None] + place).masked_fill(~there, 0)
+        best = gains[entry].masked_fill(~there, 0.0).sort(dim=1, descending=True).values if width else there.double()
+        discounted = _discounted(best)
+        for cut, total in sums.items():
+            total[which] = discounted[:, :cut].sum(1)
+        done += len(which)
+    return sums
 
 
 def _gain(grades: Tensor, largest: Tensor, gain: str) -> Tensor:

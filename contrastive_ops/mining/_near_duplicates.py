@@ -74,16 +74,19 @@ class Distinct:
     def _greedy(self, candidates: Tensor, references: tuple[Tensor, Tensor], wanted: Tensor) -> Tensor:
         row, column = references
         listed = candidates >= 0
-        columns, local = torch.cat([candidates[listed], column]).unique(return_inverse=True)
+        columns, local = candidates[listed].unique(return_inverse=True)
         documents = self.corpus.take(columns)
         x, y = metric_rows(self.function, documents, documents, self.metric)
         place = torch.full_like(candidates, -1)
-        place[listed], reference = local.split([len(local) - len(column), len(column)])
+        place[listed] = local
         alive = listed.clone()
+        # One query may have more positives than there is room for their rows.
         step = max(1, CHUNK_ELEMENTS // max(candidates.shape[1], self.corpus.depth, 1))
         for begin in range(0, len(row), step):
             part = slice(begin, begin + step)
-            close = self._close(x[reference[part]], y, place[row[part]])
+            columns, reference = column[part].unique(return_inverse=True)
+            rows = metric_rows(self.function, self.corpus.take(columns), documents[:0], self.metric)[0]
+            close = self._close(rows[reference], y, place[row[part]])
             alive &= ~(torch.zeros_like(place).index_add_(0, row[part], close.long()) > 0)
         taken = torch.zeros_like(alive)
         while True:
