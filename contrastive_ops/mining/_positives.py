@@ -19,7 +19,7 @@ from ..ops.similarity_topk import logits_at, metric_rows
 AGGREGATES = ("min", "max", "mean")
 
 # Numbers of gathered rows at a time.
-CHUNK_ELEMENTS = 1 << 22
+CHUNK_ELEMENTS = 1 << 20
 
 
 class Positives(NamedTuple):

@@ -163,9 +163,9 @@ def mine_hard_negatives(
         NotImplementedError: an explicit backend that cannot run these inputs.
 
     Note:
-        Memory: O(N K) for lists of K, the end of the rank window, and two blocks of the corpus. Work: 2 N M D, whatever
-        the rules drop; statistics are counted in the same pass. `near_duplicate` adds O(N n K D), and reads the
-        candidates' rows of the corpus again.
+        Memory: O(N K) for lists of K, the end of the rank window, and two blocks of the corpus with copies. Work:
+        2 N M D, whatever the rules drop; statistics are counted in the same pass. `near_duplicate` adds O(N n K D), and
+        reads the candidates' rows of the corpus again.
 
     Source:
         Moreira et al., NV-Retriever: Improving Text Embedding Models with Effective Hard-Negative Mining, 2024, for the

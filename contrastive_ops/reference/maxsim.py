@@ -83,8 +83,15 @@ def forward(
         winners = _no_winners(queries, pairs if keep else 0, longest_query, k)
         for part in chunks_of_rows(pairs, max(1, CHUNK_ELEMENTS // cost)):
             left, right = q[pair_queries[part]], d[pair_documents[part]]
-            dots = rows(queries, left) @ rows(documents, right).transpose(1, 2)
-            values, places = _best(dots, right.valid[:, None], right.place[:, None], k)
+            x, y = rows(queries, left), rows(documents, right).transpose(1, 2)
+            values, places = _best_of_tokens(
+                lambda some, x=x, y=y: x[:, some] @ y,  # type: ignore[misc]
+                left.size,
+                x.shape[0] * right.size,
+                right.valid[:, None],
+                right.place[:, None],
+                k,
+            )
             scores[part] = torch.where(left.valid, values, 0.0).sum(1)
             if keep:
                 of, token = left.valid.nonzero(as_tuple=True)
@@ -100,9 +107,20 @@ def forward(
         step = max(1, at_once // max(len(left.token), 1))
         for of_documents in chunks_of_rows(count, step):
             right = d[of_documents]
-            dots = rows(queries, left).flatten(0, 1) @ rows(documents, right).flatten(0, 1).T
-            dots = dots.view(*left.token.shape, *right.token.shape).permute(2, 0, 1, 3)
-            values, places = _best(dots, right.valid[:, None, None], right.place[:, None, None], k)
+            x, y = rows(queries, left), rows(documents, right).flatten(0, 1).T
+
+            def dots(some: slice, x: Tensor = x, y: Tensor = y, shape: torch.Size = right.token.shape) -> Tensor:
+                of_some = x[:, some]
+                return (of_some.flatten(0, 1) @ y).view(*of_some.shape[:2], *shape).permute(2, 0, 1, 3)
+
+            values, places = _best_of_tokens(
+                dots,
+                left.size,
+                left.token.shape[0] * right.token.numel(),
+                right.valid[:, None, None],
+                right.place[:, None, None],
+                k,
+            )
             scores[of_queries, of_documents] = torch.where(left.valid, values, 0.0).sum(2).T
             if keep:
                 winners[of_documents, left.token[left.valid]] = places[:, left.valid]
@@ -111,6 +129,17 @@ def forward(
 
 def _no_winners(like: Tensor, groups: int, tokens: int, k: int) -> Tensor:
     return torch.full((groups, tokens, k), -1, dtype=torch.int32, device=like.device)
+
+
+def _best_of_tokens(
+    dots: Callable[[slice], Tensor], tokens: int, cost: int, valid: Tensor, place: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """`_best` of all query tokens, some at a time where a query and a document are both long; `cost` is of a token."""
+    step = max(1, CHUNK_ELEMENTS // max(cost, 1))
+    if tokens <= step:
+        return _best(dots(slice(0, tokens)), valid, place, k)
+    parts = [_best(dots(some), valid, place, k) for some in chunks_of_rows(tokens, step)]
+    return torch.cat([values for values, _ in parts], -1), torch.cat([places for _, places in parts], -2)
 
 
 def _best(dots: Tensor, valid: Tensor, place: Tensor, k: int) -> tuple[Tensor, Tensor]:

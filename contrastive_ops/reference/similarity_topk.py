@@ -140,25 +140,30 @@ def logits_of_listed(
     return logits.masked_fill(~listed, -torch.inf)
 
 
-def _rows_at_a_time(listed: int, depth: int) -> int:
-    return max(1, CHUNK_ELEMENTS // max(listed * max(depth, 1), 1))
+def _chunks_of_lists(rows: int, listed: int, depth: int) -> Iterator[tuple[slice, slice]]:
+    """Some rows with all that they list; or, where one list is long, some of its entries."""
+    entries = max(1, CHUNK_ELEMENTS // max(depth, 1))
+    for part in chunks_of_rows(rows, max(1, entries // max(listed, 1))):
+        for of_list in chunks_of_rows(listed, entries):
+            yield part, of_list
 
 
 class _Listed:
-    """The listed pairs of a chunk of rows: inner products, and what the logits make of them."""
+    """Listed pairs of a chunk of rows: inner products, and what the logits make of them."""
 
     def __init__(
         self,
         each: LogitSet,
         part: slice,
+        of_list: slice,
         x: Tensor,
         y: Tensor,
         scale: Tensor,
         indices: Tensor,
     ) -> None:
         self.set, self.rows = each, part
-        self.listed = indices[part] >= 0
-        self.column = indices[part].clamp_min(0)
+        self.listed = indices[part, of_list] >= 0
+        self.column = indices[part, of_list].clamp_min(0)
         dtype = accumulator(x.dtype)
         self.x, self.y = x[part].to(dtype), y[self.column].to(dtype)
         self.dots = (self.x[:, None] * self.y).sum(2)
@@ -173,14 +178,6 @@ class _Listed:
         )
 
 
-def _chunks_of_lists(
-    layout: Layout, x: Tensor, y: Tensor, scale: Tensor, indices: Tensor
-) -> Iterator[tuple[slice, _Listed]]:
-    step = _rows_at_a_time(indices.shape[1], x.shape[1])
-    for part in chunks_of_rows(len(x) if len(y) else 0, step):
-        yield part, _Listed(layout.sets[0], part, x, y, scale, indices)
-
-
 def at(
     x: Tensor,
     y: Tensor,
@@ -193,8 +190,9 @@ def at(
 ) -> Tensor:
     """Return the logits of the columns that each row lists, -inf where it lists -1. Rules do not apply."""
     values = x.new_full(indices.shape, -torch.inf, dtype=accumulator(x.dtype))
-    for part, listed in _chunks_of_lists(Layout.decode(pair_data, spec), x, y, scale, indices):
-        values[part] = listed.logits(row_bias, col_bias)
+    own = Layout.decode(pair_data, spec).sets[0]
+    for part, of_list in _chunks_of_lists(len(x) if len(y) else 0, indices.shape[1], x.shape[1]):
+        values[part, of_list] = _Listed(own, part, of_list, x, y, scale, indices).logits(row_bias, col_bias)
     return values
 
 
@@ -217,9 +215,9 @@ def backward(
     dscale = torch.zeros_like(scale)
     drow_bias, dcol_bias = (x.new_zeros((len(t),), dtype=dtype) for t in (x, y))
 
-    def one_chunk(part: slice) -> tuple[Tensor, ...]:
-        listed = _Listed(layout.sets[0], part, x, y, scale, indices)
-        e = d_values[part].masked_fill(~listed.listed, 0.0)
+    def one_chunk(part: slice, of_list: slice) -> tuple[Tensor, ...]:
+        listed = _Listed(layout.sets[0], part, of_list, x, y, scale, indices)
+        e = d_values[part, of_list].masked_fill(~listed.listed, 0.0)
         weight = e * listed.scale
         if Slot.CODE_SCALE in layout.sets[0].data:
             weight = weight * layout.sets[0].data[Slot.CODE_SCALE][listed.column]
@@ -228,15 +226,15 @@ def backward(
         return dx_part, dy_part, e, e * listed.dots, listed.column
 
     run = recomputed(one_chunk)
-    step = _rows_at_a_time(indices.shape[1], x.shape[1])
-    for part in chunks_of_rows(len(x) if len(y) else 0, step):
-        dx[part], dy_part, e, e_dots, column = run(part)
+    for part, of_list in _chunks_of_lists(len(x) if len(y) else 0, indices.shape[1], x.shape[1]):
+        dx_part, dy_part, e, e_dots, column = run(part, of_list)
+        dx[part] += dx_part
         column = column.flatten()
         add_segments(dy, dy_part, column)
-        drow_bias[part] = e.sum(1)
+        drow_bias[part] += e.sum(1)
         add_segments(dcol_bias, e.flatten(), column)
         if layout.sets[0].scale_of == ScaleOf.ROWS:
-            dscale[part] = e_dots.sum(1)
+            dscale[part] += e_dots.sum(1)
         elif layout.sets[0].scale_of == ScaleOf.COLUMNS:
             add_segments(dscale, e_dots.flatten(), column)
         else:
