@@ -23,7 +23,6 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 import setuptools
 from setuptools import Extension, find_packages, setup
@@ -44,6 +43,7 @@ from setup_cpu import (  # noqa: E402
     say_first_error,
     x86_macro,
 )
+from setup_says import choice, fail, warn_cpu_only, warn_pure_python  # noqa: E402
 from setup_torch import NoTorch, advice, import_torch  # noqa: E402
 
 MIN_SETUPTOOLS = 77  # the first that reads the license expression in pyproject.toml
@@ -53,17 +53,6 @@ CUDA_LIBRARY = "contrastive_ops_cuda"
 
 # The package is not imported: that would need torch, and an extension.
 sources_digest = runpy.run_path(str(ROOT / "contrastive_ops" / "_checkout.py"))["sources_digest"]
-
-
-def fail(message: str) -> NoReturn:
-    raise SystemExit(f"\ncontrastive_ops: {message}\n")
-
-
-def choice(name: str, meaning: str) -> str:
-    value = os.environ.get(name, "").strip() or "auto"
-    if value not in ("auto", "0", "1"):
-        fail(f"{name} must be auto, 0 or 1, got {value!r}\n  {meaning}")
-    return value
 
 
 if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
@@ -224,28 +213,6 @@ def make_extension(plan: Plan) -> Extension:
         extra_compile_args=[*COMMON_FLAGS, *(["-fopenmp"] if plan.openmp else [])],
         depends=[*sources("csrc/*.h"), *sources("csrc/c*/*"), *sources("setup*.py")],
         **cuda,
-    )
-
-
-def warn_pure_python(reason: str) -> None:
-    line = "*" * 88
-    print(
-        f"\n{line}\nWARNING: contrastive_ops is installed WITHOUT its compiled CPU extension.\n"
-        f"  why: {reason}\n"
-        "  Everything works on the slower reference backend. To get the extension, remove the\n"
-        "  cause and install again; CONTRASTIVE_OPS_EXT=1 turns this warning into an error.\n"
-        f"  `python -m contrastive_ops info` repeats it.\n{line}\n",
-        file=sys.stderr,
-        flush=True,
-    )
-
-
-def warn_cpu_only(why: str) -> None:
-    print(
-        f"\nWARNING: contrastive_ops is installed WITHOUT CUDA kernels.\n  why: {why}\n"
-        "  CONTRASTIVE_OPS_CUDA=0 builds none, 1 turns this warning into an error.\n",
-        file=sys.stderr,
-        flush=True,
     )
 
 

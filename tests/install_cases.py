@@ -15,7 +15,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
-    *("setup.py", "setup_cpu.py", "setup_cuda.py", "setup_torch.py", "pyproject.toml", "MANIFEST.in", "LICENSE"),
+    *(path.name for path in ROOT.glob("setup*.py")),
+    *("pyproject.toml", "MANIFEST.in", "LICENSE"),
     *("contrastive_ops", "kernels", "csrc"),
 ]
 NO_COMPILER = {"CXX": "/nonexistent/c++", "CC": "/nonexistent/cc"}

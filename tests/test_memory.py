@@ -27,6 +27,18 @@ def test_memory_budget_bounds_what_is_kept(budget):
     assert size - base == min(budget, whole)
 
 
+def test_the_reference_keeps_all_products_or_none():
+    a, b = (torch.randn(100, 64, requires_grad=True) for _ in range(2))
+    whole, found = 100 * 100 * 4, {}
+    for budget in (0, whole - 1, whole):
+        size, loss = saved_bytes(lambda budget=budget: clip(a, b, memory_budget=budget, backend="reference"))
+        found[budget] = size, torch.autograd.grad(loss, (a, b))
+    base = found[0][0]
+    assert [size - base for size, _ in found.values()] == [0, 0, whole]
+    for _, gradients in found.values():
+        assert all(torch.equal(*pair) for pair in zip(gradients, found[0][1], strict=True))
+
+
 CHILD = """
 import json, sys, torch
 from contrastive_ops.testing import LOSSES, leaves, reset_peak, resident_bytes

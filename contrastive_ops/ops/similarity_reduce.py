@@ -24,6 +24,7 @@ BACKENDS = {
         source="contrastive_ops/reference/similarity_reduce.py",
         functions=lambda: reference,
         unsupported=lambda x: [],
+        keeps=True,
     ),
     "cpu": Backend(
         source="csrc/cpu/similarity_reduce.cpp",
@@ -127,7 +128,7 @@ def similarity_reduce(
         pairs: which pairs take part. The target is returned even where a rule drops its pair.
         memory_budget: bytes of inner products to keep between forward and backward, so that backward need not
             compute them again; 0 keeps none. None: 128 MiB, on a GPU 1 GiB. Does not change
-            results. Of use to "cpu" and "cuda".
+            results. Of use to "cpu" and "cuda", and to "reference" where it suffices for all of them.
         backend: "auto", "reference", "cpu", "triton" or "cuda". An explicit backend runs or raises.
 
     Returns:
@@ -240,7 +241,7 @@ def fold(
     chosen = choose(names[0], BACKENDS, x, backend, layout)
     budget = budget_bytes(names[0], memory_budget, x.device.type)
     keeps = needs_gradient(*arguments) and BACKENDS[chosen].keeps
-    kept_size = _kept_size(x, y, budget) if keeps else 0
+    kept_size = _kept_size(x, y, budget, chosen) if keeps else 0
     values, argmax, target_logit, linear_sum, _ = torch.ops.contrastive_ops.similarity_reduce_forward(
         *arguments, kept_size, chosen
     )
@@ -277,12 +278,14 @@ def budget_bytes(function: str, memory_budget: object, device: str) -> int:
     return _checks.integer(function, "memory_budget", memory_budget, 0)
 
 
-def _kept_size(x: Tensor, y: Tensor | None, budget: int) -> int:
+def _kept_size(x: Tensor, y: Tensor | None, budget: int, backend: str) -> int:
     """How many inner products forward may keep for backward."""
     if budget == 0 or x.shape[1] < KEEP_FROM_DIMENSION:
         return 0
     size = budget // _checks.accumulator(x.dtype).itemsize
     rows, columns = x.shape[0], x.shape[0] if y is None else y.shape[0]
+    if backend == "reference":  # all or nothing
+        return rows * columns if rows * columns <= size else 0
     # Upper bounds: tiles are padded, and self-similarity keeps what lies on and above the diagonal.
     whole = (rows + 512) * (rows + 512) // 2 if y is None else (rows + 32) * (columns + 128)
     return min(size, whole)

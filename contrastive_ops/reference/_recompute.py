@@ -15,3 +15,8 @@ def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     if not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return function
     return functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+
+
+def may_overwrite() -> bool:
+    """Whether nothing keeps what an operation made: no graph, and no transform of torch.func."""
+    return not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,12 +12,14 @@ from torch import Tensor
 from .._checks import accumulator
 from .._ordered import segment_sums
 from .._similarity import Layout, LogitSet, ScaleOf, Slot
+from ._recompute import may_overwrite
 
 
-def inner_products(x: Tensor, y: Tensor) -> Tensor:
+def inner_products(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     """Inner products in the accumulation dtype: low-precision inputs never give rounded logits."""
     dtype = accumulator(x.dtype)
-    return x.to(dtype) @ y.to(dtype).T
+    x, y = x.to(dtype), y.to(dtype)
+    return x @ y.T if out is None else torch.mm(x, y.T, out=out)
 
 
 @dataclass(frozen=True)
@@ -48,32 +51,45 @@ class SetOfChunk:
         yield from self._dropped_by_ids()
         yield from _exceeds("below", self.dots, data.get(Slot.BELOW_ROWS), data.get(Slot.BELOW_COLS), rows)
         above = [data.get(slot) for slot in (Slot.ABOVE_ROWS, Slot.ABOVE_COLS)]
-        negated = [None if bound is None else -bound for bound in above]
-        yield from _exceeds("above", -self.dots, negated[0], negated[1], rows)
+        if any(bound is not None for bound in above):
+            negated = [None if bound is None else -bound for bound in above]
+            yield from _exceeds("above", -self.dots, negated[0], negated[1], rows)
         if Slot.GUIDE_X in data:
             guide = inner_products(data[Slot.GUIDE_X][rows], data[Slot.GUIDE_Y])
             yield from _exceeds("guide", guide, data.get(Slot.GUIDE_BELOW_ROWS), data.get(Slot.GUIDE_BELOW_COLS), rows)
 
+    @functools.cached_property
     def dropped(self) -> Tensor | None:
-        """True where a rule drops a pair."""
-        return _union([drop for _, drop in self.rules()])
+        """True where a rule drops a pair; without the diagonal, which is cheaper to write to than to compare."""
+        return _union([drop for name, drop in self.rules() if name != "diagonal"])
 
-    def left_out(self) -> Tensor | None:
-        """True where a pair is in no fold: dropped, or the target that is returned on its own."""
-        return _union([drop for drop in (self.dropped(), self._own()) if drop is not None])
+    def without_dropped(self, values: Tensor, fill: float, overwrite: bool = False) -> Tensor:
+        """Values of all pairs, `fill` where a rule drops one."""
+        if self.dropped is not None:
+            values = (values.masked_fill_ if overwrite else values.masked_fill)(self.dropped, fill)
+        if self.set.diagonal is None:
+            return values
+        values = values if overwrite else values.clone()
+        values.diagonal(self.rows.start + self.set.diagonal).fill_(fill)
+        return values
 
-    def without_left_out(self) -> Tensor:
-        """Logits with -inf where no gradient goes."""
-        left_out = self.left_out()
-        return self.logits if left_out is None else self.logits.masked_fill(left_out, -torch.inf)
+    def without_left_out(
+        self, values: Tensor | None = None, fill: float = -torch.inf, overwrite: bool = False
+    ) -> Tensor:
+        """Values (the logits), `fill` where no gradient goes: dropped pairs, and the target, returned on its own."""
+        values = self.without_dropped(self.logits if values is None else values, fill, overwrite)
+        return self._without_target(values, fill, overwrite)
 
-    def shown(self) -> Tensor:
+    def shown(self, overwrite: bool = False) -> Tensor:
         """Logits as the folds see them: dropped pairs at -inf or at the constant that `fill` gives them."""
-        dropped, own, fill = self.dropped(), self._own(), self.set.data.get(Slot.FILL)
-        logits = self.logits
-        if dropped is not None:
-            logits = logits.masked_fill(dropped, -torch.inf if fill is None else float(fill))
-        return logits if own is None else logits.masked_fill(own, -torch.inf)
+        fill = self.set.data.get(Slot.FILL)
+        values = self.without_dropped(self.logits, -torch.inf if fill is None else float(fill), overwrite)
+        return self._without_target(values, -torch.inf, overwrite)
+
+    def _without_target(self, values: Tensor, fill: float, overwrite: bool) -> Tensor:
+        if self.target is None:
+            return values
+        return (values.scatter_ if overwrite else values.scatter)(1, self.target[self.rows, None], fill)
 
     def linear_sum(self) -> Tensor:
         """Each row's weighted sum of the logits in its list."""
@@ -97,17 +113,12 @@ class SetOfChunk:
         row, column, entries = _lists(data[Slot.LINEAR_INDPTR], data[Slot.LINEAR_INDICES], self.rows)
         return row, column, data[Slot.LINEAR_WEIGHT][entries]
 
-    def _own(self) -> Tensor | None:
-        return None if self.target is None else self.target[self.rows, None] == self._columns()
-
-    def _columns(self) -> Tensor:
-        return torch.arange(self.logits.shape[1], device=self.logits.device)
-
     def _dropped_by_position(self) -> Iterator[tuple[str, Tensor]]:
         data, rows, diagonal = self.set.data, self.rows, self.set.diagonal
         if diagonal is not None:
-            row = torch.arange(rows.start, rows.stop, device=self.logits.device)
-            yield "diagonal", row[:, None] + diagonal == self._columns()
+            drop = torch.zeros_like(self.logits, dtype=torch.bool)
+            drop.diagonal(rows.start + diagonal).fill_(True)
+            yield "diagonal", drop
         if Slot.EXCLUDE_INDPTR in data:
             row, column, _ = _lists(data[Slot.EXCLUDE_INDPTR], data[Slot.EXCLUDE_INDICES], rows)
             drop = torch.zeros_like(self.logits, dtype=torch.bool)
@@ -122,7 +133,7 @@ class SetOfChunk:
         ):
             if rows in data:
                 row, column = data[rows][self.rows, None], data[cols]
-                equal = (row == column) & (row != -1)
+                equal = (row == column) & (column != -1)  # a row of the entries, which are fast to read
                 yield name, equal if name == "differ" else ~equal
 
 
@@ -172,12 +183,11 @@ def chunk_sets(
     for each, own in zip(layout.sets, layout.scale_slices(len(x), len(y)), strict=True):
         factor = scale[own][rows, None] if each.scale_of == ScaleOf.ROWS else scale[own]
         logits = dots * factor
-        if row_bias is not None:
-            logits = logits + row_bias[rows, None]
-        if col_bias is not None:
-            logits = logits + col_bias
-        if Slot.LOG_WEIGHT in each.data:
-            logits = logits + _log_weight(each.data, rows)
+        added = [None if row_bias is None else row_bias[rows, None], col_bias]
+        added += [_log_weight(each.data, rows)] if Slot.LOG_WEIGHT in each.data else []
+        for bias in added:
+            if bias is not None:
+                logits = logits.add_(bias) if may_overwrite() else logits + bias
         sign = -1 if each.negate else 1
         logits = -logits if each.negate else logits
         yield SetOfChunk(each, rows, dots, sign * factor, sign, logits, target)

@@ -7,6 +7,7 @@ differentiable operations, so that it also defines the second derivative of ever
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +16,14 @@ from torch.nn.functional import logsigmoid
 from .._checks import accumulator
 from .._ordered import long_product, wide_dtype
 from .._similarity import Layout, ScaleOf, SetFold
-from ._recompute import recomputed
+from ._recompute import may_overwrite, recomputed
 from .pairs import SetOfChunk, chunk_sets, inner_products
 
 # Logits that one chunk of rows may hold: 4 MiB of float32, some twenty times that with temporaries.
 CHUNK_ELEMENTS = 1 << 20
+
+# Bits of `needs`.
+_SCALE, _ROW_BIAS, _COL_BIAS = 2, 3, 4
 
 
 def merge_lse(*lse: Tensor) -> Tensor:
@@ -61,7 +65,7 @@ def _fold(kind: str, logits: Tensor, dim: int) -> Tensor:
     if kind == "count":
         return (logits != -torch.inf).sum(dim).to(logits.dtype)  # ones in float32 end at 2^24
     if kind == "sum":
-        return logits.masked_fill(logits == -torch.inf, 0.0).sum(dim)
+        return torch.where(logits == -torch.inf, 0.0, logits).sum(dim)
     return (softplus(logits) if kind == "sum_softplus" else logits.relu()).sum(dim)
 
 
@@ -89,6 +93,47 @@ def _fold_into(fold: SetFold, logits: Tensor, part: slice, value: Tensor, winner
         value[part] = _fold(fold.kind, logits, 1)
 
 
+class Found:
+    """What forward finds, chunk by chunk: a vector for each fold and its winners, the targets' logits, lists."""
+
+    def __init__(self, layout: Layout, x: Tensor, y: Tensor, target: Tensor | None) -> None:
+        dtype, sizes = accumulator(x.dtype), (len(x), len(y))
+        self.layout = layout
+        self.folds = x.new_empty((sum(layout.sizes(*sizes)),), dtype=dtype)
+        self.argmax = x.new_full((sum(layout.argmax_sizes(*sizes)),), -1, dtype=torch.int64)
+        self.target_logit = x.new_empty((0 if target is None else len(x),), dtype=dtype)
+        self.linear = x.new_zeros((len(x) if layout.has_linear else 0,), dtype=dtype)
+        self.of_folds = self.folds.split(layout.sizes(*sizes))
+        self.winners = self.argmax.split(layout.argmax_sizes(*sizes))
+        # Chunks add to the columns: in float64, because millions of rows have many.
+        self.values = [
+            value.to(wide_dtype(x)) if fold.cols else value
+            for fold, value in zip(layout.folds, self.of_folds, strict=True)
+        ]
+        for fold, value in zip(layout.folds, self.values, strict=True):
+            value.fill_(_EMPTY[fold.kind])
+
+    def add(self, sets: list[SetOfChunk]) -> None:
+        """Fold the pairs of a chunk."""
+        first, part = sets[0], sets[0].rows
+        if first.target is not None:
+            self.target_logit[part] = first.logits.gather(1, first.target[part, None]).squeeze(1)
+        if self.layout.has_linear:
+            self.linear[part] = first.linear_sum()
+        for index, each in enumerate(sets):
+            shown = each.shown(may_overwrite())  # whose logits nobody reads again but as a slope's
+            for fold, value, winner in zip(self.layout.folds, self.values, self.winners, strict=True):
+                if fold.set == index:
+                    _fold_into(fold, shown, part, value, winner)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(folds, argmax, target_logit, linear); what was not asked for is empty."""
+        for result, value in zip(self.of_folds, self.values, strict=True):
+            if value is not result:
+                result.copy_(value)
+        return self.folds, self.argmax, self.target_logit, self.linear
+
+
 def forward(
     x: Tensor,
     y: Tensor | None,
@@ -101,36 +146,21 @@ def forward(
     kept_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (folds, argmax, target_logit, linear, kept); what was not asked for is empty."""
-    y = x if y is None else y
-    dtype = accumulator(x.dtype)
+    columns = x if y is None else y
     layout = Layout.decode(pair_data, spec)
-    sizes, argmax_sizes = layout.sizes(len(x), len(y)), layout.argmax_sizes(len(x), len(y))
-    folds = x.new_empty((sum(sizes),), dtype=dtype)
-    argmax = x.new_full((sum(argmax_sizes),), -1, dtype=torch.int64)
-    results, winners = folds.split(sizes), argmax.split(argmax_sizes)
-    # Chunks add to the columns: in float64, because millions of rows have many.
-    values = [
-        result.to(wide_dtype(x)) if fold.cols else result for fold, result in zip(layout.folds, results, strict=True)
-    ]
-    for fold, value in zip(layout.folds, values, strict=True):
-        value.fill_(_EMPTY[fold.kind])
-    target_logit = x.new_empty((0 if target is None else len(x),), dtype=dtype)
-    linear = x.new_zeros((len(x) if layout.has_linear else 0,), dtype=dtype)
-    for part in _chunks(len(x), len(y)):
-        dots = inner_products(x[part], y)
-        for index, each in enumerate(chunk_sets(layout, part, dots, x, y, scale, row_bias, col_bias, target)):
-            if index == 0 and target is not None:
-                target_logit[part] = each.logits.gather(1, target[part, None]).squeeze(1)
-            if index == 0 and layout.has_linear:
-                linear[part] = each.linear_sum()
-            shown = each.shown()
-            for fold, value, winner in zip(layout.folds, values, winners, strict=True):
-                if fold.set == index:
-                    _fold_into(fold, shown, part, value, winner)
-    for result, value in zip(results, values, strict=True):
-        if value is not result:
-            result.copy_(value)
-    return folds, argmax, target_logit, linear, x.new_empty((kept_size,), dtype=dtype)
+    found = Found(layout, x, columns, target)
+    kept = x.new_empty((kept_size,), dtype=accumulator(x.dtype))
+    whole = _all_products(kept, len(x), len(columns))
+    for part in _chunks(len(x), len(columns)):
+        dots = inner_products(x[part], columns, out=None if whole is None else whole[part])
+        sets = list(chunk_sets(layout, part, dots, x, columns, scale, row_bias, col_bias, target))
+        found.add(sets)
+    return *found.results(), kept
+
+
+def _all_products(kept: Tensor, rows: int, columns: int) -> Tensor | None:
+    """The inner products of all pairs, where there is room for all of them; else None."""
+    return kept[: rows * columns].view(rows, columns) if kept.shape[0] >= rows * columns > 0 else None
 
 
 # ---- Backward ------------------------------------------------------------------------------------------------------
@@ -152,7 +182,10 @@ def _slope(fold: SetFold, logits: Tensor, part: slice, value: Tensor, winner: Te
     own = slice(None) if fold.cols else part
     upstream, shape = d_value[own], (1, -1) if fold.cols else (-1, 1)
     if fold.kind == "logsumexp":
-        return probability(logits, value[own].reshape(shape)) * upstream.reshape(shape)
+        lse = value[own]
+        # Without a pair all logits are -inf, and the difference is too.
+        slope = (logits - lse.masked_fill(lse == -torch.inf, 0.0).reshape(shape)).exp_()
+        return _scaled(slope, upstream.reshape(shape))
     if fold.kind == "max":
         zero = torch.zeros_like(logits)
         if fold.cols:
@@ -166,7 +199,12 @@ def _slope(fold: SetFold, logits: Tensor, part: slice, value: Tensor, winner: Te
         slope = logits.sigmoid()
     else:
         slope = (logits > 0 if fold.kind == "sum_relu" else logits != -torch.inf).to(logits.dtype)
-    return slope * upstream.reshape(shape)
+    return _scaled(slope, upstream.reshape(shape))
+
+
+def _scaled(values: Tensor, factor: Tensor) -> Tensor:
+    """``values * factor`` in the memory of values, of which nobody else knows, unless a graph needs them."""
+    return values.mul_(factor) if may_overwrite() else values * factor
 
 
 def _weights(
@@ -176,13 +214,10 @@ def _weights(
     d_linear: Tensor | None,
 ) -> Tensor:
     """The derivative of the total by the logits of a set."""
-    logits, part = each.without_left_out(), each.rows
-    e = torch.zeros_like(logits)
-    for fold, value, winner, d_value in folds:
-        e = e + _slope(fold, logits, part, value, winner, d_value)
-    left_out = each.left_out()
-    if left_out is not None:
-        e = e.masked_fill(left_out, 0.0)
+    logits, part = each.without_left_out(overwrite=may_overwrite()), each.rows
+    slopes = [_slope(fold, logits, part, value, winner, d_value) for fold, value, winner, d_value in folds]
+    e = sum(slopes[1:], slopes[0]) if slopes else torch.zeros_like(logits)
+    e = each.without_left_out(e, 0.0, may_overwrite())
     if d_target is not None and each.target is not None:
         e = e.scatter_add(1, each.target[part, None], d_target[part, None])
     if d_linear is not None:
@@ -209,49 +244,92 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, y, scale, row_bias, col_bias in the accumulation dtype."""
     columns = x if y is None else y
-    dtype = accumulator(x.dtype)
     layout = Layout.decode(pair_data, spec)
-    sizes, argmax_sizes = layout.sizes(len(x), len(columns)), layout.argmax_sizes(len(x), len(columns))
     active: list[tuple[SetFold, Tensor, Tensor, Tensor]] = []
     if d_folds is not None:
+        sizes, argmax_sizes = layout.sizes(len(x), len(columns)), layout.argmax_sizes(len(x), len(columns))
         parts = (folds.split(sizes), argmax.split(argmax_sizes), d_folds.split(sizes))
         active = [each for each in zip(layout.folds, *parts, strict=True) if each[0].kind != "count"]
+    # Under autograd (second derivatives) each chunk is computed again instead of being stored, from its inputs.
+    whole = None if torch.is_grad_enabled() else _all_products(kept, len(x), len(columns))
 
-    def one_chunk(part: slice) -> tuple[Tensor, ...]:
-        dots = inner_products(x[part], columns)
-        weights, e_rows, e_cols = torch.zeros_like(dots), dots.new_zeros(len(dots)), dots.new_zeros(len(columns))
-        dscale = []
-        for index, each in enumerate(chunk_sets(layout, part, dots, x, columns, scale, row_bias, col_bias, target)):
-            first = index == 0
-            of_set = [f for f in active if f[0].set == index]
-            e = _weights(each, of_set, d_target if first else None, d_linear if first else None)
-            weights = weights + e * each.scale
-            dscale.append(each.scale_gradient(times(e, dots)))
-            e_rows, e_cols = e_rows + each.sign * e.sum(1), e_cols + each.sign * e.sum(0)
-        dx, dy = long_product(weights, columns.to(dtype)), long_product(weights.T, x[part].to(dtype))
-        return dx, dy, e_rows, e_cols, *dscale
+    def one_chunk(part: slice) -> tuple[Any, ...]:
+        dots = inner_products(x[part], columns) if whole is None else whole[part]
+        sets = list(chunk_sets(layout, part, dots, x, columns, scale, row_bias, col_bias, target))
+        return _chunk_gradients(sets, active, d_target, d_linear, x[part], columns, needs)
 
-    # Under autograd (second derivatives) each chunk is computed again instead of being stored.
-    run = recomputed(one_chunk)
-    # What all chunks add to is float64 where that is cheap.
-    wide = wide_dtype(x)
-    dx = x.new_zeros(x.shape, dtype=dtype)
-    dy = columns.new_zeros(columns.shape, dtype=wide if columns.numel() <= CHUNK_ELEMENTS else dtype)
-    dscale = torch.zeros_like(scale, dtype=wide)
-    drow_bias, dcol_bias = x.new_zeros((len(x),), dtype=dtype), x.new_zeros((len(columns),), dtype=wide)
-    slices = layout.scale_slices(len(x), len(columns))
+    run, gradients = recomputed(one_chunk), Gradients(layout, x, y, scale, needs)
     for part in _chunks(len(x), len(columns)):
-        dx[part], dy_part, drow_bias[part], dcol_part, *dscale_parts = run(part)
-        dy += dy_part
-        dcol_bias += dcol_part
-        for each, own, dscale_part in zip(layout.sets, slices, dscale_parts, strict=True):
-            begin = own.start + part.start if each.scale_of == ScaleOf.ROWS else own.start
-            dscale[begin : begin + len(dscale_part)] += dscale_part
-    dy, dscale, dcol_bias = dy.to(dtype), dscale.to(scale.dtype), dcol_bias.to(dtype)
-    if y is None:
-        dx, dy = dx + dy, dy[:0]
-    full = (dx, dy, dscale, drow_bias, dcol_bias)
-    return tuple(g if needs >> bit & 1 else g[:0] for bit, g in enumerate(full))  # type: ignore[return-value]
+        gradients.add(part, run(part))
+    return gradients.asked_for()
+
+
+def _chunk_gradients(
+    sets: list[SetOfChunk],
+    active: list[tuple[SetFold, Tensor, Tensor, Tensor]],
+    d_target: Tensor | None,
+    d_linear: Tensor | None,
+    x: Tensor,
+    y: Tensor,
+    needs: int,
+) -> tuple[Any, ...]:
+    """What the pairs of a chunk give to dx (its rows), dy, drow_bias (its rows), dcol_bias and each set's dscale."""
+    weights: list[Tensor] = []
+    e_rows, e_cols = sets[0].dots.new_zeros(len(x)), sets[0].dots.new_zeros(len(y))
+    dscale: list[Tensor | None] = []
+    for index, each in enumerate(sets):
+        of_set = [fold for fold in active if fold[0].set == index]
+        e = _weights(each, of_set, *((d_target, d_linear) if index == 0 else (None, None)))
+        dscale.append(each.scale_gradient(_times_dots(e, each.dots)) if needs >> _SCALE & 1 else None)
+        e_rows = e_rows + each.sign * e.sum(1) if needs >> _ROW_BIAS & 1 else e_rows
+        e_cols = e_cols + each.sign * e.sum(0) if needs >> _COL_BIAS & 1 else e_cols
+        weights.append(_scaled(e, each.scale))
+    total, dtype = sum(weights[1:], weights[0]), sets[0].dots.dtype
+    dx, dy = long_product(total, y.to(dtype)), long_product(total.T, x.to(dtype))
+    return dx, dy, e_rows, e_cols, *dscale
+
+
+def _times_dots(e: Tensor, dots: Tensor) -> Tensor:
+    """`times`, whose tests cost more than the product, only where a graph or the product needs it."""
+    if not may_overwrite():
+        return times(e, dots)
+    product = e * dots
+    return product if product.sum().isfinite() else times(e, dots)
+
+
+class Gradients:
+    """The gradients of x, y, scale, row_bias, col_bias, as sums over chunks of rows."""
+
+    def __init__(self, layout: Layout, x: Tensor, y: Tensor | None, scale: Tensor, needs: int) -> None:
+        columns, dtype = x if y is None else y, accumulator(x.dtype)
+        self.layout, self.itself, self.needs = layout, y is None, needs
+        # What all chunks add to is float64 where that is cheap.
+        wide = wide_dtype(x)
+        self.dx = x.new_zeros(x.shape, dtype=dtype)
+        self.dy = x.new_zeros(columns.shape, dtype=wide if columns.numel() <= CHUNK_ELEMENTS else dtype)
+        self.dscale, self.dtypes = torch.zeros_like(scale, dtype=wide), (dtype, scale.dtype)
+        self.drow_bias = x.new_zeros((len(x),), dtype=dtype)
+        self.dcol_bias = x.new_zeros((len(columns),), dtype=wide)
+
+    def add(self, part: slice, found: tuple[Any, ...]) -> None:
+        """Add what `_chunk_gradients` returns for a chunk."""
+        self.dx[part], dy, self.drow_bias[part], dcol_bias, *dscale = found
+        self.dy += dy
+        self.dcol_bias += dcol_bias
+        slices = self.layout.scale_slices(len(self.dx), len(self.dy))
+        for each, own, of_set in zip(self.layout.sets, slices, dscale, strict=True):
+            if of_set is not None:
+                begin = own.start + part.start if each.scale_of == ScaleOf.ROWS else own.start
+                self.dscale[begin : begin + len(of_set)] += of_set
+
+    def asked_for(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The gradients, empty where nobody needs one."""
+        dtype, of_scale = self.dtypes
+        dx, dy = self.dx, self.dy.to(dtype)
+        if self.itself:
+            dx, dy = dx + dy, dy[:0]
+        full = (dx, dy, self.dscale.to(of_scale), self.drow_bias, self.dcol_bias.to(dtype))
+        return tuple(g if self.needs >> bit & 1 else g[:0] for bit, g in enumerate(full))  # type: ignore[return-value]
 
 
 # ---- The weighted total --------------------------------------------------------------------------------------------
@@ -295,10 +373,22 @@ def total(
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (losses, target_logit, dx, dy, dscale, drow_bias, dcol_bias, dextra)."""
-    problem = (x, y, scale, row_bias, col_bias, target, pair_data, spec)
-    kind = Layout.decode(pair_data, spec).folds[0].kind
-    fold, argmax, target_logit, _, kept = forward(*problem, 0)
-    losses = row_losses(kind, fold, target_logit, extra)
-    d_fold, d_target, dextra = row_slopes(kind, fold, target_logit, weight, extra, target_weight)
-    gradients = backward(*problem, fold, argmax, d_fold, d_target, None, kept, needs)
-    return losses, target_logit, *gradients, dextra
+    columns = x if y is None else y
+    layout = Layout.decode(pair_data, spec)
+    found, gradients = Found(layout, x, columns, target), Gradients(layout, x, y, scale, needs)
+    losses, d_fold, d_target = (torch.empty_like(found.folds) for _ in range(3))
+    dextra = found.folds.new_empty((0 if extra is None else len(x),))
+    for part in _chunks(len(x), len(columns)):
+        dots = inner_products(x[part], columns)
+        sets = list(chunk_sets(layout, part, dots, x, columns, scale, row_bias, col_bias, target))
+        found.add(sets)
+        kind, (of_rows, logit) = layout.folds[0].kind, (found.folds[part], found.target_logit[part])
+        own_extra, own_weight = (None if t is None else t[part] for t in (extra, target_weight))
+        losses[part] = row_losses(kind, of_rows, logit, own_extra)
+        slopes = row_slopes(kind, of_rows, logit, weight[part], own_extra, own_weight)
+        d_fold[part], d_target[part] = slopes[:2]
+        if extra is not None:
+            dextra[part] = slopes[2]
+        active = [(layout.folds[0], found.folds, found.argmax, d_fold)]
+        gradients.add(part, _chunk_gradients(sets, active, d_target, None, x[part], columns, needs))
+    return losses, found.target_logit, *gradients.asked_for(), dextra
