@@ -137,6 +137,48 @@ def merge_parts(one, other, KIND: tl.constexpr):
     return first, second
 
 
+@triton.jit
+def wide_part(part, KIND: tl.constexpr):
+    """A part whose sum is float64: that of millions of pairs has so many parts that float32 drifts."""
+    a, b = part
+    if KIND == LOGSUMEXP:
+        b = b.to(tl.float64)
+    elif KIND != MAX:
+        a = a.to(tl.float64)
+    return a, b
+
+
+@triton.jit
+def narrow_part(part, KIND: tl.constexpr):
+    """The inverse of `wide_part`."""
+    a, b = part
+    if KIND == LOGSUMEXP:
+        b = b.to(tl.float32)
+    elif KIND != MAX:
+        a = a.to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def merge_in_order(one, other, KIND: tl.constexpr):
+    """`merge_parts` of a wide part and another one."""
+    a, b = one
+    c, d = other
+    if KIND == LOGSUMEXP:
+        a = tl.where(b == 0, float("-inf"), a)
+        c = tl.where(d == 0, float("-inf"), c)
+        first = tl.maximum(a, c)
+        top = finite_or_zero(first)
+        # Where the largest so far stays the largest, the factor is 1 and nothing is rounded.
+        second = b * tl.exp2((a - top) * LOG2_E).to(tl.float64) + (d * tl.exp2((c - top) * LOG2_E)).to(tl.float64)
+    elif KIND == MAX:
+        first, second = merge_parts(one, other, KIND)
+    else:
+        first = a + c.to(tl.float64)
+        second = b
+    return first, second
+
+
 # ---- Parts in memory -------------------------------------------------------------------------------------------------
 #
 # Per fold: [parts, planes, size]. Part 0 is what earlier launches found. Then, for folds that a program carries along
@@ -242,14 +284,15 @@ def merge_kernel(
     for f in tl.static_range(len(folds)):
         size = fold_size(folds[f], N, M)
         at = part_at(partials, 0, folds, N, M, spans, row_blocks, f, SELF)
-        part = load_part(at, index, size, folds[f].kind)
+        part = wide_part(load_part(at, index, size, folds[f].kind), folds[f].kind)
         for p in range(1, part_count(folds[f].cols, spans, used_blocks, SELF)):
             next_at = at + p * part_size(folds[f], N, M)
-            part = merge_parts(part, load_part(next_at, index, size, folds[f].kind), folds[f].kind)
+            part = merge_in_order(part, load_part(next_at, index, size, folds[f].kind), folds[f].kind)
             if not LAST:
                 # Loads and stores of the same numbers may be other threads' each.
                 tl.debug_barrier()
                 store_part(next_at, empty_part(folds[f].kind, BLOCK), index, size, folds[f].kind)
+        part = narrow_part(part, folds[f].kind)
         if LAST:
             tl.store(values + value_begin + index, finished(part, folds[f].kind), mask=index < size)
             if folds[f].kind == MAX:

@@ -82,7 +82,7 @@ def similarity_values(
         number of threads. Differentiable twice; the second derivative runs on the reference backend.
 
         By squared distances, which assign to the nearest entry: ``scale=2 / temperature`` and
-        ``col_bias=-y.square().sum(1) / temperature``.
+        ``col_bias=-y.square().sum(1) / temperature``, of rows less a common one where they lie far from the origin.
 
     Source:
         The soft assignment with which a vector quantizer is trained: Agustsson et al., Soft-to-Hard Vector Quantization
