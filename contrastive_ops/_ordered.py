@@ -73,6 +73,11 @@ def wide_dtype(like: Tensor) -> torch.dtype:
     return torch.float64 if like.device.type != "mps" else torch.float32
 
 
+def in_float64(x: Tensor) -> Tensor:
+    """`x` in float64: on the CPU where its device has none, for what is small or needs the digits. Differentiable."""
+    return (x if wide_dtype(x) == torch.float64 else x.cpu()).double()
+
+
 def long_product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` for (N, K) and (K, D): where N or D is small, torch adds up millions of products one after another.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _autocast, _checks
 from ._judgements import parse
 from ._lists import NONE, first_of_each, grades_at, ranks
-from ._ordered import segment_rows, segment_sums, wide_dtype
+from ._ordered import in_float64, segment_rows, segment_sums, wide_dtype
 from ._unit_rows import unit_rows
 from .losses.decorrelation import effective_rank
 from .ops.similarity_topk import TopK
@@ -126,7 +126,7 @@ def hubness(neighbours: Tensor | TopK, columns: int) -> Tensor:
     """
     indices = _indices("hubness", "neighbours", neighbours)
     _checks.check_index_values("hubness", "neighbours", indices, columns, or_none=True)
-    occurrences = torch.bincount(indices[first_of_each(indices)], minlength=columns).double()
+    occurrences = in_float64(torch.bincount(indices[first_of_each(indices)], minlength=columns))
     deviation = occurrences - occurrences.mean()
     return deviation.pow(3).mean() / deviation.square().mean().pow(1.5)
 

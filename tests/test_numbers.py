@@ -145,3 +145,14 @@ def test_experts_without_gates_load_each_matrix():
     other.load_state_dict(state | {f"{e}.{n}.bias": b[e] for n, _, b in parts for e in range(3)})
     for name, value in layer.state_dict().items():
         assert torch.equal(other.state_dict()[name], value)
+
+
+def test_what_needs_float64_is_computed_on_the_cpu_where_a_device_has_none(monkeypatch):
+    from contrastive_ops import _ordered
+
+    x = torch.randn(3, 4, requires_grad=True)
+    torch.testing.assert_close(_ordered.in_float64(x), x.double(), rtol=0, atol=0)
+    monkeypatch.setattr(_ordered, "wide_dtype", lambda like: torch.float32)
+    wide = _ordered.in_float64(x)
+    assert wide.device.type == "cpu" and wide.dtype == torch.float64
+    assert torch.autograd.grad(wide.sum(), x)[0].dtype == torch.float32

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _autocast, _checks
 from .._offsets import centred
-from .._ordered import long_product, wide_dtype
+from .._ordered import in_float64, long_product, wide_dtype
 from .._state import State
 from . import _arguments
 
@@ -276,7 +276,7 @@ def log_det(x: Tensor, *, eps: float = 1e-6, covariance: bool = False) -> Tensor
     eps = _checks.number(name, "eps", eps, "(0, inf)")
     dtype = _checks.accumulator(x.dtype) if isinstance(x, Tensor) else torch.float32
     (x,) = _features(name, x=x)
-    wide = x.to(torch.float64)
+    wide = in_float64(x)
     missing = 0
     if covariance:
         if x.shape[0] != x.shape[1]:
@@ -289,7 +289,7 @@ def log_det(x: Tensor, *, eps: float = 1e-6, covariance: bool = False) -> Tensor
     factor, failed = torch.linalg.cholesky_ex(gram + eps * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
     total = 2 * factor.diagonal().log().sum() + missing * math.log(eps)
     empty = not covariance and x.shape[0] == 0
-    return torch.where((failed == 0) & (not empty), total, torch.nan).to(dtype)
+    return torch.where((failed == 0) & (not empty), total, torch.nan).to(device=x.device, dtype=dtype)
 
 
 def effective_rank(x: Tensor, *, centre: bool = False) -> Tensor:
@@ -328,7 +328,7 @@ def effective_rank(x: Tensor, *, centre: bool = False) -> Tensor:
     (x,) = _features(name, x=x)
     if x.shape[0] == 1:
         return (_nothing(x) + 1).to(dtype)
-    wide = x.to(torch.float64)
+    wide = in_float64(x)
     if centre:
         wide = wide - wide.mean(0)
     gram = _smaller_gram(wide)
@@ -340,7 +340,7 @@ def effective_rank(x: Tensor, *, centre: bool = False) -> Tensor:
     used = share > torch.finfo(torch.float64).eps
     share = torch.where(used, share, 1.0)
     entropy = -(torch.where(used, share, 0.0) * share.log()).sum()
-    return torch.where(used.any(), entropy.exp(), torch.nan).to(dtype)
+    return torch.where(used.any(), entropy.exp(), torch.nan).to(device=x.device, dtype=dtype)
 
 
 # ---- What they share -----------------------------------------------------------------------------------------------

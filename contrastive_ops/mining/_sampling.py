@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._ordered import in_float64
 
 STRATEGIES = ("top", "uniform", "softmax", "simans")
 
@@ -106,7 +107,7 @@ def uniform(seed: int, query_ids: Tensor, document_ids: Tensor) -> Tensor:
     key = mix(key ^ mix(query_ids * _STEP))
     bits = mix(key[:, None] + (document_ids + 1) * _STEP)
     # 52 bits and a half: neither 0 nor 1 even after rounding.
-    return (_shift(bits, 12).to(torch.float64) + 0.5) * 2.0**-52
+    return (in_float64(_shift(bits, 12)) + 0.5) * 2.0**-52
 
 
 def keys(
@@ -126,11 +127,11 @@ def keys(
     u = uniform(sampling.seed, query_ids, document_ids)
     if sampling.strategy == "uniform":
         return u  # in the order of the Gumbel numbers, without their logarithms
-    scores = scores.to(torch.float64)
+    scores = in_float64(scores)
     if sampling.strategy == "softmax":
         weight = scores / sampling.temperature
     else:
-        weight = -sampling.a * (scores - positive.to(torch.float64)[:, None] - sampling.b).square()
+        weight = -sampling.a * (scores - in_float64(positive)[:, None] - sampling.b).square()
     # A weight of -inf, or the NaN of inf - inf, makes a candidate the last one, not none.
     most = torch.finfo(torch.float64).max
     return (weight - (-u.log()).log()).nan_to_num(nan=-most, posinf=most, neginf=-most)
@@ -138,6 +139,6 @@ def keys(
 
 def order_of(keys: Tensor, ids: Tensor, valid: Tensor) -> Tensor:
     """(N, C) int64: candidates by descending key, then ascending id; those that are not valid last."""
-    order = ids.argsort(dim=1, stable=True)
-    keys = keys.masked_fill(~valid, -torch.inf)
-    return order.gather(1, keys.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    order = ids.to(keys.device).argsort(dim=1, stable=True)
+    keys = keys.masked_fill(~valid.to(keys.device), -torch.inf)
+    return order.gather(1, keys.gather(1, order).argsort(dim=1, descending=True, stable=True)).to(ids.device)

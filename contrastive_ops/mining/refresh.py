@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._ordered import in_float64
 from ..ops.similarity_topk import TopK
 
 
@@ -152,11 +153,12 @@ def still_exact(
         )
     corpus_shift = _checks.number(name, "corpus_shift", corpus_shift, "[0, inf)")
     corpus_length = _checks.number(name, "corpus_length", corpus_length, "[0, inf)")
-    before, after = query.detach().double(), new_query.detach().double()
+    before, after = in_float64(query.detach()), in_float64(new_query.detach())
     moved = (after - before).norm(dim=1) * corpus_length + after.norm(dim=1) * corpus_shift
     # Scores are sums of D products in the accumulation dtype, then and now.
     unit = (query.shape[1] + 8) * torch.finfo(_checks.accumulator(query.dtype)).eps
     rounding = unit * (before.norm(dim=1) * corpus_length + after.norm(dim=1) * (corpus_length + corpus_shift))
-    values = top.values.detach().double()
+    values = in_float64(top.values.detach())
     gap = values[:, -2] - values[:, -1]
-    return (gap > 2 * (moved + rounding)) | ((top.counts < values.shape[1]) & moved.isfinite())
+    short = top.counts.to(values.device) < values.shape[1]
+    return ((gap > 2 * (moved + rounding)) | (short & moved.isfinite())).to(query.device)
