@@ -423,3 +423,16 @@ def test_the_extension_checks_what_addresses_memory():
     for dims in ([], [0], [2, 2], [4]):
         with pytest.raises(ValueError, match="dims must"):
             forward(x, x, scale, None, None, None, dims, None, False, 1)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_zero_prefixes_of_float16_have_finite_gradients(backend):
+    """Terms that cancel, times the factor 1e12 of a row without a length: rounding must not become infinity."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x, y = torch.randn(20, 9).half(), torch.randn(20, 9).half()
+        x[torch.rand(20, 9) < 0.3] = 0
+        x.requires_grad_(), y.requires_grad_()
+        folds = similarity_prefix(x, y, dims=(1, 4), normalize=True, scale=100.0, dim=(0, 1), backend=backend)
+        for gradient in torch.autograd.grad(folds.rows.sum() + folds.cols.sum(), (x, y)):
+            assert gradient.isfinite().all()

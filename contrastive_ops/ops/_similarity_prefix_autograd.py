@@ -81,7 +81,24 @@ def _forward_derivative(ctx: Any, d_rows: Any, d_cols: Any, d_target: Any) -> tu
     gradients = torch.ops.contrastive_ops.similarity_prefix_backward(
         *problem, *ctx.options, rows, cols, *upstream, needs, ctx.backend
     )
+    dims, _, normalize = ctx.options
+    if normalize and problem[0].dtype == torch.float16:
+        dx, dy, dscale = gradients
+        gradients = _within_float16(problem[0], dx, dims[0]), _within_float16(problem[1], dy, dims[0]), dscale
     return *_to_inputs(problem, gradients, needs), *rest
+
+
+def _within_float16(x: Tensor | None, gradient: Tensor, shortest: int) -> Tensor:
+    """The gradient without what float16 cannot hold in rows whose first prefix is 0.
+
+    Such a prefix has a constant factor of 1e12 in place of its inverse length, which turns the rounding of terms that
+    cancel into infinity.
+    """
+    if x is None or not gradient.shape[0]:
+        return gradient
+    zero = (x[:, :shortest] == 0).all(1, keepdim=True)
+    beyond = (gradient.abs() > torch.finfo(torch.float16).max) & gradient.isfinite()
+    return gradient.masked_fill(zero & beyond, 0.0)
 
 
 def _to_inputs(problem: list[Any], gradients: Any, needs: int) -> tuple[Any, ...]:

@@ -99,7 +99,8 @@ def similarity_prefix(
         2 N M D for all prefixes. The gradient of a column is weighted by all prefixes that contain it: sums from the
         last prefix on, 6 N M D with the products, which are computed again. Normalisation costs O((N + M) D): the
         prefixes' lengths are factors of rows and columns, in float32 even for 16-bit inputs. Squared lengths must be
-        within the range of float32.
+        within the range of float32. A row whose first prefix is 0 has no direction: what float16 cannot hold of its
+        gradient is 0.
 
         Memory: O((N + M) (D + P)) and a few MiB of tiles; never N x M. Logits are never
         rounded to a lower precision than float32. Results are bitwise the same for any number of threads.
