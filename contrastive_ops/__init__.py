@@ -9,7 +9,7 @@ storing it, and hard negatives come from `similarity_topk`, which finds the best
 pairs take part, `Fold` what a row or column becomes.
 """
 
-from . import decoding, metrics, mining, moe, nn
+from . import _flops, decoding, metrics, mining, moe, nn
 from .losses import (
     Diagnostics,
     LogProb,
@@ -204,3 +204,5 @@ __all__ = [
     "vse",
     "xtr",
 ]
+
+_flops.register_when_imported()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -19,20 +20,85 @@ def shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
+def shown(value: object) -> str:
+    """Return a value for a message: of tensors and arrays only what they are, of anything else a line at most."""
+    if isinstance(value, (list, tuple)) and any(hasattr(each, "shape") for each in value):
+        return f"a {type(value).__name__} of {len(value)}, with tensors"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{type(value).__name__} of shape {tuple(value.shape)} and {value.dtype}"
+    if dataclasses.is_dataclass(value) or isinstance(value, dict):
+        return f"{type(value).__name__}(...)"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of statistics and sums: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_matrix(function: str, name: str, x: object) -> None:
-    """`x` must be a floating matrix."""
+def check_tensor(function: str, name: str, x: object) -> Tensor:
+    """Return `x`, which must be a tensor of a kind that the operators can read."""
+    kind = type(x)
+    if (kind is Tensor or kind is torch.nn.Parameter) and x.layout is torch.strided and not x.is_nested:  # type: ignore[attr-defined]
+        return x  # type: ignore[return-value]
     if not isinstance(x, Tensor):
-        raise TypeError(f"{function}: {name} must be a tensor, got {type(x).__name__}")
+        advice = "\n  torch.fx.symbolic_trace cannot trace it, torch.export can" if kind.__name__ == "Proxy" else ""
+        raise TypeError(f"{function}: {name} must be a tensor, got {kind.__name__}{advice}")
+    found = unreadable(x)
+    if found is not None:
+        got, advice = found
+        raise NotImplementedError(f"{function}: {name} must be a plain tensor, got {got}\n  {advice}")
+    return x
+
+
+def unreadable(x: Tensor) -> tuple[str, str] | None:
+    """What kind of tensor `x` is and what to do with it, if no operator can read it."""
+    kind = type(x)
+    plain = (kind is Tensor or kind is torch.nn.Parameter) and x.layout is torch.strided and not x.is_nested
+    if plain or torch.compiler.is_compiling():
+        return None
+    if x.is_nested:
+        return "a nested tensor", "pad it, torch.nested.to_padded_tensor, or give its values() and offsets()"
+    if x.layout is not torch.strided:
+        return f"one of layout {x.layout}", "make it dense first: to_dense()"
+    names = [each.__name__ for each in kind.__mro__]
+    if "DTensor" in names:
+        return (
+            "a DTensor",
+            "to_local() gives the loss of the rows of this process alone, full_tensor() that of the rows of all",
+        )
+    if "MaskedTensor" in names:
+        return "a MaskedTensor", "give its get_data(), and what is masked as valid=, mask=, weight= or pairs="
+    if kind.__torch_dispatch__ is Tensor.__torch_dispatch__ or "FakeTensor" in names:
+        return None
+    if kind not in _READABLE:
+        try:
+            _READABLE[kind] = isinstance(torch.ops.contrastive_ops.probe(x.detach()), Tensor)
+        except Exception:
+            _READABLE[kind] = False
+    return None if _READABLE[kind] else (f"{kind.__name__}, which runs no operators but its own", "dequantize() it")
+
+
+# Of the subclasses that have been seen, whether they run operators that they do not know.
+_READABLE: dict[type, bool] = {}
+
+
+def check_floating(function: str, name: str, x: object) -> Tensor:
+    """Return `x`, which must be a floating tensor."""
+    x = check_tensor(function, name, x)
     if x.dtype not in FLOATING:
+        advice = "dequantize" if x.is_quantized else "float"
         raise TypeError(
             f"{function}: {name} must be float32, float64, bfloat16 or float16, got {x.dtype}\n"
-            f"  convert it first: {name}.float()"
+            f"  convert it first: {name}.{advice}()"
         )
+    return x
+
+
+def check_matrix(function: str, name: str, x: object) -> None:
+    """`x` must be a floating matrix."""
+    x = check_floating(function, name, x)
     if x.dim() != 2:
         raise ValueError(f"{function}: {name} must have two dimensions (rows, D), got {shape(x)}")
 
@@ -65,8 +131,7 @@ def check_device(function: str, x_name: str, x: Tensor, y_name: str, y: Tensor) 
 
 def check_vector(function: str, name: str, v: object, size: int, x_name: str, x: Tensor) -> None:
     """`v` must be a floating vector of `size` numbers on the device of `x`."""
-    if not isinstance(v, Tensor):
-        raise TypeError(f"{function}: {name} must be a tensor, got {type(v).__name__}")
+    v = check_tensor(function, name, v)
     if v.dtype not in FLOATING:
         raise TypeError(f"{function}: {name} must be a floating tensor, got {v.dtype}")
     if v.dim() != 1 or v.shape[0] != size:
@@ -87,8 +152,7 @@ def from_array(function: str, name: str, value: Any) -> Any:
 
 def as_index(function: str, name: str, index: object) -> Tensor:
     """Return a tensor of labels, ids or places as int64; any integer dtype is one."""
-    if not isinstance(index, Tensor):
-        raise TypeError(f"{function}: {name} must be a tensor, got {type(index).__name__}")
+    index = check_tensor(function, name, index)
     if index.dtype == torch.int64:
         return index
     if index.dtype not in INTEGERS:
@@ -149,9 +213,9 @@ def check_constant(function: str, name: str, tensor: Tensor) -> None:
 
 def check_choice(function: str, name: str, value: object, choices: tuple[object, ...]) -> None:
     """`value` must be one of `choices`."""
-    if value not in choices:
+    if isinstance(value, Tensor) or value not in choices:
         known = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{function}: {name} must be one of {known}, got {value!r}")
+        raise ValueError(f"{function}: {name} must be one of {known}, got {shown(value)}")
 
 
 def number(function: str, name: str, value: object, interval: str = "(-inf, inf)") -> float:
@@ -219,7 +283,7 @@ def listed(function: str, name: str, values: object) -> list[Any]:
 def flag(function: str, name: str, value: object) -> bool:
     """`value` must be a bool: "false" would be true."""
     if not isinstance(value, bool):
-        raise TypeError(f"{function}: {name} must be True or False, got {value!r}")
+        raise TypeError(f"{function}: {name} must be True or False, got {shown(value)}")
     return value
 
 
@@ -234,13 +298,13 @@ def option(function: str, name: str, value: object, annotation: str) -> None:
         flag(function, name, value)
     elif "str" in kinds:
         if not isinstance(value, str) and not (isinstance(value, bool) and "bool" in kinds):
-            raise TypeError(f"{function}: {name} must be a string, got {value!r}")
+            raise TypeError(f"{function}: {name} must be a string, got {shown(value)}")
     elif "float" in kinds:
         plain(function, name, value)
     elif "int" in kinds:
         integer(function, name, value)
-    elif not isinstance(value, Tensor):
-        raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+    else:
+        check_tensor(function, name, value)
 
 
 def factor(function: str, name: str, value: object) -> float | Tensor:
@@ -254,11 +318,12 @@ def factor(function: str, name: str, value: object) -> float | Tensor:
             return value
         found = plain(function, name, value)
         return float(found) if type(found) is int else found
+    check_tensor(function, name, value)
     if value.dim() and value.numel() == 1:
         value = value.reshape(())
     if value.is_floating_point():
         return value
-    if value.dim() or value.dtype == torch.bool or value.is_complex():
+    if value.dim() or value.dtype == torch.bool or value.is_complex() or value.is_quantized:
         raise TypeError(f"{function}: {name} must be a number or a floating tensor, got {value.dtype}")
     return value.to(torch.get_default_dtype())
 

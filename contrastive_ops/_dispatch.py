@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _extension
+from . import _checks, _extension
 
 ENVIRONMENT_VARIABLE = "CONTRASTIVE_OPS_BACKEND"
 _logger = logging.getLogger("contrastive_ops")
@@ -68,7 +68,7 @@ def choose(function: str, table: Mapping[str, Backend], x: Tensor, backend: str,
     if backend != "auto":
         if backend not in table:
             known = ", ".join(repr(name) for name in ("auto", *table))
-            raise ValueError(f"{function}: backend must be one of {known}, got {backend!r}")
+            raise ValueError(f"{function}: backend must be one of {known}, got {_checks.shown(backend)}")
         reasons = reasons_of(backend)
         if reasons:
             lines = "\n    ".join(reasons)

@@ -62,7 +62,7 @@ class Ids:
         except TypeError:
             if self._as_they_are or not isinstance(value, Hashable) or isinstance(value, float):
                 raise TypeError(
-                    f"{self.function}: {name} must have int64 ids as the others do, got {value!r}"
+                    f"{self.function}: {name} must have int64 ids as the others do, got {_checks.shown(value)}"
                 ) from None
             return self._known.setdefault(value, len(self._known))
         self.keep(name)
@@ -158,7 +158,9 @@ def _each(function: str, name: str, lists: Sequence[Any]) -> list[Iterable[Any]]
     made = []
     for row, each in enumerate(lists):
         if isinstance(each, (str, bytes)) or not isinstance(each, Iterable):
-            raise TypeError(f"{function}: {name} must have a list for each query, got {each!r} for query {row}")
+            raise TypeError(
+                f"{function}: {name} must have a list for each query, got {_checks.shown(each)} for query {row}"
+            )
         made.append(each.tolist() if hasattr(each, "tolist") else each)
     return made
 
@@ -240,7 +242,10 @@ def _by_query(
 ) -> Iterable[tuple[int, Any]]:
     for query, each in relevant.items():
         if isinstance(each, (str, bytes)) or not isinstance(each, Iterable):
-            raise TypeError(f"{function}: relevant must have documents for each query, got {each!r} for {query!r}")
+            raise TypeError(
+                f"{function}: relevant must have documents for each query, got {_checks.shown(each)} for "
+                f"{_checks.shown(query)}"
+            )
         if rows is not None:
             if query in rows:  # a query that nothing was searched for has no row
                 yield rows[query], each
@@ -251,7 +256,8 @@ def _by_query(
             row = -1
         if not 0 <= row < queries:
             raise ValueError(
-                f"{function}: relevant must have rows of found as keys, from 0 to {queries - 1}, got {query!r}\n"
+                f"{function}: relevant must have rows of found as keys, from 0 to {queries - 1}, got "
+                f"{_checks.shown(query)}\n"
                 "  or give both as dicts of the same queries: found as {query: {document: score}}"
             )
         yield row, each

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 # csrc/expert_routing.h has the same numbers.
 SCORES = ("softmax", "sigmoid")
 GROUP_SCORES = ("top2", "max")
@@ -41,4 +43,4 @@ class SlotSpec(NamedTuple):
         if self.capacity < 0:
             return choices
         slots = self.experts * self.groups(tokens) * self.capacity
-        return slots if self.padded else min(choices, slots)
+        return slots if self.padded else torch.sym_min(choices, slots)

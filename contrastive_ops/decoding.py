@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from . import _autocast, _checks
+from ._results import named
 from ._unit_rows import unit_rows
 
 __all__ = ["ContrastiveCache", "ContrastiveChoice", "contrastive_search"]
 
 
+@named
 class ContrastiveChoice(NamedTuple):
     """What `contrastive_search` returns.
 
@@ -161,8 +163,8 @@ def _shape(value: object) -> str:
 
 
 def _check_states(function: str, name: str, states: object) -> None:
-    if not isinstance(states, Tensor) or states.dtype not in _checks.FLOATING:
-        kind = states.dtype if isinstance(states, Tensor) else type(states).__name__
-        raise TypeError(f"{function}: {name} must be a floating tensor, got {kind}")
+    states = _checks.check_tensor(function, name, states)
+    if states.dtype not in _checks.FLOATING:
+        raise TypeError(f"{function}: {name} must be a floating tensor, got {states.dtype}")
     if states.dim() != 3:
         raise ValueError(f"{function}: {name} must have three dimensions (B, L, D), got {_checks.shape(states)}")

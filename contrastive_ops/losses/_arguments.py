@@ -146,7 +146,11 @@ def of_weighted(weight: Tensor | None, value: Any, otherwise: float = 0) -> Any:
     What such a row holds is left out before anything is computed from it, be it NaN or an impossible label. That goes
     for what belongs to this row alone: what other rows are compared with stays as it is.
     """
-    if weight is None or not isinstance(value, Tensor) or value.shape[:1] != weight.shape:
+    if weight is None or not isinstance(value, Tensor):
+        return value
+    if value.is_quantized or _checks.unreadable(value) is not None:
+        return value  # is refused by the checks that follow
+    if value.shape[:1] != weight.shape:
         return value
     return left_out(value, weight != 0, otherwise) if value.device == weight.device else value
 

@@ -163,9 +163,8 @@ def checked(
     """The rows, classes and bias of one softmax, cast as autocast asks."""
     (hidden_name, x), (weight_name, y), (bias_name, b) = hidden, weight, bias
     x, y, b = _autocast.cast(x, y, b)
-    if not isinstance(x, Tensor) or x.dim() < 1:
-        got = _checks.shape(x) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{name}: {hidden_name} must be a tensor (..., D), got {got}")
+    if _checks.check_tensor(name, hidden_name, x).dim() < 1:
+        raise ValueError(f"{name}: {hidden_name} must be a tensor (..., D), got {_checks.shape(x)}")
     rows = _rows(x)
     _checks.check_matrices(name, hidden_name, rows, weight_name, y)
     if b is not None:
@@ -180,9 +179,9 @@ def _rows(x: Tensor) -> Tensor:
 
 def check_entries(name: str, key: str, given: object, hidden: Tensor) -> None:
     """`given` must have one entry for each row of `hidden`."""
-    if not isinstance(given, Tensor) or given.shape != hidden.shape[:-1]:
-        got = _checks.shape(given) if isinstance(given, Tensor) else type(given).__name__
-        raise ValueError(f"{name}: {key} must have shape {tuple(hidden.shape[:-1])}, got {got}")
+    given = _checks.check_tensor(name, key, given)
+    if given.shape != hidden.shape[:-1]:
+        raise ValueError(f"{name}: {key} must have shape {tuple(hidden.shape[:-1])}, got {_checks.shape(given)}")
     _checks.check_device(name, "hidden", hidden, key, given)
 
 

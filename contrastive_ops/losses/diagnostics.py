@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import _autocast
+from .._results import named
 from ..ops.folds import Fold
 from ..ops.pairs import Bound, Pairs
 from ._columns import partner_similarity, wide
 
 
+@named
 class Diagnostics(NamedTuple):
     """Ranking measures of one direction of a loss; detached, in float32 (float64 for float64 inputs).
 

@@ -294,7 +294,7 @@ def hn_nce(
     rows, cols, positive, *_ = fold(
         image,
         text,
-        reduce=_folds(scale, beta),
+        reduce=_folds(name, scale, beta),
         dim=(0, 1),
         scale=scale,
         target=torch.arange(image.shape[0], device=image.device),
@@ -341,7 +341,7 @@ def _two_view_loss(
     z, scale, partner, negatives = _two_views(function, *views, 0.5, **common)
     lse, _, positive, *_ = fold(
         z,
-        reduce=_folds(scale, beta),
+        reduce=_folds(function, scale, beta),
         scale=scale,
         target=partner,
         unit=_arguments.in_sweep(common["normalize"], z),
@@ -372,8 +372,10 @@ def _von_mises_fisher(function: str, z: Tensor, sigma: float, unit: bool) -> Ten
 # ---- Weighted negatives --------------------------------------------------------------------------------------------
 
 
-def _folds(scale: float | Tensor, beta: float) -> tuple[str | Fold, ...]:
+def _folds(function: str, scale: float | Tensor, beta: float) -> tuple[str | Fold, ...]:
     """What `_weighted_negatives` needs of the sweep."""
+    if isinstance(scale, Tensor):
+        _checks.check_floating(function, "scale", scale)
     if not beta:
         return ("logsumexp",)
     return Fold("logsumexp", scale=(1 + beta) * scale), Fold("logsumexp", scale=beta * scale)

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import _autocast, _checks
 from .._masks import left_out
 from .._ordered import ordered_sum
+from .._results import named
 from ..ops.similarity_reduce import needs_gradient
 from . import _arguments, _linear_chunks, _linear_targets
 from ._linear_problem import Options, Problem, cap_of, check_entries, checked, of_used, spread
@@ -26,6 +27,7 @@ from ._linear_problem import Options, Problem, cap_of, check_entries, checked, o
 DIRECTIONS = ("reverse", "forward")
 
 
+@named
 class LogProb(NamedTuple):
     """What `linear_log_prob` returns with ``entropy=True``.
 

@@ -252,7 +252,9 @@ def gist(
 def _check_directions(function: str, partition: object, directions: object) -> None:
     _checks.check_choice(function, "partition", partition, ("joint", "per_direction"))
     if not isinstance(directions, tuple) or not directions or not set(directions) <= set(DIRECTIONS):
-        raise ValueError(f"{function}: directions must be a tuple of {', '.join(DIRECTIONS)}, got {directions!r}")
+        raise ValueError(
+            f"{function}: directions must be a tuple of {', '.join(DIRECTIONS)}, got {_checks.shown(directions)}"
+        )
     if "query_to_doc" not in directions:
         raise ValueError(f"{function}: directions must include query_to_doc, which holds the positive")
     without = [each for each in ("query_to_query", "doc_to_doc") if each in directions]
@@ -267,7 +269,8 @@ def _hard_negatives(
     function: str, query: Tensor, hard_negatives: Tensor, normalize: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Return them as columns, and the owners of documents and columns."""
-    if not isinstance(hard_negatives, Tensor) or hard_negatives.dim() != 3:
+    _checks.check_tensor(function, "hard_negatives", hard_negatives)
+    if hard_negatives.dim() != 3:
         return _shared_negatives(function, query, hard_negatives, normalize, "hard_negatives"), None
     count, each = query.shape[0], hard_negatives.shape[1]
     if hard_negatives.shape[0] != count:

@@ -79,9 +79,9 @@ def dpo(
         raise ValueError(f'{name}: margin must be 0 for kind="ipo", got {margin}')
     if (reference_chosen is None) != (reference_rejected is None):
         raise ValueError(f"{name}: reference_chosen and reference_rejected must both be given, or neither")
-    if not isinstance(chosen, Tensor) or chosen.dim() != 1:
-        got = _checks.shape(chosen) if isinstance(chosen, Tensor) else type(chosen).__name__
-        raise ValueError(f"{name}: chosen must have shape (N,), got {got}")
+    _checks.check_tensor(name, "chosen", chosen)
+    if chosen.dim() != 1:
+        raise ValueError(f"{name}: chosen must have shape (N,), got {_checks.shape(chosen)}")
     given = {
         "chosen": chosen,
         "rejected": rejected,
@@ -146,9 +146,8 @@ def kl_estimate(log_prob: Tensor, reference_log_prob: Tensor, *, kind: str = "k3
     name = "kl_estimate"
     _checks.check_choice(name, "kind", kind, ESTIMATES)
     for key, each in (("log_prob", log_prob), ("reference_log_prob", reference_log_prob)):
-        if not isinstance(each, Tensor) or not each.is_floating_point():
-            got = each.dtype if isinstance(each, Tensor) else type(each).__name__
-            raise TypeError(f"{name}: {key} must be a floating tensor, got {got}")
+        if not _checks.check_tensor(name, key, each).is_floating_point():
+            raise TypeError(f"{name}: {key} must be a floating tensor, got {each.dtype}")
     if log_prob.shape != reference_log_prob.shape:
         raise ValueError(
             f"{name}: reference_log_prob must have the shape of log_prob, "

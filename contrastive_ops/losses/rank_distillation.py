@@ -220,9 +220,8 @@ def _lists(
     """Scores and the teacher's, in the dtype of sums, and which candidates there are."""
     _arguments.check_reduction(name, reduction)
     for key, each in (("scores", scores), ("teacher_scores", teacher_scores)):
-        if not isinstance(each, Tensor) or not each.is_floating_point():
-            got = each.dtype if isinstance(each, Tensor) else type(each).__name__
-            raise TypeError(f"{name}: {key} must be a floating tensor, got {got}")
+        if not _checks.check_tensor(name, key, each).is_floating_point():
+            raise TypeError(f"{name}: {key} must be a floating tensor, got {each.dtype}")
     if scores.dim() != 2 or scores.shape[1] == 0:
         raise ValueError(f"{name}: scores must have shape (N, K) with K >= 1, got {_checks.shape(scores)}")
     if teacher_scores.shape != scores.shape:
@@ -232,9 +231,8 @@ def _lists(
         )
     _checks.check_device(name, "scores", scores, "teacher_scores", teacher_scores)
     if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"{name}: mask must be a bool tensor, got {got}")
+        if _checks.check_tensor(name, "mask", mask).dtype != torch.bool:
+            raise TypeError(f"{name}: mask must be a bool tensor, got {mask.dtype}")
         if mask.shape != scores.shape:
             raise ValueError(f"{name}: mask must have shape {_checks.shape(scores)}, got {_checks.shape(mask)}")
         _checks.check_device(name, "scores", scores, "mask", mask)

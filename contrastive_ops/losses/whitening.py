@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _autocast, _checks
 from .._offsets import centred
+from .._recompute import random_options
 
 
 class _InverseRoot(torch.autograd.Function):
@@ -78,9 +79,9 @@ def group_whiten(
     N, D = x.shape
     groups = _checks.integer(name, "groups", groups, 1)
     if D % groups:
-        raise ValueError(f"{name}: groups must be an int that divides {D} features, got {groups!r}")
+        raise ValueError(f"{name}: groups must be an int that divides {D} features, got {_checks.shown(groups)}")
     with _autocast.disabled(x):
-        order = torch.randperm(D, generator=generator, device=x.device) if shuffle else None
+        order = torch.randperm(D, device=x.device, **random_options(name, generator)) if shuffle else None
         dealt = x if order is None else x[:, order]
         grouped = dealt.to(_checks.accumulator(x.dtype)).view(N, groups, D // groups).transpose(0, 1)
         deviations = centred(grouped, 1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
+from .._recompute import random_options
 from .._state import State
 from ..ops._listed_logits import listed_logits
 from ..reference.similarity_reduce import softplus
@@ -41,7 +42,7 @@ class UnigramSampler(State):
         name = "UnigramSampler"
         power = _checks.number(name, "power", power, "[0, inf)")
         if not isinstance(counts, Tensor) or counts.dim() != 1 or not counts.numel():
-            raise ValueError(f"{name}: counts must be a tensor of shape (V,), got {counts!r}")
+            raise ValueError(f"{name}: counts must be a tensor of shape (V,), got {_checks.shown(counts)}")
         wrong = ~((counts >= 0) & (counts < torch.inf))
         if bool(wrong.any()):
             raise ValueError(f"{name}: counts must be finite and >= 0, got {counts[wrong][0].item()}")
@@ -70,7 +71,8 @@ class UnigramSampler(State):
         k = _checks.integer(name, "k", k, 1)
         avoid = _checks.check_index(name, "avoid", avoid, None, "counts", self.cumulative)
         _checks.check_index_values(name, "avoid", avoid, len(self.cumulative), or_none=True)
-        uniform = torch.rand((len(avoid), k), dtype=torch.float64, device=avoid.device, generator=generator)
+        random = random_options(name, generator)
+        uniform = torch.rand((avoid.shape[0], k), dtype=torch.float64, device=avoid.device, **random)
         # The word's own stretch of [0, 1) is cut out, so that nothing has to be drawn again.
         end = torch.where(avoid < 0, 0.0, self.cumulative[avoid.clamp_min(0)])[:, None]
         begin = torch.where(avoid <= 0, 0.0, self.cumulative[(avoid - 1).clamp_min(0)])[:, None]

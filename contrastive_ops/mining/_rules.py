@@ -68,7 +68,7 @@ class NegativeRules:
         _checks.check_choice("NegativeRules", "rank_basis", self.rank_basis, BASES)
         window = self.rank_window
         if not isinstance(window, tuple) or len(window) != 2:
-            raise TypeError(f"NegativeRules: rank_window must be (first, end), got {window!r}")
+            raise TypeError(f"NegativeRules: rank_window must be (first, end), got {_checks.shown(window)}")
         first = _checks.integer("NegativeRules", "rank_window[0]", window[0], 0)
         end = None if window[1] is None else _checks.integer("NegativeRules", "rank_window[1]", window[1], first + 1)
         object.__setattr__(self, "rank_window", (first, end))

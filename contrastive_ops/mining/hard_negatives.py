@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _autocast, _checks
 from .._lists import first_of_pairs
+from .._results import pytree
 from ..ops._pair_slices import rows_of
 from ..ops.pairs import Pairs
 from ..ops.similarity_topk import METRICS, TopK
@@ -28,6 +29,7 @@ FUNCTION = "mine_hard_negatives"
 LIST_ELEMENTS = 1 << 22
 
 
+@pytree
 @dataclass(frozen=True, eq=False)
 class HardNegatives:
     """The negatives of every query.

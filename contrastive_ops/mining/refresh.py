@@ -86,7 +86,8 @@ class RefreshSchedule:
         """
         if set(state) != {"next", "part", "parts"} or state["parts"] != self.parts:
             raise ValueError(
-                f"RefreshSchedule.load_state_dict: state must be one of a schedule with parts={self.parts}, got {state}"
+                f"RefreshSchedule.load_state_dict: state must be one of a schedule with parts={self.parts}, got "
+                f"{_checks.shown(state)}"
             )
         self._next, self._part = int(state["next"]), int(state["part"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -70,8 +71,10 @@ class _Layer(nn.Module):
             generator: as in `route`.
             backend: as in `route`.
         """
+        _checks.check_floating(type(self).__name__, "tokens", tokens)
         shape = tokens.shape[:-1]
-        flat, name = tokens.reshape(-1, tokens.shape[-1]), type(self).__name__
+        # Not -1, which is ambiguous where there are no tokens.
+        flat, name = tokens.reshape(math.prod(shape), tokens.shape[-1]), type(self).__name__
         valid = _of_tokens(name, "valid", valid, shape)
         flat = flat if valid is None else left_out(flat, valid)
         if allowed is not None:
@@ -91,10 +94,10 @@ class _Layer(nn.Module):
         rows = self.experts(flat, routing, backend)
         out = combine(rows, routing, backend=backend)
         if self.shared_experts is not None:
-            everything = torch.arange(2, device=flat.device) * len(flat)
+            everything = torch.arange(2, device=flat.device) * flat.shape[0]
             shared = self.shared_experts(flat, everything, backend)
             out = out + (shared if valid is None else shared.masked_fill(~valid[:, None], 0.0))
-        return out.view(*shape, -1), routing
+        return out.view(*shape, out.shape[1]), routing
 
 
 def _of_tokens(
@@ -108,7 +111,7 @@ def _of_tokens(
         wanted = " or ".join(_checks.shape(torch.empty(*shape[:n], *last, device="meta")) for n in (len(shape), 1))
         raise ValueError(f"{function}: {name} must have shape {wanted}, got {_checks.shape(label)}")
     spread = label.view(*own, *(1,) * (len(shape) - len(own)), *last).expand(*shape, *last)
-    return spread.reshape(-1, *last)
+    return spread.reshape(math.prod(shape), *last)
 
 
 class SparseMoE(_Layer):

@@ -70,16 +70,17 @@ class SoftMoE(Scalars):
 
     def forward(self, tokens: Tensor, *, valid: Tensor | None = None, backend: str = "auto") -> Tensor:
         """Return the output (..., L, D) of tokens (..., L, D); padding, where valid (..., L) is False, is left out."""
+        _checks.check_floating("SoftMoE", "tokens", tokens)
         shape = tokens.shape
         tokens = tokens if valid is None else left_out(tokens, valid)
-        x = tokens.reshape(-1, *shape[-2:])
+        x = tokens.reshape(math.prod(shape[:-2]), *shape[-2:])
         dtype = _checks.accumulator(tokens.dtype)
         with _autocast.disabled(tokens):
             keys = self.scale.to(dtype) * F.normalize(self.slots.to(dtype).flatten(1), dim=0)
             logits = F.normalize(x.to(dtype), dim=2) @ keys
             into, back = logits, logits.softmax(2)
             if valid is not None:
-                padding = ~valid.reshape(-1, shape[-2], 1)
+                padding = ~valid.reshape(x.shape[0], shape[-2], 1)
                 # The least number, not -inf, so that a sequence of padding alone has finite weights.
                 into = into.masked_fill(padding, torch.finfo(dtype).min)
                 back = back.masked_fill(padding, 0.0)
@@ -87,7 +88,7 @@ class SoftMoE(Scalars):
         experts, slots = self.slots.shape[1:]
         # Rows of one expert in succession, those of all sequences.
         rows = mixed.to(x.dtype).unflatten(1, (experts, slots)).transpose(0, 1).reshape(-1, shape[-1])
-        offsets = torch.arange(experts + 1, device=x.device) * (len(x) * slots)
+        offsets = torch.arange(experts + 1, device=x.device) * (x.shape[0] * slots)
         rows = self.experts(rows, offsets, backend)
-        of_sequence = rows.view(experts, len(x), slots, shape[-1]).transpose(0, 1).flatten(1, 2)
+        of_sequence = rows.view(experts, x.shape[0], slots, shape[-1]).transpose(0, 1).flatten(1, 2)
         return (back.to(of_sequence.dtype) @ of_sequence).view(shape)

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _checks
 from .._lists import NONE, first_of_each
 from .._masks import left_out
+from .._recompute import random_options
 from .._routing import GROUP_SCORES, SCORES, ScoreSpec
 from ._router_statistics import Statistics
 from .gating import Capacity, Gating, RouterLoss
@@ -51,7 +52,7 @@ class RouterProblem:
         noise: Tensor | None,
     ) -> RouterProblem:
         """Check the arguments, and draw the noise."""
-        tokens = len(logits)
+        tokens = logits.shape[0]
         wanted = described(function, losses)
         names = [loss.name for loss in wanted]
         if len(set(names)) < len(names):
@@ -76,7 +77,7 @@ class RouterProblem:
             noise = noise.to(dtype).contiguous()
             noise = noise if valid is None else left_out(noise, valid)
         elif gating.noise_std:
-            noise = torch.randn(logits.shape, dtype=dtype, device=logits.device, generator=generator)
+            noise = torch.randn(logits.shape, dtype=dtype, device=logits.device, **random_options(function, generator))
         return cls(function, logits, gating, noise, mask, given, segments, count, valid, wanted)
 
     def asks(self, loss: str) -> bool:
@@ -131,8 +132,7 @@ def as_capacity(function: str, capacity: int | float | Capacity | None) -> Capac
 def _check_like(
     function: str, name: str, tensor: object, dtype: torch.dtype, shape: tuple[int, ...], logits: Tensor
 ) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{function}: {name} must be a tensor, got {type(tensor).__name__}")
+    _checks.check_tensor(function, name, tensor)
     if tensor.dtype != dtype:
         raise TypeError(f"{function}: {name} must be {str(dtype).removeprefix('torch.')}, got {tensor.dtype}")
     if tuple(tensor.shape) != shape:
@@ -164,11 +164,11 @@ def _segments(function: str, segments: Tensor | None, num_segments: int | None, 
         if num_segments not in (None, 1):
             raise ValueError(f"{function}: segments must be given for num_segments={num_segments}, got None")
         return 1
-    _check_like(function, "segments", segments, torch.int64, (len(logits),), logits)
+    _check_like(function, "segments", segments, torch.int64, (logits.shape[0],), logits)
     if num_segments is None:
         if not _checks.may_read(segments, waits=True):
             raise ValueError(f"{function}: num_segments must be given where segments cannot be read, got None")
-        num_segments = int(segments.max()) + 1 if len(segments) else 1
+        num_segments = int(segments.max()) + 1 if segments.shape[0] else 1
         if num_segments > MOST_SEGMENTS:
             raise ValueError(
                 f"{function}: segments must be numbers of rows of the metrics, got {num_segments - 1}\n"

@@ -35,7 +35,7 @@ def register(backends: Mapping[str, Backend]) -> None:
             *problem, backend = arguments
             x, y, target = problem[0], problem[1], problem[_TARGET]
             if target is not None:
-                check_index_values("similarity_prefix", "target", target, len(x if y is None else y))
+                check_index_values("similarity_prefix", "target", target, (x if y is None else y).shape[0])
             with _autocast.disabled(x):
                 return getattr(backends[backend].functions(), name)(*problem)
 

@@ -84,7 +84,9 @@ def register(backends: Mapping[str, Backend]) -> None:
 def _check_target(problem: list[Any], backend: str) -> None:
     x, y, target = problem[_X], problem[_Y], problem[_TARGET]
     if target is not None:  # CUDA kernels give NaN for one that does not exist
-        check_index_values("similarity_reduce", "target", target, len(x if y is None else y), waits=backend != "cuda")
+        check_index_values(
+            "similarity_reduce", "target", target, (x if y is None else y).shape[0], waits=backend != "cuda"
+        )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], *others: Any) -> None:

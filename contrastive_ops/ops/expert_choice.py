@@ -74,8 +74,8 @@ def expert_choice(
     check_gating(function, gating)
     if gating.bias is not None or gating.expert_groups != 1 or gating.renormalize:
         raise ValueError(
-            f"{function}: gating must have no bias, no groups and no renormalisation, got {gating}: experts choose by "
-            "the scores themselves"
+            f"{function}: gating must have no bias, no groups and no renormalisation, got one of them: experts "
+            "choose by the scores themselves"
         )
     gating = gating.checked(function, 1, experts, logits)
     limits = as_capacity(function, capacity)
@@ -103,7 +103,10 @@ def expert_choice(
     places = torch.ops.contrastive_ops.expert_routing_slots(picked, None, problem.segment, list(spec), backend)
     if not limits.padded:  # rows that experts can fill, not one of every token and expert
         slots, order, offsets, kept = places
-        places = (slots, order[: min(tokens, spec.groups(tokens) * taken) * experts], offsets, kept)
+        filled = torch.sym_min(tokens, spec.groups(tokens) * taken) * experts
+        # A slice would bind a traced program to the numbers of tokens that it is shorter for.
+        order = order.index_select(0, torch.arange(filled, device=order.device))
+        places = (slots, order, offsets, kept)
     label = torch.zeros_like(picked[:, 0]) if problem.segment is None else problem.segment
     served = torch.zeros_like(counts).index_add(0, label, chosen.any(1).long())
     statistics = (sums, totals, places[3], counts, margin)
@@ -116,7 +119,11 @@ def _best_tokens(gates: Tensor, eligible: Tensor, count: int, group: int) -> Ten
     if count == 0 or not values.numel():
         return torch.zeros_like(eligible)
     values = values.unflatten(0, (-1, group))
-    # topk may return any of equal scores: it is asked for the last value only.
-    last = values.topk(min(count, group), dim=1).values[:, -1:]
+    kept = torch.sym_min(count, group)
+    if torch.compiler.is_compiling():  # topk would bind the program to some numbers of tokens
+        place = torch.full((1,), kept - 1, device=values.device)
+        last = values.sort(dim=1, descending=True).values.index_select(1, place)
+    else:  # topk may return any of equal scores: it is asked for the last value only
+        last = values.topk(kept, dim=1).values[:, -1:]
     above, ties = values > last, (values == last) & (values > -torch.inf)
     return (above | (ties & (ties.cumsum(1) <= count - above.sum(1, keepdim=True)))).flatten(0, 1)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .. import _checks, _cuda, _extension, _triton
 from .._dispatch import Backend, choose, unsupported_by_cpu
+from .._recompute import must_reach
+from .._results import pytree
 from .._routing import SlotSpec
 from ..reference import expert_routing as reference
 from ._expert_routing_autograd import register
@@ -47,6 +49,7 @@ PRIORITIES = ("gate", "position")
 DEFAULT = Gating()
 
 
+@pytree
 @dataclass(frozen=True, eq=False)
 class Routing:
     """Where every token goes. T tokens, k choices, E experts, R rows of dispatched tokens, S segments.
@@ -207,6 +210,7 @@ def routing_of(
         gates = torch.where(gates.isnan(), gates, (experts >= 0).to(gates.dtype))
     statistics = problem.statistics(sums, kept)
     by_name, total = statistics.losses(problem.function, problem.losses)
+    must_reach(problem.function, by_name.values())
     with torch.no_grad():
         metrics = statistics.metrics(served)
     return Routing(experts, gates, slots, order, offsets, by_name, total, metrics)
@@ -240,7 +244,7 @@ def dispatch(tokens: Tensor, routing: Routing, *, backend: str = "auto") -> Tens
         >>> torch.equal(dispatch(tokens, routing)[routing.slots[5, 1]], tokens[5])
         True
     """
-    check_rows("dispatch", "tokens", tokens, len(routing.slots), routing)
+    check_rows("dispatch", "tokens", tokens, routing.slots.shape[0], routing)
     chosen = choose("dispatch", BACKENDS, tokens, backend)
     return torch.ops.contrastive_ops.expert_routing_dispatch(tokens, None, routing.slots, routing.order, chosen)
 
@@ -274,7 +278,7 @@ def combine(rows: Tensor, routing: Routing, *, backend: str = "auto") -> Tensor:
         >>> torch.allclose(out, tokens * routing.gates.sum(1, keepdim=True), atol=1e-6)
         True
     """
-    check_rows("combine", "rows", rows, len(routing.order), routing)
+    check_rows("combine", "rows", rows, routing.order.shape[0], routing)
     gates = routing.gates.to(_checks.accumulator(rows.dtype))
     chosen = choose("combine", BACKENDS, rows, backend)
     return torch.ops.contrastive_ops.expert_routing_combine(rows, gates, routing.slots, routing.order, chosen)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .. import _checks
+from .._results import named
 from .._similarity import KINDS
 from .pairs import Pairs
 
@@ -48,6 +49,7 @@ class Fold:
             raise TypeError(f"Fold: pairs must be Pairs or None, got {type(self.pairs).__name__}")
 
 
+@named
 class Reduced(NamedTuple):
     """The results of one sweep; None where one was not asked for.
 

@@ -155,5 +155,5 @@ class RouterLoss:
                 return numbers.expand(segments)
         raise ValueError(
             f"{function}: losses must have one weight and threshold, or one for each of {segments} segments, "
-            f"got {value} for {self.name!r}"
+            f"got {_checks.shown(value)} for {self.name!r}"
         )

@@ -96,7 +96,7 @@ def grouped_matmul(
     _checks.check_matrix(name, "a", a)
     slots = order = None
     if isinstance(offsets, Routing):
-        check_rows(name, "a", a, len(offsets.slots), offsets)
+        check_rows(name, "a", a, offsets.slots.shape[0], offsets)
         slots, order, offsets = offsets.slots, offsets.order, offsets.offsets
     offsets = _checks.as_index(name, "offsets", offsets)
     _check(name, a, b, offsets, bias, a.shape[0] if order is None else order.shape[0])
@@ -123,8 +123,7 @@ def _check(function: str, a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | 
 
 
 def _check_like(function: str, name: str, x: object, a: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{function}: {name} must be a tensor, got {type(x).__name__}")
+    _checks.check_tensor(function, name, x)
     if x.dtype != a.dtype:
         raise TypeError(
             f"{function}: {name} must have the same dtype as a, got a {a.dtype} and {name} {x.dtype}\n"

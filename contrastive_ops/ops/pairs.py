@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._lists import pair_order, pairs_ascend
+from .._results import pytree
 from .._similarity import Slot
 
 Bound = float | Tensor
@@ -21,6 +22,7 @@ def _bounds(function: str, name: str, value: object) -> object:
     return value if value is None or isinstance(value, Tensor) else _checks.factor(function, name, value)
 
 
+@pytree
 @dataclass(frozen=True, eq=False)
 class Guide:
     """A second, frozen similarity that drops pairs: those whose guide similarity exceeds a bound.
@@ -40,6 +42,7 @@ class Guide:
         object.__setattr__(self, "below", _bounds("Guide", "below", self.below))
 
 
+@pytree
 @dataclass(frozen=True, eq=False)
 class Pairs:
     """Rules for the pairs that take part in a fold; all rules are ANDed and none needs an N x M tensor.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _autocast, _checks, _extension
 from .._dispatch import Backend, choose, unsupported_by_cpu
+from .._results import named
 from .._similarity import Slot
 from ..reference import similarity_prefix as reference
 from ._similarity_prefix_autograd import register
@@ -35,6 +36,7 @@ BACKENDS = {
 register(BACKENDS)
 
 
+@named
 class PrefixFolds(NamedTuple):
     """What `similarity_prefix` found out, a row for each prefix; None where not asked for.
 

@@ -73,8 +73,7 @@ def merge_lse(*lse: Tensor) -> Tensor:
     if not lse:
         raise ValueError("merge_lse: lse must be at least one tensor, got none")
     for tensor in lse:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"merge_lse: lse must be tensors, got {type(tensor).__name__}")
+        _checks.check_tensor("merge_lse", "lse", tensor)
         if tensor.shape != lse[0].shape:
             raise ValueError(
                 f"merge_lse: lse must have one shape, got {_checks.shape(lse[0])} and {_checks.shape(tensor)}"
@@ -267,7 +266,7 @@ def directions(function: str, dim: object) -> tuple[bool, bool]:
     """Whether `dim` asks for rows and for columns."""
     dims = (dim,) if isinstance(dim, int) else dim
     if not isinstance(dims, tuple) or not dims or not set(dims) <= {0, 1} or len(set(dims)) != len(dims):
-        raise ValueError(f"{function}: dim must be 0, 1 or (0, 1), got {dim!r}")
+        raise ValueError(f"{function}: dim must be 0, 1 or (0, 1), got {_checks.shown(dim)}")
     return 1 in dims, 0 in dims
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _autocast, _checks, _cuda, _extension, _triton
 from .._dispatch import Backend, choose, unsupported_by_cpu
+from .._results import named
 from .._similarity import STATISTICS, Layout, Slot
 from .._unit_rows import unit_rows
 from ..cuda import _products
@@ -50,6 +51,7 @@ _nearest.register(BACKENDS)
 METRICS = ("dot", "cosine", "sqeuclidean")
 
 
+@named
 class TopK(NamedTuple):
     """The best columns of every row, best first.
 
@@ -88,8 +90,8 @@ def metric_rows(function: str, x: Tensor, y: Tensor, metric: str) -> tuple[Tenso
 
 def similarity_topk(
     x: Tensor,
-    y: Tensor,
-    k: int,
+    y: Tensor | None = None,
+    k: int | None = None,
     *,
     metric: str = "dot",
     scale: float | Tensor = 1.0,
@@ -113,8 +115,8 @@ def similarity_topk(
 
     Args:
         x: (N, D) float32, bfloat16, float16 or float64.
-        y: (M, D) of the same dtype.
-        k: length of the lists; more than M is allowed.
+        y: (M, D) of the same dtype; None for y = x, where ``Pairs(diagonal=0)`` leaves out each row itself.
+        k: length of the lists, which must be given; more than M is allowed.
         metric: the similarity: "dot" <x, y>; "cosine", of rows that are scaled to length 1 first; "sqeuclidean", minus
             the squared distance. Bounds of `pairs` apply to it. Squared distances are sums of squared differences, in
             float32 for 16-bit rows: equal rows are at 0, wherever the rows lie.
@@ -152,7 +154,7 @@ def similarity_topk(
     """
     name = "similarity_topk"
     k = _checks.integer(name, "k", k, 1)
-    x, y = _autocast.cast(x, y)
+    x, y = _autocast.cast(x, x if y is None else y)
     _checks.check_matrices(name, "x", x, "y", y)
     x, y = metric_rows(name, x, y, metric)
     scale = _checks.factor(name, "scale", scale)

@@ -36,7 +36,7 @@ register(BACKENDS)
 
 def similarity_values(
     x: Tensor,
-    y: Tensor | None,
+    y: Tensor | None = None,
     values: Tensor | None = None,
     *,
     scale: float | Tensor = 1.0,

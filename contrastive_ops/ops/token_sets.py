@@ -9,8 +9,10 @@ from torch import Tensor
 
 from .. import _autocast, _checks
 from .._masks import left_out
+from .._results import pytree
 
 
+@pytree
 @dataclass(frozen=True, eq=False)
 class TokenSets:
     """Token embeddings of queries or of documents, one set of tokens each.
@@ -96,8 +98,7 @@ def packed(function: str, name: str, sets: Tensor | TokenSets, lists: bool = Fal
     if not isinstance(sets, TokenSets):
         raise TypeError(f"{function}: {name} must be a tensor or TokenSets, got {type(sets).__name__}")
     (tokens,) = _autocast.cast(sets.tokens)
-    if not isinstance(tokens, Tensor):
-        raise TypeError(f"{function}: {name}.tokens must be a tensor, got {type(tokens).__name__}")
+    _checks.check_tensor(function, f"{name}.tokens", tokens)
     if sets.offsets is not None:
         _checks.check_matrix(function, name, tokens)
         offsets = _checks.check_index(function, f"{name}.offsets", sets.offsets, None, name, tokens)
@@ -149,8 +150,7 @@ def check_two_sides(function: str, queries: Packed, documents: Packed, name: str
 def _check_mask(function: str, name: str, mask: object, tokens: Tensor) -> None:
     if mask is None:
         return
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{function}: {name}.mask must be a tensor, got {type(mask).__name__}")
+    _checks.check_tensor(function, f"{name}.mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{function}: {name}.mask must be bool, got {mask.dtype}\n  convert it: mask.bool()")
     if mask.shape != tokens.shape[:-1]:

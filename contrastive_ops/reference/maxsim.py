@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from .._checks import accumulator
 from .._ordered import add_segments
-from ._recompute import recomputed
+from .._recompute import recomputed
 from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows
 
 # ---- Forward -------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .._checks import accumulator
 from .._ordered import segment_sums
+from .._recompute import may_overwrite
 from .._similarity import Layout, LogitSet, ScaleOf, Slot
-from ._recompute import may_overwrite
 
 
 def inner_products(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:

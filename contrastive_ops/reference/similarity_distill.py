@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .._checks import accumulator
 from .._ordered import long_product
+from .._recompute import recomputed
 from .._similarity import Layout, LogitSet, ScaleOf
 from .._softmax import DECIDED
-from ._recompute import recomputed
 from .pairs import SetOfChunk, chunk_sets, inner_products
 from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, times
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .._checks import accumulator
 from .._ordered import long_product, wide_dtype
+from .._recompute import recomputed
 from .._unit_rows import SHORTEST
-from ._recompute import recomputed
 from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, merge_lse, probability, times
 
 

@@ -15,8 +15,8 @@ from torch.nn.functional import logsigmoid
 
 from .._checks import accumulator
 from .._ordered import long_product, wide_dtype
+from .._recompute import may_overwrite, recomputed
 from .._similarity import Layout, ScaleOf, SetFold
-from ._recompute import may_overwrite, recomputed
 from .pairs import SetOfChunk, chunk_sets, inner_products
 
 # Logits that one chunk of rows may hold: 4 MiB of float32, some twenty times that with temporaries.

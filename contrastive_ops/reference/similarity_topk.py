@@ -14,8 +14,8 @@ from torch.nn.functional import pad
 
 from .._checks import accumulator
 from .._ordered import add_segments, segment_rows
+from .._recompute import recomputed
 from .._similarity import STATISTICS, Layout, LogitSet, ScaleOf, Slot
-from ._recompute import recomputed
 from .pairs import SetOfChunk, chunk_sets, inner_products
 from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .._checks import accumulator
 from .._ordered import long_product
+from .._recompute import recomputed
 from .._similarity import Layout, ScaleOf
 from .._softmax import balanced
-from ._recompute import recomputed
 from .pairs import SetOfChunk, chunk_sets, inner_products
 from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, times
 

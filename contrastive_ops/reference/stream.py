@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _autocast, _checks
-from ._recompute import recomputed
+from .._recompute import recomputed
 from .pairs import inner_products
 from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows
 
