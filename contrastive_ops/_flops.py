@@ -42,8 +42,8 @@ def _reduce(x: Shape, y: Shape, *_: Any, **__: Any) -> int:
     return _product(x, y)
 
 
-def _reduce_backward(x: Shape, y: Shape, *rest: Any, **_: Any) -> int:
-    *_, kept, needs, _ = rest
+def _reduce_backward(x: Shape, y: Shape, *rest: Any, **__: Any) -> int:
+    kept, needs = rest[-3:-1]
     return _recomputed(x, y, kept) + _gradients(x, y, needs)
 
 
@@ -56,7 +56,7 @@ def _listed(x: Shape, *rest: Any, **_: Any) -> int:
 
 
 def _topk_backward(x: Shape, *rest: Any, **_: Any) -> int:
-    *_, indices, _, needs, _ = rest
+    indices, needs = rest[-4], rest[-2]
     return 2 * prod(indices) * x[1] * sum(bool(needs >> bit & 1) for bit in range(3))
 
 
@@ -65,7 +65,7 @@ def _values(x: Shape, y: Shape, _: Any, __: Any, ___: Any, values: Shape, *____:
 
 
 def _values_backward(x: Shape, y: Shape, _: Any, __: Any, ___: Any, values: Shape, *rest: Any, **____: Any) -> int:
-    *_, kept, needs, _ = rest
+    kept, needs = rest[-3:-1]
     weighted = 2 * x[0] * prod(values)
     return _recomputed(x, y, kept) + _gradients(x, y, needs) + weighted * (1 + bool(needs >> 5 & 1))
 
@@ -92,7 +92,7 @@ def _prefix_backward(x: Shape, y: Shape, *rest: Any, **_: Any) -> int:
 
 
 def _maxsim(queries: Shape, documents: Shape, *rest: Any, **_: Any) -> int:
-    query_offsets, document_offsets, _, _, pairs, _, longest, *_ = rest
+    document_offsets, pairs, longest = rest[1], rest[4], rest[6]
     if pairs is None:
         return _product(queries, documents)
     # Of listed pairs the lengths are not known: documents as long as the mean.
@@ -101,7 +101,7 @@ def _maxsim(queries: Shape, documents: Shape, *rest: Any, **_: Any) -> int:
 
 
 def _maxsim_backward(queries: Shape, *rest: Any, **_: Any) -> int:
-    *_, winners, _, needs, _ = rest
+    winners, needs = rest[-4], rest[-2]
     return 2 * prod(winners) * queries[1] * (bool(needs & 1) + bool(needs & 2))
 
 

@@ -149,9 +149,9 @@ def _transformed(operator: Any, setup: Callable[..., None], derivative: Callable
         return Transformed
 
     def run(keyset: Any, *arguments: Any) -> Any:
-        from torch._functorch.autograd_function import enable_single_level_autograd_function
+        from torch._functorch import autograd_function
 
-        with enable_single_level_autograd_function():
+        with autograd_function.enable_single_level_autograd_function():  # type: ignore[attr-defined]
             return function().apply(*arguments, keyset)
 
     return run

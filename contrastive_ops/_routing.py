@@ -43,4 +43,4 @@ class SlotSpec(NamedTuple):
         if self.capacity < 0:
             return choices
         slots = self.experts * self.groups(tokens) * self.capacity
-        return slots if self.padded else torch.sym_min(choices, slots)
+        return slots if self.padded else torch.sym_min(choices, slots)  # type: ignore[return-value]

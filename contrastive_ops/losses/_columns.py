@@ -34,7 +34,7 @@ def checked_target(function: str, name: str, target: Tensor, x_name: str, x: Ten
 
 def check_row_negatives(function: str, query: Tensor, row_negatives: object) -> None:
     """`row_negatives` must be (N, K, D), of the query's dtype and device."""
-    _checks.check_tensor(function, "row_negatives", row_negatives)
+    row_negatives = _checks.check_tensor(function, "row_negatives", row_negatives)
     if row_negatives.dim() != 3 or row_negatives.shape[::2] != query.shape:
         raise ValueError(
             f"{function}: row_negatives must have shape ({query.shape[0]}, K, {query.shape[1]}), "

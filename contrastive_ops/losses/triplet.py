@@ -337,7 +337,7 @@ def _distance_gap(rows: Points, columns: Points | None, positive: Tensor, negati
 
 
 def _zero_or_one(function: str, labels: object, x: Tensor) -> Tensor:
-    _checks.check_tensor(function, "labels", labels)
+    labels = _checks.check_tensor(function, "labels", labels)
     if tuple(labels.shape) != (x.shape[0],):
         raise ValueError(f"{function}: labels must have shape ({x.shape[0]},), got {_checks.shape(labels)}")
     _checks.check_device(function, "x", x, "labels", labels)

@@ -132,7 +132,7 @@ def as_capacity(function: str, capacity: int | float | Capacity | None) -> Capac
 def _check_like(
     function: str, name: str, tensor: object, dtype: torch.dtype, shape: tuple[int, ...], logits: Tensor
 ) -> None:
-    _checks.check_tensor(function, name, tensor)
+    tensor = _checks.check_tensor(function, name, tensor)
     if tensor.dtype != dtype:
         raise TypeError(f"{function}: {name} must be {str(dtype).removeprefix('torch.')}, got {tensor.dtype}")
     if tuple(tensor.shape) != shape:

@@ -123,7 +123,7 @@ def _check(function: str, a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | 
 
 
 def _check_like(function: str, name: str, x: object, a: Tensor) -> None:
-    _checks.check_tensor(function, name, x)
+    x = _checks.check_tensor(function, name, x)
     if x.dtype != a.dtype:
         raise TypeError(
             f"{function}: {name} must have the same dtype as a, got a {a.dtype} and {name} {x.dtype}\n"

@@ -98,7 +98,7 @@ def packed(function: str, name: str, sets: Tensor | TokenSets, lists: bool = Fal
     if not isinstance(sets, TokenSets):
         raise TypeError(f"{function}: {name} must be a tensor or TokenSets, got {type(sets).__name__}")
     (tokens,) = _autocast.cast(sets.tokens)
-    _checks.check_tensor(function, f"{name}.tokens", tokens)
+    tokens = _checks.check_tensor(function, f"{name}.tokens", tokens)
     if sets.offsets is not None:
         _checks.check_matrix(function, name, tokens)
         offsets = _checks.check_index(function, f"{name}.offsets", sets.offsets, None, name, tokens)
@@ -150,7 +150,7 @@ def check_two_sides(function: str, queries: Packed, documents: Packed, name: str
 def _check_mask(function: str, name: str, mask: object, tokens: Tensor) -> None:
     if mask is None:
         return
-    _checks.check_tensor(function, f"{name}.mask", mask)
+    mask = _checks.check_tensor(function, f"{name}.mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{function}: {name}.mask must be bool, got {mask.dtype}\n  convert it: mask.bool()")
     if mask.shape != tokens.shape[:-1]:
