@@ -165,8 +165,23 @@ def language(n, v, d, backend="auto", **options):
     return ops.linear_log_prob(hidden, head, labels, bias=rows(v), backend=backend, **options)
 
 
+def layer(make):
+    """A layer of experts on tokens (B, L, D)."""
+
+    def call(b, t, d, backend):
+        out = make(max(d, 1))(rows(b, t, max(d, 1)), backend=backend)
+        return out if isinstance(out, Tensor) else (out[0], out[1].gates)
+
+    return call
+
+
 # Sizes that are tried one by one as 0 and as 1, and all together; then the call.
 CALLS = {
+    "collapse": ({"n": 3, "k": 4, "m": 5}, lambda n, k, m: mining.collapse(ids(n, k, below=m), ids(m, below=3))),
+    "first_of_each": ({"n": 3, "k": 4}, lambda n, k: mining.first_of_each(ids(n, k, below=3))),
+    "SparseMoE": ({"b": 2, "t": 3, "d": 4}, layer(lambda d: moe.SparseMoE(d, 4, 3, 2))),
+    "ExpertChoice": ({"b": 2, "t": 3, "d": 4}, layer(lambda d: moe.ExpertChoice(d, 4, 3))),
+    "SoftMoE": ({"b": 2, "t": 3, "d": 4}, layer(lambda d: moe.SoftMoE(d, 4, 3))),
     "similarity_reduce": ({"n": 3, "m": 4, "d": 5}, folds),
     "similarity_reduce itself": ({"n": 3, "d": 5}, folds_of_itself),
     "similarity_topk": (
@@ -311,7 +326,6 @@ NO_PROBLEM = {
     "ContrastiveChoice",
     "Diagnostics",
     "Entries",
-    "ExpertChoice",
     "Fold",
     "Gating",
     "Guide",
@@ -325,8 +339,6 @@ NO_PROBLEM = {
     "RouterLoss",
     "Routing",
     "Sampling",
-    "SoftMoE",
-    "SparseMoE",
     "TopK",
 }
 

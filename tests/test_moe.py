@@ -344,8 +344,6 @@ def test_experts_on_tokens_of_a_routing_are_those_on_dispatched_rows():
         (lambda: moe.ExpertChoice(4, 8, 2, router={"balance": "sign"}), ValueError, "router must have no balance"),
         (lambda: moe.SparseMoE(4, 8, 2)(torch.zeros(3, 5, 4), valid=torch.ones(2, dtype=torch.bool)), ValueError,
          r"SparseMoE: valid must have shape \(3, 5\) or \(3,\), got \(2,\)"),
-        (lambda: moe.SparseMoE(4, 8, 2, router={"gating": Gating(renormalize=True)})(torch.zeros(3, 4)), ValueError,
-         "gating.renormalize must be False for k=1"),
     ],
 )  # fmt: skip
 def test_bad_input(call, error, message):
