@@ -129,8 +129,7 @@ def inverse(function: str, name: str, temperature: float | Tensor) -> float | Te
     """
     if not isinstance(temperature, Tensor):
         return 1.0 / _checks.number(function, name, temperature, "(0, inf]")
-    value = _checks.factor(function, name, temperature)
-    assert isinstance(value, Tensor)
+    value: Any = _checks.factor(function, name, temperature)
     if not _checks.may_read(value):
         return torch.where(value > 0, value, torch.nan).reciprocal()
     if value.numel():
