@@ -27,6 +27,8 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 def log_softmax_(logits: Tensor) -> Tensor:
     """The same in the place of the logits."""
+    if not logits.shape[1]:
+        return logits
     best = logits.argmax(1, keepdim=True)
     ratio = logits.sub_(logits.gather(1, best))
     others = ratio.exp().scatter_(1, best, 0.0).sum(1, keepdim=True)

@@ -306,7 +306,7 @@ S = torch.zeros(2, 3)
             "teacher_scores must have the shape of scores, got (2, 3) and (2, 2)",
         ),
         (lambda: margin_mse(S.long(), S), TypeError, "margin_mse: scores must be a floating tensor, got torch.int64"),
-        (lambda: margin_mse(S, [1.0]), TypeError, "margin_mse: teacher_scores must be a floating tensor, got list"),
+        (lambda: margin_mse(S, [1.0]), TypeError, "margin_mse: teacher_scores must be a tensor, got list"),
         (lambda: margin_mse(S, S, mask=S), TypeError, "margin_mse: mask must be a bool tensor, got torch.float32"),
         (lambda: margin_mse(S, S, mask=S[:1] > 0), ValueError, "margin_mse: mask must have shape (2, 3), got (1, 3)"),
         (lambda: margin_mse(S, S, weight=S[0]), ValueError, "margin_mse: weight must have shape (2,), got (3,)"),

@@ -115,6 +115,7 @@ def similarity_distillation(
     teacher_factor = factor
     if teacher_temperature is not None or teacher_scale is not None:
         teacher_factor = _arguments.resolve_scale(name, teacher_temperature, teacher_scale, 1.0, "teacher_")
+    teacher_x, teacher_y = _autocast.cast(teacher_x, teacher_y)
     # Unit rows in the accumulation dtype: in 16 bits they would be rounded once more.
     with _autocast.disabled(x) if normalize else nullcontext():
         if normalize:
