@@ -182,6 +182,15 @@ def may_read(tensor: Tensor, *, waits: bool = False) -> bool:
     return waits or tensor.device.type != "cuda"
 
 
+def numbers_in(tensor: Tensor) -> list[Any]:
+    """``tensor.tolist()``, also of one that `torch.func` has wrapped, which torch 2.6 cannot read."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    found: list[Any] = tensor.tolist()
+    return found
+
+
 def _in_vmap(tensor: Tensor) -> bool:
     """Whether `tensor` stands for a batch of tensors, none of which can be read on its own."""
     functorch = torch._C._functorch

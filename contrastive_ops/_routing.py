@@ -43,4 +43,10 @@ class SlotSpec(NamedTuple):
         if self.capacity < 0:
             return choices
         slots = self.experts * self.groups(tokens) * self.capacity
-        return slots if self.padded else torch.sym_min(choices, slots)  # type: ignore[return-value]
+        return slots if self.padded else smaller(choices, slots)
+
+
+def smaller(a: int, b: int) -> int:
+    """``min(a, b)``, which does not bind a traced program to the smaller one."""
+    # The compiler reads min as torch.sym_min, which torch 2.6 does not know there; export needs the latter.
+    return min(a, b) if torch.compiler.is_dynamo_compiling() else torch.sym_min(a, b)  # type: ignore[return-value]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._dispatch import choose
-from .._routing import SlotSpec
+from .._routing import SlotSpec, smaller
 from ._router_problem import RouterProblem, as_capacity, check_gating
 from .expert_routing import BACKENDS, DEFAULT, Routing, routing_of
 from .gating import Capacity, Gating, RouterLoss
@@ -103,7 +103,7 @@ def expert_choice(
     places = torch.ops.contrastive_ops.expert_routing_slots(picked, None, problem.segment, list(spec), backend)
     if not limits.padded:  # rows that experts can fill, not one of every token and expert
         slots, order, offsets, kept = places
-        filled = torch.sym_min(tokens, spec.groups(tokens) * taken) * experts
+        filled = smaller(tokens, spec.groups(tokens) * taken) * experts
         # A slice would bind a traced program to the numbers of tokens that it is shorter for.
         order = order.index_select(0, torch.arange(filled, device=order.device))
         places = (slots, order, offsets, kept)
@@ -119,7 +119,7 @@ def _best_tokens(gates: Tensor, eligible: Tensor, count: int, group: int) -> Ten
     if count == 0 or not values.numel():
         return torch.zeros_like(eligible)
     values = values.unflatten(0, (-1, group))
-    kept = torch.sym_min(count, group)
+    kept = smaller(count, group)
     if torch.compiler.is_compiling():  # topk would bind the program to some numbers of tokens
         place = torch.full((1,), kept - 1, device=values.device)
         last = values.sort(dim=1, descending=True).values.index_select(1, place)

@@ -119,7 +119,7 @@ def _check(function: str, a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | 
     _checks.check_index(function, "offsets", offsets, groups + 1, "a", a)
     # Only what is at hand is read: not a traced tensor, and not one on a GPU, which every call would have to wait for.
     if offsets.device.type == "cpu" and _checks.may_read(offsets):
-        _check_offsets(function, offsets.tolist(), rows)
+        _check_offsets(function, _checks.numbers_in(offsets), rows)
 
 
 def _check_like(function: str, name: str, x: object, a: Tensor) -> None:
