@@ -184,9 +184,8 @@ def may_read(tensor: Tensor, *, waits: bool = False) -> bool:
 
 def numbers_in(tensor: Tensor) -> list[Any]:
     """``tensor.tolist()``, also of one that `torch.func` has wrapped, which torch 2.6 cannot read."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
+    if torch._C._are_functorch_transforms_active():
+        return [each.item() for each in tensor]
     found: list[Any] = tensor.tolist()
     return found
 
