@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from contrastive_ops import Capacity, Gating, RouterLoss, route
@@ -389,6 +390,45 @@ def test_metrics_have_no_gradient(backend):
     routing = route(logits, 2, losses=LOSSES, gating=NOISY, backend=backend)
     assert not any(value.requires_grad for value in routing.metrics.values())
     assert all(value.requires_grad for value in (routing.gates, routing.loss, *routing.losses.values()))
+
+
+def test_metrics_are_computed_when_they_are_read(backend, monkeypatch):
+    from contrastive_ops.ops.expert_routing import Statistics
+
+    computed, metrics = [], Statistics.metrics
+    monkeypatch.setattr(Statistics, "metrics", lambda statistics: computed.append(1) or metrics(statistics))
+    logits = torch.randn(10, 4, requires_grad=True)
+    routing = route(logits, 2, losses=WITHOUT_NOISE, backend=backend)
+    (routing.gates.sum() + routing.loss).backward()
+    assert not computed
+    assert routing.metrics is routing.metrics and len(computed) == 1
+
+
+def test_metrics_of_a_routing_that_was_taken_apart(backend):
+    """By pytrees, as a compiled, an exported and a checkpointed function hand it on."""
+    logits, segments = problem(dtype=torch.float32)
+
+    def function(logits):
+        return route(logits, 2, segments=segments, num_segments=3, losses=["z"], backend=backend)
+
+    expected = function(logits).metrics
+    leaves, spec = tree_flatten(function(logits))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(Caller(function), (logits,)).module()
+    for found in (tree_unflatten(leaves, spec), compiled(logits.requires_grad_()), exported(logits.detach())):
+        torch.testing.assert_close(found.metrics, expected)
+        assert not any(value.requires_grad for value in found.metrics.values())
+
+
+class Caller(torch.nn.Module):
+    """A function as a module, which torch.export takes."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, logits):
+        return self.function(logits)
 
 
 # ---- Nothing is remembered -------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ class RouterProblem:
         given = self.given if given is None else given
         return self.logits, self.noise, bias, self.mask, given, self.segment, self.valid, list(spec), sigma
 
-    def statistics(self, sums: Sequence[Tensor], kept: Tensor) -> Statistics:
+    def statistics(self, sums: Sequence[Tensor], kept: Tensor, served: Tensor | None) -> Statistics:
         """The operator's sums by name."""
         (probability, noisy, chance), (lse_squared, entropy), choices, tokens, margin = sums
         return Statistics(
@@ -110,6 +110,7 @@ class RouterProblem:
             kept=kept,
             tokens=tokens,
             margin=margin,
+            served=served,
         )
 
 

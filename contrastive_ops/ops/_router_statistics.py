@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from .._masks import times
+from .._results import pytree
 from .gating import RouterLoss
 
 
+@pytree
 @dataclass(frozen=True, eq=False)
 class Statistics:
     """What losses and metrics are made of; sums over the tokens of each of S segments.
@@ -30,6 +32,7 @@ class Statistics:
         kept: (S, E) int64, those that were not dropped.
         tokens: (S,) int64, tokens that were routed.
         margin: (S,) sum of the difference of the two largest p.
+        served: (S,) int64, tokens that have an expert, where experts choose.
     """
 
     probability: Tensor
@@ -41,6 +44,7 @@ class Statistics:
     kept: Tensor
     tokens: Tensor
     margin: Tensor
+    served: Tensor | None = None
 
     def losses(self, function: str, wanted: Sequence[RouterLoss]) -> tuple[dict[str, Tensor], Tensor]:
         """Each loss by name, (S,) or (1,) where it is pooled, and their weighted total."""
@@ -55,7 +59,9 @@ class Statistics:
     def pooled(self) -> Statistics:
         """The same with all segments as one."""
         sums = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Statistics(**{name: value.sum(0, keepdim=True) for name, value in sums.items()})
+        return Statistics(
+            **{name: value if value is None else value.sum(0, keepdim=True) for name, value in sums.items()}
+        )
 
     def _losses(self, function: str, wanted: Sequence[RouterLoss]) -> tuple[dict[str, Tensor], Tensor]:
         """Losses of each segment; 0 for one without tokens, whose sums are 0.
@@ -96,8 +102,8 @@ class Statistics:
         value = value + per_segment(function, [loss], [loss.threshold], value[None])[0]
         return torch.where(self.tokens > 0, value, 0.0).clamp_min(0.0)
 
-    def metrics(self, served: Tensor | None = None) -> dict[str, Tensor]:
-        """Numbers to log, by name; see `Routing.metrics`. `served`: (S,) tokens that have an expert."""
+    def metrics(self) -> dict[str, Tensor]:
+        """Numbers to log, by name; see `Routing.metrics`."""
         dtype = self.margin.dtype
         tokens, choices = self.tokens.to(dtype), self.choices.to(dtype)
         of_segment = choices.sum(1)
@@ -109,7 +115,7 @@ class Statistics:
         return {
             "tokens": self.tokens,
             "choices": self.choices,
-            "success_rate": self.kept.sum(1) / of_segment if served is None else served / tokens,
+            "success_rate": self.kept.sum(1) / of_segment if self.served is None else self.served / tokens,
             "load": choices / of_segment[:, None],
             "entropy": self.entropy / tokens,
             "effective_experts": entropy_of(self.probability / tokens[:, None]).exp(),

@@ -17,6 +17,7 @@ from .._routing import SlotSpec
 from ..reference import expert_routing as reference
 from ._expert_routing_autograd import register
 from ._router_problem import RouterProblem, as_capacity, check_gating
+from ._router_statistics import Statistics
 from .gating import Capacity, Gating, RouterLoss
 
 # One hop to every implementation; each offers scores, scores_backward, slots, dispatch, combine and dots.
@@ -63,12 +64,7 @@ class Routing:
         offsets: (E + 1,) int64: expert e has the rows from ``offsets[e]`` to ``offsets[e + 1]``.
         losses: of each `RouterLoss` by name, (S,), or (1,) where it is pooled. Differentiable.
         loss: 0-d, their weighted total.
-        metrics: of each segment, (S,): "tokens"; "choices" (S, E), how
-            often each expert was chosen; "success_rate", the share of choices that were kept; "load" (S, E),
-            each expert's share of the choices; "entropy", mean over tokens, in nats; "effective_experts", exp of the
-            entropy of the mean probabilities; "top1_margin", mean difference of the two largest probabilities. And 0-d:
-            "mutual_information" of segment and chosen expert in nats, "normalized_mutual_information", the same over
-            the smaller of their entropies. NaN where a segment has no tokens.
+        statistics: sums over the tokens of each segment, which `metrics` are made of.
     """
 
     experts: Tensor
@@ -78,7 +74,26 @@ class Routing:
     offsets: Tensor
     losses: dict[str, Tensor]
     loss: Tensor
-    metrics: dict[str, Tensor]
+    statistics: Statistics
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """Numbers to log, without gradients, computed when they are first read.
+
+        Of each segment, (S,): "tokens"; "choices" (S, E), how often each expert was chosen; "success_rate", the share
+        of choices that were kept; "load" (S, E), each expert's share of the choices; "entropy", mean over tokens, in
+        nats; "effective_experts", exp of the entropy of the mean probabilities; "top1_margin", mean difference of the
+        two largest probabilities. And 0-d: "mutual_information" of segment and chosen expert in nats,
+        "normalized_mutual_information", the same over the smaller of their entropies. NaN where a segment has no
+        tokens.
+        """
+        found: dict[str, Tensor] | None = self.__dict__.get("_metrics")
+        if found is None:
+            with torch.no_grad():
+                found = self.statistics.metrics()
+            if not torch.compiler.is_compiling():  # a traced program computes once what it reads twice
+                self.__dict__["_metrics"] = found
+        return found
 
     @property
     def kept(self) -> Tensor:
@@ -208,12 +223,10 @@ def routing_of(
     slots, order, offsets, kept = places
     if problem.gating.renormalize and experts.shape[1] == 1:
         gates = torch.where(gates.isnan(), gates, (experts >= 0).to(gates.dtype))
-    statistics = problem.statistics(sums, kept)
+    statistics = problem.statistics(sums, kept, served)
     by_name, total = statistics.losses(problem.function, problem.losses)
     must_reach(problem.function, by_name.values())
-    with torch.no_grad():
-        metrics = statistics.metrics(served)
-    return Routing(experts, gates, slots, order, offsets, by_name, total, metrics)
+    return Routing(experts, gates, slots, order, offsets, by_name, total, statistics)
 
 
 def dispatch(tokens: Tensor, routing: Routing, *, backend: str = "auto") -> Tensor:
