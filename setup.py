@@ -36,10 +36,13 @@ sys.path.insert(0, str(ROOT))  # build front ends do not import from the source 
 import setup_cuda  # noqa: E402
 from setup_cpu import (  # noqa: E402
     COMMON_FLAGS,
-    X86_LEVELS,
+    NAME_HEADERS,
     compiler_version,
     find_compiler,
+    is_current,
+    level_macros,
     levels,
+    remember_command,
     say_first_error,
     x86_macro,
 )
@@ -165,33 +168,21 @@ def sources(pattern: str) -> list[str]:
 
 
 def make_libraries(plan: Plan) -> list[tuple[str, dict]]:
-    """One static library per SIMD level, the choice between them, and the CUDA kernels.
-
-    build_clib knows no dependency but the ones named here: without ``obj_deps`` an edited header
-    would leave stale objects behind.
-    """
-    headers = [*sources("csrc/*.h"), *sources("csrc/cpu/*.h"), "setup.py", "setup_cpu.py"]
-    own = {"csrc/cpu/capability.cpp", *(f"csrc/cpu/level_{level}.cpp" for level in X86_LEVELS)}
-    included = [path for path in sources("csrc/cpu/*.cpp") if path not in own]
-    flags = [*COMMON_FLAGS, "-std=c++17"]
+    """One static library per SIMD level, the choice between them, and the CUDA kernels."""
+    stems = [path for path in sources("csrc/cpu/*.cpp") if path != "csrc/cpu/capability.cpp"]
+    flags = [*COMMON_FLAGS, "-std=c++17", *NAME_HEADERS]
     # The linker reads archives once and in this order: who calls comes before who is called.
     libraries = [
         (
             "contrastive_ops_capability",
-            {
-                "sources": ["csrc/cpu/capability.cpp"],
-                "cflags": flags,
-                "macros": plan.library_macros,
-                "obj_deps": {"": headers},
-            },
+            {"sources": ["csrc/cpu/capability.cpp"], "cflags": flags, "macros": plan.library_macros},
         )
     ]
     for level, level_flags in levels().items():
         info = {
-            "sources": [f"csrc/cpu/level_{level}.cpp"],
+            "sources": stems,
             "cflags": [*flags, *level_flags],
-            "macros": plan.library_macros,
-            "obj_deps": {"": [*headers, *included]},
+            "macros": [*plan.library_macros, *level_macros(level)],
         }
         libraries.append((f"contrastive_ops_{level}", info))
     if plan.cuda is not None:
@@ -255,18 +246,21 @@ class BuildClib(build_clib):
             give_up(self, error)
 
     def build_libraries(self, libraries) -> None:
-        os.makedirs(os.path.join(self.build_temp, "csrc", "cpu"), exist_ok=True)
-        cpu = [library for library in libraries if library[0] != CUDA_LIBRARY]
-        kernels = [info for name, info in libraries if name == CUDA_LIBRARY]
         say_first_error(self.compiler, PLAN.compiler)
         with ThreadPoolExecutor(jobs()) as pool:
             # The slowest first.
-            objects = [pool.submit(self.build_kernels, path, info) for info in kernels for path in info["sources"]]
-            levels = [pool.submit(super(BuildClib, self).build_libraries, [library]) for library in cpu]
+            kernels = [
+                pool.submit(self.build_kernels, s, i) for n, i in libraries if n == CUDA_LIBRARY for s in i["sources"]
+            ]
+            cpu = {
+                name: [pool.submit(self.build_object, name, source, info) for source in info["sources"]]
+                for name, info in libraries
+                if name != CUDA_LIBRARY
+            }
             try:
-                for done in levels:
-                    done.result()
-                objects = [done.result() for done in objects]
+                for name, objects in cpu.items():
+                    self.archive(name, [done.result() for done in objects])
+                made = [done.result() for done in kernels]
             except setup_cuda.NoCuda as why:
                 pool.shutdown(cancel_futures=True)
                 self.drop_cuda(str(why))
@@ -274,7 +268,23 @@ class BuildClib(build_clib):
                 pool.shutdown(cancel_futures=True)  # the others would take minutes
                 raise
         if PLAN.cuda is not None:
-            self.compiler.create_static_lib(objects, CUDA_LIBRARY, output_dir=self.build_clib, debug=self.debug)
+            self.archive(CUDA_LIBRARY, made)
+
+    def archive(self, name: str, objects: list[str]) -> None:
+        # ar adds to an archive that exists, which may hold objects of sources that are gone.
+        Path(self.build_clib, self.compiler.library_filename(name)).unlink(missing_ok=True)
+        self.compiler.create_static_lib(objects, name, output_dir=self.build_clib, debug=self.debug)
+
+    def build_object(self, library: str, source: str, info: dict) -> str:
+        """Compiles one file of one SIMD level; returns the object."""
+        folder = os.path.join(self.build_temp, library)
+        target = os.path.join(folder, os.path.splitext(source)[0] + ".o")
+        command = [PLAN.compiler, *info["cflags"], *(f"-D{name}={value}" for name, value in info["macros"])]
+        if not is_current(target, command):
+            options = {"macros": info["macros"], "extra_preargs": info["cflags"], "debug": self.debug}
+            self.compiler.compile([source], output_dir=folder, include_dirs=self.include_dirs, **options)
+            remember_command(target, command)
+        return target
 
     def build_kernels(self, source: str, info: dict) -> str:
         """Compiles one CUDA file; returns the object."""

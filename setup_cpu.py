@@ -21,6 +21,14 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 X86_LEVELS["avx512"] = [*X86_LEVELS["avx2"], *AVX512]
 X86_LEVELS["avx512_bf16"] = [*X86_LEVELS["avx512"], "-mavx512bf16"]
 X86_LEVELS["amx"] = [*X86_LEVELS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
+# What the sources are told about a level beside LEVEL, its namespace.
+LEVEL_MACROS: dict[str, list[tuple[str, str]]] = {
+    "default": [("VECTOR_BYTES", "16")],
+    "avx2": [("VECTOR_BYTES", "32")],
+    "avx512": [("VECTOR_BYTES", "64")],
+    "avx512_bf16": [("VECTOR_BYTES", "64"), ("HAS_BF16_DOT", "1")],
+    "amx": [("VECTOR_BYTES", "64"), ("HAS_BF16_DOT", "1"), ("HAS_AMX", "1")],
+}
 
 # -fno-lto and -g0 overrule what the interpreter was built with. Link-time optimisation would merge
 # the levels again and let AVX-512 code into functions that every processor runs.
@@ -94,6 +102,37 @@ def levels() -> dict[str, list[str]]:
     if not is_x86():
         return {"default": []}
     return {level: flags for level, flags in X86_LEVELS.items() if level != "amx" or has_amx()}
+
+
+# Has the compiler write down the headers of an object. Not on macOS, where one command may be for two architectures.
+NAME_HEADERS = ["-MMD"] if sys.platform == "linux" else []
+
+
+def level_macros(level: str) -> list[tuple[str, str]]:
+    return [("LEVEL", f"level_{level}"), *LEVEL_MACROS[level]]
+
+
+def is_current(target: str, command: list[str]) -> bool:
+    """Whether an object was made by this command and is newer than every file that the compiler read for it."""
+    read = f"{target.removesuffix('.o')}.d"
+    if not os.path.exists(target) or not os.path.exists(read):
+        return False
+    with open(read, encoding="utf-8") as file:
+        made_by, _, rule = file.read().partition("\n")
+    files = rule.partition(":")[2].replace("\\\n", " ").split()
+    made = os.path.getmtime(target)
+    return made_by == shlex.join(command) and all(os.path.exists(f) and os.path.getmtime(f) <= made for f in files)
+
+
+def remember_command(target: str, command: list[str]) -> None:
+    """Puts the command in front of what the compiler wrote about the files that it read."""
+    path = f"{target.removesuffix('.o')}.d"
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        rule = file.read()
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(f"{shlex.join(command)}\n{rule}")
 
 
 def x86_macro() -> list[tuple[str, str]]:

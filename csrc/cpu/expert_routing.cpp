@@ -1,6 +1,6 @@
 // expert_routing on one SIMD level.
 //
-// Not a translation unit of its own: level_*.cpp include it once per SIMD level. What happens to one token is in
+// Compiled once per SIMD level. What happens to one token is in
 // expert_scores.h.
 //
 // Sums over tokens are made in parts whose length does not depend on the number of threads, and added up in order.

@@ -1,6 +1,6 @@
 // grouped_matmul on the CPU: rows times the matrix of their group, and sums of outer products over each group.
 //
-// Not a translation unit of its own: level_*.cpp include it once per SIMD level. Both products are cut into blocks of
+// Compiled once per SIMD level. Both products are cut into blocks of
 // at most kTaskRows x kTaskCols outputs, one task each, and a block is a sum over steps of the depth of packed panels
 // (similarity_tile.h). Every sum runs along the depth in the same steps wherever its output lies, so neither the
 // number of threads nor the rows around it change a bit.

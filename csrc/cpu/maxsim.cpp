@@ -1,6 +1,6 @@
 // maxsim on the CPU: late interaction of token sets, and the gradients of its scores.
 //
-// Not a translation unit of its own: level_*.cpp include it once per SIMD level. Query tokens are packed once for all
+// Compiled once per SIMD level. Query tokens are packed once for all
 // documents; a task packs the tokens of its documents, those of short ones together, chunk by chunk, and multiplies
 // each chunk with one panel of query tokens at a time, so that a tile's products are folded while they are in the
 // level-1 cache. Inner products are sums along the depth, the best token does not depend on the order in which it is

@@ -1,6 +1,6 @@
 // similarity_distill on the CPU: both similarity matrices block by block, compared while they are there.
 //
-// Not a translation unit of its own: level_*.cpp include it once per SIMD level. Schedule, tile, rules and gradients
+// Compiled once per SIMD level. Schedule, tile, rules and gradients
 // are those of similarity_reduce; two sweeps go over the same chunks and blocks, one of the student and one of the
 // teacher, and what both say about a pair is in similarity_divergence.h.
 #include "../similarity_distill.h"

@@ -1,6 +1,6 @@
 // similarity_prefix on the CPU: logsumexp of the similarity matrices of all prefixes, and their gradients.
 //
-// Not a translation unit of its own: level_*.cpp include it once per SIMD level. Tiles are in prefix_sweep.h, gradients
+// Compiled once per SIMD level. Tiles are in prefix_sweep.h, gradients
 // in prefix_gradients.h, folds in similarity_folds.h, the matmul in similarity_tile.h.
 #include "../similarity_prefix.h"
 

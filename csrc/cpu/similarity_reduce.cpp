@@ -1,6 +1,6 @@
 // similarity_reduce on the CPU: forward, backward, and the weighted total that forms its gradients in one pass.
 //
-// Not a translation unit of its own: level_*.cpp include it once per SIMD level. The schedule is in
+// Compiled once per SIMD level. The schedule is in
 // similarity_sweep.h, gradients of a chunk in similarity_gradients.h, the arithmetic on a block in
 // similarity_epilogue.h, folds in similarity_folds.h, rules for pairs in similarity_pairs.h, the matmul in
 // similarity_tile.h.

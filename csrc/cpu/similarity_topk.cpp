@@ -1,6 +1,6 @@
 // similarity_topk on the CPU: select, logits of listed pairs, their gradients, merge.
 //
-// Not a translation unit of its own: level_*.cpp include it once per SIMD level. Which entries stay is in
+// Compiled once per SIMD level. Which entries stay is in
 // similarity_selection.h, listed pairs in similarity_lists.h, rules for pairs in similarity_pairs.h, the matmul in
 // similarity_tile.h.
 #include "../similarity_topk.h"

@@ -1,6 +1,6 @@
 // similarity_values on the CPU: a chunk of rows holds its inner products until its softmax is known, then weighs.
 //
-// Not a translation unit of its own: level_*.cpp include it once per SIMD level. Schedule, tile and rules are those of
+// Compiled once per SIMD level. Schedule, tile and rules are those of
 // similarity_reduce. Products with the weights are those of Gradients: sums of values are what dx is where the values
 // stand for y, and their gradient is what dy is where the upstream gradient stands for x.
 #include "../similarity_values.h"
