@@ -43,12 +43,12 @@ print(json.dumps(facts))
 """
 ASK_BACKENDS = """
 import json, torch
-from contrastive_ops import _extension, _triton
+from contrastive_ops.core import extension, triton_kernels
 from contrastive_ops.ops.similarity_reduce import BACKENDS
 x = torch.empty(0, 1, device="cuda")
 why = {name: "; ".join(BACKENDS[name].unsupported(x)) if name in BACKENDS else "not in this version"
        for name in ("triton", "cuda")}
-module = _extension.load()
+module = extension.load()
 built = module.build_config()["cuda"] if module is not None else "no"
 print(json.dumps({"why": {name: text or None for name, text in why.items()}, "built": built}))
 """

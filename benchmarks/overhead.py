@@ -196,11 +196,11 @@ def run(
     profiled: bool = False,
 ) -> int:
     """The command; returns the exit status."""
-    from contrastive_ops import _extension
+    from contrastive_ops.core import extension
     from contrastive_ops.testing import LOSSES
 
-    if _extension.why_missing():
-        print(f"the overhead is measured against the compiled operators: {_extension.why_missing()}", file=sys.stderr)
+    if extension.why_missing():
+        print(f"the overhead is measured against the compiled operators: {extension.why_missing()}", file=sys.stderr)
         return 1
     chosen = [
         loss

@@ -88,10 +88,10 @@ def capability(device: str = "cpu") -> str:
     if device != "cpu":
         return "sm_{}{}".format(*torch.cuda.get_device_capability())
     try:
-        from contrastive_ops import _extension
+        from contrastive_ops.core import extension
     except ImportError:
         return "no extension"
-    module = _extension.load()
+    module = extension.load()
     return "no extension" if module is None else str(module.cpu_capability())
 
 

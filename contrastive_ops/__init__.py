@@ -9,7 +9,8 @@ storing it, and hard negatives come from `similarity_topk`, which finds the best
 pairs take part, `Fold` what a row or column becomes.
 """
 
-from . import _flops, decoding, metrics, mining, moe, nn
+from . import decoding, metrics, mining, moe, nn
+from .core import flops
 from .losses import (
     Diagnostics,
     LogProb,
@@ -205,4 +206,4 @@ __all__ = [
     "xtr",
 ]
 
-_flops.register_when_imported()
+flops.register_when_imported()

@@ -81,12 +81,12 @@ def probe(fact: Callable[[], Any]) -> Any:
 
 
 def _extension_info() -> dict[str, Any]:
-    from contrastive_ops import _extension
+    from contrastive_ops.core import extension
 
-    module = _extension.load()
+    module = extension.load()
     if module is None:
-        return {"present": False, "why": probe(_extension.reason) or "unknown", "fix": _fix_commands()}
-    report, config, file = _extension.report(), dict(module.build_config()), str(module.__file__)
+        return {"present": False, "why": probe(extension.reason) or "unknown", "fix": _fix_commands()}
+    report, config, file = extension.report(), dict(module.build_config()), str(module.__file__)
     facts: dict[str, Any] = {"present": True, "file": file, "build": report.get("summary"), "config": config}
     if Path(file).parent != PACKAGE:
         facts["note"] = f"the Python code is that of {PACKAGE}, which is not built; the C++ sources are the same"
@@ -120,12 +120,12 @@ def _source() -> str | None:
 
 def _fix_commands() -> list[str]:
     """The commands that build the extension in this environment."""
-    from contrastive_ops import _extension
+    from contrastive_ops.core import extension
 
     commands = []
     if not any(shutil.which(name) for name in (os.environ.get("CXX"), "c++", "g++") if name):
         commands.append("install a C++ compiler, for example: apt-get install g++")
-    if " rejected " in (_extension.reason() or ""):
+    if " rejected " in (extension.reason() or ""):
         commands.append("name another C++ compiler with CXX=..., for example g++ 12 or newer")
     source = _source()
     if source is None:
@@ -146,9 +146,9 @@ def _has_setuptools() -> bool:
 
 
 def _cpu_info() -> dict[str, Any]:
-    from contrastive_ops import _extension
+    from contrastive_ops.core import extension
 
-    module = _extension.load()
+    module = extension.load()
     facts: dict[str, Any] = {
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
@@ -169,9 +169,15 @@ def _openmp_runtimes() -> list[str]:
 
 
 def _backends() -> dict[str, str]:
-    from contrastive_ops import _dispatch
+    from contrastive_ops.core import backends
 
-    return {name: reason or "available" for name, reason in _dispatch.backends().items()}
+    tables = backends.backends()
+    found = {}
+    for name in dict.fromkeys(name for table in tables.values() for name in table):
+        reasons = dict.fromkeys(table[name] or "available" for table in tables.values() if name in table)
+        without = [primitive for primitive, table in tables.items() if name not in table]
+        found[name] = "; ".join(reasons) + (f" (has no {', '.join(without)})" if without else "")
+    return found
 
 
 def _triton_version() -> str:
@@ -214,12 +220,12 @@ def _say(value: Any) -> str:
 
 def _cuda_kernels() -> str:
     """The toolkit and the GPUs that the kernels were compiled for, or why there are none."""
-    from contrastive_ops import _cuda, _extension
+    from contrastive_ops.core import cuda_kernels, extension
 
-    missing = _cuda.why_missing()
+    missing = cuda_kernels.why_missing()
     if missing is not None:
         return missing
-    module: Any = _extension.load()
+    module: Any = extension.load()
     return str(module.build_config()["cuda"])
 
 
@@ -265,11 +271,11 @@ def check_cases() -> dict[str, Case]:
 
 def run_check() -> int:
     """Compares values and gradients of every available backend with the float64 reference."""
-    from contrastive_ops import _dispatch
+    from contrastive_ops.core import backends
 
     started, failures, compared = time.perf_counter(), 0, 0
     print(f"      CUDA kernels: {probe(_cuda_kernels)}")
-    for backend, reason in _dispatch.backends().items():
+    for backend, reason in backends.backends()["similarity_reduce"].items():
         on_gpu = backend in ("triton", "cuda")
         if on_gpu and reason is None and not torch.cuda.is_available():
             reason = "no CUDA device"

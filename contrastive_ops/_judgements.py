@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks
-from ._lists import NONE, first_of_pairs, pair_order
+from .core import checks
+from .core.lists import NONE, first_of_pairs, pair_order
 from .mining._collapse import collapse, documents_of
 from .ops.similarity_topk import TopK
 
@@ -62,7 +62,7 @@ class Ids:
         except TypeError:
             if self._as_they_are or not isinstance(value, Hashable) or isinstance(value, float):
                 raise TypeError(
-                    f"{self.function}: {name} must have int64 ids as the others do, got {_checks.shown(value)}"
+                    f"{self.function}: {name} must have int64 ids as the others do, got {checks.shown(value)}"
                 ) from None
             return self._known.setdefault(value, len(self._known))
         self.keep(name)
@@ -98,7 +98,7 @@ def parse(function: str, found: object, relevant: object, documents: object) -> 
         indices = as_ids(function, "found", found)
         ids.keep("found")
     if indices.dim() != 2:
-        raise ValueError(f"{function}: found must have two dimensions (queries, k), got {_checks.shape(indices)}")
+        raise ValueError(f"{function}: found must have two dimensions (queries, k), got {checks.shape(indices)}")
     if documents is not None:
         chunk_of = as_ids(function, "documents", documents).to(indices.device)
         indices = documents_of(function, "found", indices, chunk_of)
@@ -159,7 +159,7 @@ def _each(function: str, name: str, lists: Sequence[Any]) -> list[Iterable[Any]]
     for row, each in enumerate(lists):
         if isinstance(each, (str, bytes)) or not isinstance(each, Iterable):
             raise TypeError(
-                f"{function}: {name} must have a list for each query, got {_checks.shown(each)} for query {row}"
+                f"{function}: {name} must have a list for each query, got {checks.shown(each)} for query {row}"
             )
         made.append(each.tolist() if hasattr(each, "tolist") else each)
     return made
@@ -193,8 +193,8 @@ def _from_tuple(function: str, relevant: tuple[Any, ...], indices: Tensor) -> tu
         as_ids(function, name, each).to(indices.device)
         for name, each in zip(("indptr", "indices"), relevant, strict=False)
     )
-    indptr = _checks.check_index(function, "indptr", indptr, len(indices) + 1, "found", indices)
-    document = _checks.check_index(function, "indices", document, None, "found", indices)
+    indptr = checks.check_index(function, "indptr", indptr, len(indices) + 1, "found", indices)
+    document = checks.check_index(function, "indices", document, None, "found", indices)
     lengths = indptr.diff()
     if int(indptr[0]) != 0 or int(indptr[-1]) != len(document) or bool((lengths < 0).any()):
         raise ValueError(f"{function}: indptr must ascend from 0 to {len(document)}, got {indptr.tolist()}")
@@ -204,7 +204,7 @@ def _from_tuple(function: str, relevant: tuple[Any, ...], indices: Tensor) -> tu
         if not isinstance(grades, Tensor) or grades.is_complex():
             raise TypeError(f"{function}: grades must be a tensor of numbers, got {type(relevant[2]).__name__}")
         if grades.shape != document.shape:
-            raise ValueError(f"{function}: grades must have shape ({len(document)},), got {_checks.shape(grades)}")
+            raise ValueError(f"{function}: grades must have shape ({len(document)},), got {checks.shape(grades)}")
         grade = grades.detach().to(device=indices.device, dtype=torch.float64)
     return torch.repeat_interleave(lengths), document, grade
 
@@ -243,8 +243,8 @@ def _by_query(
     for query, each in relevant.items():
         if isinstance(each, (str, bytes)) or not isinstance(each, Iterable):
             raise TypeError(
-                f"{function}: relevant must have documents for each query, got {_checks.shown(each)} for "
-                f"{_checks.shown(query)}"
+                f"{function}: relevant must have documents for each query, got {checks.shown(each)} for "
+                f"{checks.shown(query)}"
             )
         if rows is not None:
             if query in rows:  # a query that nothing was searched for has no row
@@ -257,7 +257,7 @@ def _by_query(
         if not 0 <= row < queries:
             raise ValueError(
                 f"{function}: relevant must have rows of found as keys, from 0 to {queries - 1}, got "
-                f"{_checks.shown(query)}\n"
+                f"{checks.shown(query)}\n"
                 "  or give both as dicts of the same queries: found as {query: {document: score}}"
             )
         yield row, each

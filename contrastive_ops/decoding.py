@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _autocast, _checks
-from ._results import named
-from ._unit_rows import unit_rows
+from .core import autocast, checks
+from .core.results import named
+from .core.unit_rows import unit_rows
 
 __all__ = ["ContrastiveCache", "ContrastiveChoice", "contrastive_search"]
 
@@ -73,11 +73,11 @@ def contrastive_search(
         tensor([1])
     """
     name = "contrastive_search"
-    alpha = _checks.number(name, "alpha", alpha, "[0, 1]")
+    alpha = checks.number(name, "alpha", alpha, "[0, 1]")
     _check_states(name, "candidates", candidates)
     B, k, D = candidates.shape
     if not k:
-        raise ValueError(f"{name}: candidates must be one or more for each text, got {_checks.shape(candidates)}")
+        raise ValueError(f"{name}: candidates must be one or more for each text, got {checks.shape(candidates)}")
     if not isinstance(probabilities, Tensor) or probabilities.shape != (B, k):
         raise ValueError(f"{name}: probabilities must have shape ({B}, {k}), got {_shape(probabilities)}")
     cache = context
@@ -88,8 +88,8 @@ def contrastive_search(
         raise ValueError(f"{name}: mask must be None with a ContrastiveCache, which has its own")
     rows, valid = cache.rows(), cache.valid()
     if rows.shape[0] != B or rows.shape[2] != D:
-        raise ValueError(f"{name}: context must have shape ({B}, L, {D}), got {_checks.shape(rows)}")
-    with _autocast.disabled(candidates):
+        raise ValueError(f"{name}: context must have shape ({B}, L, {D}), got {checks.shape(rows)}")
+    with autocast.disabled(candidates):
         wide = unit_rows(candidates.to(rows.dtype))
         cosine = (wide @ rows.mT).masked_fill(~valid[:, None], -1.0)
         nothing = cosine.new_full((B, k, 1), -1.0)
@@ -122,7 +122,7 @@ class ContrastiveCache:
         B, L, D = context.shape
         if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (B, L)):
             raise ValueError(f"{name}: mask must be a bool tensor of shape ({B}, {L}), got {_shape(mask)}")
-        dtype = _checks.accumulator(context.dtype)
+        dtype = checks.accumulator(context.dtype)
         self._length = L
         self._rows = torch.zeros((B, max(2 * L, 16), D), dtype=dtype, device=context.device)
         self._valid = torch.ones(self._rows.shape[:2], dtype=torch.bool, device=context.device)
@@ -159,12 +159,12 @@ class ContrastiveCache:
 
 
 def _shape(value: object) -> str:
-    return _checks.shape(value) if isinstance(value, Tensor) else type(value).__name__
+    return checks.shape(value) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _check_states(function: str, name: str, states: object) -> None:
-    states = _checks.check_tensor(function, name, states)
-    if states.dtype not in _checks.FLOATING:
+    states = checks.check_tensor(function, name, states)
+    if states.dtype not in checks.FLOATING:
         raise TypeError(f"{function}: {name} must be a floating tensor, got {states.dtype}")
     if states.dim() != 3:
-        raise ValueError(f"{function}: {name} must have three dimensions (B, L, D), got {_checks.shape(states)}")
+        raise ValueError(f"{function}: {name} must have three dimensions (B, L, D), got {checks.shape(states)}")

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _autocast, _checks
 from ._judgements import parse
-from ._lists import NONE, first_of_each, grades_at, ranks
-from ._ordered import in_float64, segment_rows, segment_sums, wide_dtype
-from ._unit_rows import unit_rows
+from .core import autocast, checks
+from .core.lists import NONE, first_of_each, grades_at, ranks
+from .core.ordered import in_float64, segment_rows, segment_sums, wide_dtype
+from .core.unit_rows import unit_rows
 from .losses.decorrelation import effective_rank
 from .ops.similarity_topk import TopK
 
@@ -55,17 +55,17 @@ def isotropy(x: Tensor, segments: Tensor | None = None, num_segments: int | None
         (tensor(1.), tensor(0.))
     """
     name = "isotropy"
-    _checks.check_matrix(name, "x", x)
+    checks.check_matrix(name, "x", x)
     if segments is None:
         segments, num_segments = x.new_zeros((x.shape[0],), dtype=torch.int64), 1
-    segments = _checks.check_index(name, "segments", segments, x.shape[0], "x", x)
+    segments = checks.check_index(name, "segments", segments, x.shape[0], "x", x)
     if num_segments is None:
         there = segments != NONE
         (known,) = ranks(segments[there])
         segments = torch.full_like(segments, NONE).masked_scatter(there, known)
         num_segments = int(known.max()) + 1 if known.numel() else 0
-    _checks.check_index_values(name, "segments", segments, num_segments, or_none=True)
-    with _autocast.disabled(x):
+    checks.check_index_values(name, "segments", segments, num_segments, or_none=True)
+    with autocast.disabled(x):
         return _isotropy(x, segments, num_segments)
 
 
@@ -93,7 +93,7 @@ def _isotropy(x: Tensor, segments: Tensor, count: int) -> Tensor:
     mean = summed(unit, x.shape[1]) / number.clamp_min(1)
     spread = summed(lambda chunk: (unit(chunk) - segment_rows(mean, segments[chunk])).square().sum(1, keepdim=True), 1)
     apart = (number * spread + (number - 1) * zeros).sum()
-    return (apart / (number * (number - 1)).sum()).to(_checks.accumulator(x.dtype))
+    return (apart / (number * (number - 1)).sum()).to(checks.accumulator(x.dtype))
 
 
 @torch.no_grad()
@@ -125,7 +125,7 @@ def hubness(neighbours: Tensor | TopK, columns: int) -> Tensor:
         0.382
     """
     indices = _indices("hubness", "neighbours", neighbours)
-    _checks.check_index_values("hubness", "neighbours", indices, columns, or_none=True)
+    checks.check_index_values("hubness", "neighbours", indices, columns, or_none=True)
     occurrences = in_float64(torch.bincount(indices[first_of_each(indices)], minlength=columns))
     deviation = occurrences - occurrences.mean()
     return deviation.pow(3).mean() / deviation.square().mean().pow(1.5)
@@ -193,10 +193,10 @@ def retrieval_metrics(
         1.0
     """
     name = "retrieval_metrics"
-    _checks.check_choice(name, "gain", gain, GAINS)
-    k = [_checks.integer(name, "k", cut, 1) for cut in _checks.listed(name, "k", k)]
-    persistence = _checks.listed(name, "persistence", persistence)
-    persistence = [_checks.number(name, "persistence", p, "(0, 1)") for p in persistence]
+    checks.check_choice(name, "gain", gain, GAINS)
+    k = [checks.integer(name, "k", cut, 1) for cut in checks.listed(name, "k", k)]
+    persistence = checks.listed(name, "persistence", persistence)
+    persistence = [checks.number(name, "persistence", p, "(0, 1)") for p in persistence]
     indices, judged = parse(name, found, relevant, documents)
     N = len(indices)
     grades = grades_at(judged.query, judged.document, judged.grade, indices)
@@ -224,9 +224,9 @@ def retrieval_metrics(
 
 def _indices(function: str, name: str, found: object) -> Tensor:
     indices = found.indices if isinstance(found, TopK) else found
-    indices = _checks.as_index(function, name, _checks.from_array(function, name, indices))
+    indices = checks.as_index(function, name, checks.from_array(function, name, indices))
     if indices.dim() != 2:
-        raise ValueError(f"{function}: {name} must have two dimensions (queries, k), got {_checks.shape(indices)}")
+        raise ValueError(f"{function}: {name} must have two dimensions (queries, k), got {checks.shape(indices)}")
     return indices
 
 

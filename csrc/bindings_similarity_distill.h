@@ -19,7 +19,7 @@ DistillKind distill_kind_of(const std::string& name) {
   TORCH_CHECK_VALUE(false, "similarity_distill: kind must be one of the known ones, got ", name);
 }
 
-// One set that no rule belongs to, as _similarity.py encodes it.
+// One set that no rule belongs to, as core/problem.py encodes it.
 std::vector<int64_t> plain_set(const Tensor& scale) {
   return {1, 0, static_cast<int64_t>(scale.numel() == 1 ? ScaleOf::all : ScaleOf::rows), 0, 0, 0, 0};
 }

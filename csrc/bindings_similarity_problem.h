@@ -66,7 +66,7 @@ Tensor vector_of(const OptionalTensor& v, int64_t size, at::ScalarType type, con
 
 void* data_or_null(const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 
-// What a tensor in pair_data is: Slot in contrastive_ops/_similarity.py.
+// What a tensor in pair_data is: Slot in contrastive_ops/core/problem.py.
 enum Slot : int64_t {
   kDifferRows,
   kDifferCols,

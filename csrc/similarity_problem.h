@@ -3,7 +3,7 @@
 //   l_ij = +-(scale * <x_i, y_j> + row_bias_i + col_bias_j + log_weight_ij)      for the pairs (i, j) that take part
 //
 // A set is one reading of the inner products: scale, sign, and which pairs take part. A fold reduces one set along one
-// direction. Numbers of kinds and slots are those of contrastive_ops/_similarity.py.
+// direction. Numbers of kinds and slots are those of contrastive_ops/core/problem.py.
 //
 // Raw pointers only: files that are compiled for one SIMD level must not include a torch header, whose
 // inline functions the linker could then pick for the whole library.

@@ -8,7 +8,7 @@
 
 namespace contrastive_ops {
 
-// Rows of the statistics: STATISTICS of contrastive_ops/_similarity.py.
+// Rows of the statistics: STATISTICS of contrastive_ops/core/problem.py.
 enum class Statistic : int {
   eligible = 0,
   higher = 1,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from contrastive_ops._similarity import KINDS
+from contrastive_ops.core.problem import KINDS
 
 LOGSUMEXP = tl.constexpr(KINDS.index("logsumexp"))
 MAX = tl.constexpr(KINDS.index("max"))

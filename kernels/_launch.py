@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from contrastive_ops import _triton
+from contrastive_ops.core import triton_kernels
 
 from ._variants import Variant
 
@@ -114,7 +114,7 @@ def _whole_structures(value: Any) -> Any:
     Otherwise Triton before 3.8 takes them apart, and what a kernel finds in the tuple has no names any more. The
     interpreter, on the other hand, looks for the names on the value itself.
     """
-    if _triton.interprets() or not isinstance(value, tuple):
+    if triton_kernels.interprets() or not isinstance(value, tuple):
         return value
     return tuple(tl.constexpr(each) if isinstance(each, tuple) else each for each in value)
 
@@ -147,7 +147,7 @@ def arch_of(x: Tensor) -> str:
     """The key of `_variants.TARGETS` whose tiles fit the device of `x`, or "interpreter"."""
     if _recording is not None:
         return _recording.arch
-    return "interpreter" if _triton.interprets() else _arch_of(x.device.index)
+    return "interpreter" if triton_kernels.interprets() else _arch_of(x.device.index)
 
 
 def next_power_of_2(n: int) -> int:

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from contrastive_ops._listed_gradients import Lists, gradients
-from contrastive_ops._similarity import Layout, LogitSet, ScaleOf, Slot
+from contrastive_ops.core.listed_gradients import Lists, gradients
+from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf, Slot
 
 from . import _pairs
 from ._launch import launch, recording

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from contrastive_ops._similarity import Layout, LogitSet, ScaleOf, Slot
+from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf, Slot
 
 # Slots of rules that look at the pair, and so turn a logit into -inf; the others change or name logits.
 _DROPPING = (

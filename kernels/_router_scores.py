@@ -12,7 +12,7 @@ import triton.language as tl
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 INF = tl.constexpr(float("inf"))
 INV_SQRT_2_PI = tl.constexpr(0.3989422804014327)
-# As in contrastive_ops/_routing.py.
+# As in contrastive_ops/core/routing.py.
 SIGMOID = tl.constexpr(1)
 TOP2 = tl.constexpr(0)
 

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from contrastive_ops._similarity import KINDS, Layout, SetFold
+from contrastive_ops.core.problem import KINDS, Layout, SetFold
 
 from . import _pairs, _tiles
 from ._folds import PLAIN, TileFold, merge_kernel, planes

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive_ops._similarity import KINDS, Layout, LogitSet, ScaleOf, SetFold, Slot
+from contrastive_ops.core.problem import KINDS, Layout, LogitSet, ScaleOf, SetFold, Slot
 
 from . import _similarity_plan as plan
 from ._folds import TileFold

@@ -15,18 +15,19 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import _triton
-from .._routing import ScoreSpec, SlotSpec
+from contrastive_ops.core import triton_kernels
+from contrastive_ops.core.routing import ScoreSpec, SlotSpec
+
 from . import _router_rows, _router_scores, _router_slots
 from ._launch import arch_of, launch, recording
 from ._variants import Combine, Variant, pairwise_cover
 
 # Numbers of a tile. Interpreted, tiles are small, so that small inputs have several.
-ELEMENTS = 128 if _triton.interprets() else 1024
+ELEMENTS = 128 if triton_kernels.interprets() else 1024
 # Most programs that sums are made in, and the size of their tables from which on there are fewer.
-PARTS, TABLE = (3, 1 << 22) if _triton.interprets() else (512, 1 << 22)
+PARTS, TABLE = (3, 1 << 22) if triton_kernels.interprets() else (512, 1 << 22)
 # Items of a counting sort that are ranked together.
-BLOCK, STEP = (32, 16) if _triton.interprets() else (256, 16)
+BLOCK, STEP = (32, 16) if triton_kernels.interprets() else (256, 16)
 PLAIN = {"num_warps": 4, "num_stages": 1}
 
 
@@ -232,7 +233,7 @@ def _place(
 
 def _row_tile(depth: int) -> tuple[int, int]:
     """(rows, numbers of each) of a tile."""
-    numbers = min(max(triton.next_power_of_2(depth), 16), 32 if _triton.interprets() else 512)
+    numbers = min(max(triton.next_power_of_2(depth), 16), 32 if triton_kernels.interprets() else 512)
     return min(max(2 * ELEMENTS // numbers, 1), 16), numbers
 
 

@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _triton
+from contrastive_ops.core import triton_kernels
+
 from ._launch import arch_of, launch, recording
 from ._variants import Combine, Variant, pairwise_cover
 
 # The interpreter multiplies the bits of bfloat16 numbers; in float32 the products are the same ones.
-WIDEN = tl.constexpr(_triton.interprets())
+WIDEN = tl.constexpr(triton_kernels.interprets())
 
 # ---- Kernels -------------------------------------------------------------------------------------------------------
 

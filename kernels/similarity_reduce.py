@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive_ops._float16 import weight_norm
-from contrastive_ops._ordered import in_parts
-from contrastive_ops._similarity import ScaleOf, with_factors
+from contrastive_ops.core.ordered import in_parts
+from contrastive_ops.core.problem import ScaleOf, with_factors
+from contrastive_ops.core.weight_norm import weight_norm
 from contrastive_ops.reference.similarity_reduce import row_losses, row_slopes
 
 from . import _similarity_plan as plan

@@ -29,8 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from contrastive_ops import _triton
-from contrastive_ops._similarity import STATISTICS, Layout, LogitSet, ScaleOf, Slot
+from contrastive_ops.core import triton_kernels
+from contrastive_ops.core.problem import STATISTICS, Layout, LogitSet, ScaleOf, Slot
 from contrastive_ops.reference.similarity_topk import merge, order
 
 from . import _listed, _pairs
@@ -42,7 +42,7 @@ from ._variants import Combine, Variant, pairwise_cover
 __all__ = ["at", "backward", "forward", "merge", "order", "variants"]
 
 # The interpreter takes the bits of bfloat16 numbers for the numbers; in float32 the products are the same ones.
-WIDEN = tl.constexpr(_triton.interprets())
+WIDEN = tl.constexpr(triton_kernels.interprets())
 # Products of float32 numbers use no tensor cores, and keep operands in registers.
 GUIDE_K = tl.constexpr(16)
 

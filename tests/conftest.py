@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from contrastive_ops import _dispatch, _triton
+from contrastive_ops.core import backends, triton_kernels
 
 
 def pytest_addoption(parser):
@@ -30,7 +30,7 @@ def _seed():
 @pytest.fixture(autouse=True, scope="session")
 def _interpreter_rounds():
     """Triton's interpreter cuts off the digits that bfloat16 has no room for; devices round to the nearest."""
-    if not _triton.interprets() or _triton.why_missing() is not None:
+    if not triton_kernels.interprets() or triton_kernels.why_missing() is not None:
         yield
         return
     import triton.language as tl
@@ -52,7 +52,7 @@ def _interpreter_rounds():
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request):
     """Every backend of similarity_reduce; one that cannot run is skipped with its own reason."""
-    reason = _dispatch.backends()[request.param]
+    reason = backends.backends()["similarity_reduce"][request.param]
     if reason is not None:
         pytest.skip(reason)
     return request.param

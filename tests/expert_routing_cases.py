@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from contrastive_ops._routing import ScoreSpec, SlotSpec
+from contrastive_ops.core.routing import ScoreSpec, SlotSpec
 from contrastive_ops.testing import TOLERANCE, relative_error
 
 NAN, INF = torch.nan, torch.inf

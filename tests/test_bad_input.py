@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from contrastive_ops import Fold, Guide, Pairs, clip, info_nce, merge_lse, nn, nt_xent, similarity_reduce
-from contrastive_ops._similarity import Layout, LogitSet, ScaleOf, SetFold, Slot
+from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf, SetFold, Slot
 
 X, Y = torch.randn(4, 3), torch.randn(5, 3)
 CASES = [
@@ -295,9 +295,9 @@ def test_wrong_capability_is_an_error_not_an_abort(monkeypatch):
 
 def test_compiled_functions_protect_memory():
     """Called behind Python's back with sizes that do not fit, the extension refuses."""
-    from contrastive_ops import _extension
+    from contrastive_ops.core import extension
 
-    functions = _extension.functions("similarity_reduce")
+    functions = extension.functions("similarity_reduce")
 
     def forward(y=Y, scale=1, row_bias=None, data=None, folds=((0, "logsumexp", False),)):
         each = LogitSet(ScaleOf.ALL, data=data or {})

@@ -11,7 +11,7 @@ import torch
 
 import contrastive_ops
 from contrastive_ops import __main__ as cli
-from contrastive_ops import _cuda, _dispatch, _extension
+from contrastive_ops.core import backends, cuda_kernels, extension
 
 
 def say(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -26,9 +26,9 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     assert facts["contrastive_ops"]["version"] == contrastive_ops.__version__
     assert facts["torch"]["version"] == str(torch.__version__)
-    assert facts["extension"]["present"] is (_extension.load() is not None)
+    assert facts["extension"]["present"] is (extension.load() is not None)
     assert facts["backends"]["reference"] == "available"
-    assert set(facts["backends"]) == set(_dispatch.backends())
+    assert set(facts["backends"]) == set(backends.backends()["similarity_reduce"])
     assert facts["cpu"]["threads"] == torch.get_num_threads()
     assert "unknown:" not in output
 
@@ -45,22 +45,22 @@ def test_info_survives_errors(capsys: pytest.CaptureFixture[str], monkeypatch: p
     def broken() -> None:
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr(_extension, "load", broken)
-    monkeypatch.setattr(_dispatch, "backends", broken)
+    monkeypatch.setattr(extension, "load", broken)
+    monkeypatch.setattr(backends, "backends", broken)
     status, output = say(capsys, "info")
     assert status == 0
     assert "unknown: RuntimeError: no such thing" in output
 
 
 def test_info_explains_a_missing_extension(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extension, "load", lambda: None)
-    monkeypatch.setattr(_extension, "reason", lambda: "it was never built")
+    monkeypatch.setattr(extension, "load", lambda: None)
+    monkeypatch.setattr(extension, "reason", lambda: "it was never built")
     status, output = say(capsys, "info", "--json")
-    extension = json.loads(output)["extension"]
+    shown = json.loads(output)["extension"]
     assert status == 0
-    assert extension["present"] is False
-    assert extension["why"] == "it was never built"
-    assert "CONTRASTIVE_OPS_EXT=1" in extension["fix"][-1]  # test_commands.py has the whole line
+    assert shown["present"] is False
+    assert shown["why"] == "it was never built"
+    assert "CONTRASTIVE_OPS_EXT=1" in shown["fix"][-1]  # test_commands.py has the whole line
 
 
 def test_info_and_check_say_what_cuda_kernels_there_are(
@@ -69,16 +69,16 @@ def test_info_and_check_say_what_cuda_kernels_there_are(
     file = str(cli.PACKAGE / "_C.so")
     built = SimpleNamespace(__file__=file, build_config=lambda: {"cuda": "13.0.88 for sm_80 compute_90"})
     plain = SimpleNamespace(__file__=file, build_config=lambda: {"cuda": "no"})
-    monkeypatch.setattr(_extension, "report", lambda: {"summary": "a CPU extension", "why_no_cuda": "no toolkit"})
+    monkeypatch.setattr(extension, "report", lambda: {"summary": "a CPU extension", "why_no_cuda": "no toolkit"})
     monkeypatch.setattr(cli, "check_cases", dict)
-    monkeypatch.setattr(_dispatch, "backends", dict)
-    monkeypatch.setattr(_cuda, "why_missing", _cuda.why_missing.__wrapped__)
-    monkeypatch.setattr(_extension, "why_missing", lambda: None)
+    monkeypatch.setattr(backends, "backends", lambda: {"similarity_reduce": {}})
+    monkeypatch.setattr(cuda_kernels, "why_missing", cuda_kernels.why_missing.__wrapped__)
+    monkeypatch.setattr(extension, "why_missing", lambda: None)
     for module, why, said in (
         (built, None, "13.0.88 for sm_80 compute_90"),
         (plain, "no toolkit", "built without CUDA kernels (no toolkit)"),
     ):
-        monkeypatch.setattr(_extension, "load", lambda module=module: module)
+        monkeypatch.setattr(extension, "load", lambda module=module: module)
         assert cli._extension_info().get("why_no_cuda") == why
         assert f"CUDA kernels: {said}" in say(capsys, "check")[1].replace("the extension was ", "")
 
@@ -87,7 +87,7 @@ def test_check_passes(capsys: pytest.CaptureFixture[str]) -> None:
     status, output = say(capsys, "check")
     assert status == 0, output
     assert "FAIL" not in output
-    available = [name for name, reason in _dispatch.backends().items() if reason is None]
+    available = [name for name, reason in backends.backends()["similarity_reduce"].items() if reason is None]
     for backend in available:
         assert f"ok    {backend}" in output
 
@@ -111,7 +111,7 @@ def test_check_finds_what_is_wrong(
     case: cli.Case, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli, "check_cases", lambda: {"case": case})
-    monkeypatch.setattr(_dispatch, "backends", lambda: {"reference": None, "cuda": "no device"})
+    monkeypatch.setattr(backends, "backends", lambda: {"similarity_reduce": {"reference": None, "cuda": "no device"}})
     status, output = say(capsys, "check")
     assert status == 1
     assert "FAIL" in output
@@ -142,3 +142,12 @@ def test_unknown_command_is_refused() -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["inform"])
     assert stop.value.code == 2
+
+
+def test_info_speaks_for_every_primitive(capsys: pytest.CaptureFixture[str]) -> None:
+    """A backend without kernels of a primitive says so: its calls run on another one."""
+    tables = backends.backends()
+    assert set(tables) >= {"similarity_reduce", "similarity_topk", "maxsim", "expert_routing", "grouped_matmul"}
+    said = json.loads(say(capsys, "info", "--json")[1])["backends"]
+    for name, text in said.items():
+        assert [p for p in tables if name not in tables[p]] == [p for p in tables if p in text.partition("has no")[2]]

@@ -7,21 +7,13 @@ import pytest
 import torch
 from expert_routing_cases import EXTREME, INF, LAYOUTS, NAMES, NAN, OPTIONS, Subject, ops
 
-from contrastive_ops import (
-    Capacity,
-    Gating,
-    RouterLoss,
-    _cuda,
-    combine,
-    dispatch,
-    expert_choice,
-    route,
-)
-from contrastive_ops._routing import ScoreSpec
+from contrastive_ops import Capacity, Gating, RouterLoss, combine, dispatch, expert_choice, route
+from contrastive_ops.core import cuda_kernels
+from contrastive_ops.core.routing import ScoreSpec
 from contrastive_ops.cuda import expert_routing as launchers
 from contrastive_ops.testing import TOLERANCE, relative_error
 
-HAS_GPU = torch.cuda.is_available() and _cuda.why_missing() is None
+HAS_GPU = torch.cuda.is_available() and cuda_kernels.why_missing() is None
 if not HAS_GPU and cuda_host.why_missing() is not None:
     pytest.skip(f"CUDA kernels need a GPU, or: {cuda_host.why_missing()}", allow_module_level=True)
 
@@ -43,7 +35,7 @@ def hosts():
 @pytest.fixture
 def cuda(hosts):
     """The backend, with threads in the least regular order."""
-    with _cuda.on_host(hosts["shuffled"]) if hosts else contextlib.nullcontext():
+    with cuda_kernels.on_host(hosts["shuffled"]) if hosts else contextlib.nullcontext():
         yield Subject("cuda", DEVICE)
 
 
@@ -54,7 +46,7 @@ def check_bits(hosts):
     def check(function):
         results = [function(), function()] if HAS_GPU else []
         for host in hosts.values():
-            with _cuda.on_host(host):
+            with cuda_kernels.on_host(host):
                 results.append(function())
         first, *others = results
         for found in others:

@@ -16,15 +16,16 @@ import similarity_cases
 import torch
 from similarity_cases import KINDS, RULES, exact, flat, gradients_of, leaves, mapped, winners
 
-from contrastive_ops import Fold, Pairs, _cuda, clip, gte, info_nce, nt_xent, siglip, similarity_reduce, sup_con
-from contrastive_ops._dispatch import choose
-from contrastive_ops._similarity import Layout, LogitSet, SetFold
+from contrastive_ops import Fold, Pairs, clip, gte, info_nce, nt_xent, siglip, similarity_reduce, sup_con
+from contrastive_ops.core import cuda_kernels
+from contrastive_ops.core.backends import choose
+from contrastive_ops.core.problem import Layout, LogitSet, SetFold
 from contrastive_ops.cuda import _chunks, _pairs, _products, _weights
 from contrastive_ops.cuda import similarity_reduce as launchers
 from contrastive_ops.ops.similarity_reduce import BACKENDS, weighted_total
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, TOLERANCE, clustered_pairs, relative_error
 
-ON_GPU = torch.cuda.is_available() and _cuda.why_missing() is None
+ON_GPU = torch.cuda.is_available() and cuda_kernels.why_missing() is None
 if not ON_GPU and cuda_host.why_missing() is not None:
     pytest.skip(cuda_host.why_missing(), allow_module_level=True)
 
@@ -44,7 +45,7 @@ def kernels(schedule):
 def schedule(request):
     """Tests that do not name an order of threads get a shuffled one."""
     name = getattr(request, "param", SCHEDULES[-1])
-    with contextlib.nullcontext() if ON_GPU else _cuda.on_host(kernels(name)):
+    with contextlib.nullcontext() if ON_GPU else cuda_kernels.on_host(kernels(name)):
         yield name
 
 
@@ -578,7 +579,7 @@ def test_runs_and_schedules_agree_bitwise(itself):
     target = torch.zeros(34, dtype=torch.int64, device=DEVICE)  # all give back to one column
     results = []
     for name in (*SCHEDULES, SCHEDULES[0]):
-        with contextlib.nullcontext() if ON_GPU else _cuda.on_host(kernels(name)):
+        with contextlib.nullcontext() if ON_GPU else cuda_kernels.on_host(kernels(name)):
             results.append(results_of(inputs, target))
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
@@ -686,9 +687,9 @@ def test_constants_are_those_of_the_kernels():
 
 
 def test_auto_takes_the_first_backend_that_has_room(monkeypatch):
-    from contrastive_ops import _dispatch
+    from contrastive_ops.core import backends
 
-    monkeypatch.setitem(_dispatch.ORDER, "cpu", _dispatch.ORDER["cuda"])
+    monkeypatch.setitem(backends.ORDER, "cpu", backends.ORDER["cuda"])
     # Both can run, wherever this does.
     table = {name: dataclasses.replace(BACKENDS[name], unsupported=lambda x: []) for name in ("triton", "cuda")}
     assert choose("f", table, torch.empty(2, 4), "auto") == "cuda"

@@ -14,8 +14,9 @@ import pytest
 import torch
 from similarity_topk_cases import RULES, assert_selects_as_reference, integers, listed_gradients, on_device, rules_of
 
-from contrastive_ops import Pairs, _cuda, similarity_topk
-from contrastive_ops._similarity import Layout, LogitSet, ScaleOf, Slot
+from contrastive_ops import Pairs, similarity_topk
+from contrastive_ops.core import cuda_kernels
+from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf, Slot
 from contrastive_ops.cuda import similarity_topk as launchers
 from contrastive_ops.mining.hard_negatives import NegativeRules, mine_hard_negatives
 from contrastive_ops.mining.state import TopKState
@@ -23,7 +24,7 @@ from contrastive_ops.ops.similarity_topk import logits_at, merge, order, select
 from contrastive_ops.reference import similarity_topk as reference
 from contrastive_ops.testing import TOLERANCE, relative_error
 
-ON_GPU = torch.cuda.is_available() and _cuda.why_missing() is None
+ON_GPU = torch.cuda.is_available() and cuda_kernels.why_missing() is None
 if not ON_GPU and cuda_host.why_missing() is not None:
     pytest.skip(cuda_host.why_missing(), allow_module_level=True)
 
@@ -39,7 +40,7 @@ def running(schedule):
         return
     functions = cuda_host.HostKernels(schedule)
     try:
-        with _cuda.on_host(functions):
+        with cuda_kernels.on_host(functions):
             yield
     finally:
         functions.close()
@@ -184,11 +185,13 @@ def test_columns_have_32_bits():
     thresholds, scale = torch.full((1,), -torch.inf, device=DEVICE), torch.ones(1, device=DEVICE)
     _, spec = Layout((LogitSet(),), ()).encode()
     problem = (dots, None, scale, None, None, (), spec, keys, counts, thresholds)
-    _cuda.kernels().cuda_similarity_topk_filter(*problem, 1, last, 0, 1, last - 4, 4, 4, 1, 1024, 1024, 3)
+    cuda_kernels.kernels().cuda_similarity_topk_filter(*problem, 1, last, 0, 1, last - 4, 4, 4, 1, 1024, 1024, 3)
     values, indices, found = (
         torch.zeros(1, 3, device=DEVICE).to(dtype) for dtype in (torch.float32, torch.int64, torch.int64)
     )
-    _cuda.kernels().cuda_similarity_topk_select(keys, counts, values, indices, found[0, :1].clone(), 1, 1, 1024, 3, 4)
+    cuda_kernels.kernels().cuda_similarity_topk_select(
+        keys, counts, values, indices, found[0, :1].clone(), 1, 1, 1024, 3, 4
+    )
     assert indices.tolist() == [[last - 3, last - 2, last - 1]] and values.tolist() == [[5.0, 5.0, 2.0]]
 
 

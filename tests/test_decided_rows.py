@@ -16,7 +16,7 @@ from contrastive_ops import (
     similarity_values,
     soft_info_nce,
 )
-from contrastive_ops._softmax import balanced, log_softmax
+from contrastive_ops.core.numerics import balanced, log_softmax
 from contrastive_ops.testing import relative_error
 from contrastive_ops.testing.losses import LOSSES, leaves
 

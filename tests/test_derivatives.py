@@ -23,8 +23,8 @@ from contrastive_ops import (
     similarity_values,
     stream_rows,
 )
-from contrastive_ops._ordered import ordered_logsumexp
-from contrastive_ops._unit_rows import unit_rows
+from contrastive_ops.core.ordered import ordered_logsumexp
+from contrastive_ops.core.unit_rows import unit_rows
 from contrastive_ops.moe import ExpertChoice, SoftMoE, SparseMoE
 from contrastive_ops.testing import LOSSES, leaves
 

@@ -50,8 +50,8 @@ CHILD = """
 import json, sys, torch
 sys.path.insert(0, {tests!r})
 from test_determinism import LOSSES, run
-from contrastive_ops import _extension
-out = {{"level": _extension.load().cpu_capability()}}
+from contrastive_ops.core import extension
+out = {{"level": extension.load().cpu_capability()}}
 for name, loss in LOSSES.items():
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         out[f"{{name}} {{dtype}}"] = [t.double().flatten().tolist() for t in run(loss, dtype, "cpu", 300, 40)]
@@ -78,13 +78,13 @@ def levels():
 
 
 def test_levels_agree(levels):
-    from contrastive_ops import _extension
+    from contrastive_ops.core import extension
 
     assert "default" in levels
     # Each level that the processor has must have run as itself, not as its fallback.
     names = list(LEVELS)
     cap = os.environ.get("CONTRASTIVE_OPS_CPU_CAPABILITY")
-    detected = _extension.load().cpu_capability_detected()
+    detected = extension.load().cpu_capability_detected()
     assert set(levels) == set(names[: names.index(detected) + 1]), cap
     truth = levels["default"]
     for level, results in levels.items():

@@ -9,44 +9,11 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "contrastive_ops"
 MODULES = [
-    *(
-        f"contrastive_ops.losses.{family}"
-        for family in (
-            "classifier",
-            "hardness",
-            "late_interaction",
-            "linear_softmax",
-            "margin",
-            "matryoshka",
-            "mined",
-            "multi_positive",
-            "partition",
-            "preference",
-            "queue",
-            "rank_distillation",
-            "running",
-        )
-    ),
-    *(f"contrastive_ops.losses.{family}" for family in ("distillation", "sigmoid", "softmax", "triplet")),
-    *(
-        f"contrastive_ops.mining.{module}"
-        for module in ("_rules", "_sampling", "bank", "hard_negatives", "refresh", "state", "streaming")
-    ),
-    *(f"contrastive_ops.moe.{module}" for module in ("layers", "router", "soft")),
-    "contrastive_ops.ops.coarse",
-    "contrastive_ops.ops.expert_choice",
-    "contrastive_ops.ops.expert_routing",
-    "contrastive_ops.ops.grouped_matmul",
-    "contrastive_ops.ops.maxsim",
-    "contrastive_ops.ops.similarity_distill",
-    "contrastive_ops.ops.similarity_prefix",
-    "contrastive_ops.ops.similarity_reduce",
-    "contrastive_ops.ops.similarity_topk",
-    "contrastive_ops.ops.similarity_values",
-    "contrastive_ops.ops.token_sets",
-    "contrastive_ops.ops.xtr",
-    "contrastive_ops.reference.stream",
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if ">>> " in path.read_text() and path.name != "__main__.py"
 ]
 
 

@@ -5,7 +5,7 @@ import torch
 import torch._dynamo.testing
 
 from contrastive_ops import Capacity, Gating, RouterLoss, combine, dispatch, expert_choice, route
-from contrastive_ops._routing import ScoreSpec, SlotSpec
+from contrastive_ops.core.routing import ScoreSpec, SlotSpec
 
 OPS = torch.ops.contrastive_ops
 LOSSES = ["importance", "load", "switch", "z", "local_entropy", RouterLoss("global_entropy", 0.3, threshold=5.0)]
@@ -244,11 +244,11 @@ def test_rows_that_do_not_fit():
 
 def test_the_compiled_functions_protect_memory():
     """They check what addresses memory once more: a graph may run on other choices than it was traced with."""
-    from contrastive_ops import _extension
+    from contrastive_ops.core import extension
 
-    if _extension.why_missing() is not None:
-        pytest.skip(_extension.why_missing())
-    functions = _extension.functions("expert_routing")
+    if extension.why_missing() is not None:
+        pytest.skip(extension.why_missing())
+    functions = extension.functions("expert_routing")
     routing, tokens, rows = route(torch.randn(6, 4), 2), torch.zeros(6, 3), torch.zeros(12, 3)
     for slots, order in ((routing.slots + 12, routing.order), (routing.slots, routing.order + 12)):
         for call, arguments in (

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from contrastive_ops import _cuda, _extension
+from contrastive_ops.core import cuda_kernels, extension
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILT = _extension.load().build_config()["cuda"] if _extension.load() is not None else "no"
+BUILT = extension.load().build_config()["cuda"] if extension.load() is not None else "no"
 # Who asks for CUDA kernels must not get a green run without them.
 REQUIRED = os.environ.get("CONTRASTIVE_OPS_CUDA") == "1"
 
@@ -35,7 +35,7 @@ def test_every_function_is_there() -> None:
         pytest.skip("needs the source checkout")
     names = re.findall(r"\buse\((\w+)\)", header.read_text().partition("#define")[2])
     assert names
-    missing = [name for name in names if not hasattr(_extension.load(), f"cuda_{name}")]
+    missing = [name for name in names if not hasattr(extension.load(), f"cuda_{name}")]
     assert not missing
 
 
@@ -50,7 +50,7 @@ def cuobjdump() -> str:
 
 
 def test_there_is_code_for_every_architecture() -> None:
-    library = _extension.load().__file__
+    library = extension.load().__file__
     run = {}
     for what in ("--list-elf", "--list-ptx"):
         done = subprocess.run([cuobjdump(), what, library], capture_output=True, text=True, check=False)
@@ -68,9 +68,10 @@ def without_gpu(tmp_path_factory: pytest.TempPathFactory) -> dict:
         import json, pathlib
         import torch
         import contrastive_ops
-        from contrastive_ops import _dispatch, _extension, _triton, ops
+        from contrastive_ops import ops
+        from contrastive_ops.core import backends, extension, triton_kernels
         x = torch.randn(4, 8)
-        facts = {"refused": {}, "raised": "", "backends": _dispatch.backends()}
+        facts = {"refused": {}, "raised": "", "backends": backends.backends()["similarity_reduce"]}
         for stem in ("similarity_reduce", "similarity_topk", "expert_routing", "grouped_matmul"):
             table = __import__(f"contrastive_ops.ops.{stem}", fromlist=["BACKENDS"]).BACKENDS
             if "cuda" in table:
@@ -80,7 +81,7 @@ def without_gpu(tmp_path_factory: pytest.TempPathFactory) -> dict:
         except Exception as error:
             facts["raised"] = f"{type(error).__name__}: {error}"
         try:
-            _extension.load().cuda_expert_routing_dispatch(x, None, torch.zeros(4, dtype=torch.int64), x, 1, 4, 8)
+            extension.load().cuda_expert_routing_dispatch(x, None, torch.zeros(4, dtype=torch.int64), x, 1, 4, 8)
         except ValueError as error:
             facts["unguarded"] = str(error)
         facts["value"] = float(contrastive_ops.similarity_reduce(x, x).sum())
@@ -134,9 +135,9 @@ def test_one_cuda_runtime_is_mapped(without_gpu: dict) -> None:
     ],
 )
 def test_a_gpu_without_code_is_refused(capability: tuple[int, int], built: str, runs: bool) -> None:
-    assert _cuda.has_code_for(capability, f"13.0.88 for {built}") == runs
+    assert cuda_kernels.has_code_for(capability, f"13.0.88 for {built}") == runs
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_with_code_is_taken() -> None:
-    assert _cuda.unsupported(torch.empty(1, device="cuda")) == []
+    assert cuda_kernels.unsupported(torch.empty(1, device="cuda")) == []

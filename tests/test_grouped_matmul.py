@@ -383,11 +383,11 @@ def test_bad_input(name):
 
 def test_the_compiled_functions_protect_memory():
     """They check what addresses memory once more, for a graph may run on other offsets than it was traced with."""
-    from contrastive_ops import _extension
+    from contrastive_ops.core import extension
 
-    if _extension.why_missing() is not None:
-        pytest.skip(_extension.why_missing())
-    functions = _extension.functions("grouped_matmul")
+    if extension.why_missing() is not None:
+        pytest.skip(extension.why_missing())
+    functions = extension.functions("grouped_matmul")
     a, b, g = torch.zeros(5, 3), torch.zeros(2, 3, 4), torch.zeros(5, 4)
     for bad in ([0, 2, 6], [0, 4, 2], [-1, 0, 1], [0, 2]):
         with pytest.raises(ValueError):

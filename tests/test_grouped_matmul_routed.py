@@ -371,11 +371,11 @@ def test_bad_routings():
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_compiled_functions_protect_memory(transposed, bad):
     """They check what addresses memory, for a graph may run on another order than it was traced with."""
-    from contrastive_ops import _extension
+    from contrastive_ops.core import extension
 
-    if _extension.why_missing() is not None:
-        pytest.skip(_extension.why_missing())
-    functions = _extension.functions("grouped_matmul")
+    if extension.why_missing() is not None:
+        pytest.skip(extension.why_missing())
+    functions = extension.functions("grouped_matmul")
     routing, x, b, _, upstream = problem("two choices", (7, 3, 4, 6))
     order = routing.order.clone()
     order[-1] = bad

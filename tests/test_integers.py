@@ -25,7 +25,7 @@ from contrastive_ops import (
     similarity_topk,
     xtr,
 )
-from contrastive_ops.losses.word2vec import UnigramSampler
+from contrastive_ops.losses.negative_sampling import UnigramSampler
 from contrastive_ops.testing.losses import LOSSES
 
 DTYPES = [torch.int32, torch.int16, torch.uint8]

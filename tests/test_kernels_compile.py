@@ -4,11 +4,11 @@ import importlib
 
 import pytest
 
-from contrastive_ops import _triton
+from contrastive_ops.core import triton_kernels
 
-if _triton.why_missing() is not None:
-    pytest.skip(_triton.why_missing(), allow_module_level=True)
-if _triton.interprets():
+if triton_kernels.why_missing() is not None:
+    pytest.skip(triton_kernels.why_missing(), allow_module_level=True)
+if triton_kernels.interprets():
     pytest.skip("kernels are interpreted, not compiled", allow_module_level=True)
 
 import triton
@@ -72,7 +72,7 @@ def test_structures_are_passed_whole():
 )
 def test_older_releases_are_refused(monkeypatch, version, reason):
     monkeypatch.setattr(triton, "__version__", version)
-    assert _triton._why_too_old.__wrapped__() == reason
+    assert triton_kernels._why_too_old.__wrapped__() == reason
 
 
 def test_a_cover_has_every_pair():

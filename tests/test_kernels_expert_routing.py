@@ -9,25 +9,16 @@ import pytest
 import torch
 from expert_routing_cases import EXTREME, LAYOUTS, NAMES, NAN, OPTIONS, Subject, ops
 
-from contrastive_ops import (
-    Capacity,
-    Gating,
-    RouterLoss,
-    _triton,
-    combine,
-    dispatch,
-    expert_choice,
-    grouped_matmul,
-    route,
-)
+from contrastive_ops import Capacity, Gating, RouterLoss, combine, dispatch, expert_choice, grouped_matmul, route
+from contrastive_ops.core import triton_kernels
 from contrastive_ops.testing import TOLERANCE, relative_error
 
-if not _triton.interprets() and not torch.cuda.is_available():
+if not triton_kernels.interprets() and not torch.cuda.is_available():
     pytest.skip("Triton kernels need a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
-if _triton.why_missing() is not None:
-    pytest.skip(_triton.why_missing(), allow_module_level=True)
+if triton_kernels.why_missing() is not None:
+    pytest.skip(triton_kernels.why_missing(), allow_module_level=True)
 
-DEVICE = "cuda" if torch.cuda.is_available() and not _triton.interprets() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() and not triton_kernels.interprets() else "cpu"
 SUBJECT = Subject("triton", DEVICE)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

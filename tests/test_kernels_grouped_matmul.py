@@ -5,15 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from contrastive_ops import Capacity, _triton, dispatch, expert_choice, grouped_matmul, route
+from contrastive_ops import Capacity, dispatch, expert_choice, grouped_matmul, route
+from contrastive_ops.core import triton_kernels
 from contrastive_ops.testing import TOLERANCE, relative_error
 
-if not _triton.interprets() and not torch.cuda.is_available():
+if not triton_kernels.interprets() and not torch.cuda.is_available():
     pytest.skip("Triton kernels need a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
-if _triton.why_missing() is not None:
-    pytest.skip(_triton.why_missing(), allow_module_level=True)
+if triton_kernels.why_missing() is not None:
+    pytest.skip(triton_kernels.why_missing(), allow_module_level=True)
 
-DEVICE = "cuda" if torch.cuda.is_available() and not _triton.interprets() else "cpu"
+DEVICE = "cuda" if torch.cuda.is_available() and not triton_kernels.interprets() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OUTER = torch.ops.contrastive_ops.grouped_matmul_outer
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

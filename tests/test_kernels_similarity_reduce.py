@@ -5,24 +5,15 @@ import functools
 import pytest
 import torch
 
-from contrastive_ops import (
-    Fold,
-    Pairs,
-    _triton,
-    clip,
-    info_nce,
-    nt_xent,
-    siglip,
-    similarity_reduce,
-    sup_con,
-)
-from contrastive_ops._similarity import Layout, LogitSet, SetFold
+from contrastive_ops import Fold, Pairs, clip, info_nce, nt_xent, siglip, similarity_reduce, sup_con
+from contrastive_ops.core import triton_kernels
+from contrastive_ops.core.problem import Layout, LogitSet, SetFold
 from contrastive_ops.ops.similarity_reduce import weighted_total
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, TOLERANCE, clustered_pairs, relative_error
 
-if _triton.why_missing() is not None:
-    pytest.skip(_triton.why_missing(), allow_module_level=True)
-if not (_triton.interprets() or torch.cuda.is_available()):
+if triton_kernels.why_missing() is not None:
+    pytest.skip(triton_kernels.why_missing(), allow_module_level=True)
+if not (triton_kernels.interprets() or torch.cuda.is_available()):
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
 import similarity_cases
@@ -30,7 +21,7 @@ from similarity_cases import KINDS, RULES, exact, flat, gradients_of, leaves, ma
 
 from contrastive_ops.kernels import _similarity_plan, _tiles
 
-DEVICE = "cpu" if _triton.interprets() else "cuda"
+DEVICE = "cpu" if triton_kernels.interprets() else "cuda"
 Inputs = functools.partial(similarity_cases.Inputs, device=DEVICE)
 DOUBLE = torch.float64
 # Of `use_tier`: gradients by a kernel for each side, and by products of weights in chunks.

@@ -7,17 +7,17 @@ ranges of columns, and lists that are cut down several times.
 import pytest
 import torch
 
-from contrastive_ops import _triton
+from contrastive_ops.core import triton_kernels
 
-if _triton.why_missing() is not None:
-    pytest.skip(_triton.why_missing(), allow_module_level=True)
-if not _triton.interprets() and not torch.cuda.is_available():
+if triton_kernels.why_missing() is not None:
+    pytest.skip(triton_kernels.why_missing(), allow_module_level=True)
+if not triton_kernels.interprets() and not torch.cuda.is_available():
     pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
 from similarity_topk_cases import RULES, assert_selects_as_reference, integers, listed_gradients, on_device, rules_of
 
 from contrastive_ops import Pairs, similarity_topk
-from contrastive_ops._similarity import Layout, LogitSet, ScaleOf, Slot
+from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf, Slot
 from contrastive_ops.kernels import similarity_topk as kernels
 from contrastive_ops.mining.hard_negatives import NegativeRules, mine_hard_negatives
 from contrastive_ops.mining.state import TopKState
@@ -25,7 +25,7 @@ from contrastive_ops.ops.similarity_topk import merge, order
 from contrastive_ops.reference import similarity_topk as reference
 from contrastive_ops.testing import TOLERANCE, relative_error
 
-DEVICE = "cpu" if _triton.interprets() else "cuda"
+DEVICE = "cpu" if triton_kernels.interprets() else "cuda"
 
 
 def assert_same(x, y, k, **arguments):
@@ -88,7 +88,7 @@ def test_strided_and_expanded_inputs():
 def test_rows_in_several_launches(monkeypatch):
     monkeypatch.setattr(kernels, "LIST_BYTES", 1)
     x, y = integers(39, 3), integers(90, 3, seed=1)
-    arch = "interpreter" if _triton.interprets() else "sm_90"
+    arch = "interpreter" if triton_kernels.interprets() else "sm_90"
     tile = kernels.tile_for(arch, x.dtype, 39, 4, kernels.Load.NOTHING)
     assert kernels.plan(39, 90, 4, tile, 2).rows == tile.BLOCK_M
     assert_same(x, y, 4, count_above=torch.zeros(39))

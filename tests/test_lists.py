@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 
 import contrastive_ops as co
-from contrastive_ops import Pairs, _lists, decoding, losses, metrics, mining, moe, nn, ops
+from contrastive_ops import Pairs, decoding, losses, metrics, mining, moe, nn, ops
+from contrastive_ops.core import lists
 from contrastive_ops.mining import (
     HardNegatives,
     MemoryBank,
@@ -392,12 +393,12 @@ def test_helpers_against_sets():
             ids[torch.randint(0, len(ids), (count,), generator=generator)],
         )
         pairs = list(zip(row.tolist(), index.tolist(), strict=True))
-        assert _lists.first_of_pairs(row, index).tolist() == [p not in pairs[:i] for i, p in enumerate(pairs)]
-        kept = _lists.distinct_pairs(row, index)
+        assert lists.first_of_pairs(row, index).tolist() == [p not in pairs[:i] for i, p in enumerate(pairs)]
+        kept = lists.distinct_pairs(row, index)
         assert list(zip(kept[0].tolist(), kept[1].tolist(), strict=True)) == sorted(set(pairs))
-        order = _lists.pair_order(row, index)
-        assert [pairs[i] for i in order] == sorted(pairs) and _lists.pairs_ascend(row[order], index[order])
-        ranks = _lists.ranks(index, index[:2])
+        order = lists.pair_order(row, index)
+        assert [pairs[i] for i in order] == sorted(pairs) and lists.pairs_ascend(row[order], index[order])
+        ranks = lists.ranks(index, index[:2])
         assert torch.equal(ranks[0][:, None] == ranks[0], index[:, None] == index) and torch.equal(
             ranks[1], ranks[0][:2]
         )

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from contrastive_ops.losses.classifier import arc_face, cos_face, margin_softmax
+from contrastive_ops.losses.margin_softmax import arc_face, cos_face, margin_softmax
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, clustered_pairs, relative_error
 from contrastive_ops.testing.compare import check, leaf, reduced
 

@@ -9,7 +9,7 @@ import torch
 import torch._dynamo.testing
 
 import contrastive_ops.losses
-from contrastive_ops import _dispatch
+from contrastive_ops.core import backends
 from contrastive_ops.losses import RunningDenominator
 from contrastive_ops.testing import LOSSES, leaves, saved_bytes
 from contrastive_ops.testing.draws import DATA_SET
@@ -19,7 +19,7 @@ ONE_EACH = [name for name, case in LOSSES.items() if name == case.function.__nam
 
 
 def _parameters():
-    reasons = _dispatch.backends()
+    reasons = backends.backends()["similarity_reduce"]
     for name, case in LOSSES.items():
         for backend in ("reference", "cpu") if case.takes_backend else ("auto",):
             missing = reasons.get(backend)

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from contrastive_ops.losses.margin import energy_hinge, simctg, vse
+from contrastive_ops.losses.hinge import energy_hinge, simctg, vse
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, relative_error
 from contrastive_ops.testing.compare import check, leaf, reduced
 

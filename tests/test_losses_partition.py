@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from contrastive_ops import info_nce
-from contrastive_ops.losses.partition import gist, gte
+from contrastive_ops.losses.gist import gist, gte
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, clustered_pairs, relative_error
 from contrastive_ops.testing.compare import check, leaf, reduced
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from contrastive_ops.losses.queue import moco
+from contrastive_ops.losses.moco import moco
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, clustered_pairs, relative_error
 from contrastive_ops.testing.compare import check, leaf, reduced
 

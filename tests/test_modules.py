@@ -15,7 +15,7 @@ from test_nn import IDS, OTHERS
 import contrastive_ops
 from contrastive_ops import nn
 from contrastive_ops.losses.decorrelation import RunningCovariance
-from contrastive_ops.losses.word2vec import UnigramSampler
+from contrastive_ops.losses.negative_sampling import UnigramSampler
 from contrastive_ops.mining import MemoryBank
 from contrastive_ops.moe import ExpertChoice, Experts, Router, SoftMoE, SparseMoE
 

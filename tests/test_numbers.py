@@ -8,7 +8,8 @@ import inspect
 import pytest
 import torch
 
-from contrastive_ops import _checks, moe, similarity_prefix, similarity_reduce, similarity_topk
+from contrastive_ops import moe, similarity_prefix, similarity_reduce, similarity_topk
+from contrastive_ops.core import checks
 from contrastive_ops.losses import _arguments
 from contrastive_ops.testing import LOSSES
 
@@ -65,7 +66,7 @@ def test_a_temperature_that_is_not_positive_is_refused_as_a_float_is(name, optio
 
 def test_a_temperature_that_cannot_be_read_makes_the_scale_nan(monkeypatch):
     """On a GPU a check would wait for the value; the condition is the same in traced code."""
-    monkeypatch.setattr(_checks, "may_read", lambda tensor, **_: False)
+    monkeypatch.setattr(checks, "may_read", lambda tensor, **_: False)
     values = torch.tensor([0.5, 0.0, -0.1], requires_grad=True)
     scale = _arguments.inverse("f", "temperature", values)
     assert scale[0] == 2 and scale[1:].isnan().all()
@@ -93,25 +94,25 @@ def test_primitives(rows):
 def test_number_and_integer():
     np = pytest.importorskip("numpy")
     for value in (3, 3.0, np.float32(3), np.int64(3), torch.tensor(3), torch.tensor([[3.0]]), np.array([3])):
-        assert _checks.number("f", "a", value) == 3.0 and type(_checks.number("f", "a", value)) is float
+        assert checks.number("f", "a", value) == 3.0 and type(checks.number("f", "a", value)) is float
     for value in (3, np.int64(3), np.uint8(3), torch.tensor(3), torch.tensor([3]), np.array([3])):
-        assert _checks.integer("f", "k", value, 1, 3) == 3 and type(_checks.integer("f", "k", value)) is int
+        assert checks.integer("f", "k", value, 1, 3) == 3 and type(checks.integer("f", "k", value)) is int
     for wrong in (True, np.bool_(True), "3", None, [3], torch.ones(2), torch.tensor(True), 3j, np.ones(2)):
-        for check in (_checks.number, _checks.integer):
+        for check in (checks.number, checks.integer):
             with pytest.raises(TypeError, match="^f: a must be (a number|an int), got "):
                 check("f", "a", wrong)
     for wrong in (2.0, np.float32(2), torch.tensor(2.0)):
         with pytest.raises(TypeError, match="^f: k must be an int, got "):
-            _checks.integer("f", "k", wrong)
+            checks.integer("f", "k", wrong)
     for value, interval in ((0, "(0, 1]"), (1.5, "(0, 1]"), (float("nan"), "(-inf, inf)"), (float("inf"), "[0, inf)")):
         with pytest.raises(ValueError, match="^f: a must be in "):
-            _checks.number("f", "a", value, interval)
+            checks.number("f", "a", value, interval)
     with pytest.raises(ValueError, match="^f: k must be at least 2, got 1"):
-        _checks.integer("f", "k", 1, 2)
+        checks.integer("f", "k", 1, 2)
     with pytest.raises(ValueError, match=r"^f: k must be in \[2, 4\], got 5"):
-        _checks.integer("f", "k", 5, 2, 4)
+        checks.integer("f", "k", 5, 2, 4)
     with pytest.raises(ValueError, match="^f: a must not require a gradient"):
-        _checks.number("f", "a", torch.tensor(1.0, requires_grad=True))
+        checks.number("f", "a", torch.tensor(1.0, requires_grad=True))
 
 
 LAYOUTS = {"w": ("w1", "w3", "w2"), "proj": ("gate_proj", "up_proj", "down_proj")}
@@ -148,11 +149,11 @@ def test_experts_without_gates_load_each_matrix():
 
 
 def test_what_needs_float64_is_computed_on_the_cpu_where_a_device_has_none(monkeypatch):
-    from contrastive_ops import _ordered
+    from contrastive_ops.core import ordered
 
     x = torch.randn(3, 4, requires_grad=True)
-    torch.testing.assert_close(_ordered.in_float64(x), x.double(), rtol=0, atol=0)
-    monkeypatch.setattr(_ordered, "wide_dtype", lambda like: torch.float32)
-    wide = _ordered.in_float64(x)
+    torch.testing.assert_close(ordered.in_float64(x), x.double(), rtol=0, atol=0)
+    monkeypatch.setattr(ordered, "wide_dtype", lambda like: torch.float32)
+    wide = ordered.in_float64(x)
     assert wide.device.type == "cpu" and wide.dtype == torch.float64
     assert torch.autograd.grad(wide.sum(), x)[0].dtype == torch.float32

@@ -12,10 +12,10 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure, overhead, results, run
 from benchmarks.registry import OURS
-from contrastive_ops import _extension
+from contrastive_ops.core import extension
 from contrastive_ops.ops.similarity_reduce import BACKENDS
 
-compiled = pytest.mark.skipif(_extension.why_missing() is not None, reason="the operators are not compiled")
+compiled = pytest.mark.skipif(extension.why_missing() is not None, reason="the operators are not compiled")
 
 
 @compiled

@@ -6,7 +6,7 @@ import torch._dynamo.testing
 
 import contrastive_ops
 from contrastive_ops import Fold, Pairs, clip, info_nce, nt_xent, similarity_reduce, similarity_topk
-from contrastive_ops._similarity import Layout, LogitSet, ScaleOf, SetFold, Slot
+from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf, SetFold, Slot
 from contrastive_ops.testing import sample_problem
 
 ops = torch.ops.contrastive_ops

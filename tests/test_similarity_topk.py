@@ -277,9 +277,10 @@ def test_a_row_has_the_same_scores_in_any_batch_and_shard(dtype):
 CHILD = """
 import json, sys, torch
 sys.path.insert(0, {tests!r})
-from contrastive_ops import _extension, similarity_topk
+from contrastive_ops import similarity_topk
+from contrastive_ops.core import extension
 from test_similarity_topk import DTYPES, integers, random_rules, RULES
-out = {{"level": _extension.load().cpu_capability()}}
+out = {{"level": extension.load().cpu_capability()}}
 for dtype in DTYPES:
     for rows in (2, 21):
         x, y = integers(rows, 37, dtype), integers(700, 37, dtype, seed=1)

@@ -1,6 +1,6 @@
 """State keeps its digits whatever a model is cast to, belongs to one process, and survives a batch that is not finite.
 
-The modules with state are the subclasses of `_state.State`, found by importing every module of the package; a tensor
+The modules with state are the subclasses of `core.state.State`, found by importing every module; a tensor
 that is registered as a buffer anywhere must be one that such a class names.
 """
 
@@ -17,7 +17,7 @@ from torch import nn
 
 import contrastive_ops
 from contrastive_ops import MemoryBank, RunningCovariance, RunningDenominator, UnigramSampler, moe, sog_clr
-from contrastive_ops._state import State
+from contrastive_ops.core.state import State
 from contrastive_ops.moe.router import balanced_bias
 
 MAKE = {

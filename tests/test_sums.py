@@ -1,6 +1,6 @@
 """Sums of millions of rows into few: 1e-6 relative at most, where float32 added up one by one drifts by thousandths.
 
-Sites are found by a search of the package's source: nothing there adds rows to rows but the helpers of `_ordered.py`,
+Sites are found by a search of the source: nothing there adds rows to rows but the helpers of `core/ordered.py`,
 apart from sums of integers and of numbers that are scattered to places of their own.
 """
 
@@ -20,7 +20,7 @@ from contrastive_ops import (
     similarity_topk,
     vicreg,
 )
-from contrastive_ops._ordered import (
+from contrastive_ops.core.ordered import (
     add_segments,
     long_product,
     ordered_logsumexp,
@@ -54,7 +54,7 @@ def test_rows_are_added_to_rows_in_one_place():
         number = len(
             re.findall(r"\.index_add_?\(|\.index_reduce|segment_reduce\(|bincount\([^)]*weights", path.read_text())
         )
-        if number and path.name != "_ordered.py":
+        if number and path.name != "ordered.py":
             found[path.relative_to(package).as_posix()] = number
     assert found == COUNTS
 

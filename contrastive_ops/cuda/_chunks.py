@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._similarity import Layout, Slot
+from ..core.problem import Layout, Slot
 from . import _products
 from ._pairs import dense, dense_tuple
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .._similarity import Layout
+from ..core.problem import Layout
 
 # As in csrc/cuda/similarity_pairs.h: what an argument of a kernel has room for.
 MOST_SETS, MOST_FOLDS = 6, 12

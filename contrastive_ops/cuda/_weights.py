@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._cuda import kernels
-from .._float16 import weight_norm
-from .._ordered import in_parts
-from .._similarity import ScaleOf, with_factors
+from ..core.cuda_kernels import kernels
+from ..core.ordered import in_parts
+from ..core.problem import ScaleOf, with_factors
+from ..core.weight_norm import weight_norm
 from . import _products
 from ._chunks import Chunk, Problem
 from ._pairs import dense

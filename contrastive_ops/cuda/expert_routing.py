@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._cuda import kernels
-from .._routing import ScoreSpec, SlotSpec
+from ..core.cuda_kernels import kernels
+from ..core.routing import ScoreSpec, SlotSpec
 
 # Most blocks that sums are made in, and the numbers that their tables have in all, with which there are fewer.
 PARTS, TABLES = 1024, 1 << 21

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._cuda import kernels
-from .._similarity import KINDS
+from ..core.cuda_kernels import kernels
+from ..core.problem import KINDS
 from ..reference.similarity_reduce import row_losses, row_slopes
 from ._chunks import Chunk, Memory, Problem, Sizes, Workspace, padded
 from ._weights import Gradients, Upstream, Wanted

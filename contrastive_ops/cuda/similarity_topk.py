@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._cuda import kernels
-from .._listed_gradients import Lists, gradients
-from .._similarity import STATISTICS, Layout, LogitSet, Slot
+from ..core.cuda_kernels import kernels
+from ..core.listed_gradients import Lists, gradients
+from ..core.problem import STATISTICS, Layout, LogitSet, Slot
 from ..reference import similarity_topk as reference
 from ._products import CHUNK_BYTES, inner_products
 

@@ -7,7 +7,6 @@ a batch, or both sides of it in losses of two directions, stays a candidate of t
 both.
 """
 
-from .classifier import arc_face, cos_face, margin_softmax
 from .decorrelation import (
     RunningCovariance,
     barlow_twins,
@@ -19,24 +18,25 @@ from .decorrelation import (
 )
 from .diagnostics import Diagnostics
 from .distillation import distance_distillation, similarity_distillation
-from .hardness import dcl, debiased, hcl, hn_nce
+from .gist import gist, gte
+from .hard_negatives import dcl, debiased, hcl, hn_nce
+from .hinge import energy_hinge, simctg, vse
 from .late_interaction import late_interaction
 from .linear_softmax import LogProb, linear_cross_entropy, linear_kl, linear_log_prob
-from .margin import energy_hinge, simctg, vse
+from .margin_softmax import arc_face, cos_face, margin_softmax
 from .matryoshka import matryoshka_clip, matryoshka_info_nce, matryoshka_nt_xent
 from .mined import mined_info_nce
+from .moco import moco
 from .multi_positive import multi_positive_info_nce, soft_info_nce, sup_con
-from .partition import gist, gte
+from .negative_sampling import UnigramSampler, negative_sampling
 from .preference import dpo, kl_estimate
-from .queue import moco
 from .rank_distillation import listwise_distillation, margin_mse, pairwise_rank_distillation
 from .regularizers import alignment, sparsity, uniformity
-from .running import RunningDenominator, sog_clr
 from .sigmoid import bixse, multi_positive_siglip, pair_bce, siglip
 from .softmax import clip, info_nce, nt_xent
+from .sog_clr import RunningDenominator, sog_clr
 from .triplet import batch_hard_triplet, batch_semi_hard_triplet, contrastive, triplet
 from .whitening import group_whiten
-from .word2vec import UnigramSampler, negative_sampling
 
 __all__ = [
     "Diagnostics",

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._masks import left_out, times
-from .._ordered import ordered_sum
-from .._unit_rows import unit_rows
+from ..core import autocast, checks
+from ..core.masks import left_out, times
+from ..core.ordered import ordered_sum
+from ..core.unit_rows import unit_rows
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -45,8 +45,8 @@ def two_sides(
     """
     check_reduction(function, reduction)
     (x_name, x), (y_name, y) = sides
-    x, y = _autocast.cast(x, y)
-    _checks.check_matrices(function, x_name, x, y_name, y)
+    x, y = autocast.cast(x, y)
+    checks.check_matrices(function, x_name, x, y_name, y)
     if partners:
         check_partners(function, x_name, x, y_name, y)
     if weight is not None:
@@ -72,8 +72,8 @@ def one_side(
 ) -> tuple[Tensor, float | Tensor]:
     """`two_sides` for a loss that compares the rows of one matrix with each other."""
     check_reduction(function, reduction)
-    (x,) = _autocast.cast(x)
-    _checks.check_matrix(function, name, x)
+    (x,) = autocast.cast(x)
+    checks.check_matrix(function, name, x)
     if weight is not None:
         check_weight(function, weight, x.shape[0], name, x)
     factor = resolve_scale(function, temperature, scale, default_temperature)
@@ -117,7 +117,7 @@ def resolve_scale(
             f"({prefix}scale = 1 / {prefix}temperature)"
         )
     if scale is not None:
-        return _checks.factor(function, f"{prefix}scale", scale)
+        return checks.factor(function, f"{prefix}scale", scale)
     return inverse(function, f"{prefix}temperature", default_temperature if temperature is None else temperature)
 
 
@@ -128,9 +128,9 @@ def inverse(function: str, name: str, temperature: float | Tensor) -> float | Te
     makes the scale NaN, and so the loss: turned around, it would train without a word.
     """
     if not isinstance(temperature, Tensor):
-        return 1.0 / _checks.number(function, name, temperature, "(0, inf]")
-    value: Any = _checks.factor(function, name, temperature)
-    if not _checks.may_read(value):
+        return 1.0 / checks.number(function, name, temperature, "(0, inf]")
+    value: Any = checks.factor(function, name, temperature)
+    if not checks.may_read(value):
         return torch.where(value > 0, value, torch.nan).reciprocal()
     if value.numel():
         least = value.item() if value.dim() == 0 else float(value.detach().amin())
@@ -147,7 +147,7 @@ def of_weighted(weight: Tensor | None, value: Any, otherwise: float = 0) -> Any:
     """
     if weight is None or not isinstance(value, Tensor):
         return value
-    if value.is_quantized or _checks.unreadable(value) is not None:
+    if value.is_quantized or checks.unreadable(value) is not None:
         return value  # is refused by the checks that follow
     if value.shape[:1] != weight.shape:
         return value
@@ -162,7 +162,7 @@ def lists_of_weighted(weight: Tensor | None, indptr: Tensor, *entries: Tensor) -
     used = weight != 0
     row = torch.searchsorted(indptr, torch.arange(entries[0].shape[0], device=indptr.device), right=True) - 1
     kept = used[row.clamp(0, max(used.shape[0] - 1, 0))] if used.shape[0] else torch.ones_like(row, dtype=torch.bool)
-    if not _checks.may_read(indptr, waits=True):  # which a traced program cannot drop
+    if not checks.may_read(indptr, waits=True):  # which a traced program cannot drop
         return indptr, *(left_out(each, kept) for each in entries)
     lengths = torch.where(used, indptr.diff(), 0)
     return torch.cat([indptr[:1], indptr[:1] + lengths.cumsum(0)]), *(each[kept] for each in entries)
@@ -206,7 +206,7 @@ def mean_over(rows: Tensor, counted: Tensor, weight: Tensor | None, reduction: s
 
 def check_reduction(function: str, reduction: str) -> None:
     """`reduction` must be one that PyTorch knows."""
-    _checks.check_choice(function, "reduction", reduction, REDUCTIONS)
+    checks.check_choice(function, "reduction", reduction, REDUCTIONS)
 
 
 def check_partners(function: str, x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
@@ -214,14 +214,14 @@ def check_partners(function: str, x_name: str, x: Tensor, y_name: str, y: Tensor
     if x.shape != y.shape:
         raise ValueError(
             f"{function}: {y_name} must have the same shape as {x_name}, "
-            f"got {x_name} {_checks.shape(x)} and {y_name} {_checks.shape(y)}"
+            f"got {x_name} {checks.shape(x)} and {y_name} {checks.shape(y)}"
         )
 
 
 def check_weight(function: str, weight: Tensor, size: int, x_name: str, x: Tensor, name: str = "weight") -> None:
     """`weight` must be (size,) numbers >= 0, where they can be read."""
-    _checks.check_vector(function, name, weight, size, x_name, x)
-    if not _checks.may_read(weight):
+    checks.check_vector(function, name, weight, size, x_name, x)
+    if not checks.may_read(weight):
         return
     negative = weight.detach()[weight.detach() < 0]
     if negative.numel():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
+from ..core import autocast, checks
+from ..core.numerics import softplus
 from ..ops.similarity_reduce import fold, needs_gradient, weighted_total
-from ..reference.similarity_reduce import softplus
 from . import _arguments
 from ._columns import wide
 from ._pair_list import pair_similarity
@@ -80,8 +80,8 @@ def pair_logits(
     unit: bool,
 ) -> Tensor:
     """(P,) the logit of each listed pair, in the accumulation dtype."""
-    factor = _checks.scale_tensor(function, scale, x_name, x)
-    with _autocast.disabled(x):
+    factor = checks.scale_tensor(function, scale, x_name, x)
+    with autocast.disabled(x):
         similarity = (
             pair_similarity(wide(x, True), wide(y, True), rows, cols) if unit else pair_similarity(x, y, rows, cols)
         )
@@ -90,22 +90,22 @@ def pair_logits(
 
 def shared_bias(function: str, bias: float | Tensor, x: Tensor) -> Tensor:
     """0-d: the bias of every pair, in the accumulation dtype."""
-    return _checks.one_number(function, "bias", bias, "x", x)
+    return checks.one_number(function, "bias", bias, "x", x)
 
 
 def checked_labels(function: str, name: str, labels: Tensor, size: int, x_name: str, x: Tensor) -> Tensor:
     """`labels` must be numbers in [0, 1]; return them in the accumulation dtype."""
-    _checks.check_vector(function, name, labels, size, x_name, x)
-    if _checks.may_read(labels):
+    checks.check_vector(function, name, labels, size, x_name, x)
+    if checks.may_read(labels):
         wrong = labels.detach()[~((labels >= 0) & (labels <= 1))]
         if wrong.numel():
             raise ValueError(f"{function}: {name} must be in [0, 1], got {float(wrong[0])}")
-    return labels.to(_checks.accumulator(x.dtype))
+    return labels.to(checks.accumulator(x.dtype))
 
 
 def check_once(function: str, rows: Tensor, cols: Tensor) -> None:
     """No column twice in one row's list; both are sorted."""
-    if not _checks.may_read(rows, waits=True):
+    if not checks.may_read(rows, waits=True):
         return
     twice = ((rows.diff() == 0) & (cols.diff() == 0)).nonzero()
     if len(twice):

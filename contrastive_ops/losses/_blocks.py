@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.folds import Fold, Folded
-from ..ops.pairs import Guide, Pairs
+from ..core.folds import Fold, Folded
+from ..core.rules import Guide, Pairs
 from ..ops.similarity_reduce import fold
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")

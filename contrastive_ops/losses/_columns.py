@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._unit_rows import unit_rows
-from ..ops.folds import Fold
-from ..ops.pairs import Pairs
+from ..core import autocast, checks
+from ..core.folds import Fold
+from ..core.rules import Pairs
+from ..core.unit_rows import unit_rows
 
 
 def own_column(function: str, query: Tensor, key: Tensor) -> Tensor:
@@ -18,34 +18,34 @@ def own_column(function: str, query: Tensor, key: Tensor) -> Tensor:
     if key.shape[0] < query.shape[0]:
         raise ValueError(
             f"{function}: key must have at least as many rows as query where target is not given, "
-            f"got query {_checks.shape(query)} and key {_checks.shape(key)}"
+            f"got query {checks.shape(query)} and key {checks.shape(key)}"
         )
     return torch.arange(query.shape[0], device=query.device)
 
 
 def checked_target(function: str, name: str, target: Tensor, x_name: str, x: Tensor, columns: int) -> Tensor:
     """`target` must name one of the first `columns` columns for each row of `x`."""
-    target = _checks.check_index(function, name, target, x.shape[0], x_name, x)
+    target = checks.check_index(function, name, target, x.shape[0], x_name, x)
     # Of these columns alone: a target among shared negatives is a mistake that the operator could not see.
     # On a GPU it goes unseen, and the row of a target that is no column at all gets NaN.
-    _checks.check_index_values(function, name, target, columns, waits=False)
+    checks.check_index_values(function, name, target, columns, waits=False)
     return target
 
 
 def check_row_negatives(function: str, query: Tensor, row_negatives: object) -> None:
     """`row_negatives` must be (N, K, D), of the query's dtype and device."""
-    row_negatives = _checks.check_tensor(function, "row_negatives", row_negatives)
+    row_negatives = checks.check_tensor(function, "row_negatives", row_negatives)
     if row_negatives.dim() != 3 or row_negatives.shape[::2] != query.shape:
         raise ValueError(
             f"{function}: row_negatives must have shape ({query.shape[0]}, K, {query.shape[1]}), "
-            f"got {_checks.shape(row_negatives)}"
+            f"got {checks.shape(row_negatives)}"
         )
     if row_negatives.dtype != query.dtype:
         raise TypeError(
             f"{function}: row_negatives must have the same dtype as query, "
             f"got query {query.dtype} and row_negatives {row_negatives.dtype}"
         )
-    _checks.check_device(function, "query", query, "row_negatives", row_negatives)
+    checks.check_device(function, "query", query, "row_negatives", row_negatives)
 
 
 def check_pairs(function: str, pairs: object) -> None:
@@ -56,13 +56,13 @@ def check_pairs(function: str, pairs: object) -> None:
 
 def wide(x: Tensor, unit: bool = False) -> Tensor:
     """Rows in the accumulation dtype, of length 1 where `unit`."""
-    x = x.to(_checks.accumulator(x.dtype))
+    x = x.to(checks.accumulator(x.dtype))
     return unit_rows(x) if unit else x
 
 
 def partner_similarity(x: Tensor, y: Tensor, unit: bool = False) -> Tensor:
     """(N,) inner product of each row with its partner, or (N, K) with its K partners, in the accumulation dtype."""
-    with _autocast.disabled(x):
+    with autocast.disabled(x):
         x, y = wide(x, unit), wide(y, unit)
         return torch.einsum("nd,nkd->nk", x, y) if y.dim() == 3 else (x * y).sum(1)
 
@@ -89,15 +89,15 @@ def scaled(scale: float | Tensor, rows: Tensor) -> Tensor:
 def smoothing_share(function: str, label_smoothing: float | Tensor, x_name: str, x: Tensor) -> float | Tensor | None:
     """Check `label_smoothing`: a number or (N,) numbers in [0, 1]. None where there is nothing to smooth."""
     if not isinstance(label_smoothing, Tensor):
-        return _checks.number(function, "label_smoothing", label_smoothing, "[0, 1]") or None
+        return checks.number(function, "label_smoothing", label_smoothing, "[0, 1]") or None
     if label_smoothing.numel() == 1:
-        label_smoothing = _checks.one_number(function, "label_smoothing", label_smoothing, x_name, x).expand(x.shape[0])
-    _checks.check_vector(function, "label_smoothing", label_smoothing, x.shape[0], x_name, x)
-    if _checks.may_read(label_smoothing):
+        label_smoothing = checks.one_number(function, "label_smoothing", label_smoothing, x_name, x).expand(x.shape[0])
+    checks.check_vector(function, "label_smoothing", label_smoothing, x.shape[0], x_name, x)
+    if checks.may_read(label_smoothing):
         wrong = label_smoothing.detach()[~((label_smoothing >= 0) & (label_smoothing <= 1))]
         if wrong.numel():
             raise ValueError(f"{function}: label_smoothing must be in [0, 1], got {float(wrong[0])}")
-    return label_smoothing.to(_checks.accumulator(x.dtype))
+    return label_smoothing.to(checks.accumulator(x.dtype))
 
 
 def smoothing_folds(share: float | Tensor | None, pairs: Pairs | None) -> tuple[Fold, ...]:
@@ -107,7 +107,7 @@ def smoothing_folds(share: float | Tensor | None, pairs: Pairs | None) -> tuple[
 
 def logit_sums(x: Tensor, y: Tensor, scale: float | Tensor, of_columns: bool = False, unit: bool = False) -> Tensor:
     """Each row's (or column's) sum of logits; linear, so that it takes O((N + M) D)."""
-    with _autocast.disabled(x):
+    with autocast.disabled(x):
         x, y = wide(x, unit), wide(y, unit)
         # Not a matrix-vector product: the bits of one depend on the number of threads in some libraries.
         if of_columns:

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._offsets import from_common_row
-from .._unit_rows import unit_rows
-from ..ops.folds import Fold
-from ..ops.pairs import Pairs
+from ..core import autocast, checks
+from ..core.folds import Fold
+from ..core.offsets import from_common_row
+from ..core.rules import Pairs
+from ..core.unit_rows import unit_rows
 from ..ops.similarity_reduce import fold
 
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
@@ -48,7 +48,7 @@ def distance_between(x: Points, y: Points, distance: str, eps: float = 0.0) -> T
     Computed from differences, which do not cancel where the points are close. The gradient of the Euclidean distance at
     0 is 0; with `eps`, which is added to each difference as torch does, it is that of torch.
     """
-    with _autocast.disabled(x.rows):
+    with autocast.disabled(x.rows):
         difference = x.rows - y.rows
         if distance == "euclidean":
             return torch.linalg.vector_norm(difference + eps if eps else difference, dim=1)
@@ -80,7 +80,7 @@ def farthest_and_nearest(
     No gradient: the caller computes the distances of the selected pairs again, exactly and for O(N D). `x` and `y` are
     the rows of `points`: in the accumulation dtype, because differences and unit rows in a lower one are rounded.
     """
-    with torch.no_grad(), _autocast.disabled(x):
+    with torch.no_grad(), autocast.disabled(x):
         scale, col_bias = 1.0, None
         if distance != "cosine":
             # |y|^2 - 2 <x, y> orders each row's columns as the distance does.
@@ -118,7 +118,7 @@ def semi_hard_negative(
         target: (N,) the column of each row's positive.
         backend: as in `similarity_reduce`.
     """
-    with torch.no_grad(), _autocast.disabled(x):
+    with torch.no_grad(), autocast.disabled(x):
         if distance == "cosine":
             x, y = _unit(x), None if y is None else _unit(y)
         else:
@@ -139,7 +139,7 @@ def semi_hard_negative(
 
 
 def _accumulated(x: Tensor) -> Tensor:
-    return x.to(_checks.accumulator(x.dtype))
+    return x.to(checks.accumulator(x.dtype))
 
 
 def _unit(x: Tensor) -> Tensor:

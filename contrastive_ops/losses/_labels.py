@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks
-from ..ops.pairs import Pairs
+from ..core import checks
+from ..core.rules import Pairs
 from . import _arguments
 
 
@@ -41,11 +41,11 @@ def labelled(
         x, factor = _arguments.one_side(function, "x", x, **common)
     else:
         x, y, factor = _arguments.two_sides(function, (("x", x), ("y", y)), anchors=1, **common)
-    labels = _checks.check_index(function, "labels", labels, x.shape[0], "x", x)
+    labels = checks.check_index(function, "labels", labels, x.shape[0], "x", x)
     if y is None or col_labels is None:
         ids, diagonal = (labels, labels), 0
         return x, y, factor, Pairs(diagonal=diagonal, differ=ids), Pairs(diagonal=diagonal, same=ids)
-    col_labels = _checks.check_index(function, "col_labels", col_labels, y.shape[0], "y", y)
+    col_labels = checks.check_index(function, "col_labels", col_labels, y.shape[0], "y", y)
     ids = (labels, col_labels)
     return x, y, factor, Pairs(differ=ids), Pairs(same=ids)
 

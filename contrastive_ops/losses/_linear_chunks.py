@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast
-from .._checks import accumulator
-from .._library import define
-from .._softmax import balanced, log_softmax, log_softmax_
-from ..ops._autograd import alias, grad
-from ..reference.similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows
+from ..core import autocast
+from ..core.checks import accumulator
+from ..core.derivatives import alias, grad
+from ..core.numerics import CHUNK_ELEMENTS, balanced, chunks_of_rows, log_softmax, log_softmax_
+from ..core.operators import define
 from ..reference.stream import stream_rows
 
 # x, y, bias are those of the softmax; q is the other one, of divergences. Both need what the other does not.
@@ -143,7 +142,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     first = x.new_empty(x.shape[:1], dtype=accumulator(x.dtype))
     second = torch.empty_like(first)
-    with _autocast.disabled(x):
+    with autocast.disabled(x):
         p, q = _softmaxes(x, y, bias, qx, qy, q_bias)
         for chunk in chunks(x, y):
             p.multiply(chunk)
@@ -177,7 +176,7 @@ def _backward(
     dx, dy, dbias = dx.zero_(), dy.zero_(), dbias.zero_()
     zeros = torch.zeros_like(second)
     d_first, d_second = (zeros if d is None else d for d in (d_first, d_second))
-    with _autocast.disabled(x):
+    with autocast.disabled(x):
         p, q = _softmaxes(x, y, bias, qx, qy, q_bias)
         for chunk in chunks(x, y):
             p.multiply(chunk)
@@ -271,7 +270,7 @@ def _differentiably(
             q.multiply(rows)
         return (_kl(log_p, q.log_p(slice(None)), kind),)
 
-    with _autocast.disabled(x):
+    with autocast.disabled(x):
         values = stream_rows(of_chunk, x, y)
         pairs = [(v, d) for v, d in zip(values, (d_first, d_second), strict=False) if d is not None]
         leaves = [t for t in (x, y, bias) if t is not None and t.requires_grad]

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._masks import left_out
-from .._ordered import ordered_sum
+from ..core import autocast, checks
+from ..core.masks import left_out
+from ..core.numerics import softplus
+from ..core.ordered import ordered_sum
 from ..ops.similarity_reduce import fold, weighted_total
-from ..reference.similarity_reduce import softplus
 from . import _linear_targets
 
 
@@ -48,9 +48,9 @@ class Problem:
         self.rows, self.weight, self.bias = checked(name, ("hidden", hidden), ("weight", weight), ("bias", bias))
         classes = None if options is None else options.class_weight
         if classes is not None:
-            _checks.check_vector(name, "class_weight", classes, weight.shape[0], "hidden", self.rows)
-            _checks.check_constant(name, "class_weight", classes)
-            classes = classes.to(_checks.accumulator(self.rows.dtype))
+            checks.check_vector(name, "class_weight", classes, weight.shape[0], "hidden", self.rows)
+            checks.check_constant(name, "class_weight", classes)
+            classes = classes.to(checks.accumulator(self.rows.dtype))
         self.shape, self.classes, self.own = hidden.shape[:-1], classes, None
         self.probabilities = isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() == hidden.dim()
         if self.probabilities:
@@ -58,24 +58,24 @@ class Problem:
         else:
             check_entries(name, "labels", labels, hidden)
             target = labels.reshape(-1)
-            target = _checks.check_index(name, "labels", target, self.rows.shape[0], "hidden", self.rows)
+            target = checks.check_index(name, "labels", target, self.rows.shape[0], "hidden", self.rows)
             self.used = target != (-100 if ignore_index is None else ignore_index)
         if token_weight is not None:
             self.used = self.used & (token_weight.detach() != 0)
         self.places, (self.rows, self.target) = of_used(self.used, self.rows, target)
         if not self.probabilities:
-            _checks.check_index_values(name, "labels", self.target, weight.shape[0])
+            checks.check_index_values(name, "labels", self.target, weight.shape[0])
             self.own = None if classes is None else classes[self.target]
 
     def _checked_probabilities(self, name: str, labels: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
         shape = (*self.shape, self.weight.shape[0])
         if labels.shape != shape:
             raise ValueError(
-                f"{name}: labels must be probabilities of shape {tuple(shape)}, got {_checks.shape(labels)}"
+                f"{name}: labels must be probabilities of shape {tuple(shape)}, got {checks.shape(labels)}"
             )
         if ignore_index not in (None, -100):
             raise ValueError(f"{name}: ignore_index must be None where labels are probabilities, got {ignore_index}")
-        _checks.check_device(name, "hidden", self.rows, "labels", labels)
+        checks.check_device(name, "hidden", self.rows, "labels", labels)
         return _rows(labels), torch.ones(self.rows.shape[:1], dtype=torch.bool, device=labels.device)
 
     def weighted_total_has(self, options: Options) -> bool:
@@ -138,7 +138,7 @@ class Problem:
         """
         if not options.label_smoothing:
             return self.own, None, None
-        dtype, classes = _checks.accumulator(self.rows.dtype), self.weight.shape[0]
+        dtype, classes = checks.accumulator(self.rows.dtype), self.weight.shape[0]
         each = self.rows.new_full((classes,), options.label_smoothing / max(classes, 1), dtype=dtype)
         each = each if self.classes is None else each * self.classes
         evenly = (self.rows.to(dtype) * (self.weight.to(dtype) * each[:, None]).sum(0)).sum(1)
@@ -154,7 +154,7 @@ class Problem:
 
 
 def cap_of(name: str, softcap: float | None) -> float:
-    return 0.0 if softcap is None else _checks.number(name, "softcap", softcap, "(0, inf)")
+    return 0.0 if softcap is None else checks.number(name, "softcap", softcap, "(0, inf)")
 
 
 def checked(
@@ -162,13 +162,13 @@ def checked(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The rows, classes and bias of one softmax, cast as autocast asks."""
     (hidden_name, x), (weight_name, y), (bias_name, b) = hidden, weight, bias
-    x, y, b = _autocast.cast(x, y, b)
-    if _checks.check_tensor(name, hidden_name, x).dim() < 1:
-        raise ValueError(f"{name}: {hidden_name} must be a tensor (..., D), got {_checks.shape(x)}")
+    x, y, b = autocast.cast(x, y, b)
+    if checks.check_tensor(name, hidden_name, x).dim() < 1:
+        raise ValueError(f"{name}: {hidden_name} must be a tensor (..., D), got {checks.shape(x)}")
     rows = _rows(x)
-    _checks.check_matrices(name, hidden_name, rows, weight_name, y)
+    checks.check_matrices(name, hidden_name, rows, weight_name, y)
     if b is not None:
-        _checks.check_vector(name, bias_name, b, y.shape[0], hidden_name, rows)
+        checks.check_vector(name, bias_name, b, y.shape[0], hidden_name, rows)
     return rows, y, b
 
 
@@ -179,10 +179,10 @@ def _rows(x: Tensor) -> Tensor:
 
 def check_entries(name: str, key: str, given: object, hidden: Tensor) -> None:
     """`given` must have one entry for each row of `hidden`."""
-    given = _checks.check_tensor(name, key, given)
+    given = checks.check_tensor(name, key, given)
     if given.shape != hidden.shape[:-1]:
-        raise ValueError(f"{name}: {key} must have shape {tuple(hidden.shape[:-1])}, got {_checks.shape(given)}")
-    _checks.check_device(name, "hidden", hidden, key, given)
+        raise ValueError(f"{name}: {key} must have shape {tuple(hidden.shape[:-1])}, got {checks.shape(given)}")
+    checks.check_device(name, "hidden", hidden, key, given)
 
 
 def of_used(used: Tensor, *given: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:
@@ -190,7 +190,7 @@ def of_used(used: Tensor, *given: Tensor) -> tuple[Tensor | None, tuple[Tensor, 
 
     A traced program must not depend on how many there are: it keeps all, with 0 for those that are not used.
     """
-    if not _checks.may_read(used, waits=True):
+    if not checks.may_read(used, waits=True):
         return None, tuple(left_out(each, used) for each in given)
     if bool(used.all()):
         return None, given

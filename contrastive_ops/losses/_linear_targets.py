@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast
-from .._checks import accumulator
-from .._library import define
-from ..ops._autograd import alias, grad
+from ..core import autocast
+from ..core.checks import accumulator
+from ..core.derivatives import alias, grad
+from ..core.operators import define
 from ..reference.stream import stream_rows
 from ._linear_chunks import Softmax, chunks, empty_gradients, pieces
 
@@ -82,7 +82,7 @@ def _forward(
     lse = torch.full_like(loss, -torch.inf)
     if not y.shape[0]:
         return loss, lse
-    with _autocast.disabled(x):
+    with autocast.disabled(x):
         softmax = Softmax(x, y, bias, loss.dtype, softcap)
         for chunk in chunks(x, y):
             softmax.multiply(chunk)
@@ -112,7 +112,7 @@ def _backward(
         return dx, dy, dbias, dtarget
     zeros = x.new_zeros(x.shape[:1], dtype=dx.dtype)
     d_loss, d_lse = (zeros if d is None else d for d in (d_loss, d_lse))
-    with _autocast.disabled(x):
+    with autocast.disabled(x):
         softmax = Softmax(x, y, bias, dx.dtype, softcap)
         for chunk in chunks(x, y):
             softmax.multiply(chunk, slope=True)
@@ -191,7 +191,7 @@ def _differentiably(
         share = _shares(target[rows], log_p, class_weight, label_smoothing)
         return _summed(share, log_p), logits.logsumexp(1)
 
-    with _autocast.disabled(x):
+    with autocast.disabled(x):
         values = stream_rows(of_chunk, x, y)
         pairs = [(v, d) for v, d in zip(values, (d_loss, d_lse), strict=True) if d is not None]
         inputs = (x, y, bias, target)

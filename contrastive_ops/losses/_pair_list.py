@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._library import define
-from .._ordered import add_segments
-from ..reference.similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows
+from ..core import autocast, checks
+from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows
+from ..core.operators import define
+from ..core.ordered import add_segments
 
 
 def pair_similarity(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
@@ -33,16 +33,16 @@ def _chunks(pairs: Tensor, x: Tensor) -> Iterator[slice]:
 
 
 def _similarity(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    dtype = _checks.accumulator(x.dtype)
+    dtype = checks.accumulator(x.dtype)
     out = x.new_empty(rows.shape, dtype=dtype)
-    with _autocast.disabled(x):
+    with autocast.disabled(x):
         for part in _chunks(rows, x):
             out[part] = (x[rows[part]].to(dtype) * y[cols[part]].to(dtype)).sum(1)
     return out
 
 
 def _similarity_fake(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    return x.new_empty(rows.shape, dtype=_checks.accumulator(x.dtype))
+    return x.new_empty(rows.shape, dtype=checks.accumulator(x.dtype))
 
 
 def _similarity_derivative(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -53,16 +53,16 @@ def _similarity_derivative(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _scatter(grad: Tensor, y: Tensor, rows: Tensor, cols: Tensor, size: int) -> Tensor:
-    dtype = _checks.accumulator(y.dtype)
+    dtype = checks.accumulator(y.dtype)
     out = y.new_zeros((size, y.shape[1]), dtype=dtype)
-    with _autocast.disabled(y):
+    with autocast.disabled(y):
         for part in _chunks(rows, y):
             add_segments(out, grad[part, None].to(dtype) * y[cols[part]].to(dtype), rows[part])
     return out
 
 
 def _scatter_fake(grad: Tensor, y: Tensor, rows: Tensor, cols: Tensor, size: int) -> Tensor:
-    return y.new_empty((size, y.shape[1]), dtype=_checks.accumulator(y.dtype))
+    return y.new_empty((size, y.shape[1]), dtype=checks.accumulator(y.dtype))
 
 
 def _scatter_derivative(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:

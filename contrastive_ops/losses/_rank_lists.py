@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .. import _autocast
-from .._library import define
-from .._softmax import balanced, log_softmax
-from ..reference.similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, softplus
+from ..core import autocast
+from ..core.numerics import CHUNK_ELEMENTS, balanced, chunks_of_rows, log_softmax, softplus
+from ..core.operators import define
 from ._linear_chunks import kl_of_rows
 
 PAIRWISE = ("logistic", "hinge")
@@ -197,7 +196,7 @@ def _forward(scores: Tensor, teacher: Tensor, valid: Tensor, *options: Any) -> t
     size, at_once = scores.shape[1], CHUNK_ELEMENTS
     if of_what.kind in PAIRWISE:
         size, at_once = size**2, _at_once(scores)
-    with _autocast.disabled(scores):
+    with autocast.disabled(scores):
         for rows in chunks_of_rows(scores.shape[0], max(1, at_once // max(size, 1))):
             losses[rows], slopes[rows] = _rows(scores[rows], teacher[rows], valid[rows], of_what, True)
     return losses, slopes

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import _checks
-from .._ordered import ordered_sum
-from ..ops.pairs import Pairs
+from ..core import checks
+from ..core.numerics import softplus
+from ..core.ordered import ordered_sum
+from ..core.rules import Pairs
 from ..ops.similarity_reduce import fold, merge_lse, needs_gradient, weighted_total
-from ..reference.similarity_reduce import softplus
 from . import _arguments
 from ._columns import logit_sums, mean_logit, scaled, smoothing_folds, sum_and_count
 from .diagnostics import Ranking
@@ -108,7 +108,7 @@ def _total(
     backend: str,
 ) -> Tensor:
     """The mean or sum with gradients that are formed in the forward pass."""
-    dtype = _checks.accumulator(x.dtype)
+    dtype = checks.accumulator(x.dtype)
     row_weight = (
         x.new_ones(x.shape[:1], dtype=dtype) if weight is None else _arguments.of_weighted(weight, weight).to(dtype)
     )

@@ -12,10 +12,10 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._offsets import centred
-from .._ordered import in_float64, long_product, wide_dtype
-from .._state import State
+from ..core import autocast, checks
+from ..core.offsets import centred
+from ..core.ordered import in_float64, long_product, wide_dtype
+from ..core.state import State
 from . import _arguments
 
 # Added to variances where batch normalisation does it, as torch.nn.BatchNorm1d.
@@ -49,7 +49,7 @@ def variance_hinge(x: Tensor, *, target: float = 1.0, eps: float = 1e-4) -> Tens
         tensor(0.9900)
     """
     name = "variance_hinge"
-    eps = _checks.number(name, "eps", eps, "(0, inf)")
+    eps = checks.number(name, "eps", eps, "(0, inf)")
     (x,) = _features(name, x=x)
     if x.shape[0] == 1:
         return _nothing(x)
@@ -211,7 +211,7 @@ class RunningCovariance(State):
 
     def __init__(self, dim: int, momentum: float = 0.01, *, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.momentum = _checks.number("RunningCovariance", "momentum", momentum, "(0, 1]")
+        self.momentum = checks.number("RunningCovariance", "momentum", momentum, "(0, 1]")
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
         self.covariance = torch.eye(dim, dtype=torch.float64, device=device)
 
@@ -226,11 +226,11 @@ class RunningCovariance(State):
         name = "RunningCovariance"
         (x,) = _features(name, x=x)
         if x.shape[1] != len(self.mean):
-            raise ValueError(f"{name}: x must have shape (N, {len(self.mean)}), got {_checks.shape(x)}")
+            raise ValueError(f"{name}: x must have shape (N, {len(self.mean)}), got {checks.shape(x)}")
         x, old = x.to(self.mean.dtype), 1 - self.momentum
         mean = self.momentum * x.mean(0) + old * self.mean
         deviations = x - mean
-        with _autocast.disabled(x):
+        with autocast.disabled(x):
             covariance = self.momentum * (deviations.T @ deviations) / len(x) + old * self.covariance
         if self.training:
             with torch.no_grad():
@@ -273,14 +273,14 @@ def log_det(x: Tensor, *, eps: float = 1e-6, covariance: bool = False) -> Tensor
         0.0
     """
     name = "log_det"
-    eps = _checks.number(name, "eps", eps, "(0, inf)")
-    dtype = _checks.accumulator(x.dtype) if isinstance(x, Tensor) else torch.float32
+    eps = checks.number(name, "eps", eps, "(0, inf)")
+    dtype = checks.accumulator(x.dtype) if isinstance(x, Tensor) else torch.float32
     (x,) = _features(name, x=x)
     wide = in_float64(x)
     missing = 0
     if covariance:
         if x.shape[0] != x.shape[1]:
-            raise ValueError(f"{name}: x must have shape (D, D) with covariance=True, got {_checks.shape(x)}")
+            raise ValueError(f"{name}: x must have shape (D, D) with covariance=True, got {checks.shape(x)}")
         gram = wide
     else:
         wide = wide - wide.mean(0)
@@ -324,7 +324,7 @@ def effective_rank(x: Tensor, *, centre: bool = False) -> Tensor:
         (5.0, 1.0)
     """
     name = "effective_rank"
-    dtype = _checks.accumulator(x.dtype) if isinstance(x, Tensor) else torch.float32
+    dtype = checks.accumulator(x.dtype) if isinstance(x, Tensor) else torch.float32
     (x,) = _features(name, x=x)
     if x.shape[0] == 1:
         return (_nothing(x) + 1).to(dtype)
@@ -349,12 +349,12 @@ def effective_rank(x: Tensor, *, centre: bool = False) -> Tensor:
 def _features(function: str, **matrices: Tensor) -> list[Tensor]:
     """Check matrices, the second of which is partner of the first; return them in the accumulation dtype."""
     (x_name, x), *others = matrices.items()
-    _checks.check_matrix(function, x_name, x)
+    checks.check_matrix(function, x_name, x)
     for name, each in others:
-        _checks.check_matrices(function, x_name, x, name, each)
+        checks.check_matrices(function, x_name, x, name, each)
         _arguments.check_partners(function, x_name, x, name, each)
-    with _autocast.disabled(x):
-        return [each.to(_checks.accumulator(each.dtype)) for each in matrices.values()]
+    with autocast.disabled(x):
+        return [each.to(checks.accumulator(each.dtype)) for each in matrices.values()]
 
 
 def _nothing(*matrices: Tensor) -> Tensor:
@@ -363,7 +363,7 @@ def _nothing(*matrices: Tensor) -> Tensor:
 
 
 def _smaller_gram(x: Tensor) -> Tensor:
-    with _autocast.disabled(x):
+    with autocast.disabled(x):
         return x @ x.T if x.shape[0] < x.shape[1] else x.T @ x
 
 
@@ -373,7 +373,7 @@ def _off_diagonal(x: Tensor, y: Tensor) -> Tensor:
     Directly, or, for many more features than rows, as the square of everything less that of the diagonal. A few large
     features make that a small difference of large numbers, for which float64 has the digits.
     """
-    with _autocast.disabled(x):
+    with autocast.disabled(x):
         if 2 * x.shape[0] >= x.shape[1] or wide_dtype(x) != torch.float64:
             products = long_product(x.T, y)
             return (products - torch.diag(products.diagonal())).square().sum()

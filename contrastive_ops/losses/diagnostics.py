@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _autocast
-from .._results import named
-from ..ops.folds import Fold
-from ..ops.pairs import Bound, Pairs
+from ..core import autocast
+from ..core.folds import Fold
+from ..core.results import named
+from ..core.rules import Bound, Pairs
 from ._columns import partner_similarity, wide
 
 
@@ -58,7 +58,7 @@ class Ranking:
         both: bool = False,
         unit: bool = False,
     ) -> None:
-        with torch.no_grad(), _autocast.disabled(x):
+        with torch.no_grad(), autocast.disabled(x):
             x, y, positive = (wide(each.detach(), unit) for each in (x, y, positive))
             self.positive = partner_similarity(x, positive)
             # The positive comes from another order of summation than the sweep's inner products, so that equal

@@ -7,12 +7,12 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._offsets import from_common_row
-from .._ordered import ordered_sum
-from .._similarity import Layout, LogitSet
-from .._unit_rows import unit_rows
-from ..ops.pairs import Pairs
+from ..core import autocast, checks
+from ..core.offsets import from_common_row
+from ..core.ordered import ordered_sum
+from ..core.problem import Layout, LogitSet
+from ..core.rules import Pairs
+from ..core.unit_rows import unit_rows
 from ..ops.similarity_distill import DIVERGENCES, compare, run
 from . import _arguments
 from ._columns import wide
@@ -90,7 +90,7 @@ def similarity_distillation(
         (0.0, True)
     """
     name = "similarity_distillation"
-    _checks.check_choice(name, "divergence", divergence, DIVERGENCES)
+    checks.check_choice(name, "divergence", divergence, DIVERGENCES)
     columns = x if y is None else y
     x, columns, factor = _arguments.two_sides(
         name,
@@ -110,14 +110,14 @@ def similarity_distillation(
     if symmetric and columns.shape[0] != x.shape[0]:
         raise ValueError(
             f"{name}: y must have as many rows as x where symmetric=True, "
-            f"got x {_checks.shape(x)} and y {_checks.shape(columns)}"
+            f"got x {checks.shape(x)} and y {checks.shape(columns)}"
         )
     teacher_factor = factor
     if teacher_temperature is not None or teacher_scale is not None:
         teacher_factor = _arguments.resolve_scale(name, teacher_temperature, teacher_scale, 1.0, "teacher_")
-    teacher_x, teacher_y = _autocast.cast(teacher_x, teacher_y)
+    teacher_x, teacher_y = autocast.cast(teacher_x, teacher_y)
     # Unit rows in the accumulation dtype: in 16 bits they would be rounded once more.
-    with _autocast.disabled(x) if normalize else nullcontext():
+    with autocast.disabled(x) if normalize else nullcontext():
         if normalize:
             x, teacher_x = wide(x, True), _unit_teacher(name, "teacher_x", teacher_x)
             columns = x if y is None else wide(columns, True)
@@ -196,20 +196,20 @@ def distance_distillation(
     """
     name = "distance_distillation"
     _arguments.check_reduction(name, reduction)
-    delta = _checks.number(name, "delta", delta, "(0, inf]")
-    x, teacher_x = _autocast.cast(x, teacher_x)
-    _checks.check_matrix(name, "x", x)
-    _checks.check_matrix(name, "teacher_x", teacher_x)
-    _checks.check_device(name, "x", x, "teacher_x", teacher_x)
+    delta = checks.number(name, "delta", delta, "(0, inf]")
+    x, teacher_x = autocast.cast(x, teacher_x)
+    checks.check_matrix(name, "x", x)
+    checks.check_matrix(name, "teacher_x", teacher_x)
+    checks.check_device(name, "x", x, "teacher_x", teacher_x)
     if teacher_x.shape[0] != x.shape[0]:
         raise ValueError(
             f"{name}: teacher_x must have as many rows as x, "
-            f"got x {_checks.shape(x)} and teacher_x {_checks.shape(teacher_x)}"
+            f"got x {checks.shape(x)} and teacher_x {checks.shape(teacher_x)}"
         )
     if weight is not None:
         _arguments.check_weight(name, weight, x.shape[0], "x", x)
     # Both in the accumulation dtype: a difference of squares has no digits to lose.
-    student, teacher = x.to(_checks.accumulator(x.dtype)), teacher_x.detach().to(_checks.accumulator(x.dtype))
+    student, teacher = x.to(checks.accumulator(x.dtype)), teacher_x.detach().to(checks.accumulator(x.dtype))
     if normalize:
         student, teacher = unit_rows(student), unit_rows(teacher)
     options = {"memory_budget": memory_budget, "function": name, "backend": backend}
@@ -248,5 +248,5 @@ def _mean_distance(x: Tensor, **options: object) -> Tensor:
 
 
 def _unit_teacher(function: str, name: str, teacher: Tensor) -> Tensor:
-    _checks.check_matrix(function, name, teacher)
+    checks.check_matrix(function, name, teacher)
     return wide(teacher.detach(), True)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .. import _checks
-from .._masks import left_out
-from .._ordered import repeated
+from ..core import checks
+from ..core.masks import left_out
+from ..core.numerics import softplus
+from ..core.ordered import repeated
 from ..ops.maxsim import REDUCTIONS, own_pairs, pair_scores, scores_of
 from ..ops.token_sets import Packed, TokenSets, check_two_sides, concatenated, packed
 from ..ops.xtr import retrieved_scores
-from ..reference.similarity_reduce import softplus
 from . import _arguments
 from ._columns import wide
 
@@ -87,7 +87,7 @@ def late_interaction(
     """
     name = "late_interaction"
     _arguments.check_reduction(name, reduction)
-    _checks.check_choice(name, "reduce", reduce, REDUCTIONS)
+    checks.check_choice(name, "reduce", reduce, REDUCTIONS)
     q, d, more, own = _sides(name, queries, documents, negatives, row_negatives)
     if weight is not None:
         _arguments.check_weight(name, weight, q.shape[0], "queries", q.tokens)
@@ -107,12 +107,12 @@ def late_interaction(
             parts.append(of_own if of_own.dim() == 2 else of_own[:, None])
         scores = torch.cat(parts, 1)
     else:
-        retrieved = _checks.integer(name, "retrieved", retrieved, 1)
+        retrieved = checks.integer(name, "retrieved", retrieved, 1)
         if own is not None:
             raise ValueError(f"{name}: row_negatives must be None where retrieved is given: no batch has their tokens")
         everything = d if more is None else concatenated(d, more)
         scores = retrieved_scores(name, q, everything, retrieved, "skip", reduce, backend)
-    losses = _row_losses(scores, target, _checks.scale_tensor(name, factor, "queries", scores))
+    losses = _row_losses(scores, target, checks.scale_tensor(name, factor, "queries", scores))
     return _arguments.reduce_rows(losses, weight, reduction)
 
 
@@ -144,8 +144,8 @@ def _checked_target(function: str, q: Packed, d: Packed, target: Tensor | None) 
                 f"got {columns} and {count}"
             )
         return torch.arange(count, device=q.tokens.device)
-    target = _checks.check_index(function, "target", target, count, "queries", q.tokens)
-    _checks.check_index_values(function, "target", target, columns)
+    target = checks.check_index(function, "target", target, count, "queries", q.tokens)
+    checks.check_index_values(function, "target", target, columns)
     return target
 
 

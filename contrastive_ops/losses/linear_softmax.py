@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._masks import left_out
-from .._ordered import ordered_sum
-from .._results import named
+from ..core import autocast, checks
+from ..core.masks import left_out
+from ..core.ordered import ordered_sum
+from ..core.results import named
 from ..ops.similarity_reduce import needs_gradient
 from . import _arguments, _linear_chunks, _linear_targets
 from ._linear_problem import Options, Problem, cap_of, check_entries, checked, of_used, spread
@@ -101,7 +101,7 @@ def linear_log_prob(
             f"{name}: entropy must be False with softcap, got True\n  the log-probabilities have both"
         )
     problem = Problem(name, hidden, weight, labels, bias, ignore_index)
-    with _autocast.disabled(problem.rows):
+    with autocast.disabled(problem.rows):
         if cap:
             given = (problem.rows, problem.weight, problem.bias, problem.target)
             return problem.spread(-_linear_targets.losses_and_lse(*given, None, 0.0, cap)[0])
@@ -190,8 +190,8 @@ def linear_cross_entropy(
     name = "linear_cross_entropy"
     _arguments.check_reduction(name, reduction)
     options = Options(
-        _checks.number(name, "label_smoothing", label_smoothing, "[0, 1]"),
-        _checks.number(name, "z_loss", z_loss, "[0, inf)"),
+        checks.number(name, "label_smoothing", label_smoothing, "[0, 1]"),
+        checks.number(name, "z_loss", z_loss, "[0, inf)"),
         cap_of(name, softcap),
         class_weight,
     )
@@ -202,11 +202,11 @@ def linear_cross_entropy(
         if reduction == "mean":
             _arguments.check_weight(name, flat, flat.shape[0], "hidden", hidden, "token_weight")
     problem = Problem(name, hidden, weight, labels, bias, ignore_index, flat, options)
-    share = problem.used.to(_checks.accumulator(problem.rows.dtype))
+    share = problem.used.to(checks.accumulator(problem.rows.dtype))
     if flat is not None:
         share = left_out(flat.to(share.dtype), problem.used)
     used_share = share if problem.places is None else share[problem.places]
-    with _autocast.disabled(problem.rows):
+    with autocast.disabled(problem.rows):
         given = (problem.rows, problem.weight, problem.bias, token_weight)
         if reduction == "none" or not needs_gradient(*given, problem.target) or not problem.weighted_total_has(options):
             losses, squares = problem.losses(options, memory_budget, backend)
@@ -279,7 +279,7 @@ def linear_kl(
         torch.Size([2, 5])
     """
     name = "linear_kl"
-    _checks.check_choice(name, "direction", direction, DIRECTIONS)
+    checks.check_choice(name, "direction", direction, DIRECTIONS)
     rows, weight, bias = checked(name, ("hidden", hidden), ("weight", weight), ("bias", bias))
     of_reference = ("reference_hidden", reference_hidden), ("reference_weight", reference_weight)
     q_rows, q_weight, q_bias = checked(name, *of_reference, ("reference_bias", reference_bias))
@@ -293,13 +293,13 @@ def linear_kl(
         raise ValueError(
             f"{name}: reference_weight must have the {weight.shape[0]} classes of weight, got {q_weight.shape[0]}"
         )
-    _checks.check_device(name, "hidden", rows, "reference_hidden", q_rows)
+    checks.check_device(name, "hidden", rows, "reference_hidden", q_rows)
     used = torch.ones(shape, dtype=torch.bool, device=rows.device) if mask is None else mask
     check_entries(name, "mask", used, hidden)
     if used.dtype != torch.bool:
         raise TypeError(f"{name}: mask must be bool, got {used.dtype}")
     used = used.reshape(-1)
     places, (rows, q_rows) = of_used(used, rows, q_rows)
-    with _autocast.disabled(rows):
+    with autocast.disabled(rows):
         found = _linear_chunks.divergence(rows, weight, bias, q_rows, q_weight, q_bias, direction)
     return spread(found, used, places).view(shape)

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _checks
-from ..ops.pairs import Pairs
+from ..core import checks
+from ..core.numerics import softplus
+from ..core.rules import Pairs
 from ..ops.similarity_prefix import check_dims, prefix_folds
-from ..reference.similarity_reduce import softplus
 from . import _arguments
 from ._columns import check_pairs, checked_target, own_column
 
@@ -279,12 +279,12 @@ def _dims(function: str, dims: list[int], weights: Sequence[float] | None) -> tu
     """The prefixes and the weight of each; those of weight 0 are left out, unless all are."""
     if weights is None:
         return dims, [1.0] * len(dims)
-    found = _checks.listed(function, "dim_weights", weights)
+    found = checks.listed(function, "dim_weights", weights)
     if len(found) != len(dims):
         raise ValueError(
             f"{function}: dim_weights must be as many as dims, got {len(found)} weights and {len(dims)} dims"
         )
-    numbers = [_checks.number(function, "dim_weights", each, "[0, inf)") for each in found]
+    numbers = [checks.number(function, "dim_weights", each, "[0, inf)") for each in found]
     used = [place for place, number in enumerate(numbers) if number] or list(range(len(numbers)))
     return [dims[place] for place in used], [numbers[place] for place in used]
 

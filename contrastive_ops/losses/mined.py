@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._lists import NONE, first_of_each
-from .._unit_rows import unit_rows
+from ..core import autocast, checks
+from ..core.lists import NONE, first_of_each
+from ..core.numerics import softplus
+from ..core.rules import Pairs
+from ..core.unit_rows import unit_rows
 from ..ops._listed_logits import listed_logits
-from ..ops.pairs import Pairs
 from ..ops.similarity_topk import select
-from ..reference.similarity_reduce import softplus
 from . import _arguments
 from ._columns import check_pairs, partner_similarity, scaled, wide
 from ._row_softmax import row_softmax
@@ -110,19 +110,19 @@ def mined_info_nce(
         partners=True,
         anchors=1 if in_batch else 2,
     )
-    (corpus,) = _autocast.cast(corpus)
-    _checks.check_matrices(name, "query", query, "corpus", corpus)
+    (corpus,) = autocast.cast(corpus)
+    checks.check_matrices(name, "query", query, "corpus", corpus)
     # Rows that one loss lists many times are normalised in the accumulation dtype, not in each list.
     if _arguments.in_sweep(normalize, query):
-        with _autocast.disabled(query):
+        with autocast.disabled(query):
             query, positive, corpus = (wide(each, True) for each in (query, positive, corpus))
     elif normalize:
         corpus = unit_rows(corpus)
-    indices = None if indices is None else _checks.as_index(name, "indices", indices)
+    indices = None if indices is None else checks.as_index(name, "indices", indices)
     indices = _arguments.of_weighted(weight, indices, NONE)
     _check_choice_of_rows(name, k, indices, pairs, ids, in_batch, query, corpus)
-    scale = _checks.scale_tensor(name, factor, "query", query)
-    with _autocast.disabled(query):
+    scale = checks.scale_tensor(name, factor, "query", query)
+    with autocast.disabled(query):
         if indices is None:
             with torch.no_grad():
                 indices = select(
@@ -137,7 +137,7 @@ def mined_info_nce(
         else:
             indices = torch.where(first_of_each(indices), indices, NONE)
         # The gradients of the positive, the batch and the mined rows meet in float32, before they are rounded.
-        dtype = _checks.accumulator(query.dtype)
+        dtype = checks.accumulator(query.dtype)
         query, positive = query.to(dtype), positive.to(dtype)
         log_weight = None if pairs is None else pairs.log_weight
         mined = _lse(listed_logits((name, "query", "corpus"), query, corpus, indices, scale, log_weight, backend))
@@ -180,7 +180,7 @@ def _check_choice_of_rows(
                 f"{function}: ids must be None where in_batch is False, got ids of the batch\n"
                 "  use pairs=Pairs(differ=(ids, ids of the corpus)) for the corpus"
             )
-        _checks.check_index(function, "ids", ids, query.shape[0], "query", query)
+        checks.check_index(function, "ids", ids, query.shape[0], "query", query)
     if indices is None:
         return
     if pairs is not None:
@@ -189,9 +189,9 @@ def _check_choice_of_rows(
             "  rules decide what is mined; write -1 in place of a row that is no negative"
         )
     if indices.dim() != 2 or indices.shape[0] != query.shape[0]:
-        raise ValueError(f"{function}: indices must have shape ({query.shape[0]}, P), got {_checks.shape(indices)}")
-    _checks.check_device(function, "query", query, "indices", indices)
-    _checks.check_index_values(function, "indices", indices, corpus.shape[0], or_none=True)
+        raise ValueError(f"{function}: indices must have shape ({query.shape[0]}, P), got {checks.shape(indices)}")
+    checks.check_device(function, "query", query, "indices", indices)
+    checks.check_index_values(function, "indices", indices, corpus.shape[0], or_none=True)
 
 
 def _lse(logits: Tensor) -> Tensor:

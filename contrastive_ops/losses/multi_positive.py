@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._ordered import segment_sums
-from ..ops.folds import Fold
-from ..ops.pairs import check_lists
+from ..core import autocast, checks
+from ..core.folds import Fold
+from ..core.numerics import softplus
+from ..core.ordered import segment_sums
+from ..core.rules import check_lists
 from ..ops.similarity_reduce import fold
-from ..reference.similarity_reduce import softplus
 from . import _arguments, _columns
 from ._labels import labelled, one_positive
 
@@ -86,7 +86,7 @@ def sup_con(
         [True, True, True, True, False, False]
     """
     name = "sup_con"
-    _checks.check_choice(name, "positives", positives, ("mean_log", "log_mean"))
+    checks.check_choice(name, "positives", positives, ("mean_log", "log_mean"))
     x, y, scale, of_others, of_same = labelled(
         name, x, labels, y, col_labels, temperature, scale, 0.1, reduction, weight, normalize
     )
@@ -183,7 +183,7 @@ def multi_positive_info_nce(
         [True, True, True, True, False, False]
     """
     name = "multi_positive_info_nce"
-    _checks.check_choice(name, "mean_over", mean_over, ("rows", "pairs"))
+    checks.check_choice(name, "mean_over", mean_over, ("rows", "pairs"))
     x, y, scale, of_others, of_same = labelled(
         name, x, labels, y, col_labels, temperature, scale, 0.07, reduction, weight, normalize
     )
@@ -193,7 +193,7 @@ def multi_positive_info_nce(
         "names": (name, "x", "y"),
         "backend": backend,
     }
-    with _autocast.disabled(x):
+    with autocast.disabled(x):
         # The gradients of the two sweeps largely cancel near convergence: they must meet before they are rounded.
         unit = _arguments.in_sweep(normalize, x)
         x, y = _columns.wide(x, unit), None if y is None else _columns.wide(y, unit)
@@ -324,12 +324,12 @@ def _checked_targets(
         got = f"{len(targets)} elements" if isinstance(targets, tuple) else type(targets).__name__
         raise TypeError(f"{function}: targets must be a tuple (indptr, indices, weights), got {got}")
     indptr, indices, order = check_lists(function, "targets", targets, query, key)
-    _checks.check_vector(function, "targets weights", targets[2], indices.shape[0], "query", query)
-    _checks.check_constant(function, "targets weights", targets[2])
-    weights = targets[2].detach().to(_checks.accumulator(query.dtype))[order]
+    checks.check_vector(function, "targets weights", targets[2], indices.shape[0], "query", query)
+    checks.check_constant(function, "targets weights", targets[2])
+    weights = targets[2].detach().to(checks.accumulator(query.dtype))[order]
     # Not repeat_interleave, whose size depends on the data: it could not be traced.
     row = torch.searchsorted(indptr, torch.arange(indices.shape[0], device=indices.device), right=True) - 1
-    if not _checks.may_read(weights, waits=True):
+    if not checks.may_read(weights, waits=True):
         return (indptr, indices, weights), row
     if bool((weights < 0).any()):
         raise ValueError(f"{function}: targets weights must not be negative, got {float(weights.min())}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _checks
-from ..reference.similarity_reduce import softplus
+from ..core import checks
+from ..core.numerics import softplus
 from . import _arguments
 
 KINDS = ("sigmoid", "ipo", "hinge")
@@ -69,32 +69,32 @@ def dpo(
     """
     name = "dpo"
     _arguments.check_reduction(name, reduction)
-    _checks.check_choice(name, "kind", kind, KINDS)
-    beta = _checks.number(name, "beta", beta, "(0, inf)")
-    label_smoothing = _checks.number(name, "label_smoothing", label_smoothing, "[0, 0.5)")
-    margin = _checks.number(name, "margin", margin, "(-inf, inf)")
+    checks.check_choice(name, "kind", kind, KINDS)
+    beta = checks.number(name, "beta", beta, "(0, inf)")
+    label_smoothing = checks.number(name, "label_smoothing", label_smoothing, "[0, 0.5)")
+    margin = checks.number(name, "margin", margin, "(-inf, inf)")
     if kind != "sigmoid" and label_smoothing:
         raise ValueError(f'{name}: label_smoothing must be 0 for kind="{kind}", got {label_smoothing}')
     if kind == "ipo" and margin:
         raise ValueError(f'{name}: margin must be 0 for kind="ipo", got {margin}')
     if (reference_chosen is None) != (reference_rejected is None):
         raise ValueError(f"{name}: reference_chosen and reference_rejected must both be given, or neither")
-    _checks.check_tensor(name, "chosen", chosen)
+    checks.check_tensor(name, "chosen", chosen)
     if chosen.dim() != 1:
-        raise ValueError(f"{name}: chosen must have shape (N,), got {_checks.shape(chosen)}")
+        raise ValueError(f"{name}: chosen must have shape (N,), got {checks.shape(chosen)}")
     given = {
         "chosen": chosen,
         "rejected": rejected,
         "reference_chosen": reference_chosen,
         "reference_rejected": reference_rejected,
     }
-    dtype = _checks.accumulator(chosen.dtype)
+    dtype = checks.accumulator(chosen.dtype)
     vectors = []
     if weight is not None:
         _arguments.check_weight(name, weight, chosen.shape[0], "chosen", chosen)
     for key, each in given.items():
         if each is not None:
-            _checks.check_vector(name, key, each, chosen.shape[0], "chosen", chosen)
+            checks.check_vector(name, key, each, chosen.shape[0], "chosen", chosen)
             vectors.append(_arguments.of_weighted(weight, each.to(dtype)))
     ratio = vectors[0] - vectors[1]
     if reference_chosen is not None:
@@ -144,16 +144,16 @@ def kl_estimate(log_prob: Tensor, reference_log_prob: Tensor, *, kind: str = "k3
         tensor([0.1065, 0.1487])
     """
     name = "kl_estimate"
-    _checks.check_choice(name, "kind", kind, ESTIMATES)
+    checks.check_choice(name, "kind", kind, ESTIMATES)
     for key, each in (("log_prob", log_prob), ("reference_log_prob", reference_log_prob)):
-        if not _checks.check_tensor(name, key, each).is_floating_point():
+        if not checks.check_tensor(name, key, each).is_floating_point():
             raise TypeError(f"{name}: {key} must be a floating tensor, got {each.dtype}")
     if log_prob.shape != reference_log_prob.shape:
         raise ValueError(
             f"{name}: reference_log_prob must have the shape of log_prob, "
-            f"got {_checks.shape(log_prob)} and {_checks.shape(reference_log_prob)}"
+            f"got {checks.shape(log_prob)} and {checks.shape(reference_log_prob)}"
         )
-    dtype = _checks.accumulator(log_prob.dtype)
+    dtype = checks.accumulator(log_prob.dtype)
     r = reference_log_prob.to(dtype) - log_prob.to(dtype)
     if kind == "k1":
         return -r

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._masks import left_out
+from ..core import checks
+from ..core.masks import left_out
 from . import _arguments
 from ._rank_lists import PAIRWISE, WEIGHTINGS, Options, list_losses
 
@@ -123,7 +123,7 @@ def listwise_distillation(
         tensor(0.8287)
     """
     name = "listwise_distillation"
-    _checks.check_choice(name, "kind", kind, LISTWISE)
+    checks.check_choice(name, "kind", kind, LISTWISE)
     scores, teacher, valid = _lists(name, scores, teacher_scores, mask, weight, reduction)
     factor = _factor(name, "temperature", temperature, scores)
     of_teacher = factor.detach()
@@ -195,10 +195,10 @@ def pairwise_rank_distillation(
         tensor(0.5845)
     """
     name = "pairwise_rank_distillation"
-    _checks.check_choice(name, "kind", kind, PAIRWISE)
-    _checks.check_choice(name, "pair_weight", pair_weight, WEIGHTINGS)
-    _checks.check_choice(name, "pairs", pairs, ("mean", "sum"))
-    margin = _checks.number(name, "margin", margin, "[0, inf)")
+    checks.check_choice(name, "kind", kind, PAIRWISE)
+    checks.check_choice(name, "pair_weight", pair_weight, WEIGHTINGS)
+    checks.check_choice(name, "pairs", pairs, ("mean", "sum"))
+    margin = checks.number(name, "margin", margin, "[0, inf)")
     scores, teacher, valid = _lists(name, scores, teacher_scores, mask, weight, reduction)
     factor = _factor(name, "temperature", temperature, scores)
     options = Options(kind, pair_weight, margin, pairs == "sum")
@@ -220,25 +220,25 @@ def _lists(
     """Scores and the teacher's, in the dtype of sums, and which candidates there are."""
     _arguments.check_reduction(name, reduction)
     for key, each in (("scores", scores), ("teacher_scores", teacher_scores)):
-        if not _checks.check_tensor(name, key, each).is_floating_point():
+        if not checks.check_tensor(name, key, each).is_floating_point():
             raise TypeError(f"{name}: {key} must be a floating tensor, got {each.dtype}")
     if scores.dim() != 2 or scores.shape[1] == 0:
-        raise ValueError(f"{name}: scores must have shape (N, K) with K >= 1, got {_checks.shape(scores)}")
+        raise ValueError(f"{name}: scores must have shape (N, K) with K >= 1, got {checks.shape(scores)}")
     if teacher_scores.shape != scores.shape:
         raise ValueError(
             f"{name}: teacher_scores must have the shape of scores, "
-            f"got {_checks.shape(scores)} and {_checks.shape(teacher_scores)}"
+            f"got {checks.shape(scores)} and {checks.shape(teacher_scores)}"
         )
-    _checks.check_device(name, "scores", scores, "teacher_scores", teacher_scores)
+    checks.check_device(name, "scores", scores, "teacher_scores", teacher_scores)
     if mask is not None:
-        if _checks.check_tensor(name, "mask", mask).dtype != torch.bool:
+        if checks.check_tensor(name, "mask", mask).dtype != torch.bool:
             raise TypeError(f"{name}: mask must be a bool tensor, got {mask.dtype}")
         if mask.shape != scores.shape:
-            raise ValueError(f"{name}: mask must have shape {_checks.shape(scores)}, got {_checks.shape(mask)}")
-        _checks.check_device(name, "scores", scores, "mask", mask)
+            raise ValueError(f"{name}: mask must have shape {checks.shape(scores)}, got {checks.shape(mask)}")
+        checks.check_device(name, "scores", scores, "mask", mask)
     if weight is not None:
         _arguments.check_weight(name, weight, scores.shape[0], "scores", scores)
-    dtype = _checks.accumulator(scores.dtype)
+    dtype = checks.accumulator(scores.dtype)
     teacher = teacher_scores.detach().to(dtype)
     there = teacher != -torch.inf
     there = there if mask is None else there & mask
@@ -250,5 +250,5 @@ def _lists(
 def _factor(name: str, key: str, temperature: float | Tensor, scores: Tensor) -> Tensor:
     """1 / temperature as a 0-d tensor."""
     if isinstance(temperature, Tensor):
-        temperature = _checks.one_number(name, key, temperature, "scores", scores)
-    return _checks.one_number(name, key, _arguments.inverse(name, key, temperature), "scores", scores)
+        temperature = checks.one_number(name, key, temperature, "scores", scores)
+    return checks.one_number(name, key, _arguments.inverse(name, key, temperature), "scores", scores)

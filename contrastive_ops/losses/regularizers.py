@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._offsets import from_common_row
-from .._ordered import ordered_logsumexp
-from .._unit_rows import unit_rows
-from ..ops.pairs import Pairs
+from ..core import autocast, checks
+from ..core.offsets import from_common_row
+from ..core.ordered import ordered_logsumexp
+from ..core.rules import Pairs
+from ..core.unit_rows import unit_rows
 from ..ops.similarity_reduce import fold, merge_lse
 from . import _arguments
 
@@ -61,7 +61,7 @@ def alignment(
         tensor(0.)
     """
     name = "alignment"
-    power = _checks.number(name, "power", power, "(0, inf)")
+    power = checks.number(name, "power", power, "(0, inf)")
     x, y, _ = _arguments.two_sides(
         name,
         (("x", x), ("y", y)),
@@ -73,9 +73,9 @@ def alignment(
         partners=True,
         anchors=2,
     )
-    with _autocast.disabled(x):
+    with autocast.disabled(x):
         # In the accumulation dtype before rows are normalised: partners differ by less than bfloat16 can tell.
-        x, y = (each.to(_checks.accumulator(each.dtype)) for each in (x, y))
+        x, y = (each.to(checks.accumulator(each.dtype)) for each in (x, y))
         x, y = (unit_rows(x), unit_rows(y)) if normalize else (x, y)
         squared = (x - y).square().sum(1)
         # The slope of a root at 0 is infinite, and would turn the gradient of equal rows into NaN.
@@ -132,20 +132,20 @@ def uniformity(
         tensor(-4.)
     """
     name = "uniformity"
-    t = _checks.number(name, "t", t, "(0, inf)")
-    x, queue = _autocast.cast(x, queue)
-    _checks.check_matrix(name, "x", x)
+    t = checks.number(name, "t", t, "(0, inf)")
+    x, queue = autocast.cast(x, queue)
+    checks.check_matrix(name, "x", x)
     if queue is not None:
-        _checks.check_matrices(name, "x", x, "queue", queue)
+        checks.check_matrices(name, "x", x, "queue", queue)
     if x.shape[0] == 1 and (queue is None or queue.shape[0] == 0):
-        return (x[:0] if queue is None else torch.cat([x[:0], queue])).sum(dtype=_checks.accumulator(x.dtype))
+        return (x[:0] if queue is None else torch.cat([x[:0], queue])).sum(dtype=checks.accumulator(x.dtype))
     unit = _arguments.in_sweep(normalize, x)
     if normalize:
         (x,), queue = _arguments.unit_sides(True, x), None if queue is None else _arguments.unit_sides(True, queue)[0]
     else:
         # Distances do not change, and not in 16 bits, which differences need more than.
-        with _autocast.disabled(x):
-            dtype = _checks.accumulator(x.dtype)
+        with autocast.disabled(x):
+            dtype = checks.accumulator(x.dtype)
             x, queue = from_common_row(x.to(dtype), None if queue is None else queue.to(dtype))
     lengths = None if normalize else _potential_of_lengths(x, t)
     options: dict[str, Any] = {"scale": 2.0 * t, "unit": unit, "memory_budget": memory_budget, "backend": backend}
@@ -164,7 +164,7 @@ def uniformity(
 
 def _potential_of_lengths(x: Tensor, t: float) -> Tensor:
     """What each row adds to -t times a squared distance beside the inner product."""
-    with _autocast.disabled(x):
+    with autocast.disabled(x):
         return -t * x.square().sum(1)
 
 
@@ -199,10 +199,10 @@ def sparsity(x: Tensor, kind: str = "flops") -> Tensor:
         (tensor(1.), tensor(1.))
     """
     name = "sparsity"
-    _checks.check_matrix(name, "x", x)
-    _checks.check_choice(name, "kind", kind, SPARSITIES)
-    with _autocast.disabled(x):
-        magnitude = x.to(_checks.accumulator(x.dtype)).abs()
+    checks.check_matrix(name, "x", x)
+    checks.check_choice(name, "kind", kind, SPARSITIES)
+    with autocast.disabled(x):
+        magnitude = x.to(checks.accumulator(x.dtype)).abs()
         if kind == "flops":
             return magnitude.mean(0).square().sum()
         return magnitude.mean(0).sum()

@@ -15,10 +15,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._ordered import repeated, segment_sums
-from ..ops.folds import Fold
-from ..ops.pairs import Pairs, check_lists
+from ..core import checks
+from ..core.folds import Fold
+from ..core.ordered import repeated, segment_sums
+from ..core.rules import Pairs, check_lists
 from ..ops.similarity_reduce import fold
 from . import _arguments
 from ._binary import check_once, checked_labels, cross_entropy, one_grade, pair_logits, shared_bias
@@ -175,9 +175,9 @@ def multi_positive_siglip(
         normalize=normalize,
         anchors=1,
     )
-    row_ids = _checks.check_index(name, "row_ids", row_ids, x.shape[0], "x", x)
+    row_ids = checks.check_index(name, "row_ids", row_ids, x.shape[0], "x", x)
     col_ids = row_ids if col_ids is None else col_ids
-    col_ids = _checks.check_index(name, "col_ids", col_ids, y.shape[0], "x", x)
+    col_ids = checks.check_index(name, "col_ids", col_ids, y.shape[0], "x", x)
     same, differ = Pairs(same=(row_ids, col_ids)), Pairs(differ=(row_ids, col_ids))
     folds: tuple[Fold, ...] = (Fold("sum_softplus", pairs=same, negate=True), Fold("sum_softplus", pairs=differ))
     if balanced:
@@ -288,8 +288,8 @@ def bixse(
         )
     if target is None:
         raise ValueError(f"{name}: target must be given with indptr, got None\n  it holds the keys of all lists")
-    target = _checks.check_index(name, "target", target, None, "query", query)
-    _checks.check_vector(name, "grades", grades, target.shape[0], "query", query)
+    target = checks.check_index(name, "target", target, None, "query", query)
+    checks.check_vector(name, "grades", grades, target.shape[0], "query", query)
     indptr, target, grades = _arguments.lists_of_weighted(weight, indptr, target, grades)
     grades = checked_labels(name, "grades", grades, target.shape[0], "query", query)
     indptr, cols, order = check_lists(name, "target", (indptr, target), query, key)
@@ -380,16 +380,16 @@ def pair_bce(
         reduction=reduction,
         normalize=normalize,
     )
-    rows = _checks.check_index(name, "rows", rows, None, "x", x)
-    cols = _checks.check_index(name, "cols", cols, rows.shape[0], "x", x)
+    rows = checks.check_index(name, "rows", rows, None, "x", x)
+    cols = checks.check_index(name, "cols", cols, rows.shape[0], "x", x)
     if weight is not None:
         _arguments.check_weight(name, weight, rows.shape[0], "x", x)
         rows, cols, labels = (_arguments.of_weighted(weight, each) for each in (rows, cols, labels))
         if rows.shape[0]:  # a pair that counts in place of one that does not: what row 0 holds may count nowhere
             used, first = weight != 0, (weight != 0).to(torch.uint8).argmax()
             rows, cols = (torch.where(used, each, each.index_select(0, first.view(1))) for each in (rows, cols))
-    _checks.check_index_values(name, "rows", rows, x.shape[0])
-    _checks.check_index_values(name, "cols", cols, y.shape[0])
+    checks.check_index_values(name, "rows", rows, x.shape[0])
+    checks.check_index_values(name, "cols", cols, y.shape[0])
     labels = checked_labels(name, "labels", labels, rows.shape[0], "x", x)
     logits = pair_logits(name, "x", x, y, rows, cols, scale, bias, _arguments.in_sweep(normalize, x))
     losses = cross_entropy(logits, labels)

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from ..ops.pairs import Pairs
+from ..core import autocast, checks
+from ..core.numerics import softplus
+from ..core.rules import Pairs
 from ..ops.similarity_reduce import fold
-from ..reference.similarity_reduce import softplus
 from . import _arguments
 from ._columns import (
     check_pairs,
@@ -121,10 +121,10 @@ def info_nce(
     name = "info_nce"
     _arguments.check_reduction(name, reduction)
     check_pairs(name, pairs)
-    margin = _checks.number(name, "margin", margin, "[0, inf)")
-    z_loss = _checks.number(name, "z_loss", z_loss, "[0, inf)")
-    query, key, negatives, row_negatives = _autocast.cast(query, key, negatives, row_negatives)
-    _checks.check_matrices(name, "query", query, "key", key)
+    margin = checks.number(name, "margin", margin, "[0, inf)")
+    z_loss = checks.number(name, "z_loss", z_loss, "[0, inf)")
+    query, key, negatives, row_negatives = autocast.cast(query, key, negatives, row_negatives)
+    checks.check_matrices(name, "query", query, "key", key)
     if weight is not None:
         _arguments.check_weight(name, weight, query.shape[0], "query", query)
         query, row_negatives, target = (_arguments.of_weighted(weight, each) for each in (query, row_negatives, target))
@@ -137,7 +137,7 @@ def info_nce(
     else:
         target = checked_target(name, "target", target, "query", query, key.shape[0])
     if negatives is not None:
-        _checks.check_matrices(name, "query", query, "negatives", negatives)
+        checks.check_matrices(name, "query", query, "negatives", negatives)
         key = torch.cat([key, negatives])
     if row_negatives is not None:
         check_row_negatives(name, query, row_negatives)

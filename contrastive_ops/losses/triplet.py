@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from ..ops.pairs import Pairs
-from ..reference.similarity_reduce import softplus
+from ..core import autocast, checks
+from ..core.numerics import softplus
+from ..core.rules import Pairs
 from . import _arguments
 from ._distances import DISTANCES, Points, distance_between, farthest_and_nearest, points, semi_hard_negative
 
@@ -67,11 +67,11 @@ def triplet(
     """
     name = "triplet"
     _arguments.check_reduction(name, reduction)
-    margin = _checks.number(name, "margin", margin, "[0, inf)")
-    _checks.check_choice(name, "distance", distance, DISTANCES)
-    anchor, positive, negative = _autocast.cast(anchor, positive, negative)
+    margin = checks.number(name, "margin", margin, "[0, inf)")
+    checks.check_choice(name, "distance", distance, DISTANCES)
+    anchor, positive, negative = autocast.cast(anchor, positive, negative)
     for other_name, other in (("positive", positive), ("negative", negative)):
-        _checks.check_matrices(name, "anchor", anchor, other_name, other)
+        checks.check_matrices(name, "anchor", anchor, other_name, other)
         _arguments.check_partners(name, "anchor", anchor, other_name, other)
     if weight is not None:
         _arguments.check_weight(name, weight, anchor.shape[0], "anchor", anchor)
@@ -146,7 +146,7 @@ def batch_hard_triplet(
     if soft and margin is not None:
         raise ValueError(f"{name}: margin must be left out with soft=True, got {margin}")
     margin = 0.2 if margin is None else margin
-    margin = _checks.number(name, "margin", margin, "[0, inf)")
+    margin = checks.number(name, "margin", margin, "[0, inf)")
     positives = Pairs(same=ids, diagonal=0 if y is None else None)
     rows, columns = points(x, distance), None if y is None else points(y, distance)
     x, y = rows.rows, None if columns is None else columns.rows
@@ -219,16 +219,16 @@ def batch_semi_hard_triplet(
     """
     name = "batch_semi_hard_triplet"
     x, y, ids = _mined(name, x, labels, y, col_labels, distance, weight, reduction)
-    margin = _checks.number(name, "margin", margin, "[0, inf)")
+    margin = checks.number(name, "margin", margin, "[0, inf)")
     columns = x if y is None else y
     if target is None:
         if y is None:
             raise ValueError(f"{name}: target must be given where y is not, got None")
         _arguments.check_partners(name, "x", x, "y", columns)
         target = torch.arange(x.shape[0], device=x.device)
-    target = _checks.check_index(name, "target", target, x.shape[0], "x", x)
+    target = checks.check_index(name, "target", target, x.shape[0], "x", x)
     target = _arguments.of_weighted(weight, target, -1)
-    _checks.check_index_values(name, "target", target, columns.shape[0], or_none=True)
+    checks.check_index_values(name, "target", target, columns.shape[0], or_none=True)
     chosen = semi_hard_negative((name, "x", "y"), x, y, distance, ids, target, backend)
     others = None if y is None else points(y, distance)
     gap = _distance_gap(points(x, distance), others, target, chosen, distance)
@@ -282,15 +282,15 @@ def contrastive(
     """
     name = "contrastive"
     _arguments.check_reduction(name, reduction)
-    margin = _checks.number(name, "margin", margin, "[0, inf)")
-    _checks.check_choice(name, "distance", distance, ("cosine", "euclidean"))
-    x, y = _autocast.cast(x, y)
-    _checks.check_matrices(name, "x", x, "y", y)
+    margin = checks.number(name, "margin", margin, "[0, inf)")
+    checks.check_choice(name, "distance", distance, ("cosine", "euclidean"))
+    x, y = autocast.cast(x, y)
+    checks.check_matrices(name, "x", x, "y", y)
     _arguments.check_partners(name, "x", x, "y", y)
     if weight is not None:
         _arguments.check_weight(name, weight, x.shape[0], "x", x)
         x, y, labels = (_arguments.of_weighted(weight, each) for each in (x, y, labels))
-    dtype = _checks.accumulator(x.dtype)
+    dtype = checks.accumulator(x.dtype)
     together = _zero_or_one(name, labels, x).to(dtype)
     d = distance_between(points(x, distance), points(y, distance), distance, TORCH_EPS)
     losses = (together * d.square() + (1 - together) * (margin - d).relu().square()) / 2
@@ -309,10 +309,10 @@ def _mined(
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
     """Check what mined triplets take; return both matrices, cast, and the labels of rows and columns."""
     _arguments.check_reduction(function, reduction)
-    _checks.check_choice(function, "distance", distance, DISTANCES)
-    x, y = _autocast.cast(x, y)
-    _checks.check_matrix(function, "x", x)
-    labels = _checks.check_index(function, "labels", labels, x.shape[0], "x", x)
+    checks.check_choice(function, "distance", distance, DISTANCES)
+    x, y = autocast.cast(x, y)
+    checks.check_matrix(function, "x", x)
+    labels = checks.check_index(function, "labels", labels, x.shape[0], "x", x)
     if weight is not None:
         _arguments.check_weight(function, weight, x.shape[0], "x", x)
     if y is None:
@@ -321,11 +321,11 @@ def _mined(
                 f"{function}: col_labels must be left out where y is, got a tensor\n  columns have `labels`"
             )
         return x, None, (labels, labels)
-    _checks.check_matrices(function, "x", x, "y", y)
+    checks.check_matrices(function, "x", x, "y", y)
     x = _arguments.of_weighted(weight, x)
     if col_labels is None:
         raise ValueError(f"{function}: col_labels must be given with y, got None")
-    col_labels = _checks.check_index(function, "col_labels", col_labels, y.shape[0], "x", x)
+    col_labels = checks.check_index(function, "col_labels", col_labels, y.shape[0], "x", x)
     return x, y, (labels, col_labels)
 
 
@@ -337,11 +337,11 @@ def _distance_gap(rows: Points, columns: Points | None, positive: Tensor, negati
 
 
 def _zero_or_one(function: str, labels: object, x: Tensor) -> Tensor:
-    labels = _checks.check_tensor(function, "labels", labels)
+    labels = checks.check_tensor(function, "labels", labels)
     if tuple(labels.shape) != (x.shape[0],):
-        raise ValueError(f"{function}: labels must have shape ({x.shape[0]},), got {_checks.shape(labels)}")
-    _checks.check_device(function, "x", x, "labels", labels)
-    if _checks.may_read(labels, waits=True):
+        raise ValueError(f"{function}: labels must have shape ({x.shape[0]},), got {checks.shape(labels)}")
+    checks.check_device(function, "x", x, "labels", labels)
+    if checks.may_read(labels, waits=True):
         wrong = labels[(labels != 0) & (labels != 1)]
         if wrong.numel():
             raise ValueError(f"{function}: labels must be 0 or 1, got {wrong[0].item()}")

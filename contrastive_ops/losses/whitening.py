@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._offsets import centred
-from .._recompute import random_options
+from ..core import autocast, checks
+from ..core.offsets import centred
+from ..core.recompute import random_options
 
 
 class _InverseRoot(torch.autograd.Function):
@@ -74,16 +74,16 @@ def group_whiten(
         True
     """
     name = "group_whiten"
-    eps = _checks.number(name, "eps", eps, "(0, inf)")
-    _checks.check_matrix(name, "x", x)
+    eps = checks.number(name, "eps", eps, "(0, inf)")
+    checks.check_matrix(name, "x", x)
     N, D = x.shape
-    groups = _checks.integer(name, "groups", groups, 1)
+    groups = checks.integer(name, "groups", groups, 1)
     if D % groups:
-        raise ValueError(f"{name}: groups must be an int that divides {D} features, got {_checks.shown(groups)}")
-    with _autocast.disabled(x):
+        raise ValueError(f"{name}: groups must be an int that divides {D} features, got {checks.shown(groups)}")
+    with autocast.disabled(x):
         order = torch.randperm(D, device=x.device, **random_options(name, generator)) if shuffle else None
         dealt = x if order is None else x[:, order]
-        grouped = dealt.to(_checks.accumulator(x.dtype)).view(N, groups, D // groups).transpose(0, 1)
+        grouped = dealt.to(checks.accumulator(x.dtype)).view(N, groups, D // groups).transpose(0, 1)
         deviations = centred(grouped, 1)
         identity = torch.eye(D // groups, dtype=deviations.dtype, device=x.device)
         root = _InverseRoot.apply(deviations.mT @ deviations / N + eps * identity)

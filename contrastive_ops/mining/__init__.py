@@ -1,6 +1,6 @@
 """Mining: the best columns of a corpus that may be larger than memory, as negatives for contrastive losses."""
 
-from .._lists import first_of_each
+from ..core.lists import first_of_each
 from ._collapse import collapse
 from ._rules import NegativeRules
 from ._sampling import Sampling

@@ -7,8 +7,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._lists import first_of_each, moved_up
+from ..core import checks
+from ..core.lists import first_of_each, moved_up
 from ..ops.similarity_topk import TopK
 
 Found = TypeVar("Found", Tensor, TopK)
@@ -39,9 +39,9 @@ def collapse(found: Found, documents: Tensor | None = None) -> Found:
     """
     name = "collapse"
     indices = found.indices if isinstance(found, TopK) else found
-    indices = _checks.as_index(name, "found", indices)
+    indices = checks.as_index(name, "found", indices)
     if indices.dim() != 2:
-        raise ValueError(f"{name}: found must have two dimensions (N, K), got {_checks.shape(indices)}")
+        raise ValueError(f"{name}: found must have two dimensions (N, K), got {checks.shape(indices)}")
     ids = indices if documents is None else documents_of(name, "found", indices, documents)
     first = first_of_each(ids)
     place = moved_up(first)
@@ -55,12 +55,12 @@ def collapse(found: Found, documents: Tensor | None = None) -> Found:
 
 def documents_of(function: str, name: str, chunks: Tensor, documents: Tensor) -> Tensor:
     """The document of each chunk, -1 for none."""
-    documents = _checks.check_index(function, "documents", documents, None, name, chunks)
-    _checks.check_index_values(function, name, chunks, documents.shape[0], or_none=True)
+    documents = checks.check_index(function, "documents", documents, None, name, chunks)
+    checks.check_index_values(function, name, chunks, documents.shape[0], or_none=True)
     if not documents.shape[0]:
         return torch.full_like(chunks, -1)
     of_chunk = documents[chunks.clamp_min(0)]
-    if _checks.may_read(documents, waits=True) and bool(((of_chunk == -1) & (chunks >= 0)).any()):
+    if checks.may_read(documents, waits=True) and bool(((of_chunk == -1) & (chunks >= 0)).any()):
         raise ValueError(
             f"{function}: documents must not be -1, which stands for none, got it for a chunk that was found"
         )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .. import _checks
+from ..core import checks
 
 FORMATS = ("triplet", "n-tuple", "labeled-pair", "labeled-list")
 
@@ -45,7 +45,7 @@ class Mined(NamedTuple):
 def columns(mined: Mined, output_format: str, queries: Texts | None, documents: Texts | None, scores: bool) -> Columns:
     """See `HardNegatives.format`."""
     name = "HardNegatives.format"
-    _checks.check_choice(name, "output_format", output_format, FORMATS)
+    checks.check_choice(name, "output_format", output_format, FORMATS)
     highest = int(torch.cat([mined.indices.flatten(), mined.positive, mined.positive.new_tensor([-1])]).max())
     if queries is not None and len(queries) != len(mined.counts):
         raise ValueError(f"{name}: queries must have {len(mined.counts)} items, one for each query, got {len(queries)}")

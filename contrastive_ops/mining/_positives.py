@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._lists import distinct_pairs, first_of_pairs
-from .._offsets import common_row
-from .._ordered import segment_sums
+from ..core import checks
+from ..core.lists import distinct_pairs, first_of_pairs
+from ..core.offsets import common_row
+from ..core.ordered import segment_sums
+from ..core.rules import check_lists
 from ..ops._nearest import products
-from ..ops.pairs import check_lists
 from ..ops.similarity_topk import logits_at, metric_rows
 
 AGGREGATES = ("min", "max", "mean")
@@ -72,8 +72,8 @@ def parse(function: str, positives: object, query: Tensor, columns: int) -> Posi
     if isinstance(positives, tuple):
         if len(positives) != 2:
             raise TypeError(f"{function}: positives must be (indptr, indices), got a tuple of {len(positives)}")
-        arrays = (_checks.from_array(function, "positives", each) for each in positives)
-        positives = tuple(_checks.as_index(function, "positives", each) for each in arrays)
+        arrays = (checks.from_array(function, "positives", each) for each in positives)
+        positives = tuple(checks.as_index(function, "positives", each) for each in arrays)
         check_lists(function, "positives", positives, query, query.new_empty((columns, 0)))
         row, index = torch.repeat_interleave(positives[0].diff()), positives[1]
     else:
@@ -92,17 +92,17 @@ def parse(function: str, positives: object, query: Tensor, columns: int) -> Posi
 
 def _listed(function: str, positives: object, query: Tensor) -> tuple[Tensor, Tensor]:
     rows = query.shape[0]
-    positives = _checks.from_array(function, "positives", positives)
+    positives = checks.from_array(function, "positives", positives)
     if not isinstance(positives, Tensor):
         raise TypeError(
             f"{function}: positives must be an int64 tensor or (indptr, indices), got {type(positives).__name__}"
         )
-    positives = _checks.as_index(function, "positives", positives)
+    positives = checks.as_index(function, "positives", positives)
     if positives.dim() not in (1, 2) or positives.shape[0] != rows:
         raise ValueError(
-            f"{function}: positives must have shape ({rows},) or ({rows}, P), got {_checks.shape(positives)}"
+            f"{function}: positives must have shape ({rows},) or ({rows}, P), got {checks.shape(positives)}"
         )
-    _checks.check_device(function, "query", query, "positives", positives)
+    checks.check_device(function, "query", query, "positives", positives)
     table = positives if positives.dim() == 2 else positives[:, None]
     row, slot = (table != -1).nonzero(as_tuple=True)
     return row, table[row, slot]
@@ -126,7 +126,7 @@ def score(
         metric: as in `similarity_topk`.
         backend: as in `similarity_topk`.
     """
-    dtype = _checks.accumulator(query.dtype)
+    dtype = checks.accumulator(query.dtype)
     values = torch.empty(positives.column.shape, dtype=dtype, device=query.device)
     slack = torch.empty_like(values)
     origin = common_row(query.to(dtype))  # that of a search for the same queries

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks
-from ..ops._pair_slices import each_bound
-from ..ops.pairs import Bound, Guide, Pairs, check_lists
+from ..core import checks
+from ..core.rule_slices import each_bound
+from ..core.rules import Bound, Guide, Pairs, check_lists
 from ._positives import AGGREGATES, Positives, Scored, score
 
 BASES = ("surviving", "raw")
@@ -63,14 +63,14 @@ class NegativeRules:
         for name in ("absolute_margin", "relative_margin", "min_score", "max_score", "near_duplicate"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, _checks.number("NegativeRules", name, value, "[-inf, inf]"))
-        _checks.check_choice("NegativeRules", "positive_score", self.positive_score, AGGREGATES)
-        _checks.check_choice("NegativeRules", "rank_basis", self.rank_basis, BASES)
+                object.__setattr__(self, name, checks.number("NegativeRules", name, value, "[-inf, inf]"))
+        checks.check_choice("NegativeRules", "positive_score", self.positive_score, AGGREGATES)
+        checks.check_choice("NegativeRules", "rank_basis", self.rank_basis, BASES)
         window = self.rank_window
         if not isinstance(window, tuple) or len(window) != 2:
-            raise TypeError(f"NegativeRules: rank_window must be (first, end), got {_checks.shown(window)}")
-        first = _checks.integer("NegativeRules", "rank_window[0]", window[0], 0)
-        end = None if window[1] is None else _checks.integer("NegativeRules", "rank_window[1]", window[1], first + 1)
+            raise TypeError(f"NegativeRules: rank_window must be (first, end), got {checks.shown(window)}")
+        first = checks.integer("NegativeRules", "rank_window[0]", window[0], 0)
+        end = None if window[1] is None else checks.integer("NegativeRules", "rank_window[1]", window[1], first + 1)
         object.__setattr__(self, "rank_window", (first, end))
 
     @property

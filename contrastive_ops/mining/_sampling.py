@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._ordered import in_float64
+from ..core import checks
+from ..core.ordered import in_float64
 
 STRATEGIES = ("top", "uniform", "softmax", "simans")
 
@@ -62,10 +62,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Check what does not depend on the matrices."""
-        _checks.check_choice("Sampling", "strategy", self.strategy, STRATEGIES)
-        object.__setattr__(self, "seed", _checks.integer("Sampling", "seed", self.seed))
+        checks.check_choice("Sampling", "strategy", self.strategy, STRATEGIES)
+        object.__setattr__(self, "seed", checks.integer("Sampling", "seed", self.seed))
         for name, interval in (("temperature", "(0, inf)"), ("a", "[0, inf)"), ("b", "(-inf, inf)")):
-            object.__setattr__(self, name, _checks.number("Sampling", name, getattr(self, name), interval))
+            object.__setattr__(self, name, checks.number("Sampling", name, getattr(self, name), interval))
         if self.ids is not None and (not isinstance(self.ids, tuple) or len(self.ids) != 2):
             raise TypeError("Sampling: ids must be (query_ids, corpus_ids) or None")
 
@@ -76,8 +76,8 @@ def check_ids(function: str, sampling: Sampling, query: Tensor, columns: int) ->
         return None
     of_queries, of_corpus = sampling.ids
     return (
-        _checks.check_index(function, "sampling.ids query_ids", of_queries, query.shape[0], "query", query),
-        _checks.check_index(function, "sampling.ids corpus_ids", of_corpus, columns, "query", query),
+        checks.check_index(function, "sampling.ids query_ids", of_queries, query.shape[0], "query", query),
+        checks.check_index(function, "sampling.ids corpus_ids", of_corpus, columns, "query", query),
     )
 
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._state import State
-from ..ops.pairs import Pairs, check_lists
+from ..core import autocast, checks
+from ..core.rules import Pairs, check_lists
+from ..core.state import State
 from ..ops.similarity_topk import TopK, similarity_topk
 
 
@@ -101,9 +101,9 @@ class MemoryBank(State):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        capacity = _checks.integer("MemoryBank", "capacity", capacity, 1)
-        dim = _checks.integer("MemoryBank", "dim", dim, 1)
-        _checks.check_choice("MemoryBank", "dtype", dtype, _checks.FLOATING)
+        capacity = checks.integer("MemoryBank", "capacity", capacity, 1)
+        dim = checks.integer("MemoryBank", "dim", dim, 1)
+        checks.check_choice("MemoryBank", "dtype", dtype, checks.FLOATING)
         self.rows = torch.zeros(capacity, dim, dtype=dtype, device=device)
         for name in ("ids", "labels", "born"):
             setattr(self, name, torch.full((capacity,), -1, dtype=torch.int64, device=device))
@@ -141,15 +141,15 @@ class MemoryBank(State):
             ValueError, TypeError: arguments that do not fit.
         """
         name = "MemoryBank.enqueue"
-        _checks.check_matrix(name, "rows", rows)
+        checks.check_matrix(name, "rows", rows)
         if rows.shape[1] != self.rows.shape[1]:
             raise ValueError(
-                f"{name}: rows must have the bank's dimension {self.rows.shape[1]}, got {_checks.shape(rows)}"
+                f"{name}: rows must have the bank's dimension {self.rows.shape[1]}, got {checks.shape(rows)}"
             )
-        _checks.check_device(name, "the bank", self.rows, "rows", rows)
+        checks.check_device(name, "the bank", self.rows, "rows", rows)
         for argument, index in (("ids", ids), ("labels", labels)):
             if index is not None:
-                index = _checks.check_index(name, argument, index, rows.shape[0], "rows", rows)
+                index = checks.check_index(name, argument, index, rows.shape[0], "rows", rows)
         rows = rows.to(self.rows.dtype)
         # Those that are finite come last, in their order, so that slots need not wait for their number.
         finite, order = rows.isfinite().all(1).sort(stable=True)
@@ -232,15 +232,15 @@ class MemoryBank(State):
         name = "MemoryBank.topk"
         ages = self.ages
         rows = self.rows[: len(ages)]
-        query, rows = _autocast.cast(query, rows)
-        _checks.check_matrices(name, "query", query, "bank", rows)
+        query, rows = autocast.cast(query, rows)
+        checks.check_matrices(name, "query", query, "bank", rows)
         for argument, index, stored in (("labels", labels, self.labels), ("ids", ids, self.ids)):
             if index is not None:
-                index = _checks.check_index(name, argument, index, query.shape[0], "query", query)
+                index = checks.check_index(name, argument, index, query.shape[0], "query", query)
                 pairs = _with_unequal(pairs or Pairs(), index, stored[: len(ages)], query, rows)
         bias = None
         if max_age is not None:  # a score of -inf takes no part
-            bias = query.new_zeros(ages.shape, dtype=_checks.accumulator(query.dtype))
+            bias = query.new_zeros(ages.shape, dtype=checks.accumulator(query.dtype))
             bias = bias.masked_fill(~self._fresh(max_age, ages), -torch.inf)
         return similarity_topk(query, rows, k, metric=metric, col_bias=bias, pairs=pairs, backend=backend)
 
@@ -257,7 +257,7 @@ class MemoryBank(State):
 
     @staticmethod
     def _fresh(max_age: object, ages: Tensor) -> Tensor:
-        return ages <= _checks.integer("MemoryBank", "max_age", max_age, 0)
+        return ages <= checks.integer("MemoryBank", "max_age", max_age, 0)
 
     def extra_repr(self) -> str:
         """The size, the dtype and how much is filled."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .. import _checks
+from ..core import checks
 
 # Bytes of a block that is read, searched and forgotten; large enough that a block costs more to search than to begin.
 BLOCK_BYTES = 64 << 20
@@ -58,7 +58,7 @@ class Corpus:
         self.rows, self.depth = _shape(function, source)
         self._map = None if isinstance(source, Tensor) else _mapped(source)
         probe = source if isinstance(source, Tensor) else self._read(0, min(1, self.rows))
-        if probe.dtype not in _checks.FLOATING:
+        if probe.dtype not in checks.FLOATING:
             raise TypeError(f"{function}: corpus must be {SUPPORTED}; got {probe.dtype}")
         self.dtype: torch.dtype = probe.dtype
         self.device: torch.device = probe.device if device is None else device
@@ -77,8 +77,8 @@ class Corpus:
 
         Each row is read once, in ascending order, however often it is named.
         """
-        index = _checks.as_index(self._function, "index of corpus rows", index)
-        _checks.check_index_values(self._function, "index of corpus rows", index, self.rows)
+        index = checks.as_index(self._function, "index of corpus rows", index)
+        checks.check_index_values(self._function, "index of corpus rows", index, self.rows)
         if isinstance(self._source, Tensor):
             return self._source.detach()[index.to(self._source.device)].to(self.device)
         wanted, place = index.reshape(-1).cpu().unique(return_inverse=True)
@@ -103,7 +103,7 @@ class Corpus:
         if tuple(rows.shape) != (end - begin, self.depth):
             raise ValueError(
                 f"{self._function}: corpus must have ({self.rows}, {self.depth}) numbers as its shape says, got "
-                f"{_checks.shape(rows)} for the rows {begin} to {end}"
+                f"{checks.shape(rows)} for the rows {begin} to {end}"
             )
         return rows
 
@@ -136,7 +136,7 @@ def as_corpus(function: str, corpus: object, like: Tensor) -> Corpus:
     view = corpus if isinstance(corpus, Corpus) else Corpus(corpus, function, like.device)
     if view.depth != like.shape[1]:
         raise ValueError(
-            f"{function}: corpus must have the same last dimension as query, got query {_checks.shape(like)} and "
+            f"{function}: corpus must have the same last dimension as query, got query {checks.shape(like)} and "
             f"corpus {(view.rows, view.depth)}"
         )
     if view.dtype != like.dtype:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._lists import first_of_pairs
-from .._results import pytree
-from ..ops._pair_slices import rows_of
-from ..ops.pairs import Pairs
+from ..core import autocast, checks
+from ..core.lists import first_of_pairs
+from ..core.results import pytree
+from ..core.rule_slices import rows_of
+from ..core.rules import Pairs
 from ..ops.similarity_topk import METRICS, TopK
 from ._collapse import collapse
 from ._formats import Columns, Mined, Texts, columns
@@ -180,15 +180,15 @@ def mine_hard_negatives(
         >>> mined.indices.shape, list(mined.format("triplet"))
         (torch.Size([4, 5]), ['anchor', 'positive', 'negative'])
     """
-    query = _checks.from_array(FUNCTION, "query", query)
-    _checks.check_matrix(FUNCTION, "query", query)
-    _checks.check_choice(FUNCTION, "metric", metric, METRICS)
-    num_negatives = _checks.integer(FUNCTION, "num_negatives", num_negatives, 1)
+    query = checks.from_array(FUNCTION, "query", query)
+    checks.check_matrix(FUNCTION, "query", query)
+    checks.check_choice(FUNCTION, "metric", metric, METRICS)
+    num_negatives = checks.integer(FUNCTION, "num_negatives", num_negatives, 1)
     if block_rows is not None:
-        block_rows = _checks.integer(FUNCTION, "block_rows", block_rows, 1)
+        block_rows = checks.integer(FUNCTION, "block_rows", block_rows, 1)
     rules = NegativeRules() if rules is None else rules
     sampling = Sampling() if sampling is None else sampling
-    with torch.no_grad(), _autocast.disabled(query):
+    with torch.no_grad(), autocast.disabled(query):
         query = query.detach()
         view = as_corpus(FUNCTION, corpus, query)
         listed = parse(FUNCTION, positives, query, view.rows)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._ordered import in_float64
+from ..core import checks
+from ..core.ordered import in_float64
 from ..ops.similarity_topk import TopK
 
 
@@ -42,18 +42,18 @@ class RefreshSchedule:
     """
 
     def __init__(self, every: int, *, start: int = 0, parts: int = 1) -> None:
-        self.every = _checks.integer("RefreshSchedule", "every", every, 1)
-        self.start = _checks.integer("RefreshSchedule", "start", start, 0)
-        self.parts = _checks.integer("RefreshSchedule", "parts", parts, 1)
+        self.every = checks.integer("RefreshSchedule", "every", every, 1)
+        self.start = checks.integer("RefreshSchedule", "start", start, 0)
+        self.parts = checks.integer("RefreshSchedule", "parts", parts, 1)
         self._next, self._part = self.start, 0
 
     def due(self, step: int) -> bool:
         """Whether a refresh is due at this step, or has been since an earlier one."""
-        return _checks.integer("RefreshSchedule", "step", step, 0) >= self._next
+        return checks.integer("RefreshSchedule", "step", step, 0) >= self._next
 
     def rows(self, count: int) -> slice:
         """Which of `count` queries this refresh mines: ``queries[schedule.rows(len(queries))]``."""
-        count = _checks.integer("RefreshSchedule", "count", count, 0)
+        count = checks.integer("RefreshSchedule", "count", count, 0)
         return slice(count * self._part // self.parts, count * (self._part + 1) // self.parts)
 
     def done(self, step: int) -> None:
@@ -66,7 +66,7 @@ class RefreshSchedule:
         Raises:
             ValueError: nothing was due. A refresh that is done twice would leave out a part.
         """
-        step = _checks.integer("RefreshSchedule", "step", step, 0)
+        step = checks.integer("RefreshSchedule", "step", step, 0)
         if not self.due(step):
             raise ValueError(
                 f"RefreshSchedule.done: step must be one at which a refresh is due, got {step} before {self._next}"
@@ -87,7 +87,7 @@ class RefreshSchedule:
         if set(state) != {"next", "part", "parts"} or state["parts"] != self.parts:
             raise ValueError(
                 f"RefreshSchedule.load_state_dict: state must be one of a schedule with parts={self.parts}, got "
-                f"{_checks.shown(state)}"
+                f"{checks.shown(state)}"
             )
         self._next, self._part = int(state["next"]), int(state["part"])
 
@@ -141,23 +141,23 @@ def still_exact(
         True
     """
     name = "still_exact"
-    _checks.check_matrices(name, "query", query, "new_query", new_query)
+    checks.check_matrices(name, "query", query, "new_query", new_query)
     if query.shape != new_query.shape:
         raise ValueError(
             f"{name}: new_query must have the same shape as query, "
-            f"got query {_checks.shape(query)} and new_query {_checks.shape(new_query)}"
+            f"got query {checks.shape(query)} and new_query {checks.shape(new_query)}"
         )
     if top.values.dim() != 2 or top.values.shape[0] != query.shape[0] or top.values.shape[1] < 2:
         raise ValueError(
             f"{name}: top must have values of shape ({query.shape[0]}, k + 1) with k >= 1, "
-            f"got {_checks.shape(top.values)}"
+            f"got {checks.shape(top.values)}"
         )
-    corpus_shift = _checks.number(name, "corpus_shift", corpus_shift, "[0, inf)")
-    corpus_length = _checks.number(name, "corpus_length", corpus_length, "[0, inf)")
+    corpus_shift = checks.number(name, "corpus_shift", corpus_shift, "[0, inf)")
+    corpus_length = checks.number(name, "corpus_length", corpus_length, "[0, inf)")
     before, after = in_float64(query.detach()), in_float64(new_query.detach())
     moved = (after - before).norm(dim=1) * corpus_length + after.norm(dim=1) * corpus_shift
     # Scores are sums of D products in the accumulation dtype, then and now.
-    unit = (query.shape[1] + 8) * torch.finfo(_checks.accumulator(query.dtype)).eps
+    unit = (query.shape[1] + 8) * torch.finfo(checks.accumulator(query.dtype)).eps
     rounding = unit * (before.norm(dim=1) * corpus_length + after.norm(dim=1) * (corpus_length + corpus_shift))
     values = in_float64(top.values.detach())
     gap = values[:, -2] - values[:, -1]

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._similarity import STATISTICS, Slot
-from ..ops._pair_slices import columns_of, each_bound
-from ..ops.pairs import Guide, Pairs, resolve
+from ..core import autocast, checks
+from ..core.problem import STATISTICS, Slot
+from ..core.rule_slices import columns_of, each_bound
+from ..core.rules import Guide, Pairs, resolve
 from ..ops.similarity_topk import TopK, merge, metric_rows, select
 
 Range = tuple[int, int]
@@ -85,14 +85,14 @@ class TopKState:
         backend: str = "auto",
     ) -> None:
         function = self._function
-        query = _checks.from_array(function, "query", query)
-        _checks.check_matrix(function, "query", query)
-        k = _checks.integer(function, "k", k, 1)
+        query = checks.from_array(function, "query", query)
+        checks.check_matrix(function, "query", query)
+        k = checks.integer(function, "k", k, 1)
         if rows is not None:
-            rows = _checks.integer(function, "rows", rows, 0)
+            rows = checks.integer(function, "rows", rows, 0)
         self.k, self.metric, self.rows = k, metric, rows
         self._given = query.detach()
-        with torch.no_grad(), _autocast.disabled(query):
+        with torch.no_grad(), autocast.disabled(query):
             self._query = metric_rows(function, self._given, self._given[:0], metric)[0]
         self._pairs, self._limit = _resolved(function, pairs, self._given, rows)
         if count_pairs is None or count_pairs is pairs:
@@ -101,13 +101,13 @@ class TopKState:
             self._count_pairs, limit = _resolved(function, count_pairs, self._given, rows)
             self._limit = limit if self._limit is None else self._limit
         if count_above is not None:
-            _checks.check_vector(function, "count_above", count_above, query.shape[0], "query", query)
-            count_above = count_above.detach().to(_checks.accumulator(query.dtype))
+            checks.check_vector(function, "count_above", count_above, query.shape[0], "query", query)
+            count_above = count_above.detach().to(checks.accumulator(query.dtype))
         self._count_above, self._backend = count_above, backend
         self._problem: dict[str, Any] | None = None
         lists = (query.shape[0], k)
         self._found = _Found(
-            query.new_full(lists, -torch.inf, dtype=_checks.accumulator(query.dtype)).detach(),
+            query.new_full(lists, -torch.inf, dtype=checks.accumulator(query.dtype)).detach(),
             torch.full(lists, -1, dtype=torch.int64, device=query.device),
             (),
             {}
@@ -137,14 +137,14 @@ class TopKState:
             ValueError: rows that were seen before, or that the corpus does not have; shapes that do not fit.
             TypeError: a dtype that the state was not started with.
         """
-        block = _checks.from_array(self._function, "block", block)
+        block = checks.from_array(self._function, "block", block)
         base_index = self._check_block(block, base_index)
         end = base_index + block.shape[0]
         found = self._found
         covered = self._with(((base_index, end),))
         if end == base_index:
             return
-        with _autocast.disabled(block):
+        with autocast.disabled(block):
             rows = metric_rows(self._function, block[:0], block, self.metric)[1]
             own = columns_of(self._count_pairs, base_index, end)
             top, counted = select(
@@ -252,14 +252,14 @@ class TopKState:
 
     def _check_block(self, block: Tensor, base_index: int) -> int:
         function, query = self._function, self._given
-        _checks.check_matrix(function, "block", block)
+        checks.check_matrix(function, "block", block)
         if block.dtype != query.dtype:
             raise TypeError(
                 f"{function}: block must have the dtype that the state was started with, {query.dtype}, got "
                 f"{block.dtype}\n  convert the block, or start a state for each dtype"
             )
-        _checks.check_matrices(function, "query", query, "block", block)
-        return _checks.integer(function, "base_index", base_index, 0)
+        checks.check_matrices(function, "query", query, "block", block)
+        return checks.integer(function, "base_index", base_index, 0)
 
     def _check_same(self, other: TopKState) -> None:
         function = f"{self._function}.merge"
@@ -369,7 +369,7 @@ def _resolved(function: str, pairs: Pairs | None, query: Tensor, rows: int | Non
     if pairs.guide is not None and rows is not None:
         guide = pairs.guide.gx if pairs.guide.gy is None else pairs.guide.gy
         if len(guide) != rows:
-            raise ValueError(f"{function}: guide.gy must have {rows} rows, got {_checks.shape(guide)}")
+            raise ValueError(f"{function}: guide.gy must have {rows} rows, got {checks.shape(guide)}")
     if pairs.exclude is not None:
         pairs = dataclasses.replace(pairs, exclude=(data[Slot.EXCLUDE_INDPTR], data[Slot.EXCLUDE_INDICES]))
     return pairs, limit

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks
-from ..ops.pairs import Pairs
+from ..core import checks
+from ..core.rules import Pairs
 from ..ops.similarity_topk import TopK
 from .corpus import Corpus, as_corpus, has_shape, read_ahead, rows_in_block
 from .state import Range, TopKState, columns_named, fingerprint, missing
@@ -86,10 +86,10 @@ def search(
         (torch.Size([3, 10]), True)
     """
     name = "search"
-    query = _checks.from_array(name, "query", query)
-    _checks.check_matrix(name, "query", query)
+    query = checks.from_array(name, "query", query)
+    checks.check_matrix(name, "query", query)
     if block_rows is not None:
-        block_rows = _checks.integer(name, "block_rows", block_rows, 1)
+        block_rows = checks.integer(name, "block_rows", block_rows, 1)
     step = rows_in_block(query.shape[1], query.dtype) if block_rows is None else block_rows
     parts = None if has_shape(corpus) or isinstance(corpus, (str, bytes, dict)) else corpus
     view = None if isinstance(parts, Iterable) else as_corpus(name, corpus, query)
@@ -128,7 +128,7 @@ def _of_parts(parts: Iterable[Any], query: Tensor, seen: list[Range], step: int)
     begin = last = 0
     for item in parts:
         begin, part = item if isinstance(item, tuple) and len(item) == 2 else (begin, item)
-        begin = _checks.integer("search", "index of the first row of a block", begin, 0)
+        begin = checks.integer("search", "index of the first row of a block", begin, 0)
         corpus = as_corpus("search", part, query)
         yield from _unseen(corpus, begin, seen, step)
         begin += corpus.rows

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import _checks
+from ..core import checks
 from ..ops import Routing
 from ..ops.grouped_matmul import grouped_matmul
 
@@ -61,13 +61,13 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dim, hidden = _checks.integer("Experts", "dim", dim, 0), _checks.integer("Experts", "hidden", hidden, 0)
-        experts = _checks.integer("Experts", "experts", experts, 0)
-        _checks.flag("Experts", "gated", gated)
-        _checks.flag("Experts", "bias", bias)
+        dim, hidden = checks.integer("Experts", "dim", dim, 0), checks.integer("Experts", "hidden", hidden, 0)
+        experts = checks.integer("Experts", "experts", experts, 0)
+        checks.flag("Experts", "gated", gated)
+        checks.flag("Experts", "bias", bias)
         activation = activation or ("silu" if gated else "gelu")
         if isinstance(activation, str):
-            _checks.check_choice("Experts", "activation", activation, tuple(ACTIVATIONS))
+            checks.check_choice("Experts", "activation", activation, tuple(ACTIVATIONS))
             activation = ACTIVATIONS[activation]
         self.activation, self.gated = activation, gated
 

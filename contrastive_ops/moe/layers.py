@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _checks
-from .._masks import left_out
+from ..core import checks
+from ..core.masks import left_out
 from ..ops import Capacity, Routing, combine
 from ..ops.expert_choice import expert_choice
 from .experts import Experts
@@ -34,7 +34,7 @@ class _Layer(nn.Module):
     ) -> None:
         super().__init__()
         experts, dim = gate.weight.shape
-        shared = _checks.integer(type(self).__name__, "shared", shared, 0)
+        shared = checks.integer(type(self).__name__, "shared", shared, 0)
         options: dict[str, Any] = {"gated": gated, "activation": activation, "bias": bias, "device": device}
         self.gate = gate
         self.experts = Experts(dim, hidden, experts, dtype=dtype, **options)
@@ -71,7 +71,7 @@ class _Layer(nn.Module):
             generator: as in `route`.
             backend: as in `route`.
         """
-        _checks.check_floating(type(self).__name__, "tokens", tokens)
+        checks.check_floating(type(self).__name__, "tokens", tokens)
         shape = tokens.shape[:-1]
         # Not -1, which is ambiguous where there are no tokens.
         flat, name = tokens.reshape(math.prod(shape), tokens.shape[-1]), type(self).__name__
@@ -108,8 +108,8 @@ def _of_tokens(
         return None
     own = label.shape[: label.dim() - len(last)]
     if own != shape[: len(own)]:
-        wanted = " or ".join(_checks.shape(torch.empty(*shape[:n], *last, device="meta")) for n in (len(shape), 1))
-        raise ValueError(f"{function}: {name} must have shape {wanted}, got {_checks.shape(label)}")
+        wanted = " or ".join(checks.shape(torch.empty(*shape[:n], *last, device="meta")) for n in (len(shape), 1))
+        raise ValueError(f"{function}: {name} must have shape {wanted}, got {checks.shape(label)}")
     spread = label.view(*own, *(1,) * (len(shape) - len(own)), *last).expand(*shape, *last)
     return spread.reshape(math.prod(shape), *last)
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import _autocast, _checks
-from .._masks import left_out
-from .._state import State
+from ..core import autocast, checks
+from ..core.masks import left_out
+from ..core.state import State
 from ..ops import Capacity, Gating, RouterLoss, Routing, route
 from ..ops._router_problem import as_capacity, check_gating, described
 from ..ops.expert_routing import DEFAULT, PRIORITIES
@@ -50,12 +50,12 @@ def balanced_bias(bias: Tensor, choices: Tensor, rate: float = 1e-3, rule: str =
         >>> balanced_bias(torch.zeros(3), torch.tensor([9, 3, 0]), rate=0.1)
         tensor([-0.1000,  0.1000,  0.1000])
     """
-    _checks.check_choice("balanced_bias", "rule", rule, BALANCING)
+    checks.check_choice("balanced_bias", "rule", rule, BALANCING)
     if choices.shape[-1] != bias.shape[0]:
         raise ValueError(
-            f"balanced_bias: choices must have one count for each of {len(bias)} experts, got {_checks.shape(choices)}"
+            f"balanced_bias: choices must have one count for each of {len(bias)} experts, got {checks.shape(choices)}"
         )
-    bias = bias.to(_checks.accumulator(bias.dtype))
+    bias = bias.to(checks.accumulator(bias.dtype))
     counts = choices.reshape(-1, len(bias)).to(bias.dtype if choices.is_floating_point() else torch.int64).sum(0)
     # E times the mean less E times each: integers, so that equal counts are equal however many they are.
     error = (counts.sum() - len(bias) * counts).to(bias.dtype)
@@ -111,21 +111,21 @@ class Router(State):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dim, experts = _checks.integer("Router", "dim", dim, 0), _checks.integer("Router", "experts", experts, 1)
+        dim, experts = checks.integer("Router", "dim", dim, 0), checks.integer("Router", "experts", experts, 1)
         for each in (capacity, eval_capacity):
             as_capacity("Router", each)
-        _checks.check_choice("Router", "priority", priority, PRIORITIES)
+        checks.check_choice("Router", "priority", priority, PRIORITIES)
         check_gating("Router", gating)
         if balance is not None:
-            _checks.check_choice("Router", "balance", balance, BALANCING)
+            checks.check_choice("Router", "balance", balance, BALANCING)
         if balance is not None and gating.bias is not None:
             raise ValueError("Router: gating.bias must be None with balance, which has a bias of its own, got both")
-        self.k = _checks.integer("Router", "k", k, 1)
+        self.k = checks.integer("Router", "k", k, 1)
         self.capacity, self.priority, self.gating = capacity, priority, gating
         self.eval_capacity = capacity if eval_capacity is None else eval_capacity
         self.losses = described("Router", losses)
         self.balance = balance
-        self.balance_rate = _checks.number("Router", "balance_rate", balance_rate)
+        self.balance_rate = checks.number("Router", "balance_rate", balance_rate)
         self.weight = nn.Parameter(torch.empty(experts, dim, device=device, dtype=dtype))
         bias = None if balance is None else torch.zeros(experts, dtype=torch.float32, device=device)
         self.register_buffer("expert_bias", bias)
@@ -139,8 +139,8 @@ class Router(State):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(T, E) of tokens (T, D)."""
-        dtype = _checks.accumulator(tokens.dtype)
-        with _autocast.disabled(tokens):
+        dtype = checks.accumulator(tokens.dtype)
+        with autocast.disabled(tokens):
             return F.linear(tokens.to(dtype), self.weight.to(dtype))
 
     def scored(self, tokens: Tensor, labels: dict[str, Any]) -> Tensor:
@@ -174,7 +174,7 @@ class Router(State):
         if self.balance is None or self.expert_bias is None:
             raise ValueError('Router.update_bias: balance must be "sign" or "zscore", got None')
         # FSDP may have cast the buffer behind the module's back; a sum of small steps needs its digits.
-        wide = self.expert_bias.to(_checks.accumulator(self.expert_bias.dtype))
+        wide = self.expert_bias.to(checks.accumulator(self.expert_bias.dtype))
         self.expert_bias = wide.copy_(balanced_bias(wide, choices, self.balance_rate, self.balance))
 
     def extra_repr(self) -> str:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import _autocast, _checks
-from .._masks import left_out
-from .._scalars import Scalars
+from ..core import autocast, checks
+from ..core.masks import left_out
+from ..core.scalars import Scalars
 from .experts import Experts
 
 
@@ -58,7 +58,7 @@ class SoftMoE(Scalars):
         super().__init__()
         self.experts = Experts(dim, hidden, experts, device=device, dtype=dtype, **options)
         _, dim, _ = self.experts.down_proj.shape
-        slots = _checks.integer("SoftMoE", "slots", slots, 1)
+        slots = checks.integer("SoftMoE", "slots", slots, 1)
         self.slots = nn.Parameter(torch.empty(dim, len(self.experts.down_proj), slots, device=device, dtype=dtype))
         self.scale = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         self.reset_parameters()
@@ -70,12 +70,12 @@ class SoftMoE(Scalars):
 
     def forward(self, tokens: Tensor, *, valid: Tensor | None = None, backend: str = "auto") -> Tensor:
         """Return the output (..., L, D) of tokens (..., L, D); padding, where valid (..., L) is False, is left out."""
-        _checks.check_floating("SoftMoE", "tokens", tokens)
+        checks.check_floating("SoftMoE", "tokens", tokens)
         shape = tokens.shape
         tokens = tokens if valid is None else left_out(tokens, valid)
         x = tokens.reshape(math.prod(shape[:-2]), *shape[-2:])
-        dtype = _checks.accumulator(tokens.dtype)
-        with _autocast.disabled(tokens):
+        dtype = checks.accumulator(tokens.dtype)
+        with autocast.disabled(tokens):
             keys = self.scale.to(dtype) * F.normalize(self.slots.to(dtype).flatten(1), dim=0)
             logits = F.normalize(x.to(dtype), dim=2) @ keys
             into, back = logits, logits.softmax(2)

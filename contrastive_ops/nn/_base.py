@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import _checks
-from .._scalars import Scalars, bounded
+from ..core import checks
+from ..core.scalars import Scalars, bounded
 
 
 class Loss(nn.Module):
@@ -40,7 +40,7 @@ class Loss(nn.Module):
             if option not in self.known or option in self.owned:
                 known = ", ".join(name for name in self.known if name not in self.owned)
                 raise TypeError(f"{type(self).__name__}: options must be among {known}, got {option}")
-            _checks.option(type(self).__name__, option, value, self.known[option])
+            checks.option(type(self).__name__, option, value, self.known[option])
         self.options = options
 
     def provided(self) -> dict[str, Any]:
@@ -113,11 +113,11 @@ class ScaledLoss(Scalars, Loss):
         super().__init__(**options)
         name = type(self).__name__
         if learnable is not None:
-            _checks.flag(name, "learnable", learnable)
+            checks.flag(name, "learnable", learnable)
         self.learnable = self.default_learnable if learnable is None else learnable
         temperature = self.default_temperature if temperature is None else temperature
-        self.temperature = _checks.number(name, "temperature", temperature, "(0, inf)")
-        self.max_scale = _checks.number(name, "max_scale", max_scale, "(0, inf]")
+        self.temperature = checks.number(name, "temperature", temperature, "(0, inf)")
+        self.max_scale = checks.number(name, "max_scale", max_scale, "(0, inf]")
         self.logit_scale = nn.Parameter(torch.empty(1)) if self.learnable else None
         ScaledLoss.reset_parameters(self)
 
@@ -184,7 +184,7 @@ class BiasedLoss(ScaledLoss):
         **options: Any,
     ) -> None:
         super().__init__(temperature, learnable=learnable, **options)
-        self.bias = _checks.number(type(self).__name__, "bias", self.default_bias if bias is None else bias)
+        self.bias = checks.number(type(self).__name__, "bias", self.default_bias if bias is None else bias)
         self.logit_bias = nn.Parameter(torch.empty(1)) if self.learnable else None
         BiasedLoss.reset_parameters(self)
 
@@ -215,8 +215,8 @@ class PrototypeLoss(ScaledLoss):
     def __init__(self, classes: int, dimension: int, temperature: float | None = None, **options: Any) -> None:
         super().__init__(temperature, **options)
         name = type(self).__name__
-        classes = _checks.integer(name, "classes", classes, 1)
-        self.prototypes = nn.Parameter(torch.empty(classes, _checks.integer(name, "dimension", dimension, 1)))
+        classes = checks.integer(name, "classes", classes, 1)
+        self.prototypes = nn.Parameter(torch.empty(classes, checks.integer(name, "dimension", dimension, 1)))
         PrototypeLoss.reset_parameters(self)
 
     def reset_parameters(self) -> None:

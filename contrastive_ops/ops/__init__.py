@@ -1,13 +1,13 @@
 """The primitives: check arguments, pick a backend, register autograd."""
 
+from ..core.folds import Fold, Reduced
+from ..core.rules import Guide, Pairs
 from .coarse import Coarse
 from .expert_choice import expert_choice
 from .expert_routing import Routing, combine, dispatch, route
-from .folds import Fold, Reduced
 from .gating import Capacity, Gating, RouterLoss
 from .grouped_matmul import grouped_matmul
 from .maxsim import maxsim, maxsim_pairs
-from .pairs import Guide, Pairs
 from .similarity_distill import similarity_distill
 from .similarity_prefix import PrefixFolds, similarity_prefix
 from .similarity_reduce import merge_lse, similarity_reduce

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast
-from .._checks import accumulator
-from .._dispatch import Backend
-from .._library import define, of_backend
-from .._routing import ScoreSpec, SlotSpec
+from ..core import autocast
+from ..core.backends import Backend
+from ..core.checks import accumulator
+from ..core.derivatives import alias, grad
+from ..core.operators import define, of_backend
+from ..core.routing import ScoreSpec, SlotSpec
 from ..reference import expert_routing as reference
-from ._autograd import alias, grad
 
 _GIVEN = "Tensor logits, Tensor? noise, Tensor? bias, Tensor? allowed"
 _RULES = "Tensor? segment, Tensor? valid, SymInt[] spec, float sigma"
@@ -115,7 +115,7 @@ def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward_derivative(ctx: Any, d_gradient: Tensor) -> tuple[Any, ...]:
     """The second derivative: autograd through the reference, whatever the backend was."""
     logits, *others, experts, d_gates, d_sums, d_totals = ctx.saved_tensors
-    with torch.enable_grad(), _autocast.disabled(logits):
+    with torch.enable_grad(), autocast.disabled(logits):
         leaves = [alias(t) for t in (logits, d_gates, d_sums, d_totals)]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         arguments: list[Any] = [leaves[0], *others, ctx.spec, ctx.sigma, experts, *leaves[1:]]

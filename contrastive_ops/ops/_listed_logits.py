@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._dispatch import choose
-from .._library import define
-from .._similarity import Layout
-from ._logit_sets import LogitSets
-from .pairs import Pairs
+from ..core.backends import choose
+from ..core.logit_sets import LogitSets
+from ..core.operators import define
+from ..core.problem import Layout
+from ..core.rules import Pairs
 from .similarity_topk import BACKENDS
 
 

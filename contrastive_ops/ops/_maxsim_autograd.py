@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast
-from .._checks import accumulator
-from .._dispatch import Backend
-from .._library import define, of_backend
+from ..core import autocast
+from ..core.backends import Backend
+from ..core.checks import accumulator
+from ..core.derivatives import alias, grad
+from ..core.operators import define, of_backend
 from ..reference import maxsim as reference
-from ._autograd import alias, grad
 
 _SETS = "Tensor queries, Tensor documents, Tensor query_offsets, Tensor document_offsets"
 _PAIRS = "Tensor? pair_queries, Tensor? pair_documents"
@@ -104,7 +104,7 @@ def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 def _backward_derivative(ctx: Any, *d_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     """The second derivative: autograd through the chunked reference, whatever the backend was."""
     queries, documents, *constants, d_scores = ctx.saved_tensors
-    with torch.enable_grad(), _autocast.disabled(queries):
+    with torch.enable_grad(), autocast.disabled(queries):
         leaves = [alias(t) for t in (queries, documents, d_scores)]
         arguments: list[Any] = [leaves[0], leaves[1], *constants, leaves[2], ctx.needs]
         outputs = reference.backward(*arguments)

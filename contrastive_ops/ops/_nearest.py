@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast
-from .._checks import accumulator
-from .._dispatch import Backend
-from .._library import define
-from .._offsets import common_row
-from .._ordered import add_segments
-from .._similarity import STATISTICS, Layout, LogitSet, ScaleOf, Slot
-from ..reference.similarity_reduce import chunks_of_rows
+from ..core import autocast
+from ..core.backends import Backend
+from ..core.checks import accumulator
+from ..core.derivatives import needed, second_derivative
+from ..core.numerics import chunks_of_rows
+from ..core.offsets import common_row
+from ..core.operators import define
+from ..core.ordered import add_segments
+from ..core.problem import STATISTICS, Layout, LogitSet, ScaleOf, Slot
+from ..core.rule_slices import lists_of_rows, with_own_column
 from ..reference.similarity_topk import logits_of_listed
-from ._autograd import needed, second_derivative
-from ._pair_slices import lists_of_rows, with_own_column
 
 # Numbers of gathered rows at a time: they stay in a cache.
 CHUNK_ELEMENTS = 1 << 18
@@ -57,7 +57,7 @@ def register(backends: Mapping[str, Backend]) -> None:
 
     def nearest_columns(*arguments: Any) -> tuple[Tensor, ...]:
         *problem, k, floor, count_above, backend = arguments
-        with torch.no_grad(), _autocast.disabled(problem[0]):
+        with torch.no_grad(), autocast.disabled(problem[0]):
             return _nearest(Problem(backends[backend].functions(), *problem), k, floor, count_above)
 
     define(

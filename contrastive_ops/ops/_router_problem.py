@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._lists import NONE, first_of_each
-from .._masks import left_out
-from .._recompute import random_options
-from .._routing import GROUP_SCORES, SCORES, ScoreSpec
+from ..core import checks
+from ..core.lists import NONE, first_of_each
+from ..core.masks import left_out
+from ..core.recompute import random_options
+from ..core.routing import GROUP_SCORES, SCORES, ScoreSpec
 from ._router_statistics import Statistics
 from .gating import Capacity, Gating, RouterLoss
 
@@ -61,19 +61,19 @@ class RouterProblem:
             _check_like(function, "valid", valid, torch.bool, (tokens,), logits)
             segments, allowed = (_of_valid(each, valid) for each in (segments, allowed))
         if segments is not None:
-            segments = _checks.as_index(function, "segments", segments)
+            segments = checks.as_index(function, "segments", segments)
         count = _segments(function, segments, num_segments, logits)
         mask, given = _allowed(function, allowed, k, logits)
         if given is not None:  # a token that is given no expert is left out
             some = (given >= 0).any(1)
             valid = some if valid is None else valid & some
-        dtype = _checks.accumulator(logits.dtype)
+        dtype = checks.accumulator(logits.dtype)
         if noise is not None:
             if not gating.noise_std:
                 raise ValueError(f"{function}: noise must be None without gating.noise_std, got a tensor")
-            _checks.check_matrix(function, "noise", noise)
+            checks.check_matrix(function, "noise", noise)
             _check_like(function, "noise", noise, noise.dtype, tuple(logits.shape), logits)
-            _checks.check_constant(function, "noise", noise)
+            checks.check_constant(function, "noise", noise)
             noise = noise.to(dtype).contiguous()
             noise = noise if valid is None else left_out(noise, valid)
         elif gating.noise_std:
@@ -92,7 +92,7 @@ class RouterProblem:
         spec = ScoreSpec(
             k, SCORES.index(g.score), int(g.renormalize and k > 1), *groups, self.segments, int(self.asks("load"))
         )
-        bias = None if g.bias is None else g.bias.detach().to(_checks.accumulator(self.logits.dtype))
+        bias = None if g.bias is None else g.bias.detach().to(checks.accumulator(self.logits.dtype))
         sigma = g.noise_std / max(self.logits.shape[1], 1)
         given = self.given if given is None else given
         return self.logits, self.noise, bias, self.mask, given, self.segment, self.valid, list(spec), sigma
@@ -126,19 +126,19 @@ def as_capacity(function: str, capacity: int | float | Capacity | None) -> Capac
         return capacity
     if capacity is None:
         return Capacity()
-    value = _checks.plain(function, "capacity", capacity, "an int, a float, Capacity or None")
+    value = checks.plain(function, "capacity", capacity, "an int, a float, Capacity or None")
     return Capacity(limit=value) if isinstance(value, int) else Capacity(factor=value)
 
 
 def _check_like(
     function: str, name: str, tensor: object, dtype: torch.dtype, shape: tuple[int, ...], logits: Tensor
 ) -> None:
-    tensor = _checks.check_tensor(function, name, tensor)
+    tensor = checks.check_tensor(function, name, tensor)
     if tensor.dtype != dtype:
         raise TypeError(f"{function}: {name} must be {str(dtype).removeprefix('torch.')}, got {tensor.dtype}")
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"{function}: {name} must have shape {shape}, got {_checks.shape(tensor)}")
-    _checks.check_device(function, "logits", logits, name, tensor)
+        raise ValueError(f"{function}: {name} must have shape {shape}, got {checks.shape(tensor)}")
+    checks.check_device(function, "logits", logits, name, tensor)
 
 
 def _of_valid(label: Tensor | None, valid: Tensor) -> Tensor | None:
@@ -160,14 +160,14 @@ def described(function: str, losses: object) -> tuple[RouterLoss, ...]:
 def _segments(function: str, segments: Tensor | None, num_segments: int | None, logits: Tensor) -> int:
     """How many segments there are."""
     if num_segments is not None:
-        num_segments = _checks.integer(function, "num_segments", num_segments, 1)
+        num_segments = checks.integer(function, "num_segments", num_segments, 1)
     if segments is None:
         if num_segments not in (None, 1):
             raise ValueError(f"{function}: segments must be given for num_segments={num_segments}, got None")
         return 1
     _check_like(function, "segments", segments, torch.int64, (logits.shape[0],), logits)
     if num_segments is None:
-        if not _checks.may_read(segments, waits=True):
+        if not checks.may_read(segments, waits=True):
             raise ValueError(f"{function}: num_segments must be given where segments cannot be read, got None")
         num_segments = int(segments.max()) + 1 if segments.shape[0] else 1
         if num_segments > MOST_SEGMENTS:
@@ -176,7 +176,7 @@ def _segments(function: str, segments: Tensor | None, num_segments: int | None, 
                 "  number them: segments.unique(return_inverse=True)[1]"
             )
     # Kernels for a GPU count a token of another segment nowhere.
-    _checks.check_index_values(function, "segments", segments, num_segments, waits=False)
+    checks.check_index_values(function, "segments", segments, num_segments, waits=False)
     return num_segments
 
 
@@ -188,11 +188,11 @@ def _allowed(function: str, allowed: Tensor | None, k: int, logits: Tensor) -> t
     if isinstance(allowed, Tensor) and allowed.dtype == torch.bool:
         _check_like(function, "allowed", allowed, torch.bool, (tokens, experts), logits)
         return allowed, None
-    if isinstance(allowed, Tensor) and allowed.dtype in _checks.INTEGERS:
-        given = _checks.as_index(function, "allowed", allowed)
+    if isinstance(allowed, Tensor) and allowed.dtype in checks.INTEGERS:
+        given = checks.as_index(function, "allowed", allowed)
         given = given[:, None] if given.dim() == 1 and k == 1 else given
         _check_like(function, "allowed", given, torch.int64, (tokens, k), logits)
-        _checks.check_index_values(function, "allowed", given, experts, or_none=True, waits=False)
+        checks.check_index_values(function, "allowed", given, experts, or_none=True, waits=False)
         if k > 1:
             given = torch.where(first_of_each(given), given, NONE)
         return None, given

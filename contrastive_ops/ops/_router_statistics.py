@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._masks import times
-from .._results import pytree
+from ..core.masks import times
+from ..core.results import pytree
 from .gating import RouterLoss
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import accumulator
-from .._dispatch import Backend
-from .._library import define, of_backend
+from ..core.backends import Backend
+from ..core.checks import accumulator
+from ..core.derivatives import gradient_shapes, needed, second_derivative, to_inputs
+from ..core.operators import define, of_backend
 from ..reference import similarity_distill as reference
-from ._autograd import gradient_shapes, needed, second_derivative, to_inputs
 
 _SIDE = "Tensor {0}x, Tensor {0}y, Tensor {0}scale, Tensor? {0}row_bias, Tensor? {0}col_bias"
 _PROBLEM = (

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast
-from .._checks import accumulator, check_index_values
-from .._dispatch import Backend
-from .._library import define
+from ..core import autocast
+from ..core.backends import Backend
+from ..core.checks import accumulator, check_index_values
+from ..core.derivatives import alias, grad
+from ..core.operators import define
 from ..reference import similarity_prefix as reference
-from ._autograd import alias, grad
 
 _TENSORS = "Tensor x, Tensor? y, Tensor scale, Tensor? target, Tensor? differ_rows, Tensor? differ_cols"
 _PROBLEM = f"{_TENSORS}, int[] dims, SymInt? diagonal, bool normalize"
@@ -36,7 +36,7 @@ def register(backends: Mapping[str, Backend]) -> None:
             x, y, target = problem[0], problem[1], problem[_TARGET]
             if target is not None:
                 check_index_values("similarity_prefix", "target", target, (x if y is None else y).shape[0])
-            with _autocast.disabled(x):
+            with autocast.disabled(x):
                 return getattr(backends[backend].functions(), name)(*problem)
 
         return function
@@ -132,7 +132,7 @@ def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _backward_derivative(ctx: Any, *d_gradients: Tensor | None) -> tuple[Any, ...]:
     """The second derivative: autograd through the chunked reference, whatever the backend was."""
     saved = ctx.saved_tensors
-    with torch.enable_grad(), _autocast.disabled(saved[0]):
+    with torch.enable_grad(), autocast.disabled(saved[0]):
         # Aliases: only what this operator itself does with an input counts, not how the folds came from x.
         tensors = [alias(t) for t in saved]
         leaves = [a for a in tensors if a is not None and a.requires_grad]

@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast
-from .._checks import accumulator, check_index_values
-from .._dispatch import Backend
-from .._library import define
-from .._ordered import in_parts, ordered_sum
-from .._similarity import Layout
+from ..core import autocast, unit_lengths
+from ..core.backends import Backend
+from ..core.checks import accumulator, check_index_values
+from ..core.derivatives import alias, grad, gradient_shapes, needed, to_inputs
+from ..core.operators import define
+from ..core.ordered import in_parts, ordered_sum
+from ..core.problem import Layout
 from ..reference import similarity_reduce as reference
-from . import _unit_lengths
-from ._autograd import alias, grad, gradient_shapes, needed, to_inputs
 
 _PROBLEM = (
     "Tensor x, Tensor? y, Tensor scale, Tensor? row_bias, Tensor? col_bias, Tensor{q} target,"
@@ -50,9 +49,9 @@ def register(backends: Mapping[str, Backend]) -> None:
     """Define the operators; `backends` says where each backend's functions are."""
 
     def run(backend: str, name: str, problem: list[Any], gradients: int | None) -> Any:
-        with _autocast.disabled(problem[0]):
+        with autocast.disabled(problem[0]):
             function = getattr(backends[backend].functions(), name)
-            return _unit_lengths.run(function, problem, backend == "reference", gradients)
+            return unit_lengths.run(function, problem, backend == "reference", gradients)
 
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         *problem, backend = arguments
@@ -163,12 +162,12 @@ def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _backward_derivative(ctx: Any, *d_gradients: Any) -> tuple[Any, ...]:
     """The second derivative: autograd through the streamed reference, whatever the backend was."""
     problem, others = _saved(ctx)
-    with torch.enable_grad(), _autocast.disabled(problem[0]):
+    with torch.enable_grad(), autocast.disabled(problem[0]):
         # Aliases: only what this operator itself does with an input counts, not how the folds came from x.
         tensors = [alias(t) for t in (*problem[:_TARGET], *others)]
         leaves = [a for a in tensors if a is not None and a.requires_grad]
         arguments: list[Any] = [*tensors[:_TARGET], *problem[_TARGET:], *tensors[_TARGET:], ctx.needs]
-        outputs = _unit_lengths.run(reference.backward, arguments, True, 0)
+        outputs = unit_lengths.run(reference.backward, arguments, True, 0)
         pairs = [(o, d) for o, d in zip(outputs, d_gradients, strict=True) if d is not None and o.requires_grad]
         found = iter(grad([o for o, _ in pairs], leaves, [d for _, d in pairs]))
     gradients = [next(found) if a is not None and a.requires_grad else None for a in tensors]

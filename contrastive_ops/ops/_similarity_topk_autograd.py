@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast
-from .._checks import accumulator
-from .._dispatch import Backend
-from .._library import define, of_backend
-from .._similarity import STATISTICS
+from ..core import autocast
+from ..core.backends import Backend
+from ..core.checks import accumulator
+from ..core.derivatives import alias, grad, gradient_shapes, needed, to_inputs
+from ..core.operators import define, of_backend
+from ..core.problem import STATISTICS
 from ..reference import similarity_topk as reference
-from ._autograd import alias, grad, gradient_shapes, needed, to_inputs
 
 _PROBLEM = "Tensor x, Tensor y, Tensor scale, Tensor? row_bias, Tensor? col_bias, Tensor[] pair_data, SymInt[] spec"
 _FORWARD = (
@@ -124,7 +124,7 @@ def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _backward_derivative(ctx: Any, *d_gradients: Any) -> tuple[Any, ...]:
     """The second derivative: autograd through the streamed reference, whatever the backend was."""
     problem, (indices, d_values) = _saved(ctx)
-    with torch.enable_grad(), _autocast.disabled(problem[0]):
+    with torch.enable_grad(), autocast.disabled(problem[0]):
         tensors = [alias(t) for t in (*problem[:_PAIR_DATA], d_values)]
         leaves = [a for a in tensors if a is not None and a.requires_grad]
         arguments: list[Any] = [*tensors[:-1], *problem[_PAIR_DATA:], indices, tensors[-1], ctx.needs]

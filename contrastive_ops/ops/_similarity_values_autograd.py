@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import accumulator
-from .._dispatch import Backend
-from .._library import define, of_backend
+from ..core.backends import Backend
+from ..core.checks import accumulator
+from ..core.derivatives import gradient_shapes, needed, second_derivative, to_inputs
+from ..core.operators import define, of_backend
 from ..reference import similarity_values as reference
-from ._autograd import gradient_shapes, needed, second_derivative, to_inputs
 
 _PROBLEM = (
     "Tensor x, Tensor y, Tensor scale, Tensor? row_bias, Tensor? col_bias, Tensor values, Tensor[] pair_data,"

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._offsets import common_row
+from ..core import checks
+from ..core.offsets import common_row
+from ..core.rule_slices import each_bound, map_bounds, rows_of
+from ..core.rules import Bound, Pairs
 from ._nearest import products
-from ._pair_slices import each_bound, map_bounds, rows_of
-from .pairs import Bound, Pairs
 
 DTYPES = (torch.bfloat16, torch.int8)
 
@@ -65,9 +65,9 @@ class Coarse:
 
     def __post_init__(self) -> None:
         """Check what does not depend on the matrices."""
-        _checks.check_choice("Coarse", "dtype", self.dtype, DTYPES)
+        checks.check_choice("Coarse", "dtype", self.dtype, DTYPES)
         if self.candidates is not None:
-            object.__setattr__(self, "candidates", _checks.integer("Coarse", "candidates", self.candidates, 1))
+            object.__setattr__(self, "candidates", checks.integer("Coarse", "candidates", self.candidates, 1))
 
     @classmethod
     def of(
@@ -84,14 +84,14 @@ class Coarse:
         Raises:
             ValueError, TypeError: arguments that do not fit.
         """
-        _checks.check_matrix("Coarse.of", "y", y)
+        checks.check_matrix("Coarse.of", "y", y)
         made = cls(dtype, candidates, retry)
         return replace(made, rounded=made.round(y))
 
     def round(self, y: Tensor) -> RoundedRows:
         """The rows of `y` in the lower precision."""
         y = y.detach()
-        wide = y.to(_checks.accumulator(y.dtype))
+        wide = y.to(checks.accumulator(y.dtype))
         if self.dtype == torch.bfloat16:
             rows, scale = y.to(torch.bfloat16), None
             back = rows.to(wide.dtype)
@@ -107,7 +107,7 @@ class Coarse:
 
 def _doubt(x: Tensor, rounded: Tensor, corpus: RoundedRows) -> Tensor:
     """(N,) how far the similarities of each row may be off."""
-    dtype = _checks.accumulator(x.dtype)
+    dtype = checks.accumulator(x.dtype)
     wide, rounded = x.to(dtype), rounded.to(dtype)
     norm, error = (v.max() if len(v) else wide.new_zeros(()) for v in (corpus.norm, corpus.error))
     lost = torch.linalg.vector_norm(wide - rounded, dim=1)
@@ -185,8 +185,8 @@ def search(
     corpus = coarse.round(right) if coarse.rounded is None else coarse.rounded
     if corpus.rows.shape != right.shape:
         raise ValueError(
-            f"similarity_topk: coarse must be made from y, got rows {_checks.shape(corpus.rows)} and y "
-            f"{_checks.shape(right)}\n  make it with Coarse.of(y)"
+            f"similarity_topk: coarse must be made from y, got rows {checks.shape(corpus.rows)} and y "
+            f"{checks.shape(right)}\n  make it with Coarse.of(y)"
         )
     if not y.shape[0]:  # nothing was left out of an empty list
         indices = torch.full((x.shape[0], k), -1, dtype=torch.int64, device=x.device)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._dispatch import choose
-from .._routing import SlotSpec, smaller
+from ..core import checks
+from ..core.backends import choose
+from ..core.routing import SlotSpec, smaller
 from ._router_problem import RouterProblem, as_capacity, check_gating
 from .expert_routing import BACKENDS, DEFAULT, Routing, routing_of
 from .gating import Capacity, Gating, RouterLoss
@@ -69,7 +69,7 @@ def expert_choice(
         [0, 3, 6, 9, 12]
     """
     function = "expert_choice"
-    _checks.check_matrix(function, "logits", logits)
+    checks.check_matrix(function, "logits", logits)
     tokens, experts = logits.shape
     check_gating(function, gating)
     if gating.bias is not None or gating.expert_groups != 1 or gating.renormalize:

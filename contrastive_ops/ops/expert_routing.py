@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import _checks, _cuda, _extension, _triton
-from .._dispatch import Backend, choose, unsupported_by_cpu
-from .._recompute import must_reach
-from .._results import pytree
-from .._routing import SlotSpec
+from ..core import checks, cuda_kernels, extension, triton_kernels
+from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core.recompute import must_reach
+from ..core.results import pytree
+from ..core.routing import SlotSpec
 from ..reference import expert_routing as reference
 from ._expert_routing_autograd import register
 from ._router_problem import RouterProblem, as_capacity, check_gating
@@ -21,28 +21,31 @@ from ._router_statistics import Statistics
 from .gating import Capacity, Gating, RouterLoss
 
 # One hop to every implementation; each offers scores, scores_backward, slots, dispatch, combine and dots.
-BACKENDS = {
-    "reference": Backend(
-        source="contrastive_ops/reference/expert_routing.py",
-        functions=lambda: reference,
-        unsupported=lambda x: [],
-    ),
-    "cpu": Backend(
-        source="csrc/cpu/expert_routing.cpp",
-        functions=functools.cache(lambda: _extension.functions("expert_routing")),
-        unsupported=unsupported_by_cpu,
-    ),
-    "triton": Backend(
-        source="kernels/expert_routing.py",
-        functions=functools.cache(lambda: _triton.functions("expert_routing")),
-        unsupported=_triton.unsupported,
-    ),
-    "cuda": Backend(
-        source="csrc/cuda/expert_routing.cu",
-        functions=functools.cache(lambda: _cuda.functions("expert_routing")),
-        unsupported=_cuda.unsupported,
-    ),
-}
+BACKENDS = enrol(
+    "expert_routing",
+    {
+        "reference": Backend(
+            source="contrastive_ops/reference/expert_routing.py",
+            functions=lambda: reference,
+            unsupported=lambda x: [],
+        ),
+        "cpu": Backend(
+            source="csrc/cpu/expert_routing.cpp",
+            functions=functools.cache(lambda: extension.functions("expert_routing")),
+            unsupported=unsupported_by_cpu,
+        ),
+        "triton": Backend(
+            source="kernels/expert_routing.py",
+            functions=functools.cache(lambda: triton_kernels.functions("expert_routing")),
+            unsupported=triton_kernels.unsupported,
+        ),
+        "cuda": Backend(
+            source="csrc/cuda/expert_routing.cu",
+            functions=functools.cache(lambda: cuda_kernels.functions("expert_routing")),
+            unsupported=cuda_kernels.unsupported,
+        ),
+    },
+)
 
 register(BACKENDS)
 
@@ -184,9 +187,9 @@ def route(
         (torch.Size([12, 2]), torch.Size([3]), torch.Size([3]))
     """
     function = "route"
-    _checks.check_matrix(function, "logits", logits)
-    k = _checks.integer(function, "k", k, 1)
-    _checks.check_choice(function, "priority", priority, PRIORITIES)
+    checks.check_matrix(function, "logits", logits)
+    k = checks.integer(function, "k", k, 1)
+    checks.check_choice(function, "priority", priority, PRIORITIES)
     tokens, experts = logits.shape
     if k > experts:
         raise ValueError(f"{function}: k must be at most the number of experts, got k={k} and {experts} experts")
@@ -292,14 +295,14 @@ def combine(rows: Tensor, routing: Routing, *, backend: str = "auto") -> Tensor:
         True
     """
     check_rows("combine", "rows", rows, routing.order.shape[0], routing)
-    gates = routing.gates.to(_checks.accumulator(rows.dtype))
+    gates = routing.gates.to(checks.accumulator(rows.dtype))
     chosen = choose("combine", BACKENDS, rows, backend)
     return torch.ops.contrastive_ops.expert_routing_combine(rows, gates, routing.slots, routing.order, chosen)
 
 
 def check_rows(function: str, name: str, rows: Tensor, size: int, routing: Routing) -> None:
     """`rows` must be a matrix of `size` rows where the routing is."""
-    _checks.check_matrix(function, name, rows)
+    checks.check_matrix(function, name, rows)
     if rows.shape[0] != size:
-        raise ValueError(f"{function}: {name} must have {size} rows as the routing has, got {_checks.shape(rows)}")
-    _checks.check_device(function, "routing", routing.slots, name, rows)
+        raise ValueError(f"{function}: {name} must have {size} rows as the routing has, got {checks.shape(rows)}")
+    checks.check_device(function, "routing", routing.slots, name, rows)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._routing import GROUP_SCORES, SCORES
+from ..core import checks
+from ..core.routing import GROUP_SCORES, SCORES
 
 LOSSES = ("importance", "load", "switch", "z", "local_entropy", "global_entropy")
 
@@ -43,19 +43,19 @@ class Gating:
 
     def checked(self, function: str, k: int, experts: int, logits: Tensor) -> Gating:
         """Return it with Python's numbers; raise where it does not fit k choices among the logits' experts."""
-        _checks.check_choice(function, "gating.score", self.score, SCORES)
-        _checks.check_choice(function, "gating.group_score", self.group_score, GROUP_SCORES)
-        noise_std = _checks.number(function, "gating.noise_std", self.noise_std, "[0, inf)")
+        checks.check_choice(function, "gating.score", self.score, SCORES)
+        checks.check_choice(function, "gating.group_score", self.group_score, GROUP_SCORES)
+        noise_std = checks.number(function, "gating.noise_std", self.noise_std, "[0, inf)")
         if self.bias is not None:
-            _checks.check_vector(function, "gating.bias", self.bias, experts, "logits", logits)
-            _checks.check_constant(function, "gating.bias", self.bias)
-        groups = _checks.integer(function, "gating.expert_groups", self.expert_groups, 1)
+            checks.check_vector(function, "gating.bias", self.bias, experts, "logits", logits)
+            checks.check_constant(function, "gating.bias", self.bias)
+        groups = checks.integer(function, "gating.expert_groups", self.expert_groups, 1)
         if experts % groups:
             raise ValueError(
                 f"{function}: gating.expert_groups must divide the number of experts, got {groups} groups of {experts} "
                 "experts"
             )
-        kept = _checks.integer(function, "gating.kept_groups", self.kept_groups, 1, groups)
+        kept = checks.integer(function, "gating.kept_groups", self.kept_groups, 1, groups)
         if k > experts // groups * kept:
             raise ValueError(
                 f"{function}: k must be at most the number of experts that may be chosen, got k={k} and "
@@ -88,10 +88,10 @@ class Capacity:
 
     def slots(self, function: str, tokens: int, experts: int, k: int) -> tuple[int, int]:
         """Return (tokens that an expert takes of a group, -1 for all; tokens in a group)."""
-        multiple = _checks.integer(function, "capacity.multiple_of", self.multiple_of, 1)
+        multiple = checks.integer(function, "capacity.multiple_of", self.multiple_of, 1)
         size = tokens
         if self.group_size is not None:
-            size = _checks.integer(function, "capacity.group_size", self.group_size, 1)
+            size = checks.integer(function, "capacity.group_size", self.group_size, 1)
         if self.group_size is not None and tokens % size:
             raise ValueError(
                 f"{function}: capacity.group_size must divide the number of tokens, got groups of {size} and {tokens} "
@@ -100,9 +100,9 @@ class Capacity:
         if self.factor is not None and self.limit is not None:
             raise ValueError(f"{function}: capacity must have a factor or a limit, got both")
         if self.limit is not None:
-            most = _checks.integer(function, "capacity.limit", self.limit, 0)
+            most = checks.integer(function, "capacity.limit", self.limit, 0)
         elif self.factor is not None:
-            factor = _checks.number(function, "capacity.factor", self.factor, "[0, inf)")
+            factor = checks.number(function, "capacity.factor", self.factor, "[0, inf)")
             # The product may miss a whole number by a rounding, which must not cost a slot.
             most = math.ceil(factor * k * size / experts - 1e-9)
         elif self.padded:
@@ -138,7 +138,7 @@ class RouterLoss:
     pooled: bool = False
 
     def __post_init__(self) -> None:
-        _checks.check_choice("RouterLoss", "name", self.name, LOSSES)
+        checks.check_choice("RouterLoss", "name", self.name, LOSSES)
         if self.threshold is not None and self.name != "global_entropy":
             raise ValueError(f"RouterLoss: threshold must be None for {self.name!r}, got {self.threshold}")
 
@@ -155,5 +155,5 @@ class RouterLoss:
                 return numbers.expand(segments)
         raise ValueError(
             f"{function}: losses must have one weight and threshold, or one for each of {segments} segments, "
-            f"got {_checks.shown(value)} for {self.name!r}"
+            f"got {checks.shown(value)} for {self.name!r}"
         )

@@ -13,30 +13,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks, _extension, _triton
-from .._dispatch import Backend, choose, unsupported_by_cpu
-from .._library import define
+from ..core import autocast, checks, extension, triton_kernels
+from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core.operators import define
 from ..reference import grouped_matmul as reference
 from .expert_routing import Routing, check_rows
 
 # One hop to every implementation; each offers forward and outer with the same arguments.
-BACKENDS = {
-    "reference": Backend(
-        source="contrastive_ops/reference/grouped_matmul.py",
-        functions=lambda: reference,
-        unsupported=lambda a: [],
-    ),
-    "cpu": Backend(
-        source="csrc/cpu/grouped_matmul.cpp",
-        functions=functools.cache(lambda: _extension.functions("grouped_matmul")),
-        unsupported=unsupported_by_cpu,
-    ),
-    "triton": Backend(
-        source="kernels/grouped_matmul.py",
-        functions=functools.cache(lambda: _triton.functions("grouped_matmul")),
-        unsupported=_triton.unsupported,
-    ),
-}
+BACKENDS = enrol(
+    "grouped_matmul",
+    {
+        "reference": Backend(
+            source="contrastive_ops/reference/grouped_matmul.py",
+            functions=lambda: reference,
+            unsupported=lambda a: [],
+        ),
+        "cpu": Backend(
+            source="csrc/cpu/grouped_matmul.cpp",
+            functions=functools.cache(lambda: extension.functions("grouped_matmul")),
+            unsupported=unsupported_by_cpu,
+        ),
+        "triton": Backend(
+            source="kernels/grouped_matmul.py",
+            functions=functools.cache(lambda: triton_kernels.functions("grouped_matmul")),
+            unsupported=triton_kernels.unsupported,
+        ),
+    },
+)
 
 
 def grouped_matmul(
@@ -92,13 +95,13 @@ def grouped_matmul(
         torch.Size([20, 16])
     """
     name = "grouped_matmul"
-    a, b, bias = _autocast.cast(a, b, bias)
-    _checks.check_matrix(name, "a", a)
+    a, b, bias = autocast.cast(a, b, bias)
+    checks.check_matrix(name, "a", a)
     slots = order = None
     if isinstance(offsets, Routing):
         check_rows(name, "a", a, offsets.slots.shape[0], offsets)
         slots, order, offsets = offsets.slots, offsets.order, offsets.offsets
-    offsets = _checks.as_index(name, "offsets", offsets)
+    offsets = checks.as_index(name, "offsets", offsets)
     _check(name, a, b, offsets, bias, a.shape[0] if order is None else order.shape[0])
     backend = choose(name, BACKENDS, a, backend)
     return torch.ops.contrastive_ops.grouped_matmul_forward(a, b, offsets, bias, slots, order, backend)
@@ -108,28 +111,28 @@ def _check(function: str, a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | 
     _check_like(function, "b", b, a)
     if b.dim() != 3 or b.shape[1] != a.shape[1]:
         raise ValueError(
-            f"{function}: b must have shape (E, {a.shape[1]}, F) for a {_checks.shape(a)}, got {_checks.shape(b)}\n"
+            f"{function}: b must have shape (E, {a.shape[1]}, F) for a {checks.shape(a)}, got {checks.shape(b)}\n"
             "  weights stored as (E, F, D) are passed as weight.transpose(1, 2)"
         )
     groups, columns = b.shape[0], b.shape[2]
     if bias is not None:
         _check_like(function, "bias", bias, a)
         if bias.dim() != 2 or bias.shape[0] != groups or bias.shape[1] != columns:
-            raise ValueError(f"{function}: bias must have shape ({groups}, {columns}), got {_checks.shape(bias)}")
-    _checks.check_index(function, "offsets", offsets, groups + 1, "a", a)
+            raise ValueError(f"{function}: bias must have shape ({groups}, {columns}), got {checks.shape(bias)}")
+    checks.check_index(function, "offsets", offsets, groups + 1, "a", a)
     # Only what is at hand is read: not a traced tensor, and not one on a GPU, which every call would have to wait for.
-    if offsets.device.type == "cpu" and _checks.may_read(offsets):
-        _check_offsets(function, _checks.numbers_in(offsets), rows)
+    if offsets.device.type == "cpu" and checks.may_read(offsets):
+        _check_offsets(function, checks.numbers_in(offsets), rows)
 
 
 def _check_like(function: str, name: str, x: object, a: Tensor) -> None:
-    x = _checks.check_tensor(function, name, x)
+    x = checks.check_tensor(function, name, x)
     if x.dtype != a.dtype:
         raise TypeError(
             f"{function}: {name} must have the same dtype as a, got a {a.dtype} and {name} {x.dtype}\n"
             "  convert one of them, or use torch.autocast"
         )
-    _checks.check_device(function, "a", a, name, x)
+    checks.check_device(function, "a", a, name, x)
 
 
 def _check_offsets(function: str, offsets: list[int], rows: int) -> None:
@@ -155,7 +158,7 @@ def _forward(
     order: Tensor | None,
     backend: str,
 ) -> Tensor:
-    with _autocast.disabled(a):
+    with autocast.disabled(a):
         return BACKENDS[backend].functions().forward(a, b, offsets, bias, slots, order)
 
 
@@ -206,7 +209,7 @@ def _outer(
     wants_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    with _autocast.disabled(a):
+    with autocast.disabled(a):
         functions = BACKENDS[backend].functions()
         return functions.outer(a, g, offsets, slots, order, transposed, wants_b, wants_bias)
 

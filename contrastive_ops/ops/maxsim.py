@@ -7,25 +7,28 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import _checks, _extension
-from .._dispatch import Backend, choose, unsupported_by_cpu
+from ..core import checks, extension
+from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
 from ..reference import maxsim as reference
 from ._maxsim_autograd import register
 from .token_sets import Packed, TokenSets, check_two_sides, packed
 
 # One hop to every implementation; each offers forward and backward with the same arguments.
-BACKENDS = {
-    "reference": Backend(
-        source="contrastive_ops/reference/maxsim.py",
-        functions=lambda: reference,
-        unsupported=lambda x: [],
-    ),
-    "cpu": Backend(
-        source="csrc/cpu/maxsim.cpp",
-        functions=functools.cache(lambda: _extension.functions("maxsim")),
-        unsupported=unsupported_by_cpu,
-    ),
-}
+BACKENDS = enrol(
+    "maxsim",
+    {
+        "reference": Backend(
+            source="contrastive_ops/reference/maxsim.py",
+            functions=lambda: reference,
+            unsupported=lambda x: [],
+        ),
+        "cpu": Backend(
+            source="csrc/cpu/maxsim.cpp",
+            functions=functools.cache(lambda: extension.functions("maxsim")),
+            unsupported=unsupported_by_cpu,
+        ),
+    },
+)
 
 register(BACKENDS)
 
@@ -192,8 +195,8 @@ def _checked_pairs(function: str, q: Packed, d: Packed, pairs: object) -> tuple[
         raise TypeError(f"{function}: pairs must be a tuple of 2 tensors, got {type(pairs).__name__}")
     size, found = None, []
     for side, index, sets in (("queries", pairs[0], q), ("documents", pairs[1], d)):
-        index = _checks.check_index(function, f"pairs of the {side}", index, size, side, sets.tokens)
-        _checks.check_index_values(function, f"pairs of the {side}", index, sets.shape[0])
+        index = checks.check_index(function, f"pairs of the {side}", index, size, side, sets.tokens)
+        checks.check_index_values(function, f"pairs of the {side}", index, sets.shape[0])
         size = index.shape[0]
         found.append(index)
     return found[0], found[1]
@@ -201,8 +204,8 @@ def _checked_pairs(function: str, q: Packed, d: Packed, pairs: object) -> tuple[
 
 def _check(function: str, q: Packed, d: Packed, k: int, reduce: str) -> None:
     check_two_sides(function, q, d)
-    k = _checks.integer(function, "k", k, 1)
-    _checks.check_choice(function, "reduce", reduce, REDUCTIONS)
+    k = checks.integer(function, "k", k, 1)
+    checks.check_choice(function, "reduce", reduce, REDUCTIONS)
 
 
 def _scores(function: str, q: Packed, d: Packed, pairs: tuple[Tensor, Tensor] | None, k: int, backend: str) -> Tensor:

@@ -7,30 +7,33 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks, _extension
-from .._dispatch import Backend, choose, unsupported_by_cpu
-from .._similarity import Layout, Slot
+from ..core import autocast, checks, extension
+from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core.folds import Reduced
+from ..core.logit_sets import LogitSets, prepare
+from ..core.problem import Layout, Slot
+from ..core.rules import Pairs
 from ..reference import similarity_distill as reference
-from ._logit_sets import LogitSets, prepare
 from ._similarity_distill_autograd import register
-from .folds import Reduced
-from .pairs import Pairs
 from .similarity_reduce import KEEP_FROM_DIMENSION, budget_bytes, directions, needs_gradient
 
 # One hop to every implementation; each offers forward and backward with the same arguments.
-BACKENDS = {
-    "reference": Backend(
-        source="contrastive_ops/reference/similarity_distill.py",
-        functions=lambda: reference,
-        unsupported=lambda x: [],
-    ),
-    "cpu": Backend(
-        source="csrc/cpu/similarity_distill.cpp",
-        functions=functools.cache(lambda: _extension.functions("similarity_distill")),
-        unsupported=unsupported_by_cpu,
-        keeps=True,
-    ),
-}
+BACKENDS = enrol(
+    "similarity_distill",
+    {
+        "reference": Backend(
+            source="contrastive_ops/reference/similarity_distill.py",
+            functions=lambda: reference,
+            unsupported=lambda x: [],
+        ),
+        "cpu": Backend(
+            source="csrc/cpu/similarity_distill.cpp",
+            functions=functools.cache(lambda: extension.functions("similarity_distill")),
+            unsupported=unsupported_by_cpu,
+            keeps=True,
+        ),
+    },
+)
 
 register(BACKENDS)
 
@@ -107,7 +110,7 @@ def similarity_distill(
         True
     """
     name = "similarity_distill"
-    _checks.check_choice(name, "divergence", divergence, DIVERGENCES)
+    checks.check_choice(name, "divergence", divergence, DIVERGENCES)
     rows, cols = compare(
         x,
         y,
@@ -147,8 +150,8 @@ def compare(
     function, x_name, _ = names
     by_rows, by_cols = directions(function, dim)
     if teacher_y is not None and y is None:
-        raise ValueError(f"{function}: teacher_y must be None where y is None, got {_checks.shape(teacher_y)}")
-    x, y, teacher_x, teacher_y = _autocast.cast(x, y, teacher_x, teacher_y)
+        raise ValueError(f"{function}: teacher_y must be None where y is None, got {checks.shape(teacher_y)}")
+    x, y, teacher_x, teacher_y = autocast.cast(x, y, teacher_x, teacher_y)
     x, y_or_none, _, _ = prepare(names, x, y, None, None, None)
     y = x if y_or_none is None else y_or_none
     teacher_x, teacher_y = teacher_sides(names, x, y, teacher_x, teacher_x if y_or_none is None else teacher_y)
@@ -156,9 +159,9 @@ def compare(
     sets = LogitSets(names, x, None if y_or_none is None else y)
     sets.add(scale, pairs)
     _check_rules(function, sets)
-    teacher = _checks.scale_tensor(function, teacher_scale, x_name, x, "teacher_scale").detach()
+    teacher = checks.scale_tensor(function, teacher_scale, x_name, x, "teacher_scale").detach()
     if teacher_bias is not None:
-        _checks.check_vector(function, "teacher_bias", teacher_bias, y.shape[0], x_name, x)
+        checks.check_vector(function, "teacher_bias", teacher_bias, y.shape[0], x_name, x)
         teacher_bias = teacher_bias.detach().to(teacher.dtype)
     return run(
         (x, y, sets.scale(), None, None),
@@ -207,22 +210,22 @@ def teacher_sides(
     function, *student = names
     if teacher_y is None:
         raise ValueError(f"{function}: teacher_y must be given where {names[2]} is, got None")
-    _checks.check_matrices(function, "teacher_x", teacher_x, "teacher_y", teacher_y)
-    _checks.check_device(function, names[1], x, "teacher_x", teacher_x)
+    checks.check_matrices(function, "teacher_x", teacher_x, "teacher_y", teacher_y)
+    checks.check_device(function, names[1], x, "teacher_x", teacher_x)
     for name, matrix, like_name, like in zip(
         ("teacher_x", "teacher_y"), (teacher_x, teacher_y), student, (x, y), strict=True
     ):
         if matrix.shape[0] != like.shape[0]:
             raise ValueError(
                 f"{function}: {name} must have as many rows as {like_name}, "
-                f"got {like_name} {_checks.shape(like)} and {name} {_checks.shape(matrix)}"
+                f"got {like_name} {checks.shape(like)} and {name} {checks.shape(matrix)}"
             )
     return teacher_x.detach(), teacher_y.detach()
 
 
 def common_dtype(x: Tensor, y: Tensor, teacher_x: Tensor, teacher_y: Tensor) -> tuple[Tensor, ...]:
     """Student and teacher in one dtype: the student's, or that of its accumulators where they differ."""
-    dtype = x.dtype if teacher_x.dtype == x.dtype else _checks.accumulator(x.dtype)
+    dtype = x.dtype if teacher_x.dtype == x.dtype else checks.accumulator(x.dtype)
     return tuple(t.to(dtype) for t in (x, y, teacher_x, teacher_y))
 
 
@@ -241,4 +244,4 @@ def _kept_size(x: Tensor, y: Tensor, teacher_x: Tensor, budget: int) -> int:
     if x.shape[1] + teacher_x.shape[1] < 2 * KEEP_FROM_DIMENSION:
         return 0
     whole = (x.shape[0] + 32) * (y.shape[0] + 128)  # tiles are padded
-    return 2 * min(budget // (2 * _checks.accumulator(x.dtype).itemsize), whole)
+    return 2 * min(budget // (2 * checks.accumulator(x.dtype).itemsize), whole)

@@ -10,28 +10,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks, _extension
-from .._dispatch import Backend, choose, unsupported_by_cpu
-from .._results import named
-from .._similarity import Slot
+from ..core import autocast, checks, extension
+from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core.problem import Slot
+from ..core.results import named
+from ..core.rules import Pairs, resolve
 from ..reference import similarity_prefix as reference
 from ._similarity_prefix_autograd import register
-from .pairs import Pairs, resolve
 from .similarity_reduce import directions
 
 # One hop to every implementation; each offers forward and backward with the same arguments.
-BACKENDS = {
-    "reference": Backend(
-        source="contrastive_ops/reference/similarity_prefix.py",
-        functions=lambda: reference,
-        unsupported=lambda x: [],
-    ),
-    "cpu": Backend(
-        source="csrc/cpu/similarity_prefix.cpp",
-        functions=functools.cache(lambda: _extension.functions("similarity_prefix")),
-        unsupported=unsupported_by_cpu,
-    ),
-}
+BACKENDS = enrol(
+    "similarity_prefix",
+    {
+        "reference": Backend(
+            source="contrastive_ops/reference/similarity_prefix.py",
+            functions=lambda: reference,
+            unsupported=lambda x: [],
+        ),
+        "cpu": Backend(
+            source="csrc/cpu/similarity_prefix.cpp",
+            functions=functools.cache(lambda: extension.functions("similarity_prefix")),
+            unsupported=unsupported_by_cpu,
+        ),
+    },
+)
 
 register(BACKENDS)
 
@@ -147,18 +150,18 @@ def prefix_folds(
     """`similarity_prefix` for losses: arguments as there, and `names` to name in errors: the loss, its x, its y."""
     function, x_name, y_name = names
     by_rows, by_cols = directions(function, dim)
-    x, y = _autocast.cast(x, y)
+    x, y = autocast.cast(x, y)
     if y is None:
-        _checks.check_matrix(function, x_name, x)
+        checks.check_matrix(function, x_name, x)
         if by_cols:
             raise ValueError(f"{function}: dim must be 1 for self-similarity, got {dim!r}: rows and columns are equal")
     else:
-        _checks.check_matrices(function, x_name, x, y_name, y)
+        checks.check_matrices(function, x_name, x, y_name, y)
     columns = x if y is None else y
     checked_dims = check_dims(function, dims, x_name, x)
-    factor = _checks.one_number(function, "scale", scale, x_name, x)
+    factor = checks.one_number(function, "scale", scale, x_name, x)
     if target is not None:
-        target = _checks.check_index(function, "target", target, x.shape[0], x_name, x)
+        target = checks.check_index(function, "target", target, x.shape[0], x_name, x)
     rules = _rules(function, pairs, x, columns)
     diagonal = None if pairs is None else pairs.diagonal
     ids = rules.get(Slot.DIFFER_ROWS), rules.get(Slot.DIFFER_COLS)
@@ -185,7 +188,7 @@ def prefix_folds(
 
 def check_dims(function: str, dims: Sequence[int], x_name: str, x: Tensor) -> list[int]:
     """`dims` must be lengths of prefixes of the rows of `x`, ascending."""
-    found = [_checks.integer(function, "dims", each, 1) for each in _checks.listed(function, "dims", dims)]
+    found = [checks.integer(function, "dims", each, 1) for each in checks.listed(function, "dims", dims)]
     if not found or any(a >= b for a, b in zip(found, found[1:], strict=False)):
         raise ValueError(
             f"{function}: dims must be one or more ascending lengths >= 1, got {tuple(found)}\n"
@@ -194,7 +197,7 @@ def check_dims(function: str, dims: Sequence[int], x_name: str, x: Tensor) -> li
     if found[-1] > x.shape[1]:
         raise ValueError(
             f"{function}: dims must be at most the last dimension of {x_name}, "
-            f"got {tuple(found)} and {x_name} {_checks.shape(x)}"
+            f"got {tuple(found)} and {x_name} {checks.shape(x)}"
         )
     return found
 

@@ -8,43 +8,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, _cuda, _extension, _triton
-from .._dispatch import Backend, choose, unsupported_by_cpu
-from .._similarity import Layout, SetFold
+from ..core import checks, cuda_kernels, extension, numerics, triton_kernels
+from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core.folds import Fold, Folded, Reduced, as_fold
+from ..core.logit_sets import LogitSets, prepare
+from ..core.problem import Layout, SetFold
+from ..core.rules import Pairs
 from ..cuda import _pairs, _products
 from ..reference import similarity_reduce as reference
-from ._logit_sets import LogitSets, prepare
 from ._similarity_reduce_autograd import register
-from .folds import Fold, Folded, Reduced, as_fold
-from .pairs import Pairs
 
 # One hop to every implementation; each offers forward, backward and total with the same arguments.
-BACKENDS = {
-    "reference": Backend(
-        source="contrastive_ops/reference/similarity_reduce.py",
-        functions=lambda: reference,
-        unsupported=lambda x: [],
-        keeps=True,
-    ),
-    "cpu": Backend(
-        source="csrc/cpu/similarity_reduce.cpp",
-        functions=functools.cache(lambda: _extension.functions("similarity_reduce")),
-        unsupported=unsupported_by_cpu,
-        keeps=True,
-    ),
-    "triton": Backend(
-        source="kernels/similarity_reduce.py",
-        functions=functools.cache(lambda: _triton.functions("similarity_reduce")),
-        unsupported=_triton.unsupported,
-    ),
-    "cuda": Backend(
-        source="csrc/cuda/similarity_reduce.cu",
-        functions=functools.cache(lambda: _cuda.functions("similarity_reduce")),
-        unsupported=lambda x: [*_cuda.unsupported(x), *_products.unsupported(x)],
-        keeps=True,
-        no_room=_pairs.no_room,
-    ),
-}
+BACKENDS = enrol(
+    "similarity_reduce",
+    {
+        "reference": Backend(
+            source="contrastive_ops/reference/similarity_reduce.py",
+            functions=lambda: reference,
+            unsupported=lambda x: [],
+            keeps=True,
+        ),
+        "cpu": Backend(
+            source="csrc/cpu/similarity_reduce.cpp",
+            functions=functools.cache(lambda: extension.functions("similarity_reduce")),
+            unsupported=unsupported_by_cpu,
+            keeps=True,
+        ),
+        "triton": Backend(
+            source="kernels/similarity_reduce.py",
+            functions=functools.cache(lambda: triton_kernels.functions("similarity_reduce")),
+            unsupported=triton_kernels.unsupported,
+        ),
+        "cuda": Backend(
+            source="csrc/cuda/similarity_reduce.cu",
+            functions=functools.cache(lambda: cuda_kernels.functions("similarity_reduce")),
+            unsupported=lambda x: [*cuda_kernels.unsupported(x), *_products.unsupported(x)],
+            keeps=True,
+            no_room=_pairs.no_room,
+        ),
+    },
+)
 
 register(BACKENDS)
 
@@ -73,12 +76,12 @@ def merge_lse(*lse: Tensor) -> Tensor:
     if not lse:
         raise ValueError("merge_lse: lse must be at least one tensor, got none")
     for tensor in lse:
-        _checks.check_tensor("merge_lse", "lse", tensor)
+        checks.check_tensor("merge_lse", "lse", tensor)
         if tensor.shape != lse[0].shape:
             raise ValueError(
-                f"merge_lse: lse must have one shape, got {_checks.shape(lse[0])} and {_checks.shape(tensor)}"
+                f"merge_lse: lse must have one shape, got {checks.shape(lse[0])} and {checks.shape(tensor)}"
             )
-    return reference.merge_lse(*lse)
+    return numerics.merge_lse(*lse)
 
 
 def similarity_reduce(
@@ -219,7 +222,7 @@ def fold(
     by_rows, by_cols = directions(names[0], dim)
     if not reduce:
         raise ValueError(f"{names[0]}: reduce must name at least one fold, got ()")
-    target = None if target is None else _checks.as_index(names[0], "target", target)
+    target = None if target is None else checks.as_index(names[0], "target", target)
     x, y, row_bias, col_bias = prepare(names, x, y, row_bias, col_bias, target)
     sets = LogitSets(names, x, y, unit)
     if target is not None or linear is not None:
@@ -266,7 +269,7 @@ def directions(function: str, dim: object) -> tuple[bool, bool]:
     """Whether `dim` asks for rows and for columns."""
     dims = (dim,) if isinstance(dim, int) else dim
     if not isinstance(dims, tuple) or not dims or not set(dims) <= {0, 1} or len(set(dims)) != len(dims):
-        raise ValueError(f"{function}: dim must be 0, 1 or (0, 1), got {_checks.shown(dim)}")
+        raise ValueError(f"{function}: dim must be 0, 1 or (0, 1), got {checks.shown(dim)}")
     return 1 in dims, 0 in dims
 
 
@@ -274,14 +277,14 @@ def budget_bytes(function: str, memory_budget: object, device: str) -> int:
     """The number of bytes that `memory_budget` allows."""
     if memory_budget is None:
         return DEFAULT_MEMORY_BUDGET_OF_GPU if device == "cuda" else DEFAULT_MEMORY_BUDGET
-    return _checks.integer(function, "memory_budget", memory_budget, 0)
+    return checks.integer(function, "memory_budget", memory_budget, 0)
 
 
 def _kept_size(x: Tensor, y: Tensor | None, budget: int, backend: str) -> int:
     """How many inner products forward may keep for backward."""
     if budget == 0 or x.shape[1] < KEEP_FROM_DIMENSION:
         return 0
-    size = budget // _checks.accumulator(x.dtype).itemsize
+    size = budget // checks.accumulator(x.dtype).itemsize
     rows, columns = x.shape[0], x.shape[0] if y is None else y.shape[0]
     if backend == "reference":  # all or nothing
         return rows * columns if rows * columns <= size else 0
@@ -341,7 +344,7 @@ def weighted_total(
     Returns:
         The total, 0-d.
     """
-    target = None if target is None else _checks.as_index(names[0], "target", target)
+    target = None if target is None else checks.as_index(names[0], "target", target)
     x, y_or_none, row_bias, col_bias = prepare(names, x, y, row_bias, col_bias, target)
     sets = LogitSets(names, x, y_or_none, unit)
     folds = (SetFold(sets.add(scale, pairs), kind, cols=False),)

@@ -8,42 +8,45 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks, _cuda, _extension, _triton
-from .._dispatch import Backend, choose, unsupported_by_cpu
-from .._results import named
-from .._similarity import STATISTICS, Layout, Slot
-from .._unit_rows import unit_rows
+from ..core import autocast, checks, cuda_kernels, extension, triton_kernels
+from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core.logit_sets import LogitSets, prepare
+from ..core.problem import STATISTICS, Layout, Slot
+from ..core.results import named
+from ..core.rules import Pairs
+from ..core.unit_rows import unit_rows
 from ..cuda import _products
 from ..reference import similarity_topk as reference
 from . import _nearest
-from ._logit_sets import LogitSets, prepare
 from ._similarity_topk_autograd import register
 from .coarse import Coarse, search
-from .pairs import Pairs
 
 # One hop to every implementation; each offers forward, at, backward, merge and order with the same arguments.
-BACKENDS = {
-    "reference": Backend(
-        source="contrastive_ops/reference/similarity_topk.py",
-        functions=lambda: reference,
-        unsupported=lambda x: [],
-    ),
-    "cpu": Backend(
-        source="csrc/cpu/similarity_topk.cpp",
-        functions=functools.cache(lambda: _extension.functions("similarity_topk")),
-        unsupported=unsupported_by_cpu,
-    ),
-    "triton": Backend(
-        source="kernels/similarity_topk.py",
-        functions=functools.cache(lambda: _triton.functions("similarity_topk")),
-        unsupported=_triton.unsupported,
-    ),
-    "cuda": Backend(
-        source="csrc/cuda/similarity_topk.cu",
-        functions=functools.cache(lambda: _cuda.functions("similarity_topk")),
-        unsupported=lambda x: [*_cuda.unsupported(x), *_products.unsupported(x)],
-    ),
-}
+BACKENDS = enrol(
+    "similarity_topk",
+    {
+        "reference": Backend(
+            source="contrastive_ops/reference/similarity_topk.py",
+            functions=lambda: reference,
+            unsupported=lambda x: [],
+        ),
+        "cpu": Backend(
+            source="csrc/cpu/similarity_topk.cpp",
+            functions=functools.cache(lambda: extension.functions("similarity_topk")),
+            unsupported=unsupported_by_cpu,
+        ),
+        "triton": Backend(
+            source="kernels/similarity_topk.py",
+            functions=functools.cache(lambda: triton_kernels.functions("similarity_topk")),
+            unsupported=triton_kernels.unsupported,
+        ),
+        "cuda": Backend(
+            source="csrc/cuda/similarity_topk.cu",
+            functions=functools.cache(lambda: cuda_kernels.functions("similarity_topk")),
+            unsupported=lambda x: [*cuda_kernels.unsupported(x), *_products.unsupported(x)],
+        ),
+    },
+)
 
 register(BACKENDS)
 _nearest.register(BACKENDS)
@@ -78,11 +81,11 @@ class Selected(NamedTuple):
 
 def metric_rows(function: str, x: Tensor, y: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """Rows as `select` and `logits_at` take them with this metric: of length 1 for the cosine."""
-    _checks.check_choice(function, "metric", metric, METRICS)
+    checks.check_choice(function, "metric", metric, METRICS)
     if metric == "cosine":
         return unit_rows(x), unit_rows(y)
     if metric == "sqeuclidean":
-        dtype = _checks.accumulator(x.dtype)
+        dtype = checks.accumulator(x.dtype)
         x, y = x.to(dtype), y.to(dtype)
         return x, y
     return x, y
@@ -153,11 +156,11 @@ def similarity_topk(
         (torch.Size([2, 5]), True)
     """
     name = "similarity_topk"
-    k = _checks.integer(name, "k", k, 1)
-    x, y = _autocast.cast(x, x if y is None else y)
-    _checks.check_matrices(name, "x", x, "y", y)
+    k = checks.integer(name, "k", k, 1)
+    x, y = autocast.cast(x, x if y is None else y)
+    checks.check_matrices(name, "x", x, "y", y)
     x, y = metric_rows(name, x, y, metric)
-    scale = _checks.factor(name, "scale", scale)
+    scale = checks.factor(name, "scale", scale)
     arguments: dict[str, Any] = {"scale": scale, "row_bias": row_bias, "col_bias": col_bias, "pairs": pairs}
     arguments |= {"metric": metric, "backend": backend}
     if coarse is None:
@@ -209,7 +212,7 @@ def select(
         rules say, and those that each rule drops, whatever the others say.
     """
     function = names[0]
-    k = _checks.integer(function, "k", k, 1)
+    k = checks.integer(function, "k", k, 1)
     arguments, chosen = _problem(names, x, y, scale, row_bias, col_bias, pairs, count_pairs, code_scale, backend)
     if metric == "sqeuclidean":
         values, indices, counts, statistics = _nearest.select(arguments, k, floor, count_above, chosen)

@@ -7,29 +7,32 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks, _extension
-from .._dispatch import Backend, choose, unsupported_by_cpu
-from .._similarity import Layout, SetFold, Slot
+from ..core import autocast, checks, extension
+from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core.logit_sets import LogitSets, prepare
+from ..core.problem import Layout, SetFold, Slot
+from ..core.rules import Pairs
 from ..reference import similarity_values as reference
-from ._logit_sets import LogitSets, prepare
 from ._similarity_values_autograd import register
-from .pairs import Pairs
 from .similarity_reduce import KEEP_FROM_DIMENSION, budget_bytes, needs_gradient
 
 # One hop to every implementation; each offers forward and backward with the same arguments.
-BACKENDS = {
-    "reference": Backend(
-        source="contrastive_ops/reference/similarity_values.py",
-        functions=lambda: reference,
-        unsupported=lambda x: [],
-    ),
-    "cpu": Backend(
-        source="csrc/cpu/similarity_values.cpp",
-        functions=functools.cache(lambda: _extension.functions("similarity_values")),
-        unsupported=unsupported_by_cpu,
-        keeps=True,
-    ),
-}
+BACKENDS = enrol(
+    "similarity_values",
+    {
+        "reference": Backend(
+            source="contrastive_ops/reference/similarity_values.py",
+            functions=lambda: reference,
+            unsupported=lambda x: [],
+        ),
+        "cpu": Backend(
+            source="csrc/cpu/similarity_values.cpp",
+            functions=functools.cache(lambda: extension.functions("similarity_values")),
+            unsupported=unsupported_by_cpu,
+            keeps=True,
+        ),
+    },
+)
 
 register(BACKENDS)
 
@@ -95,18 +98,18 @@ def similarity_values(
         True
     """
     names = name, *_ = ("similarity_values", "x", "y")
-    x, y, values = _autocast.cast(x, y, values)
+    x, y, values = autocast.cast(x, y, values)
     if values is None:
         values = x if y is None else y
     x, y_or_none, _, _ = prepare(names, x, y, None, None, None)
     y = x if y_or_none is None else y_or_none
     _check_values(name, values, "x" if y_or_none is None else "y", y)
     if values.dtype != x.dtype:
-        dtype = _checks.accumulator(x.dtype)
+        dtype = checks.accumulator(x.dtype)
         x, y, values = (t.to(dtype) for t in (x, y, values))
     if col_bias is not None:
-        _checks.check_vector(name, "col_bias", col_bias, y.shape[0], "x", x)
-        col_bias = col_bias.to(_checks.accumulator(x.dtype))
+        checks.check_vector(name, "col_bias", col_bias, y.shape[0], "x", x)
+        col_bias = col_bias.to(checks.accumulator(x.dtype))
     sets = LogitSets(names, x, None if y_or_none is None else y)
     sets.add(scale, pairs)
     if Slot.FILL in sets.sets[0].data:
@@ -119,7 +122,7 @@ def similarity_values(
     kept_size = 0
     if x.shape[1] >= KEEP_FROM_DIMENSION and BACKENDS[chosen].keeps and needs_gradient(x, y, factor, col_bias, values):
         whole = (x.shape[0] + 32) * (y.shape[0] + 128)  # tiles are padded
-        kept_size = min(budget // _checks.accumulator(x.dtype).itemsize, whole)
+        kept_size = min(budget // checks.accumulator(x.dtype).itemsize, whole)
     layout = Layout(tuple(sets.sets), (SetFold(0, "logsumexp", False),))
     sums, _, _ = torch.ops.contrastive_ops.similarity_values_forward(
         x, y, factor, None, col_bias, values, *layout.encode(), kept_size, chosen
@@ -128,10 +131,10 @@ def similarity_values(
 
 
 def _check_values(function: str, values: Tensor, y_name: str, y: Tensor) -> None:
-    _checks.check_matrix(function, "values", values)
-    _checks.check_device(function, y_name, y, "values", values)
+    checks.check_matrix(function, "values", values)
+    checks.check_device(function, y_name, y, "values", values)
     if values.shape[0] != y.shape[0]:
         raise ValueError(
             f"{function}: values must have as many rows as {y_name}, "
-            f"got {y_name} {_checks.shape(y)} and values {_checks.shape(values)}"
+            f"got {y_name} {checks.shape(y)} and values {checks.shape(values)}"
         )

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._masks import left_out
-from .._results import pytree
+from ..core import autocast, checks
+from ..core.masks import left_out
+from ..core.results import pytree
 
 
 @pytree
@@ -82,7 +82,7 @@ class Packed:
         """The number of tokens of the longest set. Reads the offsets of packed sets."""
         if self.length is not None:
             return self.length
-        if not _checks.may_read(self.offsets, waits=True):
+        if not checks.may_read(self.offsets, waits=True):
             raise NotImplementedError(
                 f"{function}: queries must be padded in a traced program, which does not know lengths of packed ones\n"
                 "  pad them: TokenSets(tokens, mask)"
@@ -97,11 +97,11 @@ def packed(function: str, name: str, sets: Tensor | TokenSets, lists: bool = Fal
         sets = TokenSets(sets)
     if not isinstance(sets, TokenSets):
         raise TypeError(f"{function}: {name} must be a tensor or TokenSets, got {type(sets).__name__}")
-    (tokens,) = _autocast.cast(sets.tokens)
-    tokens = _checks.check_tensor(function, f"{name}.tokens", tokens)
+    (tokens,) = autocast.cast(sets.tokens)
+    tokens = checks.check_tensor(function, f"{name}.tokens", tokens)
     if sets.offsets is not None:
-        _checks.check_matrix(function, name, tokens)
-        offsets = _checks.check_index(function, f"{name}.offsets", sets.offsets, None, name, tokens)
+        checks.check_matrix(function, name, tokens)
+        offsets = checks.check_index(function, f"{name}.offsets", sets.offsets, None, name, tokens)
         _check_offsets(function, name, offsets, tokens)
         _check_mask(function, name, sets.mask, tokens)
         tokens = tokens if sets.mask is None else left_out(tokens, sets.mask)
@@ -109,14 +109,14 @@ def packed(function: str, name: str, sets: Tensor | TokenSets, lists: bool = Fal
     if tokens.dim() != 3 and not (lists and tokens.dim() == 4):
         shapes = "(B, L, D) or (N, K, L, D)" if lists else "(B, L, D)"
         raise ValueError(
-            f"{function}: {name} must have shape {shapes}, or (T, D) with offsets, got {_checks.shape(tokens)}"
+            f"{function}: {name} must have shape {shapes}, or (T, D) with offsets, got {checks.shape(tokens)}"
         )
     _check_mask(function, name, sets.mask, tokens)
     tokens = tokens if sets.mask is None else left_out(tokens, sets.mask)
     shape, length, depth = tuple(tokens.shape[:-2]), tokens.shape[-2], tokens.shape[-1]
     count = shape[0] if len(shape) == 1 else shape[0] * shape[1]
     rows = tokens.reshape(count * length, depth)
-    _checks.check_matrix(function, name, rows)
+    checks.check_matrix(function, name, rows)
     offsets = torch.arange(count + 1, device=tokens.device) * length
     mask = None if sets.mask is None else sets.mask.reshape(count * length)
     return Packed(rows, offsets, mask, shape, length)
@@ -144,26 +144,26 @@ def check_two_sides(function: str, queries: Packed, documents: Packed, name: str
             f"{function}: {name} must have the same dtype as queries, got {d.dtype} and {q.dtype}\n"
             "  convert one of them, or use torch.autocast"
         )
-    _checks.check_device(function, "queries", q, name, d)
+    checks.check_device(function, "queries", q, name, d)
 
 
 def _check_mask(function: str, name: str, mask: object, tokens: Tensor) -> None:
     if mask is None:
         return
-    mask = _checks.check_tensor(function, f"{name}.mask", mask)
+    mask = checks.check_tensor(function, f"{name}.mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{function}: {name}.mask must be bool, got {mask.dtype}\n  convert it: mask.bool()")
     if mask.shape != tokens.shape[:-1]:
         expected = str(tuple(tokens.shape[:-1]))
-        raise ValueError(f"{function}: {name}.mask must have shape {expected}, got {_checks.shape(mask)}")
-    _checks.check_device(function, name, tokens, f"{name}.mask", mask)
+        raise ValueError(f"{function}: {name}.mask must have shape {expected}, got {checks.shape(mask)}")
+    checks.check_device(function, name, tokens, f"{name}.mask", mask)
 
 
 def _check_offsets(function: str, name: str, offsets: Tensor, tokens: Tensor) -> None:
     if offsets.shape[0] == 0:
         raise ValueError(f"{function}: {name}.offsets must have shape (B + 1,), got (0,)")
     # Only what is at hand is read: not a traced tensor, and not one on a GPU, which every call would have to wait for.
-    if offsets.device.type != "cpu" or not _checks.may_read(offsets):
+    if offsets.device.type != "cpu" or not checks.may_read(offsets):
         return
     falls = (offsets.diff() < 0).nonzero()
     if falls.numel():

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .. import _checks
-from .._ordered import segment_sums
+from ..core import checks
+from ..core.ordered import segment_sums
 from .maxsim import REDUCTIONS
 from .similarity_topk import select
 from .token_sets import Packed, TokenSets, check_two_sides, packed
@@ -76,10 +76,10 @@ def xtr(
 def retrieved_scores(function: str, q: Packed, d: Packed, k: int, missing: str, reduce: str, backend: str) -> Tensor:
     """`xtr` of sets that are packed already."""
     check_two_sides(function, q, d)
-    k = _checks.integer(function, "k", k, 1)
-    _checks.check_choice(function, "missing", missing, MISSING)
-    _checks.check_choice(function, "reduce", reduce, REDUCTIONS)
-    dtype = _checks.accumulator(q.tokens.dtype)
+    k = checks.integer(function, "k", k, 1)
+    checks.check_choice(function, "missing", missing, MISSING)
+    checks.check_choice(function, "reduce", reduce, REDUCTIONS)
+    dtype = checks.accumulator(q.tokens.dtype)
     of_query, of_document = q.owners(), d.owners()
     no_token = torch.zeros_like(of_document, dtype=dtype).masked_fill(of_document < 0, -torch.inf)
     top = select(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .._checks import accumulator
-from .._ordered import segment_sums
-from .._routing import GROUP_SCORES, SCORES, ScoreSpec, SlotSpec
+from ..core.checks import accumulator
+from ..core.ordered import segment_sums
+from ..core.routing import GROUP_SCORES, SCORES, ScoreSpec, SlotSpec
 
 # ---- Scores --------------------------------------------------------------------------------------------------------
 

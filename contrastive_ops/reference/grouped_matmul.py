@@ -9,8 +9,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from .._checks import accumulator
-from .._ordered import long_product
+from ..core.checks import accumulator
+from ..core.ordered import long_product
 from .expert_routing import dispatch
 
 

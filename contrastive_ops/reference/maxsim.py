@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .._checks import accumulator
-from .._ordered import add_segments
-from .._recompute import recomputed
-from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows
+from ..core.checks import accumulator
+from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows
+from ..core.ordered import add_segments
+from ..core.recompute import recomputed
 
 # ---- Forward -------------------------------------------------------------------------------------------------------
 

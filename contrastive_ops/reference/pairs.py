@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import accumulator
-from .._ordered import segment_sums
-from .._recompute import may_overwrite
-from .._similarity import Layout, LogitSet, ScaleOf, Slot
+from ..core.checks import accumulator
+from ..core.ordered import segment_sums
+from ..core.problem import Layout, LogitSet, ScaleOf, Slot
+from ..core.recompute import may_overwrite
 
 
 def inner_products(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:

@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import accumulator
-from .._ordered import long_product
-from .._recompute import recomputed
-from .._similarity import Layout, LogitSet, ScaleOf
-from .._softmax import DECIDED
+from ..core.checks import accumulator
+from ..core.numerics import CHUNK_ELEMENTS, DECIDED, chunks_of_rows, times
+from ..core.ordered import long_product
+from ..core.problem import Layout, LogitSet, ScaleOf
+from ..core.recompute import recomputed
 from .pairs import SetOfChunk, chunk_sets, inner_products
-from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, times
 
 # The position is the number of a kind in csrc/similarity_distill.h. The last two are of logits that are squared
 # distances, pair by pair: the Huber loss between the student's and the teacher's distance, and the distance itself.

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import accumulator
-from .._ordered import long_product, wide_dtype
-from .._recompute import recomputed
-from .._unit_rows import SHORTEST
-from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, merge_lse, probability, times
+from ..core.checks import accumulator
+from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows, merge_lse, probability, times
+from ..core.ordered import long_product, wide_dtype
+from ..core.recompute import recomputed
+from ..core.unit_rows import SHORTEST
 
 
 def segments(dims: Sequence[int]) -> list[slice]:

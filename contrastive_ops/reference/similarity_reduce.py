@@ -11,36 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from .._checks import accumulator
-from .._ordered import long_product, wide_dtype
-from .._recompute import may_overwrite, recomputed
-from .._similarity import Layout, ScaleOf, SetFold
+from ..core.checks import accumulator
+from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows, merge_lse, probability, softplus, times
+from ..core.ordered import long_product, wide_dtype
+from ..core.problem import Layout, ScaleOf, SetFold
+from ..core.recompute import may_overwrite, recomputed
 from .pairs import SetOfChunk, chunk_sets, inner_products
-
-# Logits that one chunk of rows may hold: 4 MiB of float32, some twenty times that with temporaries.
-CHUNK_ELEMENTS = 1 << 20
 
 # Bits of `needs`.
 _SCALE, _ROW_BIAS, _COL_BIAS = 2, 3, 4
-
-
-def merge_lse(*lse: Tensor) -> Tensor:
-    """Logsumexp over equally shaped tensors, with gradient 0 (not NaN) where all of them are -inf."""
-    stacked = torch.stack(lse)
-    top = stacked.detach().amax(0)
-    top = torch.where(torch.isfinite(top), top, 0.0)
-    total = (stacked - top).exp().sum(0)
-    empty = total == 0
-    # log is kept away from 0, whose infinite slope would turn the masked gradient into NaN.
-    return torch.where(empty, -torch.inf, top + torch.where(empty, 1.0, total).log())
-
-
-def chunks_of_rows(rows: int, step: int) -> Iterator[slice]:
-    """Slices of at most `step` rows; one empty slice for no rows, so that shapes are still found out."""
-    for begin in range(0, max(rows, 1), step):
-        yield slice(begin, min(begin + step, rows))
 
 
 def _chunks(rows: int, columns: int) -> Iterator[slice]:
@@ -51,11 +31,6 @@ def _chunks(rows: int, columns: int) -> Iterator[slice]:
 
 # What a fold is before its first pair.
 _EMPTY = {"logsumexp": -torch.inf, "max": -torch.inf, "sum_softplus": 0.0, "sum_relu": 0.0, "sum": 0.0, "count": 0.0}
-
-
-def softplus(z: Tensor) -> Tensor:
-    """log(1 + exp(z)), exact on both sides (torch's softplus becomes the identity above 20)."""
-    return -logsigmoid(-z)
 
 
 def _fold(kind: str, logits: Tensor, dim: int) -> Tensor:
@@ -164,17 +139,6 @@ def _all_products(kept: Tensor, rows: int, columns: int) -> Tensor | None:
 
 
 # ---- Backward ------------------------------------------------------------------------------------------------------
-
-
-def times(e: Tensor, values: Tensor) -> Tensor:
-    """``e * values``, but 0 where e is 0 and values are no numbers; with both derivatives also where e is 0."""
-    return e * values.masked_fill((e == 0) & ~values.isfinite(), 0.0)
-
-
-def probability(logits: Tensor, lse: Tensor) -> Tensor:
-    """exp(logits - lse), 0 where lse is -inf: a row or column without a pair has no gradient."""
-    empty = lse == -torch.inf
-    return (logits - lse.masked_fill(empty, 0.0)).exp().masked_fill(empty, 0.0)
 
 
 def _slope(fold: SetFold, logits: Tensor, part: slice, value: Tensor, winner: Tensor, d_value: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .._checks import accumulator
-from .._ordered import add_segments, segment_rows
-from .._recompute import recomputed
-from .._similarity import STATISTICS, Layout, LogitSet, ScaleOf, Slot
+from ..core.checks import accumulator
+from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows
+from ..core.ordered import add_segments, segment_rows
+from ..core.problem import STATISTICS, Layout, LogitSet, ScaleOf, Slot
+from ..core.recompute import recomputed
 from .pairs import SetOfChunk, chunk_sets, inner_products
-from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows
 
 # ---- Forward -------------------------------------------------------------------------------------------------------
 

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import accumulator
-from .._ordered import long_product
-from .._recompute import recomputed
-from .._similarity import Layout, ScaleOf
-from .._softmax import balanced
+from ..core.checks import accumulator
+from ..core.numerics import CHUNK_ELEMENTS, balanced, chunks_of_rows, times
+from ..core.ordered import long_product
+from ..core.problem import Layout, ScaleOf
+from ..core.recompute import recomputed
 from .pairs import SetOfChunk, chunk_sets, inner_products
-from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows, times
 
 
 class _Problem:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._recompute import recomputed
+from ..core import autocast, checks
+from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows
+from ..core.recompute import recomputed
 from .pairs import inner_products
-from .similarity_reduce import CHUNK_ELEMENTS, chunks_of_rows
 
 RowFunction = Callable[[Tensor, slice], "Tensor | tuple[Tensor, ...]"]
 
@@ -60,16 +60,16 @@ def stream_rows(
         torch.Size([6])
     """
     name = "stream_rows"
-    x, y = _autocast.cast(x, y)
+    x, y = autocast.cast(x, y)
     if y is None:
-        _checks.check_matrix(name, "x", x)
+        checks.check_matrix(name, "x", x)
     else:
-        _checks.check_matrices(name, "x", x, "y", y)
+        checks.check_matrices(name, "x", x, "y", y)
     columns = x if y is None else y
     if chunk_rows is None:
         chunk_rows = max(1, CHUNK_ELEMENTS // max(1, columns.shape[0]))
     else:
-        chunk_rows = _checks.integer(name, "chunk_rows", chunk_rows, 1)
+        chunk_rows = checks.integer(name, "chunk_rows", chunk_rows, 1)
 
     # checkpoint would save the generator's state, 5 kB a chunk, and small pieces that outlive the chunks' large
     # temporaries lie between them and keep the allocator from reusing memory: the peak then grows with N M. One number
@@ -77,7 +77,7 @@ def stream_rows(
     seed = int(torch.randint(1 << 62, ()))
 
     def one_chunk(rows: slice) -> tuple[Tensor, ...]:
-        with _autocast.disabled(x):
+        with autocast.disabled(x):
             logits = inner_products(x[rows], columns)
         with _seeded(x.device, seed + rows.start):
             result = fn(logits, rows)
@@ -117,6 +117,6 @@ def _check_rows(function: str, part: object, rows: int) -> None:
     if part.dim() == 0 or part.shape[0] != rows:
         raise ValueError(
             f"{function}: fn must return one entry for each of the chunk's {rows} rows, "
-            f"got shape {_checks.shape(part)}\n"
+            f"got shape {checks.shape(part)}\n"
             "  leave reductions over rows to the caller: a chunk does not see the other rows"
         )

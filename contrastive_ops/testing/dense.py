@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.folds import Fold, Reduced
-from ..ops.pairs import Bound, Pairs
+from ..core.folds import Fold, Reduced
+from ..core.rules import Bound, Pairs
 
 
 def dense_keep(pairs: Pairs | None, x: Tensor, y: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import losses
+from ..core.rules import Pairs
 from ..losses import RunningDenominator
-from ..ops.pairs import Pairs
 from ..ops.token_sets import TokenSets
 from .draws import Draw
 

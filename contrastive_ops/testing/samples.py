@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..ops.pairs import Pairs
+from ..core.rules import Pairs
 from .dense import dense_reduce
 
 # Added to twice the error of plain torch in the same dtype. float32 sums of M terms lose a few units in the last

@@ -130,7 +130,7 @@ void values_forward(const ValuesProblem& p, const ValuesForward& out, const Para
 template <class A>
 class Decided {
  public:
-  static constexpr A kLeast = static_cast<A>(0.75);  // DECIDED of contrastive_ops/_softmax.py
+  static constexpr A kLeast = static_cast<A>(0.75);  // DECIDED of contrastive_ops/core/softmax.py
 
   Decided(int64_t columns, int64_t chunk_rows) : step_(chunk_rows) {
     const int64_t parts = (columns + kBlock - 1) / kBlock * chunk_rows;

@@ -10,7 +10,7 @@ namespace contrastive_ops {
 //   experts, gates (T, k), priority (T,), sums (3, S, E), totals (2, S), choices (S, E), tokens, margin (S,)
 //   part_sums (parts, kinds S E + 3 S), part_counts (parts, S E + S), tables: memory for sums of parts; `tables` is
 //     null if shared memory has room for them, else (parts, warps of a block, S, kinds lanes items + 3)
-//   spec: ScoreSpec of contrastive_ops/_routing.py
+//   spec: ScoreSpec of contrastive_ops/core/routing.py
 //   plan: threads of a token, experts of each, parts, kinds: how many sums of probabilities are asked for
 void expert_routing_scores(Stream stream, Input logits, const float* noise, const float* bias, const bool* allowed,
                            const int64_t* given, const int64_t* segment, const bool* valid, int64_t* experts,
@@ -32,7 +32,7 @@ void expert_routing_scores_backward(Stream stream, Input logits, const float* no
 //   experts, slots (T, k), turn (groups, T / groups) or null, segment (T,) or null, order (R,), -1 before if by_turn,
 //   offsets (E + 1,) written unless by_turn, kept (S, E) to which the choices with a row are added,
 //   counts (groups, blocks, E) and totals (groups, E): memory, for blocks of at least 256 choices
-//   spec: SlotSpec of contrastive_ops/_routing.py; sizes: groups, T, k, R
+//   spec: SlotSpec of contrastive_ops/core/routing.py; sizes: groups, T, k, R
 void expert_routing_slots(Stream stream, const int64_t* experts, const int64_t* turn, const int64_t* segment,
                           int64_t* slots, int64_t* order, int64_t* offsets, int64_t* kept, int32_t* counts,
                           int32_t* totals, Integers spec, Integers sizes, bool by_turn, bool only_kept);

@@ -1,6 +1,6 @@
 // Logits, and which pairs take part: logit sets and folds as kernels take them, and the rules for one pair.
 //
-// `pair_data` and `spec` are those of contrastive_ops/_similarity.py, which says what they mean; pairs_of turns them
+// `pair_data` and `spec` are those of contrastive_ops/core/problem.py, which says what they mean; pairs_of turns them
 // into a value that is small enough to be an argument of a kernel. Rules are switches at run time: the kernels here are
 // bound by the memory that inner products pass through, and a switch is the same for all threads.
 #pragma once
@@ -55,7 +55,7 @@ struct PairArguments {
 
 // ---- Host -----------------------------------------------------------------------------------------------------------
 
-// Positions in pair_data, by the numbers of Slot in contrastive_ops/_similarity.py.
+// Positions in pair_data, by the numbers of Slot in contrastive_ops/core/problem.py.
 inline void set_slot(PairArguments& p, PairSet& set, int64_t slot, const TensorArgument& tensor) {
   const auto ids = static_cast<const int64_t*>(tensor.data);
   const auto numbers = static_cast<const float*>(tensor.data);

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._similarity import LogitSet, ScaleOf, Slot
+from .problem import LogitSet, ScaleOf, Slot
 
 
 class Lists(NamedTuple):

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, _extension
+from . import checks, extension
 
 ENVIRONMENT_VARIABLE = "CONTRASTIVE_OPS_BACKEND"
 _logger = logging.getLogger("contrastive_ops")
 _warned: set[str] = set()
+# The table of every primitive; its file enrols it.
+_TABLES: dict[str, Mapping[str, Backend]] = {}
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def unsupported_by_cpu(x: Tensor) -> list[str]:
     reasons = []
     if x.device.type != "cpu":
         reasons.append(f"device={x.device} (supported: cpu)")
-    missing = _extension.why_missing()
+    missing = extension.why_missing()
     if missing is not None:
         reasons.append(missing)
     return reasons
@@ -68,7 +70,7 @@ def choose(function: str, table: Mapping[str, Backend], x: Tensor, backend: str,
     if backend != "auto":
         if backend not in table:
             known = ", ".join(repr(name) for name in ("auto", *table))
-            raise ValueError(f"{function}: backend must be one of {known}, got {_checks.shown(backend)}")
+            raise ValueError(f"{function}: backend must be one of {known}, got {checks.shown(backend)}")
         reasons = reasons_of(backend)
         if reasons:
             lines = "\n    ".join(reasons)
@@ -98,11 +100,24 @@ def _warn_once(function: str, device: str, refused: list[str]) -> None:
         _logger.warning("%s runs on the slow reference backend: %s", function, " | ".join(refused))
 
 
-def backends() -> dict[str, str | None]:
-    """Return each backend's name with None where it can run on a device of this machine, else the reason why not."""
-    from .ops.similarity_reduce import BACKENDS
+def enrol(primitive: str, table: Mapping[str, Backend]) -> Mapping[str, Backend]:
+    """Make a primitive's table known to `backends`, and return it."""
+    _TABLES[primitive] = table
+    return table
 
+
+def backends() -> dict[str, dict[str, str | None]]:
+    """Return, for each primitive, its backends with None where one can run on a device of this machine, else why not.
+
+    Example:
+        >>> backends()["similarity_topk"]["reference"] is None
+        True
+    """
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     samples = [torch.empty(0, 1, device=device) for device in devices]
-    found = {name: min((backend.unsupported(x) for x in samples), key=len) for name, backend in BACKENDS.items()}
-    return {name: "; ".join(reasons) or None for name, reasons in found.items()}
+
+    def why(backend: Backend) -> str | None:
+        reasons: list[list[str]] = [backend.unsupported(x) for x in samples]
+        return "; ".join(min(reasons, key=len)) or None
+
+    return {primitive: {name: why(backend) for name, backend in table.items()} for primitive, table in _TABLES.items()}

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._lists import pair_order, pairs_ascend
-from .._results import pytree
-from .._similarity import Slot
+from . import checks
+from .lists import pair_order, pairs_ascend
+from .problem import Slot
+from .results import pytree
 
 Bound = float | Tensor
 
@@ -19,7 +19,7 @@ def _bounds(function: str, name: str, value: object) -> object:
     """Bounds that are no tensors as floats, whatever they came as."""
     if isinstance(value, tuple):
         return tuple(_bounds(function, name, each) for each in value)
-    return value if value is None or isinstance(value, Tensor) else _checks.factor(function, name, value)
+    return value if value is None or isinstance(value, Tensor) else checks.factor(function, name, value)
 
 
 @pytree
@@ -98,7 +98,7 @@ class Pairs:
     def __post_init__(self) -> None:
         """Check what does not depend on the matrices."""
         if self.diagonal is not None:
-            object.__setattr__(self, "diagonal", _checks.integer("Pairs", "diagonal", self.diagonal))
+            object.__setattr__(self, "diagonal", checks.integer("Pairs", "diagonal", self.diagonal))
         for name, size in (("differ", 2), ("same", 2), ("exclude", 2), ("log_weight", 3)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, tuple) or len(value) != size):
@@ -108,7 +108,7 @@ class Pairs:
         for name in ("below", "above"):
             object.__setattr__(self, name, _bounds("Pairs", name, getattr(self, name)))
         if self.fill is not None:
-            object.__setattr__(self, "fill", _checks.number("Pairs", "fill", self.fill, "[-inf, inf]"))
+            object.__setattr__(self, "fill", checks.number("Pairs", "fill", self.fill, "[-inf, inf]"))
 
 
 def resolve(function: str, pairs: Pairs, x: Tensor, y: Tensor) -> dict[Slot, Tensor]:
@@ -123,7 +123,7 @@ def _described(value: object) -> str:
 class _Resolver:
     def __init__(self, function: str, x: Tensor, y: Tensor) -> None:
         self.function, self.x, self.y = function, x, y
-        self.dtype = _checks.accumulator(x.dtype)
+        self.dtype = checks.accumulator(x.dtype)
         self.data: dict[Slot, Tensor] = {}
 
     def all(self, pairs: Pairs) -> dict[Slot, Tensor]:
@@ -148,13 +148,13 @@ class _Resolver:
 
     def _ids(self, name: str, ids: tuple[Tensor, Tensor], rows: Slot, cols: Slot) -> None:
         for side, of, like, slot in (("rows", ids[0], self.x, rows), ("columns", ids[1], self.y, cols)):
-            of = _checks.check_index(self.function, f"pairs.{name} of the {side}", of, like.shape[0], "x", self.x)
+            of = checks.check_index(self.function, f"pairs.{name} of the {side}", of, like.shape[0], "x", self.x)
             self.data[slot] = of
 
     def _bound(self, name: str, value: Bound | tuple[Bound, ...], rows: Slot, cols: Slot, both: object) -> None:
         n, m = self.x.shape[0], self.y.shape[0]
         for bound in value if isinstance(value, tuple) else (value,):
-            bound = _checks.factor(self.function, f"pairs.{name}", bound)
+            bound = checks.factor(self.function, f"pairs.{name}", bound)
             if not isinstance(bound, Tensor):
                 slot, vector = rows, torch.full((n,), bound, dtype=self.dtype, device=self.x.device)
             elif bound.dim() == 2 and tuple(bound.shape) == (1, m):
@@ -164,20 +164,20 @@ class _Resolver:
             else:
                 raise ValueError(
                     f"{self.function}: pairs.{name} must be one number or have shape ({n},), ({n}, 1) or (1, {m}), "
-                    f"got {_checks.shape(bound)}"
+                    f"got {checks.shape(bound)}"
                 )
-            _checks.check_device(self.function, "x", self.x, f"pairs.{name}", vector)
+            checks.check_device(self.function, "x", self.x, f"pairs.{name}", vector)
             vector = vector.detach().to(self.dtype)
             self.data[slot] = both(self.data[slot], vector) if slot in self.data else vector  # type: ignore[operator]
 
     def _guide(self, guide: Guide) -> None:
         gy = guide.gx if guide.gy is None else guide.gy
-        _checks.check_matrices(self.function, "guide.gx", guide.gx, "guide.gy", gy)
-        _checks.check_device(self.function, "x", self.x, "guide.gx", guide.gx)
+        checks.check_matrices(self.function, "guide.gx", guide.gx, "guide.gy", gy)
+        checks.check_device(self.function, "x", self.x, "guide.gx", guide.gx)
         for name, matrix, like in (("gx", guide.gx, self.x), ("gy", gy, self.y)):
             if matrix.shape[0] != like.shape[0]:
                 raise ValueError(
-                    f"{self.function}: guide.{name} must have {like.shape[0]} rows, got {_checks.shape(matrix)}"
+                    f"{self.function}: guide.{name} must have {like.shape[0]} rows, got {checks.shape(matrix)}"
                 )
         gx = guide.gx.detach().to(self.dtype)
         self.data[Slot.GUIDE_X] = gx
@@ -185,11 +185,11 @@ class _Resolver:
         self._bound("guide.below", guide.below, Slot.GUIDE_BELOW_ROWS, Slot.GUIDE_BELOW_COLS, torch.minimum)
 
     def _log_weight(self, table: Tensor, row_classes: Tensor, col_classes: Tensor) -> None:
-        _checks.check_matrix(self.function, "pairs.log_weight", table)
-        _checks.check_constant(self.function, "pairs.log_weight", table)
+        checks.check_matrix(self.function, "pairs.log_weight", table)
+        checks.check_constant(self.function, "pairs.log_weight", table)
         self._ids("log_weight", (row_classes, col_classes), Slot.CLASS_ROWS, Slot.CLASS_COLS)
         for name, classes, size in (("rows", row_classes, table.shape[0]), ("columns", col_classes, table.shape[1])):
-            _checks.check_index_values(
+            checks.check_index_values(
                 self.function, f"pairs.log_weight classes of the {name}", classes, size, or_none=True
             )
         self.data[Slot.LOG_WEIGHT] = table.to(self.dtype)
@@ -204,9 +204,9 @@ def check_lists(
     """
     indptr, indices = lists[:2]
     n, m = x.shape[0], y.shape[0]
-    indptr = _checks.check_index(function, f"{name} indptr", indptr, n + 1, "x", x)
-    indices = _checks.check_index(function, f"{name} indices", indices, None, "x", x)
-    if not _checks.may_read(indptr, waits=True):
+    indptr = checks.check_index(function, f"{name} indptr", indptr, n + 1, "x", x)
+    indices = checks.check_index(function, f"{name} indices", indices, None, "x", x)
+    if not checks.may_read(indptr, waits=True):
         return indptr, indices, torch.arange(indices.shape[0], device=indices.device)
     lengths = indptr.diff()
     if int(indptr[0]) != 0 or int(indptr[-1]) != indices.shape[0] or bool((lengths < 0).any()):

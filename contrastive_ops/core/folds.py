@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .. import _checks
-from .._results import named
-from .._similarity import KINDS
-from .pairs import Pairs
+from . import checks
+from .problem import KINDS
+from .results import named
+from .rules import Pairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Fold:
 
     def __post_init__(self) -> None:
         """Check what does not depend on the matrices."""
-        _checks.check_choice("Fold", "name", self.name, KINDS)
+        checks.check_choice("Fold", "name", self.name, KINDS)
         if self.pairs is not None and not isinstance(self.pairs, Pairs):
             raise TypeError(f"Fold: pairs must be Pairs or None, got {type(self.pairs).__name__}")
 
@@ -86,7 +86,7 @@ class Folded(NamedTuple):
 def as_fold(function: str, request: object) -> Fold:
     """Return what `reduce` asks for as a `Fold`."""
     if isinstance(request, str):
-        _checks.check_choice(function, "reduce", request, KINDS)
+        checks.check_choice(function, "reduce", request, KINDS)
         return Fold(request)
     if not isinstance(request, Fold):
         raise TypeError(f"{function}: reduce must be a name, a Fold or a tuple of these, got {type(request).__name__}")

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _checks
+from ..core import checks
 from . import _arguments
 from ._columns import checked_target
 from ._row_softmax import row_softmax
@@ -253,7 +253,7 @@ def _margin_softmax(
     memory_budget: int | None,
     backend: str,
 ) -> Tensor:
-    _checks.check_choice(function, "kind", kind, KINDS)
+    checks.check_choice(function, "kind", kind, KINDS)
     if easy_margin and kind != "arcface":
         raise ValueError(f"{function}: easy_margin must be False for kind={kind!r}, got True")
     x, prototypes, scale = _arguments.two_sides(
@@ -267,7 +267,7 @@ def _margin_softmax(
         normalize=normalize,
         anchors=1,
     )
-    scale = _checks.scale_tensor(function, scale, "x", x)
+    scale = checks.scale_tensor(function, scale, "x", x)
     margin, labels = (_arguments.of_weighted(weight, each) for each in (margin, labels))
     margin = _margin(function, margin, kind, x)
 
@@ -293,15 +293,15 @@ def _margin_softmax(
 
 def _margin(function: str, margin: float | Tensor, kind: str, x: Tensor) -> Tensor:
     """Check the margin; return it in the accumulation dtype, 0-d or one of each row."""
-    dtype = _checks.accumulator(x.dtype)
+    dtype = checks.accumulator(x.dtype)
     if isinstance(margin, Tensor) and margin.numel() == 1:
-        return _checks.one_number(function, "margin", margin, "x", x)
+        return checks.one_number(function, "margin", margin, "x", x)
     if isinstance(margin, Tensor):
-        _checks.check_vector(function, "margin", margin, x.shape[0], "x", x)
+        checks.check_vector(function, "margin", margin, x.shape[0], "x", x)
         return margin.to(dtype)
-    margin = _checks.number(function, "margin", margin, "[0, inf)")
+    margin = checks.number(function, "margin", margin, "[0, inf)")
     if kind == "arcface":
-        margin = _checks.number(function, "margin", margin, f"[0, {math.pi}]")
+        margin = checks.number(function, "margin", margin, f"[0, {math.pi}]")
     return torch.full((), margin, dtype=dtype, device=x.device)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast
+from . import autocast
 
 
 def to_inputs(inputs: list[Any], gradients: Any, needs: int) -> tuple[Any, ...]:
@@ -73,7 +73,7 @@ def second_derivative(
     `d_gradients` are those of the gradients of the inputs; bit b of `needs` says whether that of input b was asked for.
     Aliases: only what the operator itself does with an input counts, not how its other inputs came from it.
     """
-    with torch.enable_grad(), _autocast.disabled(inputs[0]):
+    with torch.enable_grad(), autocast.disabled(inputs[0]):
         leaves = [alias(t) for t in (*inputs, d_values)]
         differentiable = [t is not None and t.requires_grad for t in leaves]
         wanted = [t for t, wants in zip(leaves, differentiable, strict=True) if wants]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import accumulator
-from ._library import define
+from .checks import accumulator
+from .operators import define
 
 # Half of the size from which torch splits a sum.
 PART = 1 << 14

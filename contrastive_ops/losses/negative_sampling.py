@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._recompute import random_options
-from .._state import State
+from ..core import autocast, checks
+from ..core.numerics import softplus
+from ..core.recompute import random_options
+from ..core.state import State
 from ..ops._listed_logits import listed_logits
-from ..reference.similarity_reduce import softplus
 from . import _arguments
 
 
@@ -40,9 +40,9 @@ class UnigramSampler(State):
     def __init__(self, counts: Tensor, power: float = 0.75) -> None:
         super().__init__()
         name = "UnigramSampler"
-        power = _checks.number(name, "power", power, "[0, inf)")
+        power = checks.number(name, "power", power, "[0, inf)")
         if not isinstance(counts, Tensor) or counts.dim() != 1 or not counts.numel():
-            raise ValueError(f"{name}: counts must be a tensor of shape (V,), got {_checks.shown(counts)}")
+            raise ValueError(f"{name}: counts must be a tensor of shape (V,), got {checks.shown(counts)}")
         wrong = ~((counts >= 0) & (counts < torch.inf))
         if bool(wrong.any()):
             raise ValueError(f"{name}: counts must be finite and >= 0, got {counts[wrong][0].item()}")
@@ -68,9 +68,9 @@ class UnigramSampler(State):
             generator: of the random numbers, on the device of ``avoid``.
         """
         name = "UnigramSampler"
-        k = _checks.integer(name, "k", k, 1)
-        avoid = _checks.check_index(name, "avoid", avoid, None, "counts", self.cumulative)
-        _checks.check_index_values(name, "avoid", avoid, len(self.cumulative), or_none=True)
+        k = checks.integer(name, "k", k, 1)
+        avoid = checks.check_index(name, "avoid", avoid, None, "counts", self.cumulative)
+        checks.check_index_values(name, "avoid", avoid, len(self.cumulative), or_none=True)
         random = random_options(name, generator)
         uniform = torch.rand((avoid.shape[0], k), dtype=torch.float64, device=avoid.device, **random)
         # The word's own stretch of [0, 1) is cut out, so that nothing has to be drawn again.
@@ -137,25 +137,25 @@ def negative_sampling(
     """
     name = "negative_sampling"
     _arguments.check_reduction(name, reduction)
-    center, table = _autocast.cast(center, table)
-    _checks.check_matrices(name, "center", center, "table", table)
+    center, table = autocast.cast(center, table)
+    checks.check_matrices(name, "center", center, "table", table)
     N, V = center.shape[0], table.shape[0]
-    context = _checks.check_index(name, "context", context, N, "center", center)
-    negatives = _checks.as_index(name, "negatives", negatives)
+    context = checks.check_index(name, "context", context, N, "center", center)
+    negatives = checks.as_index(name, "negatives", negatives)
     if weight is not None:
         _arguments.check_weight(name, weight, N, "center", center)
         center, context = (_arguments.of_weighted(weight, each) for each in (center, context))
         negatives = _arguments.of_weighted(weight, negatives, -1)
-    _checks.check_index_values(name, "context", context, V)
+    checks.check_index_values(name, "context", context, V)
     if negatives.dim() != 2 or negatives.shape[0] != N:
-        raise ValueError(f"{name}: negatives must have shape ({N}, k), got {_checks.shape(negatives)}")
-    _checks.check_device(name, "center", center, "negatives", negatives)
-    _checks.check_index_values(name, "negatives", negatives, V, or_none=True)
+        raise ValueError(f"{name}: negatives must have shape ({N}, k), got {checks.shape(negatives)}")
+    checks.check_device(name, "center", center, "negatives", negatives)
+    checks.check_index_values(name, "negatives", negatives, V, or_none=True)
     if log_expected is not None:
-        _checks.check_vector(name, "log_expected", log_expected, V, "center", center)
+        checks.check_vector(name, "log_expected", log_expected, V, "center", center)
     words = torch.cat([_arguments.of_weighted(weight, context, -1)[:, None], negatives], 1)
-    dtype = _checks.accumulator(center.dtype)
-    with _autocast.disabled(center):
+    dtype = checks.accumulator(center.dtype)
+    with autocast.disabled(center):
         one = torch.ones((), dtype=dtype, device=center.device)
         logits = listed_logits((name, "center", "table"), center.to(dtype), table, words, one, None, backend)
         if log_expected is not None:

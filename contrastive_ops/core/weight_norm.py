@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._similarity import Layout, Slot
+from .problem import Layout, Slot
 
 
 def weight_norm(

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import accumulator
-from .._similarity import Layout, Slot
-from .._unit_rows import SHORTEST, unit_rows
+from .checks import accumulator
+from .problem import Layout, Slot
+from .unit_rows import SHORTEST, unit_rows
 
 # Where an operator of similarity_reduce has its matrices and what describes its sets; see its schema.
 _X, _Y, _PAIR_DATA, _SPEC = 0, 1, 6, 7

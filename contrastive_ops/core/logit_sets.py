@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._similarity import LogitSet, ScaleOf, Slot
-from . import _unit_lengths
-from .pairs import Pairs, check_lists, resolve
+from . import autocast, checks, unit_lengths
+from .problem import LogitSet, ScaleOf, Slot
+from .rules import Pairs, check_lists, resolve
 
 
 def prepare(
@@ -21,19 +20,19 @@ def prepare(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Check what every operator of this stem takes and bring it to the dtypes that the backends expect."""
     function, x_name, y_name = names
-    x, y = _autocast.cast(x, y)
+    x, y = autocast.cast(x, y)
     if y is None:
-        _checks.check_matrix(function, x_name, x)
+        checks.check_matrix(function, x_name, x)
     else:
-        _checks.check_matrices(function, x_name, x, y_name, y)
+        checks.check_matrices(function, x_name, x, y_name, y)
     columns = x if y is None else y
     if row_bias is not None:
-        _checks.check_vector(function, "row_bias", row_bias, x.shape[0], x_name, x)
+        checks.check_vector(function, "row_bias", row_bias, x.shape[0], x_name, x)
     if col_bias is not None:
-        _checks.check_vector(function, "col_bias", col_bias, columns.shape[0], x_name, x)
+        checks.check_vector(function, "col_bias", col_bias, columns.shape[0], x_name, x)
     if target is not None:
-        _checks.check_index(function, "target", target, x.shape[0], x_name, x)
-    dtype = _checks.accumulator(x.dtype)
+        checks.check_index(function, "target", target, x.shape[0], x_name, x)
+    dtype = checks.accumulator(x.dtype)
     return (
         x,
         y,
@@ -70,9 +69,9 @@ class LogitSets:
                 return index
         function, x_name, y_name = self.names
         like, like_name = (self.y, y_name) if of_columns else (self.x, x_name)
-        tensor = _checks.scale_tensor(function, scale, like_name, like, "col_scale" if of_columns else "scale")
+        tensor = checks.scale_tensor(function, scale, like_name, like, "col_scale" if of_columns else "scale")
         per_item = ScaleOf.COLUMNS if of_columns else ScaleOf.ROWS
-        data = _unit_lengths.flag(self.x) if self.unit and not self.sets else {}
+        data = unit_lengths.flag(self.x) if self.unit and not self.sets else {}
         data.update(self._rules(pairs))
         if linear is not None:
             data.update(_linear_lists(function, linear, self.x, self.y))  # not |=, which torch 2.6 cannot trace
@@ -97,7 +96,7 @@ class LogitSets:
         if self.with_itself and pairs.guide is not None and pairs.guide.gy is not None:
             raise ValueError(
                 f"{self.names[0]}: guide.gy must be None where a matrix is compared with itself, "
-                f"got {_checks.shape(pairs.guide.gy)}"
+                f"got {checks.shape(pairs.guide.gy)}"
             )
         data = resolve(self.names[0], pairs, self.x, self.y)
         guides = [known.guide for known, _ in self._resolved if known.guide is not None]
@@ -116,11 +115,11 @@ def _linear_lists(function: str, linear: object, x: Tensor, y: Tensor) -> dict[S
             f"{function}: linear must be (indptr, indices) or (indptr, indices, weights), got {type(linear).__name__}"
         )
     indptr, indices, order = check_lists(function, "linear", linear, x, y)
-    dtype = _checks.accumulator(x.dtype)
+    dtype = checks.accumulator(x.dtype)
     if len(linear) == 2:
         weight = torch.ones(indices.shape, dtype=dtype, device=x.device)
     else:
-        _checks.check_vector(function, "linear weights", linear[2], indices.shape[0], "x", x)
-        _checks.check_constant(function, "linear weights", linear[2])
+        checks.check_vector(function, "linear weights", linear[2], indices.shape[0], "x", x)
+        checks.check_constant(function, "linear weights", linear[2])
         weight = linear[2].to(dtype)[order]
     return {Slot.LINEAR_INDPTR: indptr, Slot.LINEAR_INDICES: indices, Slot.LINEAR_WEIGHT: weight}

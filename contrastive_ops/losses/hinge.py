@@ -18,11 +18,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._masks import left_out
-from .._unit_rows import unit_rows
-from ..ops.folds import Fold
-from ..ops.pairs import Pairs
+from ..core import autocast, checks
+from ..core.folds import Fold
+from ..core.masks import left_out
+from ..core.rules import Pairs
+from ..core.unit_rows import unit_rows
 from ..ops.similarity_reduce import fold
 from . import _arguments
 from ._columns import partner_similarity
@@ -85,11 +85,11 @@ def vse(
     name, names = "vse", ("vse", "image", "text")
     image, text = _partners(name, names[1:], image, text, margin, weight, reduction, normalize)
     if ids is not None:
-        ids = _checks.check_index(name, "ids", ids, image.shape[0], "image", image)
+        ids = checks.check_index(name, "ids", ids, image.shape[0], "image", image)
     differ = None if ids is None else (ids, ids)
     if hardest:
         pairs = Pairs(diagonal=0, differ=differ)
-        with torch.no_grad(), _autocast.disabled(image):
+        with torch.no_grad(), autocast.disabled(image):
             found = fold(image, text, reduce=("max",), dim=(0, 1), pairs=pairs, names=names, backend=backend)
         image, text = _accumulated(image), _accumulated(text)
         losses = _against(image, text, text, found.row_argmax[0], margin)
@@ -97,7 +97,7 @@ def vse(
         return _arguments.reduce_rows(losses, weight, reduction)
     bound = _violation(image, text, margin)
     of_rows, of_cols = Pairs(above=bound, differ=differ), Pairs(above=bound[None], differ=differ)
-    with _autocast.disabled(image):
+    with autocast.disabled(image):
         folded = fold(
             image,
             text,
@@ -168,18 +168,18 @@ def energy_hinge(
         torch.Size([4])
     """
     name, names = "energy_hinge", ("energy_hinge", "query", "key")
-    query, key, negatives = _autocast.cast(query, key, negatives)
+    query, key, negatives = autocast.cast(query, key, negatives)
     if negatives is not None:
-        _checks.check_matrices(name, "query", query, "negatives", negatives)
+        checks.check_matrices(name, "query", query, "negatives", negatives)
     query, key = _partners(name, names[1:], query, key, margin, weight, reduction, normalize, anchors=1)
     columns = key if negatives is None else torch.cat([key, _rows(negatives, normalize)])
     if hardest:
-        with torch.no_grad(), _autocast.disabled(query):
+        with torch.no_grad(), autocast.disabled(query):
             found = fold(query, columns, reduce=("max",), pairs=Pairs(diagonal=0), names=names, backend=backend)
         query, columns = _accumulated(query), _accumulated(columns)
         losses = _against(query, columns[: key.shape[0]], columns, found.row_argmax[0], margin)
         return _arguments.reduce_rows(losses, weight, reduction)
-    with _autocast.disabled(query):
+    with autocast.disabled(query):
         folded = fold(
             query,
             columns,
@@ -261,13 +261,13 @@ def simctg(
         reduction=reduction,
         weight=weight,
     )
-    margin = _checks.number(name, "margin", margin, "[0, inf)")
-    _checks.check_choice(name, "average", average, ("pair", "segment"))
-    segments = _checks.check_index(name, "segments", segments, x.shape[0], "x", x)
+    margin = checks.number(name, "margin", margin, "[0, inf)")
+    checks.check_choice(name, "average", average, ("pair", "segment"))
+    segments = checks.check_index(name, "segments", segments, x.shape[0], "x", x)
     x = left_out(x, segments != -1)
     # Exactly 1 for unit rows, whose own gradient would only lengthen them.
-    own = x.new_ones(x.shape[:1], dtype=_checks.accumulator(x.dtype)) if normalize else partner_similarity(x, x)
-    with _autocast.disabled(x):
+    own = x.new_ones(x.shape[:1], dtype=checks.accumulator(x.dtype)) if normalize else partner_similarity(x, x)
+    with autocast.disabled(x):
         (sums, counts), *_ = fold(
             _rows(x, normalize),
             reduce=("sum_relu", "count"),
@@ -296,7 +296,7 @@ def _partners(
     anchors: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Check what the losses of partners take; return both matrices, cast and normalised as asked for."""
-    margin = _checks.number(function, "margin", margin, "[0, inf)")
+    margin = checks.number(function, "margin", margin, "[0, inf)")
     x, y, _ = _arguments.two_sides(
         function,
         ((names[0], x), (names[1], y)),
@@ -318,12 +318,12 @@ def _rows(x: Tensor, normalize: bool) -> Tensor:
     """
     if not normalize:
         return x
-    with _autocast.disabled(x):
+    with autocast.disabled(x):
         return unit_rows(_accumulated(x))
 
 
 def _accumulated(x: Tensor) -> Tensor:
-    return x.to(_checks.accumulator(x.dtype))
+    return x.to(checks.accumulator(x.dtype))
 
 
 def _violation(x: Tensor, y: Tensor, margin: float) -> Tensor:

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _checks
-from .._state import State
+from ..core import checks
+from ..core.state import State
 from ..ops.similarity_reduce import fold
 from . import _arguments
 
@@ -49,8 +49,8 @@ class RunningDenominator(State):
 
     def __init__(self, size: int, gamma: float = 0.9) -> None:
         super().__init__()
-        size = _checks.integer("RunningDenominator", "size", size, 0)
-        self.gamma = _checks.number("RunningDenominator", "gamma", gamma, "(0, 1]")
+        size = checks.integer("RunningDenominator", "size", size, 0)
+        self.gamma = checks.number("RunningDenominator", "gamma", gamma, "(0, 1]")
         self.log_u = torch.full((2, size), -torch.inf, dtype=torch.float32)
 
     @torch.no_grad()
@@ -161,7 +161,7 @@ def sog_clr(
         8
     """
     name = "sog_clr"
-    eps = _checks.number(name, "eps", eps, "[0, inf)")
+    eps = checks.number(name, "eps", eps, "[0, inf)")
     image, text, scale = _arguments.two_sides(
         name,
         (("image", image), ("text", text)),
@@ -192,7 +192,7 @@ def sog_clr(
     )
     text_positive = positive
     if text_scale is not None:
-        text_positive = positive * (text_scale / _checks.scale_tensor(name, scale, "image", image))
+        text_positive = positive * (text_scale / checks.scale_tensor(name, scale, "image", image))
     negatives = positive.new_full((), image.shape[0] - 1).clamp_min(1.0)
     log_mean = torch.stack([rows - positive, cols - text_positive]) - negatives.log()
     # What is not finite is not stored: of pairs of weight 0 the state learns nothing.
@@ -210,8 +210,8 @@ def sog_clr(
 def _check_samples(function: str, index: Tensor, state: object, image: Tensor) -> Tensor:
     if not isinstance(state, RunningDenominator):
         raise TypeError(f"{function}: state must be a RunningDenominator, got {type(state).__name__}")
-    index = _checks.check_index(function, "index", index, image.shape[0], "image", image)
-    _checks.check_index_values(function, "index", index, state.log_u.shape[1])
+    index = checks.check_index(function, "index", index, image.shape[0], "image", image)
+    checks.check_index_values(function, "index", index, state.log_u.shape[1])
     return index
 
 
@@ -222,4 +222,4 @@ def _scale_of_texts(
     if temperature is None and scale is None:
         return None
     found = _arguments.resolve_scale(function, temperature, scale, 1.0, "text_")
-    return _checks.scale_tensor(function, found, "text", text, "text_scale")
+    return checks.scale_tensor(function, found, "text", text, "text_scale")

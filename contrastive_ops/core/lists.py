@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import _checks
+from . import checks
 
 # What stands where a list has no entry.
 NONE = -1
@@ -72,7 +72,7 @@ def first_of_each(lists: Tensor) -> Tensor:
         >>> first_of_each(torch.tensor([[7, 3, 7, -1]]))
         tensor([[ True,  True, False, False]])
     """
-    lists = _checks.as_index("first_of_each", "lists", lists)
+    lists = checks.as_index("first_of_each", "lists", lists)
     if lists.dim() != 2:
         raise ValueError(f"first_of_each: lists must have two dimensions (N, K), got {tuple(lists.shape)}")
     ascending, order = lists.sort(dim=1, stable=True)

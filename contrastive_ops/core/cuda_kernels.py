@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _extension
+from . import extension
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,18 +34,18 @@ def on_host(functions: Any) -> Iterator[None]:
 
 def kernels() -> Any:
     """The object with the functions of csrc/cuda/functions.h, each named cuda_<name>."""
-    return _extension.load() if _host is None else _host
+    return extension.load() if _host is None else _host
 
 
 @functools.cache
 def why_missing() -> str | None:
     """Return None if the extension has CUDA kernels, else the reason and how to fix it."""
-    missing = _extension.why_missing()
+    missing = extension.why_missing()
     if missing is not None:
         return missing
-    module: Any = _extension.load()
+    module: Any = extension.load()
     if module.build_config()["cuda"] == "no":
-        why = _extension.report().get("why_no_cuda")
+        why = extension.report().get("why_no_cuda")
         because = f" ({why})" if why else ""
         return f"the extension was built without CUDA kernels{because}; install again with CONTRASTIVE_OPS_CUDA=1"
     return None
@@ -59,7 +59,7 @@ def _why_not_on(device: int) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (8, 0):
         return f"compute capability {major}.{minor} (supported: 8.0 and newer)"
-    module: Any = _extension.load()
+    module: Any = extension.load()
     built = module.build_config()["cuda"]
     if not has_code_for((major, minor), built):
         own = f'TORCH_CUDA_ARCH_LIST="{major}.{minor}"'

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from .._unit_rows import unit_rows
+from ..core import autocast, checks
+from ..core.numerics import softplus
+from ..core.unit_rows import unit_rows
 from ..ops.similarity_reduce import merge_lse
-from ..reference.similarity_reduce import softplus
 from . import _arguments
 from ._blocks import DIRECTIONS, Blocks
 from ._columns import partner_similarity
@@ -96,7 +96,7 @@ def gte(
     name = "gte"
     _check_directions(name, partition, directions)
     if false_negative_margin is not None:
-        false_negative_margin = _checks.number(name, "false_negative_margin", false_negative_margin, "(-inf, inf)")
+        false_negative_margin = checks.number(name, "false_negative_margin", false_negative_margin, "(-inf, inf)")
     query, document, scale = _arguments.two_sides(
         name,
         (("query", query), ("document", document)),
@@ -117,7 +117,7 @@ def gte(
     blocks = Blocks(
         names=(name, "query", "document"),
         sides=sides,
-        scale=_checks.scale_tensor(name, scale, "query", query),
+        scale=checks.scale_tensor(name, scale, "query", query),
         bound=bound,
         guides=None,
         unit=unit,
@@ -213,8 +213,8 @@ def gist(
         torch.Size([])
     """
     name = "gist"
-    _checks.check_choice(name, "margin_strategy", margin_strategy, ("absolute", "relative"))
-    margin = _checks.number(name, "margin", margin, "(-inf, inf)")
+    checks.check_choice(name, "margin_strategy", margin_strategy, ("absolute", "relative"))
+    margin = checks.number(name, "margin", margin, "(-inf, inf)")
     query, key, scale = _arguments.two_sides(
         name,
         (("query", query), ("key", key)),
@@ -236,7 +236,7 @@ def gist(
     blocks = Blocks(
         names=(name, "query", "key"),
         sides=sides,
-        scale=_checks.scale_tensor(name, scale, "query", query),
+        scale=checks.scale_tensor(name, scale, "query", query),
         bound=positive - (margin if margin_strategy == "absolute" else positive.abs() * margin),
         guides=guides,
         unit=_arguments.in_sweep(normalize, query),
@@ -250,10 +250,10 @@ def gist(
 
 
 def _check_directions(function: str, partition: object, directions: object) -> None:
-    _checks.check_choice(function, "partition", partition, ("joint", "per_direction"))
+    checks.check_choice(function, "partition", partition, ("joint", "per_direction"))
     if not isinstance(directions, tuple) or not directions or not set(directions) <= set(DIRECTIONS):
         raise ValueError(
-            f"{function}: directions must be a tuple of {', '.join(DIRECTIONS)}, got {_checks.shown(directions)}"
+            f"{function}: directions must be a tuple of {', '.join(DIRECTIONS)}, got {checks.shown(directions)}"
         )
     if "query_to_doc" not in directions:
         raise ValueError(f"{function}: directions must include query_to_doc, which holds the positive")
@@ -269,14 +269,14 @@ def _hard_negatives(
     function: str, query: Tensor, hard_negatives: Tensor, normalize: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Return them as columns, and the owners of documents and columns."""
-    _checks.check_tensor(function, "hard_negatives", hard_negatives)
+    checks.check_tensor(function, "hard_negatives", hard_negatives)
     if hard_negatives.dim() != 3:
         return _shared_negatives(function, query, hard_negatives, normalize, "hard_negatives"), None
     count, each = query.shape[0], hard_negatives.shape[1]
     if hard_negatives.shape[0] != count:
         raise ValueError(
             f"{function}: hard_negatives must have shape ({count}, K, {query.shape[1]}) or (H, {query.shape[1]}), "
-            f"got {_checks.shape(hard_negatives)}"
+            f"got {checks.shape(hard_negatives)}"
         )
     columns = _shared_negatives(function, query, hard_negatives.flatten(0, 1), normalize, "hard_negatives")
     owner = torch.arange(count, device=query.device)
@@ -286,19 +286,19 @@ def _hard_negatives(
 def _shared_negatives(
     function: str, query: Tensor, negatives: Tensor, normalize: bool, name: str = "negatives"
 ) -> Tensor:
-    (negatives,) = _autocast.cast(negatives)
-    _checks.check_matrices(function, "query", query, name, negatives)
+    (negatives,) = autocast.cast(negatives)
+    checks.check_matrices(function, "query", query, name, negatives)
     return _arguments.unit_sides(normalize, negatives)[0]
 
 
 def _guide(function: str, name: str, guide: Tensor, like: Tensor, first: Tensor, normalize: bool) -> Tensor:
     """The guide's matrix of one side, detached, in the accumulation dtype of that side."""
-    _checks.check_matrices(function, "guide_query", first, f"guide_{name}", guide)
-    _checks.check_device(function, name, like, f"guide_{name}", guide)
+    checks.check_matrices(function, "guide_query", first, f"guide_{name}", guide)
+    checks.check_device(function, name, like, f"guide_{name}", guide)
     if guide.shape[0] != like.shape[0]:
         raise ValueError(
             f"{function}: guide_{name} must have as many rows as {name}, "
-            f"got guide_{name} {_checks.shape(guide)} and {name} {_checks.shape(like)}"
+            f"got guide_{name} {checks.shape(guide)} and {name} {checks.shape(like)}"
         )
-    guide = guide.detach().to(_checks.accumulator(like.dtype))
+    guide = guide.detach().to(checks.accumulator(like.dtype))
     return unit_rows(guide) if normalize else guide

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _autocast
-from ._dispatch import Backend
+from . import autocast
+from .backends import Backend
 
 
 class _Library(torch.library.Library):
@@ -63,7 +63,7 @@ def of_backend(backends: Mapping[str, Backend], name: str) -> Callable[..., Any]
 
     def function(*arguments: Any) -> Any:
         *problem, backend = arguments
-        with _autocast.disabled(problem[0]):
+        with autocast.disabled(problem[0]):
             return getattr(backends[backend].functions(), name)(*problem)
 
     return function
@@ -185,5 +185,5 @@ def _one_by_one(operator: Any) -> Callable[..., Any]:
     return rule
 
 
-# What `_checks` asks of a subclass of tensors, which may refuse operators that it does not know.
+# What `checks` asks of a subclass of tensors, which may refuse operators that it does not know.
 define("probe", "(Tensor x) -> Tensor", lambda x: x.new_empty(()), lambda x: x.new_empty(()))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .pairs import Bound, Guide, Pairs
+from .rules import Bound, Guide, Pairs
 
 Bounds = Bound | tuple[Bound, ...] | None
 

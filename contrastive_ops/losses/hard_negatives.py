@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks
-from ..ops.folds import Fold
-from ..ops.pairs import Pairs
+from ..core import checks
+from ..core.folds import Fold
+from ..core.numerics import softplus
+from ..core.rules import Pairs
 from ..ops.similarity_reduce import fold
-from ..reference.similarity_reduce import softplus
 from . import _arguments
 from ._columns import partner_similarity
 
@@ -278,8 +278,8 @@ def hn_nce(
         True
     """
     name = "hn_nce"
-    alpha = _checks.number(name, "alpha", alpha, "[0, inf)")
-    beta = _checks.number(name, "beta", beta, "[0, inf)")
+    alpha = checks.number(name, "alpha", alpha, "[0, inf)")
+    beta = checks.number(name, "beta", beta, "[0, inf)")
     image, text, scale = _arguments.two_sides(
         name,
         (("image", image), ("text", text)),
@@ -336,8 +336,8 @@ def _two_view_loss(
     backend: str,
     **common: Any,
 ) -> Tensor:
-    beta = _checks.number(function, "beta", beta, "[0, inf)")
-    tau_plus = _checks.number(function, "tau_plus", tau_plus, "[0, 1)")
+    beta = checks.number(function, "beta", beta, "[0, inf)")
+    tau_plus = checks.number(function, "tau_plus", tau_plus, "[0, 1)")
     z, scale, partner, negatives = _two_views(function, *views, 0.5, **common)
     lse, _, positive, *_ = fold(
         z,
@@ -355,14 +355,14 @@ def _two_view_loss(
     if tau_plus:
         mass = _log_difference(mass, positive + _log_count(positive, count) + math.log(tau_plus))
         mass = mass - math.log1p(-tau_plus)
-    least = _log_count(positive, count) - _checks.scale_tensor(function, scale, "z0", z)
+    least = _log_count(positive, count) - checks.scale_tensor(function, scale, "z0", z)
     mass = torch.maximum(mass, least)
     return _arguments.mean_over(softplus(mass - positive), lse[0] != -torch.inf, None, common["reduction"])
 
 
 def _von_mises_fisher(function: str, z: Tensor, sigma: float, unit: bool) -> Tensor:
     """(2 N,) weights with mean 1, smaller for samples whose views are alike."""
-    sigma = _checks.number(function, "sigma", sigma, "(0, inf)")
+    sigma = checks.number(function, "sigma", sigma, "(0, inf)")
     count = z.shape[0] // 2
     with torch.no_grad():
         similarity = partner_similarity(z[:count], z[count:], unit)
@@ -375,7 +375,7 @@ def _von_mises_fisher(function: str, z: Tensor, sigma: float, unit: bool) -> Ten
 def _folds(function: str, scale: float | Tensor, beta: float) -> tuple[str | Fold, ...]:
     """What `_weighted_negatives` needs of the sweep."""
     if isinstance(scale, Tensor):
-        _checks.check_floating(function, "scale", scale)
+        checks.check_floating(function, "scale", scale)
     if not beta:
         return ("logsumexp",)
     return Fold("logsumexp", scale=(1 + beta) * scale), Fold("logsumexp", scale=beta * scale)

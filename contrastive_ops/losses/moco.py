@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _autocast, _checks
-from ..ops.pairs import Pairs
+from ..core import autocast, checks
+from ..core.rules import Pairs
 from . import _arguments
 from ._columns import smoothing_share
 from ._row_softmax import row_softmax
@@ -94,8 +94,8 @@ def moco(
         partners=True,
         anchors=2,
     )
-    (queue,) = _autocast.cast(queue)
-    _checks.check_matrices(name, "query", query, "queue", queue)
+    (queue,) = autocast.cast(queue)
+    checks.check_matrices(name, "query", query, "queue", queue)
     (queue,) = _arguments.unit_sides(normalize, queue.detach())
     count, entries = query.shape[0], queue.shape[0]
     of_batch = torch.full((count,), -1, device=query.device)
@@ -104,8 +104,8 @@ def moco(
     of_queue = torch.zeros(entries, dtype=torch.int64, device=query.device)
     same, differ = (torch.zeros_like(of_batch), torch.cat([of_batch, of_queue])), None
     if ids is not None and queue_ids is not None:
-        ids = _checks.check_index(name, "ids", ids, count, "query", query)
-        queue_ids = _checks.check_index(name, "queue_ids", queue_ids, entries, "query", query)
+        ids = checks.check_index(name, "ids", ids, count, "query", query)
+        queue_ids = checks.check_index(name, "queue_ids", queue_ids, entries, "query", query)
         differ = (ids, torch.cat([of_batch, queue_ids]))
     elif ids is not None or queue_ids is not None:
         raise ValueError(f"{name}: ids and queue_ids must both be given, or neither")

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _autocast, _checks
-from ._library import define
+from . import autocast, checks
+from .operators import define
 
 # As torch.nn.functional.normalize: shorter rows are divided by this.
 SHORTEST = 1e-12
@@ -25,14 +25,14 @@ def unit_rows(x: Tensor) -> Tensor:
 
 def _forward(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the unit rows and (..., 1) the inverse lengths, in the accumulation dtype."""
-    with _autocast.disabled(x):
-        wide = x.to(_checks.accumulator(x.dtype))
+    with autocast.disabled(x):
+        wide = x.to(checks.accumulator(x.dtype))
         inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(SHORTEST).reciprocal()
         return (wide * inverse).to(x.dtype), inverse
 
 
 def _fake(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=_checks.accumulator(x.dtype))
+    return torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=checks.accumulator(x.dtype))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -43,7 +43,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _derivative(ctx: Any, d_unit: Tensor | None, d_inverse: Tensor | None) -> Tensor | None:
     """What remains of the gradient across the row, over its length; made of operations that can be differentiated."""
     x, inverse = ctx.saved_tensors
-    with _autocast.disabled(x):
+    with autocast.disabled(x):
         unit = x.to(inverse.dtype) * inverse
         dx = None
         if d_unit is not None:

@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import torch  # the extension links against libraries that importing torch loads
 
-from . import _checkout
+from .. import _checkout
 
 HOW_TO_FIX = "run `python -m contrastive_ops info`, which prints the command that builds it"
 
