@@ -12,6 +12,7 @@ pairs take part, `Fold` what a row or column becomes.
 from . import decoding, metrics, mining, moe, nn
 from .core import flops
 from .losses import (
+    CrossEntropy,
     Diagnostics,
     LogProb,
     RunningCovariance,
@@ -108,6 +109,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Capacity",
     "Coarse",
+    "CrossEntropy",
     "Diagnostics",
     "Fold",
     "Gating",

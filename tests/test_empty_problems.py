@@ -165,6 +165,13 @@ def language(n, v, d, backend="auto", **options):
     return ops.linear_log_prob(hidden, head, labels, bias=rows(v), backend=backend, **options)
 
 
+def heads(n, v, h, d, backend):
+    hidden, weight = rows(n, d), rows(v, h, d)
+    labels = ids(n * h, below=v).masked_fill_(torch.tensor(v == 0), -100).view(n, h)
+    options = {"bias": rows(v, h), "z_loss": 0.1, "reduction": "sum", "backend": backend}
+    return [ops.linear_cross_entropy(hidden, weight, labels, softcap=cap, **options) for cap in (None, 2.0)]
+
+
 def layer(make):
     """A layer of experts on tokens (B, L, D)."""
 
@@ -264,6 +271,15 @@ CALLS = {
     "RunningCovariance": ({"n": 3, "d": 2}, lambda n, d: ops.RunningCovariance(d)(rows(n, d))),
     "linear_log_prob": ({"n": 3, "v": 5, "d": 4}, language),
     "linear_log_prob entropy": ({"n": 3, "v": 5, "d": 4}, lambda **sizes: language(**sizes, entropy=True)),
+    "linear_log_prob capped": (
+        {"n": 3, "v": 5, "d": 4},
+        lambda **sizes: [language(**sizes, entropy=choice, softcap=2.0) for choice in (False, True)],
+    ),
+    "linear_cross_entropy heads": ({"n": 3, "v": 5, "h": 2, "d": 4}, heads),
+    "linear_kl capped": (
+        {"n": 3, "v": 5, "h": 2, "d": 4, "e": 2},
+        lambda n, v, h, d, e: ops.linear_kl(rows(n, d), rows(v, h, d), fixed(n, e), fixed(v, h, e), softcap=2.0),
+    ),
     "linear_kl": (
         {"n": 3, "v": 5, "d": 4, "e": 2},
         lambda n, v, d, e: ops.linear_kl(rows(n, d), rows(v, d), fixed(n, e), fixed(v, e)),
@@ -324,6 +340,7 @@ NO_PROBLEM = {
     "Coarse",
     "ContrastiveCache",
     "ContrastiveChoice",
+    "CrossEntropy",
     "Diagnostics",
     "Entries",
     "Fold",

@@ -398,7 +398,11 @@ X, W = torch.ones(3, 2), torch.ones(4, 2)
             ValueError,
             "reference_hidden must have the tokens of hidden (3,), got (2,)",
         ),
-        (lambda: linear_kl(X, W, X, W[:3]), ValueError, "reference_weight must have the 4 classes of weight, got 3"),
+        (
+            lambda: linear_kl(X, W, X, W[:3]),
+            ValueError,
+            "reference_weight must have the classes of weight (4,), got (3,)",
+        ),
         (lambda: linear_kl(X, W, X, W, mask=V), TypeError, "linear_kl: mask must be bool, got torch.float32"),
         (lambda: linear_kl(X, W, X, W, mask=V[:2] > 0), ValueError, "linear_kl: mask must have shape (3,), got (2,)"),
         (lambda: linear_kl(X, W, X, W, reference_bias=V), ValueError, "linear_kl: reference_bias must have shape (4,)"),

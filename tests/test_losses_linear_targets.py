@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from contrastive_ops import linear_cross_entropy, linear_log_prob
+from contrastive_ops import CrossEntropy, linear_cross_entropy, linear_kl, linear_log_prob
 from contrastive_ops.losses import _linear_chunks
+from contrastive_ops.nn import LinearCrossEntropyLoss
 from contrastive_ops.testing import relative_error, saved_bytes
 
 DOUBLE = torch.float64
@@ -66,7 +67,7 @@ def same(found, expected, leaves):
     cotangent = torch.randn_like(found)
     for a, b in zip(
         torch.autograd.grad(found, leaves, cotangent, retain_graph=True),
-        torch.autograd.grad(expected, leaves, cotangent),
+        torch.autograd.grad(expected, leaves, cotangent, retain_graph=True),
         strict=True,
     ):
         torch.testing.assert_close(a, b)
@@ -92,30 +93,6 @@ def test_against_plain_torch(name, kind, backend, monkeypatch):
         with torch.no_grad():
             again = linear_cross_entropy(hidden, head, labels, token_weight=token_weight, backend=backend, **given)
         torch.testing.assert_close(again, found.detach())
-
-
-@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch.nn.functional.linear_cross_entropy: 2.13")
-@pytest.mark.parametrize("shape", [(), (1,), (5,)])
-@pytest.mark.parametrize("kind", ["labels", "probabilities"])
-def test_against_the_function_of_torch(shape, kind):
-    """Over what torch's own samples vary: rows or one, labels or probabilities, bias, weight, reduction, ignored."""
-    hidden, head, _, bias = (
-        inputs(*shape) if shape else (each[0] if i == 0 else each for i, each in enumerate(inputs(1)))
-    )
-    hidden = hidden.detach().requires_grad_()
-    labels = torch.randint(WORDS, shape) if kind == "labels" else probabilities(*shape)
-    choices = itertools.product((None, bias), (False, True), ("mean", "sum", "none"), (0.0, 0.3))
-    for each_bias, weighted, reduction, smoothing in choices:
-        weight = torch.rand(WORDS, dtype=DOUBLE) + 0.5 if weighted else None
-        given = {"reduction": reduction, "label_smoothing": smoothing}
-        found = linear_cross_entropy(hidden, head, labels, bias=each_bias, class_weight=weight, **given)
-        truth = F.linear_cross_entropy(hidden, head, labels, linear_bias=each_bias, weight=weight, **given)
-        leaves = [hidden, head, *([] if each_bias is None else [bias]), *([labels] if kind != "labels" else [])]
-        same(found, truth, leaves)
-    if kind == "labels" and shape == (5,):
-        labels[1] = 1
-        found = linear_cross_entropy(hidden, head, labels, ignore_index=1)
-        same(found, F.linear_cross_entropy(hidden, head, labels, ignore_index=1), [hidden, head])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -210,13 +187,132 @@ def test_probabilities_compile_and_rows_of_weight_0_reach_nothing():
         torch.testing.assert_close(a, b)
 
 
-def test_capped_log_probabilities():
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+@pytest.mark.parametrize("elements", [60, 1 << 20])
+def test_capped_log_probabilities_and_entropies(elements, backend, monkeypatch):
+    monkeypatch.setattr(_linear_chunks, "CHUNK_ELEMENTS", elements)
     hidden, head, labels, bias = inputs(3, 7)
-    found = linear_log_prob(hidden, head, labels, bias=bias, softcap=1.5)
+    leaves = [hidden, head, bias]
     log_prob = (1.5 * torch.tanh(F.linear(hidden, head, bias) / 1.5)).log_softmax(-1)
     used = labels != -100
     expected = torch.where(used, log_prob.gather(-1, torch.where(used, labels, 0)[..., None])[..., 0], 0.0)
-    same(found, expected, [hidden, head, bias])
+    options = {"bias": bias, "softcap": 1.5, "backend": backend}
+    same(linear_log_prob(hidden, head, labels, **options), expected, leaves)
+    found = linear_log_prob(hidden, head, labels, entropy=True, **options)
+    entropy = torch.where(used, -(log_prob.exp() * log_prob).sum(-1), 0.0)
+    same(torch.stack(found), torch.stack([expected, entropy]), leaves)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("caps", [(1.5, None), (None, 2.0), (1.5, 2.0)])
+def test_capped_divergences(direction, caps, monkeypatch):
+    monkeypatch.setattr(_linear_chunks, "CHUNK_ELEMENTS", 60)
+    hidden, head, _, bias = inputs(3, 7)
+    q_hidden, q_head, _, q_bias = inputs(3, 7, depth=4)
+    p, q = F.linear(hidden, head, bias), F.linear(q_hidden, q_head, q_bias).detach()
+    p, q = (z if cap is None else cap * torch.tanh(z / cap) for z, cap in zip((p, q), caps, strict=True))
+    first, second = (each.log_softmax(-1) for each in ((p, q) if direction == "reverse" else (q, p)))
+    options = {"direction": direction, "softcap": caps[0], "reference_softcap": caps[1]}
+    found = linear_kl(hidden, head, q_hidden, q_head, bias=bias, reference_bias=q_bias, **options)
+    same(found, (first.exp() * (first - second)).sum(-1), [hidden, head, bias])
+
+
+def test_gradients_of_capped_entropies_and_divergences_are_differentiable():
+    hidden, head, _, bias = inputs(4, depth=3)
+    head, bias = head.detach()[:7].requires_grad_(), bias.detach()[:7].requires_grad_()
+    q_hidden, q_head, labels = torch.randn(4, 2).double(), torch.randn(7, 2).double(), torch.tensor([0, -100, 6, 2])
+    caps = {"softcap": 1.5, "reference_softcap": 2.0}
+
+    def entropies(*leaves):
+        return tuple(linear_log_prob(*leaves[:2], labels, bias=leaves[2], entropy=True, softcap=1.5))
+
+    def divergence(direction):
+        return lambda *t: linear_kl(*t[:2], q_hidden, q_head, bias=t[2], direction=direction, **caps)
+
+    for function in (entropies, divergence("reverse"), divergence("forward")):
+        assert torch.autograd.gradcheck(function, (hidden, head, bias))
+        assert torch.autograd.gradgradcheck(function, (hidden, head, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_capped_entropies_and_divergences_of_sixteen_bits(dtype):
+    hidden, head, labels, _ = inputs(50, depth=32, dtype=torch.float32)
+    hidden, head, other = (each.detach().to(dtype).requires_grad_() for each in (hidden, head, torch.randn(WORDS, 32)))
+    wide = [each.detach().double().requires_grad_() for each in (hidden, head)]
+    z = 5 * torch.tanh(F.linear(*wide) / 5)
+    log_p = z.log_softmax(1)
+    entropy = (labels != -100) * torch.special.entr(log_p.exp()).sum(1)
+    log_q = (4 * torch.tanh(F.linear(wide[0].detach(), other.double()) / 4)).log_softmax(1).detach()
+    caps = {"softcap": 5.0, "reference_softcap": 4.0}
+    for found, expected in (
+        (linear_log_prob(hidden, head, labels, entropy=True, softcap=5.0).entropy, entropy),
+        (linear_kl(hidden, head, hidden, other, **caps), (log_p.exp() * (log_p - log_q)).sum(1)),
+        (linear_kl(hidden, head, hidden, other, direction="forward", **caps), (log_q.exp() * (log_q - log_p)).sum(1)),
+    ):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+        gradients = torch.autograd.grad(found.sum(), (hidden, head))
+        for a, b in zip(gradients, torch.autograd.grad(expected.sum(), wide, retain_graph=True), strict=True):
+            assert a.dtype == dtype and relative_error(a, b) < 5e-3
+
+
+def test_capped_entropies_and_divergences_keep_no_logits_and_compile():
+    def step(hidden, head, labels):
+        both = linear_log_prob(hidden, head, labels, entropy=True, softcap=3.0)
+        given = {"mask": labels != -100, "softcap": 3.0, "reference_softcap": 2.0}
+        return *both, linear_kl(hidden, head, hidden, 2 * head.detach(), **given)
+
+    hidden, head = torch.randn(512, 16, requires_grad=True), torch.randn(4096, 16, requires_grad=True)
+    labels = torch.randint(4096, (512,))
+    size, _ = saved_bytes(lambda: step(hidden, head, labels))
+    assert size < 6 * (hidden.numel() + head.numel()) * 4
+    labels[::3] = -100
+    with torch.no_grad():
+        hidden[labels == -100] = torch.nan
+    expected = step(hidden, head, labels)
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")(hidden, head, labels)
+    torch.testing.assert_close(found, expected)
+    for gradient in torch.autograd.grad(sum(map(torch.sum, found)), (hidden, head)):
+        assert gradient.isfinite().all()
+
+
+# ---- The z-loss beside the loss ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "softcap": 2.0}, {"class_weight": True}])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", ["labels", "probabilities"])
+def test_the_z_loss_is_returned_beside_the_loss(options, reduction, kind):
+    hidden, head, labels, bias = inputs(3, 7)
+    labels = labels if kind == "labels" else probabilities(3, 7).detach()
+    options = {**options, "bias": bias, "reduction": reduction, "token_weight": torch.rand(3, 7, dtype=DOUBLE)}
+    if "class_weight" in options:
+        options["class_weight"] = torch.rand(WORDS, dtype=DOUBLE) + 0.5
+    found = linear_cross_entropy(hidden, head, labels, z_loss=0.3, return_z_loss=True, **options)
+    assert isinstance(found, CrossEntropy)
+    without = dense(hidden, head, labels, **options)
+    whole = dense(hidden, head, labels, z_loss=0.3, **options)
+    same(torch.stack(found), torch.stack([whole, whole - without]), [hidden, head, bias])
+    torch.testing.assert_close(found.loss, linear_cross_entropy(hidden, head, labels, z_loss=0.3, **options))
+
+
+def test_without_a_z_loss_it_is_0():
+    hidden, head, labels, _ = inputs(3, 7)
+    for reduction in ("mean", "sum", "none"):
+        found = linear_cross_entropy(hidden, head, labels, return_z_loss=True, reduction=reduction)
+        assert found.z_loss.shape == found.loss.shape and not found.z_loss.any()
+        torch.testing.assert_close(found.loss, linear_cross_entropy(hidden, head, labels, reduction=reduction))
+
+
+def test_the_module_and_a_traced_program_return_it_too():
+    hidden, head, labels, _ = inputs(12, dtype=torch.float32)
+    module = LinearCrossEntropyLoss(z_loss=0.1, return_z_loss=True)
+    expected = module(hidden, head, labels)
+    found = torch.compile(module, fullgraph=True, backend="aot_eager")(hidden, head, labels)
+    assert isinstance(found, CrossEntropy)
+    torch.testing.assert_close(tuple(found), tuple(expected))
+    exported = torch.export.export(module, (hidden, head, labels)).module()(hidden, head, labels)
+    torch.testing.assert_close(tuple(exported), tuple(expected))
 
 
 X, W, V = torch.ones(3, 2), torch.ones(4, 2), torch.zeros(3, dtype=torch.int64)
@@ -227,6 +323,7 @@ X, W, V = torch.ones(3, 2), torch.ones(4, 2), torch.zeros(3, dtype=torch.int64)
     [
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be in [0, 1], got 1.5"),
         ({"z_loss": -1.0}, ValueError, "z_loss must be in [0, inf), got -1"),
+        ({"return_z_loss": 1}, TypeError, "return_z_loss must be True or False, got 1"),
         ({"softcap": 0.0}, ValueError, "softcap must be in (0, inf), got 0"),
         ({"class_weight": torch.ones(3)}, ValueError, "class_weight must have shape (4,), got (3,)"),
         ({"class_weight": torch.ones(4, requires_grad=True)}, ValueError, "class_weight must not require a gradient"),
@@ -245,6 +342,9 @@ def test_bad_input(options, error, message):
         linear_cross_entropy(X, W, labels, **options)
 
 
-def test_entropies_have_no_cap():
-    with pytest.raises(NotImplementedError, match="linear_log_prob: entropy must be False with softcap"):
-        linear_log_prob(X, W, V, entropy=True, softcap=2.0)
+@pytest.mark.parametrize("key", ["softcap", "reference_softcap"])
+def test_bad_caps(key):
+    with pytest.raises(ValueError, match=re.escape(f"linear_kl: {key} must be in (0, inf), got -1.0")):
+        linear_kl(X, W, X, W, **{key: -1})
+    with pytest.raises(ValueError, match=re.escape("linear_log_prob: softcap must be in (0, inf), got inf")):
+        linear_log_prob(X, W, V, entropy=True, softcap=float("inf"))

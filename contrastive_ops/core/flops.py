@@ -114,16 +114,12 @@ def _outer(a: Shape, g: Shape, *rest: Any, **_: Any) -> int:
 
 
 def _linear_rows(x: Shape, y: Shape, *rest: Any, **_: Any) -> int:
-    qx, qy = rest[2:4]
+    qx, qy = rest[3:5]
     return _product(x, y) + (0 if qx is None else _product(qx, qy))
 
 
 def _linear_rows_backward(x: Shape, y: Shape, *rest: Any, **_: Any) -> int:
     return _linear_rows(x, y, *rest) + _gradients(x, y, rest[-1])
-
-
-def _linear_targets_backward(x: Shape, y: Shape, *rest: Any, **_: Any) -> int:
-    return _product(x, y) + _gradients(x, y, rest[-1])
 
 
 def _pairs(x: Shape, y: Shape, rows: Shape, *_: Any, **__: Any) -> int:
@@ -151,8 +147,6 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "grouped_matmul_outer": _outer,
     "linear_rows_forward": _linear_rows,
     "linear_rows_backward": _linear_rows_backward,
-    "linear_targets_forward": _reduce,
-    "linear_targets_backward": _linear_targets_backward,
     "pair_similarity": _pairs,
     "scatter_pairs": _pairs,
 }

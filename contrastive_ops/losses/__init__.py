@@ -22,7 +22,7 @@ from .gist import gist, gte
 from .hard_negatives import dcl, debiased, hcl, hn_nce
 from .hinge import energy_hinge, simctg, vse
 from .late_interaction import late_interaction
-from .linear_softmax import LogProb, linear_cross_entropy, linear_kl, linear_log_prob
+from .linear_softmax import CrossEntropy, LogProb, linear_cross_entropy, linear_kl, linear_log_prob
 from .margin_softmax import arc_face, cos_face, margin_softmax
 from .matryoshka import matryoshka_clip, matryoshka_info_nce, matryoshka_nt_xent
 from .mined import mined_info_nce
@@ -39,6 +39,7 @@ from .triplet import batch_hard_triplet, batch_semi_hard_triplet, contrastive, t
 from .whitening import group_whiten
 
 __all__ = [
+    "CrossEntropy",
     "Diagnostics",
     "LogProb",
     "RunningCovariance",

@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 from ..core import autocast
 from ..core.numerics import CHUNK_ELEMENTS, balanced, chunks_of_rows, log_softmax, softplus
 from ..core.operators import define
-from ._linear_chunks import kl_of_rows
+from ._linear_rows import kl_of_rows
 
 PAIRWISE = ("logistic", "hinge")
 WEIGHTINGS = ("none", "reciprocal_rank", "lambda")

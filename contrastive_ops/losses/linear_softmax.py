@@ -2,7 +2,7 @@
 
 gradients                              multiply-adds (2 each), T rows, V classes
 linear_log_prob                   recomputed in backward, or kept        8 T V D, 6 if kept
-linear_log_prob, entropy          recomputed in backward (plain torch)   8 T V D
+  capped, with the entropy        recomputed in backward (plain torch)   8 T V D
 linear_cross_entropy, mean, sum   in the forward pass (weighted_total)   6 T V D
   with a z-loss                   recomputed in backward, or kept        8 T V D, 6 if kept
   capped, of probabilities        recomputed in backward (plain torch)   8 T V D
@@ -11,18 +11,28 @@ linear_kl                         recomputed in backward (plain torch)   8 T V D
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from ..core import autocast, checks
-from ..core.masks import left_out
-from ..core.ordered import ordered_sum
 from ..core.results import named
-from ..ops.similarity_reduce import needs_gradient
-from . import _arguments, _linear_chunks, _linear_targets
-from ._linear_problem import Options, Problem, cap_of, check_entries, checked, of_used, spread
+from . import _arguments
+from ._linear_chunks import statistics
+from ._linear_problem import (
+    Options,
+    Problem,
+    cap_of,
+    check_entries,
+    checked,
+    joined,
+    of_used,
+    shape_of,
+    split,
+    spread,
+)
+from ._linear_rows import Rows
 
 DIRECTIONS = ("reverse", "forward")
 
@@ -38,6 +48,49 @@ class LogProb(NamedTuple):
 
     log_prob: Tensor
     entropy: Tensor
+
+
+@named
+class CrossEntropy(NamedTuple):
+    """What `linear_cross_entropy` returns with ``return_z_loss=True``.
+
+    Attributes:
+        loss: all of it, as without.
+        z_loss: the part of it that is the z-loss.
+    """
+
+    loss: Tensor
+    z_loss: Tensor
+
+
+@overload
+def linear_log_prob(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    entropy: Literal[False] = ...,
+    softcap: float | None = ...,
+    memory_budget: int | None = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_log_prob(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    entropy: Literal[True],
+    softcap: float | None = ...,
+    memory_budget: int | None = ...,
+    backend: str = ...,
+) -> LogProb: ...
 
 
 def linear_log_prob(
@@ -56,20 +109,23 @@ def linear_log_prob(
 
     Equivalent to::
 
-        log_prob = F.linear(hidden, weight, bias).float().log_softmax(-1)
+        logits = F.linear(hidden, weight, bias).float()
+        logits = softcap * torch.tanh(logits / softcap)                               # where there is one
+        log_prob = logits.log_softmax(-1)
         selected = log_prob.gather(-1, labels.clamp_min(0)[..., None])[..., 0].masked_fill(labels == ignore_index, 0.0)
         entropy = torch.special.entr(log_prob.exp()).sum(-1).masked_fill(labels == ignore_index, 0.0)
 
     Args:
         hidden: (..., D) float32, bfloat16, float16 or float64, such as (B, L, D).
-        weight: (V, D) of the same dtype, as `torch.nn.Linear` stores it.
+        weight: (V, D) of the same dtype, as `torch.nn.Linear` stores it; or (V, ..., D), heads as of
+            `linear_cross_entropy`, for which labels and results are (..., heads).
         labels: int64, shaped as ``hidden`` without its last dimension; in [0, V), or `ignore_index`.
-        bias: (V,).
+        bias: (V,), or (V, ...) of heads.
         ignore_index: a label that stands for none; such rows are left out of the work, and have value and gradient 0.
         entropy: also return the entropy of each row. With "auto" and "reference", both are then made of the same
             logits by plain torch, in chunks; with another backend, the entropy alone is.
-        softcap: logits are ``softcap * tanh(logits / softcap)``, as those of Gemma 2; made by plain torch, in chunks,
-            and without entropies. None for no cap.
+        softcap: logits are ``softcap * tanh(logits / softcap)``, as those of Gemma 2; made by plain torch, in chunks.
+            None for no cap.
         memory_budget: bytes of logits kept for backward; see `similarity_reduce`.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
@@ -95,24 +151,57 @@ def linear_log_prob(
         torch.Size([2])
     """
     name = "linear_log_prob"
-    cap = cap_of(name, softcap)
-    if cap and entropy:
-        raise NotImplementedError(
-            f"{name}: entropy must be False with softcap, got True\n  the log-probabilities have both"
-        )
+    cap = cap_of(name, "softcap", softcap)
+    checks.flag(name, "entropy", entropy)
     problem = Problem(name, hidden, weight, labels, bias, ignore_index)
-    with autocast.disabled(problem.rows):
-        if cap:
-            given = (problem.rows, problem.weight, problem.bias, problem.target)
-            return problem.spread(-_linear_targets.losses_and_lse(*given, None, 0.0, cap)[0])
-        if entropy and backend in ("auto", "reference"):
-            found = _linear_chunks.log_prob_and_entropy(problem.rows, problem.weight, problem.bias, problem.target)
-            return LogProb(*map(problem.spread, found))
-        log_prob = problem.spread(problem.log_prob(memory_budget, backend))
-        if not entropy:
-            return log_prob
-        _, of_rows = _linear_chunks.log_prob_and_entropy(problem.rows, problem.weight, problem.bias, problem.target)
-        return LogProb(log_prob, problem.spread(of_rows))
+    with autocast.disabled(hidden):
+        if entropy:
+            both = [head.log_prob_and_entropy(cap) for head in problem.heads]
+            log_prob, entropies = (problem.spread(list(each)) for each in zip(*both, strict=True))
+            if backend in ("auto", "reference"):
+                return LogProb(log_prob, entropies)
+        log_prob = problem.spread([head.log_prob(cap, memory_budget, backend) for head in problem.heads])
+        return LogProb(log_prob, entropies) if entropy else log_prob
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int | None = ...,
+    token_weight: Tensor | None = ...,
+    class_weight: Tensor | None = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    softcap: float | None = ...,
+    reduction: str = ...,
+    return_z_loss: Literal[False] = ...,
+    memory_budget: int | None = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int | None = ...,
+    token_weight: Tensor | None = ...,
+    class_weight: Tensor | None = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    softcap: float | None = ...,
+    reduction: str = ...,
+    return_z_loss: Literal[True],
+    memory_budget: int | None = ...,
+    backend: str = ...,
+) -> CrossEntropy: ...
 
 
 def linear_cross_entropy(
@@ -128,9 +217,10 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     reduction: str = "mean",
+    return_z_loss: bool = False,
     memory_budget: int | None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | CrossEntropy:
     """Cross entropy of a linear layer's softmax, whose logits are never stored: the loss of language models.
 
     Equivalent to::
@@ -146,10 +236,13 @@ def linear_cross_entropy(
 
     Args:
         hidden: (..., D) float32, bfloat16, float16 or float64, such as (B, L, D).
-        weight: (V, D) of the same dtype, as `torch.nn.Linear` stores it.
+        weight: (V, D) of the same dtype, as `torch.nn.Linear` stores it. Or (V, d1, ..., dK, D), torch's K-dimensional
+            loss: d1 ... dK heads on the same rows, each with a softmax over its own V classes, such as the codebooks of
+            an audio codec. Labels, `token_weight` and unreduced results then have the shape of ``hidden`` without its
+            last dimension and (d1, ..., dK) after it.
         labels: int64, shaped as ``hidden`` without its last dimension; in [0, V), or `ignore_index`. Or probabilities
-            (..., V) of any floating dtype, differentiable, such as those of a teacher.
-        bias: (V,).
+            (..., V), of heads (..., V, d1, ..., dK), of any floating dtype, differentiable, such as those of a teacher.
+        bias: (V,), of heads (V, d1, ..., dK).
         ignore_index: a label that stands for none; such rows are left out of the work. None: -100. Probabilities have
             none.
         token_weight: shaped as ``labels``, the weight of each row; the mean divides by the sum of those that are used.
@@ -161,20 +254,23 @@ def linear_cross_entropy(
         z_loss: weight of the squared logsumexp, which keeps logits from drifting (Liger's ``lse_square_scale``).
         softcap: logits are ``softcap * tanh(logits / softcap)``, as those of Gemma 2. None for no cap.
         reduction: "mean", "sum" or "none".
+        return_z_loss: also return, for a log, the part of the loss that is the z-loss, reduced in the same way.
         memory_budget: bytes of logits kept for backward with ``reduction="none"``; see `similarity_reduce`.
         backend: "auto", "reference", "cpu", "triton" or "cuda". Capped logits and probabilities are the work of plain
             torch on all of them, whose products may depend on the number of threads in the last digit.
 
     Returns:
         0-d, or shaped as ``hidden`` without its last dimension for ``reduction="none"``, in float32 (float64 for
-        float64 inputs). The mean is 0 where every label is ignored.
+        float64 inputs). The mean is 0 where every label is ignored. Or `CrossEntropy`, whose parts are both
+        differentiable.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `similarity_reduce`; a negative weight in a mean.
 
     Note:
         Memory O((T + V) D) for T rows, beside that of probabilities. A mean or sum forms its gradients in the forward
-        pass: 6 T V D; with `z_loss`, `softcap` or probabilities they are recomputed in backward: 8 T V D.
+        pass: 6 T V D; with `z_loss`, `softcap` or probabilities they are recomputed in backward: 8 T V D. All of it
+        for each head.
 
     Source:
         Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2024. The z-loss: Chowdhery et al., PaLM,
@@ -189,39 +285,19 @@ def linear_cross_entropy(
     """
     name = "linear_cross_entropy"
     _arguments.check_reduction(name, reduction)
+    checks.flag(name, "return_z_loss", return_z_loss)
     options = Options(
         checks.number(name, "label_smoothing", label_smoothing, "[0, 1]"),
         checks.number(name, "z_loss", z_loss, "[0, inf)"),
-        cap_of(name, softcap),
-        class_weight,
+        cap_of(name, "softcap", softcap),
     )
-    flat = None
-    if token_weight is not None:
-        check_entries(name, "token_weight", token_weight, hidden)
+    problem = Problem(name, hidden, weight, labels, bias, ignore_index, token_weight, class_weight)
+    if token_weight is not None and reduction == "mean":
         flat = token_weight.reshape(-1)
-        if reduction == "mean":
-            _arguments.check_weight(name, flat, flat.shape[0], "hidden", hidden, "token_weight")
-    problem = Problem(name, hidden, weight, labels, bias, ignore_index, flat, options)
-    share = problem.used.to(checks.accumulator(problem.rows.dtype))
-    if flat is not None:
-        share = left_out(flat.to(share.dtype), problem.used)
-    used_share = share if problem.places is None else share[problem.places]
-    with autocast.disabled(problem.rows):
-        given = (problem.rows, problem.weight, problem.bias, token_weight)
-        if reduction == "none" or not needs_gradient(*given, problem.target) or not problem.weighted_total_has(options):
-            losses, squares = problem.losses(options, memory_budget, backend)
-            if reduction == "none":
-                losses = problem.spread(losses if squares is None else losses + squares)
-                return losses if token_weight is None else losses * share.view(problem.shape)
-            total = ordered_sum(losses * used_share)
-            more = None if squares is None else ordered_sum(squares * used_share)
-        else:
-            total, more = problem.total(options, used_share, backend), None
-    if reduction == "sum":
-        return total if more is None else total + more
-    sizes = used_share if problem.own is None else used_share * problem.own
-    mean = _arguments.divide(total, sizes, sizes)
-    return mean if more is None else mean + _arguments.divide(more, used_share, used_share)
+        _arguments.check_weight(name, flat, flat.shape[0], "hidden", hidden, "token_weight")
+    with autocast.disabled(hidden):
+        found = problem.cross_entropy(options, reduction, memory_budget, backend)
+    return CrossEntropy(*found) if return_z_loss else found[0]
 
 
 def linear_kl(
@@ -234,28 +310,35 @@ def linear_kl(
     reference_bias: Tensor | None = None,
     mask: Tensor | None = None,
     direction: str = "reverse",
+    softcap: float | None = None,
+    reference_softcap: float | None = None,
 ) -> Tensor:
     """Divergence of two linear softmaxes, token by token and over all classes, whose logits are never stored.
 
     Equivalent to::
 
-        log_p = F.linear(hidden, weight, bias).float().log_softmax(-1)
-        log_q = F.linear(reference_hidden, reference_weight, reference_bias).float().log_softmax(-1).detach()
+        p = F.linear(hidden, weight, bias).float()
+        q = F.linear(reference_hidden, reference_weight, reference_bias).float().detach()
+        p, q = softcap * (p / softcap).tanh(), reference_softcap * (q / reference_softcap).tanh()    # where there are
+        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
         reverse = (log_p.exp() * (log_p - log_q)).sum(-1).masked_fill(~mask, 0.0)
         forward = (log_q.exp() * (log_q - log_p)).sum(-1).masked_fill(~mask, 0.0)
 
     Args:
         hidden: (..., D) of the policy, or of the student: float32, bfloat16, float16 or float64.
-        weight: (V, D) of the same dtype, as `torch.nn.Linear` stores it.
+        weight: (V, D) of the same dtype, as `torch.nn.Linear` stores it; or (V, ..., D), heads as of
+            `linear_cross_entropy`, for which mask and results are (..., heads).
         reference_hidden: (..., D') of the reference model, or of the teacher: the same tokens; D' and the dtype may be
             others. Nothing of the reference receives a gradient.
-        reference_weight: (V, D') over the same classes. It may be ``weight`` itself.
-        bias: (V,).
-        reference_bias: (V,).
+        reference_weight: (V, D') over the same classes, or heads of them. It may be ``weight`` itself.
+        bias: (V,), or (V, ...) of heads.
+        reference_bias: the same of the reference.
         mask: bool, shaped as ``hidden`` without its last dimension: which tokens count. Those that do not are left out
             of the work, and have value and gradient 0.
         direction: "reverse" for KL(policy || reference), the penalty of preference training and of distillation from
             what the student writes; "forward" for KL(reference || policy).
+        softcap: logits of the policy are ``softcap * tanh(logits / softcap)``, as those of Gemma 2. None for no cap.
+        reference_softcap: the same of the reference; a copy of a capped policy has the policy's.
 
     Returns:
         Tensor shaped as ``hidden`` without its last dimension, in nats, in float32 (float64 for float64 inputs). Not
@@ -280,26 +363,32 @@ def linear_kl(
     """
     name = "linear_kl"
     checks.check_choice(name, "direction", direction, DIRECTIONS)
-    rows, weight, bias = checked(name, ("hidden", hidden), ("weight", weight), ("bias", bias))
+    caps = cap_of(name, "softcap", softcap), cap_of(name, "reference_softcap", reference_softcap)
+    heads = checked(name, ("hidden", hidden), ("weight", weight), ("bias", bias))
     of_reference = ("reference_hidden", reference_hidden), ("reference_weight", reference_weight)
-    q_rows, q_weight, q_bias = checked(name, *of_reference, ("reference_bias", reference_bias))
-    shape = hidden.shape[:-1]
-    if reference_hidden.shape[:-1] != shape:
+    q_heads = checked(name, *of_reference, ("reference_bias", reference_bias))
+    if reference_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
-            f"{name}: reference_hidden must have the tokens of hidden {tuple(shape)}, "
+            f"{name}: reference_hidden must have the tokens of hidden {tuple(hidden.shape[:-1])}, "
             f"got {tuple(reference_hidden.shape[:-1])}"
         )
-    if q_weight.shape[0] != weight.shape[0]:
+    if reference_weight.shape[:-1] != weight.shape[:-1]:
         raise ValueError(
-            f"{name}: reference_weight must have the {weight.shape[0]} classes of weight, got {q_weight.shape[0]}"
+            f"{name}: reference_weight must have the classes of weight {tuple(weight.shape[:-1])}, "
+            f"got {tuple(reference_weight.shape[:-1])}"
         )
-    checks.check_device(name, "hidden", rows, "reference_hidden", q_rows)
-    used = torch.ones(shape, dtype=torch.bool, device=rows.device) if mask is None else mask
-    check_entries(name, "mask", used, hidden)
-    if used.dtype != torch.bool:
-        raise TypeError(f"{name}: mask must be bool, got {used.dtype}")
-    used = used.reshape(-1)
-    places, (rows, q_rows) = of_used(used, rows, q_rows)
-    with autocast.disabled(rows):
-        found = _linear_chunks.divergence(rows, weight, bias, q_rows, q_weight, q_bias, direction)
-    return spread(found, used, places).view(shape)
+    checks.check_device(name, "hidden", hidden, "reference_hidden", reference_hidden)
+    shape = shape_of(hidden, weight)
+    if mask is None:
+        mask = torch.ones(shape, dtype=torch.bool, device=hidden.device)
+    check_entries(name, "mask", mask, shape, hidden)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}: mask must be bool, got {mask.dtype}")
+    found = []
+    with autocast.disabled(hidden):
+        for p, q, used in zip(heads, q_heads, split(mask, heads), strict=True):
+            places, (x, qx) = of_used(used, p.rows, q.rows)
+            of_q = (qx, q.weight, q.bias)
+            problem = Rows(x, p.weight, p.bias, None, None, *of_q, direction, 0.0, *caps)
+            found.append(spread(statistics(problem)[0], used, places))
+    return joined(found).view(shape)
