@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from contrastive_ops.core import backends, triton_kernels
+from contrastive_ops.core import backends, operators, triton_kernels
 
 
 def pytest_addoption(parser):
@@ -55,4 +55,12 @@ def backend(request):
     reason = backends.backends()["similarity_reduce"][request.param]
     if reason is not None:
         pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture(params=["direct", "dispatcher"])
+def way(request, monkeypatch):
+    """Both ways of an eager call: past the dispatcher, as plain tensors go, and through it."""
+    if request.param == "dispatcher":
+        monkeypatch.setattr(operators, "seen_by_autograd_alone", lambda arguments: False)
     return request.param

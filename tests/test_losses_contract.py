@@ -136,7 +136,7 @@ def test_meta_tensors(case, backend):
 
 @everywhere
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_autocast_is_the_loss_of_bfloat16_inputs(case, backend, reduction):
+def test_autocast_is_the_loss_of_bfloat16_inputs(case, backend, reduction, way):
     inputs, rounded = case.inputs(40, 16), case.inputs(40, 16, torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = case(inputs, reduction, backend)
@@ -175,7 +175,7 @@ def test_two_runs_and_any_number_of_threads_agree_bitwise(case, backend, dtype, 
 
 @everywhere
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_backward_twice_and_upstream_gradients(case, backend, reduction):
+def test_backward_twice_and_upstream_gradients(case, backend, reduction, way):
     inputs = case.inputs(40, 16)
     value = case(inputs, reduction, backend)
     cotangent = torch.randn_like(value)

@@ -2,6 +2,9 @@
 
 Not torch.library.custom_op, whose first call imports torch._dynamo: three seconds and 150 MiB for a plain evaluation.
 
+An eager call does not go through the dispatcher, whose wrapper in Python costs more than a small batch: `call` has a
+function for each operator, which takes the registered operator wherever somebody beside autograd would see the call.
+
 What torch.library leaves out is added here, for all operators at once: forward-mode differentiation is refused where
 torch.library would return zero, `torch.func.grad` and its relatives run the derivative that is registered, and
 `torch.func.vmap` runs an operator once for each entry of the batch.
@@ -56,6 +59,87 @@ def define(
     else:
         LIBRARY.impl(name, _without_derivative(operator), "Autograd", with_keyset=True)
     torch.library.register_vmap(qualified, _one_by_one(operator), lib=LIBRARY)
+    setattr(call, name, _direct(name, operator, function, setup, derivative))
+
+
+# ---- Eager calls ---------------------------------------------------------------------------------------------------
+
+
+class _Calls:
+    """A function for each operator, by its name."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        raise AttributeError(f"contrastive_ops has no operator {name}")
+
+
+call: Any = _Calls()
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._get_tracing_state
+_profiling = torch._C._autograd._profiler_enabled
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_any_requires_grad = torch._C._any_requires_grad
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    # A transform's wrapper outlives it in what was saved for the pullback of torch.func.vjp.
+    return type(tensor) in _PLAIN and not (tensor.is_meta or tensor.is_neg() or _is_wrapped(tensor))
+
+
+def seen_by_autograd_alone(arguments: tuple[Any, ...]) -> bool:
+    """Whether a call with these arguments may leave out the dispatcher.
+
+    No mode, transform, tracer, profiler or forward-mode derivative is active, and every tensor is a plain one.
+    """
+    if _dispatch_modes() or _function_modes() or _transforms() is not None or _tracing() is not None:
+        return False
+    if _profiling() or forward_ad._current_level >= 0:
+        return False
+    for argument in arguments:
+        if isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
+            if not all(map(_is_plain, argument)):
+                return False
+        elif isinstance(argument, Tensor) and not _is_plain(argument):
+            return False
+    return True
+
+
+def _direct(
+    name: str,
+    operator: Any,
+    function: Callable[..., Any],
+    setup: Callable[..., None] | None,
+    derivative: Callable[..., Any] | None,
+) -> Callable[..., Any]:
+    """`operator`, or what it would do where nobody sees the difference."""
+    below_autograd = _without_grad_mode(function)
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = function(*arguments)
+        setup(ctx, arguments, output)  # type: ignore[misc]
+        return output
+
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        found = derivative(ctx, *gradients)  # type: ignore[misc]
+        if isinstance(found, tuple):  # for a list of tensors a Function takes None alone
+            return tuple(None if isinstance(gradient, list) else gradient for gradient in found)
+        return found
+
+    # Made here and not by a class statement, so that the node in a graph has the operator's name.
+    parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    apply = type(name, (torch.autograd.Function,), parts).apply  # type: ignore[attr-defined]
+
+    def run(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or not seen_by_autograd_alone(arguments):
+            return operator(*arguments)
+        if derivative is not None and torch.is_grad_enabled() and _any_requires_grad(*arguments):
+            return apply(*arguments)
+        return below_autograd(*arguments)
+
+    return run
 
 
 def of_backend(backends: Mapping[str, Backend], name: str) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .checks import accumulator
-from .operators import define
+from .operators import call, define
 
 # Half of the size from which torch splits a sum.
 PART = 1 << 14
@@ -33,12 +33,12 @@ def in_parts(values: Tensor) -> Tensor:
 
 def ordered_sum(values: Tensor) -> Tensor:
     """``values.sum()`` of a vector, differentiable, with the same bits for any number of threads."""
-    return values.sum() if values.is_cuda else torch.ops.contrastive_ops.ordered_sum(values)
+    return values.sum() if values.is_cuda else call.ordered_sum(values)
 
 
 def repeated(value: Tensor, size: int) -> Tensor:
     """``value.expand(size)`` of a 0-d tensor, whose gradient is an `ordered_sum`."""
-    return torch.ops.contrastive_ops.repeated(value, size)
+    return call.repeated(value, size)
 
 
 def ordered_logsumexp(values: Tensor) -> Tensor:
@@ -60,12 +60,12 @@ def segment_sums(values: Tensor, segments: Tensor, count: int) -> Tensor:
         segments: (N,) int64 the segment of each row, in [0, count), or -1 for a row that is in none.
         count: how many there are.
     """
-    return torch.ops.contrastive_ops.segment_sums(values, segments, count)
+    return call.segment_sums(values, segments, count)
 
 
 def segment_rows(table: Tensor, segments: Tensor) -> Tensor:
     """``table[segments]``, 0 where a segment is -1; its gradient is made of `segment_sums`."""
-    return torch.ops.contrastive_ops.segment_rows(table, segments)
+    return call.segment_rows(table, segments)
 
 
 def wide_dtype(like: Tensor) -> torch.dtype:

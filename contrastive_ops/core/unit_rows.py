@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import autocast, checks
-from .operators import define
+from .operators import call, define
 
 # As torch.nn.functional.normalize: shorter rows are divided by this.
 SHORTEST = 1e-12
@@ -20,7 +20,7 @@ SHORTEST = 1e-12
 
 def unit_rows(x: Tensor) -> Tensor:
     """``F.normalize(x, dim=-1)``, with the length computed in at least float32; differentiable twice."""
-    return torch.ops.contrastive_ops.unit_rows(x)[0]
+    return call.unit_rows(x)[0]
 
 
 def _forward(x: Tensor) -> tuple[Tensor, Tensor]:

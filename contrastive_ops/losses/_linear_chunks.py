@@ -18,7 +18,7 @@ from ..core import autocast
 from ..core.checks import accumulator
 from ..core.derivatives import alias, grad, needed, to_inputs
 from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows, log_softmax_
-from ..core.operators import define
+from ..core.operators import call, define
 from ..reference.stream import stream_rows
 from ._linear_rows import Rows, by_logits, by_probabilities, values
 
@@ -43,7 +43,7 @@ def statistics(problem: Rows) -> tuple[Tensor, Tensor]:
     for name in ("qx", "qy", "q_bias"):
         if (value := getattr(problem, name)) is not None:
             wide[name] = value.detach().to(dtype) if name == "q_bias" else value.detach()
-    first, second = torch.ops.contrastive_ops.linear_rows_forward(*problem._replace(**wide))
+    first, second = call.linear_rows_forward(*problem._replace(**wide))
     return first, second
 
 
@@ -190,7 +190,7 @@ def _derivative(ctx: Any, d_first: Tensor | None, d_second: Tensor | None) -> tu
         gradients = _differentiably(problem, d_first, d_second)
     else:
         needs = needed(ctx, _DIFFERENTIABLE)
-        found = torch.ops.contrastive_ops.linear_rows_backward(*problem, second, d_first, d_second, needs)
+        found = call.linear_rows_backward(*problem, second, d_first, d_second, needs)
         gradients = to_inputs(list(problem), found, needs)
     return (*gradients, *(None,) * (_FIELDS - _DIFFERENTIABLE))
 

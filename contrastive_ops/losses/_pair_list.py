@@ -9,23 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..core import autocast, checks
 from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows
-from ..core.operators import define
+from ..core.operators import call, define
 from ..core.ordered import add_segments
 
 
 def pair_similarity(x: Tensor, y: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """(P,) inner products <x[rows[k]], y[cols[k]]> in the accumulation dtype; differentiable in x and y."""
-    return torch.ops.contrastive_ops.pair_similarity(x, y, rows, cols)
+    return call.pair_similarity(x, y, rows, cols)
 
 
 def scatter_pairs(grad: Tensor, y: Tensor, rows: Tensor, cols: Tensor, size: int) -> Tensor:
     """(size, D): row r is the sum of grad[k] * y[cols[k]] over the pairs k with rows[k] = r."""
-    return torch.ops.contrastive_ops.scatter_pairs(grad, y, rows, cols, size)
+    return call.scatter_pairs(grad, y, rows, cols, size)
 
 
 def _chunks(pairs: Tensor, x: Tensor) -> Iterator[slice]:

@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 
 from ..core import autocast
 from ..core.numerics import CHUNK_ELEMENTS, balanced, chunks_of_rows, log_softmax, softplus
-from ..core.operators import define
+from ..core.operators import call, define
 from ._linear_rows import kl_of_rows
 
 PAIRWISE = ("logistic", "hinge")
@@ -62,7 +62,7 @@ def list_losses(scores: Tensor, teacher: Tensor, valid: Tensor, options: Options
         valid: (N, K) bool: which candidates there are.
         options: the loss.
     """
-    return torch.ops.contrastive_ops.rank_lists(scores, teacher, valid, *options)[0]
+    return call.rank_lists(scores, teacher, valid, *options)[0]
 
 
 # ---- Losses and their derivatives ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from ..core import autocast
 from ..core.backends import Backend
 from ..core.checks import accumulator
 from ..core.derivatives import alias, grad
-from ..core.operators import define, of_backend
+from ..core.operators import call, define, of_backend
 from ..core.routing import ScoreSpec, SlotSpec
 from ..reference import expert_routing as reference
 
@@ -96,9 +96,7 @@ def _scores_derivative(ctx: Any, *d_outputs: Any) -> tuple[Any, ...]:
             (d_totals, (2, segments)),
         )
     ]
-    gradient = torch.ops.contrastive_ops.expert_routing_scores_backward(
-        *problem, ctx.spec, ctx.sigma, experts, *upstream, ctx.backend
-    )
+    gradient = call.expert_routing_scores_backward(*problem, ctx.spec, ctx.sigma, experts, *upstream, ctx.backend)
     return (gradient.to(logits.dtype), *(None,) * 9)
 
 
@@ -162,7 +160,7 @@ def _moved_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _dispatch_derivative(ctx: Any, d_rows: Tensor) -> tuple[Any, ...]:
     tokens, gates, *places = ctx.saved_tensors
-    ops, places = torch.ops.contrastive_ops, (*places, ctx.backend)
+    ops, places = call, (*places, ctx.backend)
     d_tokens = ops.expert_routing_combine(d_rows, gates, *places) if ctx.needs_input_grad[0] else None
     d_gates = ops.expert_routing_dots(tokens, d_rows, *places) if ctx.needs_input_grad[1] else None
     return d_tokens, d_gates, None, None, None
@@ -170,7 +168,7 @@ def _dispatch_derivative(ctx: Any, d_rows: Tensor) -> tuple[Any, ...]:
 
 def _combine_derivative(ctx: Any, d_tokens: Tensor) -> tuple[Any, ...]:
     rows, gates, *places = ctx.saved_tensors
-    ops, places = torch.ops.contrastive_ops, (*places, ctx.backend)
+    ops, places = call, (*places, ctx.backend)
     d_rows = ops.expert_routing_dispatch(d_tokens, gates, *places) if ctx.needs_input_grad[0] else None
     d_gates = ops.expert_routing_dots(d_tokens, rows, *places) if ctx.needs_input_grad[1] else None
     return d_rows, d_gates, None, None, None
@@ -184,7 +182,7 @@ def _dots_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _dots_derivative(ctx: Any, d_dots: Tensor) -> tuple[Any, ...]:
     tokens, rows, *places = ctx.saved_tensors
-    ops, places = torch.ops.contrastive_ops, (*places, ctx.backend)
+    ops, places = call, (*places, ctx.backend)
     d_tokens = ops.expert_routing_combine(rows, d_dots, *places) if ctx.needs_input_grad[0] else None
     d_rows = ops.expert_routing_dispatch(tokens, d_dots, *places) if ctx.needs_input_grad[1] else None
     return d_tokens, d_rows, None, None, None

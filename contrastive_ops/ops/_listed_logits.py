@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..core.backends import choose
 from ..core.logit_sets import LogitSets
-from ..core.operators import define
+from ..core.operators import call, define
 from ..core.problem import Layout
 from ..core.rules import Pairs
 from .similarity_topk import BACKENDS
@@ -43,11 +42,11 @@ def listed_logits(
     sets.add(scale, None if log_weight is None else Pairs(log_weight=log_weight))
     layout = Layout(tuple(sets.sets), ()).encode()
     chosen = choose(names[0], BACKENDS, y, backend)
-    return torch.ops.contrastive_ops.listed_logits(x, y, sets.scale(), *layout, indices, chosen)
+    return call.listed_logits(x, y, sets.scale(), *layout, indices, chosen)
 
 
 def _forward(x: Tensor, y: Tensor, scale: Tensor, *arguments: Any) -> Tensor:
-    return torch.ops.contrastive_ops.similarity_topk_at(x.to(y.dtype), y, scale, None, None, *arguments)
+    return call.similarity_topk_at(x.to(y.dtype), y, scale, None, None, *arguments)
 
 
 def _fake(x: Tensor, y: Tensor, scale: Tensor, *arguments: Any) -> Tensor:
@@ -63,7 +62,7 @@ def _derivative(ctx: Any, d_values: Tensor) -> tuple[Any, ...]:
     x, y, scale, indices, *pair_data = ctx.saved_tensors
     needs = [bool(each) for each in ctx.needs_input_grad[:3]]
     bits = sum(1 << bit for bit, wanted in enumerate(needs) if wanted)
-    dx, dy, dscale, *_ = torch.ops.contrastive_ops.similarity_topk_backward(
+    dx, dy, dscale, *_ = call.similarity_topk_backward(
         x.to(y.dtype), y, scale, None, None, pair_data, ctx.spec, indices, d_values, bits, ctx.backend
     )
     gradients = (

@@ -16,7 +16,7 @@ from ..core import autocast
 from ..core.backends import Backend
 from ..core.checks import accumulator
 from ..core.derivatives import alias, grad
-from ..core.operators import define, of_backend
+from ..core.operators import call, define, of_backend
 from ..reference import maxsim as reference
 
 _SETS = "Tensor queries, Tensor documents, Tensor query_offsets, Tensor document_offsets"
@@ -78,7 +78,7 @@ def _forward_derivative(ctx: Any, d_scores: Tensor | None, *_: Any) -> tuple[Ten
     if d_scores is None:
         return None, None, *rest
     needs = sum(1 << bit for bit in range(2) if ctx.needs_input_grad[bit])
-    gradients = torch.ops.contrastive_ops.maxsim_backward(*ctx.saved_tensors, d_scores, needs, ctx.backend)
+    gradients = call.maxsim_backward(*ctx.saved_tensors, d_scores, needs, ctx.backend)
     queries, documents = (
         gradient.to(tensor.dtype) if needs >> bit & 1 else None
         for bit, (tensor, gradient) in enumerate(zip(ctx.saved_tensors[:2], gradients, strict=True))

@@ -23,7 +23,7 @@ from ..core.checks import accumulator
 from ..core.derivatives import needed, second_derivative
 from ..core.numerics import chunks_of_rows
 from ..core.offsets import common_row
-from ..core.operators import define
+from ..core.operators import call, define
 from ..core.ordered import add_segments
 from ..core.problem import STATISTICS, Layout, LogitSet, ScaleOf, Slot
 from ..core.rule_slices import lists_of_rows, with_own_column
@@ -102,7 +102,7 @@ def select(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(values, indices, counts, statistics) of a problem as the operators take it; values are differentiable."""
     constant = [each.detach() if isinstance(each, Tensor) else each for each in arguments]
-    values, *others = torch.ops.contrastive_ops.nearest_columns(*constant, k, floor, count_above, backend)
+    values, *others = call.nearest_columns(*constant, k, floor, count_above, backend)
     if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments):
         values = logits_at(arguments, others[0])
     return values, *others
@@ -334,7 +334,7 @@ def listed_distances(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
 
     Differentiable twice in x and y, with O(N P) memory.
     """
-    return torch.ops.contrastive_ops.listed_distances(x, y, indices)
+    return call.listed_distances(x, y, indices)
 
 
 def _steps(x: Tensor, indices: Tensor) -> Any:
@@ -387,7 +387,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _derivative(ctx: Any, d_values: Tensor) -> tuple[Any, ...]:
     x, y, indices = ctx.saved_tensors
     needs = needed(ctx, 2)
-    dx, dy = torch.ops.contrastive_ops.listed_distances_backward(x, y, indices, d_values, needs)
+    dx, dy = call.listed_distances_backward(x, y, indices, d_values, needs)
     return dx if needs & 1 else None, dy if needs & 2 else None, None
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..core.backends import Backend
 from ..core.checks import accumulator
 from ..core.derivatives import gradient_shapes, needed, second_derivative, to_inputs
-from ..core.operators import define, of_backend
+from ..core.operators import call, define, of_backend
 from ..reference import similarity_distill as reference
 
 _SIDE = "Tensor {0}x, Tensor {0}y, Tensor {0}scale, Tensor? {0}row_bias, Tensor? {0}col_bias"
@@ -85,9 +84,7 @@ def _forward_derivative(ctx: Any, d_values: Tensor | None, *_: Any) -> tuple[Any
         return (*(None,) * _DIFFERENTIABLE, *_no_gradients(ctx), None, None)
     problem, (statistics, kept) = _saved(ctx)
     needs = needed(ctx)
-    gradients = torch.ops.contrastive_ops.similarity_distill_backward(
-        *problem, statistics, d_values, kept, needs, ctx.backend
-    )
+    gradients = call.similarity_distill_backward(*problem, statistics, d_values, kept, needs, ctx.backend)
     return (*to_inputs(problem, gradients, needs), *_no_gradients(ctx), None, None)
 
 

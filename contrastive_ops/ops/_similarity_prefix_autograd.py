@@ -12,7 +12,7 @@ from ..core import autocast
 from ..core.backends import Backend
 from ..core.checks import accumulator, check_index_values
 from ..core.derivatives import alias, grad
-from ..core.operators import define
+from ..core.operators import call, define
 from ..reference import similarity_prefix as reference
 
 _TENSORS = "Tensor x, Tensor? y, Tensor scale, Tensor? target, Tensor? differ_rows, Tensor? differ_cols"
@@ -30,7 +30,7 @@ _TARGET, _DIMS, _END = 3, 6, 9
 def register(backends: Mapping[str, Backend]) -> None:
     """Define the operators; `backends` says where each backend's functions are."""
 
-    def call(name: str) -> Any:
+    def of_stem(name: str) -> Any:
         def function(*arguments: Any) -> Any:
             *problem, backend = arguments
             x, y, target = problem[0], problem[1], problem[_TARGET]
@@ -45,7 +45,7 @@ def register(backends: Mapping[str, Backend]) -> None:
         ("forward", _FORWARD, _forward_fake, _forward_setup, _forward_derivative),
         ("backward", _BACKWARD, _backward_fake, _backward_setup, _backward_derivative),
     ):
-        define(f"similarity_prefix_{name}", schema, call(name), fake, setup, derivative)
+        define(f"similarity_prefix_{name}", schema, of_stem(name), fake, setup, derivative)
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -78,9 +78,7 @@ def _forward_derivative(ctx: Any, d_rows: Any, d_cols: Any, d_target: Any) -> tu
     if all(d is None for d in upstream):
         return None, None, None, *rest
     needs = sum(1 << bit for bit in range(3) if ctx.needs_input_grad[bit])
-    gradients = torch.ops.contrastive_ops.similarity_prefix_backward(
-        *problem, *ctx.options, rows, cols, *upstream, needs, ctx.backend
-    )
+    gradients = call.similarity_prefix_backward(*problem, *ctx.options, rows, cols, *upstream, needs, ctx.backend)
     dims, _, normalize = ctx.options
     if normalize and problem[0].dtype == torch.float16:
         dx, dy, dscale = gradients

@@ -17,7 +17,7 @@ from ..core import autocast, unit_lengths
 from ..core.backends import Backend
 from ..core.checks import accumulator, check_index_values
 from ..core.derivatives import alias, grad, gradient_shapes, needed, to_inputs
-from ..core.operators import define
+from ..core.operators import call, define
 from ..core.ordered import in_parts, ordered_sum
 from ..core.problem import Layout
 from ..reference import similarity_reduce as reference
@@ -139,7 +139,7 @@ def _forward_derivative(ctx: Any, d_folds: Any, _: Any, d_target: Any, d_linear:
     if d_folds is None and d_target is None and d_linear is None:
         return (None,) * 5 + _no_gradients(ctx, 2)
     needs = needed(ctx)
-    gradients = torch.ops.contrastive_ops.similarity_reduce_backward(
+    gradients = call.similarity_reduce_backward(
         *problem, folds, argmax, d_folds, d_target, d_linear, kept, needs, ctx.backend
     )
     return to_inputs(problem, gradients, needs) + _no_gradients(ctx, 2)
@@ -213,7 +213,7 @@ def _total_again(
     aliases = [alias(t) for t in (*problem[:_TARGET], *row_wise)]
     weight, extra, target_weight = aliases[_TARGET:]
     arguments = (*aliases[:_TARGET], *problem[_TARGET:])
-    fold, _, target_logit, _, _ = torch.ops.contrastive_ops.similarity_reduce_forward(*arguments, 0, ctx.backend)
+    fold, _, target_logit, _, _ = call.similarity_reduce_forward(*arguments, 0, ctx.backend)
     kind = Layout.decode(*problem[_PAIR_DATA:]).folds[0].kind
     total = ordered_sum(weight * reference.row_losses(kind, fold, target_logit, extra))
     if target_weight is not None:

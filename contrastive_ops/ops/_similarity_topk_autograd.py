@@ -16,7 +16,7 @@ from ..core import autocast
 from ..core.backends import Backend
 from ..core.checks import accumulator
 from ..core.derivatives import alias, grad, gradient_shapes, needed, to_inputs
-from ..core.operators import define, of_backend
+from ..core.operators import call, define, of_backend
 from ..core.problem import STATISTICS
 from ..reference import similarity_topk as reference
 
@@ -64,7 +64,7 @@ def _derivative(ctx: Any, d_values: Tensor | None, others: int) -> tuple[Any, ..
     if d_values is None:
         return (*(None,) * _PAIR_DATA, *rest)
     needs = needed(ctx)
-    gradients = torch.ops.contrastive_ops.similarity_topk_backward(*problem, indices, d_values, needs, ctx.backend)
+    gradients = call.similarity_topk_backward(*problem, indices, d_values, needs, ctx.backend)
     return (*to_inputs(problem, gradients, needs), *rest)
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..core.backends import Backend
 from ..core.checks import accumulator
 from ..core.derivatives import gradient_shapes, needed, second_derivative, to_inputs
-from ..core.operators import define, of_backend
+from ..core.operators import call, define, of_backend
 from ..reference import similarity_values as reference
 
 _PROBLEM = (
@@ -68,7 +67,7 @@ def _forward_derivative(ctx: Any, d_sums: Tensor | None, *_: Any) -> tuple[Any, 
         return (*(None,) * _TENSORS, *of_the_rest)
     problem, (sums, lse, kept) = _saved(ctx)
     needs = needed(ctx, _TENSORS)
-    found = torch.ops.contrastive_ops.similarity_values_backward(*problem, sums, lse, d_sums, kept, needs, ctx.backend)
+    found = call.similarity_values_backward(*problem, sums, lse, d_sums, kept, needs, ctx.backend)
     return (*to_inputs(problem, found, needs), *of_the_rest)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.backends import choose
+from ..core.operators import call
 from ..core.routing import SlotSpec, smaller
 from ._router_problem import RouterProblem, as_capacity, check_gating
 from .expert_routing import BACKENDS, DEFAULT, Routing, routing_of
@@ -91,7 +92,7 @@ def expert_choice(
         raise ValueError(f'{function}: losses must not have "load", got it: every expert takes as many tokens')
     backend = choose(function, BACKENDS, logits, backend)
     everyone = torch.arange(experts, device=logits.device).expand(tokens, experts).contiguous()
-    eligible, gates, _, sums, totals, _, counts, margin = torch.ops.contrastive_ops.expert_routing_scores(
+    eligible, gates, _, sums, totals, _, counts, margin = call.expert_routing_scores(
         *problem.arguments(experts, everyone), backend
     )
     if allowed is not None:
@@ -100,7 +101,7 @@ def expert_choice(
     chosen = _best_tokens(gates.detach(), eligible >= 0, taken, group)
     spec = SlotSpec(experts, group, taken if limits.padded else -1, int(limits.padded), problem.segments)
     picked = torch.where(chosen, eligible, -1)
-    places = torch.ops.contrastive_ops.expert_routing_slots(picked, None, problem.segment, list(spec), backend)
+    places = call.expert_routing_slots(picked, None, problem.segment, list(spec), backend)
     if not limits.padded:  # rows that experts can fill, not one of every token and expert
         slots, order, offsets, kept = places
         filled = smaller(tokens, spec.groups(tokens) * taken) * experts

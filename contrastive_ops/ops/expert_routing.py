@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core import checks, cuda_kernels, extension, triton_kernels
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core.operators import call
 from ..core.recompute import must_reach
 from ..core.results import pytree
 from ..core.routing import SlotSpec
@@ -206,9 +207,9 @@ def route(
             f"noise_std={gating.noise_std}: it is the chance to be chosen when the noise is drawn again"
         )
     backend = choose(function, BACKENDS, logits, backend)
-    chosen, gates, first, *sums = torch.ops.contrastive_ops.expert_routing_scores(*problem.arguments(k), backend)
+    chosen, gates, first, *sums = call.expert_routing_scores(*problem.arguments(k), backend)
     spec = SlotSpec(experts, group, taken, int(limits.padded), problem.segments)
-    places = torch.ops.contrastive_ops.expert_routing_slots(
+    places = call.expert_routing_slots(
         chosen, first if priority == "gate" and taken >= 0 else None, problem.segment, list(spec), backend
     )
     return routing_of(problem, chosen, gates, sums, places)
@@ -262,7 +263,7 @@ def dispatch(tokens: Tensor, routing: Routing, *, backend: str = "auto") -> Tens
     """
     check_rows("dispatch", "tokens", tokens, routing.slots.shape[0], routing)
     chosen = choose("dispatch", BACKENDS, tokens, backend)
-    return torch.ops.contrastive_ops.expert_routing_dispatch(tokens, None, routing.slots, routing.order, chosen)
+    return call.expert_routing_dispatch(tokens, None, routing.slots, routing.order, chosen)
 
 
 def combine(rows: Tensor, routing: Routing, *, backend: str = "auto") -> Tensor:
@@ -297,7 +298,7 @@ def combine(rows: Tensor, routing: Routing, *, backend: str = "auto") -> Tensor:
     check_rows("combine", "rows", rows, routing.order.shape[0], routing)
     gates = routing.gates.to(checks.accumulator(rows.dtype))
     chosen = choose("combine", BACKENDS, rows, backend)
-    return torch.ops.contrastive_ops.expert_routing_combine(rows, gates, routing.slots, routing.order, chosen)
+    return call.expert_routing_combine(rows, gates, routing.slots, routing.order, chosen)
 
 
 def check_rows(function: str, name: str, rows: Tensor, size: int, routing: Routing) -> None:

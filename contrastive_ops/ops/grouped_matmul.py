@@ -10,12 +10,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..core import autocast, checks, extension, triton_kernels
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
-from ..core.operators import define
+from ..core.operators import call, define
 from ..reference import grouped_matmul as reference
 from .expert_routing import Routing, check_rows
 
@@ -104,7 +103,7 @@ def grouped_matmul(
     offsets = checks.as_index(name, "offsets", offsets)
     _check(name, a, b, offsets, bias, a.shape[0] if order is None else order.shape[0])
     backend = choose(name, BACKENDS, a, backend)
-    return torch.ops.contrastive_ops.grouped_matmul_forward(a, b, offsets, bias, slots, order, backend)
+    return call.grouped_matmul_forward(a, b, offsets, bias, slots, order, backend)
 
 
 def _check(function: str, a: Tensor, b: Tensor, offsets: Tensor, bias: Tensor | None, rows: int) -> None:
@@ -183,9 +182,7 @@ def _forward_derivative(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         # The sums of g alone read no a.
         rows = (a, g, offsets, slots, order) if needs_b else (g, g, offsets, None, None)
         # In the layout of b, or adding it to the gradient of (E, F, D) weights would copy it.
-        db, dbias = torch.ops.contrastive_ops.grouped_matmul_outer(
-            *rows, ctx.transposed, needs_b, needs_bias, ctx.backend
-        )
+        db, dbias = call.grouped_matmul_outer(*rows, ctx.transposed, needs_b, needs_bias, ctx.backend)
     return da, db if needs_b else None, None, dbias if needs_bias else None, None, None, None
 
 
@@ -193,7 +190,7 @@ def _through_matrices(
     g: Tensor, b: Tensor, offsets: Tensor, slots: Tensor | None, order: Tensor | None, backend: str
 ) -> Tensor:
     """Gradient of `a`: that of its rows, summed over those of each token."""
-    operators = torch.ops.contrastive_ops
+    operators = call
     rows = operators.grouped_matmul_forward(g, b.transpose(1, 2), offsets, None, None, None, backend)
     return rows if order is None else operators.expert_routing_combine(rows, None, slots, order, backend)
 
@@ -244,7 +241,7 @@ def _outer_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def _outer_derivative(ctx: Any, d_db: Tensor | None, d_dbias: Tensor | None) -> tuple[Tensor | None, ...]:
     a, g, offsets, slots, order = ctx.saved_tensors
     needs_a, needs_g = ctx.needs_input_grad[:2]
-    forward = torch.ops.contrastive_ops.grouped_matmul_forward
+    forward = call.grouped_matmul_forward
     # An output that was not asked for is empty, and so is its gradient.
     d_db = d_db if ctx.wants_b else None
     d_dbias = d_dbias if ctx.wants_bias else None

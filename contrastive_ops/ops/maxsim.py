@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..core import checks, extension
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core.operators import call
 from ..reference import maxsim as reference
 from ._maxsim_autograd import register
 from .token_sets import Packed, TokenSets, check_two_sides, packed
@@ -211,7 +212,7 @@ def _check(function: str, q: Packed, d: Packed, k: int, reduce: str) -> None:
 def _scores(function: str, q: Packed, d: Packed, pairs: tuple[Tensor, Tensor] | None, k: int, backend: str) -> Tensor:
     """Sums over query tokens; winners are kept where there will be a backward pass."""
     of_queries, of_documents = pairs or (None, None)
-    scores, _ = torch.ops.contrastive_ops.maxsim_forward(
+    scores, _ = call.maxsim_forward(
         q.tokens,
         d.tokens,
         q.offsets,

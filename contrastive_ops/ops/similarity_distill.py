@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor
 
 from ..core import autocast, checks, extension
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
 from ..core.folds import Reduced
 from ..core.logit_sets import LogitSets, prepare
+from ..core.operators import call
 from ..core.problem import Layout, Slot
 from ..core.rules import Pairs
 from ..reference import similarity_distill as reference
@@ -193,7 +193,7 @@ def run(
     chosen = choose(function, BACKENDS, x, backend)  # type: ignore[arg-type]
     keeps = needs_gradient(*student) and BACKENDS[chosen].keeps
     kept_size = _kept_size(x, y, teacher[0], budget) if keeps else 0  # type: ignore[arg-type]
-    values, _, _ = torch.ops.contrastive_ops.similarity_distill_forward(
+    values, _, _ = call.similarity_distill_forward(
         *student, *teacher, *layout.encode(), kind, delta, dims, kept_size, chosen
     )
     rows = x.shape[0] if dims & reference.ROWS else 0  # type: ignore[union-attr]

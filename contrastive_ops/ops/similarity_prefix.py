@@ -7,11 +7,11 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..core import autocast, checks, extension
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core.operators import call
 from ..core.problem import Slot
 from ..core.results import named
 from ..core.rules import Pairs, resolve
@@ -166,7 +166,7 @@ def prefix_folds(
     diagonal = None if pairs is None else pairs.diagonal
     ids = rules.get(Slot.DIFFER_ROWS), rules.get(Slot.DIFFER_COLS)
     chosen = choose(function, BACKENDS, x, backend)
-    rows, cols, target_logit = torch.ops.contrastive_ops.similarity_prefix_forward(
+    rows, cols, target_logit = call.similarity_prefix_forward(
         x,
         y,
         factor,

@@ -12,6 +12,7 @@ from ..core import checks, cuda_kernels, extension, numerics, triton_kernels
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
 from ..core.folds import Fold, Folded, Reduced, as_fold
 from ..core.logit_sets import LogitSets, prepare
+from ..core.operators import call
 from ..core.problem import Layout, SetFold
 from ..core.rules import Pairs
 from ..cuda import _pairs, _products
@@ -244,9 +245,7 @@ def fold(
     budget = budget_bytes(names[0], memory_budget, x.device.type)
     keeps = needs_gradient(*arguments) and BACKENDS[chosen].keeps
     kept_size = _kept_size(x, y, budget, chosen) if keeps else 0
-    values, argmax, target_logit, linear_sum, _ = torch.ops.contrastive_ops.similarity_reduce_forward(
-        *arguments, kept_size, chosen
-    )
+    values, argmax, target_logit, linear_sum, _ = call.similarity_reduce_forward(*arguments, kept_size, chosen)
     shape = (x.shape[0], x.shape[0] if y is None else y.shape[0])
     each_value, each_winner = values.split(layout.sizes(*shape)), argmax.split(layout.argmax_sizes(*shape))
     by_fold = list(zip(folds, each_value, each_winner, strict=True))
@@ -353,4 +352,4 @@ def weighted_total(
     differentiable = problem[:5]
     needs = sum(1 << bit for bit, a in enumerate(differentiable) if a is not None and a.requires_grad)
     chosen = choose(names[0], BACKENDS, x, backend, layout)
-    return torch.ops.contrastive_ops.similarity_reduce_total(*problem, weight, extra, target_weight, needs, chosen)[0]
+    return call.similarity_reduce_total(*problem, weight, extra, target_weight, needs, chosen)[0]

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core import autocast, checks, cuda_kernels, extension, triton_kernels
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
 from ..core.logit_sets import LogitSets, prepare
+from ..core.operators import call
 from ..core.problem import STATISTICS, Layout, Slot
 from ..core.results import named
 from ..core.rules import Pairs
@@ -217,9 +218,7 @@ def select(
     if metric == "sqeuclidean":
         values, indices, counts, statistics = _nearest.select(arguments, k, floor, count_above, chosen)
     else:
-        values, indices, counts, statistics = torch.ops.contrastive_ops.similarity_topk_forward(
-            *arguments, k, floor, count_above, chosen
-        )
+        values, indices, counts, statistics = call.similarity_topk_forward(*arguments, k, floor, count_above, chosen)
     by_name = dict(zip(STATISTICS, statistics.unbind(0), strict=True)) if count_above is not None else {}
     return Selected(TopK(values, indices, counts), by_name)
 
@@ -254,7 +253,7 @@ def logits_at(
     arguments, chosen = _problem(names, x, y, scale, row_bias, col_bias, pairs, None, None, backend)
     if metric == "sqeuclidean":
         return _nearest.logits_at(arguments, indices)
-    return torch.ops.contrastive_ops.similarity_topk_at(*arguments, indices, chosen)
+    return call.similarity_topk_at(*arguments, indices, chosen)
 
 
 def merge(top: TopK, other: TopK, backend: str = "auto") -> TopK:

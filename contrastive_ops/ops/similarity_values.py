@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor
 
 from ..core import autocast, checks, extension
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
 from ..core.logit_sets import LogitSets, prepare
+from ..core.operators import call
 from ..core.problem import Layout, SetFold, Slot
 from ..core.rules import Pairs
 from ..reference import similarity_values as reference
@@ -124,7 +124,7 @@ def similarity_values(
         whole = (x.shape[0] + 32) * (y.shape[0] + 128)  # tiles are padded
         kept_size = min(budget // checks.accumulator(x.dtype).itemsize, whole)
     layout = Layout(tuple(sets.sets), (SetFold(0, "logsumexp", False),))
-    sums, _, _ = torch.ops.contrastive_ops.similarity_values_forward(
+    sums, _, _ = call.similarity_values_forward(
         x, y, factor, None, col_bias, values, *layout.encode(), kept_size, chosen
     )
     return sums
