@@ -117,7 +117,7 @@ def backends() -> dict[str, dict[str, str | None]]:
     samples = [torch.empty(0, 1, device=device) for device in devices]
 
     def why(backend: Backend) -> str | None:
-        reasons = [backend.unsupported(x) for x in samples]
-        return "; ".join(min(reasons, key=lambda each: len(each))) or None
+        fewest = min((backend.unsupported(x) for x in samples), key=len)
+        return "; ".join(fewest) or None
 
     return {primitive: {name: why(backend) for name, backend in table.items()} for primitive, table in _TABLES.items()}
