@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..core import checks, extension
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core.declarations import Declaration, Named, Shapes, declare
 from ..core.operators import call
 from ..reference import maxsim as reference
-from ._maxsim_autograd import register
 from .token_sets import Packed, TokenSets, check_two_sides, packed
 
 # One hop to every implementation; each offers forward and backward with the same arguments.
@@ -31,7 +31,30 @@ BACKENDS = enrol(
     },
 )
 
-register(BACKENDS)
+
+def _shapes(given: Named) -> Shapes:
+    sets, others = given["query_offsets"].shape[0] - 1, given["document_offsets"].shape[0] - 1
+    pairs = None if given["pair_queries"] is None else given["pair_queries"].shape[0]
+    groups, tokens = (others, given["queries"].shape[0]) if pairs is None else (pairs, given["longest_query"])
+    return (sets, others) if pairs is None else (pairs,), (groups if given["keep"] else 0, tokens, given["k"])
+
+
+# Which document tokens are the best is not differentiated; backward is the derivative of their inner products.
+declare(
+    Declaration(
+        "maxsim",
+        takes="Tensor queries, Tensor documents, Tensor query_offsets, Tensor document_offsets, Tensor? query_mask,"
+        " Tensor? document_mask, Tensor? pair_queries, Tensor? pair_documents, SymInt longest_query, SymInt k,"
+        " bool keep",
+        differentiable=2,
+        returns="Tensor scores, Tensor winners",
+        reads="queries documents query_offsets document_offsets pair_queries pair_documents winners d_scores",
+        shapes=_shapes,
+        dtypes={"winners": torch.int32},
+        reference=reference,
+    ),
+    BACKENDS,
+)
 
 REDUCTIONS = ("sum", "mean")
 

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ..core import autocast, checks, extension
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core.declarations import Declaration, Named, Shapes, declare
 from ..core.folds import Reduced
 from ..core.logit_sets import LogitSets, prepare
 from ..core.operators import call
 from ..core.problem import Layout, Slot
 from ..core.rules import Pairs
 from ..reference import similarity_distill as reference
-from ._similarity_distill_autograd import register
 from .similarity_reduce import KEEP_FROM_DIMENSION, budget_bytes, directions, needs_gradient
 
 # One hop to every implementation; each offers forward and backward with the same arguments.
@@ -35,7 +35,32 @@ BACKENDS = enrol(
     },
 )
 
-register(BACKENDS)
+
+def _shapes(given: Named) -> Shapes:
+    by_rows, by_cols = bool(given["dims"] & reference.ROWS), bool(given["dims"] & reference.COLS)
+    lines = given["x"].shape[0] * by_rows + given["y"].shape[0] * by_cols
+    return (lines,), (5, 0 if given["kind"] in reference.PAIRWISE else lines), (given["kept_size"],)
+
+
+# The teacher is a constant. `statistics` are what backward reads of each row and column.
+_SIDE = "Tensor {0}x, Tensor {0}y, Tensor {0}scale, Tensor? {0}row_bias, Tensor? {0}col_bias"
+_NAMES = "{0}x {0}y {0}scale {0}row_bias {0}col_bias"
+
+declare(
+    Declaration(
+        "similarity_distill",
+        takes=f"{_SIDE.format('')}, {_SIDE.format('teacher_')}, Tensor[] pair_data, SymInt[] spec, str kind,"
+        " float delta, int dims, SymInt kept_size",
+        differentiable=5,
+        returns="Tensor values, Tensor statistics, Tensor kept",
+        reads=f"{_NAMES.format('')} {_NAMES.format('teacher_')} pair_data spec kind delta dims statistics d_values"
+        " kept",
+        shapes=_shapes,
+        reference=reference,
+        value=lambda *problem: reference.values(*problem)[0],
+    ),
+    BACKENDS,
+)
 
 DIVERGENCES = ("kl", "reverse_kl", "ce", "js")
 

@@ -7,16 +7,17 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..core import autocast, checks, extension
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core.declarations import Declaration, Named, Shapes, declare
 from ..core.operators import call
 from ..core.problem import Slot
 from ..core.results import named
 from ..core.rules import Pairs, resolve
 from ..reference import similarity_prefix as reference
-from ._similarity_prefix_autograd import register
 from .similarity_reduce import directions
 
 # One hop to every implementation; each offers forward and backward with the same arguments.
@@ -36,7 +37,59 @@ BACKENDS = enrol(
     },
 )
 
-register(BACKENDS)
+
+def _shapes(given: Named) -> Shapes:
+    x, y, prefixes = given["x"], given["y"], len(given["dims"])
+    rows, columns = x.shape[0], x.shape[0] if y is None else y.shape[0]
+    return (
+        (prefixes, rows if given["directions"] & 1 else 0),
+        (prefixes, columns if given["directions"] & 2 else 0),
+        (prefixes, 0 if given["target"] is None else rows),
+    )
+
+
+def _check_target(given: Named) -> None:
+    x, y = given["x"], given["y"]
+    if given["target"] is not None:
+        checks.check_index_values("similarity_prefix", "target", given["target"], (x if y is None else y).shape[0])
+
+
+def _finish(given: Named, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The gradients without what float16 cannot hold in rows whose first prefix is 0.
+
+    Such a prefix has a constant factor of 1e12 in place of its inverse length, which turns the rounding of terms that
+    cancel into infinity.
+    """
+    if not given["normalize"] or given["x"].dtype != torch.float16:
+        return gradients
+    shortest = given["dims"][0]
+
+    def within_float16(x: Tensor | None, gradient: Tensor) -> Tensor:
+        if x is None or not gradient.shape[0]:
+            return gradient
+        zero = (x[:, :shortest] == 0).all(1, keepdim=True)
+        beyond = (gradient.abs() > torch.finfo(torch.float16).max) & gradient.isfinite()
+        return gradient.masked_fill(zero & beyond, 0.0)
+
+    dx, dy, dscale = gradients
+    return within_float16(given["x"], dx), within_float16(given["y"], dy), dscale
+
+
+declare(
+    Declaration(
+        "similarity_prefix",
+        takes="Tensor x, Tensor? y, Tensor scale, Tensor? target, Tensor? differ_rows, Tensor? differ_cols, int[] dims,"
+        " SymInt? diagonal, bool normalize, int directions",
+        differentiable=3,
+        returns="Tensor rows, Tensor cols, Tensor target_logit",
+        reads="x y scale target differ_rows differ_cols dims diagonal normalize rows cols d_rows d_cols d_target_logit",
+        shapes=_shapes,
+        reference=reference,
+        check=_check_target,
+        finish=_finish,
+    ),
+    BACKENDS,
+)
 
 
 @named

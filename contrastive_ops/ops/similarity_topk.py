@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core import autocast, checks, cuda_kernels, extension, triton_kernels
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core.declarations import Declaration, Named, Shapes, declare
 from ..core.logit_sets import LogitSets, prepare
 from ..core.operators import call
 from ..core.problem import STATISTICS, Layout, Slot
@@ -19,7 +20,6 @@ from ..core.unit_rows import unit_rows
 from ..cuda import _products
 from ..reference import similarity_topk as reference
 from . import _nearest
-from ._similarity_topk_autograd import register
 from .coarse import Coarse, search
 
 # One hop to every implementation; each offers forward, at, backward, merge and order with the same arguments.
@@ -49,7 +49,43 @@ BACKENDS = enrol(
     },
 )
 
-register(BACKENDS)
+
+def _shapes(given: Named) -> Shapes:
+    rows, k = given["x"].shape[0], given["k"]
+    return (rows, k), (rows, k), (rows,), (0 if given["count_above"] is None else len(STATISTICS), rows)
+
+
+_PROBLEM = "Tensor x, Tensor y, Tensor scale, Tensor? row_bias, Tensor? col_bias, Tensor[] pair_data, SymInt[] spec"
+_READS = "x y scale row_bias col_bias pair_data spec indices d_values"
+
+# `forward` selects, `at` computes the logits of listed pairs; the selection itself is not differentiated. Both have the
+# same derivative, that of the logits that `indices` names.
+declare(
+    Declaration(
+        "similarity_topk",
+        takes=f"{_PROBLEM}, SymInt k, Tensor? floor, Tensor? count_above",
+        differentiable=5,
+        returns="Tensor values, Tensor indices, Tensor counts, Tensor statistics",
+        reads=_READS,
+        shapes=_shapes,
+        dtypes=dict.fromkeys(("indices", "counts", "statistics"), torch.int64),
+        reference=reference,
+    ),
+    BACKENDS,
+)
+declare(
+    Declaration(
+        "similarity_topk",
+        takes=f"{_PROBLEM}, Tensor indices",
+        differentiable=5,
+        returns="Tensor values",
+        reads=_READS,
+        shapes=lambda given: [given["indices"].shape],
+        reference=reference,
+    ),
+    BACKENDS,
+    "at",
+)
 _nearest.register(BACKENDS)
 
 METRICS = ("dot", "cosine", "sqeuclidean")

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ..core import autocast, checks, extension
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core.declarations import Declaration, declare
 from ..core.logit_sets import LogitSets, prepare
 from ..core.operators import call
 from ..core.problem import Layout, SetFold, Slot
 from ..core.rules import Pairs
 from ..reference import similarity_values as reference
-from ._similarity_values_autograd import register
 from .similarity_reduce import KEEP_FROM_DIMENSION, budget_bytes, needs_gradient
 
 # One hop to every implementation; each offers forward and backward with the same arguments.
@@ -34,7 +34,25 @@ BACKENDS = enrol(
     },
 )
 
-register(BACKENDS)
+# `lse` is not differentiated: neither it nor the sums count as inputs of the derivative.
+declare(
+    Declaration(
+        "similarity_values",
+        takes="Tensor x, Tensor y, Tensor scale, Tensor? row_bias, Tensor? col_bias, Tensor values, Tensor[] pair_data,"
+        " SymInt[] spec, SymInt kept_size",
+        differentiable=6,
+        returns="Tensor sums, Tensor lse, Tensor kept",
+        reads="x y scale row_bias col_bias values pair_data spec sums lse d_sums kept",
+        shapes=lambda given: (
+            (given["x"].shape[0], given["values"].shape[1]),
+            (given["x"].shape[0],),
+            (given["kept_size"],),
+        ),
+        reference=reference,
+        value=lambda *problem: reference.weighted_sums(*problem)[0],
+    ),
+    BACKENDS,
+)
 
 
 def similarity_values(

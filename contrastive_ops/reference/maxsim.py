@@ -1,6 +1,6 @@
 """maxsim in plain PyTorch: any device, any floating dtype, memory bounded by chunks of documents or pairs.
 
-Every function takes what the operator of the same name in ops/_maxsim_autograd.py takes. `backward` is made of
+Every function takes what the operator of the same name in ops/maxsim.py takes. `backward` is made of
 differentiable operations, so that it also defines the second derivative of every backend. Reads the offsets, so on a
 GPU every call waits for the device.
 """

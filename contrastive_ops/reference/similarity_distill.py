@@ -1,6 +1,6 @@
 """similarity_distill in plain PyTorch: any device, any floating dtype, memory bounded by chunks of rows.
 
-Every function takes what the operator of the same name in ops/_similarity_distill_autograd.py takes. `values` is made
+Every function takes what the operator of the same name in ops/similarity_distill.py takes. `values` is made
 of differentiable operations: it defines the second derivative of every backend.
 
 A *line* is a row or a column. Its statistics are (5, lines): the logsumexp of the student's logits as their maximum and

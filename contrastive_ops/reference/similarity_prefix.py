@@ -1,6 +1,6 @@
 """similarity_prefix in plain PyTorch: any device, any floating dtype, memory bounded by chunks of rows.
 
-Every function takes what the operator of the same name in ops/_similarity_prefix_autograd.py takes. `backward` is made
+Every function takes what the operator of the same name in ops/similarity_prefix.py takes. `backward` is made
 of differentiable operations, so that it also defines the second derivative of every backend.
 """
 

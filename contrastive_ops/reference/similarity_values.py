@@ -1,6 +1,6 @@
 """similarity_values in plain PyTorch: any device, any floating dtype, memory bounded by chunks of rows.
 
-Every function takes what the operator of the same name in ops/_similarity_values_autograd.py takes. `weighted_sums` is
+Every function takes what the operator of the same name in ops/similarity_values.py takes. `weighted_sums` is
 made of differentiable operations: it defines the second derivative of every backend.
 """
 
