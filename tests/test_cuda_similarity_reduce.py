@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import cuda_host
+import idle_rows_cases
 import pytest
 import similarity_cases
 import torch
@@ -324,6 +325,12 @@ def test_a_row_without_a_pair_has_gradient_zero():
     assert lse[0] == -torch.inf and lse[1:].isfinite().all()
     gx, gy = torch.autograd.grad(lse.sum(), [x, y])
     assert not gx[0].any() and gx.isfinite().all() and gy.isfinite().all()
+
+
+@pytest.mark.parametrize(("rule", "bad"), idle_rows_cases.CASES[::4], ids=str)
+def test_rows_that_take_part_in_no_pair_reach_nothing(rule, bad):
+    loss = idle_rows_cases.reduce_loss(similarity_reduce, idle_rows_cases.rules_of(rule, DEVICE), "cuda")
+    idle_rows_cases.check(loss, bad, torch.bfloat16, DEVICE)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

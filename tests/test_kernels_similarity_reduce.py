@@ -16,6 +16,7 @@ if triton_kernels.why_missing() is not None:
 if not (triton_kernels.interprets() or torch.cuda.is_available()):
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
+import idle_rows_cases
 import similarity_cases
 from similarity_cases import KINDS, RULES, exact, flat, gradients_of, leaves, mapped, winners
 
@@ -263,6 +264,14 @@ def test_a_row_without_a_pair_has_gradient_zero():
     assert lse[0] == -torch.inf and lse[1:].isfinite().all()
     gx, gy = torch.autograd.grad(lse.sum(), [x, y])
     assert not gx[0].any() and gx.isfinite().all() and gy.isfinite().all()
+
+
+@pytest.mark.parametrize("depth", TIERS)
+@pytest.mark.parametrize(("rule", "bad"), idle_rows_cases.CASES[::4], ids=str)
+def test_rows_that_take_part_in_no_pair_reach_nothing(rule, bad, depth, monkeypatch):
+    use_tier(monkeypatch, depth)
+    loss = idle_rows_cases.reduce_loss(similarity_reduce, idle_rows_cases.rules_of(rule, DEVICE), "triton")
+    idle_rows_cases.check(loss, bad, torch.bfloat16, DEVICE)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -46,6 +46,7 @@ class Declaration:
         value: a function of the differentiable and the other arguments that is differentiated twice instead; the
             output that has a gradient.
         check: what is checked when the operator runs, where tensors have values.
+        clean: what of the arguments, by name, is to be replaced before backward (True) or forward (False) runs on them.
         finish: changes gradients before they get the dtypes of the inputs.
     """
 
@@ -59,7 +60,15 @@ class Declaration:
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     value: Callable[..., Tensor] | None = None
     check: Callable[[Named], None] | None = None
+    clean: Callable[[Named, bool], Named] | None = None
     finish: Callable[[Named, Any], Any] | None = None
+
+    def cleaned(self, names: Sequence[str], arguments: Sequence[Any], backward: bool) -> Sequence[Any]:
+        """The arguments as backends get them; these are the names of the first of them."""
+        if self.clean is None:
+            return arguments
+        given = dict(zip(names, arguments, strict=False))
+        return [*(given | self.clean(given, backward)).values(), *arguments[len(names) :]]
 
 
 def declare(declaration: Declaration, backends: Mapping[str, Backend], name: str = "forward") -> None:
@@ -70,7 +79,11 @@ def declare(declaration: Declaration, backends: Mapping[str, Backend], name: str
     if name == "forward":
         derivative = _Derivative(pair)
         function = of_backend(backends, "backward")
-        define(pair.backward, derivative.schema, function, derivative.fake, derivative.setup, derivative.derivative)
+
+        def backward(*arguments: Any) -> Any:
+            return function(*declaration.cleaned(pair.reads, arguments, True))
+
+        define(pair.backward, derivative.schema, backward, derivative.fake, derivative.setup, derivative.derivative)
 
 
 class _Places:
@@ -133,7 +146,7 @@ class _Operators:
     def forward(self, *arguments: Any) -> Any:
         if self.declaration.check is not None:
             self.declaration.check(dict(zip(self.names, arguments, strict=False)))
-        return self.function(*arguments)
+        return self.function(*self.declaration.cleaned(self.names, arguments, False))
 
     def forward_fake(self, x: Tensor, *arguments: Any) -> Any:
         shapes = self.declaration.shapes(dict(zip(self.names, (x, *arguments), strict=False)))
@@ -215,16 +228,23 @@ class _Derivative:
                 if isinstance(leaf, Tensor) and leaf.requires_grad
             ]
             wanted = [leaves[self.kept.index(name)] for name in names]
-            gradients = self.declaration.reference.backward(*leaves, ctx.needs)
+            gradients = self.declaration.reference.backward(
+                *self.declaration.cleaned(self.kept, leaves, True), ctx.needs
+            )
             both = [(g, d) for g, d in zip(gradients, d_gradients, strict=True) if d is not None and g.requires_grad]
             found = grad([g for g, _ in both], wanted, [d for _, d in both])
         return dict(zip(names, found, strict=True))
 
     def _by_value(self, ctx: Any, values: list[Any], d_gradients: tuple[Tensor | None, ...]) -> Named:
-        value = self.declaration.value
+        of_value, cleaned = self.declaration.value, self.declaration.cleaned
         given = dict(zip(self.kept, values, strict=True))
         inputs = [given.pop(name) for name in self.leading]
         arriving = given.pop(self.arriving)
         rest = [given[name] for name in self.kept if name in given]
-        found = second_derivative(lambda *t: value(*t, *rest), inputs, arriving, d_gradients, ctx.needs)  # type: ignore[misc]
+        names = [*self.leading, *(name for name in self.kept if name in given)]
+
+        def value(*tensors: Any) -> Tensor:
+            return of_value(*cleaned(names, [*tensors, *rest], True))  # type: ignore[misc]
+
+        found = second_derivative(value, inputs, arriving, d_gradients, ctx.needs)
         return dict(zip((*self.leading, self.arriving), found, strict=True))

@@ -80,9 +80,11 @@ class Pairs:
 
     Note:
         Bounds and the guide decide and are not differentiated. NaN similarities pass every bound, so that they
-        propagate. A pair that a rule drops reaches no value, whatever its rows hold; in gradients it has weight 0, and
-        0 times NaN is NaN: fill rows that take part in no pair with zeros. Not differentiable in ``log_weight``: a
-        table that requires a gradient is refused.
+        propagate. A pair that a rule drops reaches no value, whatever its rows hold. Nor does a row that takes part in
+        no pair reach a gradient; its own is 0. A row with NaN or infinity that takes part in any pair, as a target or
+        in ``linear`` too, does: NaN arrives also in the gradients of rows that it has no pair with, as in a product of
+        matrices. A bias or a class weight of -inf is no rule: added to NaN it is NaN.
+        Not differentiable in ``log_weight``: a table that requires a gradient is refused.
     """
 
     diagonal: int | None = None

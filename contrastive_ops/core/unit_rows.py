@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from . import autocast, checks
+from .checks import may_read
+from .masks import left_out
 from .operators import call, define
 
 # As torch.nn.functional.normalize: shorter rows are divided by this.
@@ -50,6 +52,9 @@ def _derivative(ctx: Any, d_unit: Tensor | None, d_inverse: Tensor | None) -> Te
             d_unit = d_unit.to(inverse.dtype)
             along = (unit * d_unit).sum(-1, keepdim=True)
             dx = torch.addcmul(d_unit, unit, along, value=-1) * inverse
+            if not may_read(along) or not bool(along.detach().sum().isfinite()):
+                # A row that nothing depends on has no gradient, whatever it holds.
+                dx = left_out(dx, (d_unit != 0).any(-1))
         if d_inverse is not None:
             of_length = -d_inverse * inverse.square() * unit
             dx = of_length if dx is None else dx + of_length

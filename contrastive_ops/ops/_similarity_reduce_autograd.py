@@ -21,6 +21,7 @@ from ..core.operators import call, define
 from ..core.ordered import in_parts, ordered_sum
 from ..core.problem import Layout
 from ..reference import similarity_reduce as reference
+from ._idle_rows import without_idle_rows
 
 _PROBLEM = (
     "Tensor x, Tensor? y, Tensor scale, Tensor? row_bias, Tensor? col_bias, Tensor{q} target,"
@@ -51,6 +52,8 @@ def register(backends: Mapping[str, Backend]) -> None:
     def run(backend: str, name: str, problem: list[Any], gradients: int | None) -> Any:
         with autocast.disabled(problem[0]):
             function = getattr(backends[backend].functions(), name)
+            if gradients is not None:
+                problem = without_idle_rows(problem, _X, _TARGET, _PAIR_DATA)
             return unit_lengths.run(function, problem, backend == "reference", gradients)
 
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -167,6 +170,7 @@ def _backward_derivative(ctx: Any, *d_gradients: Any) -> tuple[Any, ...]:
         tensors = [alias(t) for t in (*problem[:_TARGET], *others)]
         leaves = [a for a in tensors if a is not None and a.requires_grad]
         arguments: list[Any] = [*tensors[:_TARGET], *problem[_TARGET:], *tensors[_TARGET:], ctx.needs]
+        arguments = without_idle_rows(arguments, _X, _TARGET, _PAIR_DATA)
         outputs = unit_lengths.run(reference.backward, arguments, True, 0)
         pairs = [(o, d) for o, d in zip(outputs, d_gradients, strict=True) if d is not None and o.requires_grad]
         found = iter(grad([o for o, _ in pairs], leaves, [d for _, d in pairs]))

@@ -15,6 +15,7 @@ from ..core.operators import call
 from ..core.problem import Layout, Slot
 from ..core.rules import Pairs
 from ..reference import similarity_distill as reference
+from ._idle_rows import clean_rows
 from .similarity_reduce import KEEP_FROM_DIMENSION, budget_bytes, directions, needs_gradient
 
 # One hop to every implementation; each offers forward and backward with the same arguments.
@@ -58,6 +59,7 @@ declare(
         shapes=_shapes,
         reference=reference,
         value=lambda *problem: reference.values(*problem)[0],
+        clean=clean_rows,
     ),
     BACKENDS,
 )

@@ -14,10 +14,11 @@ from ..core import autocast, checks, extension
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
 from ..core.declarations import Declaration, Named, Shapes, declare
 from ..core.operators import call
-from ..core.problem import Slot
+from ..core.problem import Layout, LogitSet, Slot
 from ..core.results import named
 from ..core.rules import Pairs, resolve
 from ..reference import similarity_prefix as reference
+from ._idle_rows import clean_rows
 from .similarity_reduce import directions
 
 # One hop to every implementation; each offers forward and backward with the same arguments.
@@ -54,6 +55,15 @@ def _check_target(given: Named) -> None:
         checks.check_index_values("similarity_prefix", "target", given["target"], (x if y is None else y).shape[0])
 
 
+def _clean(given: Named, backward: bool) -> Named:
+    """Rows that take part in no pair: the rules are some of those of `Pairs`."""
+    ids = given["differ_rows"], given["differ_cols"]
+    data = {} if ids[0] is None else dict(zip((Slot.DIFFER_ROWS, Slot.DIFFER_COLS), ids, strict=True))
+    pair_data, spec = Layout((LogitSet(diagonal=given["diagonal"], data=data),), ()).encode()
+    found = clean_rows({**given, "pair_data": pair_data, "spec": spec}, backward)
+    return {name: found[name] for name in ("x", "y") if found}
+
+
 def _finish(given: Named, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The gradients without what float16 cannot hold in rows whose first prefix is 0.
 
@@ -86,6 +96,7 @@ declare(
         shapes=_shapes,
         reference=reference,
         check=_check_target,
+        clean=_clean,
         finish=_finish,
     ),
     BACKENDS,

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from ..core import autocast, checks, extension
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
-from ..core.declarations import Declaration, declare
+from ..core.declarations import Declaration, Named, declare
 from ..core.logit_sets import LogitSets, prepare
 from ..core.operators import call
 from ..core.problem import Layout, SetFold, Slot
 from ..core.rules import Pairs
 from ..reference import similarity_values as reference
+from ._idle_rows import clean_rows, cleaned_values
 from .similarity_reduce import KEEP_FROM_DIMENSION, budget_bytes, needs_gradient
 
 # One hop to every implementation; each offers forward and backward with the same arguments.
@@ -34,6 +35,13 @@ BACKENDS = enrol(
     },
 )
 
+
+def _clean(given: Named, backward: bool) -> Named:
+    """And the values of columns that take part in no pair, which forward multiplies by 0 too."""
+    matrices = (given[name] for name in ("values", "x", "y", "pair_data", "spec"))
+    return {"values": cleaned_values(*matrices), **clean_rows(given, backward)}
+
+
 # `lse` is not differentiated: neither it nor the sums count as inputs of the derivative.
 declare(
     Declaration(
@@ -50,6 +58,7 @@ declare(
         ),
         reference=reference,
         value=lambda *problem: reference.weighted_sums(*problem)[0],
+        clean=_clean,
     ),
     BACKENDS,
 )

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..core.checks import accumulator
+from ..core.masks import left_out
 from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows
 from ..core.ordered import add_segments, segment_rows
 from ..core.problem import STATISTICS, Layout, LogitSet, ScaleOf, Slot
 from ..core.recompute import recomputed
 from .pairs import SetOfChunk, chunk_sets, inner_products
+from .similarity_reduce import times
 
 # ---- Forward -------------------------------------------------------------------------------------------------------
 
@@ -165,7 +167,9 @@ class _Listed:
         self.listed = indices[part, of_list] >= 0
         self.column = indices[part, of_list].clamp_min(0)
         dtype = accumulator(x.dtype)
-        self.x, self.y = x[part].to(dtype), y[self.column].to(dtype)
+        # What is in no list is not looked at, whatever it holds.
+        self.x = left_out(x[part].to(dtype), self.listed.any(1))
+        self.y = left_out(y[self.column].to(dtype), self.listed)
         self.dots = (self.x[:, None] * self.y).sum(2)
         if Slot.CODE_SCALE in each.data:
             self.dots = self.dots * each.data[Slot.CODE_SCALE][self.column]
@@ -222,8 +226,8 @@ def backward(
         if Slot.CODE_SCALE in layout.sets[0].data:
             weight = weight * layout.sets[0].data[Slot.CODE_SCALE][listed.column]
         dx_part = (weight[:, :, None] * listed.y).sum(1)
-        dy_part = (weight[:, :, None] * listed.x[:, None]).flatten(0, 1)
-        return dx_part, dy_part, e, e * listed.dots, listed.column
+        dy_part = left_out(weight[:, :, None] * listed.x[:, None], listed.listed).flatten(0, 1)
+        return dx_part, dy_part, e, times(e, listed.dots), listed.column
 
     run = recomputed(one_chunk)
     for part, of_list in _chunks_of_lists(len(x) if len(y) else 0, indices.shape[1], x.shape[1]):
