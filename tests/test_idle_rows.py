@@ -34,19 +34,15 @@ from contrastive_ops import (
 )
 from contrastive_ops.ops.similarity_reduce import fold, weighted_total
 
-BACKENDS = ("reference", "cpu")
-both = pytest.mark.parametrize("backend", BACKENDS)
 every_case = pytest.mark.parametrize(("rule", "bad"), CASES, ids=str)
 
 
-@both
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_similarity_reduce(rule, bad, dtype, backend):
     check(idle_rows_cases.reduce_loss(similarity_reduce, rules_of(rule), backend), bad, dtype)
 
 
-@both
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -65,13 +61,11 @@ def test_self_similarity(dtype, unit, bad, backend):
     assert not alone.any()
 
 
-@both
 def test_a_bound_from_below(backend):
     loss = idle_rows_cases.reduce_loss(similarity_reduce, Pairs(above=-1000.0), backend)
     check(loss, -torch.inf, row=False)
 
 
-@both
 @every_case
 @pytest.mark.parametrize("budget", [0, 1 << 20])
 def test_kept_products_change_nothing(rule, bad, budget, backend):
@@ -80,7 +74,6 @@ def test_kept_products_change_nothing(rule, bad, budget, backend):
     check(lambda x, y: inner(x.repeat(1, 8), y.repeat(1, 8)), bad)
 
 
-@both
 @every_case
 @pytest.mark.parametrize("kind", ["logsumexp", "sum_softplus"])
 def test_weighted_total(rule, bad, kind, backend):
@@ -90,7 +83,6 @@ def test_weighted_total(rule, bad, kind, backend):
     check(lambda x, y: weighted_total(x, y, kind=kind, **options), bad, row=False)
 
 
-@both
 @pytest.mark.parametrize(("rule", "bad"), cases_without("fill"), ids=str)
 def test_similarity_topk(rule, bad, backend):
     def loss(x, y):
@@ -99,7 +91,6 @@ def test_similarity_topk(rule, bad, backend):
     check(loss, bad)
 
 
-@both
 @pytest.mark.parametrize(("rule", "bad"), cases_without("fill"), ids=str)
 def test_similarity_values(rule, bad, backend):
     """And what is summed for a column of no pair."""
@@ -111,7 +102,6 @@ def test_similarity_values(rule, bad, backend):
     check(loss, bad, torch.float64)
 
 
-@both
 @pytest.mark.parametrize(("rule", "bad"), cases_without("fill", "classes"), ids=str)
 @pytest.mark.parametrize("divergence", ["kl", "reverse_kl", "ce", "js"])
 def test_similarity_distill(rule, bad, divergence, backend):
@@ -125,7 +115,6 @@ def test_similarity_distill(rule, bad, divergence, backend):
     check(loss, bad, torch.float64)
 
 
-@both
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_similarity_prefix(normalize, bad, backend):
@@ -140,7 +129,6 @@ def test_similarity_prefix(normalize, bad, backend):
     assert not got[1][ROW].any()
 
 
-@both
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_losses_with_unit_rows(dtype, bad, backend):
@@ -161,7 +149,6 @@ def test_losses_with_unit_rows(dtype, bad, backend):
     assert len(ids[0]) == N
 
 
-@both
 @pytest.mark.parametrize("dim", [0, 1, (0, 1)])
 @pytest.mark.parametrize("kind", ["logsumexp", "sum_softplus", "sum", "max", "sum_relu"])
 def test_what_takes_part_is_seen(kind, dim, backend):
@@ -179,7 +166,6 @@ def test_what_takes_part_is_seen(kind, dim, backend):
         assert dx[ROW].isnan().all()
 
 
-@both
 def test_a_target_and_a_list_take_part(backend):
     """Row 2 and column 3 are in no fold."""
     x, y = matrices()
@@ -197,7 +183,6 @@ def test_a_target_and_a_list_take_part(backend):
         assert dx[4].isnan().all()
 
 
-@both
 def test_a_row_that_one_fold_alone_leaves_out_is_seen(backend):
     x, y = matrices()
     folds = Fold("logsumexp", pairs=RULES["same"]), Fold("logsumexp", pairs=Pairs(diagonal=0))
@@ -209,7 +194,6 @@ def test_a_row_that_one_fold_alone_leaves_out_is_seen(backend):
     assert dy.isnan().any()
 
 
-@both
 def test_second_derivatives(backend):
     x, y = (each.requires_grad_() for each in matrices(torch.float64))
 

@@ -161,6 +161,19 @@ def _union(drops: list[Tensor]) -> Tensor | None:
     return union
 
 
+def affine(dots: Tensor, scale: Tensor, row_bias: Tensor | None, col_bias: Tensor | None) -> Tensor:
+    """``dots * scale + (row_bias + col_bias)``, rounded once behind the sum of the biases, as kernels do.
+
+    So backends order logits that nearly tie in the same way where torch fuses the product with the sum.
+    """
+    if row_bias is None and col_bias is None:
+        return dots * scale
+    if col_bias is None:  # a sum of matrices: torch is slow with a column of numbers
+        col_bias = dots.new_zeros(dots.shape[-1:])
+    bias = col_bias if row_bias is None else row_bias + col_bias
+    return torch.addcmul(bias, dots, scale)
+
+
 def _log_weight(data: dict[Slot, Tensor], rows: slice) -> Tensor:
     """The table's entry of each pair; 0 where either has no class."""
     row, column = data[Slot.CLASS_ROWS][rows, None], data[Slot.CLASS_COLS]
@@ -182,12 +195,10 @@ def chunk_sets(
     """Each set of `layout` on the rows of a chunk."""
     for each, own in zip(layout.sets, layout.scale_slices(len(x), len(y)), strict=True):
         factor = scale[own][rows, None] if each.scale_of == ScaleOf.ROWS else scale[own]
-        logits = dots * factor
-        added = [None if row_bias is None else row_bias[rows, None], col_bias]
-        added += [_log_weight(each.data, rows)] if Slot.LOG_WEIGHT in each.data else []
-        for bias in added:
-            if bias is not None:
-                logits = logits.add_(bias) if may_overwrite() else logits + bias
+        logits = affine(dots, factor, None if row_bias is None else row_bias[rows, None], col_bias)
+        if Slot.LOG_WEIGHT in each.data:
+            entry = _log_weight(each.data, rows)
+            logits = logits.add_(entry) if may_overwrite() else logits + entry
         sign = -1 if each.negate else 1
         logits = -logits if each.negate else logits
         yield SetOfChunk(each, rows, dots, sign * factor, sign, logits, target)

@@ -18,7 +18,7 @@ from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows
 from ..core.ordered import add_segments, segment_rows
 from ..core.problem import STATISTICS, Layout, LogitSet, ScaleOf, Slot
 from ..core.recompute import recomputed
-from .pairs import SetOfChunk, chunk_sets, inner_products
+from .pairs import SetOfChunk, affine, chunk_sets, inner_products
 from .similarity_reduce import times
 
 # ---- Forward -------------------------------------------------------------------------------------------------------
@@ -130,11 +130,9 @@ def logits_of_listed(
     listed: Tensor,
 ) -> Tensor:
     """(rows, P) logits of similarities `dots` with the columns `column`, -inf where there is none."""
-    logits = dots * scale
-    if row_bias is not None:
-        logits = logits + row_bias[rows, None]
-    if col_bias is not None:
-        logits = logits + segment_rows(col_bias, column.flatten()).view(column.shape)
+    of_rows = None if row_bias is None else row_bias[rows, None]
+    of_columns = None if col_bias is None else segment_rows(col_bias, column.flatten()).view(column.shape)
+    logits = affine(dots, scale, of_rows, of_columns)
     if Slot.LOG_WEIGHT in each.data:
         row, other = each.data[Slot.CLASS_ROWS][rows, None], each.data[Slot.CLASS_COLS][column]
         entry = each.data[Slot.LOG_WEIGHT][row.clamp_min(0), other.clamp_min(0)]
