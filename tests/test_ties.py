@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from contrastive_ops import Fold, Guide, Pairs, similarity_reduce, similarity_topk
+from contrastive_ops.core import extension
 
 EPS = torch.finfo(torch.float32).eps / 2  # what one rounding may take
 SEEDS = range(30)
@@ -111,7 +112,7 @@ def _torch_fuses():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_reference_and_cpu_round_alike(seed, backend):
-    if not _torch_fuses() or backend != "cpu" or _extension.load().cpu_capability() == "default":
+    if not _torch_fuses() or backend != "cpu" or extension.load().cpu_capability() == "default":
         pytest.skip("rounds products and sums apart, or the reference itself")
     problem = Problem(seed, exact=False)
     one, other = (

@@ -14,12 +14,11 @@ from torch.nn.functional import pad
 
 from ..core.checks import accumulator
 from ..core.masks import left_out
-from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows
+from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows, times
 from ..core.ordered import add_segments, segment_rows
 from ..core.problem import STATISTICS, Layout, LogitSet, ScaleOf, Slot
 from ..core.recompute import recomputed
 from .pairs import SetOfChunk, affine, chunk_sets, inner_products
-from .similarity_reduce import times
 
 # ---- Forward -------------------------------------------------------------------------------------------------------
 
