@@ -147,6 +147,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("similarity_values_forward", &similarity_values_forward);
   m.def("similarity_values_backward", &similarity_values_backward);
   m.def("similarity_topk_order", &similarity_topk_order);
+  m.def("expert_routing_route", &expert_routing_route);
+  m.def("expert_routing_route_backward", &expert_routing_route_backward);
   m.def("expert_routing_scores", &expert_routing_scores);
   m.def("expert_routing_scores_backward", &expert_routing_scores_backward);
   m.def("expert_routing_slots", &expert_routing_slots);

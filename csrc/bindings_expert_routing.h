@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "bindings_similarity_problem.h"
+#include "cpu/expert_losses.h"
 #include "expert_routing.h"
 
 namespace contrastive_ops {
@@ -77,7 +78,19 @@ struct Router {
 
   Tensor numbers(at::IntArrayRef sizes) const { return at::empty(sizes, logits.options().dtype(accumulator(logits))); }
   Tensor integers(at::IntArrayRef sizes) const { return at::empty(sizes, logits.options().dtype(at::kLong)); }
+  Tensor upstream(const Tensor& t, at::IntArrayRef sizes) const {
+    TORCH_CHECK_VALUE(t.sizes() == sizes && t.scalar_type() == accumulator(logits), "gradients must be like outputs");
+    return t.contiguous();
+  }
+  // Calls with a number of the accumulation type.
+  template <class Function>
+  void with_accumulator(Function function) const {
+    raw.dtype == DType::float64 ? function(0.0) : function(0.0f);
+  }
 };
+
+// A router of few logits takes less time than it takes to wake another thread; who works changes no result.
+Parallel parallel_for(int64_t logits) { return logits < (1 << 15) ? Parallel{run_in_order, 1} : parallel(); }
 
 Tensor experts_of(const Tensor& experts, int64_t T, int64_t k, int64_t E) {
   TORCH_CHECK_VALUE(experts.dim() == 2 && experts.size(0) == T && experts.size(1) == k, "experts must have shape (", T,
@@ -109,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exper
                          margin.data_ptr()};
   {
     pybind11::gil_scoped_release release;
-    expert_routing_cpu().scores(p.raw, out, parallel());
+    expert_routing_cpu().scores(p.raw, out, parallel_for(T * E));
   }
   return {experts, gates, priority, sums, totals, choices, tokens, margin};
 }
@@ -122,62 +135,160 @@ Tensor expert_routing_scores_backward(const Tensor& logits, const OptionalTensor
   const Router p(logits, noise, bias, allowed, segment, valid, spec, sigma);
   const int64_t T = p.raw.T, E = p.raw.E, k = p.raw.k, S = p.raw.segments;
   const Tensor listed = experts_of(experts, T, k, E);
-  const auto upstream = [&](const Tensor& t, at::IntArrayRef sizes) {
-    TORCH_CHECK_VALUE(t.sizes() == sizes && t.scalar_type() == accumulator(logits), "gradients must be like outputs");
-    return t.contiguous();
-  };
-  const Tensor gates = upstream(d_gates, {T, k}), sums = upstream(d_sums, {3, S, E}),
-               totals = upstream(d_totals, {2, S});
+  const Tensor gates = p.upstream(d_gates, {T, k}), sums = p.upstream(d_sums, {3, S, E}),
+               totals = p.upstream(d_totals, {2, S});
   Tensor dlogits = p.numbers({T, E});
   const RouterGradients g{listed.const_data_ptr<int64_t>(), gates.data_ptr(), sums.data_ptr(), totals.data_ptr(),
                           dlogits.data_ptr()};
   {
     pybind11::gil_scoped_release release;
-    expert_routing_cpu().scores_backward(p.raw, g, parallel());
+    expert_routing_cpu().scores_backward(p.raw, g, parallel_for(T * E));
   }
   return dlogits;
 }
+
+// Allocates what RouterSlots points to but for `kept`; experts and labels address memory and have been checked.
+struct Slots {
+  Tensor slots, order, offsets;
+  RouterSlots raw{};
+
+  Slots(const Tensor& experts, const Tensor& priority, const Tensor& segment, const std::vector<int64_t>& spec) {
+    TORCH_CHECK_VALUE(spec.size() == 5, "spec must be five integers");
+    raw.T = experts.size(0);
+    raw.k = experts.size(1);
+    raw.E = spec[0];
+    raw.group_size = spec[1];
+    raw.capacity = spec[2];
+    raw.padded = spec[3] != 0;
+    raw.segments = spec[4];
+    const int64_t T = raw.T, group = raw.group_size;
+    TORCH_CHECK_VALUE(group >= 0 && (group ? T % group == 0 : T == 0) && raw.segments >= 1,
+                      "groups must divide the tokens");
+    TORCH_CHECK_VALUE(!raw.padded || raw.capacity >= 0, "the padded layout needs a capacity");
+    const int64_t places = raw.E * (group ? T / group : 1) * raw.capacity;
+    raw.rows = raw.capacity < 0 ? T * raw.k : raw.padded ? places : std::min(T * raw.k, places);
+    slots = at::empty_like(experts);
+    order = at::empty({raw.rows}, experts.options());
+    offsets = at::empty({raw.E + 1}, experts.options());
+    raw.dtype = priority.defined() ? dtype_of(priority) : DType::float32;
+    raw.experts = experts.const_data_ptr<int64_t>();
+    raw.priority = data_or_null(priority);
+    raw.segment = segment.defined() ? segment.const_data_ptr<int64_t>() : nullptr;
+    raw.slots = slots.data_ptr<int64_t>();
+    raw.order = order.data_ptr<int64_t>();
+    raw.offsets = offsets.data_ptr<int64_t>();
+  }
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> expert_routing_slots(const Tensor& experts, const OptionalTensor& priority,
                                                                 const OptionalTensor& segment,
                                                                 const std::vector<int64_t>& spec) {
   TORCH_CHECK_VALUE(experts.dim() == 2 && spec.size() == 5, "experts must be a matrix, and spec five integers");
-  const int64_t T = experts.size(0), k = experts.size(1), E = spec[0], group = spec[1], capacity = spec[2], S = spec[4];
-  TORCH_CHECK_VALUE(group >= 0 && (group ? T % group == 0 : T == 0) && S >= 1, "groups must divide the tokens");
-  TORCH_CHECK_VALUE(!spec[3] || capacity >= 0, "the padded layout needs a capacity");
-  const Tensor listed = experts_of(experts, T, k, E);
+  const int64_t T = experts.size(0), E = spec[0], S = spec[4];
+  const Tensor listed = experts_of(experts, T, experts.size(1), E);
   Tensor first, label;
   if (priority) first = vector_of(priority, T, accumulator(*priority), "priority");
   if (segment) {
     label = vector_of(segment, T, at::kLong, "segments");
     Router::check_range(label, 0, S, "segments");
   }
-  const int64_t groups = group ? T / group : 1, places = E * groups * capacity;
-  const int64_t rows = capacity < 0 ? T * k : spec[3] ? places : std::min(T * k, places);
-  Tensor slots = at::empty_like(listed), order = at::empty({rows}, listed.options());
-  Tensor offsets = at::empty({E + 1}, listed.options()), kept = at::empty({S, E}, listed.options());
-  RouterSlots s{};
-  s.dtype = first.defined() ? dtype_of(first) : DType::float32;
-  s.T = T;
-  s.E = E;
-  s.k = k;
-  s.segments = S;
-  s.group_size = group;
-  s.capacity = capacity;
-  s.padded = spec[3] != 0;
-  s.rows = rows;
-  s.experts = listed.const_data_ptr<int64_t>();
-  s.priority = data_or_null(first);
-  s.segment = label.defined() ? label.const_data_ptr<int64_t>() : nullptr;
-  s.slots = slots.data_ptr<int64_t>();
-  s.order = order.data_ptr<int64_t>();
-  s.offsets = offsets.data_ptr<int64_t>();
-  s.kept = kept.data_ptr<int64_t>();
+  Slots s(listed, first, label, spec);
+  Tensor kept = at::empty({S, E}, listed.options());
+  s.raw.kept = kept.data_ptr<int64_t>();
   {
     pybind11::gil_scoped_release release;
-    expert_routing_cpu().slots(s, parallel());
+    expert_routing_cpu().slots(s.raw, parallel_for(T * E));
   }
-  return {slots, order, offsets, kept};
+  return {s.slots, s.order, s.offsets, kept};
+}
+
+RouterLosses losses_of(const Router& p, const Tensor& sums, const Tensor& counts, const std::vector<int64_t>& losses,
+                       const std::vector<double>& numbers) {
+  const int64_t E = p.raw.E, S = p.raw.segments;
+  TORCH_CHECK_VALUE(sums.is_contiguous() && sums.scalar_type() == accumulator(p.logits) && counts.is_contiguous() &&
+                        counts.scalar_type() == at::kLong && sums.numel() == 3 * S * (E + 1) &&
+                        counts.numel() == S * (2 * E + 1),
+                    "sums and counts must be those of the scores");
+  int64_t given = 0;
+  for (size_t at = 0; at + 3 < losses.size(); at += 4) {
+    const int64_t n = losses[at + 1] ? 1 : S, weights = losses[at + 2], thresholds = losses[at + 3];
+    TORCH_CHECK_VALUE(losses[at] >= 0 && losses[at] < 6 && (weights == 1 || weights == n) &&
+                          (thresholds == 0 || thresholds == 1 || thresholds == n),
+                      "each loss must be four integers");
+    given += weights + thresholds;
+  }
+  TORCH_CHECK_VALUE(losses.size() % 4 == 0 && static_cast<size_t>(given) == numbers.size(), "losses must be described");
+  return {E, S, static_cast<int64_t>(losses.size() / 4), p.raw.noise != nullptr, sums.const_data_ptr(),
+          counts.const_data_ptr<int64_t>(), losses.data(), numbers.data()};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_routing_route(
+    const Tensor& logits, const OptionalTensor& noise, const OptionalTensor& bias, const OptionalTensor& allowed,
+    const OptionalTensor& given, const OptionalTensor& segment, const OptionalTensor& valid,
+    const std::vector<int64_t>& spec, double sigma, const std::vector<int64_t>& places, bool by_gate,
+    const std::vector<int64_t>& losses, const std::vector<double>& numbers) {
+  const Router p(logits, noise, bias, allowed, segment, valid, spec, sigma);
+  const int64_t T = p.raw.T, E = p.raw.E, k = p.raw.k, S = p.raw.segments, cells = S * E;
+  TORCH_CHECK_VALUE(places.size() == 5 && places[0] == E && places[4] == S, "places must be those of the scores");
+  const Tensor listed = given ? experts_of(*given, T, k, E) : Tensor();
+  Tensor experts = p.integers({T, k}), counts = p.integers({2 * cells + S});
+  Tensor gates = p.numbers({T, k}), priority = p.numbers({T}), sums = p.numbers({3 * (cells + S)});
+  int64_t size = 0;
+  for (size_t at = 1; at < losses.size(); at += 4) size += losses[at] ? 1 : S;
+  Tensor values = p.numbers({size}), total = p.numbers({});
+  Slots s(experts, by_gate ? priority : Tensor(), p.segment, places);
+  const RouterLosses l = losses_of(p, sums, counts, losses, numbers);
+  const Parallel threads = parallel_for(T * E);
+  p.with_accumulator([&](auto zero) {
+    using A = decltype(zero);
+    A* to = sums.data_ptr<A>();
+    int64_t* count = counts.data_ptr<int64_t>();
+    s.raw.kept = count + cells;
+    const RouterScores out{listed.defined() ? listed.const_data_ptr<int64_t>() : nullptr,
+                           experts.data_ptr<int64_t>(),
+                           gates.data_ptr(),
+                           priority.data_ptr(),
+                           to,
+                           to + 3 * cells,
+                           count,
+                           count + 2 * cells,
+                           to + 3 * cells + 2 * S};
+    pybind11::gil_scoped_release release;
+    expert_routing_cpu().scores(p.raw, out, threads);
+    expert_routing_cpu().slots(s.raw, threads);
+    RouterBalance<A>(l).forward(values.data_ptr<A>(), total.data_ptr<A>());
+  });
+  return {experts, gates, s.slots, s.order, s.offsets, values, total, sums, counts};
+}
+
+Tensor expert_routing_route_backward(const Tensor& logits, const OptionalTensor& noise, const OptionalTensor& bias,
+                                     const OptionalTensor& allowed, const OptionalTensor& segment,
+                                     const OptionalTensor& valid, const std::vector<int64_t>& spec, double sigma,
+                                     const std::vector<int64_t>& losses, const std::vector<double>& numbers,
+                                     const Tensor& experts, const Tensor& sums, const Tensor& counts,
+                                     const OptionalTensor& d_gates, const OptionalTensor& d_values,
+                                     const OptionalTensor& d_total) {
+  const Router p(logits, noise, bias, allowed, segment, valid, spec, sigma);
+  const int64_t T = p.raw.T, E = p.raw.E, k = p.raw.k, S = p.raw.segments, cells = S * E;
+  const Tensor listed = experts_of(experts, T, k, E);
+  const RouterLosses l = losses_of(p, sums, counts, losses, numbers);
+  int64_t size = 0;
+  for (size_t at = 1; at < losses.size(); at += 4) size += losses[at] ? 1 : S;
+  const Tensor gates = d_gates ? p.upstream(*d_gates, {T, k}) : at::zeros({T, k}, sums.options());
+  const Tensor values = d_values ? p.upstream(*d_values, {size}) : Tensor();
+  const Tensor total = d_total ? p.upstream(*d_total, {}) : Tensor();
+  Tensor dlogits = p.numbers({T, E});
+  p.with_accumulator([&](auto zero) {
+    using A = decltype(zero);
+    std::vector<A> slopes(3 * cells + 2 * S);
+    const RouterGradients g{listed.const_data_ptr<int64_t>(), gates.data_ptr(), slopes.data(), slopes.data() + 3 * cells,
+                            dlogits.data_ptr()};
+    pybind11::gil_scoped_release release;
+    RouterBalance<A>(l).backward(static_cast<const A*>(data_or_null(values)), static_cast<const A*>(data_or_null(total)),
+                                 slopes.data(), slopes.data() + 3 * cells);
+    expert_routing_cpu().scores_backward(p.raw, g, parallel_for(T * E));
+  });
+  return dlogits;
 }
 
 // What the three functions that move rows have in common; slots and order address memory.

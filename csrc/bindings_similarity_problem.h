@@ -16,14 +16,15 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+void run_in_order(int64_t count, Parallel::Task task, void* context) {
+  for (int64_t index = 0; index < count; ++index) task(context, index, 0);
+}
+
 // Indices are handed out one by one: tasks differ in length, and every task owns its outputs, so who runs which
 // task does not change a result.
 void run_tasks(int64_t count, Parallel::Task task, void* context) {
   const int64_t workers = std::min<int64_t>(count, at::get_num_threads());
-  if (workers <= 1 || at::in_parallel_region()) {
-    for (int64_t index = 0; index < count; ++index) task(context, index, 0);
-    return;
-  }
+  if (workers <= 1 || at::in_parallel_region()) return run_in_order(count, task, context);
   std::atomic<int64_t> next{0};
   at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {

@@ -12,6 +12,8 @@ namespace contrastive_ops {
 
 enum class RouterScore : int { softmax = 0, sigmoid = 1 };
 enum class GroupScore : int { top2 = 0, max = 1 };
+// In the order of contrastive_ops/ops/router_losses.py.
+enum class RouterLoss : int { importance, load, switched, z, local_entropy, global_entropy };
 
 struct RouterProblem {
   DType dtype;
@@ -65,6 +67,16 @@ struct RouterSlots {
   int64_t* order;          // (rows,)
   int64_t* offsets;        // (E + 1,)
   int64_t* kept;           // (segments, E)
+};
+
+// What losses are made of, and which: `Statistics` and `LossSpec` of contrastive_ops/ops/router_losses.py.
+struct RouterLosses {
+  int64_t E, segments, count;
+  bool noise;             // whether p with noise is another sum
+  const void* sums;       // (3, segments, E), then (3, segments): squared logsumexp, entropy, margin
+  const int64_t* counts;  // (2, segments, E): choices and those kept, then (segments,): tokens
+  const int64_t* losses;  // (count, 4): loss, pooled, numbers of weights, numbers of thresholds
+  const double* numbers;  // weights, then thresholds, of each loss
 };
 
 // `tokens` (T, D) and `rows` (R, D) are of the input type, contiguous; which of them is read or written depends on the

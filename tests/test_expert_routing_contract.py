@@ -6,6 +6,7 @@ import torch._dynamo.testing
 
 from contrastive_ops import Capacity, Gating, RouterLoss, combine, dispatch, expert_choice, route
 from contrastive_ops.core.routing import ScoreSpec, SlotSpec
+from contrastive_ops.ops.router_losses import encode
 
 OPS = torch.ops.contrastive_ops
 LOSSES = ["importance", "load", "switch", "z", "local_entropy", RouterLoss("global_entropy", 0.3, threshold=5.0)]
@@ -85,6 +86,21 @@ def scores_arguments(backend):
     allowed, valid = torch.rand(9, 5) < 0.8, torch.arange(9) != 4
     spec = list(ScoreSpec(2, 0, 0, 1, 1, 0, 2, 1))
     return (logits, noise, None, allowed), (segment, valid, spec, 0.3), backend
+
+
+def test_opcheck_of_a_whole_router(backend):
+    problem, rules, _ = scores_arguments(backend)
+    losses = encode([RouterLoss("load"), RouterLoss("z", [0.5, 2.0]), RouterLoss("global_entropy", threshold=1.0)])
+    places = list(SlotSpec(5, 9, 3, 0, 2))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (*problem, None, *rules, places, True, *losses, backend)
+    torch.library.opcheck(OPS.expert_routing_route, arguments, test_utils=checks)
+    experts, gates, *_, values, total, sums, counts = OPS.expert_routing_route(*arguments)
+    assert values.shape == (6,) and values.requires_grad and total.requires_grad and not sums.requires_grad
+    for upstream in ((gates, values, total), (gates, None, None), (None, None, total)):
+        upstream = [None if t is None else torch.randn_like(t).detach() for t in upstream]
+        arguments = (problem[0].detach(), *problem[1:], *rules, *losses, experts, sums, counts, *upstream, backend)
+        torch.library.opcheck(OPS.expert_routing_route_backward, arguments, test_utils=checks)
 
 
 def test_opcheck(backend):
@@ -258,5 +274,14 @@ def test_the_compiled_functions_protect_memory():
         ):
             with pytest.raises(ValueError):
                 call(*arguments)
+    problem = (torch.randn(6, 4), None, None, None, None, None, None, list(ScoreSpec(2, 0, 0, 1, 1, 0, 1, 0)), 0.0)
+    for places, losses, numbers in (
+        (SlotSpec(5, 6, -1, 0, 1), [], []),  # of another number of experts
+        (SlotSpec(4, 6, -1, 0, 1), [0, 0, 1, 0], []),  # without its weight
+        (SlotSpec(4, 6, -1, 0, 1), [0, 0, 3, 0], [1.0] * 3),  # weights of other segments
+        (SlotSpec(4, 6, -1, 0, 1), [6, 0, 1, 0], [1.0]),
+    ):
+        with pytest.raises(ValueError):
+            functions.route(*problem, list(places), False, losses, numbers)
     with pytest.raises(ValueError):
         functions.slots(routing.experts + 4, None, None, list(SlotSpec(4, 6, 2, 0, 1)))

@@ -311,6 +311,25 @@ def test_weights(name, weight, backend):
     torch.testing.assert_close(routing.loss, expected + (routing.losses["z"].sum() if name != "z" else 0.0))
 
 
+def test_weights_and_thresholds_in_tensors(backend):
+    """Are those in numbers, and have gradients of their own."""
+    logits, segments = problem()
+    numbers, threshold, z = [2.0, 0.0, 0.5], [0.5, 2.0, 9.0], logits.requires_grad_()
+    weight = torch.tensor(numbers, dtype=DOUBLE, requires_grad=True)
+    results = []
+    for w, t in ((numbers, threshold), (weight, torch.tensor(threshold)), (numbers, torch.tensor(threshold))):
+        losses = ["importance", RouterLoss("z", w), RouterLoss("global_entropy", threshold=t)]
+        routing = route(z, 2, capacity=1.0, segments=segments, losses=losses, backend=backend)
+        results.append([routing.loss, routing.slots, *torch.autograd.grad(routing.loss, z), *routing.losses.values()])
+        last = routing if w is weight else None
+        if last is not None:
+            (found,) = torch.autograd.grad(route(z, 2, segments=segments, losses=losses, backend=backend).loss, weight)
+            torch.testing.assert_close(found, last.losses["z"].detach() * (weight != 0))
+    for found in results[1:]:
+        for value, expected in zip(found, results[0], strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("threshold", [-5.0, math.log(5), 50.0, [0.1, math.log(7), 1.9]], ids=str)
 def test_a_threshold_is_the_entropy_that_is_enough(threshold, backend):
     """max(0, threshold - H): code that adds H, or clamps the other way round, punishes what it should reward."""
@@ -396,7 +415,7 @@ def test_metrics_are_computed_when_they_are_read(backend, monkeypatch):
     from contrastive_ops.ops.expert_routing import Statistics
 
     computed, metrics = [], Statistics.metrics
-    monkeypatch.setattr(Statistics, "metrics", lambda statistics: computed.append(1) or metrics(statistics))
+    monkeypatch.setattr(Statistics, "metrics", lambda *all_of_it: computed.append(1) or metrics(*all_of_it))
     logits = torch.randn(10, 4, requires_grad=True)
     routing = route(logits, 2, losses=WITHOUT_NOISE, backend=backend)
     (routing.gates.sum() + routing.loss).backward()

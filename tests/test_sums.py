@@ -29,7 +29,7 @@ from contrastive_ops.core.ordered import (
     segment_sums,
 )
 from contrastive_ops.metrics import isotropy
-from contrastive_ops.ops._router_statistics import entropy_of, relative_entropy
+from contrastive_ops.ops.router_losses import entropy_of, relative_entropy
 
 MILLIONS = 4_000_000
 BOUND = 1e-6

@@ -15,8 +15,8 @@ from ..core import autocast, checks
 from ..core.masks import left_out
 from ..core.state import State
 from ..ops import Capacity, Gating, RouterLoss, Routing, route
-from ..ops._router_problem import as_capacity, check_gating, described
 from ..ops.expert_routing import DEFAULT, PRIORITIES
+from ..ops.gating import as_capacity, check_gating, described
 
 BALANCING = ("sign", "zscore")
 

@@ -5,9 +5,10 @@ from ..core.rules import Guide, Pairs
 from .coarse import Coarse
 from .expert_choice import expert_choice
 from .expert_routing import Routing, combine, dispatch, route
-from .gating import Capacity, Gating, RouterLoss
+from .gating import Capacity, Gating
 from .grouped_matmul import grouped_matmul
 from .maxsim import maxsim, maxsim_pairs
+from .router_losses import RouterLoss
 from .similarity_distill import similarity_distill
 from .similarity_prefix import PrefixFolds, similarity_prefix
 from .similarity_reduce import merge_lse, similarity_reduce

@@ -1,6 +1,7 @@
 """torch.library operators of expert_routing: schema, fake, autograd.
 
-`scores` and its derivative `scores_backward` read the logits; `slots` places choices and is not differentiated.
+`route` is a whole router: scores, slots and losses. `scores`, its derivative `scores_backward`, and `slots`, which has
+none, are its parts, for experts that choose tokens in between and for second derivatives.
 `dispatch`, `combine` and `dots` move rows; the derivatives of each are the others, so that they can be differentiated
 any number of times.
 """
@@ -20,6 +21,7 @@ from ..core.derivatives import alias, grad
 from ..core.operators import call, define, of_backend
 from ..core.routing import ScoreSpec, SlotSpec
 from ..reference import expert_routing as reference
+from .router_losses import Statistics, decode, summary
 
 _GIVEN = "Tensor logits, Tensor? noise, Tensor? bias, Tensor? allowed"
 _RULES = "Tensor? segment, Tensor? valid, SymInt[] spec, float sigma"
@@ -30,6 +32,16 @@ _SCORES = (
 _SCORES_BACKWARD = (
     f"({_GIVEN}, {_RULES}, Tensor experts, Tensor d_gates, Tensor d_sums, Tensor d_totals, str backend)"
     " -> Tensor dlogits"
+)
+_LOSSES = "int[] losses, float[] numbers"
+_ROUTE = (
+    f"({_GIVEN}, Tensor? given, {_RULES}, SymInt[] places, bool by_gate, {_LOSSES}, str backend) -> (Tensor experts,"
+    " Tensor gates, Tensor slots, Tensor order, Tensor offsets, Tensor values, Tensor total, Tensor sums,"
+    " Tensor counts)"
+)
+_ROUTE_BACKWARD = (
+    f"({_GIVEN}, {_RULES}, {_LOSSES}, Tensor experts, Tensor sums, Tensor counts, Tensor? d_gates, Tensor? d_values,"
+    " Tensor? d_total, str backend) -> Tensor dlogits"
 )
 _SLOTS = (
     "(Tensor experts, Tensor? priority, Tensor? segment, SymInt[] spec, str backend)"
@@ -43,6 +55,8 @@ _DOTS = "(Tensor tokens, Tensor rows, Tensor slots, Tensor order, str backend) -
 def register(backends: Mapping[str, Backend]) -> None:
     """Define the operators; `backends` says where each backend's functions are."""
     for name, schema, fake, setup, derivative in (
+        ("route", _ROUTE, _route_fake, _route_setup, _route_derivative),
+        ("route_backward", _ROUTE_BACKWARD, _backward_fake, None, None),
         ("scores", _SCORES, _scores_fake, _scores_setup, _scores_derivative),
         ("scores_backward", _SCORES_BACKWARD, _backward_fake, _backward_setup, _backward_derivative),
         ("slots", _SLOTS, _slots_fake, None, None),
@@ -51,6 +65,88 @@ def register(backends: Mapping[str, Backend]) -> None:
         ("dots", _DOTS, _dots_fake, _dots_setup, _dots_derivative),
     ):
         define(f"expert_routing_{name}", schema, of_backend(backends, name), fake, setup, derivative)
+
+
+class InParts:
+    """The functions of a backend, and `route` and its derivative made of them."""
+
+    def __init__(self, functions: Any) -> None:
+        self._functions = functions
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._functions, name)
+
+    def route(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """Scores, slots and losses."""
+        *problem, places, by_gate, losses, numbers = arguments
+        noise, segment = problem[1], problem[5]
+        experts, gates, first, *scores = self._functions.scores(*problem)
+        *placed, kept = self._functions.slots(experts, first if by_gate else None, segment, places)
+        return experts, gates, *placed, *summary(scores, kept, decode(losses, numbers), noise is not None)
+
+    def route_backward(self, *arguments: Any) -> Tensor:
+        """The gradient by the logits, in the accumulation dtype."""
+        *problem, losses, numbers, experts, sums, counts, d_gates, d_values, d_total = arguments
+        logits, noise = problem[:2]
+        if d_gates is None:
+            d_gates = sums.new_zeros(experts.shape)
+        statistics = Statistics.unpack(sums, counts, logits.shape[1], noise is not None)
+        slopes = statistics.slopes(decode(losses, numbers), d_values, d_total)
+        gradient: Tensor = self._functions.scores_backward(*problem, experts, d_gates, *slopes)
+        return gradient
+
+
+# ---- route ---------------------------------------------------------------------------------------------------------
+
+
+def _route_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    *problem, places, _, losses, _, backend = arguments
+    experts, gates, _, sums, totals, *_ = _scores_fake(*problem, backend)
+    slots, order, offsets, kept = _slots_fake(experts, None, None, places, backend)
+    segments = kept.shape[0]
+    values = gates.new_empty((sum(1 if pooled else segments for pooled in losses[1::4]),))
+    floating = gates.new_empty((sums.numel() + totals.numel() + segments,))
+    integers = experts.new_empty((2 * kept.numel() + segments,))
+    return experts, gates, slots, order, offsets, values, gates.new_empty(()), floating, integers
+
+
+def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, noise, bias, allowed, _, segment, valid, spec, sigma, _, _, losses, numbers, backend = inputs
+    experts, _, slots, order, offsets, values, total, sums, counts = output
+    ctx.save_for_backward(logits, noise, bias, allowed, segment, valid, experts, sums, counts)
+    ctx.set_materialize_grads(False)
+    ctx.rules, ctx.losses, ctx.backend = (spec, sigma), (losses, numbers), backend
+    constant = () if losses else (values, total)
+    ctx.mark_non_differentiable(experts, slots, order, offsets, sums, counts, *constant)
+
+
+def _route_derivative(ctx: Any, *d_outputs: Any) -> tuple[Any, ...]:
+    _, d_gates, _, _, _, d_values, d_total, *_ = d_outputs
+    upstream = (d_gates, d_values, d_total)
+    if all(d is None for d in upstream):
+        return (None,) * 14
+    *problem, experts, sums, counts = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        gradient = _differentiable_gradient(ctx, problem, experts, upstream)
+    else:
+        gradient = call.expert_routing_route_backward(
+            *problem, *ctx.rules, *ctx.losses, experts, sums, counts, *upstream, ctx.backend
+        )
+    return (gradient.to(problem[0].dtype), *(None,) * 13)
+
+
+def _differentiable_gradient(ctx: Any, problem: list[Any], experts: Tensor, upstream: tuple[Any, ...]) -> Tensor:
+    """The gradient as a function of the logits and of what comes from upstream: by the operators of the parts."""
+    logits, noise, bias, allowed, segment, valid = problem
+    with torch.enable_grad(), autocast.disabled(logits):
+        leaf = alias(logits)
+        _, gates, _, *scores = call.expert_routing_scores(
+            leaf, noise, bias, allowed, experts, segment, valid, *ctx.rules, ctx.backend
+        )
+        values, total, *_ = summary(scores, scores[2], decode(*ctx.losses), noise is not None)
+        pairs = [(output, d) for output, d in zip((gates, values, total), upstream, strict=True) if d is not None]
+        (gradient,) = grad([output for output, _ in pairs], [leaf], [d for _, d in pairs])
+    return logits.new_zeros(logits.shape) if gradient is None else gradient
 
 
 # ---- scores --------------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from ..core import checks
 from ..core.backends import choose
 from ..core.operators import call
 from ..core.routing import SlotSpec, smaller
-from ._router_problem import RouterProblem, as_capacity, check_gating
-from .expert_routing import BACKENDS, DEFAULT, Routing, routing_of
-from .gating import Capacity, Gating, RouterLoss
+from .expert_routing import BACKENDS, DEFAULT, Routing, routing_in_parts
+from .gating import Capacity, Gating, RouterProblem, as_capacity, check_gating
+from .router_losses import RouterLoss
 
 
 def expert_choice(
@@ -110,8 +110,8 @@ def expert_choice(
         places = (slots, order, offsets, kept)
     label = torch.zeros_like(picked[:, 0]) if problem.segment is None else problem.segment
     served = torch.zeros_like(counts).index_add(0, label, chosen.any(1).long())
-    statistics = (sums, totals, places[3], counts, margin)
-    return routing_of(problem, picked, gates.masked_fill(~chosen, 0.0), statistics, places, served)
+    scores = (sums, totals, places[3], counts, margin)
+    return routing_in_parts(problem, picked, gates.masked_fill(~chosen, 0.0), scores, places, served)
 
 
 def _best_tokens(gates: Tensor, eligible: Tensor, count: int, group: int) -> Tensor:

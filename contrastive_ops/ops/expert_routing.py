@@ -14,20 +14,19 @@ from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
 from ..core.operators import call
 from ..core.recompute import must_reach
 from ..core.results import pytree
-from ..core.routing import SlotSpec
 from ..reference import expert_routing as reference
-from ._expert_routing_autograd import register
-from ._router_problem import RouterProblem, as_capacity, check_gating
-from ._router_statistics import Statistics
-from .gating import Capacity, Gating, RouterLoss
+from ._expert_routing_autograd import InParts, register
+from .gating import Capacity, Gating, RouterProblem, as_capacity, check_gating
+from .router_losses import RouterLoss, Statistics, encode, summary
 
-# One hop to every implementation; each offers scores, scores_backward, slots, dispatch, combine and dots.
+# One hop to every implementation; each offers route, route_backward, scores, scores_backward, slots, dispatch, combine
+# and dots.
 BACKENDS = enrol(
     "expert_routing",
     {
         "reference": Backend(
             source="contrastive_ops/reference/expert_routing.py",
-            functions=lambda: reference,
+            functions=functools.cache(lambda: InParts(reference)),
             unsupported=lambda x: [],
         ),
         "cpu": Backend(
@@ -37,12 +36,12 @@ BACKENDS = enrol(
         ),
         "triton": Backend(
             source="kernels/expert_routing.py",
-            functions=functools.cache(lambda: triton_kernels.functions("expert_routing")),
+            functions=functools.cache(lambda: InParts(triton_kernels.functions("expert_routing"))),
             unsupported=triton_kernels.unsupported,
         ),
         "cuda": Backend(
             source="csrc/cuda/expert_routing.cu",
-            functions=functools.cache(lambda: cuda_kernels.functions("expert_routing")),
+            functions=functools.cache(lambda: InParts(cuda_kernels.functions("expert_routing"))),
             unsupported=cuda_kernels.unsupported,
         ),
     },
@@ -68,7 +67,9 @@ class Routing:
         offsets: (E + 1,) int64: expert e has the rows from ``offsets[e]`` to ``offsets[e + 1]``.
         losses: of each `RouterLoss` by name, (S,), or (1,) where it is pooled. Differentiable.
         loss: 0-d, their weighted total.
-        statistics: sums over the tokens of each segment, which `metrics` are made of.
+        sums: and `counts`, numbers over the tokens of each segment that `metrics` are made of.
+        counts: see `sums`.
+        served: (S,) int64, tokens that have an expert, where experts choose.
     """
 
     experts: Tensor
@@ -78,7 +79,9 @@ class Routing:
     offsets: Tensor
     losses: dict[str, Tensor]
     loss: Tensor
-    statistics: Statistics
+    sums: Tensor
+    counts: Tensor
+    served: Tensor | None = None
 
     @property
     def metrics(self) -> dict[str, Tensor]:
@@ -94,7 +97,8 @@ class Routing:
         found: dict[str, Tensor] | None = self.__dict__.get("_metrics")
         if found is None:
             with torch.no_grad():
-                found = self.statistics.metrics()
+                statistics = Statistics.unpack(self.sums, self.counts, self.offsets.shape[0] - 1, noise=False)
+                found = statistics.metrics(self.served)
             if not torch.compiler.is_compiling():  # a traced program computes once what it reads twice
                 self.__dict__["_metrics"] = found
         return found
@@ -207,30 +211,43 @@ def route(
             f"noise_std={gating.noise_std}: it is the chance to be chosen when the noise is drawn again"
         )
     backend = choose(function, BACKENDS, logits, backend)
-    chosen, gates, first, *sums = call.expert_routing_scores(*problem.arguments(k), backend)
-    spec = SlotSpec(experts, group, taken, int(limits.padded), problem.segments)
-    places = call.expert_routing_slots(
-        chosen, first if priority == "gate" and taken >= 0 else None, problem.segment, list(spec), backend
-    )
-    return routing_of(problem, chosen, gates, sums, places)
+    places = [experts, group, taken, int(limits.padded), problem.segments]
+    by_gate = priority == "gate" and taken >= 0
+    encoded = encode(problem.losses)
+    arguments = problem.arguments(k)
+    if encoded is not None:
+        return as_routing(problem, call.expert_routing_route(*arguments, places, by_gate, *encoded, backend))
+    chosen, gates, first, *scores = call.expert_routing_scores(*arguments, backend)
+    first = first if by_gate else None
+    found = call.expert_routing_slots(chosen, first, problem.segment, places, backend)
+    return routing_in_parts(problem, chosen, gates, scores, found)
 
 
-def routing_of(
+def as_routing(problem: RouterProblem, outputs: Sequence[Tensor], served: Tensor | None = None) -> Routing:
+    """What the operator returned by name."""
+    experts, gates, slots, order, offsets, values, total, sums, counts = outputs
+    if problem.gating.renormalize and experts.shape[1] == 1:
+        gates = torch.where(gates.isnan(), gates, (experts >= 0).to(gates.dtype))
+    losses: dict[str, Tensor] = {}
+    if problem.losses:
+        parts = values.split([1 if loss.pooled else problem.segments for loss in problem.losses])
+        losses = {loss.name: part for loss, part in zip(problem.losses, parts, strict=True)}
+        must_reach(problem.function, (*parts, total))
+    return Routing(experts, gates, slots, order, offsets, losses, total, sums, counts, served)
+
+
+def routing_in_parts(
     problem: RouterProblem,
     experts: Tensor,
     gates: Tensor,
-    sums: Sequence[Tensor],
+    scores: Sequence[Tensor],
     places: Sequence[Tensor],
     served: Tensor | None = None,
 ) -> Routing:
-    """Put together what the operators returned; `served`: (S,) tokens that have an expert, where experts choose."""
-    slots, order, offsets, kept = places
-    if problem.gating.renormalize and experts.shape[1] == 1:
-        gates = torch.where(gates.isnan(), gates, (experts >= 0).to(gates.dtype))
-    statistics = problem.statistics(sums, kept, served)
-    by_name, total = statistics.losses(problem.function, problem.losses)
-    must_reach(problem.function, by_name.values())
-    return Routing(experts, gates, slots, order, offsets, by_name, total, statistics)
+    """The same of separate operators: experts that choose tokens, or losses whose weights are in tensors."""
+    *placed, kept = places
+    values, total, sums, counts = summary(scores, kept, problem.losses, problem.noise is not None)
+    return as_routing(problem, (experts, gates, *placed, values, total, sums.detach(), counts), served)
 
 
 def dispatch(tokens: Tensor, routing: Routing, *, backend: str = "auto") -> Tensor:

@@ -1,4 +1,4 @@
-"""How a router scores experts, how many tokens an expert takes, and what is asked of the load on them."""
+"""What a router is asked: `Gating`, `Capacity`, and the arguments that `route` and `expert_choice` share, checked."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.routing import GROUP_SCORES, SCORES
+from ..core.lists import NONE, first_of_each
+from ..core.masks import left_out
+from ..core.recompute import random_options
+from ..core.routing import GROUP_SCORES, SCORES, ScoreSpec
+from .router_losses import PLAIN, RouterLoss
 
-LOSSES = ("importance", "load", "switch", "z", "local_entropy", "global_entropy")
+# Of labels that are read: each is a row of every metric.
+MOST_SEGMENTS = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,48 +117,169 @@ class Capacity:
         return -(-most // multiple) * multiple, size
 
 
-@dataclass(frozen=True)
-class RouterLoss:
-    """A loss on how tokens are spread over experts, and its weights.
+UNLIMITED = Capacity()
 
-    Attributes:
-        name: one of
 
-            - "importance": squared coefficient of variation of the experts' summed probabilities;
-            - "load": the same of the probabilities to be chosen when an expert's own noise is drawn again;
-            - "switch": E times the sum over experts of share of choices times mean probability;
-            - "z": mean squared logsumexp of the logits;
-            - "local_entropy": mean entropy of a token's probabilities: low when each token is decided;
-            - "global_entropy": minus the entropy of the mean probabilities: low when the tokens are spread.
-        weight: in the total; one number, or one for each segment.
-        threshold: for "global_entropy": max(0, threshold + loss), which is 0 from an entropy of `threshold` on: log(S)
-            asks a segment to use at least S experts. One number, or one for each segment.
-        pooled: over all tokens, whatever their segments, with one weight and a value of shape (1,). LIMoE has
-            importance and load so, which cannot see a segment of few tokens, beside entropies of each modality.
-    """
+@dataclass(eq=False)
+class RouterProblem:
+    """A router's inputs. Rows are tokens; `segment`, `valid`, `mask`, `given` and `noise` may be None."""
 
-    name: str
-    weight: float | Sequence[float] = 1.0
-    threshold: float | Sequence[float] | None = None
-    pooled: bool = False
+    function: str
+    logits: Tensor
+    gating: Gating
+    noise: Tensor | None
+    mask: Tensor | None
+    given: Tensor | None
+    segment: Tensor | None
+    segments: int
+    valid: Tensor | None
+    losses: tuple[RouterLoss, ...]
 
-    def __post_init__(self) -> None:
-        checks.check_choice("RouterLoss", "name", self.name, LOSSES)
-        if self.threshold is not None and self.name != "global_entropy":
-            raise ValueError(f"RouterLoss: threshold must be None for {self.name!r}, got {self.threshold}")
+    @classmethod
+    def of(
+        cls,
+        function: str,
+        logits: Tensor,
+        k: int,
+        gating: Gating,
+        segments: Tensor | None,
+        num_segments: int | None,
+        valid: Tensor | None,
+        allowed: Tensor | None,
+        losses: Sequence[str | RouterLoss],
+        generator: torch.Generator | None,
+        noise: Tensor | None,
+    ) -> RouterProblem:
+        """Check the arguments, and draw the noise."""
+        tokens = logits.shape[0]
+        wanted = described(function, losses)
+        if len({loss.name for loss in wanted}) < len(wanted):
+            raise ValueError(f"{function}: losses must differ, got {[loss.name for loss in wanted]}")
+        if valid is not None:  # what padding has for a segment and for experts is not looked at
+            _check_like(function, "valid", valid, torch.bool, (tokens,), logits)
+            segments, allowed = (_of_valid(each, valid) for each in (segments, allowed))
+        if segments is not None:
+            segments = checks.as_index(function, "segments", segments)
+        count = _segments(function, segments, num_segments, logits)
+        for loss in wanted:
+            loss.check(function, count)
+        mask, given = _allowed(function, allowed, k, logits)
+        if given is not None:  # a token that is given no expert is left out
+            some = (given >= 0).any(1)
+            valid = some if valid is None else valid & some
+        dtype = checks.accumulator(logits.dtype)
+        if noise is not None:
+            if not gating.noise_std:
+                raise ValueError(f"{function}: noise must be None without gating.noise_std, got a tensor")
+            checks.check_matrix(function, "noise", noise)
+            _check_like(function, "noise", noise, noise.dtype, tuple(logits.shape), logits)
+            checks.check_constant(function, "noise", noise)
+            noise = noise.to(dtype).contiguous()
+            noise = noise if valid is None else left_out(noise, valid)
+        elif gating.noise_std:
+            noise = torch.randn(logits.shape, dtype=dtype, device=logits.device, **random_options(function, generator))
+        return cls(function, logits, gating, noise, mask, given, segments, count, valid, wanted)
 
-    def per_segment(self, function: str, value: Any, segments: int) -> list[float] | Tensor:
-        """A weight or threshold as (S,) numbers, in a list if they came as such."""
-        if isinstance(value, (int, float)):
-            return [value] * segments
-        if isinstance(value, (list, tuple)) and all(isinstance(each, (int, float)) for each in value):
-            if len(value) == segments:
-                return list(value)
-        else:
-            numbers = torch.as_tensor(value)
-            if numbers.dim() == 0 or numbers.shape == (segments,):
-                return numbers.expand(segments)
-        raise ValueError(
-            f"{function}: losses must have one weight and threshold, or one for each of {segments} segments, "
-            f"got {checks.shown(value)} for {self.name!r}"
+    def asks(self, loss: str) -> bool:
+        """Whether a loss is wanted."""
+        return any(each.name == loss for each in self.losses)
+
+    def arguments(self, k: int, given: Tensor | None = None) -> tuple[Any, ...]:
+        """What the operator takes that scores the experts, up to the backend."""
+        g = self.gating
+        groups = (g.expert_groups, g.kept_groups, GROUP_SCORES.index(g.group_score))
+        # With one choice the gate is 1, which `routing_of` puts there: x / x has a gradient of rounding errors.
+        spec = ScoreSpec(
+            k, SCORES.index(g.score), int(g.renormalize and k > 1), *groups, self.segments, int(self.asks("load"))
         )
+        bias = None if g.bias is None else g.bias.detach().to(checks.accumulator(self.logits.dtype))
+        sigma = g.noise_std / max(self.logits.shape[1], 1)
+        given = self.given if given is None else given
+        return self.logits, self.noise, bias, self.mask, given, self.segment, self.valid, list(spec), sigma
+
+
+def check_gating(function: str, gating: object) -> None:
+    """`gating` must be a description of one."""
+    if not isinstance(gating, Gating):
+        raise TypeError(f"{function}: gating must be Gating, got {type(gating).__name__}")
+
+
+def as_capacity(function: str, capacity: int | float | Capacity | None) -> Capacity:
+    """A limit, a factor or a description as a description."""
+    if isinstance(capacity, Capacity):
+        return capacity
+    if capacity is None:
+        return UNLIMITED
+    value = checks.plain(function, "capacity", capacity, "an int, a float, Capacity or None")
+    return Capacity(limit=value) if isinstance(value, int) else Capacity(factor=value)
+
+
+def _check_like(
+    function: str, name: str, tensor: object, dtype: torch.dtype, shape: tuple[int, ...], logits: Tensor
+) -> None:
+    tensor = checks.check_tensor(function, name, tensor)
+    if tensor.dtype != dtype:
+        raise TypeError(f"{function}: {name} must be {str(dtype).removeprefix('torch.')}, got {tensor.dtype}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{function}: {name} must have shape {shape}, got {checks.shape(tensor)}")
+    checks.check_device(function, "logits", logits, name, tensor)
+
+
+def _of_valid(label: Tensor | None, valid: Tensor) -> Tensor | None:
+    """A label of tokens with 0 for padding, if it fits; what does not is left to the checks."""
+    fits = isinstance(label, Tensor) and label.shape[:1] == valid.shape and label.device == valid.device
+    return left_out(label, valid) if fits and isinstance(label, Tensor) else label
+
+
+def described(function: str, losses: object) -> tuple[RouterLoss, ...]:
+    """Names and descriptions as descriptions."""
+    if not isinstance(losses, (list, tuple)):
+        raise TypeError(f"{function}: losses must be a list of names and RouterLoss, got {type(losses).__name__}")
+    for loss in losses:
+        if not isinstance(loss, (str, RouterLoss)):
+            raise TypeError(f"{function}: losses must be names and RouterLoss, got {type(loss).__name__}")
+    # A name that is not known is told by the constructor.
+    return tuple((PLAIN.get(loss) or RouterLoss(loss)) if isinstance(loss, str) else loss for loss in losses)
+
+
+def _segments(function: str, segments: Tensor | None, num_segments: int | None, logits: Tensor) -> int:
+    """How many segments there are."""
+    if num_segments is not None:
+        num_segments = checks.integer(function, "num_segments", num_segments, 1)
+    if segments is None:
+        if num_segments not in (None, 1):
+            raise ValueError(f"{function}: segments must be given for num_segments={num_segments}, got None")
+        return 1
+    _check_like(function, "segments", segments, torch.int64, (logits.shape[0],), logits)
+    if num_segments is None:
+        if not checks.may_read(segments, waits=True):
+            raise ValueError(f"{function}: num_segments must be given where segments cannot be read, got None")
+        num_segments = int(segments.max()) + 1 if segments.shape[0] else 1
+        if num_segments > MOST_SEGMENTS:
+            raise ValueError(
+                f"{function}: segments must be numbers of rows of the metrics, got {num_segments - 1}\n"
+                "  number them: segments.unique(return_inverse=True)[1]"
+            )
+    # Kernels for a GPU count a token of another segment nowhere.
+    checks.check_index_values(function, "segments", segments, num_segments, waits=False)
+    return num_segments
+
+
+def _allowed(function: str, allowed: Tensor | None, k: int, logits: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The argument as (mask, assignment), of which one at most is there."""
+    tokens, experts = logits.shape
+    if allowed is None:
+        return None, None
+    if isinstance(allowed, Tensor) and allowed.dtype == torch.bool:
+        _check_like(function, "allowed", allowed, torch.bool, (tokens, experts), logits)
+        return allowed, None
+    if isinstance(allowed, Tensor) and allowed.dtype in checks.INTEGERS:
+        given = checks.as_index(function, "allowed", allowed)
+        given = given[:, None] if given.dim() == 1 and k == 1 else given
+        _check_like(function, "allowed", given, torch.int64, (tokens, k), logits)
+        checks.check_index_values(function, "allowed", given, experts, or_none=True, waits=False)
+        if k > 1:
+            given = torch.where(first_of_each(given), given, NONE)
+        return None, given
+    kind = allowed.dtype if isinstance(allowed, Tensor) else type(allowed).__name__
+    raise TypeError(f"{function}: allowed must be bool (T, E), or int64 (T, k) experts, got {kind}")
