@@ -89,8 +89,9 @@ struct Router {
   }
 };
 
-// A router of few logits takes less time than it takes to wake another thread; who works changes no result.
-Parallel parallel_for(int64_t logits) { return logits < (1 << 15) ? Parallel{run_in_order, 1} : parallel(); }
+// Less than so many take less time than it takes to wake another thread; who works changes no result.
+constexpr int64_t kFewLogits = 1 << 15, kFewNumbers = 1 << 18;
+Parallel parallel_for(int64_t size, int64_t few) { return size < few ? Parallel{run_in_order, 1} : parallel(); }
 
 Tensor experts_of(const Tensor& experts, int64_t T, int64_t k, int64_t E) {
   TORCH_CHECK_VALUE(experts.dim() == 2 && experts.size(0) == T && experts.size(1) == k, "experts must have shape (", T,
@@ -122,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exper
                          margin.data_ptr()};
   {
     pybind11::gil_scoped_release release;
-    expert_routing_cpu().scores(p.raw, out, parallel_for(T * E));
+    expert_routing_cpu().scores(p.raw, out, parallel_for(T * E, kFewLogits));
   }
   return {experts, gates, priority, sums, totals, choices, tokens, margin};
 }
@@ -142,7 +143,7 @@ Tensor expert_routing_scores_backward(const Tensor& logits, const OptionalTensor
                           dlogits.data_ptr()};
   {
     pybind11::gil_scoped_release release;
-    expert_routing_cpu().scores_backward(p.raw, g, parallel_for(T * E));
+    expert_routing_cpu().scores_backward(p.raw, g, parallel_for(T * E, kFewLogits));
   }
   return dlogits;
 }
@@ -197,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_routing_slots(const Tensor& ex
   s.raw.kept = kept.data_ptr<int64_t>();
   {
     pybind11::gil_scoped_release release;
-    expert_routing_cpu().slots(s.raw, parallel_for(T * E));
+    expert_routing_cpu().slots(s.raw, parallel_for(T * E, kFewLogits));
   }
   return {s.slots, s.order, s.offsets, kept};
 }
@@ -218,8 +219,14 @@ RouterLosses losses_of(const Router& p, const Tensor& sums, const Tensor& counts
     given += weights + thresholds;
   }
   TORCH_CHECK_VALUE(losses.size() % 4 == 0 && static_cast<size_t>(given) == numbers.size(), "losses must be described");
-  return {E, S, static_cast<int64_t>(losses.size() / 4), p.raw.noise != nullptr, sums.const_data_ptr(),
-          counts.const_data_ptr<int64_t>(), losses.data(), numbers.data()};
+  return {E,
+          S,
+          static_cast<int64_t>(losses.size() / 4),
+          p.raw.noise != nullptr,
+          sums.const_data_ptr(),
+          counts.const_data_ptr<int64_t>(),
+          losses.data(),
+          numbers.data()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_routing_route(
@@ -238,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor values = p.numbers({size}), total = p.numbers({});
   Slots s(experts, by_gate ? priority : Tensor(), p.segment, places);
   const RouterLosses l = losses_of(p, sums, counts, losses, numbers);
-  const Parallel threads = parallel_for(T * E);
+  const Parallel threads = parallel_for(T * E, kFewLogits);
   p.with_accumulator([&](auto zero) {
     using A = decltype(zero);
     A* to = sums.data_ptr<A>();
@@ -281,12 +288,12 @@ Tensor expert_routing_route_backward(const Tensor& logits, const OptionalTensor&
   p.with_accumulator([&](auto zero) {
     using A = decltype(zero);
     std::vector<A> slopes(3 * cells + 2 * S);
-    const RouterGradients g{listed.const_data_ptr<int64_t>(), gates.data_ptr(), slopes.data(), slopes.data() + 3 * cells,
-                            dlogits.data_ptr()};
+    const RouterGradients g{listed.const_data_ptr<int64_t>(), gates.data_ptr(), slopes.data(),
+                            slopes.data() + 3 * cells, dlogits.data_ptr()};
     pybind11::gil_scoped_release release;
-    RouterBalance<A>(l).backward(static_cast<const A*>(data_or_null(values)), static_cast<const A*>(data_or_null(total)),
-                                 slopes.data(), slopes.data() + 3 * cells);
-    expert_routing_cpu().scores_backward(p.raw, g, parallel_for(T * E));
+    RouterBalance<A>(l).backward(static_cast<const A*>(data_or_null(values)),
+                                 static_cast<const A*>(data_or_null(total)), slopes.data(), slopes.data() + 3 * cells);
+    expert_routing_cpu().scores_backward(p.raw, g, parallel_for(T * E, kFewLogits));
   });
   return dlogits;
 }
@@ -323,8 +330,9 @@ struct Rows {
   Tensor run(void (*function)(const RouterRows&, const Parallel&), at::IntArrayRef sizes, at::ScalarType type) {
     to = at::empty(sizes, from.options().dtype(type));
     raw.to = to.data_ptr();
+    const Parallel threads = parallel_for(std::max(raw.R, raw.T * raw.k) * raw.D, kFewNumbers);
     pybind11::gil_scoped_release release;
-    function(raw, parallel());
+    function(raw, threads);
     return to;
   }
 };

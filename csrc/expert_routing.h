@@ -1,7 +1,8 @@
 // Routing of tokens to experts; shared by cpu/ and cuda/.
 //
 // Pointers to void are of the accumulation type (double for float64 inputs, float otherwise) unless they are said to be
-// of the input type. Numbers of scores are those of contrastive_ops/core/routing.py. Sums are over the tokens of a segment.
+// of the input type. Numbers of scores are those of contrastive_ops/core/routing.py. Sums are over the tokens of a
+// segment.
 #pragma once
 
 #include <cstdint>

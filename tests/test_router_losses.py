@@ -314,20 +314,38 @@ def test_weights(name, weight, backend):
 def test_weights_and_thresholds_in_tensors(backend):
     """Are those in numbers, and have gradients of their own."""
     logits, segments = problem()
-    numbers, threshold, z = [2.0, 0.0, 0.5], [0.5, 2.0, 9.0], logits.requires_grad_()
-    weight = torch.tensor(numbers, dtype=DOUBLE, requires_grad=True)
+    z, weight = logits.requires_grad_(), torch.tensor([2.0, 0.0, 0.5], dtype=DOUBLE, requires_grad=True)
     results = []
-    for w, t in ((numbers, threshold), (weight, torch.tensor(threshold)), (numbers, torch.tensor(threshold))):
+    for w, t in ((weight.tolist(), [0.5, 2.0, 9.0]), (weight, torch.tensor([0.5, 2.0, 9.0]))):
         losses = ["importance", RouterLoss("z", w), RouterLoss("global_entropy", threshold=t)]
         routing = route(z, 2, capacity=1.0, segments=segments, losses=losses, backend=backend)
-        results.append([routing.loss, routing.slots, *torch.autograd.grad(routing.loss, z), *routing.losses.values()])
-        last = routing if w is weight else None
-        if last is not None:
-            (found,) = torch.autograd.grad(route(z, 2, segments=segments, losses=losses, backend=backend).loss, weight)
-            torch.testing.assert_close(found, last.losses["z"].detach() * (weight != 0))
-    for found in results[1:]:
-        for value, expected in zip(found, results[0], strict=True):
-            torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
+        (gradient,) = torch.autograd.grad(routing.loss, z, retain_graph=True)
+        results.append([routing.slots, routing.loss, gradient, *routing.losses.values()])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    (found,) = torch.autograd.grad(routing.loss, weight)
+    torch.testing.assert_close(found, routing.losses["z"].detach() * (weight != 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
+@pytest.mark.parametrize("number", [math.nan, math.inf, 1e30])
+def test_numbers_that_are_none_reach_the_same_losses(number, dtype):
+    """In C++ as in the reference, with segments that have no tokens, pooled losses and weights of 0."""
+    logits, segments = problem(dtype=dtype)
+    logits[segments == 1, 2] = number
+    losses = [RouterLoss(name, weight=[1.0, 0.0, 0.5, 2.0]) for name in LOSSES[:4]]
+    losses += [RouterLoss("local_entropy", pooled=True), RouterLoss("global_entropy", threshold=1.0)]
+    results = []
+    for backend in ("cpu", "reference"):
+        z = logits.clone().requires_grad_()
+        options = {"gating": NOISY, "noise": draw(logits.shape)[0], "segments": segments, "num_segments": 4}
+        routing = route(z, 2, losses=losses, backend=backend, **options)
+        of_segments = torch.cat([value[[0, 2]] for name, value in routing.losses.items() if name != "local_entropy"])
+        gradient = torch.autograd.grad(of_segments.sum() + routing.gates[segments != 1].sum(), z)[0]
+        results.append([*routing.losses.values(), routing.loss, gradient[segments != 1]])
+    assert results[0][-1].isfinite().all()
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("threshold", [-5.0, math.log(5), 50.0, [0.1, math.log(7), 1.9]], ids=str)

@@ -198,8 +198,9 @@ def route(
     tokens, experts = logits.shape
     if k > experts:
         raise ValueError(f"{function}: k must be at most the number of experts, got k={k} and {experts} experts")
-    check_gating(function, gating)
-    gating = gating.checked(function, k, experts, logits)
+    if gating is not DEFAULT:
+        check_gating(function, gating)
+        gating = gating.checked(function, k, experts, logits)
     limits = as_capacity(function, capacity)
     taken, group = limits.slots(function, tokens, experts, k)
     problem = RouterProblem.of(

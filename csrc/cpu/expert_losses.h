@@ -3,8 +3,10 @@
 // Not of a SIMD level: a few numbers of each expert, in double and in order, which bindings_expert_routing.h includes.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "../expert_routing.h"
@@ -100,9 +102,7 @@ class RouterBalance {
   void read_table(const Term& term, int64_t s) {
     read(term, static_cast<const A*>(l_.sums) + table(term.loss) * l_.segments * l_.E, s, row_);
   }
-  double tokens(const Term& term, int64_t s) const {
-    return number(term, l_.counts + 2 * l_.segments * l_.E, s);
-  }
+  double tokens(const Term& term, int64_t s) const { return number(term, l_.counts + 2 * l_.segments * l_.E, s); }
   double divisor(const Term& term, int64_t s) const { return std::max(tokens(term, s), 1.0); }
 
   double loss(const Term& term, int64_t s) {
