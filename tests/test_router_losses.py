@@ -328,7 +328,7 @@ def test_weights_and_thresholds_in_tensors(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=str)
-@pytest.mark.parametrize("number", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("number", [math.nan, 1e30])
 def test_numbers_that_are_none_reach_the_same_losses(number, dtype):
     """In C++ as in the reference, with segments that have no tokens, pooled losses and weights of 0."""
     logits, segments = problem(dtype=dtype)

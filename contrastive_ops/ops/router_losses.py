@@ -87,11 +87,8 @@ def encode(wanted: Sequence[RouterLoss]) -> tuple[list[int], list[float]] | None
     for loss in wanted:
         counts = []
         for value in (loss.weight, loss.threshold):
-            if isinstance(value, (int, float)):
-                values: Sequence[float] = (value,)
-            elif value is None or (isinstance(value, (list, tuple)) and not any(hasattr(v, "dtype") for v in value)):
-                values = value or ()
-            else:
+            values = [value] if isinstance(value, (int, float)) else [] if value is None else value
+            if not isinstance(values, (list, tuple)) or not all(isinstance(each, (int, float)) for each in values):
                 return None
             counts.append(len(values))
             numbers += values
