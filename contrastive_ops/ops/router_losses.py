@@ -57,7 +57,7 @@ class RouterLoss:
             if value is None or isinstance(value, (int, float)):
                 continue
             if isinstance(value, (list, tuple)) and all(isinstance(number, (int, float)) for number in value):
-                shape = (len(value),)
+                shape: tuple[int, ...] = (len(value),)
             else:
                 shape = tuple(torch.as_tensor(value).shape)
             if shape not in ((), (1 if self.pooled else segments,)):
@@ -101,9 +101,11 @@ def decode(integers: Sequence[int], numbers: Sequence[float]) -> list[RouterLoss
     wanted, rest = [], list(numbers)
     for at in range(0, len(integers), 4):
         s = LossSpec(*integers[at : at + 4])
-        weight, threshold, rest = rest[: s.weights], rest[s.weights :][: s.thresholds], rest[s.weights + s.thresholds :]
-        single = [each[0] if len(each) == 1 else each or None for each in (weight, threshold)]
-        wanted.append(RouterLoss(LOSSES[s.loss], *single, bool(s.pooled)))  # type: ignore[arg-type]
+        weight: Any = rest[: s.weights]
+        threshold: Any = rest[s.weights : s.weights + s.thresholds]
+        rest = rest[s.weights + s.thresholds :]
+        weight, threshold = (each[0] if len(each) == 1 else each or None for each in (weight, threshold))
+        wanted.append(RouterLoss(LOSSES[s.loss], weight, threshold, bool(s.pooled)))
     return wanted
 
 
