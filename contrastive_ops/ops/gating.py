@@ -188,7 +188,7 @@ class RouterProblem:
         """What the operator takes that scores the experts, up to the backend."""
         g = self.gating
         groups = (g.expert_groups, g.kept_groups, GROUP_SCORES.index(g.group_score))
-        # With one choice the gate is 1, which `routing_of` puts there: x / x has a gradient of rounding errors.
+        # With one choice the gate is 1, which `as_routing` puts there: x / x has a gradient of rounding errors.
         spec = ScoreSpec(
             k, SCORES.index(g.score), int(g.renormalize and k > 1), *groups, self.segments, int(self.asks("load"))
         )
