@@ -79,6 +79,10 @@ class Selection {
     __builtin_prefetch(columns(i) + count, 1);
   }
 
+  // Numbers below `least` are of no interest; equal ones are.
+  void begin_at(int64_t i, A least) {
+    if (least - least == 0) thresholds_.get()[i] = next_below(least);
+  }
   A threshold(int64_t i) const { return thresholds_.get()[i]; }
 
   // Adds the lanes whose bit is set, all above the threshold; lane 0 is column `first`.
@@ -119,6 +123,9 @@ class Selection {
 
  private:
   static constexpr int kSamples = 32;
+
+  static float next_below(float number) { return nextafterf(number, -infinity<float>()); }
+  static double next_below(double number) { return nextafter(number, -infinity<double>()); }
 
   // Entries from one row to the next: a full list takes one more vector, and is read in whole vectors.
   static int64_t stride(int64_t k) { return round_up(capacity(k) + kLanes<A>, kLanes<A>); }

@@ -19,6 +19,8 @@ constexpr int64_t kListBytes = int64_t{32} << 20;
 constexpr int64_t kFewRows = 4;
 // Columns of a task where there are too few rows for all threads.
 constexpr int64_t kFewestColumns = 16 * kBlock;
+// Rows of a task where there are too few columns for that: packing the columns for them costs a tenth of the tiles.
+constexpr int64_t kFewestRows = 64;
 
 // Rows [begin, begin + rows) against the columns [j_begin, j_end).
 struct TopKTask {
@@ -67,6 +69,7 @@ class TopK {
 
  private:
   static constexpr int kStatistics = static_cast<int>(Statistic::size);
+  static constexpr int64_t kMostParts = 4 * kLanes<A>;  // of a block, whose maxima begin a row's threshold
 
   struct Scratch {
     Buffer<U> x_panels, y_panels;
@@ -88,14 +91,17 @@ class TopK {
     const int64_t affordable = maximum<int64_t>(kListBytes / Selection<A>::bytes_of_a_row(out.k), 64);
     const int64_t most = minimum(kTopKRows, affordable / kRows<C> * kRows<C>), threads = parallel_.threads;
     int64_t chunks = maximum<int64_t>((p.N + most - 1) / most, 1);
-    // A whole number of rounds for all threads where rows alone can keep them busy.
-    if (chunks > 1) chunks = round_up(chunks, threads);
+    // A whole number of rounds for all threads where rows alone can keep them busy; else as many tasks as parts of the
+    // columns do not give them.
+    const int64_t parts = maximum<int64_t>(p.M / kFewestColumns, 1);
+    const int64_t wanted_chunks = chunks > 1 ? round_up(chunks, threads) : (threads + parts - 1) / parts;
+    chunks = maximum(chunks, minimum(wanted_chunks, p.N / kFewestRows));
     chunk_rows_ = maximum<int64_t>(round_up((p.N + chunks - 1) / chunks, kRows<C>), kRows<C>);
     chunks = (p.N + chunk_rows_ - 1) / chunk_rows_;
     parts_ = 1;
     if (chunks < threads) {
       const int64_t wanted = 4 * ((threads + chunks - 1) / maximum<int64_t>(chunks, 1));
-      parts_ = maximum<int64_t>(minimum(wanted, p.M / kFewestColumns), 1);
+      parts_ = minimum(wanted, parts);
     }
     // Columns within a part are numbered in 32 bits.
     parts_ = maximum(parts_, p.M / (int64_t{1} << 30) + 1);
@@ -220,10 +226,38 @@ class TopK {
       l = panel.l;
     }
     const bool bounded = s.view.below.i != nullptr;
+    // A row would take in the first columns as they come, and drop most of them again.
+    if (j == t.j_begin && cols == kBlock && first_block_decides()) {
+      for (int64_t r = 0; r < rows; ++r) s.selection.begin_at(i + r, reached_by_enough(l + r * kBlock));
+    }
     for (int64_t r = 0; r < rows; ++r) {
       bounded ? select_row<true>(t, i + r, r, j, cols, l + r * kBlock, panel, s)
               : select_row<false>(t, i + r, r, j, cols, l + r * kBlock, panel, s);
     }
+  }
+
+  // A row's columns of which one may be dropped, and the k best of the others.
+  int64_t enough() const { return out.k + p.sets[0].has_diagonal; }
+  // Whether what a block's logits say of the threshold is true: no rule drops more than the diagonal, and k is small.
+  bool first_block_decides() const {
+    const SimilaritySet& set = p.sets[0];
+    return !out.floor && enough() <= kMostParts && !views_.rules[0].looks() && !set.exclude_indptr;
+  }
+  // A number that `enough` of a block's columns reach: the maxima of that many parts or more, in order.
+  A reached_by_enough(const A* row) const {
+    constexpr int W = kLanes<A>;
+    alignas(64) A best[kMostParts];
+    int vectors = 1;
+    while (vectors * W < enough()) vectors *= 2;
+    const int64_t width = kBlock / W / vectors;
+    for (int v = 0; v < vectors; ++v) {
+      Vec<A> top = broadcast(-infinity<A>());  // first, because NaN is passed over only beside a number
+      for (int64_t u = v * width; u < (v + 1) * width; ++u) top = greater<A>(load(row + u * W), top);
+      store(best + v * W, top);
+    }
+    A* last = best + enough() - 1;
+    std::nth_element(best, last, best + vectors * W, [](A a, A b) { return a > b; });
+    return *last;
   }
 
   // Rules are looked at where a logit exceeds the threshold. Bounds from above exclude the largest ones, which exceed
