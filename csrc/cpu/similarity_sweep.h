@@ -242,9 +242,10 @@ class Sweep : public Views<typename C::Acc> {
     const int64_t units = depth_units<K>(depth);
     auto* panel = scratch.once(kCols<K> * units);
     const int64_t rows = minimum(round_up(block.rows, kRows<C>), padded_rows(chunk));
-    for (int64_t j = 0; j < kBlock; j += kCols<K>) {
-      const int64_t lanes = maximum<int64_t>(0, minimum<int64_t>(kCols<K>, block.cols - j));
-      const T* from = static_cast<const T*>(y) + (block.j + (lanes ? j : 0)) * stride;
+    // Vectors past the block's last column are read by nobody.
+    for (int64_t j = 0; j < block.cols; j += kCols<K>) {
+      const int64_t lanes = minimum<int64_t>(kCols<K>, block.cols - j);
+      const T* from = static_cast<const T*>(y) + (block.j + j) * stride;
       pack_rows<K, Side::b>(panel, 0, from, stride, lanes, kCols<K>, depth);
       multiply<K>(rows, kCols<K>, units, x.get(), kRows<K> * units, panel, 0, dots + j, kBlock, false);
     }
