@@ -315,7 +315,7 @@ class PrefixGradients {
       U* to = x_columns(segment);
       const int64_t width = sweep_.width(segment);
       const S* from = static_cast<const S*>(p.x) + chunk.begin * p.x_stride + sweep_.begin(segment);
-      sweep_.run((width + kLaneGroup<K> - 1) / kLaneGroup<K>, [&](int64_t group, int) {
+      sweep_.run((width + kLaneGroup<K> - 1) / kLaneGroup<K>, chunk.rows * width * kWorkOfMove, [&](int64_t group, int) {
         const int64_t d = group * kLaneGroup<K>;
         pack_columns<K, Side::b>(to + d * units, kCols<K> * units, from + d, p.x_stride,
                                  minimum<int64_t>(kLaneGroup<K>, width - d), chunk.rows);
@@ -342,7 +342,7 @@ class PrefixGradients {
     const int64_t splits = (2 * sweep_.parallel_.threads + count - 1) / count;
     const int64_t height = round_up((chunk.rows + splits - 1) / splits, kRows<K>);
     const int64_t heights = (chunk.rows + height - 1) / height;
-    sweep_.run(count * heights, [&](int64_t index, int thread) {
+    sweep_.run(count * heights, chunk.rows * (end - begin) * p.D, [&](int64_t index, int thread) {
       const Strip strip = strips.get()[index % count];
       const int64_t i = index / count * height, rows = minimum(height, chunk.rows - i);
       U* y_columns = scratch_[thread].y_columns.once(kStripPanels * kCols<K> * kDepthStep);
@@ -363,7 +363,7 @@ class PrefixGradients {
   void subtract_lengths(A* d, const S* rows, int64_t stride, int64_t count, const Lengths<A>& lengths,
                         const Buffer<double>& sums) {
     const double scale = *static_cast<const A*>(p.scale);
-    sweep_.run(d ? (count + kBlock - 1) / kBlock : 0, [&](int64_t group, int) {
+    sweep_.run(d ? (count + kBlock - 1) / kBlock : 0, count * p.D * p.prefixes, [&](int64_t group, int) {
       for (int64_t i = group * kBlock; i < minimum(count, (group + 1) * kBlock); ++i) {
         double share = 0;
         for (int64_t s = p.prefixes - 1; s >= 0; --s) {

@@ -58,7 +58,7 @@ class Lengths {
         }
       }
     };
-    run_parallel(parallel.run, (count + kBlock - 1) / kBlock, task);
+    run_parallel(parallel.run, (count + kBlock - 1) / kBlock, task, count * p.dims[p.prefixes - 1]);
   }
   const A* inverse(int64_t prefix) const { return inverse_.get() + prefix * stride_; }
   const A* slope(int64_t prefix) const { return slope_.get() + prefix * stride_; }
@@ -129,7 +129,8 @@ class PrefixSweep {
   }
   template <class Body>
   void for_each_block(const Chunk& chunk, int64_t first, int64_t last, Body body) {
-    run(last - first, [&](int64_t index, int thread) {
+    const int64_t columns = minimum(chunk.j_begin + last * kBlock, chunk.j_end) - (chunk.j_begin + first * kBlock);
+    run(last - first, chunk.rows * columns * (p.D + p.prefixes * kWorkOfFold), [&](int64_t index, int thread) {
       Block block;
       block.index = first + index;
       block.j = chunk.j_begin + block.index * kBlock;
@@ -205,9 +206,10 @@ class PrefixSweep {
   }
 
   A* logits_buffer(int thread) { return scratch_[thread].l.once(kTileRows * kBlock); }
+  // `work`: of all tasks, in multiply-adds.
   template <class Body>
-  void run(int64_t count, Body body) {
-    run_parallel(parallel_.run, count, body);
+  void run(int64_t count, int64_t work, Body body) {
+    run_parallel(parallel_.run, count, body, work);
   }
 
   const SimilarityPrefixProblem& p;
@@ -217,7 +219,7 @@ class PrefixSweep {
 
  private:
   void pack_rows_of(const Chunk& chunk) {
-    run((chunk.rows + kLaneGroup<C> - 1) / kLaneGroup<C>, [&](int64_t group, int) {
+    run((chunk.rows + kLaneGroup<C> - 1) / kLaneGroup<C>, chunk.rows * p.D * kWorkOfMove, [&](int64_t group, int) {
       const int64_t i = group * kLaneGroup<C>, lanes = minimum<int64_t>(kLaneGroup<C>, chunk.rows - i);
       for (int64_t s = 0; s < p.prefixes; ++s) {
         const int64_t units = units_.get()[s + 1] - units_.get()[s];

@@ -142,7 +142,7 @@ class Comparer {
   void finish_rows(const Chunk& chunk, const Folding& f) {
     constexpr int W = kLanes<A>;
     const int64_t chunk_rows = both_.student.chunk_rows;
-    both_.student.run((chunk.rows + W - 1) / W, [&](int64_t group, int) {
+    both_.student.run((chunk.rows + W - 1) / W, chunk.rows * chunk.blocks() * kWorkOfFold, [&](int64_t group, int) {
       alignas(64) A numbers[6][W] = {};
       const Lines<A> line{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]};
       if (softmax() && f.lines) {

@@ -66,7 +66,7 @@ class Gradients {
         A* dots = stored ? sweep_.stored_block(stored, chunk, block) : sweep_.block_buffer(s.dots);
         if (!stored) sweep_.multiply_block(chunk, block, s, dots);
         add_block(chunk, block, first, s, dots, weigh);
-      });
+      }, p.D);
       if (out.dx) add_dx(chunk, first, last);
       if (any_sums_ || compensates()) add_sums(chunk, first, last);
     }
@@ -88,7 +88,7 @@ class Gradients {
       return static_cast<A>(sign_of(0)) * pairs.e[k] * scale[set.scale_of == ScaleOf::all ? 0 : own];
     };
     // Pairs may share a row or a column, so tasks own dimensions.
-    sweep_.run((p.D + kBlock - 1) / kBlock, [&](int64_t group, int) {
+    sweep_.run((p.D + kBlock - 1) / kBlock, pairs.count * p.D * kWorkOfMove, [&](int64_t group, int) {
       const int64_t d = group * kBlock, depth = minimum(kBlock, p.D - d);
       for (int64_t k = 0; k < pairs.count; ++k) {
         if (pairs.columns[k] < 0) continue;
@@ -374,7 +374,7 @@ class Gradients {
 
   void give_back(A* to, int64_t count, const int64_t* partner, const S* from, int64_t stride, int64_t from_count,
                  const Buffer<double>& residual) {
-    sweep_.run(to ? (count + kBlock - 1) / kBlock : 0, [&](int64_t group, int) {
+    sweep_.run(to ? (count + kBlock - 1) / kBlock : 0, count * p.D * kWorkOfMove, [&](int64_t group, int) {
       for (int64_t i = group * kBlock; i < minimum(count, (group + 1) * kBlock); ++i) {
         if (partner[i] < 0 || partner[i] >= from_count) continue;
         add_row(to + i * p.D, from + partner[i] * stride, static_cast<A>(residual.get()[i]), p.D);
@@ -397,7 +397,7 @@ class Gradients {
   void pack_x_columns(const Chunk& chunk) {
     if (!dy()) return;
     const int64_t units = depth_units<C>(chunk.rows);
-    sweep_.run((p.D + kLaneGroup<C> - 1) / kLaneGroup<C>, [&](int64_t group, int) {
+    sweep_.run((p.D + kLaneGroup<C> - 1) / kLaneGroup<C>, chunk.rows * p.D * kWorkOfMove, [&](int64_t group, int) {
       const int64_t d = group * kLaneGroup<C>;
       pack_columns<C, Side::b>(x_columns_.get() + d * units, kCols<C> * units,
                                static_cast<const S*>(p.x) + chunk.begin * p.x_stride + d, p.x_stride,
@@ -418,7 +418,7 @@ class Gradients {
     const int64_t splits = (tasks + groups - 1) / groups;
     const int64_t segment = round_up((chunk.rows + splits - 1) / splits, kRows<C>);
     const int64_t segments = (chunk.rows + segment - 1) / segment;
-    sweep_.run(groups * segments, [&](int64_t index, int thread) {
+    sweep_.run(groups * segments, chunk.rows * (end - begin) * p.D, [&](int64_t index, int thread) {
       const int64_t d = index % groups * group * kCols<C>, lanes = minimum(group * kCols<C>, p.D - d);
       const int64_t i = index / groups * segment, rows = minimum(segment, chunk.rows - i);
       const int64_t step_units = depth_units<C>(kMostDepth);

@@ -102,7 +102,7 @@ void topk_at(const SimilarityProblem& p, const TopKAt& out, const Parallel& para
       lists.logits_of(i, columns + e, lanes, dots, values + e);
     });
   };
-  run_parallel(parallel.run, p.N, task);
+  run_parallel(parallel.run, p.N, task, p.N * out.listed * p.D);
 }
 
 // to += weight * from
@@ -190,7 +190,7 @@ void topk_backward(const SimilarityProblem& p, const TopKBackward& b, const Para
     });
     scale_sums.get()[i] = edot_sum;
   };
-  run_parallel(parallel.run, p.N, of_row);
+  run_parallel(parallel.run, p.N, of_row, p.N * b.listed * p.D);
   if (b.dscale && set.scale_of != ScaleOf::columns) {
     double total = 0;
     for (int64_t i = 0; i < p.N; ++i) {
@@ -228,7 +228,7 @@ void topk_backward(const SimilarityProblem& p, const TopKBackward& b, const Para
       if (b.dscale && set.scale_of == ScaleOf::columns) static_cast<A*>(b.dscale)[j] = static_cast<A>(scale);
     }
   };
-  run_parallel(parallel.run, (p.M + kColumnsOfATask - 1) / kColumnsOfATask, of_columns);
+  run_parallel(parallel.run, (p.M + kColumnsOfATask - 1) / kColumnsOfATask, of_columns, p.N * b.listed * p.D + p.M);
 }
 
 }  // namespace

@@ -43,7 +43,7 @@ class PrefixFolds {
     });
     constexpr int64_t W = kLanes<A>;
     const int64_t groups = out.rows ? (chunk.rows + W - 1) / W : 0;
-    sweep_.run(groups * p.prefixes, [&](int64_t index, int) {
+    sweep_.run(groups * p.prefixes, chunk.rows * chunk.blocks() * p.prefixes * kWorkOfFold, [&](int64_t index, int) {
       rows_[index / groups].finish_i(chunk.blocks(), chunk.begin, index % groups * W, chunk.rows);
     });
   }

@@ -73,9 +73,10 @@ class Sweep : public Views<typename C::Acc> {
     if (this->guided) pack<G, A>(chunk, p.guide_x, p.guide_depth, p.guide_depth, guide_panels_);
   }
 
-  // Calls body(block, scratch) for blocks [first, last) of a chunk, in parallel.
+  // Calls body(block, scratch) for blocks [first, last) of a chunk, in parallel. `more_depth`: of products with the
+  // weights of pairs that the body makes besides.
   template <class Body>
-  void for_each_block(const Chunk& chunk, int64_t first, int64_t last, Body body) {
+  void for_each_block(const Chunk& chunk, int64_t first, int64_t last, Body body, int64_t more_depth = 0) {
     auto task = [&](int64_t index, int thread) {
       Block block;
       block.index = first + index;
@@ -85,7 +86,8 @@ class Sweep : public Views<typename C::Acc> {
       block.mirrored = p.self ? minimum(chunk.rows, block.j - chunk.begin) : 0;
       body(block, scratch_[thread]);
     };
-    run_parallel(parallel_.run, last - first, task);
+    const int64_t columns = minimum(chunk.j_begin + last * kBlock, chunk.j_end) - (chunk.j_begin + first * kBlock);
+    run_parallel(parallel_.run, last - first, task, chunk.rows * columns * (p.D + more_depth + kWorkOfFold));
   }
 
   // Where the inner products of a block stand when the chunk is stored (kept for backward, or held by total).
@@ -199,14 +201,15 @@ class Sweep : public Views<typename C::Acc> {
   void finish_chunk(FoldState<A>& fold, const Chunk& chunk) {
     constexpr int64_t W = kLanes<A>;
     if (!fold.i_side) return;
-    run((chunk.rows + W - 1) / W,
+    run((chunk.rows + W - 1) / W, chunk.rows * chunk.blocks() * kWorkOfFold,
         [&](int64_t group, int) { fold.finish_i(chunk.blocks(), chunk.begin, group * W, chunk.rows); });
   }
 
   A* block_buffer(Buffer<A>& buffer) { return buffer.once(kBlock * round_up(chunk_rows, kLaneGroup<C>)); }
+  // `work`: of all tasks, in multiply-adds.
   template <class Body>
-  void run(int64_t count, Body body) {
-    run_parallel(parallel_.run, count, body);
+  void run(int64_t count, int64_t work, Body body) {
+    run_parallel(parallel_.run, count, body, work);
   }
 
   Scratch& scratch(int thread) { return scratch_[thread]; }
@@ -230,7 +233,7 @@ class Sweep : public Views<typename C::Acc> {
   template <class K, class T>
   void pack(const Chunk& chunk, const void* from, int64_t stride, int64_t depth, Buffer<typename K::Unit>& panels) {
     const int64_t units = depth_units<K>(depth);
-    run((chunk.rows + kLaneGroup<K> - 1) / kLaneGroup<K>, [&](int64_t group, int) {
+    run((chunk.rows + kLaneGroup<K> - 1) / kLaneGroup<K>, chunk.rows * depth * kWorkOfMove, [&](int64_t group, int) {
       const int64_t i = group * kLaneGroup<K>, lanes = minimum<int64_t>(kLaneGroup<K>, chunk.rows - i);
       pack_rows<K, Side::a>(panels.get() + i * units, kRows<K> * units,
                             static_cast<const T*>(from) + (chunk.begin + i) * stride, stride, lanes, lanes, depth);

@@ -443,16 +443,28 @@ void multiply(int64_t m, int64_t n, int64_t depth, const typename C::Unit* a, in
   }
 }
 
-// Runs body(index, thread) for every index in [0, count). Every multiplication happens in such a body.
+// The work of a parallel region, in multiply-adds, from which threads pay: less is done within the 80 us that it takes
+// to wake a thread that sleeps, as those of a training step do between two losses. Numbers that are moved or that an
+// exponential is taken of are worth several.
+constexpr int64_t kWorthThreads = int64_t{2} << 20;
+constexpr int64_t kWorkOfMove = 4, kWorkOfFold = 16;
+
+inline void run_in_order(int64_t count, void (*task)(void*, int64_t, int), void* context) {
+  for (int64_t index = 0; index < count; ++index) task(context, index, 0);
+}
+
+// Runs body(index, thread) for every index in [0, count); `work` is that of all of them. Every multiplication happens
+// in such a body.
 template <class Body>
-void run_parallel(void (*run)(int64_t, void (*)(void*, int64_t, int), void*), int64_t count, Body& body) {
+void run_parallel(void (*run)(int64_t, void (*)(void*, int64_t, int), void*), int64_t count, Body& body,
+                  int64_t work = kWorthThreads) {
   const auto task = [](void* context, int64_t index, int thread) {
 #ifdef HAS_AMX
     const TileRegisters registers;
 #endif
     (*static_cast<Body*>(context))(index, thread);
   };
-  run(count, task, &body);
+  (work < kWorthThreads ? run_in_order : run)(count, task, &body);
 }
 
 }  // namespace

@@ -62,9 +62,10 @@ class TopK {
       t.j_end = minimum(t.j_begin + part_columns_, p.M);
       run_task(t, scratch_[thread]);
     };
-    run_parallel(parallel_.run, (p.N + chunk_rows_ - 1) / chunk_rows_ * parts_, task);
+    run_parallel(parallel_.run, (p.N + chunk_rows_ - 1) / chunk_rows_ * parts_, task,
+                 p.N * p.M * (p.D + kWorkOfMove));
     auto finish = [&](int64_t i, int) { finish_row(i); };
-    run_parallel(parallel_.run, p.N, finish);
+    run_parallel(parallel_.run, p.N, finish, p.N * parts_ * (out.k + kStatistics) * kWorkOfMove);
   }
 
  private:
@@ -395,7 +396,7 @@ void topk_merge(const TopKMerge& m, const Parallel& parallel) {
                 static_cast<const A*>(m.other_values) + i * m.other_k, m.other_indices + i * m.other_k, m.other_k, m.k,
                 static_cast<A*>(m.out_values) + i * m.k, m.out_indices + i * m.k);
   };
-  run_parallel(parallel.run, m.rows, task);
+  run_parallel(parallel.run, m.rows, task, m.rows * m.k * kWorkOfFold);
 }
 
 template <class A>
@@ -417,7 +418,7 @@ void topk_order(const TopKOrder& o, const Parallel& parallel) {
       o.out_indices[i * o.k + e] = e < found ? indices[entries.get()[e]] : -1;
     }
   };
-  run_parallel(parallel.run, o.rows, task);
+  run_parallel(parallel.run, o.rows, task, o.rows * o.listed * kWorkOfFold);
 }
 
 // ---- Types -------------------------------------------------------------------------------------------------------
