@@ -17,11 +17,11 @@ struct Gradients {
   // `needs`: which of x, y, scale, row_bias, col_bias need a gradient, one bit each.
   Gradients(const Problem& p, int64_t needs) {
     const auto wants = [&](int bit) { return (needs >> bit & 1) != 0; };
-    dx = p.zeros({wants(0) ? p.raw.N : 0, p.raw.D});
-    dy = p.zeros({wants(1) && !p.raw.self ? p.raw.M : 0, p.raw.D});
-    dscale = p.zeros({wants(2) ? p.scale.numel() : 0});
-    drow_bias = p.zeros({wants(3) ? p.raw.N : 0});
-    dcol_bias = p.zeros({wants(4) ? p.raw.M : 0});
+    dx = p.sums({wants(0) ? p.raw.N : 0, p.raw.D});
+    dy = p.sums({wants(1) && !p.raw.self ? p.raw.M : 0, p.raw.D});
+    dscale = p.empty(wants(2) ? p.scale.numel() : 0);
+    drow_bias = p.empty(wants(3) ? p.raw.N : 0);
+    dcol_bias = p.empty(wants(4) ? p.raw.M : 0);
     if (wants(0)) raw.dx = dx.data_ptr();
     if (wants(1) && !p.raw.self) raw.dy = dy.data_ptr();
     if (wants(2)) {

@@ -171,6 +171,10 @@ class Problem {
   }
   Tensor empty(int64_t size) const { return at::empty({size}, x.options().dtype(type())); }
   Tensor zeros(at::IntArrayRef shape) const { return at::zeros(shape, x.options().dtype(type())); }
+  // What the kernels sum over pairs: their first pairs write it.
+  Tensor sums(at::IntArrayRef shape) const {
+    return raw.N > 0 && raw.M > 0 ? at::empty(shape, x.options().dtype(type())) : zeros(shape);
+  }
 
  private:
   int64_t next() {

@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_values_forward(const Tensor& x, co
                                                              const std::vector<int64_t>& spec, int64_t kept_size) {
   const Tensor kept = at::empty({kept_size}, x.options().dtype(accumulator(x)));
   const WeightedValues p(x, y, scale, row_bias, col_bias, values, pair_data, spec, kept);
-  Tensor sums = p.logits.zeros({p.raw.logits.N, p.raw.depth}), lse = p.logits.empty(p.raw.logits.N);
+  Tensor sums = p.logits.sums({p.raw.logits.N, p.raw.depth}), lse = p.logits.empty(p.raw.logits.N);
   const ValuesForward out{lse.data_ptr(), sums.data_ptr()};
   {
     pybind11::gil_scoped_release release;
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_values_bac
   const Tensor known = vector_of(lse, N, p.logits.type(), "lse"), found = sums.contiguous();
   const Tensor upstream = d_sums.to(values.scalar_type()).contiguous(), wide = upstream.to(p.logits.type());
   Gradients gradients(p.logits, needs & 31);
-  Tensor d_values = p.logits.zeros({needs & 32 ? M : 0, depth});
+  Tensor d_values = p.logits.sums({needs & 32 ? M : 0, depth});
   const ValuesBackward raw{known.data_ptr(), found.data_ptr(), upstream.data_ptr(),
                            wide.data_ptr(),  gradients.raw,    needs & 32 ? d_values.data_ptr() : nullptr};
   {

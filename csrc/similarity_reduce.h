@@ -13,7 +13,7 @@ struct SimilarityForward {
 };
 
 // Gradients of a total whose derivative by the folds, the targets' logits and the linear sums is given. Outputs that
-// are null are not needed. dx and dy have row stride D and are zero on entry.
+// are null are not needed. dx and dy have row stride D; they are zero on entry where N or M is 0, else anything.
 struct SimilarityBackward {
   const void* const* values;    // per fold, from forward
   const void* const* d_values;  // per fold; null where there is none

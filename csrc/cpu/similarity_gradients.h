@@ -1,7 +1,8 @@
 // Gradients of a chunk of rows, once the upstream gradients of its folds are known.
 //
 // Blocks of columns own dy and the sums along their columns; then, behind a barrier, tasks own rows and dimensions of
-// dx. Weights g = dtotal/d(inner product) of the chunk are kept packed for kSuperBlock columns in between.
+// dx. Weights g = dtotal/d(inner product) of the chunk are kept packed for kSuperBlock columns in between. What comes
+// first writes its rows, and what comes later adds to them.
 #pragma once
 
 #include "similarity_epilogue.h"
@@ -313,7 +314,7 @@ class Gradients {
     const int64_t x_units = depth_units<C>(chunk.rows);
     if (!wide_dy_.get()) {
       multiply<C>(block.cols, p.D, units, panels, kRows<C> * units, x_columns_.get(), kCols<C> * x_units,
-                  dy() + block.j * p.D, p.D, true);
+                  dy() + block.j * p.D, p.D, chunk.begin > 0);
       return;
     }
     A* product = products_[s.thread].once(product_size());
@@ -409,6 +410,7 @@ class Gradients {
   void add_dx(const Chunk& chunk, int64_t first, int64_t last) {
     constexpr int64_t kMostDepth = 512;
     const bool in_place = !wide_dx_.get();
+    const bool written = p.self || first > 0;  // of self-similarity the first chunk has written all rows as columns
     const int64_t depth_step = in_place ? kMostDepth : kWideUnits * C::kDepth;
     const int64_t begin = chunk.j_begin + first * kBlock, end = minimum(chunk.j_begin + last * kBlock, chunk.j_end);
     const int64_t panels = (p.D + kCols<C> - 1) / kCols<C>, tasks = 2 * sweep_.parallel_.threads;
@@ -431,7 +433,8 @@ class Gradients {
                                  p.y_stride, lanes, depth);
         multiply<C>(rows, lanes, depth_units<C>(depth),
                     weight_panels_.get() + i * super_units_ + (j - begin) / C::kDepth * kRows<C>,
-                    kRows<C> * super_units_, y_columns, kCols<C> * step_units, to, in_place ? p.D : lanes, in_place);
+                    kRows<C> * super_units_, y_columns, kCols<C> * step_units, to, in_place ? p.D : lanes,
+                    in_place && (written || j > begin));
         if (!in_place) add_wide(wide_dx_.get() + (chunk.begin + i) * p.D + d, to, rows, lanes);
       }
     });
