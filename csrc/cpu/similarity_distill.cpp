@@ -92,7 +92,7 @@ class Comparer {
   Comparer(const DistillProblem& problem, const DistillForward& out, const Parallel& parallel)
       : p(problem), both_(problem, parallel) {
     const int64_t N = p.student.N, M = p.student.M, lines = N * p.rows + M * p.cols;
-    const int64_t blocks = (M + kBlock - 1) / kBlock, chunk_rows = both_.student.chunk_rows;
+    const int64_t blocks = both_.student.most_blocks(), chunk_rows = both_.student.chunk_rows;
     if (p.rows) {
       rows_ = outputs_of<A>(out, lines, 0);
       parts_.allocate(blocks * chunk_rows + kLanes<A>);
@@ -269,7 +269,7 @@ void distill_backward(const DistillProblem& p, const DistillBackward& b, const P
   if (p.cols) prepare_lines<A>(b, lines, N * p.rows, M, cols);
   const A delta = static_cast<A>(p.delta);
   DecidedEntries<A> decided_rows, decided_cols;
-  const int64_t chunk_rows = both.student.chunk_rows, blocks = (M + kBlock - 1) / kBlock;
+  const int64_t chunk_rows = both.student.chunk_rows, blocks = both.student.most_blocks();
   const bool has_rows = p.rows && decides(p.kind), has_cols = p.cols && decides(p.kind);
   if (has_rows) decided_rows.allocate(chunk_rows, blocks, chunk_rows);
   if (has_cols) {

@@ -28,7 +28,7 @@ class Gradients {
     if (dy()) x_columns_.allocate(round_up(p.D, kLaneGroup<C>) * units);
     upstream.reset(new Upstream<A>[p.fold_count]);
     sums_.reset(new SetSums[p.set_count]);
-    const int64_t parts = super_units_ * C::kDepth / kBlock * sweep.chunk_rows;
+    const int64_t parts = super_units_ * C::kDepth / sweep.block_columns * sweep.chunk_rows;
     for (int set = 0; set < p.set_count; ++set) {
       SetSums& s = sums_[set];
       s.used = out.drow_bias || out.dcol_bias || dscale(set);
@@ -60,7 +60,7 @@ class Gradients {
   template <class Weigh>
   void add_chunk(const Chunk& chunk, A* stored, Weigh weigh) {
     pack_x_columns(chunk);
-    const int64_t step = kSuperBlock / kBlock;
+    const int64_t step = kSuperBlock / sweep_.block_columns;
     for (int64_t first = 0; first < chunk.blocks(); first += step) {
       const int64_t last = minimum(first + step, chunk.blocks());
       sweep_.for_each_block(chunk, first, last, [&](const Block& block, Scratch& s) {
@@ -302,7 +302,7 @@ class Gradients {
 
   // Packs g for dx and adds this block's rows of dy.
   void multiply_weights(const Chunk& chunk, const Block& block, int64_t first, const A* g, Scratch& s) {
-    const int64_t depth_offset = (block.index - first) * kBlock / C::kDepth;
+    const int64_t depth_offset = (block.index - first) * sweep_.block_columns / C::kDepth;
     if (out.dx) {
       pack_rows<C, Side::a>(weight_panels_.get() + depth_offset * kRows<C>, kRows<C> * super_units_, g, kBlock,
                             block.rows, chunk.rows, block.cols);
@@ -333,9 +333,10 @@ class Gradients {
   // The i-side sums of blocks [first, last), in block order.
   void add_sums(const Chunk& chunk, int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
-      const int64_t part = (b - first) * sweep_.chunk_rows, j_end = chunk.j_begin + b * kBlock + kBlock;
+      const int64_t part = (b - first) * sweep_.chunk_rows, before = b * sweep_.block_columns;
+      const int64_t j_end = chunk.j_begin + before + sweep_.block_columns;
       const int64_t used = p.self ? minimum(chunk.rows, minimum(j_end, chunk.j_end) - chunk.begin) : chunk.rows;
-      const int64_t mirrored = p.self ? minimum(chunk.rows, b * kBlock) : 0;
+      const int64_t mirrored = p.self ? minimum(chunk.rows, before) : 0;
       if (compensates()) add_to(residual_rows_.get() + chunk.begin, residual_.get() + part, used);
       for (int set = 0; set < p.set_count; ++set) {
         const SetSums& own = sums_[set];
@@ -412,7 +413,8 @@ class Gradients {
     const bool in_place = !wide_dx_.get();
     const bool written = p.self || first > 0;  // of self-similarity the first chunk has written all rows as columns
     const int64_t depth_step = in_place ? kMostDepth : kWideUnits * C::kDepth;
-    const int64_t begin = chunk.j_begin + first * kBlock, end = minimum(chunk.j_begin + last * kBlock, chunk.j_end);
+    const int64_t width = sweep_.block_columns, begin = chunk.j_begin + first * width;
+    const int64_t end = minimum(chunk.j_begin + last * width, chunk.j_end);
     const int64_t panels = (p.D + kCols<C> - 1) / kCols<C>, tasks = 2 * sweep_.parallel_.threads;
     const int64_t group = maximum<int64_t>(1, minimum<int64_t>(4, panels / tasks));
     const int64_t groups = (panels + group - 1) / group;

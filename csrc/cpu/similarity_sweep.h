@@ -17,10 +17,14 @@ constexpr int64_t kSuperBlock = 2048;
 constexpr int64_t kChunkElements = int64_t{16} << 20;
 
 struct Chunk {
-  int64_t begin, rows;     // rows of x
-  int64_t j_begin, j_end;  // columns: from the diagonal on for self-similarity
-  int64_t blocks() const { return (j_end - j_begin + kBlock - 1) / kBlock; }
+  int64_t begin, rows;             // rows of x
+  int64_t j_begin, j_end;          // columns: from the diagonal on for self-similarity
+  int64_t block_columns = kBlock;  // of each block but the last
+  int64_t blocks() const { return (j_end - j_begin + block_columns - 1) / block_columns; }
 };
+
+// Few columns make narrow blocks, so that there are enough for more than a few threads.
+inline int64_t columns_of_a_block(int64_t columns) { return columns <= 256 ? 32 : columns <= 512 ? 64 : kBlock; }
 
 struct Block {
   int64_t index, j, cols;
@@ -39,7 +43,8 @@ class Sweep : public Views<typename C::Acc> {
       : Views<A>(problem, rows_of_a_chunk(problem, holds_chunk)),
         p(problem),
         parallel_(parallel),
-        chunk_rows(rows_of_a_chunk(problem, holds_chunk)) {
+        chunk_rows(rows_of_a_chunk(problem, holds_chunk)),
+        block_columns(columns_of_a_block(problem.M)) {
     padded_columns = round_up(p.M, kBlock) + kBlock;
     x_panels.allocate(round_up(chunk_rows, kLaneGroup<C>) * depth_units<C>(p.D));
     if (this->guided) guide_panels_.allocate(round_up(chunk_rows, kLaneGroup<G>) * depth_units<G>(p.guide_depth));
@@ -60,7 +65,7 @@ class Sweep : public Views<typename C::Acc> {
   void for_each_chunk(Body body) {
     kept_used = 0;
     for (int64_t first = 0; first < p.N; first += chunk_rows) {
-      Chunk chunk{first, minimum(chunk_rows, p.N - first), p.self ? first : 0, p.M};
+      Chunk chunk{first, minimum(chunk_rows, p.N - first), p.self ? first : 0, p.M, block_columns};
       begin(chunk);
       body(chunk);
     }
@@ -80,22 +85,26 @@ class Sweep : public Views<typename C::Acc> {
     auto task = [&](int64_t index, int thread) {
       Block block;
       block.index = first + index;
-      block.j = chunk.j_begin + block.index * kBlock;
-      block.cols = minimum(kBlock, chunk.j_end - block.j);
+      block.j = chunk.j_begin + block.index * block_columns;
+      block.cols = minimum(block_columns, chunk.j_end - block.j);
       block.rows = p.self ? minimum(chunk.rows, block.j + block.cols - chunk.begin) : chunk.rows;
       block.mirrored = p.self ? minimum(chunk.rows, block.j - chunk.begin) : 0;
       body(block, scratch_[thread]);
     };
-    const int64_t columns = minimum(chunk.j_begin + last * kBlock, chunk.j_end) - (chunk.j_begin + first * kBlock);
+    const int64_t columns = minimum(last * block_columns, chunk.j_end - chunk.j_begin) - first * block_columns;
     run_parallel(parallel_.run, last - first, task, chunk.rows * columns * (p.D + more_depth + kWorkOfFold));
   }
 
-  // Where the inner products of a block stand when the chunk is stored (kept for backward, or held by total).
-  static A* stored_block(A* chunk_data, const Chunk& chunk, const Block& block) {
-    return chunk_data + block.index * kBlock * padded_rows(chunk);
+  // Where the inner products of a block stand when the chunk is stored (kept for backward, or held by total): narrow
+  // blocks side by side, as parts of one of kBlock columns.
+  A* stored_block(A* chunk_data, const Chunk& chunk, const Block& block) const {
+    const int64_t column = block.index * block_columns;
+    return chunk_data + column / kBlock * kBlock * padded_rows(chunk) + column % kBlock;
   }
   static int64_t padded_rows(const Chunk& chunk) { return round_up(chunk.rows, kLaneGroup<C>); }
-  static int64_t stored_size(const Chunk& chunk) { return chunk.blocks() * kBlock * padded_rows(chunk); }
+  static int64_t stored_size(const Chunk& chunk) {
+    return round_up(chunk.j_end - chunk.j_begin, kBlock) * padded_rows(chunk);
+  }
 
   // Inner products of the block's columns with the chunk's rows, complete in depth.
   void multiply_block(const Chunk& chunk, const Block& block, Scratch& s, A* dots) {
@@ -188,7 +197,7 @@ class Sweep : public Views<typename C::Acc> {
 
   void start_fold(FoldState<A>& fold, const SimilarityFold& of, void* value, int64_t* argmax) {
     fold.start(of.kind, static_cast<A*>(value), argmax, p.self || !of.cols, p.self || of.cols,
-               (p.M + kBlock - 1) / kBlock, chunk_rows, padded_columns);
+               most_blocks(), chunk_rows, padded_columns);
   }
   // Adds a block of logits; a row of the matrix is the i-side of a direct and the j-side of a mirrored view.
   void add_to_fold(FoldState<A>& fold, bool cols, const Chunk& chunk, const Block& block, bool mirrored, const A* l) {
@@ -205,6 +214,7 @@ class Sweep : public Views<typename C::Acc> {
         [&](int64_t group, int) { fold.finish_i(chunk.blocks(), chunk.begin, group * W, chunk.rows); });
   }
 
+  int64_t most_blocks() const { return (p.M + block_columns - 1) / block_columns; }  // of a chunk
   A* block_buffer(Buffer<A>& buffer) { return buffer.once(kBlock * round_up(chunk_rows, kLaneGroup<C>)); }
   // `work`: of all tasks, in multiply-adds.
   template <class Body>
@@ -216,7 +226,7 @@ class Sweep : public Views<typename C::Acc> {
 
   const SimilarityProblem& p;
   const Parallel& parallel_;
-  const int64_t chunk_rows;
+  const int64_t chunk_rows, block_columns;
   int64_t padded_columns = 0;
   Buffer<U> x_panels;  // the chunk's rows, packed as A panels
   A* kept = nullptr;   // where this chunk's inner products are kept, or null

@@ -102,7 +102,7 @@ void values_forward(const ValuesProblem& p, const ValuesForward& out, const Para
   Gradients<C, S> weighted(values, sums, sweep);
   FoldState<A> fold;
   sweep.start_fold(fold, p.logits.folds[0], out.lse, nullptr);
-  Buffer<A> parts((p.logits.M + kBlock - 1) / kBlock * sweep.chunk_rows);
+  Buffer<A> parts(sweep.most_blocks() * sweep.chunk_rows);
   sweep.for_each_chunk([&](const Chunk& chunk) {
     A* dots = softmax.place(chunk);
     sweep.for_each_block(chunk, 0, chunk.blocks(), [&](const Block& block, Scratch& s) {
@@ -132,8 +132,8 @@ class Decided {
  public:
   static constexpr A kLeast = static_cast<A>(0.75);  // DECIDED of contrastive_ops/core/softmax.py
 
-  Decided(int64_t columns, int64_t chunk_rows) : step_(chunk_rows) {
-    const int64_t parts = (columns + kBlock - 1) / kBlock * chunk_rows;
+  Decided(int64_t most_blocks, int64_t chunk_rows) : step_(chunk_rows) {
+    const int64_t parts = most_blocks * chunk_rows;
     for (Buffer<A>* part : {&e_parts_, &weight_parts_}) part->allocate(parts);
     for (Buffer<A>* own : {&dots_, &e_, &weight_}) own->allocate(chunk_rows);
     for (Buffer<int64_t>* own : {&rows_, &columns_}) own->allocate(chunk_rows);
@@ -214,7 +214,7 @@ void values_backward(const ValuesProblem& p, const ValuesBackward& b, const Para
   Buffer<A> means(p.logits.N + kBlock);
   find_means<A>(p, b, means.get());
   const SimilarityBackward& g = b.gradients;
-  Decided<A> decided(p.logits.M, softmax.sweep.chunk_rows);
+  Decided<A> decided(softmax.sweep.most_blocks(), softmax.sweep.chunk_rows);
   const bool any = g.dx || g.dy || g.dscale || g.drow_bias || g.dcol_bias;
   softmax.sweep.for_each_chunk([&](const Chunk& chunk) {
     A* dots = softmax.place(chunk);
