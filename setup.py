@@ -168,8 +168,9 @@ def sources(pattern: str) -> list[str]:
 
 
 def make_libraries(plan: Plan) -> list[tuple[str, dict]]:
-    """One static library per SIMD level, the choice between them, and the CUDA kernels."""
-    stems = [path for path in sources("csrc/cpu/*.cpp") if path != "csrc/cpu/capability.cpp"]
+    """One static library per SIMD level, the choice between them, their memory, and the CUDA kernels."""
+    once = ("csrc/cpu/capability.cpp", "csrc/cpu/scratch.cpp")
+    stems = [path for path in sources("csrc/cpu/*.cpp") if path not in once]
     flags = [*COMMON_FLAGS, "-std=c++17", *NAME_HEADERS]
     # The linker reads archives once and in this order: who calls comes before who is called.
     libraries = [
@@ -185,6 +186,8 @@ def make_libraries(plan: Plan) -> list[tuple[str, dict]]:
             "macros": [*plan.library_macros, *level_macros(level)],
         }
         libraries.append((f"contrastive_ops_{level}", info))
+    scratch = {"sources": ["csrc/cpu/scratch.cpp"], "cflags": flags, "macros": plan.library_macros}
+    libraries.append(("contrastive_ops_scratch", scratch))
     if plan.cuda is not None:
         depends = [*sources("csrc/*.h"), *sources("csrc/cuda/*.h"), "setup_cuda.py"]
         libraries.append((CUDA_LIBRARY, {"sources": sources("csrc/cuda/*.cu"), "obj_deps": {"": depends}}))

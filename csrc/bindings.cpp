@@ -18,6 +18,7 @@
 #include "bindings_similarity_topk.h"
 #include "bindings_similarity_values.h"
 #include "cpu/capability.h"
+#include "cpu/scratch.h"
 #include "similarity_reduce.h"
 
 namespace contrastive_ops {
@@ -164,5 +165,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #endif
   m.def("build_config", &build_config, "Versions and options at build time.");
   m.def("cpu_capability", [] { return std::string(capability_name(capability())); }, "The SIMD level in use.");
+  m.def("release_scratch", &release_scratch,
+        "Returns the kernels' memory to the allocator, and how many bytes it was.");
   m.def("cpu_capability_detected", [] { return std::string(capability_name(detected_capability())); });
 }

@@ -11,7 +11,8 @@ import sys
 import pytest
 import torch
 
-from contrastive_ops import clip
+from contrastive_ops import clip, similarity_reduce, similarity_topk
+from contrastive_ops.core import extension
 from contrastive_ops.testing import LOSSES, saved_bytes
 
 MIB = 1 << 20
@@ -142,3 +143,72 @@ def test_a_corpus_of_two_million_rows_is_mined_from_a_memmap(tmp_path):
     assert out["peak"] <= 400 * MIB, out["peak"]
     assert out["counts"] == [30] * 64  # no query starves
     assert out["seen"] == [rows] * 64  # statistics are of the whole corpus
+
+
+# ---- Scratch of the kernels ------------------------------------------------------------------------------------------
+
+COMPILED = pytest.mark.skipif(extension.load() is None, reason="needs the C++ extension")
+
+
+@COMPILED
+def test_what_kernels_keep_is_bounded_and_given_back():
+    release = extension.load().release_scratch
+    release()
+    for rows in (8, 100, 700, 3000):
+        a, b = (torch.randn(rows, 64, requires_grad=True) for _ in range(2))
+        for _ in range(2):
+            clip(a, b, backend="cpu").backward()
+            similarity_topk(a, b, 5, backend="cpu")
+        assert 0 < release() <= 64 * MIB
+        assert release() == 0
+    for rows in (4000, 100):
+        # From the largest on, all sizes: what does not fit any more is freed.
+        x = torch.randn(rows, 2000)
+        similarity_reduce(x, torch.randn(20_000, 2000), backend="cpu")
+    assert 0 < release() <= 64 * MIB
+
+
+SCRATCH_CHILD = """
+import os, sys, threading, torch
+from contrastive_ops import clip, similarity_topk
+from contrastive_ops.core import extension
+torch.set_num_threads(1)
+x, y = torch.randn(200, 32), torch.randn(200, 32)
+loss, best = clip(x, y, backend="cpu"), similarity_topk(x, y, 5, backend="cpu")
+wrong = []
+
+def check():
+    if not torch.equal(clip(x, y, backend="cpu"), loss):
+        wrong.append("loss")
+    if not torch.equal(similarity_topk(x, y, 5, backend="cpu").indices, best.indices):
+        wrong.append("lists")
+
+def work(count):
+    while count:
+        check()
+        count -= 1
+
+several = [threading.Thread(target=work, args=(40,)) for _ in range(4)]
+[thread.start() for thread in several]
+for _ in range(20):
+    extension.load().release_scratch()
+[thread.join() for thread in several]
+busy = threading.Thread(target=work, args=(600,))
+busy.start()
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        check()
+        os._exit(len(wrong))
+    assert os.waitpid(child, 0)[1] == 0
+busy.join()
+assert not wrong, wrong
+print("done")
+"""
+
+
+@COMPILED
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_scratch_of_many_threads_and_of_forks_while_one_works():
+    done = subprocess.run([sys.executable, "-c", SCRATCH_CHILD], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

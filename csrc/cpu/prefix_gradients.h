@@ -315,11 +315,12 @@ class PrefixGradients {
       U* to = x_columns(segment);
       const int64_t width = sweep_.width(segment);
       const S* from = static_cast<const S*>(p.x) + chunk.begin * p.x_stride + sweep_.begin(segment);
-      sweep_.run((width + kLaneGroup<K> - 1) / kLaneGroup<K>, chunk.rows * width * kWorkOfMove, [&](int64_t group, int) {
-        const int64_t d = group * kLaneGroup<K>;
-        pack_columns<K, Side::b>(to + d * units, kCols<K> * units, from + d, p.x_stride,
-                                 minimum<int64_t>(kLaneGroup<K>, width - d), chunk.rows);
-      });
+      sweep_.run((width + kLaneGroup<K> - 1) / kLaneGroup<K>, chunk.rows * width * kWorkOfMove,
+                 [&](int64_t group, int) {
+                   const int64_t d = group * kLaneGroup<K>;
+                   pack_columns<K, Side::b>(to + d * units, kCols<K> * units, from + d, p.x_stride,
+                                            minimum<int64_t>(kLaneGroup<K>, width - d), chunk.rows);
+                 });
     }
   }
 

@@ -16,6 +16,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "scratch.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -288,7 +290,7 @@ INLINE void transpose(Vec<T>* rows) {
 
 // ---- Memory --------------------------------------------------------------------------------------------
 
-// Uninitialised memory on a cache line; throws std::bad_alloc, which pybind11 turns into MemoryError.
+// Uninitialised scratch on a cache line (scratch.h); throws std::bad_alloc, which pybind11 turns into MemoryError.
 template <class T>
 class Buffer {
  public:
@@ -296,16 +298,14 @@ class Buffer {
   explicit Buffer(int64_t size) { allocate(size); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { free(data_); }
+  ~Buffer() { give_scratch(data_); }
   void allocate(int64_t size) {
-    free(data_);
-    data_ = nullptr;
-    void* data = nullptr;
-    if (posix_memalign(&data, 64, static_cast<size_t>(size > 0 ? size : 1) * sizeof(T)) != 0) throw std::bad_alloc();
-    data_ = static_cast<T*>(data);
+    give_scratch(data_);
+    data_ = static_cast<T*>(take_scratch(static_cast<size_t>(size > 0 ? size : 1) * sizeof(T)));
+    if (!data_) throw std::bad_alloc();
   }
   T* get() const { return data_; }
-  // Allocates on first use, so that each thread touches its own scratch first.
+  // Allocates on first use, so that each thread touches its own scratch first where that is new.
   T* once(int64_t size) {
     if (!data_) allocate(size);
     return data_;

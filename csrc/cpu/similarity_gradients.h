@@ -63,11 +63,14 @@ class Gradients {
     const int64_t step = kSuperBlock / sweep_.block_columns;
     for (int64_t first = 0; first < chunk.blocks(); first += step) {
       const int64_t last = minimum(first + step, chunk.blocks());
-      sweep_.for_each_block(chunk, first, last, [&](const Block& block, Scratch& s) {
-        A* dots = stored ? sweep_.stored_block(stored, chunk, block) : sweep_.block_buffer(s.dots);
-        if (!stored) sweep_.multiply_block(chunk, block, s, dots);
-        add_block(chunk, block, first, s, dots, weigh);
-      }, p.D);
+      sweep_.for_each_block(
+          chunk, first, last,
+          [&](const Block& block, Scratch& s) {
+            A* dots = stored ? sweep_.stored_block(stored, chunk, block) : sweep_.block_buffer(s.dots);
+            if (!stored) sweep_.multiply_block(chunk, block, s, dots);
+            add_block(chunk, block, first, s, dots, weigh);
+          },
+          p.D);
       if (out.dx) add_dx(chunk, first, last);
       if (any_sums_ || compensates()) add_sums(chunk, first, last);
     }

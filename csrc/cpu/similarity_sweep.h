@@ -24,7 +24,7 @@ struct Chunk {
 };
 
 // Few columns make narrow blocks, so that there are enough for more than a few threads.
-inline int64_t columns_of_a_block(int64_t columns) { return columns <= 256 ? 32 : columns <= 512 ? 64 : kBlock; }
+inline int64_t columns_of_a_block(int64_t columns) { return columns <= 128 ? 32 : columns <= 256 ? 64 : kBlock; }
 
 struct Block {
   int64_t index, j, cols;
@@ -196,8 +196,8 @@ class Sweep : public Views<typename C::Acc> {
   // ---- Folds ----------------------------------------------------------------------------------------------
 
   void start_fold(FoldState<A>& fold, const SimilarityFold& of, void* value, int64_t* argmax) {
-    fold.start(of.kind, static_cast<A*>(value), argmax, p.self || !of.cols, p.self || of.cols,
-               most_blocks(), chunk_rows, padded_columns);
+    fold.start(of.kind, static_cast<A*>(value), argmax, p.self || !of.cols, p.self || of.cols, most_blocks(),
+               chunk_rows, padded_columns);
   }
   // Adds a block of logits; a row of the matrix is the i-side of a direct and the j-side of a mirrored view.
   void add_to_fold(FoldState<A>& fold, bool cols, const Chunk& chunk, const Block& block, bool mirrored, const A* l) {

@@ -62,8 +62,7 @@ class TopK {
       t.j_end = minimum(t.j_begin + part_columns_, p.M);
       run_task(t, scratch_[thread]);
     };
-    run_parallel(parallel_.run, (p.N + chunk_rows_ - 1) / chunk_rows_ * parts_, task,
-                 p.N * p.M * (p.D + kWorkOfMove));
+    run_parallel(parallel_.run, (p.N + chunk_rows_ - 1) / chunk_rows_ * parts_, task, p.N * p.M * (p.D + kWorkOfMove));
     auto finish = [&](int64_t i, int) { finish_row(i); };
     run_parallel(parallel_.run, p.N, finish, p.N * parts_ * (out.k + kStatistics) * kWorkOfMove);
   }
