@@ -1,8 +1,8 @@
 """Build of the optional extension ``contrastive_ops._C``; everything else is in pyproject.toml.
 
-The extension is torch code (``csrc/bindings*.cpp``) linked with torch-free static libraries, one
-per SIMD level and one of CUDA kernels, because setuptools and torch know one set of flags per
-extension only. Two environment variables steer the build:
+The extension is ``csrc/*.cpp``, which know Python and no torch header, linked with static libraries, one per SIMD level
+and one of CUDA kernels, because setuptools knows one set of flags per extension only. So it loads with every torch of
+its Python. Two environment variables steer the build:
 
     CONTRASTIVE_OPS_EXT   auto (default): build the extension, or install pure Python and warn where
                           there is no compiler for it; 1: fail if it cannot be built; 0: pure Python
@@ -37,22 +37,22 @@ import setup_cuda  # noqa: E402
 from setup_cpu import (  # noqa: E402
     COMMON_FLAGS,
     NAME_HEADERS,
+    build_object,
     compiler_version,
     find_compiler,
-    is_current,
     level_macros,
     levels,
-    remember_command,
     say_first_error,
     x86_macro,
 )
 from setup_says import choice, fail, warn_cpu_only, warn_pure_python  # noqa: E402
-from setup_torch import NoTorch, advice, import_torch  # noqa: E402
+from setup_torch import NoTorch, advice, import_torch, torch_arguments  # noqa: E402
 
 MIN_SETUPTOOLS = 77  # the first that reads the license expression in pyproject.toml
 REPORT = "_build_report.json"  # read when the package is imported: pip hides build output
 
 CUDA_LIBRARY = "contrastive_ops_cuda"
+EAGER = "csrc/eager.cpp"  # the one file with torch headers
 
 # The package is not imported: that would need torch, and an extension.
 sources_digest = runpy.run_path(str(ROOT / "contrastive_ops" / "_checkout.py"))["sources_digest"]
@@ -75,9 +75,7 @@ class Plan:
     reason: str | None = None  # why there is no extension
     compiler: str = ""
     cpu: str = ""  # what the extension is made of
-    macros: list[tuple[str, str]] = field(default_factory=list)  # of bindings.cpp
-    library_macros: list[tuple[str, str]] = field(default_factory=list)
-    openmp: bool = False
+    macros: list[tuple[str, str]] = field(default_factory=list)
     cuda: setup_cuda.Nvcc | None = None
     why_no_cuda: str | None = None
 
@@ -98,7 +96,7 @@ class Plan:
         }
 
 
-def find_cuda(torch, compiler: list[str], macros: list[tuple[str, str]]) -> setup_cuda.Nvcc:
+def find_cuda(torch, compiler: list[str]) -> setup_cuda.Nvcc:
     """How to compile CUDA kernels; NoCuda if that cannot be done or was not asked for."""
     if WANT_CUDA == "0":
         raise setup_cuda.NoCuda("CONTRASTIVE_OPS_CUDA=0 was set when the package was built")
@@ -109,7 +107,7 @@ def find_cuda(torch, compiler: list[str], macros: list[tuple[str, str]]) -> setu
     codes = setup_cuda.architectures()
     toolkit = setup_cuda.find_toolkit(torch.version.cuda)
     threads = min(len(codes), max(1, jobs() // len(sources("csrc/cuda/*.cu"))))
-    return setup_cuda.Nvcc(toolkit, codes, compiler, macros, threads)
+    return setup_cuda.Nvcc(toolkit, codes, compiler, threads)
 
 
 def without_cuda(plan: Plan, why: str) -> None:
@@ -134,25 +132,10 @@ def make_plan() -> Plan:
         looked = os.environ.get("CXX") or "c++, g++ and clang++"
         return Plan(reason=f"no C++ compiler was found (looked for {looked})")
     torch = import_torch()
-    version = str(torch.__version__)
-
-    # torch adds this one to bindings.cpp; its wheels before 2.7 have the older ABI of std::string.
-    new_abi = getattr(torch, "compiled_with_cxx11_abi", lambda: True)()
-    abi = [("_GLIBCXX_USE_CXX11_ABI", str(int(new_abi)))]
     name = compiler_version(compiler)
-    # Only GNU's OpenMP calls resolve against the libgomp that libtorch_cpu has loaded already;
-    # clang would ask for a second runtime of its own.
-    openmp = sys.platform == "linux" and "clang" not in name.lower()
-    plan = Plan(
-        compiler=name,
-        cpu=f"CPU extension with levels {', '.join(levels())}; {name}; torch {version}; "
-        f"{'OpenMP' if openmp else 'no OpenMP: one thread'}",
-        macros=[("CONTRASTIVE_OPS_TORCH_VERSION", f'"{version}"'), *x86_macro()],
-        library_macros=[*abi, *x86_macro()],
-        openmp=openmp,
-    )
+    plan = Plan(compiler=name, cpu=f"CPU extension with levels {', '.join(levels())}; {name}", macros=x86_macro())
     try:
-        plan.cuda = find_cuda(torch, compiler, abi)
+        plan.cuda = find_cuda(torch, compiler)
     except setup_cuda.NoCuda as why:
         without_cuda(plan, str(why))
     return plan
@@ -176,17 +159,17 @@ def make_libraries(plan: Plan) -> list[tuple[str, dict]]:
     libraries = [
         (
             "contrastive_ops_capability",
-            {"sources": ["csrc/cpu/capability.cpp"], "cflags": flags, "macros": plan.library_macros},
+            {"sources": ["csrc/cpu/capability.cpp"], "cflags": flags, "macros": plan.macros},
         )
     ]
     for level, level_flags in levels().items():
         info = {
             "sources": stems,
             "cflags": [*flags, *level_flags],
-            "macros": [*plan.library_macros, *level_macros(level)],
+            "macros": [*plan.macros, *level_macros(level)],
         }
         libraries.append((f"contrastive_ops_{level}", info))
-    scratch = {"sources": ["csrc/cpu/scratch.cpp"], "cflags": flags, "macros": plan.library_macros}
+    scratch = {"sources": ["csrc/cpu/scratch.cpp"], "cflags": flags, "macros": plan.macros}
     libraries.append(("contrastive_ops_scratch", scratch))
     if plan.cuda is not None:
         depends = [*sources("csrc/*.h"), *sources("csrc/cuda/*.h"), "setup_cuda.py"]
@@ -194,18 +177,27 @@ def make_libraries(plan: Plan) -> list[tuple[str, dict]]:
     return libraries
 
 
-def make_extension(plan: Plan) -> Extension:
-    from torch.utils.cpp_extension import CppExtension
+def make_eager() -> list[Extension]:
+    """The module with torch headers, which is for one torch; everything works without it."""
+    if not (ROOT / EAGER).exists():
+        return []
+    flags = [*COMMON_FLAGS, "-std=c++20", *NAME_HEADERS]
+    return [
+        Extension("contrastive_ops._eager", [EAGER], extra_compile_args=flags, language="c++", optional=True,
+                  **torch_arguments("_eager"))
+    ]  # fmt: skip
 
+
+def make_extension(plan: Plan) -> Extension:
     cuda = plan.cuda.extension_arguments() if plan.cuda is not None else {}
-    return CppExtension(
+    own = [path for path in sources("csrc/*.cpp") if path not in ("csrc/bindings_cuda.cpp", EAGER)]
+    return Extension(
         "contrastive_ops._C",
-        sources=["csrc/bindings.cpp", *cuda.pop("sources", [])],
+        sources=[*own, *cuda.pop("sources", [])],
         define_macros=[*plan.macros, *cuda.pop("define_macros", [])],
-        # No -std: every torch version adds the one its headers need. OpenMP is compiled in but not
-        # linked: the calls resolve through libtorch_cpu, so that only torch's runtime is mapped.
-        extra_compile_args=[*COMMON_FLAGS, *(["-fopenmp"] if plan.openmp else [])],
-        depends=[*sources("csrc/*.h"), *sources("csrc/c*/*"), *sources("setup*.py")],
+        extra_compile_args=[*COMMON_FLAGS, "-std=c++17", *NAME_HEADERS],
+        libraries=["dl"] if sys.platform == "linux" else [],
+        language="c++",
         **cuda,
     )
 
@@ -226,8 +218,8 @@ class BuildPy(build_py):
             folder = Path(self.build_lib, "contrastive_ops")
         if plan.reason is not None:
             # An extension left from an earlier build would be imported in spite of this one.
-            stale = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-            stale.unlink(missing_ok=True)
+            for name in ("_C", "_eager"):
+                (folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REPORT).write_text(json.dumps(plan.report(), indent=1) + "\n")
 
@@ -280,14 +272,9 @@ class BuildClib(build_clib):
 
     def build_object(self, library: str, source: str, info: dict) -> str:
         """Compiles one file of one SIMD level; returns the object."""
-        folder = os.path.join(self.build_temp, library)
-        target = os.path.join(folder, os.path.splitext(source)[0] + ".o")
-        command = [PLAN.compiler, *info["cflags"], *(f"-D{name}={value}" for name, value in info["macros"])]
-        if not is_current(target, command):
-            options = {"macros": info["macros"], "extra_preargs": info["cflags"], "debug": self.debug}
-            self.compiler.compile([source], output_dir=folder, include_dirs=self.include_dirs, **options)
-            remember_command(target, command)
-        return target
+        return build_object(
+            self, PLAN.compiler, library, source, info["cflags"], info["macros"], self.include_dirs or []
+        )
 
     def build_kernels(self, source: str, info: dict) -> str:
         """Compiles one CUDA file; returns the object."""
@@ -303,43 +290,48 @@ class BuildClib(build_clib):
         self.libraries[:] = [library for library in self.libraries if library[0] != CUDA_LIBRARY]
         linker = self.get_finalized_command("build_ext")
         linker.libraries = [name for name in linker.libraries if name != CUDA_LIBRARY]
-        for extension in self.distribution.ext_modules:
+        for extension in self.distribution.ext_modules[:1]:
             for name, values in added.items():
                 setattr(extension, name, [value for value in getattr(extension, name) if value not in values])
         self.get_finalized_command("build_py").write_report(PLAN)
 
 
-def make_build_ext() -> type[build_ext]:
-    from torch.utils.cpp_extension import BuildExtension
+class BuildExt(build_ext):
+    """Compiles what was edited and links it with the libraries of BuildClib."""
 
-    class BuildExt(BuildExtension):
-        def __init__(self, *args, **kwargs) -> None:
-            # Without ninja, which few people have: what it is for are many files, and it swallows errors.
-            super().__init__(*args, use_ninja=False, **kwargs)
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.force = True  # to link: setuptools knows no edited kernel
+        if self.editable_mode:
+            self.build_temp = persistent_build_folder()
 
-        def finalize_options(self) -> None:
-            super().finalize_options()
-            self.force = True  # setuptools knows neither an edited kernel nor a changed macro
-            if self.editable_mode:
-                self.build_temp = persistent_build_folder()
+    def run(self) -> None:
+        # `build_ext` alone would link whatever libraries an earlier build left behind.
+        self.run_command("build_clib")
+        if PLAN.reason is not None:
+            self.extensions = []
+            return
+        try:
+            super().run()
+        except (Exception, SystemExit) as error:
+            give_up(self, error)
+            self.extensions = []
 
-        def run(self) -> None:
-            # `build_ext` alone would link whatever libraries an earlier build left behind.
-            self.run_command("build_clib")
-            if PLAN.reason is not None:
-                self.extensions = []
-                return
-            try:
-                super().run()
-            except (Exception, SystemExit) as error:
-                give_up(self, error)
-                self.extensions = []
+    def build_extensions(self) -> None:
+        say_first_error(self.compiler, PLAN.compiler)
+        super().build_extensions()
 
-        def build_extensions(self) -> None:
-            say_first_error(self.compiler, PLAN.compiler)
-            super().build_extensions()
-
-    return BuildExt
+    def build_extension(self, ext: Extension) -> None:
+        includes = [*ext.include_dirs, *self.include_dirs]
+        arguments = (ext.extra_compile_args, ext.define_macros, includes)
+        with ThreadPoolExecutor(jobs()) as pool:
+            made = [
+                pool.submit(build_object, self, PLAN.compiler, "bindings", source, *arguments) for source in ext.sources
+            ]
+            ext.extra_objects = [done.result() for done in made]
+        ext.sources, whole = [], ext.sources
+        super().build_extension(ext)
+        ext.sources = whole
 
 
 def persistent_build_folder() -> str:
@@ -372,9 +364,9 @@ def build_arguments() -> dict:
     if PLAN.reason is None:
         print(f"contrastive_ops: building {PLAN.summary}", flush=True)
         return {
-            "ext_modules": [make_extension(PLAN)],
+            "ext_modules": [make_extension(PLAN), *make_eager()],
             "libraries": make_libraries(PLAN),
-            "cmdclass": {**commands, "build_clib": BuildClib, "build_ext": make_build_ext()},
+            "cmdclass": {**commands, "build_clib": BuildClib, "build_ext": BuildExt},
         }
     if WANT_CUDA == "1":
         fail(

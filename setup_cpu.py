@@ -135,6 +135,25 @@ def remember_command(target: str, command: list[str]) -> None:
         file.write(f"{shlex.join(command)}\n{rule}")
 
 
+def build_object(
+    command, compiler: str, folder: str, source: str, flags: list[str], macros: list, includes: list[str]
+) -> str:
+    """Compiles one file, unless its object is newer than all that it was made of; returns the object."""
+    folder = os.path.join(command.build_temp, folder)
+    target = os.path.join(folder, os.path.splitext(source)[0] + ".o")
+    said = [
+        compiler,
+        *flags,
+        *(f"-D{name}={value}" for name, value in macros),
+        *(f"-I{path}" for path in includes),
+    ]
+    if not is_current(target, said):
+        keywords = {"macros": macros, "extra_preargs": flags, "debug": command.debug}
+        command.compiler.compile([source], output_dir=folder, include_dirs=includes, **keywords)
+        remember_command(target, said)
+    return target
+
+
 def x86_macro() -> list[tuple[str, str]]:
     if not is_x86():
         return []

@@ -163,14 +163,12 @@ class Nvcc:
         toolkit: whose nvcc runs.
         codes: sm_XY and compute_XY to make.
         compiler: the C++ compiler's command, of which nvcc takes the last word ("ccache g++").
-        macros: pairs of names and values.
         threads: how many of the codes are made side by side.
     """
 
     toolkit: Toolkit
     codes: Sequence[str]
     compiler: Sequence[str] = ()
-    macros: Sequence[tuple[str, str]] = ()
     threads: int = 1
 
     @property
@@ -184,7 +182,6 @@ class Nvcc:
             "sources": ["csrc/bindings_cuda.cpp"],
             "define_macros": [("CONTRASTIVE_OPS_CUDA", f'"{self.what}"')],
             "include_dirs": list(self.toolkit.include_dirs),
-            "libraries": ["c10_cuda"],
             # Behind the libraries: a linker that drops what nobody has asked for yet would drop the runtime.
             "extra_link_args": runtime_library(self.toolkit.home),
         }
@@ -196,7 +193,6 @@ class Nvcc:
         return [
             *(self.toolkit.nvcc, *host, *FLAGS, *gencode(self.codes)),
             f"-Xcompiler={','.join(HOST_FLAGS)}",
-            *(f"-D{name}={value}" for name, value in self.macros),
             *(f"-I{folder}" for folder in self.toolkit.include_dirs),
             *(f"--threads={self.threads}", "-c", source, "-o", target),
         ]

@@ -59,6 +59,25 @@ def import_torch() -> ModuleType:
     return torch
 
 
+def torch_arguments(name: str) -> dict[str, list]:
+    """What an extension of this name needs that includes headers of torch."""
+    import torch
+    from torch.utils import cpp_extension
+
+    # Wheels before 2.7 have the older ABI of std::string.
+    new_abi = getattr(torch, "compiled_with_cxx11_abi", lambda: True)()
+    return {
+        "include_dirs": cpp_extension.include_paths(),
+        "library_dirs": cpp_extension.library_paths(),
+        "libraries": ["c10", "torch", "torch_cpu", "torch_python"],
+        "define_macros": [
+            ("TORCH_EXTENSION_NAME", name),
+            ("CONTRASTIVE_OPS_TORCH_VERSION", f'"{torch.__version__}"'),
+            ("_GLIBCXX_USE_CXX11_ABI", str(int(new_abi))),
+        ],
+    }
+
+
 def advice() -> str:
     """What to do where there is no torch."""
     oldest = ".".join(map(str, MIN_TORCH))

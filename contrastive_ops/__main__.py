@@ -92,10 +92,6 @@ def _extension_info() -> dict[str, Any]:
         facts["note"] = f"the Python code is that of {PACKAGE}, which is not built; the C++ sources are the same"
     if config.get("cuda") == "no":
         facts["why_no_cuda"] = report.get("why_no_cuda") or "unknown"
-    built, running = config.get("torch"), str(torch.__version__)
-    if built is not None and built != running:
-        facts["warning"] = f"built against torch {built}, but torch {running} is running"
-        facts["fix"] = _fix_commands()
     return facts
 
 

@@ -1,8 +1,5 @@
-// Part of bindings.cpp, the only file that includes it: the functions of expert_routing.
+// Part of bindings.cpp: the functions of expert_routing.
 #pragma once
-
-#include <tuple>
-#include <vector>
 
 #include "bindings_similarity_problem.h"
 #include "cpu/expert_losses.h"
@@ -11,77 +8,63 @@
 namespace contrastive_ops {
 namespace {
 
-// Tensors that a RouterProblem points into live as long as this.
+void check_range(const Tensor& index, int64_t low, int64_t high, const char* name) {
+  const int64_t *at = index.as<int64_t>(), count = index.numel();
+  bool outside = false;  // found without a branch, and only then told
+  for (int64_t e = 0; e < count; ++e)
+    outside |= static_cast<uint64_t>(at[e] - low) >= static_cast<uint64_t>(high - low);
+  for (int64_t e = 0; outside && e < count; ++e) {
+    CHECK_VALUE(at[e] >= low && at[e] < high, name, " must be in [", low, ", ", high, "), got ", at[e]);
+  }
+}
+
+// TensorList that a RouterProblem points into live as long as this.
 struct Router {
-  Tensor logits, noise, bias, segment, valid;
+  Tensor logits, noise, bias, allowed, segment, valid;
   RouterProblem raw{};
 
-  Router(const Tensor& logits_, const OptionalTensor& noise_, const OptionalTensor& bias_,
-         const OptionalTensor& allowed, const OptionalTensor& segment_, const OptionalTensor& valid_,
-         const std::vector<int64_t>& spec, double sigma) {
-    TORCH_CHECK_VALUE(logits_.dim() == 2 && spec.size() == 8, "logits must be a matrix, and spec eight integers");
-    logits = rows_contiguous(logits_);
+  Router(const Tensor& logits_in, const Tensor& noise_in, const Tensor& bias_in, const Tensor& allowed_in,
+         const Tensor& segment_in, const Tensor& valid_in, const Integers& spec, double sigma) {
+    CHECK_VALUE(logits_in.dims == 2 && spec.size == 8, "logits must be a matrix, and spec eight integers");
+    check_on_cpu(logits_in, "logits");
+    logits = logits_in.rows_contiguous();
     const int64_t T = logits.size(0), E = logits.size(1);
-    const auto shaped = [&](const OptionalTensor& t, at::IntArrayRef sizes, at::ScalarType type, const char* name) {
-      if (!t) return Tensor();
-      TORCH_CHECK_VALUE(t->sizes() == sizes, name, " must have shape ", sizes, ", got ", t->sizes());
-      TORCH_CHECK_TYPE(t->scalar_type() == type, name, " must have dtype ", type, ", got ", t->scalar_type());
-      TORCH_CHECK_VALUE(t->device().is_cpu(), name, " must be on the CPU, got ", t->device());
-      return t->contiguous();
-    };
-    noise = shaped(noise_, {T, E}, accumulator(logits), "noise");
-    bias = shaped(bias_, {E}, accumulator(logits), "bias");
-    segment = shaped(segment_, {T}, at::kLong, "segment");
-    valid = shaped(valid_, {T}, at::kBool, "valid");
+    noise = shaped(noise_in, {T, E}, type(), "noise");
+    bias = shaped(bias_in, {E}, type(), "bias");
+    segment = shaped(segment_in, {T}, Type::int64, "segment");
+    valid = shaped(valid_in, {T}, Type::boolean, "valid");
+    if (allowed_in) {
+      check_array(allowed_in, {T, E}, Type::boolean, "allowed");
+      check_on_cpu(allowed_in, "allowed");
+      allowed = allowed_in;
+      raw.allowed = allowed.as<bool>();
+      raw.allowed_row_stride = allowed.stride(0);
+      raw.allowed_stride = allowed.stride(1);
+    }
     raw.dtype = dtype_of(logits);
     raw.T = T;
     raw.E = E;
-    raw.logits = logits.data_ptr();
+    raw.logits = logits.data;
     raw.logits_stride = logits.stride(0);
-    raw.noise = data_or_null(noise);
+    raw.noise = noise.data;
     raw.sigma = sigma;
-    raw.bias = data_or_null(bias);
-    if (allowed) {
-      TORCH_CHECK_VALUE(allowed->sizes() == logits.sizes() && allowed->scalar_type() == at::kBool,
-                        "allowed must be a mask like the logits");
-      raw.allowed = allowed->const_data_ptr<bool>();
-      raw.allowed_row_stride = allowed->stride(0);
-      raw.allowed_stride = allowed->stride(1);
-    }
-    raw.k = spec[0];
-    raw.score = static_cast<RouterScore>(spec[1]);
-    raw.renormalize = spec[2] != 0;
-    raw.expert_groups = spec[3];
-    raw.kept_groups = spec[4];
-    raw.group_score = static_cast<GroupScore>(spec[5]);
-    raw.segments = spec[6];
-    raw.load = spec[7] != 0;
-    TORCH_CHECK_VALUE(raw.k >= 1 && raw.k <= E && raw.segments >= 1, "k must be in [1, ", E, "], got ", raw.k);
-    TORCH_CHECK_VALUE(raw.expert_groups >= 1 && E % raw.expert_groups == 0, "groups must divide the experts");
-    TORCH_CHECK_VALUE(!raw.load || (noise.defined() && sigma > 0), "the load needs noise");
-    if (segment.defined()) {  // labels address memory
-      raw.segment = segment.const_data_ptr<int64_t>();
-      check_range(segment, 0, raw.segments, "segments");
-    }
-    if (valid.defined()) raw.valid = valid.const_data_ptr<bool>();
+    raw.bias = bias.data;
+    raw.k = spec.data[0];
+    raw.score = static_cast<RouterScore>(spec.data[1]);
+    raw.renormalize = spec.data[2] != 0;
+    raw.expert_groups = spec.data[3];
+    raw.kept_groups = spec.data[4];
+    raw.group_score = static_cast<GroupScore>(spec.data[5]);
+    raw.segments = spec.data[6];
+    raw.load = spec.data[7] != 0;
+    CHECK_VALUE(raw.k >= 1 && raw.k <= E && raw.segments >= 1, "k must be in [1, ", E, "], got ", raw.k);
+    CHECK_VALUE(raw.expert_groups >= 1 && E % raw.expert_groups == 0, "groups must divide the experts");
+    CHECK_VALUE(!raw.load || (noise.defined() && sigma > 0), "the load needs noise");
+    raw.segment = segment.as<int64_t>();
+    raw.valid = valid.as<bool>();
+    if (segment) check_range(segment, 0, raw.segments, "segments");  // labels address memory
   }
-
-  static void check_range(const Tensor& index, int64_t low, int64_t high, const char* name) {
-    const int64_t *at = index.const_data_ptr<int64_t>(), count = index.numel();
-    bool outside = false;  // found without a branch, and only then told
-    for (int64_t e = 0; e < count; ++e)
-      outside |= static_cast<uint64_t>(at[e] - low) >= static_cast<uint64_t>(high - low);
-    for (int64_t e = 0; outside && e < count; ++e) {
-      TORCH_CHECK_VALUE(at[e] >= low && at[e] < high, name, " must be in [", low, ", ", high, "), got ", at[e]);
-    }
-  }
-
-  Tensor numbers(at::IntArrayRef sizes) const { return at::empty(sizes, logits.options().dtype(accumulator(logits))); }
-  Tensor integers(at::IntArrayRef sizes) const { return at::empty(sizes, logits.options().dtype(at::kLong)); }
-  Tensor upstream(const Tensor& t, at::IntArrayRef sizes) const {
-    TORCH_CHECK_VALUE(t.sizes() == sizes && t.scalar_type() == accumulator(logits), "gradients must be like outputs");
-    return t.contiguous();
-  }
+  Type type() const { return accumulator(logits.type); }
   // Calls with a number of the accumulation type.
   template <class Function>
   void with_accumulator(Function function) const {
@@ -94,57 +77,37 @@ constexpr int64_t kFewLogits = 1 << 15, kFewNumbers = 1 << 18;
 Parallel parallel_for(int64_t size, int64_t few) { return size < few ? Parallel{run_in_order, 1} : parallel(); }
 
 Tensor experts_of(const Tensor& experts, int64_t T, int64_t k, int64_t E) {
-  TORCH_CHECK_VALUE(experts.dim() == 2 && experts.size(0) == T && experts.size(1) == k, "experts must have shape (", T,
-                    ", ", k, "), got ", experts.sizes());
-  TORCH_CHECK_TYPE(experts.scalar_type() == at::kLong, "experts must be int64, got ", experts.scalar_type());
-  Tensor contiguous = experts.contiguous();
-  Router::check_range(contiguous, -1, E, "experts");
+  Tensor contiguous = shaped(experts, {T, k}, Type::int64, "experts");
+  if (contiguous) check_range(contiguous, -1, E, "experts");
   return contiguous;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_routing_scores(
-    const Tensor& logits, const OptionalTensor& noise, const OptionalTensor& bias, const OptionalTensor& allowed,
-    const OptionalTensor& given, const OptionalTensor& segment, const OptionalTensor& valid,
-    const std::vector<int64_t>& spec, double sigma) {
+    const Tensor& logits, const Optional& noise, const Optional& bias, const Optional& allowed, const Optional& given,
+    const Optional& segment, const Optional& valid, const Integers& spec, double sigma) {
   const Router p(logits, noise, bias, allowed, segment, valid, spec, sigma);
   const int64_t T = p.raw.T, E = p.raw.E, k = p.raw.k, S = p.raw.segments;
-  const Tensor listed = given ? experts_of(*given, T, k, E) : Tensor();
-  Tensor experts = p.integers({T, k}), choices = p.integers({S, E}), tokens = p.integers({S});
-  Tensor gates = p.numbers({T, k}), priority = p.numbers({T}), sums = p.numbers({3, S, E});
-  Tensor totals = p.numbers({2, S}), margin = p.numbers({S});
-  const RouterScores out{listed.defined() ? listed.const_data_ptr<int64_t>() : nullptr,
-                         experts.data_ptr<int64_t>(),
-                         gates.data_ptr(),
-                         priority.data_ptr(),
-                         sums.data_ptr(),
-                         totals.data_ptr(),
-                         choices.data_ptr<int64_t>(),
-                         tokens.data_ptr<int64_t>(),
-                         margin.data_ptr()};
-  {
-    pybind11::gil_scoped_release release;
-    expert_routing_cpu().scores(p.raw, out, parallel_for(T * E, kFewLogits));
-  }
+  const Tensor listed = experts_of(given, T, k, E);
+  const Tensor experts = empty({T, k}, Type::int64), choices = empty({S, E}, Type::int64);
+  const Tensor tokens = empty({S}, Type::int64), gates = empty({T, k}, p.type()), priority = empty({T}, p.type());
+  const Tensor sums = empty({3, S, E}, p.type()), totals = empty({2, S}, p.type()), margin = empty({S}, p.type());
+  run_on(parallel_for(T * E, kFewLogits), expert_routing_cpu().scores, p.raw,
+         RouterScores{listed.as<int64_t>(), experts.as<int64_t>(), gates.data, priority.data, sums.data, totals.data,
+                      choices.as<int64_t>(), tokens.as<int64_t>(), margin.data});
   return {experts, gates, priority, sums, totals, choices, tokens, margin};
 }
 
-Tensor expert_routing_scores_backward(const Tensor& logits, const OptionalTensor& noise, const OptionalTensor& bias,
-                                      const OptionalTensor& allowed, const OptionalTensor& segment,
-                                      const OptionalTensor& valid, const std::vector<int64_t>& spec, double sigma,
-                                      const Tensor& experts, const Tensor& d_gates, const Tensor& d_sums,
-                                      const Tensor& d_totals) {
+Tensor expert_routing_scores_backward(const Tensor& logits, const Optional& noise, const Optional& bias,
+                                      const Optional& allowed, const Optional& segment, const Optional& valid,
+                                      const Integers& spec, double sigma, const Tensor& experts, const Tensor& d_gates,
+                                      const Tensor& d_sums, const Tensor& d_totals) {
   const Router p(logits, noise, bias, allowed, segment, valid, spec, sigma);
   const int64_t T = p.raw.T, E = p.raw.E, k = p.raw.k, S = p.raw.segments;
-  const Tensor listed = experts_of(experts, T, k, E);
-  const Tensor gates = p.upstream(d_gates, {T, k}), sums = p.upstream(d_sums, {3, S, E}),
-               totals = p.upstream(d_totals, {2, S});
-  Tensor dlogits = p.numbers({T, E});
-  const RouterGradients g{listed.const_data_ptr<int64_t>(), gates.data_ptr(), sums.data_ptr(), totals.data_ptr(),
-                          dlogits.data_ptr()};
-  {
-    pybind11::gil_scoped_release release;
-    expert_routing_cpu().scores_backward(p.raw, g, parallel_for(T * E, kFewLogits));
-  }
+  const Tensor listed = experts_of(experts, T, k, E), gates = shaped(d_gates, {T, k}, p.type(), "d_gates");
+  const Tensor sums = shaped(d_sums, {3, S, E}, p.type(), "d_sums");
+  const Tensor totals = shaped(d_totals, {2, S}, p.type(), "d_totals"), dlogits = empty({T, E}, p.type());
+  run_on(parallel_for(T * E, kFewLogits), expert_routing_cpu().scores_backward, p.raw,
+         RouterGradients{listed.as<int64_t>(), gates.data, sums.data, totals.data, dlogits.data});
   return dlogits;
 }
 
@@ -153,213 +116,186 @@ struct Slots {
   Tensor slots, order, offsets;
   RouterSlots raw{};
 
-  Slots(const Tensor& experts, const Tensor& priority, const Tensor& segment, const std::vector<int64_t>& spec) {
-    TORCH_CHECK_VALUE(spec.size() == 5, "spec must be five integers");
+  Slots(const Tensor& experts, const Tensor& priority, const Tensor& segment, const Integers& spec) {
+    CHECK_VALUE(spec.size == 5, "spec must be five integers");
     raw.T = experts.size(0);
     raw.k = experts.size(1);
-    raw.E = spec[0];
-    raw.group_size = spec[1];
-    raw.capacity = spec[2];
-    raw.padded = spec[3] != 0;
-    raw.segments = spec[4];
+    raw.E = spec.data[0];
+    raw.group_size = spec.data[1];
+    raw.capacity = spec.data[2];
+    raw.padded = spec.data[3] != 0;
+    raw.segments = spec.data[4];
     const int64_t T = raw.T, group = raw.group_size;
-    TORCH_CHECK_VALUE(group >= 0 && (group ? T % group == 0 : T == 0) && raw.segments >= 1,
-                      "groups must divide the tokens");
-    TORCH_CHECK_VALUE(!raw.padded || raw.capacity >= 0, "the padded layout needs a capacity");
+    CHECK_VALUE(group >= 0 && (group ? T % group == 0 : T == 0) && raw.segments >= 1, "groups must divide the tokens");
+    CHECK_VALUE(!raw.padded || raw.capacity >= 0, "the padded layout needs a capacity");
     const int64_t places = raw.E * (group ? T / group : 1) * raw.capacity;
     raw.rows = raw.capacity < 0 ? T * raw.k : raw.padded ? places : std::min(T * raw.k, places);
-    slots = at::empty_like(experts);
-    order = at::empty({raw.rows}, experts.options());
-    offsets = at::empty({raw.E + 1}, experts.options());
-    raw.dtype = priority.defined() ? dtype_of(priority) : DType::float32;
-    raw.experts = experts.const_data_ptr<int64_t>();
-    raw.priority = data_or_null(priority);
-    raw.segment = segment.defined() ? segment.const_data_ptr<int64_t>() : nullptr;
-    raw.slots = slots.data_ptr<int64_t>();
-    raw.order = order.data_ptr<int64_t>();
-    raw.offsets = offsets.data_ptr<int64_t>();
+    slots = empty({T, raw.k}, Type::int64);
+    order = empty({raw.rows}, Type::int64);
+    offsets = empty({raw.E + 1}, Type::int64);
+    raw.dtype = priority ? dtype_of(priority) : DType::float32;
+    raw.experts = experts.as<int64_t>();
+    raw.priority = priority.data;
+    raw.segment = segment.as<int64_t>();
+    raw.slots = slots.as<int64_t>();
+    raw.order = order.as<int64_t>();
+    raw.offsets = offsets.as<int64_t>();
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> expert_routing_slots(const Tensor& experts, const OptionalTensor& priority,
-                                                                const OptionalTensor& segment,
-                                                                const std::vector<int64_t>& spec) {
-  TORCH_CHECK_VALUE(experts.dim() == 2 && spec.size() == 5, "experts must be a matrix, and spec five integers");
-  const int64_t T = experts.size(0), E = spec[0], S = spec[4];
+std::tuple<Tensor, Tensor, Tensor, Tensor> expert_routing_slots(const Tensor& experts, const Optional& priority,
+                                                                const Optional& segment, const Integers& spec) {
+  CHECK_VALUE(experts.dims == 2 && spec.size == 5, "experts must be a matrix, and spec five integers");
+  const int64_t T = experts.size(0), E = spec.data[0], S = spec.data[4];
   const Tensor listed = experts_of(experts, T, experts.size(1), E);
-  Tensor first, label;
-  if (priority) first = vector_of(priority, T, accumulator(*priority), "priority");
-  if (segment) {
-    label = vector_of(segment, T, at::kLong, "segments");
-    Router::check_range(label, 0, S, "segments");
-  }
+  const Tensor first = shaped(priority, {T}, accumulator(priority.type), "priority");
+  const Tensor label = shaped(segment, {T}, Type::int64, "segments");
+  if (label) check_range(label, 0, S, "segments");
   Slots s(listed, first, label, spec);
-  Tensor kept = at::empty({S, E}, listed.options());
-  s.raw.kept = kept.data_ptr<int64_t>();
-  {
-    pybind11::gil_scoped_release release;
-    expert_routing_cpu().slots(s.raw, parallel_for(T * E, kFewLogits));
-  }
+  const Tensor kept = empty({S, E}, Type::int64);
+  s.raw.kept = kept.as<int64_t>();
+  run_on(parallel_for(T * E, kFewLogits), expert_routing_cpu().slots, s.raw);
   return {s.slots, s.order, s.offsets, kept};
 }
 
-RouterLosses losses_of(const Router& p, const Tensor& sums, const Tensor& counts, const std::vector<int64_t>& losses,
-                       const std::vector<double>& numbers) {
+// How many values losses of four integers each have.
+int64_t size_of_losses(const Integers& losses, int64_t segments) {
+  int64_t size = 0;
+  for (int64_t at = 1; at < losses.size; at += 4) size += losses.data[at] ? 1 : segments;
+  return size;
+}
+
+RouterLosses losses_of(const Router& p, const Tensor& sums, const Tensor& counts, const Integers& losses,
+                       const Doubles& numbers) {
   const int64_t E = p.raw.E, S = p.raw.segments;
-  TORCH_CHECK_VALUE(sums.is_contiguous() && sums.scalar_type() == accumulator(p.logits) && counts.is_contiguous() &&
-                        counts.scalar_type() == at::kLong && sums.numel() == 3 * S * (E + 1) &&
-                        counts.numel() == S * (2 * E + 1),
-                    "sums and counts must be those of the scores");
+  CHECK_VALUE(sums.is_contiguous() && sums.type == p.type() && counts.is_contiguous() && counts.type == Type::int64 &&
+                  sums.device == kOnCpu && counts.device == kOnCpu && sums.numel() == 3 * S * (E + 1) &&
+                  counts.numel() == S * (2 * E + 1),
+              "sums and counts must be those of the scores");
   int64_t given = 0;
-  for (size_t at = 0; at + 3 < losses.size(); at += 4) {
-    const int64_t n = losses[at + 1] ? 1 : S, weights = losses[at + 2], thresholds = losses[at + 3];
-    TORCH_CHECK_VALUE(losses[at] >= 0 && losses[at] < 6 && (weights == 1 || weights == n) &&
-                          (thresholds == 0 || thresholds == 1 || thresholds == n),
-                      "each loss must be four integers");
+  for (int64_t at = 0; at + 3 < losses.size; at += 4) {
+    const int64_t* loss = losses.data + at;
+    const int64_t n = loss[1] ? 1 : S, weights = loss[2], thresholds = loss[3];
+    CHECK_VALUE(loss[0] >= 0 && loss[0] < 6 && (weights == 1 || weights == n) &&
+                    (thresholds == 0 || thresholds == 1 || thresholds == n),
+                "each loss must be four integers");
     given += weights + thresholds;
   }
-  TORCH_CHECK_VALUE(losses.size() % 4 == 0 && static_cast<size_t>(given) == numbers.size(), "losses must be described");
-  return {E,
-          S,
-          static_cast<int64_t>(losses.size() / 4),
-          p.raw.noise != nullptr,
-          sums.const_data_ptr(),
-          counts.const_data_ptr<int64_t>(),
-          losses.data(),
-          numbers.data()};
+  CHECK_VALUE(losses.size % 4 == 0 && given == numbers.size, "losses must be described");
+  return {E, S, losses.size / 4, p.raw.noise != nullptr, sums.data, counts.as<int64_t>(), losses.data, numbers.data};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_routing_route(
-    const Tensor& logits, const OptionalTensor& noise, const OptionalTensor& bias, const OptionalTensor& allowed,
-    const OptionalTensor& given, const OptionalTensor& segment, const OptionalTensor& valid,
-    const std::vector<int64_t>& spec, double sigma, const std::vector<int64_t>& places, bool by_gate,
-    const std::vector<int64_t>& losses, const std::vector<double>& numbers) {
+    const Tensor& logits, const Optional& noise, const Optional& bias, const Optional& allowed, const Optional& given,
+    const Optional& segment, const Optional& valid, const Integers& spec, double sigma, const Integers& places,
+    bool by_gate, const Integers& losses, const Doubles& numbers) {
   const Router p(logits, noise, bias, allowed, segment, valid, spec, sigma);
   const int64_t T = p.raw.T, E = p.raw.E, k = p.raw.k, S = p.raw.segments, cells = S * E;
-  TORCH_CHECK_VALUE(places.size() == 5 && places[0] == E && places[4] == S, "places must be those of the scores");
-  const Tensor listed = given ? experts_of(*given, T, k, E) : Tensor();
-  Tensor experts = p.integers({T, k}), counts = p.integers({2 * cells + S});
-  Tensor gates = p.numbers({T, k}), priority = p.numbers({T}), sums = p.numbers({3 * (cells + S)});
-  int64_t size = 0;
-  for (size_t at = 1; at < losses.size(); at += 4) size += losses[at] ? 1 : S;
-  Tensor values = p.numbers({size}), total = p.numbers({});
+  CHECK_VALUE(places.size == 5 && places.data[0] == E && places.data[4] == S, "places must be those of the scores");
+  const Tensor listed = experts_of(given, T, k, E);
+  const Tensor experts = empty({T, k}, Type::int64), counts = empty({2 * cells + S}, Type::int64);
+  const Tensor gates = empty({T, k}, p.type()), priority = empty({T}, p.type());
+  const Tensor sums = empty({3 * (cells + S)}, p.type());
+  const Tensor values = empty({size_of_losses(losses, S)}, p.type()), total = empty({}, p.type());
   Slots s(experts, by_gate ? priority : Tensor(), p.segment, places);
   const RouterLosses l = losses_of(p, sums, counts, losses, numbers);
-  const Parallel threads = parallel_for(T * E, kFewLogits);
+  const ExpertRouting functions = expert_routing_cpu();
   p.with_accumulator([&](auto zero) {
     using A = decltype(zero);
-    A* to = sums.data_ptr<A>();
-    int64_t* count = counts.data_ptr<int64_t>();
+    A* to = sums.as<A>();
+    int64_t* count = counts.as<int64_t>();
     s.raw.kept = count + cells;
-    const RouterScores out{listed.defined() ? listed.const_data_ptr<int64_t>() : nullptr,
-                           experts.data_ptr<int64_t>(),
-                           gates.data_ptr(),
-                           priority.data_ptr(),
-                           to,
-                           to + 3 * cells,
-                           count,
-                           count + 2 * cells,
-                           to + 3 * cells + 2 * S};
-    pybind11::gil_scoped_release release;
-    expert_routing_cpu().scores(p.raw, out, threads);
-    expert_routing_cpu().slots(s.raw, threads);
-    RouterBalance<A>(l).forward(values.data_ptr<A>(), total.data_ptr<A>());
+    const RouterScores out{
+        listed.as<int64_t>(), experts.as<int64_t>(), gates.data, priority.data, to, to + 3 * cells, count,
+        count + 2 * cells,    to + 3 * cells + 2 * S};
+    const auto all = [&](const Parallel& threads) {
+      functions.scores(p.raw, out, threads);
+      functions.slots(s.raw, threads);
+      RouterBalance<A>(l).forward(values.as<A>(), total.as<A>());
+    };
+    run_on(parallel_for(T * E, kFewLogits), all);
   });
   return {experts, gates, s.slots, s.order, s.offsets, values, total, sums, counts};
 }
 
-Tensor expert_routing_route_backward(const Tensor& logits, const OptionalTensor& noise, const OptionalTensor& bias,
-                                     const OptionalTensor& allowed, const OptionalTensor& segment,
-                                     const OptionalTensor& valid, const std::vector<int64_t>& spec, double sigma,
-                                     const std::vector<int64_t>& losses, const std::vector<double>& numbers,
+Tensor expert_routing_route_backward(const Tensor& logits, const Optional& noise, const Optional& bias,
+                                     const Optional& allowed, const Optional& segment, const Optional& valid,
+                                     const Integers& spec, double sigma, const Integers& losses, const Doubles& numbers,
                                      const Tensor& experts, const Tensor& sums, const Tensor& counts,
-                                     const OptionalTensor& d_gates, const OptionalTensor& d_values,
-                                     const OptionalTensor& d_total) {
+                                     const Optional& d_gates, const Optional& d_values, const Optional& d_total) {
   const Router p(logits, noise, bias, allowed, segment, valid, spec, sigma);
   const int64_t T = p.raw.T, E = p.raw.E, k = p.raw.k, S = p.raw.segments, cells = S * E;
   const Tensor listed = experts_of(experts, T, k, E);
   const RouterLosses l = losses_of(p, sums, counts, losses, numbers);
-  int64_t size = 0;
-  for (size_t at = 1; at < losses.size(); at += 4) size += losses[at] ? 1 : S;
-  const Tensor gates = d_gates ? p.upstream(*d_gates, {T, k}) : at::zeros({T, k}, sums.options());
-  const Tensor values = d_values ? p.upstream(*d_values, {size}) : Tensor();
-  const Tensor total = d_total ? p.upstream(*d_total, {}) : Tensor();
-  Tensor dlogits = p.numbers({T, E});
+  const Tensor gates = d_gates ? shaped(d_gates, {T, k}, p.type(), "d_gates") : zeros({T, k}, p.type());
+  const Tensor values = shaped(d_values, {size_of_losses(losses, S)}, p.type(), "d_values");
+  const Tensor total = shaped(d_total, {}, p.type(), "d_total"), dlogits = empty({T, E}, p.type());
+  const ExpertRouting functions = expert_routing_cpu();
   p.with_accumulator([&](auto zero) {
     using A = decltype(zero);
     std::vector<A> slopes(3 * cells + 2 * S);
-    const RouterGradients g{listed.const_data_ptr<int64_t>(), gates.data_ptr(), slopes.data(),
-                            slopes.data() + 3 * cells, dlogits.data_ptr()};
-    pybind11::gil_scoped_release release;
-    RouterBalance<A>(l).backward(static_cast<const A*>(data_or_null(values)),
-                                 static_cast<const A*>(data_or_null(total)), slopes.data(), slopes.data() + 3 * cells);
-    expert_routing_cpu().scores_backward(p.raw, g, parallel_for(T * E, kFewLogits));
+    A* of_totals = slopes.data() + 3 * cells;
+    const RouterGradients g{listed.as<int64_t>(), gates.data, slopes.data(), of_totals, dlogits.data};
+    const auto all = [&](const Parallel& threads) {
+      RouterBalance<A>(l).backward(values.as<A>(), total.as<A>(), slopes.data(), of_totals);
+      functions.scores_backward(p.raw, g, threads);
+    };
+    run_on(parallel_for(T * E, kFewLogits), all);
   });
   return dlogits;
 }
 
 // What the three functions that move rows have in common; slots and order address memory.
 struct Rows {
-  Tensor from, other, gates, slots, order, to;
+  Tensor from, other, gates, slots, order;
   RouterRows raw{};
 
-  Rows(const Tensor& from_, const OptionalTensor& gates_, const Tensor& slots_, const Tensor& order_) {
-    TORCH_CHECK_VALUE(from_.dim() == 2 && slots_.dim() == 2 && order_.dim() == 1, "rows must be matrices");
-    TORCH_CHECK_TYPE(slots_.scalar_type() == at::kLong && order_.scalar_type() == at::kLong, "slots must be int64");
-    from = from_.contiguous();
-    slots = slots_.contiguous();
-    order = order_.contiguous();
+  Rows(const Tensor& from_in, const Tensor& gates_in, const Tensor& slots_in, const Tensor& order_in) {
+    CHECK_VALUE(from_in.dims == 2 && slots_in.dims == 2 && order_in.dims == 1, "rows must be matrices");
+    check_on_cpu(from_in, "rows");
+    from = from_in.contiguous();
+    slots = shaped(slots_in, slots_in.shape(), Type::int64, "slots");
+    order = shaped(order_in, order_in.shape(), Type::int64, "order");
     raw.dtype = dtype_of(from);
     raw.T = slots.size(0);
     raw.k = slots.size(1);
     raw.R = order.size(0);
     raw.D = from.size(1);
-    Router::check_range(slots, -1, raw.R, "slots");
-    Router::check_range(order, -1, raw.T * raw.k, "order");
-    if (gates_) {
-      TORCH_CHECK_VALUE(gates_->sizes() == slots.sizes() && gates_->scalar_type() == accumulator(from),
-                        "gates must be numbers like the slots");
-      gates = gates_->contiguous();
-    }
-    raw.from = from.data_ptr();
-    raw.gates = data_or_null(gates);
-    raw.slots = slots.const_data_ptr<int64_t>();
-    raw.order = order.const_data_ptr<int64_t>();
+    check_range(slots, -1, raw.R, "slots");
+    check_range(order, -1, raw.T * raw.k, "order");
+    gates = shaped(gates_in, {raw.T, raw.k}, accumulator(from.type), "gates");
+    raw.from = from.data;
+    raw.gates = gates.data;
+    raw.slots = slots.as<int64_t>();
+    raw.order = order.as<int64_t>();
   }
 
-  Tensor run(void (*function)(const RouterRows&, const Parallel&), at::IntArrayRef sizes, at::ScalarType type) {
-    to = at::empty(sizes, from.options().dtype(type));
-    raw.to = to.data_ptr();
-    const Parallel threads = parallel_for(std::max(raw.R, raw.T * raw.k) * raw.D, kFewNumbers);
-    pybind11::gil_scoped_release release;
-    function(raw, threads);
+  Tensor into(void (*function)(const RouterRows&, const Parallel&), const Shape& shape, Type type) {
+    const Tensor to = empty(shape, type);
+    raw.to = to.data;
+    run_on(parallel_for(std::max(raw.R, raw.T * raw.k) * raw.D, kFewNumbers), function, raw);
     return to;
   }
 };
 
-Tensor expert_routing_dispatch(const Tensor& tokens, const OptionalTensor& gates, const Tensor& slots,
-                               const Tensor& order) {
+Tensor expert_routing_dispatch(const Tensor& tokens, const Optional& gates, const Tensor& slots, const Tensor& order) {
   Rows r(tokens, gates, slots, order);
-  TORCH_CHECK_VALUE(r.from.size(0) == r.raw.T, "tokens must have ", r.raw.T, " rows, got ", r.from.sizes());
-  return r.run(expert_routing_cpu().dispatch, {r.raw.R, r.raw.D}, r.from.scalar_type());
+  CHECK_VALUE(r.from.size(0) == r.raw.T, "tokens must have ", r.raw.T, " rows, got ", r.from);
+  return r.into(expert_routing_cpu().dispatch, {r.raw.R, r.raw.D}, r.from.type);
 }
 
-Tensor expert_routing_combine(const Tensor& rows, const OptionalTensor& gates, const Tensor& slots,
-                              const Tensor& order) {
+Tensor expert_routing_combine(const Tensor& rows, const Optional& gates, const Tensor& slots, const Tensor& order) {
   Rows r(rows, gates, slots, order);
-  TORCH_CHECK_VALUE(r.from.size(0) == r.raw.R, "rows must have ", r.raw.R, " rows, got ", r.from.sizes());
-  return r.run(expert_routing_cpu().combine, {r.raw.T, r.raw.D}, r.from.scalar_type());
+  CHECK_VALUE(r.from.size(0) == r.raw.R, "rows must have ", r.raw.R, " rows, got ", r.from);
+  return r.into(expert_routing_cpu().combine, {r.raw.T, r.raw.D}, r.from.type);
 }
 
 Tensor expert_routing_dots(const Tensor& tokens, const Tensor& rows, const Tensor& slots, const Tensor& order) {
-  Rows r(tokens, std::nullopt, slots, order);
-  TORCH_CHECK_VALUE(r.from.size(0) == r.raw.T, "tokens must have ", r.raw.T, " rows, got ", r.from.sizes());
-  TORCH_CHECK_VALUE(rows.dim() == 2 && rows.size(0) == r.raw.R && rows.size(1) == r.raw.D &&
-                        rows.scalar_type() == r.from.scalar_type(),
-                    "rows must be like the tokens");
-  r.other = rows.contiguous();
-  r.raw.other = r.other.data_ptr();
-  return r.run(expert_routing_cpu().dots, {r.raw.T, r.raw.k}, accumulator(r.from));
+  Rows r(tokens, Tensor(), slots, order);
+  CHECK_VALUE(r.from.size(0) == r.raw.T, "tokens must have ", r.raw.T, " rows, got ", r.from);
+  r.other = shaped(rows, {r.raw.R, r.raw.D}, r.from.type, "rows");
+  r.raw.other = r.other.data;
+  return r.into(expert_routing_cpu().dots, {r.raw.T, r.raw.k}, accumulator(r.from.type));
 }
 
 }  // namespace

@@ -102,23 +102,6 @@ struct ExpertRouting {
   void (*dots)(const RouterRows&, const Parallel&);
 };
 
-namespace level_default {
-ExpertRouting expert_routing();
-}
-namespace level_avx2 {
-ExpertRouting expert_routing();
-}
-namespace level_avx512 {
-ExpertRouting expert_routing();
-}
-namespace level_avx512_bf16 {
-ExpertRouting expert_routing();
-}
-namespace level_amx {
-ExpertRouting expert_routing();
-}
-
-// The functions for the SIMD level in use (cpu/capability.cpp).
-ExpertRouting expert_routing_cpu();
+CONTRASTIVE_OPS_PRIMITIVE(ExpertRouting, expert_routing)
 
 }  // namespace contrastive_ops

@@ -50,23 +50,6 @@ struct GroupedMatmul {
   void (*outer)(const GroupedOuter&, const Parallel&);
 };
 
-namespace level_default {
-GroupedMatmul grouped_matmul();
-}
-namespace level_avx2 {
-GroupedMatmul grouped_matmul();
-}
-namespace level_avx512 {
-GroupedMatmul grouped_matmul();
-}
-namespace level_avx512_bf16 {
-GroupedMatmul grouped_matmul();
-}
-namespace level_amx {
-GroupedMatmul grouped_matmul();
-}
-
-// The functions for the SIMD level in use (cpu/capability.cpp).
-GroupedMatmul grouped_matmul_cpu();
+CONTRASTIVE_OPS_PRIMITIVE(GroupedMatmul, grouped_matmul)
 
 }  // namespace contrastive_ops

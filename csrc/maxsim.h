@@ -48,23 +48,6 @@ struct MaxSim {
   void (*backward)(const MaxSimProblem&, const MaxSimBackward&, const Parallel&);
 };
 
-namespace level_default {
-MaxSim maxsim();
-}
-namespace level_avx2 {
-MaxSim maxsim();
-}
-namespace level_avx512 {
-MaxSim maxsim();
-}
-namespace level_avx512_bf16 {
-MaxSim maxsim();
-}
-namespace level_amx {
-MaxSim maxsim();
-}
-
-// The functions for the SIMD level in use (cpu/capability.cpp).
-MaxSim maxsim_cpu();
+CONTRASTIVE_OPS_PRIMITIVE(MaxSim, maxsim)
 
 }  // namespace contrastive_ops

@@ -37,23 +37,6 @@ struct SimilarityDistill {
   void (*backward)(const DistillProblem&, const DistillBackward&, const Parallel&);
 };
 
-namespace level_default {
-SimilarityDistill similarity_distill();
-}
-namespace level_avx2 {
-SimilarityDistill similarity_distill();
-}
-namespace level_avx512 {
-SimilarityDistill similarity_distill();
-}
-namespace level_avx512_bf16 {
-SimilarityDistill similarity_distill();
-}
-namespace level_amx {
-SimilarityDistill similarity_distill();
-}
-
-// The functions for the SIMD level in use (cpu/capability.cpp).
-SimilarityDistill similarity_distill_cpu();
+CONTRASTIVE_OPS_PRIMITIVE(SimilarityDistill, similarity_distill)
 
 }  // namespace contrastive_ops

@@ -45,23 +45,6 @@ struct SimilarityPrefix {
   void (*backward)(const SimilarityPrefixProblem&, const SimilarityPrefixBackward&, const Parallel&);
 };
 
-namespace level_default {
-SimilarityPrefix similarity_prefix();
-}
-namespace level_avx2 {
-SimilarityPrefix similarity_prefix();
-}
-namespace level_avx512 {
-SimilarityPrefix similarity_prefix();
-}
-namespace level_avx512_bf16 {
-SimilarityPrefix similarity_prefix();
-}
-namespace level_amx {
-SimilarityPrefix similarity_prefix();
-}
-
-// The functions for the SIMD level in use (cpu/capability.cpp).
-SimilarityPrefix similarity_prefix_cpu();
+CONTRASTIVE_OPS_PRIMITIVE(SimilarityPrefix, similarity_prefix)
 
 }  // namespace contrastive_ops

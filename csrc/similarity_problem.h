@@ -3,7 +3,7 @@
 //   l_ij = +-(scale * <x_i, y_j> + row_bias_i + col_bias_j + log_weight_ij)      for the pairs (i, j) that take part
 //
 // A set is one reading of the inner products: scale, sign, and which pairs take part. A fold reduces one set along one
-// direction. Numbers of kinds and slots are those of contrastive_ops/core/problem.py.
+// direction. Numbers of kinds and slots are in slots.h.
 //
 // Raw pointers only: files that are compiled for one SIMD level must not include a torch header, whose
 // inline functions the linker could then pick for the whole library.
@@ -12,6 +12,8 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "levels.h"
+#include "slots.h"
 
 namespace contrastive_ops {
 
@@ -21,9 +23,6 @@ struct Parallel {
   void (*run)(int64_t count, Task task, void* context);
   int threads;
 };
-
-enum class FoldKind : int { logsumexp = 0, max = 1, sum_softplus = 2, sum_relu = 3, sum = 4, count = 5 };
-enum class ScaleOf : int { all = 0, rows = 1, columns = 2 };
 
 // Every `void*` below points to the accumulation type: double for float64 inputs, float otherwise. A rule whose
 // pointers are null does not apply. `_rows` are (N,), `_cols` (M,).
@@ -42,8 +41,7 @@ struct SimilaritySet {
   const int64_t *class_rows, *class_cols;           // rows and columns of log_weight; -1 for none
   const void* log_weight;                           // (row classes, column classes)
   int64_t log_weight_rows, log_weight_cols;
-  bool has_fill;  // dropped pairs have this logit, and no gradient, in place of taking no part
-  double fill;
+  const void* fill;  // one number: dropped pairs have this logit, and no gradient, in place of taking no part
 };
 
 struct SimilarityFold {
@@ -71,9 +69,9 @@ struct SimilarityProblem {
   int64_t guide_depth;
   const int64_t *linear_indptr, *linear_indices;  // lists of columns per row, ascending; or null
   const void* linear_weight;
-  void* kept;                       // inner products kept from forward for backward, or null
-  int64_t kept_size;                // in elements of the accumulation type
-  const void *x_factor, *y_factor;  // (N,), (M,): inner products are multiplied by both; or null
+  void* kept;                           // inner products kept from forward for backward, or null
+  int64_t kept_size;                    // in elements of the accumulation type
+  const void *row_factor, *col_factor;  // (N,), (M,): inner products are multiplied by both; or null
 };
 
 }  // namespace contrastive_ops

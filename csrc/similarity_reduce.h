@@ -47,23 +47,6 @@ struct SimilarityReduce {
   void (*total)(const SimilarityProblem&, const SimilarityTotal&, const Parallel&);
 };
 
-namespace level_default {
-SimilarityReduce similarity_reduce();
-}
-namespace level_avx2 {
-SimilarityReduce similarity_reduce();
-}
-namespace level_avx512 {
-SimilarityReduce similarity_reduce();
-}
-namespace level_avx512_bf16 {
-SimilarityReduce similarity_reduce();
-}
-namespace level_amx {
-SimilarityReduce similarity_reduce();
-}
-
-// The functions for the SIMD level in use (cpu/capability.cpp).
-SimilarityReduce similarity_reduce_cpu();
+CONTRASTIVE_OPS_PRIMITIVE(SimilarityReduce, similarity_reduce)
 
 }  // namespace contrastive_ops

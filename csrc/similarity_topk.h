@@ -74,23 +74,6 @@ struct SimilarityTopK {
   void (*order)(const TopKOrder&, const Parallel&);
 };
 
-namespace level_default {
-SimilarityTopK similarity_topk();
-}
-namespace level_avx2 {
-SimilarityTopK similarity_topk();
-}
-namespace level_avx512 {
-SimilarityTopK similarity_topk();
-}
-namespace level_avx512_bf16 {
-SimilarityTopK similarity_topk();
-}
-namespace level_amx {
-SimilarityTopK similarity_topk();
-}
-
-// The functions for the SIMD level in use (cpu/capability.cpp).
-SimilarityTopK similarity_topk_cpu();
+CONTRASTIVE_OPS_PRIMITIVE(SimilarityTopK, similarity_topk)
 
 }  // namespace contrastive_ops

@@ -31,23 +31,6 @@ struct SimilarityValues {
   void (*backward)(const ValuesProblem&, const ValuesBackward&, const Parallel&);
 };
 
-namespace level_default {
-SimilarityValues similarity_values();
-}
-namespace level_avx2 {
-SimilarityValues similarity_values();
-}
-namespace level_avx512 {
-SimilarityValues similarity_values();
-}
-namespace level_avx512_bf16 {
-SimilarityValues similarity_values();
-}
-namespace level_amx {
-SimilarityValues similarity_values();
-}
-
-// The functions for the SIMD level in use (cpu/capability.cpp).
-SimilarityValues similarity_values_cpu();
+CONTRASTIVE_OPS_PRIMITIVE(SimilarityValues, similarity_values)
 
 }  // namespace contrastive_ops

@@ -311,7 +311,7 @@ def test_compiled_functions_protect_memory():
         ({"y": torch.ones(5, 9)}, "same last dimension"),
         ({"scale": 4}, "scale must have shape"),
         ({"folds": ((1, "max", False),)}, "spec must name sets and kinds"),
-        ({"data": {Slot.DIFFER_ROWS: ids, Slot.DIFFER_COLS: ids}}, "differ must have shape"),
+        ({"data": {Slot.DIFFER_ROWS: ids, Slot.DIFFER_COLS: ids}}, "differ_cols must have shape"),
         ({"data": {Slot.EXCLUDE_INDPTR: indptr, Slot.EXCLUDE_INDICES: torch.tensor([5])}}, "indices must be below 5"),
         ({"data": {Slot.EXCLUDE_INDPTR: indptr, Slot.EXCLUDE_INDICES: ids}}, "indptr must span the indices"),
         ({"data": {Slot.GUIDE_X: X, Slot.GUIDE_Y: torch.ones(5, 2)}}, "guide_y must have shape"),

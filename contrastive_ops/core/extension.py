@@ -20,7 +20,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module("contrastive_ops._C"), None
     except ImportError as error:
-        # An undefined symbol: the extension was built for another torch than the one that is running.
+        # The extension asks nothing of torch but a CUDA runtime of the major version that its kernels were built for.
         return None, f"the extension does not load with torch {torch.__version__}: {error}"
 
 

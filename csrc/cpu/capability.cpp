@@ -10,14 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../expert_routing.h"
-#include "../grouped_matmul.h"
-#include "../maxsim.h"
-#include "../similarity_distill.h"
-#include "../similarity_prefix.h"
-#include "../similarity_reduce.h"
-#include "../similarity_topk.h"
-#include "../similarity_values.h"
+#include "../primitives.h"
 
 namespace contrastive_ops {
 
@@ -100,13 +93,6 @@ Capability capability() {
         return level_default::stem();             \
     }                                             \
   }
-CONTRASTIVE_OPS_OF_LEVEL(ExpertRouting, expert_routing)
-CONTRASTIVE_OPS_OF_LEVEL(GroupedMatmul, grouped_matmul)
-CONTRASTIVE_OPS_OF_LEVEL(MaxSim, maxsim)
-CONTRASTIVE_OPS_OF_LEVEL(SimilarityDistill, similarity_distill)
-CONTRASTIVE_OPS_OF_LEVEL(SimilarityPrefix, similarity_prefix)
-CONTRASTIVE_OPS_OF_LEVEL(SimilarityReduce, similarity_reduce)
-CONTRASTIVE_OPS_OF_LEVEL(SimilarityTopK, similarity_topk)
-CONTRASTIVE_OPS_OF_LEVEL(SimilarityValues, similarity_values)
+CONTRASTIVE_OPS_PRIMITIVES(CONTRASTIVE_OPS_OF_LEVEL)
 
 }  // namespace contrastive_ops

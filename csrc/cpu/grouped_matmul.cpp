@@ -365,21 +365,12 @@ void grouped_outer(const GroupedOuter& p, const Parallel& parallel) {
   run_parallel(parallel.run, p.rows.groups * row_blocks * col_blocks, task);
 }
 
-#define CONTRASTIVE_OPS_GROUPED_FOR_TYPE(function, Problem)         \
-  void function##_any(const Problem& p, const Parallel& parallel) { \
-    switch (p.rows.dtype) {                                         \
-      case DType::float32:                                          \
-        return function<ComputeFloat, float>(p, parallel);          \
-      case DType::float64:                                          \
-        return function<ComputeDouble, double>(p, parallel);        \
-      case DType::bfloat16:                                         \
-        return function<ComputeForBFloat16, BFloat16>(p, parallel); \
-      case DType::float16:                                          \
-        return function<ComputeFloat, Half>(p, parallel);           \
-    }                                                               \
-  }
-CONTRASTIVE_OPS_GROUPED_FOR_TYPE(grouped_forward, GroupedForward)
-CONTRASTIVE_OPS_GROUPED_FOR_TYPE(grouped_outer, GroupedOuter)
+void grouped_forward_any(const GroupedForward& p, const Parallel& parallel) {
+  for_type(p.rows.dtype, [&](auto c, auto s) { grouped_forward<decltype(c), decltype(s)>(p, parallel); });
+}
+void grouped_outer_any(const GroupedOuter& p, const Parallel& parallel) {
+  for_type(p.rows.dtype, [&](auto c, auto s) { grouped_outer<decltype(c), decltype(s)>(p, parallel); });
+}
 
 }  // namespace
 

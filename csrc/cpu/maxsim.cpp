@@ -304,21 +304,12 @@ void maxsim_forward(const MaxSimProblem& p, const MaxSimForward& out, const Para
   return p.paired ? forward_pairs<C, S>(p, out, parallel) : forward_all<C, S>(p, out, parallel);
 }
 
-#define CONTRASTIVE_OPS_MAXSIM_FOR_TYPE(function, Outputs)                                    \
-  void function##_any(const MaxSimProblem& p, const Outputs& out, const Parallel& parallel) { \
-    switch (p.dtype) {                                                                        \
-      case DType::float32:                                                                    \
-        return function<ComputeFloat, float>(p, out, parallel);                               \
-      case DType::float64:                                                                    \
-        return function<ComputeDouble, double>(p, out, parallel);                             \
-      case DType::bfloat16:                                                                   \
-        return function<ComputeForBFloat16, BFloat16>(p, out, parallel);                      \
-      case DType::float16:                                                                    \
-        return function<ComputeFloat, Half>(p, out, parallel);                                \
-    }                                                                                         \
-  }
-CONTRASTIVE_OPS_MAXSIM_FOR_TYPE(maxsim_forward, MaxSimForward)
-CONTRASTIVE_OPS_MAXSIM_FOR_TYPE(maxsim_backward, MaxSimBackward)
+void maxsim_forward_any(const MaxSimProblem& p, const MaxSimForward& out, const Parallel& parallel) {
+  for_type(p.dtype, [&](auto c, auto s) { maxsim_forward<decltype(c), decltype(s)>(p, out, parallel); });
+}
+void maxsim_backward_any(const MaxSimProblem& p, const MaxSimBackward& gradients, const Parallel& parallel) {
+  for_type(p.dtype, [&](auto c, auto s) { maxsim_backward<decltype(c), decltype(s)>(p, gradients, parallel); });
+}
 
 }  // namespace
 

@@ -302,21 +302,13 @@ void distill_backward(const DistillProblem& p, const DistillBackward& b, const P
 
 // ---- Types -----------------------------------------------------------------------------------------------
 
-#define CONTRASTIVE_OPS_DISTILL_FOR_TYPE(function, Argument)                                         \
-  void function##_any(const DistillProblem& p, const Argument& argument, const Parallel& parallel) { \
-    switch (p.student.dtype) {                                                                       \
-      case DType::float32:                                                                           \
-        return function<ComputeFloat, float>(p, argument, parallel);                                 \
-      case DType::float64:                                                                           \
-        return function<ComputeDouble, double>(p, argument, parallel);                               \
-      case DType::bfloat16:                                                                          \
-        return function<ComputeForBFloat16, BFloat16>(p, argument, parallel);                        \
-      case DType::float16:                                                                           \
-        return function<ComputeFloat, Half>(p, argument, parallel);                                  \
-    }                                                                                                \
-  }
-CONTRASTIVE_OPS_DISTILL_FOR_TYPE(distill_forward, DistillForward)
-CONTRASTIVE_OPS_DISTILL_FOR_TYPE(distill_backward, DistillBackward)
+void distill_forward_any(const DistillProblem& p, const DistillForward& out, const Parallel& parallel) {
+  for_type(p.student.dtype, [&](auto c, auto s) { distill_forward<decltype(c), decltype(s)>(p, out, parallel); });
+}
+void distill_backward_any(const DistillProblem& p, const DistillBackward& gradients, const Parallel& parallel) {
+  for_type(p.student.dtype,
+           [&](auto c, auto s) { distill_backward<decltype(c), decltype(s)>(p, gradients, parallel); });
+}
 
 }  // namespace
 

@@ -275,10 +275,10 @@ class Gradients {
         add_view(block, set, true, true, part, dots, e, g, s);
       }
     }
-    if (p.x_factor) sweep_.multiply_by_factors(chunk, block, g);
+    if (p.row_factor) sweep_.multiply_by_factors(chunk, block, g);
     if (compensates()) {
       A residual_j[kBlock];
-      const A *of_rows = static_cast<const A*>(p.x_factor), *of_columns = static_cast<const A*>(p.y_factor);
+      const A *of_rows = static_cast<const A*>(p.row_factor), *of_columns = static_cast<const A*>(p.col_factor);
       residuals<C>(g, block.rows, block.cols, of_rows ? of_rows + chunk.begin : nullptr,
                    of_columns ? of_columns + block.j : nullptr, residual_.get() + part, residual_j);
       add_to(residual_columns_.get() + block.j, residual_j, block.cols);
@@ -371,8 +371,8 @@ class Gradients {
             static_cast<double>(static_cast<const A*>(own)[i]) * static_cast<const A*>(other)[mates[i]];
       }
     };
-    weigh(residual_rows_, p.x_factor, p.y_factor, p.target, p.N, p.M);
-    weigh(residual_columns_, p.y_factor, p.x_factor, partner.get(), p.M, p.N);
+    weigh(residual_rows_, p.row_factor, p.col_factor, p.target, p.N, p.M);
+    weigh(residual_columns_, p.col_factor, p.row_factor, partner.get(), p.M, p.N);
     give_back(static_cast<A*>(out.dx), p.N, p.target, static_cast<const S*>(p.y), p.y_stride, p.M, residual_rows_);
     give_back(dy(), p.M, partner.get(), static_cast<const S*>(p.x), p.x_stride, p.N, residual_columns_);
   }

@@ -91,21 +91,14 @@ void prefix_backward(const SimilarityPrefixProblem& p, const SimilarityPrefixBac
   gradients.finish();
 }
 
-#define CONTRASTIVE_OPS_PREFIX_FOR_TYPE(function, Outputs)                                              \
-  void function##_any(const SimilarityPrefixProblem& p, const Outputs& out, const Parallel& parallel) { \
-    switch (p.dtype) {                                                                                  \
-      case DType::float32:                                                                              \
-        return function<ComputeFloat, float>(p, out, parallel);                                         \
-      case DType::float64:                                                                              \
-        return function<ComputeDouble, double>(p, out, parallel);                                       \
-      case DType::bfloat16:                                                                             \
-        return function<ComputeForBFloat16, BFloat16>(p, out, parallel);                                \
-      case DType::float16:                                                                              \
-        return function<ComputeFloat, Half>(p, out, parallel);                                          \
-    }                                                                                                   \
-  }
-CONTRASTIVE_OPS_PREFIX_FOR_TYPE(prefix_forward, SimilarityPrefixForward)
-CONTRASTIVE_OPS_PREFIX_FOR_TYPE(prefix_backward, SimilarityPrefixBackward)
+void prefix_forward_any(const SimilarityPrefixProblem& p, const SimilarityPrefixForward& out,
+                        const Parallel& parallel) {
+  for_type(p.dtype, [&](auto c, auto s) { prefix_forward<decltype(c), decltype(s)>(p, out, parallel); });
+}
+void prefix_backward_any(const SimilarityPrefixProblem& p, const SimilarityPrefixBackward& gradients,
+                         const Parallel& parallel) {
+  for_type(p.dtype, [&](auto c, auto s) { prefix_backward<decltype(c), decltype(s)>(p, gradients, parallel); });
+}
 
 }  // namespace
 

@@ -149,22 +149,15 @@ void total(const SimilarityProblem& p, const SimilarityTotal& t, const Parallel&
 
 // ---- Types -------------------------------------------------------------------------------------------------
 
-#define CONTRASTIVE_OPS_FOR_TYPE(function, Argument)                                                    \
-  void function##_any(const SimilarityProblem& p, const Argument& argument, const Parallel& parallel) { \
-    switch (p.dtype) {                                                                                  \
-      case DType::float32:                                                                              \
-        return function<ComputeFloat, float>(p, argument, parallel);                                    \
-      case DType::float64:                                                                              \
-        return function<ComputeDouble, double>(p, argument, parallel);                                  \
-      case DType::bfloat16:                                                                             \
-        return function<ComputeForBFloat16, BFloat16>(p, argument, parallel);                           \
-      case DType::float16:                                                                              \
-        return function<ComputeFloat, Half>(p, argument, parallel);                                     \
-    }                                                                                                   \
-  }
-CONTRASTIVE_OPS_FOR_TYPE(forward, SimilarityForward)
-CONTRASTIVE_OPS_FOR_TYPE(backward, SimilarityBackward)
-CONTRASTIVE_OPS_FOR_TYPE(total, SimilarityTotal)
+void forward_any(const SimilarityProblem& p, const SimilarityForward& out, const Parallel& parallel) {
+  for_type(p.dtype, [&](auto c, auto s) { forward<decltype(c), decltype(s)>(p, out, parallel); });
+}
+void backward_any(const SimilarityProblem& p, const SimilarityBackward& gradients, const Parallel& parallel) {
+  for_type(p.dtype, [&](auto c, auto s) { backward<decltype(c), decltype(s)>(p, gradients, parallel); });
+}
+void total_any(const SimilarityProblem& p, const SimilarityTotal& out, const Parallel& parallel) {
+  for_type(p.dtype, [&](auto c, auto s) { total<decltype(c), decltype(s)>(p, out, parallel); });
+}
 
 }  // namespace
 

@@ -109,11 +109,11 @@ class Sweep : public Views<typename C::Acc> {
   // Inner products of the block's columns with the chunk's rows, complete in depth.
   void multiply_block(const Chunk& chunk, const Block& block, Scratch& s, A* dots) {
     products<C, S>(chunk, block, x_panels, p.y, p.y_stride, p.D, s.y_panel, dots);
-    if (p.x_factor) multiply_by_factors(chunk, block, dots);
+    if (p.row_factor) multiply_by_factors(chunk, block, dots);
   }
   // What the inner products of a block, and so their derivatives, are multiplied by.
-  A factor_i(int64_t i) const { return static_cast<const A*>(p.x_factor)[i]; }
-  A factor_j(int64_t j) const { return static_cast<const A*>(p.y_factor)[j]; }
+  A factor_i(int64_t i) const { return static_cast<const A*>(p.row_factor)[i]; }
+  A factor_j(int64_t j) const { return static_cast<const A*>(p.col_factor)[j]; }
   void multiply_by_factors(const Chunk& chunk, const Block& block, A* numbers) const {
     constexpr int W = kLanes<A>;
     alignas(64) A of_columns[kBlock] = {};
@@ -171,7 +171,7 @@ class Sweep : public Views<typename C::Acc> {
                     const A* guide, A* l, View<A>& view, Named named) {
     const SimilaritySet& from = p.sets[set];
     const int64_t rows = mirrored ? block.mirrored : block.rows;
-    const A dropped = filled && from.has_fill ? static_cast<A>(from.fill) : -infinity<A>();
+    const A dropped = filled && from.fill ? *static_cast<const A*>(from.fill) : -infinity<A>();
     set_view(chunk, block, set, mirrored, view);
     logits(view, dots, l, rows, block.cols);
     named(l);

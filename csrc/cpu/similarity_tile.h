@@ -6,6 +6,7 @@
 // measured 2% slower than at 256), and complete inner products reach the epilogue.
 #pragma once
 
+#include "../dtype.h"
 #include "simd.h"
 
 namespace contrastive_ops {
@@ -45,6 +46,21 @@ using ComputeForBFloat16 = ComputeBFloat16;
 #else
 using ComputeForBFloat16 = ComputeFloat;
 #endif
+
+// Calls call(C(), S()) with what numbers of a dtype are multiplied as, and what they are stored as.
+template <class Call>
+void for_type(DType dtype, Call call) {
+  switch (dtype) {
+    case DType::float32:
+      return call(ComputeFloat(), float());
+    case DType::float64:
+      return call(ComputeDouble(), double());
+    case DType::bfloat16:
+      return call(ComputeForBFloat16(), BFloat16());
+    case DType::float16:
+      return call(ComputeFloat(), Half());
+  }
+}
 
 // A number as it is multiplied: packing rounds float32 to bfloat16 for the pairs.
 template <class C>

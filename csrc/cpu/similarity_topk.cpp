@@ -422,23 +422,23 @@ void topk_order(const TopKOrder& o, const Parallel& parallel) {
 
 // ---- Types -------------------------------------------------------------------------------------------------------
 
-#define CONTRASTIVE_OPS_TOPK_FOR_TYPE(function, Argument)                                               \
-  void function##_any(const SimilarityProblem& p, const Argument& argument, const Parallel& parallel) { \
-    switch (p.dtype) {                                                                                  \
-      case DType::float32:                                                                              \
-        return function<ComputeFloat, float, float>(p, argument, parallel);                             \
-      case DType::float64:                                                                              \
-        return function<ComputeDouble, double, double>(p, argument, parallel);                          \
-      case DType::bfloat16:                                                                             \
-        if (p.code_scale) return function<ComputeForBFloat16, BFloat16, int8_t>(p, argument, parallel); \
-        return function<ComputeForBFloat16, BFloat16, BFloat16>(p, argument, parallel);                 \
-      case DType::float16:                                                                              \
-        return function<ComputeFloat, Half, Half>(p, argument, parallel);                               \
-    }                                                                                                   \
-  }
-CONTRASTIVE_OPS_TOPK_FOR_TYPE(topk_forward, TopKForward)
-CONTRASTIVE_OPS_TOPK_FOR_TYPE(topk_at, TopKAt)
-CONTRASTIVE_OPS_TOPK_FOR_TYPE(topk_backward, TopKBackward)
+// Calls call(C(), X(), Y()): rows of y may be int8 codes where those of x are bfloat16.
+template <class Call>
+void for_types(const SimilarityProblem& p, Call call) {
+  if (p.code_scale) return call(ComputeForBFloat16(), BFloat16(), int8_t());
+  for_type(p.dtype, [&](auto c, auto s) { call(c, s, s); });
+}
+
+void topk_forward_any(const SimilarityProblem& p, const TopKForward& out, const Parallel& parallel) {
+  for_types(p, [&](auto c, auto x, auto y) { topk_forward<decltype(c), decltype(x), decltype(y)>(p, out, parallel); });
+}
+void topk_at_any(const SimilarityProblem& p, const TopKAt& out, const Parallel& parallel) {
+  for_types(p, [&](auto c, auto x, auto y) { topk_at<decltype(c), decltype(x), decltype(y)>(p, out, parallel); });
+}
+void topk_backward_any(const SimilarityProblem& p, const TopKBackward& gradients, const Parallel& parallel) {
+  for_types(
+      p, [&](auto c, auto x, auto y) { topk_backward<decltype(c), decltype(x), decltype(y)>(p, gradients, parallel); });
+}
 
 void topk_merge_any(const TopKMerge& m, const Parallel& parallel) {
   m.dtype == DType::float64 ? topk_merge<double>(m, parallel) : topk_merge<float>(m, parallel);

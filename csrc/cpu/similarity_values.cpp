@@ -249,21 +249,12 @@ void values_backward(const ValuesProblem& p, const ValuesBackward& b, const Para
 
 // ---- Types -------------------------------------------------------------------------------------------------
 
-#define CONTRASTIVE_OPS_VALUES_FOR_TYPE(function, Argument)                                         \
-  void function##_any(const ValuesProblem& p, const Argument& argument, const Parallel& parallel) { \
-    switch (p.logits.dtype) {                                                                       \
-      case DType::float32:                                                                          \
-        return function<ComputeFloat, float>(p, argument, parallel);                                \
-      case DType::float64:                                                                          \
-        return function<ComputeDouble, double>(p, argument, parallel);                              \
-      case DType::bfloat16:                                                                         \
-        return function<ComputeForBFloat16, BFloat16>(p, argument, parallel);                       \
-      case DType::float16:                                                                          \
-        return function<ComputeFloat, Half>(p, argument, parallel);                                 \
-    }                                                                                               \
-  }
-CONTRASTIVE_OPS_VALUES_FOR_TYPE(values_forward, ValuesForward)
-CONTRASTIVE_OPS_VALUES_FOR_TYPE(values_backward, ValuesBackward)
+void values_forward_any(const ValuesProblem& p, const ValuesForward& out, const Parallel& parallel) {
+  for_type(p.logits.dtype, [&](auto c, auto s) { values_forward<decltype(c), decltype(s)>(p, out, parallel); });
+}
+void values_backward_any(const ValuesProblem& p, const ValuesBackward& gradients, const Parallel& parallel) {
+  for_type(p.logits.dtype, [&](auto c, auto s) { values_backward<decltype(c), decltype(s)>(p, gradients, parallel); });
+}
 
 }  // namespace
 

@@ -1,13 +1,12 @@
 // What functions of the CUDA kernels take: bindings.cpp and tests/cuda_host/driver.cpp read their types.
 //
 // A function takes, in any order, a Stream, integers, doubles, pointers to float, int64_t, int32_t and bool (null where
-// there is no tensor; const ones are inputs), and the types in here. All tensors are contiguous and on the stream's
-// device; sizes are arguments of their own, and Python code, which knows them, is the only caller.
+// there is no tensor; const ones are inputs), Arrays and Integers (lists that are on the host), and the types in here.
+// All tensors are contiguous and on the stream's device; sizes are arguments of their own, and Python code, which knows
+// them, is the only caller.
 #pragma once
 
-#include <cstdint>
-
-#include "../dtype.h"
+#include "../array.h"
 
 struct CUstream_st;
 
@@ -31,20 +30,6 @@ struct Output {
   T* as() const {
     return static_cast<T*>(data);
   }
-};
-
-// As many tensors, or integers, as there are. The lists themselves are on the host.
-struct TensorArgument {
-  const void* data;
-  int64_t width;  // of the last dimension; 1 for a single number
-};
-struct Tensors {
-  const TensorArgument* data;
-  int64_t size;
-};
-struct Integers {
-  const int64_t* data;
-  int64_t size;
 };
 
 }  // namespace contrastive_ops

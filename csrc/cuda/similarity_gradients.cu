@@ -359,7 +359,7 @@ class Packer {
 }  // namespace
 
 void similarity_reduce_weigh(Stream stream, const float* dots, const float* guide, Integers chunk_numbers,
-                             Tensors pair_data, Integers spec, const float* scale, const float* row_bias,
+                             Arrays pair_data, Integers spec, const float* scale, const float* row_bias,
                              const float* col_bias, const int64_t* target, int64_t N, int64_t M, const float* values,
                              const int64_t* argmax, const float* d_values, const float* d_target, const float* d_linear,
                              const float* norm, Output weights, Integers sums, float* parts, float* totals) {
@@ -387,7 +387,7 @@ void similarity_reduce_weigh(Stream stream, const float* dots, const float* guid
   });
 }
 
-void similarity_reduce_spread(Stream stream, Integers chunk_numbers, Tensors pair_data, Integers spec,
+void similarity_reduce_spread(Stream stream, Integers chunk_numbers, Arrays pair_data, Integers spec,
                               const float* d_linear, int64_t N, int64_t M, float* spread) {
   const PairArguments p = pairs_of(pair_data, spec, nullptr, nullptr, nullptr, nullptr, N, M);
   const PairChunk chunk = chunk_of(nullptr, nullptr, chunk_numbers);

@@ -5,6 +5,7 @@
 // bound by the memory that inner products pass through, and a switch is the same for all threads.
 #pragma once
 
+#include "../similarity_decode.h"
 #include "arguments.h"
 #include "launch.h"
 
@@ -12,9 +13,6 @@ namespace contrastive_ops {
 
 // More of them than any loss has; contrastive_ops/cuda/_pairs.py has the same numbers.
 constexpr int kMostSets = 6, kMostFolds = 12;
-
-enum class ScaleOf : int { all = 0, rows = 1, columns = 2 };
-enum class FoldKind : int { logsumexp = 0, max = 1, sum_softplus = 2, sum_relu = 3, sum = 4, count = 5 };
 
 // One reading of the inner products; null where a rule does not apply. `_rows` are (N,), `_cols` (M,).
 struct PairSet {
@@ -29,7 +27,7 @@ struct PairSet {
   const float *guide_below_rows, *guide_below_cols;
   const int64_t *class_rows, *class_cols;
   const float* log_weight;
-  int64_t log_weight_width;
+  int64_t log_weight_cols;
   const float* fill;
 };
 
@@ -49,123 +47,47 @@ struct PairArguments {
   const int64_t* target;  // (N,) the column of each row that no fold sees
   const int64_t *linear_indptr, *linear_indices;
   const float* linear_weight;
+  const float *guide_x, *guide_y;        // multiplied by a library
   const float* code_scale;               // (M,) what one unit of the int8 codes in a column is worth
   const float *row_factor, *col_factor;  // (N,), (M,): of derivatives by inner products; products have them already
 };
 
 // ---- Host -----------------------------------------------------------------------------------------------------------
 
-// Positions in pair_data, by the numbers of Slot in contrastive_ops/core/problem.py.
-inline void set_slot(PairArguments& p, PairSet& set, int64_t slot, const TensorArgument& tensor) {
-  const auto ids = static_cast<const int64_t*>(tensor.data);
-  const auto numbers = static_cast<const float*>(tensor.data);
-  switch (slot) {
-    case 0:
-      set.differ_rows = ids;
-      break;
-    case 1:
-      set.differ_cols = ids;
-      break;
-    case 2:
-      set.same_rows = ids;
-      break;
-    case 3:
-      set.same_cols = ids;
-      break;
-    case 4:
-      set.exclude_indptr = ids;
-      break;
-    case 5:
-      set.exclude_indices = ids;
-      break;
-    case 6:
-      set.below_rows = numbers;
-      break;
-    case 7:
-      set.below_cols = numbers;
-      break;
-    case 8:
-      set.above_rows = numbers;
-      break;
-    case 9:
-      set.above_cols = numbers;
-      break;
-    case 10:
-      break;  // the guide is multiplied by a library
-    case 11:
-      break;
-    case 12:
-      set.guide_below_rows = numbers;
-      break;
-    case 13:
-      set.guide_below_cols = numbers;
-      break;
-    case 14:
-      set.class_rows = ids;
-      break;
-    case 15:
-      set.class_cols = ids;
-      break;
-    case 16:
-      set.log_weight = numbers, set.log_weight_width = tensor.width;
-      break;
-    case 17:
-      set.fill = numbers;
-      break;
-    case 18:
-      p.linear_indptr = ids;
-      break;
-    case 19:
-      p.linear_indices = ids;
-      break;
-    case 20:
-      p.linear_weight = numbers;
-      break;
-    case 21:
-      p.code_scale = numbers;
-      break;
-    case 22:
-      p.row_factor = numbers;
-      break;
-    case 23:
-      p.col_factor = numbers;
-      break;
-    default:
-      throw std::invalid_argument("spec: a slot must be below 24");
-  }
+// What the decoder leaves of one set and of the problem, in the types of kernels.
+inline void copy_slots(const SimilaritySet& set_from, PairSet& set_to, const SimilarityProblem& problem_from,
+                       PairArguments& problem_to) {
+#define CONTRASTIVE_OPS_COPY(name, owner, type, extent) \
+  owner##_to.name = static_cast<decltype(owner##_to.name)>(owner##_from.name);
+  CONTRASTIVE_OPS_SLOTS(CONTRASTIVE_OPS_COPY)
+#undef CONTRASTIVE_OPS_COPY
 }
 
-inline PairArguments pairs_of(const Tensors& pair_data, const Integers& spec, const float* scale, const float* row_bias,
+inline PairArguments pairs_of(const Arrays& pair_data, const Integers& spec, const float* scale, const float* row_bias,
                               const float* col_bias, const int64_t* target, int64_t N, int64_t M) {
+  DecodedProblem from;
+  from.raw.dtype = DType::float32;  // of logits, whatever is multiplied
+  from.raw.N = N, from.raw.M = M;
+  from.decode(pair_data, spec, false);
+  from.set_scales(scale);
+  if (from.sets.size() > kMostSets || from.folds.size() > kMostFolds) {
+    throw std::invalid_argument("spec: there are too many sets or folds");
+  }
   PairArguments p{};
   p.N = N, p.M = M, p.row_bias = row_bias, p.col_bias = col_bias, p.target = target;
-  int64_t at = 0, used = 0;
-  const auto next = [&] {
-    if (at >= spec.size) throw std::invalid_argument("spec: it must describe all sets and folds");
-    return spec.data[at++];
-  };
-  const int64_t sets = next(), folds = next();
-  if (sets > kMostSets || folds > kMostFolds) throw std::invalid_argument("spec: there are too many sets or folds");
-  p.set_count = static_cast<int>(sets), p.fold_count = static_cast<int>(folds);
+  p.set_count = from.raw.set_count, p.fold_count = from.raw.fold_count;
   for (int k = 0; k < p.set_count; ++k) {
+    const SimilaritySet& own = from.sets[k];
     PairSet& set = p.sets[k];
-    set.scale_of = static_cast<ScaleOf>(next());
-    set.negate = next() != 0, set.has_diagonal = next() != 0, set.diagonal = next();
-    for (int64_t entries = next(); entries > 0; --entries) {
-      const int64_t slot = next();
-      if (used >= pair_data.size) throw std::invalid_argument("spec: it must match pair_data");
-      set_slot(p, set, slot, pair_data.data[used++]);
-    }
+    copy_slots(own, set, from.raw, p);
+    set.scale = static_cast<const float*>(own.scale);
+    set.scale_of = own.scale_of, set.negate = own.negate;
+    set.has_diagonal = own.has_diagonal, set.diagonal = own.diagonal;
+    set.log_weight_cols = own.log_weight_cols;
     set.drops = set.has_diagonal || set.differ_rows || set.same_rows || set.exclude_indptr || set.below_rows ||
                 set.below_cols || set.above_rows || set.above_cols || set.guide_below_rows || set.guide_below_cols;
-    set.scale = scale;
-    scale += set.scale_of == ScaleOf::all ? 1 : set.scale_of == ScaleOf::rows ? N : M;
   }
-  for (int k = 0; k < p.fold_count; ++k) {
-    const int64_t set = next(), kind = next(), cols = next();
-    if (set < 0 || set >= sets) throw std::invalid_argument("spec: a fold must name a set");
-    p.folds[k] = {static_cast<int>(set), static_cast<FoldKind>(kind), cols != 0};
-  }
+  for (int k = 0; k < p.fold_count; ++k) p.folds[k] = {from.folds[k].set, from.folds[k].kind, from.folds[k].cols};
   return p;
 }
 
@@ -202,7 +124,7 @@ __device__ inline float logit_of(const PairArguments& p, const PairSet& set, flo
   if (p.row_bias) bias += p.row_bias[i];
   if (p.col_bias) bias += p.col_bias[j];
   if (set.log_weight && set.class_rows[i] >= 0 && set.class_cols[j] >= 0) {
-    bias += set.log_weight[set.class_rows[i] * set.log_weight_width + set.class_cols[j]];
+    bias += set.log_weight[set.class_rows[i] * set.log_weight_cols + set.class_cols[j]];
   }
   return set.negate ? logit - bias : logit + bias;
 }

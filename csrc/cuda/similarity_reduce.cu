@@ -213,7 +213,7 @@ int64_t begin_of(const PairArguments& p, int fold) {
 }  // namespace
 
 void similarity_reduce_fold(Stream stream, const float* dots, const float* guide, Integers chunk_numbers,
-                            Tensors pair_data, Integers spec, const float* scale, const float* row_bias,
+                            Arrays pair_data, Integers spec, const float* scale, const float* row_bias,
                             const float* col_bias, const int64_t* target, int64_t N, int64_t M, float* parts,
                             float* state) {
   const PairArguments p = pairs_of(pair_data, spec, scale, row_bias, col_bias, target, N, M);
@@ -258,7 +258,7 @@ void similarity_reduce_finish(Stream stream, const float* state, int64_t kind, i
          static_cast<FoldKind>(kind), count, values, argmax);
 }
 
-void similarity_reduce_named(Stream stream, const float* dots, Integers chunk_numbers, Tensors pair_data, Integers spec,
+void similarity_reduce_named(Stream stream, const float* dots, Integers chunk_numbers, Arrays pair_data, Integers spec,
                              const float* scale, const float* row_bias, const float* col_bias, const int64_t* target,
                              int64_t N, int64_t M, float* target_logit, float* linear) {
   const PairArguments p = pairs_of(pair_data, spec, scale, row_bias, col_bias, target, N, M);

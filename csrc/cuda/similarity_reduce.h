@@ -14,7 +14,7 @@ namespace contrastive_ops {
 // Adds a chunk to all folds.
 //   parts: 2 * (tiles across * rows + tiles down * cols) numbers to work with
 //   state: 2 numbers per result, of one fold after another, zeros at first
-void similarity_reduce_fold(Stream stream, const float* dots, const float* guide, Integers chunk, Tensors pair_data,
+void similarity_reduce_fold(Stream stream, const float* dots, const float* guide, Integers chunk, Arrays pair_data,
                             Integers spec, const float* scale, const float* row_bias, const float* col_bias,
                             const int64_t* target, int64_t N, int64_t M, float* parts, float* state);
 
@@ -25,7 +25,7 @@ void similarity_reduce_finish(Stream stream, const float* state, int64_t kind, i
 
 // What the first set's targets and lists name in a chunk: target_logit (N,) or null, linear (N,) or null, which is
 // added to. No guide.
-void similarity_reduce_named(Stream stream, const float* dots, Integers chunk, Tensors pair_data, Integers spec,
+void similarity_reduce_named(Stream stream, const float* dots, Integers chunk, Arrays pair_data, Integers spec,
                              const float* scale, const float* row_bias, const float* col_bias, const int64_t* target,
                              int64_t N, int64_t M, float* target_logit, float* linear);
 
@@ -37,7 +37,7 @@ void similarity_reduce_named(Stream stream, const float* dots, Integers chunk, T
 //   weights (rows, pitch) or null
 //   sums: per sum what (of SumOf), set, cols, and where it begins in `totals`, which is added to
 //   parts: 3 * tiles across * rows + 2 * tiles down * cols numbers to work with
-void similarity_reduce_weigh(Stream stream, const float* dots, const float* guide, Integers chunk, Tensors pair_data,
+void similarity_reduce_weigh(Stream stream, const float* dots, const float* guide, Integers chunk, Arrays pair_data,
                              Integers spec, const float* scale, const float* row_bias, const float* col_bias,
                              const int64_t* target, int64_t N, int64_t M, const float* values, const int64_t* argmax,
                              const float* d_values, const float* d_target, const float* d_linear, const float* norm,
@@ -45,7 +45,7 @@ void similarity_reduce_weigh(Stream stream, const float* dots, const float* guid
 
 // Puts the derivatives by the logits in each row's list where their pairs are: spread, zeros at first, (rows, pitch),
 // and as much again for mirrored pairs where the matrix is compared with itself.
-void similarity_reduce_spread(Stream stream, Integers chunk, Tensors pair_data, Integers spec, const float* d_linear,
+void similarity_reduce_spread(Stream stream, Integers chunk, Arrays pair_data, Integers spec, const float* d_linear,
                               int64_t N, int64_t M, float* spread);
 
 // The row of each column that is a target, of several the last: partner (M,), -1 at first. Targets that are no column

@@ -276,7 +276,7 @@ bool is_plain(const PairArguments& p) {
 }  // namespace
 
 void similarity_topk_filter(Stream stream, const float* dots, const float* guide, const float* scale,
-                            const float* row_bias, const float* col_bias, Tensors pair_data, Integers spec,
+                            const float* row_bias, const float* col_bias, Arrays pair_data, Integers spec,
                             int64_t* keys, int32_t* counts, float* thresholds, int64_t N, int64_t M, int64_t first_row,
                             int64_t rows, int64_t first_col, int64_t cols, int64_t stride, int64_t parts, int64_t strip,
                             int64_t capacity, int64_t k) {
@@ -290,7 +290,7 @@ void similarity_topk_filter(Stream stream, const float* dots, const float* guide
 }
 
 void similarity_topk_count(Stream stream, const float* dots, const float* guide, const float* scale,
-                           const float* row_bias, const float* col_bias, Tensors pair_data, Integers spec,
+                           const float* row_bias, const float* col_bias, Arrays pair_data, Integers spec,
                            const float* level, int64_t* statistics, int64_t N, int64_t M, int64_t first_row,
                            int64_t rows, int64_t first_col, int64_t cols, int64_t stride, int64_t parts,
                            int64_t strip) {

@@ -18,7 +18,7 @@ namespace contrastive_ops {
 //   guide (rows, stride) those of the guide, or null
 //   strip columns of the tile belong to each list, the first ones to the first; the first set of `spec` selects
 void similarity_topk_filter(Stream stream, const float* dots, const float* guide, const float* scale,
-                            const float* row_bias, const float* col_bias, Tensors pair_data, Integers spec,
+                            const float* row_bias, const float* col_bias, Arrays pair_data, Integers spec,
                             int64_t* keys, int32_t* counts, float* thresholds, int64_t N, int64_t M, int64_t first_row,
                             int64_t rows, int64_t first_col, int64_t cols, int64_t stride, int64_t parts, int64_t strip,
                             int64_t capacity, int64_t k);
@@ -26,7 +26,7 @@ void similarity_topk_filter(Stream stream, const float* dots, const float* guide
 // Adds to the statistics, (7, rows * parts), what a tile has for them, under the rules of the last set of `spec`.
 //   level (N,) what a logit must exceed to be counted as higher
 void similarity_topk_count(Stream stream, const float* dots, const float* guide, const float* scale,
-                           const float* row_bias, const float* col_bias, Tensors pair_data, Integers spec,
+                           const float* row_bias, const float* col_bias, Arrays pair_data, Integers spec,
                            const float* level, int64_t* statistics, int64_t N, int64_t M, int64_t first_row,
                            int64_t rows, int64_t first_col, int64_t cols, int64_t stride, int64_t parts, int64_t strip);
 
@@ -44,7 +44,7 @@ void similarity_topk_order(Stream stream, const float* values, const int64_t* in
 // The logits of listed pairs, whatever the rules say and -inf for an index of -1; or, with `raw`, inner products and 0.
 //   x (N, D), y (M, D), indices (N, listed), values (N, listed)
 void similarity_topk_at(Stream stream, Input x, Input y, const float* scale, const float* row_bias,
-                        const float* col_bias, Tensors pair_data, Integers spec, const int64_t* indices, float* values,
+                        const float* col_bias, Arrays pair_data, Integers spec, const int64_t* indices, float* values,
                         int64_t N, int64_t M, int64_t D, int64_t listed, bool raw);
 
 // sums_o = sum of weights_e * rows_(partner e) over the entries e of owner o, indptr_o to indptr_(o + 1).

@@ -118,7 +118,7 @@ void with_width(const Input& a, const void* b, int64_t D, const Function& functi
 }  // namespace
 
 void similarity_topk_at(Stream stream, Input x, Input y, const float* scale, const float* row_bias,
-                        const float* col_bias, Tensors pair_data, Integers spec, const int64_t* indices, float* values,
+                        const float* col_bias, Arrays pair_data, Integers spec, const int64_t* indices, float* values,
                         int64_t N, int64_t M, int64_t D, int64_t listed, bool raw) {
   const PairArguments p = pairs_of(pair_data, spec, scale, row_bias, col_bias, nullptr, N, M);
   with_width(x, y.data, D, [&](auto type, auto width) {

@@ -26,7 +26,7 @@ SOURCES = HERE.parent.parent / "csrc" / "cuda"
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 FLAGS = ("-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *SANITIZERS)
 
-# As in csrc/dtype.h, and three more.
+# As in csrc/dtype.h.
 _DTYPES = {
     torch.float32: 0,
     torch.bfloat16: 2,
@@ -151,8 +151,8 @@ def _tensor(tensor: Tensor) -> bytes:
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
         raise ValueError(f"a tensor must be contiguous and on the CPU, got {tensor.stride()} on {tensor.device}")
     content = tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-    width = tensor.shape[-1] if tensor.dim() else 1
-    return struct.pack("<BqQ", _DTYPES[tensor.dtype], width, len(content)) + content
+    sizes = struct.pack(f"<BB{tensor.dim()}q", _DTYPES[tensor.dtype], tensor.dim(), *tensor.shape)
+    return sizes + struct.pack("<Q", len(content)) + content
 
 
 def _encoded(value: Any) -> bytes:

@@ -39,22 +39,20 @@ void write(T value) {
 }
 
 // A tensor in memory of its exact size, so that AddressSanitizer sees what reaches beyond.
-struct Array {
-  int dtype = -1;
-  int64_t width = 1;
+struct Memory {
+  Array array;
   size_t bytes = 0;
   std::unique_ptr<unsigned char[]> memory;
-  bool defined = false;
 
   void read_body() {
-    dtype = read<uint8_t>();
-    width = read<int64_t>();
+    array.type = static_cast<Type>(read<uint8_t>());
+    array.dims = read<uint8_t>();
+    for (int d = 0; d < array.dims; ++d) array.sizes[d] = read<int64_t>();
     bytes = read<uint64_t>();
     memory.reset(new unsigned char[bytes]);
     contrastive_ops::read(memory.get(), bytes);
-    defined = true;
+    array.data = memory.get();
   }
-  void* data() const { return memory.get(); }
 };
 
 // An argument as it came, whatever the function wants.
@@ -62,8 +60,8 @@ struct Value {
   char tag = 's';  // the stream
   int64_t integer = 0;
   double number = 0;
-  Array array;
-  std::vector<Array> arrays;
+  Memory memory;
+  std::vector<Memory> memories;
   std::vector<int64_t> integers;
 
   void read_body() {
@@ -71,10 +69,10 @@ struct Value {
     tag = read<char>();
     if (tag == 'i') integer = read<int64_t>();
     if (tag == 'd') number = read<double>();
-    if (tag == 'a') array.read_body();
+    if (tag == 'a') memory.read_body();
     if (tag == 't') {
-      arrays.resize(read<uint32_t>());
-      for (Array& each : arrays) each.read_body();
+      memories.resize(read<uint32_t>());
+      for (Memory& memory : memories) memory.read_body();
     }
     if (tag == 'l') {
       integers.resize(read<uint32_t>());
@@ -88,13 +86,12 @@ struct Value {
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
-// Numbers of dtypes are those of csrc/dtype.h, and three more.
 template <class T>
-constexpr int kCode = std::is_same_v<T, float>     ? 0
-                      : std::is_same_v<T, int64_t> ? 4
-                      : std::is_same_v<T, int32_t> ? 5
-                      : std::is_same_v<T, bool>    ? 6
-                                                   : -1;
+constexpr Type kTypeOf = std::is_same_v<T, float>     ? Type::float32
+                         : std::is_same_v<T, int64_t> ? Type::int64
+                         : std::is_same_v<T, int32_t> ? Type::int32
+                         : std::is_same_v<T, bool>    ? Type::boolean
+                                                      : Type::other;
 
 template <class P>
 struct Argument;
@@ -124,8 +121,9 @@ struct Argument<T*> {
   static constexpr bool kOutput = !std::is_const_v<T>;
   T* get(Value& v) {
     if (v.tag == 'n') return nullptr;
-    if (v.tag != 'a' || v.array.dtype != kCode<std::remove_const_t<T>>) refuse("a tensor of another dtype is wanted");
-    return static_cast<T*>(v.array.data());
+    const Array& array = v.memory.array;
+    if (v.tag != 'a' || array.type != kTypeOf<std::remove_const_t<T>>) refuse("a tensor of another dtype is wanted");
+    return array.as<T>();
   }
 };
 template <class Tensor, bool output>
@@ -133,8 +131,9 @@ struct FloatingArgument {
   static constexpr bool kOutput = output;
   Tensor get(Value& v) {
     if (v.tag == 'n') return {nullptr, DType::float32};
-    if (v.tag != 'a' || (v.array.dtype != 0 && v.array.dtype != 2 && v.array.dtype != 3)) refuse("floats are wanted");
-    return {v.array.data(), static_cast<DType>(v.array.dtype)};
+    const Array& array = v.memory.array;
+    if (v.tag != 'a' || !is_floating(array.type) || array.type == Type::float64) refuse("floats are wanted");
+    return {array.data, dtype_of(array)};
   }
 };
 template <>
@@ -142,13 +141,13 @@ struct Argument<Input> : FloatingArgument<Input, false> {};
 template <>
 struct Argument<Output> : FloatingArgument<Output, true> {};
 template <>
-struct Argument<Tensors> {
+struct Argument<Arrays> {
   static constexpr bool kOutput = false;
-  std::vector<TensorArgument> tensors;
-  Tensors get(Value& v) {
+  std::vector<Array> arrays;
+  Arrays get(Value& v) {
     if (v.tag != 't') refuse("a list of tensors is wanted");
-    for (const Array& each : v.arrays) tensors.push_back({each.data(), each.width});
-    return {tensors.data(), static_cast<int64_t>(tensors.size())};
+    for (const Memory& memory : v.memories) arrays.push_back(memory.array);
+    return {arrays.data(), static_cast<int64_t>(arrays.size())};
   }
 };
 template <>
@@ -181,7 +180,7 @@ Call call_of(void (*function)(P...), std::index_sequence<index...>) {
     for (size_t k = 0; k < sizeof...(P); ++k) {
       if (!output[k] || values[k].tag != 'a') continue;
       write<int32_t>(static_cast<int32_t>(k));
-      write(values[k].array.data(), values[k].array.bytes);
+      write(values[k].memory.array.data, values[k].memory.bytes);
     }
     write<int32_t>(-1);
   };
