@@ -182,10 +182,8 @@ def make_eager() -> list[Extension]:
     if not (ROOT / EAGER).exists():
         return []
     flags = [*COMMON_FLAGS, "-std=c++20", *NAME_HEADERS]
-    return [
-        Extension("contrastive_ops._eager", [EAGER], extra_compile_args=flags, language="c++", optional=True,
-                  **torch_arguments("_eager"))
-    ]  # fmt: skip
+    options = {"extra_compile_args": flags, "language": "c++", "optional": True, **torch_arguments("_eager")}
+    return [Extension("contrastive_ops._eager", [EAGER, "csrc/similarity_loss.cpp"], **options)]
 
 
 def make_extension(plan: Plan) -> Extension:
@@ -324,9 +322,10 @@ class BuildExt(build_ext):
     def build_extension(self, ext: Extension) -> None:
         includes = [*ext.include_dirs, *self.include_dirs]
         arguments = (ext.extra_compile_args, ext.define_macros, includes)
+        folder = "eager" if ext.name.endswith("_eager") else "bindings"  # one file is compiled for both
         with ThreadPoolExecutor(jobs()) as pool:
             made = [
-                pool.submit(build_object, self, PLAN.compiler, "bindings", source, *arguments) for source in ext.sources
+                pool.submit(build_object, self, PLAN.compiler, folder, source, *arguments) for source in ext.sources
             ]
             ext.extra_objects = [done.result() for done in made]
         ext.sources, whole = [], ext.sources

@@ -81,13 +81,14 @@ def probe(fact: Callable[[], Any]) -> Any:
 
 
 def _extension_info() -> dict[str, Any]:
-    from contrastive_ops.core import extension
+    from contrastive_ops.core import eager, extension
 
     module = extension.load()
     if module is None:
         return {"present": False, "why": probe(extension.reason) or "unknown", "fix": _fix_commands()}
     report, config, file = extension.report(), dict(module.build_config()), str(module.__file__)
     facts: dict[str, Any] = {"present": True, "file": file, "build": report.get("summary"), "config": config}
+    facts["losses_in_C++"] = probe(lambda: eager.reason() or "yes")
     if Path(file).parent != PACKAGE:
         facts["note"] = f"the Python code is that of {PACKAGE}, which is not built; the C++ sources are the same"
     if config.get("cuda") == "no":

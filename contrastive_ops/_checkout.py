@@ -22,6 +22,7 @@ from urllib.request import url2pathname
 
 PACKAGE = Path(__file__).resolve().parent
 EXTENSION = f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+EAGER = EXTENSION.replace("_C", "_eager", 1)
 REPORT = "_build_report.json"
 
 
@@ -103,7 +104,7 @@ def borrow_extension() -> tuple[ModuleType | None, str]:
             reasons.append(f"{folder / EXTENSION} was built from other C++ sources than those in {root}")
         else:
             try:
-                return _load(folder / EXTENSION), f"the extension is {folder / EXTENSION}"
+                return load("contrastive_ops._C", folder / EXTENSION), f"the extension is {folder / EXTENSION}"
             except ImportError as error:
                 reasons.append(f"{folder / EXTENSION} does not load: {error}")
     if not reasons and root is not None:
@@ -113,8 +114,9 @@ def borrow_extension() -> tuple[ModuleType | None, str]:
     return None, reasons[0]
 
 
-def _load(file: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("contrastive_ops._C", file)
+def load(name: str, file: Path) -> ModuleType:
+    """Load a compiled module from a file."""
+    spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ImportError(f"{file} is no extension")
     module = importlib.util.module_from_spec(spec)

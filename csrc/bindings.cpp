@@ -5,6 +5,7 @@
 #include "bindings_grouped_matmul.h"
 #include "bindings_maxsim.h"
 #include "bindings_similarity_distill.h"
+#include "bindings_similarity_loss.h"
 #include "bindings_similarity_prefix.h"
 #include "bindings_similarity_problem.h"
 #include "bindings_similarity_reduce.h"
@@ -87,11 +88,11 @@ PyObject* read_tensors_by(PyObject*, PyObject* exchange) {
   use(maxsim_forward)                  \
   use(similarity_distill_backward)     \
   use(similarity_distill_forward)      \
+  use(similarity_loss_forward)         \
   use(similarity_prefix_backward)      \
   use(similarity_prefix_forward)       \
   use(similarity_reduce_backward)      \
   use(similarity_reduce_forward)       \
-  use(similarity_reduce_total)         \
   use(similarity_topk_at)              \
   use(similarity_topk_backward)        \
   use(similarity_topk_forward)         \

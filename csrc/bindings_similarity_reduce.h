@@ -47,24 +47,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_reduce_backward(
   return gradients.all();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> similarity_reduce_total(
-    const Tensor& x, const Optional& y, const Tensor& scale, const Optional& row_bias, const Optional& col_bias,
-    const Tensor& target, const TensorList& pair_data, const Integers& spec, const Tensor& weight,
-    const Optional& extra, const Optional& target_weight, int64_t needs) {
-  CHECK_VALUE(y.defined(), "the total needs y: self-similarity has no row statistics before its last tile");
-  Problem p(x, y, scale, row_bias, col_bias, target, pair_data, spec);
-  CHECK_VALUE(p.folds.size() == 1 && !p.folds[0].cols && p.sets.size() == 1, "the total is of one fold of rows");
-  Gradients gradients(p, needs);
-  const int64_t N = p.raw.N;
-  const Tensor w = shaped(weight, {N}, p.type(), "weight"), e = shaped(extra, {N}, p.type(), "extra");
-  const Tensor tw = shaped(target_weight, {N}, p.type(), "target_weight");
-  const Tensor losses = empty({N}, p.type()), target_logit = empty({N}, p.type());
-  const Tensor dextra = empty({extra ? N : 0}, p.type());
-  run(similarity_reduce_cpu().total, p.raw,
-      SimilarityTotal{w.data, e.data, tw.data, losses.data, target_logit.data, extra ? dextra.data : nullptr,
-                      gradients.raw});
-  return std::tuple_cat(std::tuple(losses, target_logit), gradients.all(), std::tuple(dextra));
-}
-
 }  // namespace
 }  // namespace contrastive_ops

@@ -1,6 +1,7 @@
 // Folds the rows and columns of a similarity matrix that is never stored; shared by cpu/ and cuda/.
 #pragma once
 
+#include "row_losses.h"
 #include "similarity_problem.h"
 
 namespace contrastive_ops {
@@ -27,15 +28,15 @@ struct SimilarityBackward {
   void* dcol_bias;
 };
 
-// sum_i weight_i * loss_i + target_weight_i * t_i over the first fold, with t_i the target's logit and
-//   logsumexp:     loss_i = softplus(lse_i - t_i), lse_i over the other columns and extra_i
-//   sum_softplus:  loss_i = fold_i + softplus(-t_i)
-// The gradients are formed in the same pass: 6 N M D.
+// (sum_i weight_i * loss_i + target_weight_i * t_i) / size, with loss_i the row_loss of the first fold and t_i, the
+// target's logit. The gradients are formed in the same pass: 6 N M D.
 struct SimilarityTotal {
-  const void* weight;            // (N,)
-  const void* extra;             // (N,) or null
-  const void* target_weight;     // (N,) or null
-  void* losses;                  // (N,)
+  RowLoss kind;               // softmax of a logsumexp, or sigmoid of a sum of softplus
+  const void* weight;         // (N,) or null for 1
+  const void* extra;          // (N,) or null
+  const void* target_weight;  // (N,) or null
+  double size;
+  double* losses;                // (N,)
   void* target_logit;            // (N,)
   void* dextra;                  // (N,) or null
   SimilarityBackward gradients;  // only its outputs are read

@@ -15,7 +15,7 @@ from torch import Tensor
 from contrastive_ops.core.ordered import in_parts
 from contrastive_ops.core.problem import ScaleOf, with_factors
 from contrastive_ops.core.weight_norm import weight_norm
-from contrastive_ops.reference.similarity_reduce import row_losses, row_slopes
+from contrastive_ops.reference.row_losses import Terms, kind_of, row_losses, weighted_slopes
 
 from . import _similarity_plan as plan
 from . import _similarity_variants
@@ -114,10 +114,10 @@ def total(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (losses, target_logit, dx, dy, dscale, drow_bias, dcol_bias, dextra)."""
     problem = (x, y, scale, row_bias, col_bias, target, pair_data, spec)
-    kind = plan.Layout.decode(pair_data, spec).folds[0].kind
+    kind = kind_of(plan.Layout.decode(pair_data, spec))
     fold, argmax, target_logit, _, kept = forward(*problem, 0)
-    losses = row_losses(kind, fold, target_logit, extra)
-    d_fold, d_target, dextra = row_slopes(kind, fold, target_logit, weight, extra, target_weight)
+    losses = row_losses(kind, (fold,), target_logit, Terms(extra=extra))
+    d_fold, d_target, dextra = weighted_slopes(kind, fold, target_logit, weight, extra, target_weight)
     gradients = backward(*problem, fold, argmax, d_fold, d_target, None, kept, needs)
     return losses, target_logit, *gradients, dextra
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from contrastive_ops.core import backends, operators, triton_kernels
+from contrastive_ops.core import backends, eager, operators, triton_kernels
 
 
 def pytest_addoption(parser):
@@ -60,7 +60,8 @@ def backend(request):
 
 @pytest.fixture(params=["direct", "dispatcher"])
 def way(request, monkeypatch):
-    """Both ways of an eager call: past the dispatcher, as plain tensors go, and through it."""
+    """Both ways of an eager call: past the dispatcher or all in C++, as plain tensors go, and through it."""
     if request.param == "dispatcher":
         monkeypatch.setattr(operators, "seen_by_autograd_alone", lambda arguments: False)
+        monkeypatch.setattr(eager, "_closed", True)
     return request.param

@@ -23,7 +23,8 @@ from contrastive_ops.core.backends import choose
 from contrastive_ops.core.problem import Layout, LogitSet, SetFold
 from contrastive_ops.cuda import _chunks, _pairs, _products, _weights
 from contrastive_ops.cuda import similarity_reduce as launchers
-from contrastive_ops.ops.similarity_reduce import BACKENDS, weighted_total
+from contrastive_ops.ops.similarity_loss import similarity_loss
+from contrastive_ops.ops.similarity_reduce import BACKENDS
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, TOLERANCE, clustered_pairs, relative_error
 
 ON_GPU = torch.cuda.is_available() and cuda_kernels.why_missing() is None
@@ -484,8 +485,8 @@ def test_a_step_can_be_a_cuda_graph(name):
 
 @pytest.mark.parametrize("held", [True, False], ids=["bands", "two sweeps"])
 @pytest.mark.parametrize("rule", ["differ", "guide"])
-@pytest.mark.parametrize("kind,has_extra", [("logsumexp", False), ("logsumexp", True), ("sum_softplus", False)])
-def test_weighted_total(monkeypatch, kind, has_extra, rule, held):
+@pytest.mark.parametrize("kind,has_extra", [("softmax", False), ("softmax", True), ("sigmoid", False)])
+def test_losses_of_one_direction(monkeypatch, kind, has_extra, rule, held):
     monkeypatch.setattr(launchers, "HELD_BYTES", 8 * 40 * 4 if held else 0)
     inputs = Inputs(20, 40, 9)
     options = {
@@ -500,7 +501,7 @@ def test_weighted_total(monkeypatch, kind, has_extra, rule, held):
     }
     target, doubled = inputs.target(), exact(options)
     totals = [
-        weighted_total(**each, kind=kind, target=target, backend=backend)
+        similarity_loss(**each, kind=kind, target=target, reduction="sum", backend=backend)
         for each, backend in ((options, "cuda"), (doubled, "reference"))
     ]
     assert relative_error(*totals) <= FLOAT32_ERROR
@@ -509,7 +510,7 @@ def test_weighted_total(monkeypatch, kind, has_extra, rule, held):
         assert relative_error(got, each) <= FLOAT32_ERROR
 
 
-def test_a_weighted_total_multiplies_each_pair_once(monkeypatch):
+def test_a_loss_of_one_direction_multiplies_each_pair_once(monkeypatch):
     inputs, pairs = Inputs(35, 40, 9), []
     multiply = _products.inner_products
     monkeypatch.setattr(_products, "inner_products", lambda x, y, out: (pairs.append(out.numel()), multiply(x, y, out)))
@@ -519,7 +520,7 @@ def test_a_weighted_total_multiplies_each_pair_once(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [1e-9, 1.0, 1e7])
-def test_a_weighted_total_in_16_bits(dtype, size):
+def test_a_loss_of_one_direction_in_16_bits(dtype, size):
     inputs = Inputs(35, 40, 9, dtype=dtype)
     weight, target = (size * torch.rand(35)).to(DEVICE), inputs.target()
     found = []
@@ -527,8 +528,9 @@ def test_a_weighted_total_in_16_bits(dtype, size):
         x, y = inputs.x.detach().to(change), inputs.y.detach().to(change)
         scale = torch.full((1,), 2.0, dtype=torch.promote_types(change, torch.float32), device=DEVICE)
         layout = Layout((LogitSet(),), (SetFold(0, "logsumexp", False),)).encode()
-        arguments = (x, y, scale, None, None, target, *layout, weight.to(scale.dtype), None, None, 3, backend)
-        found.append(torch.ops.contrastive_ops.similarity_reduce_total(*arguments)[3:5])
+        arguments = (x, y, scale, None, None, target, *layout, weight.to(scale.dtype), None, None, None)
+        options = ("softmax", "sum", 3, 0, backend)
+        found.append(torch.ops.contrastive_ops.similarity_loss(*arguments, *options)[4:6])
     for got, expected in zip(*found, strict=True):
         assert relative_error(got, expected) <= TOLERANCE[dtype]
 

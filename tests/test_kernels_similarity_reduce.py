@@ -8,7 +8,7 @@ import torch
 from contrastive_ops import Fold, Pairs, clip, info_nce, nt_xent, siglip, similarity_reduce, sup_con
 from contrastive_ops.core import triton_kernels
 from contrastive_ops.core.problem import Layout, LogitSet, SetFold
-from contrastive_ops.ops.similarity_reduce import weighted_total
+from contrastive_ops.ops.similarity_loss import similarity_loss
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, TOLERANCE, clustered_pairs, relative_error
 
 if triton_kernels.why_missing() is not None:
@@ -393,8 +393,8 @@ def test_gradient_error_in_three_regimes(monkeypatch, dtype, level, name):
 # ---- What stands on it -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind,has_extra", [("logsumexp", False), ("logsumexp", True), ("sum_softplus", False)])
-def test_weighted_total(kind, has_extra):
+@pytest.mark.parametrize("kind,has_extra", [("softmax", False), ("softmax", True), ("sigmoid", False)])
+def test_losses_of_one_direction(kind, has_extra):
     inputs = Inputs(35, 40, 9)
     options = {
         "x": inputs.x,
@@ -408,7 +408,7 @@ def test_weighted_total(kind, has_extra):
     }
     target, doubled = inputs.target(), exact(options)
     totals = [
-        weighted_total(**each, kind=kind, target=target, backend=backend)
+        similarity_loss(**each, kind=kind, target=target, reduction="sum", backend=backend)
         for each, backend in ((options, "triton"), (doubled, "reference"))
     ]
     assert relative_error(*totals) <= FLOAT32_ERROR

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from contrastive_ops import Fold, Pairs, info_nce
-from contrastive_ops.ops.similarity_reduce import fold, weighted_total
+from contrastive_ops.ops.similarity_loss import similarity_loss
+from contrastive_ops.ops.similarity_reduce import fold
 from contrastive_ops.testing import relative_error
 from contrastive_ops.testing.losses import LOSSES, leaves
 
@@ -79,11 +80,12 @@ def folded(case, x, y, **options):
     if case == "itself":
         same = Fold("sum", pairs=Pairs(same=(ids[0], ids[0]), diagonal=0))
         return fold(x, None, reduce=("logsumexp", same), scale=9.0, target=target.roll(3), **options)
-    return (weighted_total(x, y, scale=9.0, target=target, weight=of_rows, **options),)
+    reduction = "none" if case == "rows of a loss" else "sum"
+    return (similarity_loss(x, y, scale=9.0, target=target, weight=of_rows, reduction=reduction, **options),)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", ["both sides", "rules", "lists", "itself", "total"])
+@pytest.mark.parametrize("case", ["both sides", "rules", "lists", "itself", "a loss", "rows of a loss"])
 def test_every_backend_has_the_factors(case, dtype, backend):
     torch.manual_seed(0)
     y = torch.randn(150, 40, dtype=torch.float64) * (0.2 + 5 * torch.rand(150, 1, dtype=torch.float64))

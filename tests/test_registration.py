@@ -7,6 +7,7 @@ import torch._dynamo.testing
 import contrastive_ops
 from contrastive_ops import Fold, Pairs, clip, info_nce, nt_xent, similarity_reduce, similarity_topk
 from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf, SetFold, Slot
+from contrastive_ops.reference.row_losses import FOLDS
 from contrastive_ops.testing import sample_problem
 
 ops = torch.ops.contrastive_ops
@@ -60,13 +61,34 @@ def test_opcheck_backward(backend, needs):
     )
 
 
-@pytest.mark.parametrize("kind,extra", [("logsumexp", False), ("logsumexp", True), ("sum_softplus", False)])
-def test_opcheck_total(backend, kind, extra):
-    weight = torch.rand(9, dtype=torch.float64, requires_grad=True)
-    more = [torch.randn(9, dtype=torch.float64, requires_grad=True) for _ in range(2)] if extra else [None, None]
-    problem = arguments(backend)
-    rules = layout(cols=False, kinds=(kind,))
-    torch.library.opcheck(ops.similarity_reduce_total, (*problem, *rules, weight, *more, 31, backend))
+def loss_arguments(backend, kind, x, y, scale, *others):
+    """The problem with the sets and folds of a kind of row loss; several positives have rules of their own."""
+    sets = [LogitSet(ScaleOf.ROWS)]
+    if FOLDS[kind][-1].set == 1:
+        ids = {"rows": torch.arange(len(x)) % 3, "cols": torch.arange(len(x if y is None else y)) % 3}
+        differ = {Slot.DIFFER_ROWS: ids["rows"], Slot.DIFFER_COLS: ids["cols"]}
+        same = {Slot.SAME_ROWS: ids["rows"], Slot.SAME_COLS: ids["cols"]}
+        sets = [LogitSet(ScaleOf.ROWS, data=differ), LogitSet(ScaleOf.ROWS, data=same)]
+        scale = torch.cat([scale, scale])
+    return [x, y, scale.detach().requires_grad_(), *others, *Layout(tuple(sets), FOLDS[kind]).encode()]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", [*FOLDS, "usual target"])
+def test_opcheck_loss(backend, kind, reduction):
+    x, y, scale, row_bias, col_bias, target = arguments(backend)
+    usual = kind == "usual target"
+    kind = "softmax" if usual else kind
+    if kind == "softmax_both":
+        y, col_bias = torch.randn_like(x, requires_grad=True), None
+    if usual:
+        y, col_bias, x, row_bias, scale = None, None, x[:8].detach().requires_grad_(), None, scale[:8]
+    problem = loss_arguments(backend, kind, x, y, scale, row_bias, col_bias, None if usual else target)
+    terms = [torch.rand(len(x), dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    terms[1] = terms[1] if kind == "softmax" else None
+    count = torch.arange(len(x)).double() % 3 if FOLDS[kind][-1].set == 1 else None
+    needs = sum(1 << bit for bit, t in enumerate((*problem[:5], *terms)) if t is not None)
+    torch.library.opcheck(ops.similarity_loss, (*problem, *terms, count, kind, reduction, needs, 0, backend))
 
 
 def topk_arguments(backend):
@@ -178,7 +200,8 @@ def test_export():
 @pytest.mark.parametrize(
     "stem,functions",
     [
-        ("similarity_reduce", ("forward", "backward", "total")),
+        ("similarity_reduce", ("forward", "backward")),
+        ("similarity_loss", ("forward",)),
         ("similarity_topk", ("forward", "at", "backward", "merge", "order")),
         ("maxsim", ("forward", "backward")),
         ("similarity_distill", ("forward", "backward")),

@@ -47,8 +47,10 @@ def _reduce_backward(x: Shape, y: Shape, *rest: Any, **__: Any) -> int:
     return _recomputed(x, y, kept) + _gradients(x, y, needs)
 
 
-def _reduce_total(x: Shape, y: Shape, *rest: Any, **_: Any) -> int:
-    return _product(x, y) + _gradients(x, y, rest[-2])
+def _loss(x: Shape, y: Shape, *rest: Any, out_shape: Any = None, **_: Any) -> int:
+    # Gradients that forward has not formed are empty.
+    formed = sum(1 << bit for bit, shape in enumerate(out_shape[4:6]) if shape[0])
+    return _product(x, y) + _gradients(x, y, formed)
 
 
 def _listed(x: Shape, *rest: Any, **_: Any) -> int:
@@ -129,7 +131,7 @@ def _pairs(x: Shape, y: Shape, rows: Shape, *_: Any, **__: Any) -> int:
 FORMULAS: dict[str, Callable[..., int]] = {
     "similarity_reduce_forward": _reduce,
     "similarity_reduce_backward": _reduce_backward,
-    "similarity_reduce_total": _reduce_total,
+    "similarity_loss": _loss,
     "similarity_topk_forward": _reduce,
     "similarity_topk_at": _listed,
     "similarity_topk_backward": _topk_backward,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core.cuda_kernels import kernels
 from ..core.problem import KINDS
-from ..reference.similarity_reduce import row_losses, row_slopes
+from ..reference.row_losses import Terms, kind_of, row_losses, weighted_slopes
 from ._chunks import Chunk, Memory, Problem, Sizes, Workspace, padded
 from ._weights import Gradients, Upstream, Wanted
 
@@ -146,14 +146,14 @@ def total(
     """Return (losses, target_logit, dx, dy, dscale, drow_bias, dcol_bias, dextra)."""
     problem = (x, y, scale, row_bias, col_bias, target, pair_data, spec)
     p = Problem.of(*problem)
-    kind = p.layout.folds[0].kind
+    kind = kind_of(p.layout)
     held = _held(p)
     if held is not None:
         losses_of = _RowLosses.of(p, kind, weight, extra, target_weight)
         return _total_by_bands(p, scale, target, losses_of, needs, *held)
     fold, argmax, target_logit, _, kept = forward(*problem, 0)
-    losses = row_losses(kind, fold, target_logit, extra)
-    d_fold, d_target, dextra = row_slopes(kind, fold, target_logit, weight, extra, target_weight)
+    losses = row_losses(kind, (fold,), target_logit, Terms(extra=extra))
+    d_fold, d_target, dextra = weighted_slopes(kind, fold, target_logit, weight, extra, target_weight)
     gradients = backward(*problem, fold, argmax, d_fold, d_target, None, kept, needs)
     return losses, target_logit, *gradients, dextra
 
@@ -204,8 +204,8 @@ class _RowLosses(NamedTuple):
         """From the folds and the targets' logits of these rows."""
         extra, target_weight = (None if t is None else t[rows] for t in (self.extra, self.target_weight))
         fold, logit = self.fold[rows], target_logit[rows]
-        self.losses[rows] = row_losses(self.kind, fold, logit, extra)
-        slopes = row_slopes(self.kind, fold, logit, self.weight[rows], extra, target_weight)
+        self.losses[rows] = row_losses(self.kind, (fold,), logit, Terms(extra=extra))
+        slopes = weighted_slopes(self.kind, fold, logit, self.weight[rows], extra, target_weight)
         for whole, part in zip((self.d_fold, self.d_target, self.dextra), slopes, strict=True):
             whole[rows if len(whole) else slice(0)] = part
 
@@ -229,7 +229,7 @@ def _total_by_bands(
         for rows, cols in band:
             folding.add(p, work.chunk(rows, cols, memory))
         rows = band[0][0]
-        _finish(of_rows.kind, folding.state[2 * rows.start : 2 * rows.stop], of_rows.fold[rows], None)
+        _finish(p.layout.folds[0].kind, folding.state[2 * rows.start : 2 * rows.stop], of_rows.fold[rows], None)
         of_rows.fill(rows, folding.target_logit)
         memory = Memory(held)
         for _, cols in band:

@@ -84,7 +84,7 @@ def one_side(
 def in_sweep(normalize: bool, x: Tensor) -> bool:
     """Whether the sweep takes rows of any length as unit rows: those of 16 bits would be rounded once more.
 
-    Such rows reach a loss as they are. `fold` and `weighted_total` are told so by ``unit=True``, and what else reads
+    Such rows reach a loss as they are. `fold` and `similarity_loss` are told so by ``unit=True``, and what else reads
     them does so through `_columns.wide`.
     """
     return normalize and x.dtype in (torch.bfloat16, torch.float16)

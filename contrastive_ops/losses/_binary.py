@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..core import autocast, checks
 from ..core.numerics import softplus
-from ..ops.similarity_reduce import fold, needs_gradient, weighted_total
+from ..ops.similarity_loss import similarity_loss
 from . import _arguments
 from ._columns import wide
 from ._pair_list import pair_similarity
@@ -19,7 +18,7 @@ def one_grade(
     y: Tensor,
     scale: float | Tensor,
     row_bias: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     grades: Tensor | None,
     weight: Tensor | None,
     reduction: str,
@@ -28,39 +27,24 @@ def one_grade(
     backend: str,
 ) -> Tensor:
     """One labelled column per row (label 1 where there are no grades), label 0 everywhere else."""
-    if reduction != "none" and needs_gradient(x, y, scale, row_bias, weight, grades):
-        row_weight = torch.ones_like(row_bias)
-        if weight is not None:
-            row_weight = _arguments.of_weighted(weight, weight).to(row_bias.dtype)
-        total = weighted_total(
-            x,
-            y,
-            kind="sum_softplus",
-            scale=scale,
-            row_bias=row_bias,
-            target=target,
-            weight=row_weight,
-            # The total takes label 1; softplus(-t) + (1 - grade) t is the cross-entropy of another label.
-            target_weight=None if grades is None else (1 - grades) * row_weight,
-            unit=unit,
-            names=names,
-            backend=backend,
-        )
-        return total if reduction == "sum" else _arguments.divide(total, row_weight, weight)
-    (negatives,), _, logit, *_ = fold(
+    spread = None
+    if grades is not None:  # the operator takes label 1; softplus(-t) + (1 - grade) t is that of another label
+        spread = 1 - grades if weight is None else (1 - grades) * _arguments.of_weighted(weight, weight)
+    return similarity_loss(
         x,
         y,
-        reduce=("sum_softplus",),
+        kind="sigmoid",
         scale=scale,
         row_bias=row_bias,
         target=target,
+        weight=weight,
+        target_weight=spread,
+        reduction=reduction,
         unit=unit,
         memory_budget=memory_budget,
         names=names,
         backend=backend,
     )
-    labelled = softplus(-logit) if grades is None else cross_entropy(logit, grades)
-    return _arguments.reduce_rows(negatives + labelled, weight, reduction)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -13,13 +13,18 @@ from ..core.rules import Pairs
 from ..core.unit_rows import unit_rows
 
 
-def own_column(function: str, query: Tensor, key: Tensor) -> Tensor:
+def check_own_column(function: str, query: Tensor, key: Tensor) -> None:
     """Row i's target is column i, which must exist."""
     if key.shape[0] < query.shape[0]:
         raise ValueError(
             f"{function}: key must have at least as many rows as query where target is not given, "
             f"got query {checks.shape(query)} and key {checks.shape(key)}"
         )
+
+
+def own_column(function: str, query: Tensor, key: Tensor) -> Tensor:
+    """(N,) column i for row i, which must exist."""
+    check_own_column(function, query, key)
     return torch.arange(query.shape[0], device=query.device)
 
 

@@ -12,7 +12,8 @@ from ..core import autocast, checks
 from ..core.masks import left_out
 from ..core.numerics import softplus
 from ..core.ordered import ordered_sum
-from ..ops.similarity_reduce import fold, needs_gradient, weighted_total
+from ..ops.similarity_loss import similarity_loss
+from ..ops.similarity_reduce import fold, needs_gradient
 from . import _arguments
 from ._linear_chunks import statistics
 from ._linear_rows import Rows
@@ -100,14 +101,14 @@ class Head:
     def total(self, options: Options, backend: str) -> Tensor:
         """The sum of the cross entropies, with gradients from the forward pass."""
         of_lse, of_own, evenly = self._smoothed(options)
-        total = weighted_total(
+        total = similarity_loss(
             self.rows,
             self.weight,
-            scale=1.0,
             col_bias=self.bias,
             target=self.target,
             weight=self.share if of_lse is None else self.share * of_lse,
             target_weight=None if of_own is None else self.share * of_own,
+            reduction="sum",
             names=self.names,
             backend=backend,
         )

@@ -1,17 +1,18 @@
-"""One softmax a row, its target against the other columns: what InfoNCE, MoCo and margin losses share."""
+"""Softmaxes of rows, or of rows and columns, with one target: what InfoNCE, CLIP, MoCo and margin losses share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core import checks
 from ..core.numerics import softplus
-from ..core.ordered import ordered_sum
 from ..core.rules import Pairs
-from ..ops.similarity_reduce import fold, merge_lse, needs_gradient, weighted_total
+from ..ops.similarity_loss import similarity_loss
+from ..ops.similarity_reduce import fold, merge_lse
 from . import _arguments
 from ._columns import logit_sums, mean_logit, scaled, smoothing_folds, sum_and_count
 from .diagnostics import Ranking
@@ -22,7 +23,7 @@ def row_softmax(
     x: Tensor,
     y: Tensor,
     *,
-    target: Tensor,
+    target: Tensor | None,
     scale: float | Tensor,
     pairs: Pairs | None = None,
     own: Tensor | None = None,
@@ -43,7 +44,7 @@ def row_softmax(
         names: the loss, its rows and its columns, for errors.
         x: (N, D) the rows.
         y: (M, D) the columns.
-        target: (N,) int64.
+        target: (N,) int64. None: column i of row i.
         scale: float, 0-d or (N,).
         pairs: rules for the columns.
         own: (N, K) similarities of each row with more columns, which the sweep does not see.
@@ -64,10 +65,26 @@ def row_softmax(
     own_logits = None if own is None else scaled(scale, own)
     extra = extra if own_logits is None else own_logits.logsumexp(1)
     of_smoothing = smoothing_folds(share, pairs)
-    rows_alone = own_logit is not None or bool(z_loss or diagnostics or of_smoothing)
-    if reduction != "none" and not rows_alone and needs_gradient(x, y, scale, weight, extra, share):
-        mean = None if share is None else mean_logit(logit_sums(x, y, scale, unit=unit), y.shape[0], own_logits)
-        return _total(names, x, y, scale, target, pairs, extra, weight, share, mean, reduction, unit, backend)
+    if own_logit is None and not (z_loss or diagnostics or of_smoothing):
+        sums = None if share is None else mean_logit(logit_sums(x, y, scale, unit=unit), y.shape[0], own_logits)
+        return whole_softmax(
+            names,
+            x,
+            y,
+            "softmax",
+            target,
+            scale,
+            pairs,
+            extra,
+            share,
+            sums,
+            weight,
+            reduction,
+            unit,
+            memory_budget,
+            backend,
+        )
+    target = torch.arange(x.shape[0], device=x.device) if target is None else target
     ranking = Ranking(x, y, y.detach()[target], pairs, own=own, unit=unit) if diagnostics else None
     (others, *more), _, target_logit, *_ = fold(
         x,
@@ -92,40 +109,43 @@ def row_softmax(
     return (loss, ranking.read(more[len(of_smoothing) :])) if ranking else loss
 
 
-def _total(
+def whole_softmax(
     names: tuple[str, str, str],
     x: Tensor,
     y: Tensor,
+    kind: str,
+    target: Tensor | None,
     scale: float | Tensor,
-    target: Tensor,
     pairs: Pairs | None,
     extra: Tensor | None,
-    weight: Tensor | None,
     share: float | Tensor | None,
     mean: Tensor | None,
+    weight: Tensor | None,
     reduction: str,
     unit: bool,
+    memory_budget: int | None,
     backend: str,
 ) -> Tensor:
-    """The mean or sum with gradients that are formed in the forward pass."""
-    dtype = checks.accumulator(x.dtype)
-    row_weight = (
-        x.new_ones(x.shape[:1], dtype=dtype) if weight is None else _arguments.of_weighted(weight, weight).to(dtype)
-    )
-    spread = None if share is None else share * row_weight
-    total = weighted_total(
+    """The loss as one operator; `mean` has the mean logits of the rows where `share` is spread over them."""
+    of_target = None
+    if share is not None:
+        dtype = checks.accumulator(x.dtype)
+        used = x.new_ones(x.shape[:1], dtype=dtype) if weight is None else _arguments.of_weighted(weight, weight)
+        of_target = share * used.to(dtype)
+    loss = similarity_loss(
         x,
         y,
+        kind=kind,
         scale=scale,
         target=target,
         pairs=pairs,
-        weight=row_weight,
+        weight=weight,
         extra=extra,
-        target_weight=spread,
+        target_weight=of_target,
+        reduction=reduction,
         unit=unit,
+        memory_budget=memory_budget,
         names=names,
         backend=backend,
     )
-    if spread is not None and mean is not None:
-        total = total - ordered_sum(spread * mean)
-    return total if reduction == "sum" else _arguments.divide(total, row_weight, weight)
+    return loss if mean is None or share is None else loss - _arguments.reduce_rows(share * mean, weight, reduction)

@@ -3,7 +3,7 @@
 gradients                              multiply-adds (2 each), T rows, V classes
 linear_log_prob                   recomputed in backward, or kept        8 T V D, 6 if kept
   capped, with the entropy        recomputed in backward (plain torch)   8 T V D
-linear_cross_entropy, mean, sum   in the forward pass (weighted_total)   6 T V D
+linear_cross_entropy, mean, sum   in the forward pass                    6 T V D
   with a z-loss                   recomputed in backward, or kept        8 T V D, 6 if kept
   capped, of probabilities        recomputed in backward (plain torch)   8 T V D
 linear_kl                         recomputed in backward (plain torch)   8 T V D, and 4 T V D for the reference

@@ -15,8 +15,10 @@ from ..core.folds import Fold
 from ..core.numerics import softplus
 from ..core.ordered import segment_sums
 from ..core.rules import check_lists
+from ..ops.similarity_loss import similarity_loss
 from ..ops.similarity_reduce import fold
 from . import _arguments, _columns
+from ._eager import LABELLED, eager_loss
 from ._labels import labelled, one_positive
 
 # How far from 1 the target weights of a row may sum up: room for 16-bit weights, none for scores that are no shares.
@@ -87,32 +89,48 @@ def sup_con(
     """
     name = "sup_con"
     checks.check_choice(name, "positives", positives, ("mean_log", "log_mean"))
+    loss = eager_loss(
+        positives,
+        LABELLED,
+        x,
+        y,
+        temperature=temperature,
+        scale=scale,
+        default_temperature=0.1,
+        labels=labels,
+        col_labels=col_labels,
+        weight=weight,
+        reduction=reduction,
+        normalize=normalize,
+        memory_budget=memory_budget,
+        backend=backend,
+    )
+    if loss is not None:
+        return loss
     x, y, scale, of_others, of_same = labelled(
         name, x, labels, y, col_labels, temperature, scale, 0.1, reduction, weight, normalize
     )
-    folds = (
-        Fold("logsumexp", pairs=of_others),
-        Fold("logsumexp", pairs=of_same),
-        *((Fold("sum", pairs=of_same),) if positives == "mean_log" else ()),
-    )
     target, positive_count = one_positive(labels, col_labels)
-    (others, rest, *total), _, first, *_ = fold(
+    unit = _arguments.in_sweep(normalize, x)
+    if target is None:  # no columns
+        nothing = _columns.logit_sums(x, x[:0] if y is None else y, scale, unit=unit)
+        return _arguments.mean_over(nothing, positive_count > 0, weight, reduction)
+    return similarity_loss(
         x,
         y,
-        reduce=folds,
+        kind=positives,
         scale=scale,
         target=target,
-        unit=_arguments.in_sweep(normalize, x),
+        pairs=of_others,
+        positives=of_same,
+        weight=weight,
+        count=positive_count,
+        reduction=reduction,
+        unit=unit,
         memory_budget=memory_budget,
         names=(name, "x", "y"),
         backend=backend,
     )
-    first = torch.zeros_like(others) if target is None else first
-    # One positive leaves the sweep as the target of `info_nce` does, and all of them are written relative to it: the
-    # probability of all positives together, and how it is shared among them. Neither term is ever negative.
-    spread, count = softplus(rest - first), positive_count.to(others.dtype).clamp_min(1.0)
-    shared = spread - (total[0] - (count - 1) * first) / count if total else count.log()
-    return _arguments.mean_over(softplus(others - first - spread) + shared, positive_count > 0, weight, reduction)
 
 
 def multi_positive_info_nce(

@@ -4,8 +4,8 @@ Each pair is a binary classification of its own, -log sigmoid(l) for a positive 
 that a row is a plain sum of softplus. How their gradients are formed:
 
     loss                  reduction      gradients                                multiply-adds (2 each)
-    siglip                mean, sum      in the forward pass (weighted_total)     6 N^2 D
-    bixse, one grade      mean, sum      in the forward pass (weighted_total)     6 N M D
+    siglip                mean, sum      in the forward pass                      6 N^2 D
+    bixse, one grade      mean, sum      in the forward pass                      6 N M D
     any other             any            recomputed in backward, or kept          8 N M D, 6 if kept
     pair_bce              any            of the listed pairs alone                6 P D
 """
@@ -22,7 +22,8 @@ from ..core.rules import Pairs, check_lists
 from ..ops.similarity_reduce import fold
 from . import _arguments
 from ._binary import check_once, checked_labels, cross_entropy, one_grade, pair_logits, shared_bias
-from ._columns import checked_target, own_column
+from ._columns import check_own_column, checked_target
+from ._eager import PARTNERS, eager_loss
 
 
 def siglip(
@@ -81,6 +82,23 @@ def siglip(
         True
     """
     name = "siglip"
+    loss = eager_loss(
+        "sigmoid",
+        PARTNERS,
+        image,
+        text,
+        temperature=temperature,
+        scale=scale,
+        default_temperature=0.1,
+        bias=bias,
+        weight=weight,
+        reduction=reduction,
+        normalize=normalize,
+        memory_budget=memory_budget,
+        backend=backend,
+    )
+    if loss is not None:
+        return loss
     image, text, scale = _arguments.two_sides(
         name,
         (("image", image), ("text", text)),
@@ -93,11 +111,10 @@ def siglip(
         partners=True,
         anchors=1,
     )
-    target = torch.arange(image.shape[0], device=image.device)
     names = (name, "image", "text")
     bias = repeated(shared_bias(name, bias, image), image.shape[0])
     unit = _arguments.in_sweep(normalize, image)
-    return one_grade(names, image, text, scale, bias, target, None, weight, reduction, unit, memory_budget, backend)
+    return one_grade(names, image, text, scale, bias, None, None, weight, reduction, unit, memory_budget, backend)
 
 
 def multi_positive_siglip(
@@ -277,11 +294,10 @@ def bixse(
     row_bias, unit = repeated(shared_bias(name, bias, query), query.shape[0]), _arguments.in_sweep(normalize, query)
     if indptr is None:
         target, grades = (_arguments.of_weighted(weight, each) for each in (target, grades))
-        target = (
-            own_column(name, query, key)
-            if target is None
-            else checked_target(name, "target", target, "query", query, key.shape[0])
-        )
+        if target is None:
+            check_own_column(name, query, key)
+        else:
+            target = checked_target(name, "target", target, "query", query, key.shape[0])
         grades = checked_labels(name, "grades", grades, query.shape[0], "query", query)
         return one_grade(
             names, query, key, scale, row_bias, target, grades, weight, reduction, unit, memory_budget, backend

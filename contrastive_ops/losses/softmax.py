@@ -3,13 +3,13 @@
 Each is softplus(lse over the other columns - target logit) per row. How their gradients are formed:
 
     loss      reduction      gradients                                multiply-adds (2 each), N = M
-    info_nce  mean, sum      in the forward pass (weighted_total)     6 N^2 D
+    info_nce  mean, sum      in the forward pass                      6 N^2 D
     info_nce  none           recomputed in backward, or kept          8 N^2 D, 6 if kept
     clip      any            recomputed in backward, or kept          8 N^2 D, 6 if kept
     nt_xent   any            recomputed in backward, or kept          4 N^2 D, 3 if kept (N = both views)
 
-A margin, a z-loss, label smoothing of filtered pairs and diagnostics need more of the sweep than its weighted total:
-with any of them info_nce recomputes whatever its reduction is.
+Each is one operator (`similarity_loss`). A margin, a z-loss, label smoothing of filtered pairs and diagnostics need
+more of the sweep: with any of them a loss is algebra on folds, and info_nce recomputes whatever its reduction is.
 
 Both directions of clip need every column's statistics before the first gradient, and so do the mirrored tiles of
 nt_xent, which is why they cannot form gradients in their forward pass.
@@ -25,21 +25,25 @@ from torch import Tensor
 from ..core import autocast, checks
 from ..core.numerics import softplus
 from ..core.rules import Pairs
+from ..ops.similarity_loss import similarity_loss
 from ..ops.similarity_reduce import fold
 from . import _arguments
 from ._columns import (
+    check_own_column,
     check_pairs,
     check_row_negatives,
     checked_target,
+    logit_sums,
     mean_logit,
-    own_column,
     partner_similarity,
     scaled,
     smoothing_folds,
     smoothing_share,
     sum_and_count,
+    wide,
 )
-from ._row_softmax import row_softmax
+from ._eager import COLUMNS, PARTNERS, STACKED, eager_loss, is_off
+from ._row_softmax import row_softmax, whole_softmax
 from .diagnostics import Ranking
 
 
@@ -119,6 +123,32 @@ def info_nce(
         True
     """
     name = "info_nce"
+    if (
+        negatives is None
+        and row_negatives is None
+        and pairs is None
+        and diagnostics is False
+        and is_off(margin, label_smoothing, z_loss)
+        and (
+            loss := eager_loss(
+                "softmax",
+                COLUMNS,
+                query,
+                key,
+                temperature=temperature,
+                scale=scale,
+                default_temperature=0.07,
+                target=target,
+                weight=weight,
+                reduction=reduction,
+                normalize=normalize,
+                memory_budget=memory_budget,
+                backend=backend,
+            )
+        )
+        is not None
+    ):
+        return loss
     _arguments.check_reduction(name, reduction)
     check_pairs(name, pairs)
     margin = checks.number(name, "margin", margin, "[0, inf)")
@@ -133,7 +163,7 @@ def info_nce(
     scale = _arguments.resolve_scale(name, temperature, scale, 0.07)
     share = smoothing_share(name, label_smoothing, "query", query)
     if target is None:
-        target = own_column(name, query, key)
+        check_own_column(name, query, key)
     else:
         target = checked_target(name, "target", target, "query", query, key.shape[0])
     if negatives is not None:
@@ -227,6 +257,29 @@ def clip(
         True
     """
     name = "clip"
+    if (
+        pairs is None
+        and diagnostics is False
+        and is_off(label_smoothing)
+        and (
+            loss := eager_loss(
+                "softmax_both",
+                PARTNERS,
+                image,
+                text,
+                temperature=temperature,
+                scale=scale,
+                default_temperature=0.07,
+                weight=weight,
+                reduction=reduction,
+                normalize=normalize,
+                memory_budget=memory_budget,
+                backend=backend,
+            )
+        )
+        is not None
+    ):
+        return loss
     image, text, scale = _arguments.two_sides(
         name,
         (("image", image), ("text", text)),
@@ -242,6 +295,29 @@ def clip(
     share = smoothing_share(name, _arguments.of_weighted(weight, label_smoothing), "image", image)
     of_smoothing = smoothing_folds(share, pairs)
     unit = _arguments.in_sweep(normalize, image)
+    if not (diagnostics or of_smoothing):
+        sums = None
+        if share is not None:
+            sides = wide(image, unit), wide(text, unit)  # once, or 16-bit gradients would be rounded once more
+            both = logit_sums(*sides, scale) + logit_sums(*sides, scale, of_columns=True)
+            sums = both / (2 * image.shape[0])
+        return whole_softmax(
+            (name, "image", "text"),
+            image,
+            text,
+            "softmax_both",
+            None,
+            scale,
+            pairs,
+            None,
+            share,
+            sums,
+            weight,
+            reduction,
+            unit,
+            memory_budget,
+            backend,
+        )
     ranking = Ranking(image, text, text, pairs, both=True, unit=unit) if diagnostics else None
     folded = fold(
         image,
@@ -317,6 +393,21 @@ def nt_xent(
         torch.Size([8])
     """
     name = "nt_xent"
+    loss = eager_loss(
+        "softmax",
+        STACKED,
+        z0,
+        z1,
+        temperature=temperature,
+        scale=scale,
+        default_temperature=0.5,
+        reduction=reduction,
+        normalize=normalize,
+        memory_budget=memory_budget,
+        backend=backend,
+    )
+    if loss is not None:
+        return loss
     z0, z1, scale = _arguments.two_sides(
         name,
         (("z0", z0), ("z1", z1)),
@@ -328,17 +419,13 @@ def nt_xent(
         partners=True,
     )
     z = torch.cat([z0, z1])
-    count = z0.shape[0]
-    target = torch.arange(2 * count, device=z.device).roll(count)
-    names, pairs = (name, "z0", "z1"), Pairs(diagonal=0)
-    (rows,), _, target_logit, *_ = fold(
+    return similarity_loss(
         z,
         scale=scale,
-        target=target,
-        pairs=pairs,
+        pairs=Pairs(diagonal=0),
+        reduction=reduction,
         unit=_arguments.in_sweep(normalize, z),
         memory_budget=memory_budget,
-        names=names,
+        names=(name, "z0", "z1"),
         backend=backend,
     )
-    return _arguments.reduce_rows(softplus(rows - target_logit), None, reduction)

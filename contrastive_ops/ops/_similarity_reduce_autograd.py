@@ -1,8 +1,7 @@
 """torch.library operators of similarity_reduce: schema, fake, autograd.
 
-One operator per direction, plus the weighted total that forms its gradients in the forward pass. They exist without
-the compiled extension, so that tracing, export and meta tensors never depend on it. What needs a gradient is an
-argument: inside an operator grad mode says nothing.
+They exist without the compiled extension, so that tracing, export and meta tensors never depend on it. What needs a
+gradient is an argument: inside an operator grad mode says nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from ..core.backends import Backend
 from ..core.checks import accumulator, check_index_values
 from ..core.derivatives import alias, grad, gradient_shapes, needed, to_inputs
 from ..core.operators import call, define
-from ..core.ordered import in_parts, ordered_sum
 from ..core.problem import Layout
 from ..reference import similarity_reduce as reference
 from ._idle_rows import without_idle_rows
@@ -35,11 +33,6 @@ _BACKWARD = (
     f"({_PROBLEM.format(q='?')}, Tensor folds, Tensor argmax, Tensor? d_folds, Tensor? d_target, Tensor? d_linear,"
     " Tensor kept, int needs, str backend)"
     " -> (Tensor dx, Tensor dy, Tensor dscale, Tensor drow_bias, Tensor dcol_bias)"
-)
-_TOTAL = (
-    f"({_PROBLEM.format(q='')}, Tensor weight, Tensor? extra, Tensor? target_weight, int needs, str backend)"
-    " -> (Tensor total, Tensor losses, Tensor target_logit, Tensor dx, Tensor dy, Tensor dscale, Tensor drow_bias,"
-    " Tensor dcol_bias, Tensor dextra)"
 )
 
 # Inputs that can need a gradient; bit b of `needs` stands for input b. `pair_data` and `spec` follow the target.
@@ -65,20 +58,9 @@ def register(backends: Mapping[str, Backend]) -> None:
         *problem, backend = arguments
         return run(backend, "backward", problem, 0)
 
-    def total(*arguments: Any) -> tuple[Tensor, ...]:
-        *problem, backend = arguments
-        _check_target(problem, backend)
-        losses, target_logit, *gradients = run(backend, "total", problem, 2)
-        weight, _, target_weight = problem[_SPEC + 1 : _SPEC + 4]
-        value = in_parts(weight * losses)
-        if target_weight is not None:
-            value = value + in_parts(target_weight * target_logit)
-        return value, losses, target_logit, *gradients
-
     for name, schema, function, fake, setup, derivative in (
         ("forward", _FORWARD, forward, _forward_fake, _forward_setup, _forward_derivative),
         ("backward", _BACKWARD, backward, _backward_fake, _backward_setup, _backward_derivative),
-        ("total", _TOTAL, total, _total_fake, _total_setup, _total_derivative),
     ):
         define(f"similarity_reduce_{name}", schema, function, fake, setup, derivative)
 
@@ -176,53 +158,3 @@ def _backward_derivative(ctx: Any, *d_gradients: Any) -> tuple[Any, ...]:
         found = iter(grad([o for o, _ in pairs], leaves, [d for _, d in pairs]))
     gradients = [next(found) if a is not None and a.requires_grad else None for a in tensors]
     return (*gradients[:_TARGET], *_no_gradients(ctx, 0), *gradients[_TARGET:], None, None)
-
-
-# ---- total -----------------------------------------------------------------------------------------------------
-
-
-def _total_fake(x: Tensor, y: Any, scale: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    extra, needs = arguments[-4], arguments[-2]
-    rows = x.shape[0]
-    shapes = [(), (rows,), (rows,), *gradient_shapes(x, y, scale, needs), (0 if extra is None else rows,)]
-    return tuple(x.new_empty(shape, dtype=accumulator(x.dtype)) for shape in shapes)
-
-
-def _total_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *row_wise, needs, backend = inputs[_SPEC + 1 :]
-    _save(ctx, inputs, *row_wise, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.needs, ctx.backend = needs, backend
-
-
-def _total_derivative(ctx: Any, d_total: Any, *_: Any) -> tuple[Any, ...]:
-    problem, (*row_wise, losses, target_logit, dx, dy, dscale, drow_bias, dcol_bias, dextra) = _saved(ctx)
-    if d_total is None:
-        return (None,) * 5 + _no_gradients(ctx, 5)
-    if torch.is_grad_enabled():
-        gradients, of_rows = _total_again(ctx, problem, row_wise, d_total)
-    else:
-        # Out of place, so that the graph can be retained; float32 until the upstream factor is in.
-        scaled = [gradient * d_total for gradient in (dx, dy, dscale, drow_bias, dcol_bias)]
-        gradients = to_inputs(problem, scaled, ctx.needs)
-        values = (losses * d_total, dextra * d_total, target_logit * d_total)
-        of_rows = tuple(g if t is not None else None for t, g in zip(row_wise, values, strict=True))
-    return (*gradients, *_no_gradients(ctx, 0), *of_rows, None, None)
-
-
-def _total_again(
-    ctx: Any, problem: list[Any], row_wise: list[Any], d_total: Tensor
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The same gradients as functions of the inputs, for second derivatives."""
-    aliases = [alias(t) for t in (*problem[:_TARGET], *row_wise)]
-    weight, extra, target_weight = aliases[_TARGET:]
-    arguments = (*aliases[:_TARGET], *problem[_TARGET:])
-    fold, _, target_logit, _, _ = call.similarity_reduce_forward(*arguments, 0, ctx.backend)
-    kind = Layout.decode(*problem[_PAIR_DATA:]).folds[0].kind
-    total = ordered_sum(weight * reference.row_losses(kind, fold, target_logit, extra))
-    if target_weight is not None:
-        total = total + ordered_sum(target_weight * target_logit)
-    leaves = [a for a in aliases if a is not None and a.requires_grad]
-    found = iter(grad([total], leaves, [d_total]))
-    gradients = tuple(next(found) if a is not None and a.requires_grad else None for a in aliases)
-    return gradients[:_TARGET], gradients[_TARGET:]

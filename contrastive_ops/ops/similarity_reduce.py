@@ -244,8 +244,8 @@ def fold(
     chosen = choose(names[0], BACKENDS, x, backend, layout)
     budget = budget_bytes(names[0], memory_budget, x.device.type)
     keeps = needs_gradient(*arguments) and BACKENDS[chosen].keeps
-    kept_size = _kept_size(x, y, budget, chosen) if keeps else 0
-    values, argmax, target_logit, linear_sum, _ = call.similarity_reduce_forward(*arguments, kept_size, chosen)
+    kept = kept_size(x, y, budget, chosen) if keeps else 0
+    values, argmax, target_logit, linear_sum, _ = call.similarity_reduce_forward(*arguments, kept, chosen)
     shape = (x.shape[0], x.shape[0] if y is None else y.shape[0])
     each_value, each_winner = values.split(layout.sizes(*shape)), argmax.split(layout.argmax_sizes(*shape))
     by_fold = list(zip(folds, each_value, each_winner, strict=True))
@@ -279,7 +279,7 @@ def budget_bytes(function: str, memory_budget: object, device: str) -> int:
     return checks.integer(function, "memory_budget", memory_budget, 0)
 
 
-def _kept_size(x: Tensor, y: Tensor | None, budget: int, backend: str) -> int:
+def kept_size(x: Tensor, y: Tensor | None, budget: int, backend: str) -> int:
     """How many inner products forward may keep for backward."""
     if budget == 0 or x.shape[1] < KEEP_FROM_DIMENSION:
         return 0
@@ -290,66 +290,3 @@ def _kept_size(x: Tensor, y: Tensor | None, budget: int, backend: str) -> int:
     # Upper bounds: tiles are padded, and self-similarity keeps what lies on and above the diagonal.
     whole = (rows + 512) * (rows + 512) // 2 if y is None else (rows + 32) * (columns + 128)
     return min(size, whole)
-
-
-def weighted_total(
-    x: Tensor,
-    y: Tensor,
-    *,
-    kind: str = "logsumexp",
-    scale: float | Tensor,
-    row_bias: Tensor | None = None,
-    col_bias: Tensor | None = None,
-    target: Tensor,
-    pairs: Pairs | None = None,
-    weight: Tensor,
-    extra: Tensor | None = None,
-    target_weight: Tensor | None = None,
-    unit: bool = False,
-    names: tuple[str, str, str] = ("similarity_reduce", "x", "y"),
-    backend: str = "auto",
-) -> Tensor:
-    """Weighted total of row losses whose gradients are formed in the forward pass: 6 N M D instead of 8.
-
-    Equivalent to::
-
-        biases = {"row_bias": row_bias, "col_bias": col_bias}
-        reduced = similarity_reduce(x, y, reduce=kind, scale=scale, target=target, pairs=pairs, **biases)
-        t = reduced.target
-        if kind == "logsumexp":
-            losses = F.softplus(merge_lse(reduced.rows, extra) - t)
-        else:  # "sum_softplus"
-            losses = reduced.rows + F.softplus(-t)
-        total = (weight * losses).sum() + (target_weight * t).sum()
-
-    For losses whose row weights are known before the sweep; not part of the public surface.
-
-    Args:
-        x: (N, D).
-        y: (M, D).
-        kind: the fold, "logsumexp" or "sum_softplus".
-        scale: as in `similarity_reduce`.
-        row_bias: as in `similarity_reduce`.
-        col_bias: as in `similarity_reduce`.
-        target: (N,) int64.
-        pairs: as in `similarity_reduce`.
-        weight: (N,) weight of each row's loss. Differentiable.
-        extra: (N,) lse of logits that the sweep does not see; for "logsumexp". Differentiable.
-        target_weight: (N,) weight of each target's logit. Differentiable.
-        unit: as in `fold`.
-        names: the function and the arguments to name in errors.
-        backend: as in `similarity_reduce`.
-
-    Returns:
-        The total, 0-d.
-    """
-    target = None if target is None else checks.as_index(names[0], "target", target)
-    x, y_or_none, row_bias, col_bias = prepare(names, x, y, row_bias, col_bias, target)
-    sets = LogitSets(names, x, y_or_none, unit)
-    folds = (SetFold(sets.add(scale, pairs), kind, cols=False),)
-    layout = Layout(tuple(sets.sets), folds)
-    problem = (x, y_or_none, sets.scale(), row_bias, col_bias, target, *layout.encode())
-    differentiable = problem[:5]
-    needs = sum(1 << bit for bit, a in enumerate(differentiable) if a is not None and a.requires_grad)
-    chosen = choose(names[0], BACKENDS, x, backend, layout)
-    return call.similarity_reduce_total(*problem, weight, extra, target_weight, needs, chosen)[0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import accumulator
-from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows, merge_lse, probability, softplus, times
+from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows, merge_lse, softplus, times
 from ..core.ordered import long_product, wide_dtype
 from ..core.problem import Layout, ScaleOf, SetFold
 from ..core.recompute import may_overwrite, recomputed
@@ -23,7 +23,8 @@ from .pairs import SetOfChunk, chunk_sets, inner_products
 _SCALE, _ROW_BIAS, _COL_BIAS = 2, 3, 4
 
 
-def _chunks(rows: int, columns: int) -> Iterator[slice]:
+def chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of rows that have few enough logits."""
     return chunks_of_rows(rows, max(1, CHUNK_ELEMENTS // max(columns, 1)))
 
 
@@ -126,7 +127,7 @@ def forward(
     found = Found(layout, x, columns, target)
     kept = x.new_empty((kept_size,), dtype=accumulator(x.dtype))
     whole = _all_products(kept, len(x), len(columns))
-    for part in _chunks(len(x), len(columns)):
+    for part in chunks(len(x), len(columns)):
         dots = inner_products(x[part], columns, out=None if whole is None else whole[part])
         sets = list(chunk_sets(layout, part, dots, x, columns, scale, row_bias, col_bias, target))
         found.add(sets)
@@ -220,15 +221,15 @@ def backward(
     def one_chunk(part: slice) -> tuple[Any, ...]:
         dots = inner_products(x[part], columns) if whole is None else whole[part]
         sets = list(chunk_sets(layout, part, dots, x, columns, scale, row_bias, col_bias, target))
-        return _chunk_gradients(sets, active, d_target, d_linear, x[part], columns, needs)
+        return chunk_gradients(sets, active, d_target, d_linear, x[part], columns, needs)
 
     run, gradients = recomputed(one_chunk), Gradients(layout, x, y, scale, needs)
-    for part in _chunks(len(x), len(columns)):
+    for part in chunks(len(x), len(columns)):
         gradients.add(part, run(part))
     return gradients.asked_for()
 
 
-def _chunk_gradients(
+def chunk_gradients(
     sets: list[SetOfChunk],
     active: list[tuple[SetFold, Tensor, Tensor, Tensor]],
     d_target: Tensor | None,
@@ -276,7 +277,7 @@ class Gradients:
         self.dcol_bias = x.new_zeros((len(columns),), dtype=wide)
 
     def add(self, part: slice, found: tuple[Any, ...]) -> None:
-        """Add what `_chunk_gradients` returns for a chunk."""
+        """Add what `chunk_gradients` returns for a chunk."""
         self.dx[part], dy, self.drow_bias[part], dcol_bias, *dscale = found
         self.dy += dy
         self.dcol_bias += dcol_bias
@@ -294,65 +295,3 @@ class Gradients:
             dx, dy = dx + dy, dy[:0]
         full = (dx, dy, self.dscale.to(of_scale), self.drow_bias, self.dcol_bias.to(dtype))
         return tuple(g if self.needs >> bit & 1 else g[:0] for bit, g in enumerate(full))  # type: ignore[return-value]
-
-
-# ---- The weighted total --------------------------------------------------------------------------------------------
-
-
-def row_losses(kind: str, fold: Tensor, target_logit: Tensor, extra: Tensor | None) -> Tensor:
-    """The loss of each row from its fold over the others and its target's logit."""
-    if kind == "sum_softplus":
-        return fold + softplus(-target_logit)
-    return softplus((fold if extra is None else merge_lse(fold, extra)) - target_logit)
-
-
-def row_slopes(
-    kind: str, fold: Tensor, target_logit: Tensor, weight: Tensor, extra: Tensor | None, target_weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The derivatives of the weighted total of `row_losses` by fold, target_logit and extra (empty without one)."""
-    dextra = fold.new_empty((0,))
-    if kind == "sum_softplus":
-        d_fold, d_target = weight, -weight * (-target_logit).sigmoid()
-    else:
-        everything = fold if extra is None else merge_lse(fold, extra)
-        d_all = weight * (everything - target_logit).sigmoid()
-        d_fold, d_target = d_all * probability(fold, everything), -d_all
-        if extra is not None:
-            dextra = d_all * probability(extra, everything)
-    return d_fold, d_target if target_weight is None else d_target + target_weight, dextra
-
-
-def total(
-    x: Tensor,
-    y: Tensor | None,
-    scale: Tensor,
-    row_bias: Tensor | None,
-    col_bias: Tensor | None,
-    target: Tensor,
-    pair_data: Sequence[Tensor],
-    spec: Sequence[int],
-    weight: Tensor,
-    extra: Tensor | None,
-    target_weight: Tensor | None,
-    needs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return (losses, target_logit, dx, dy, dscale, drow_bias, dcol_bias, dextra)."""
-    columns = x if y is None else y
-    layout = Layout.decode(pair_data, spec)
-    found, gradients = Found(layout, x, columns, target), Gradients(layout, x, y, scale, needs)
-    losses, d_fold, d_target = (torch.empty_like(found.folds) for _ in range(3))
-    dextra = found.folds.new_empty((0 if extra is None else len(x),))
-    for part in _chunks(len(x), len(columns)):
-        dots = inner_products(x[part], columns)
-        sets = list(chunk_sets(layout, part, dots, x, columns, scale, row_bias, col_bias, target))
-        found.add(sets)
-        kind, (of_rows, logit) = layout.folds[0].kind, (found.folds[part], found.target_logit[part])
-        own_extra, own_weight = (None if t is None else t[part] for t in (extra, target_weight))
-        losses[part] = row_losses(kind, of_rows, logit, own_extra)
-        slopes = row_slopes(kind, of_rows, logit, weight[part], own_extra, own_weight)
-        d_fold[part], d_target[part] = slopes[:2]
-        if extra is not None:
-            dextra[part] = slopes[2]
-        active = [(layout.folds[0], found.folds, found.argmax, d_fold)]
-        gradients.add(part, _chunk_gradients(sets, active, d_target, None, x[part], columns, needs))
-    return losses, found.target_logit, *gradients.asked_for(), dextra

@@ -180,17 +180,6 @@ void residuals(const typename C::Acc* g, int64_t rows, int64_t cols, const typen
   }
 }
 
-// softplus(z) and its derivative for single numbers, without overflow and exact for large negative z.
-template <class A>
-INLINE A softplus_of(A z) {
-  return (z > 0 ? z : 0) + static_cast<A>(log1p(exp(-fabs(static_cast<double>(z)))));
-}
-template <class A>
-INLINE A sigmoid_of(A z) {
-  return z >= 0 ? 1 / (1 + static_cast<A>(exp(-static_cast<double>(z))))
-                : static_cast<A>(exp(static_cast<double>(z)) / (1 + exp(static_cast<double>(z))));
-}
-
 }  // namespace
 }  // namespace LEVEL
 }  // namespace contrastive_ops

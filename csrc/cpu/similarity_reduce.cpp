@@ -84,32 +84,15 @@ void backward(const SimilarityProblem& p, const SimilarityBackward& b, const Par
 
 // Loss of row i and its derivatives by the fold, extra_i and the target's logit.
 template <class A>
-void row_loss(const SimilarityTotal& t, FoldKind kind, int64_t i, A fold, Upstream<A>& upstream, A* d_target) {
-  const A* extra = static_cast<const A*>(t.extra);
+void add_row(const SimilarityTotal& t, int64_t i, A fold, Upstream<A>& upstream, A* d_target) {
+  const A *extra = static_cast<const A*>(t.extra), *weight = static_cast<const A*>(t.weight);
   const A* target_weight = static_cast<const A*>(t.target_weight);
-  const A logit = static_cast<const A*>(t.target_logit)[i], weight = static_cast<const A*>(t.weight)[i];
-  A* loss = static_cast<A*>(t.losses) + i;
-  d_target[i] = target_weight ? target_weight[i] : 0;
-  if (kind == FoldKind::sum_softplus) {
-    *loss = fold + softplus_of(-logit);
-    upstream.set(i, fold, weight);
-    d_target[i] -= weight * sigmoid_of(-logit);
-    return;
-  }
-  A all = fold;
-  if (extra) {
-    const A top = maximum(fold, extra[i]), low = minimum(fold, extra[i]);
-    all = top == -infinity<A>() ? top : top + static_cast<A>(log1p(exp(static_cast<double>(low - top))));
-  }
-  const A z = all - logit, d_all = weight * sigmoid_of(z);
-  *loss = softplus_of(z);
-  const bool empty = all == -infinity<A>();
-  const A share = extra && !empty ? static_cast<A>(exp(static_cast<double>(fold - all))) : 1;
-  upstream.set(i, fold, d_all * share);
-  if (t.dextra) {
-    static_cast<A*>(t.dextra)[i] = empty ? 0 : d_all * static_cast<A>(exp(static_cast<double>(extra[i] - all)));
-  }
-  d_target[i] -= d_all;
+  const double logit = static_cast<const A*>(t.target_logit)[i], factor = (weight ? weight[i] : 1.0) / t.size;
+  const RowSlopes row = row_loss(t.kind, {{fold, 0, 0}, logit, extra ? extra[i] : -infinity<double>(), 1});
+  t.losses[i] = row.loss;
+  upstream.set(i, fold, static_cast<A>(factor * row.folds[0]));
+  d_target[i] = static_cast<A>(factor * row.target + (target_weight ? target_weight[i] / t.size : 0));
+  if (t.dextra) static_cast<A*>(t.dextra)[i] = static_cast<A>(factor * row.extra);
 }
 
 template <class C, class S>
@@ -140,7 +123,7 @@ void total(const SimilarityProblem& p, const SimilarityTotal& t, const Parallel&
     });
     sweep.finish_chunk(fold, chunk);
     for (int64_t i = chunk.begin; i < chunk.begin + chunk.rows; ++i) {
-      row_loss<A>(t, kind, i, values.get()[i], gradients.upstream[0], d_target.get());
+      add_row<A>(t, i, values.get()[i], gradients.upstream[0], d_target.get());
     }
     gradients.add_chunk(chunk, dots.get());
   });

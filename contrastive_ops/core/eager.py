@@ -1,0 +1,76 @@
+"""The compiled module contrastive_ops._eager, or why it is not used.
+
+It makes whole losses of plain tensors on the CPU, with checks and autograd in C++. Without it, or with one that was
+built for another torch, the same calls go through the operators, with the same results; only host time differs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .. import _checkout
+from . import extension
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    kernels = extension.load()
+    if kernels is None:
+        return None, extension.reason()
+    file = Path(str(kernels.__file__)).parent / _checkout.EAGER
+    if not file.exists():
+        return None, f"{file} was not built"
+    try:
+        module = _checkout.load("contrastive_ops._eager", file)
+    except ImportError as error:
+        return None, f"{file} does not load with torch {torch.__version__}: {error}"
+    if module.torch != str(torch.__version__):
+        return None, f"{file} was built for torch {module.torch}, and this is {torch.__version__}"
+    return module, None
+
+
+_MODULE, _REASON = _load()
+_closed = False
+
+
+def reason() -> str | None:
+    """Return None if the module is used, else why it is not."""
+    return _REASON
+
+
+def connect(second_derivative: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Return the module's function `loss` (csrc/eager.cpp), or None without it.
+
+    Args:
+        second_derivative: what it calls where gradients are differentiated again.
+    """
+    global _MODULE, _REASON
+    kernels = extension.load()
+    if _MODULE is None or kernels is None:
+        return None
+    if not _MODULE.connect(kernels.kernels(), second_derivative):
+        _MODULE, _REASON = None, "it was built from other C++ sources than the kernels"
+        return None
+    loss: Callable[..., Any] = _MODULE.loss
+    return loss
+
+
+def is_open() -> bool:
+    """Whether calls may go by the module."""
+    return not _closed
+
+
+@contextlib.contextmanager
+def closed() -> Iterator[None]:
+    """A region in which all calls go through the operators."""
+    global _closed
+    before, _closed = _closed, True
+    try:
+        yield
+    finally:
+        _closed = before

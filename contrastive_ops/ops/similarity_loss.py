@@ -1,0 +1,152 @@
+"""A loss as one operator, from matrices to the number that is trained on."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from ..core import checks, extension
+from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core.logit_sets import LogitSets, prepare
+from ..core.operators import call
+from ..core.problem import Layout
+from ..core.rules import Pairs
+from ..reference import similarity_loss as reference
+from ..reference.row_losses import FOLDS, KINDS, REDUCTIONS
+from ._similarity_loss_autograd import needed, register
+from .similarity_reduce import BACKENDS as SWEEPS
+from .similarity_reduce import budget_bytes, kept_size
+
+
+class _Compiled:
+    """The compiled launcher with the names of kinds and reductions in place of their numbers."""
+
+    def __init__(self) -> None:
+        self._forward = extension.functions("similarity_loss").forward
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        *problem, kind, reduction, needs, kept_size = arguments
+        numbers = KINDS.index(kind), REDUCTIONS.index(reduction)
+        found: tuple[Tensor, ...] = self._forward(*problem, *numbers, needs, kept_size)
+        return found
+
+
+def _over(name: str) -> Backend:
+    """The rows' algebra of the reference around the sweeps of a backend."""
+    sweep = SWEEPS[name]
+    return Backend(
+        source="contrastive_ops/reference/similarity_loss.py",
+        functions=functools.cache(lambda: reference.Composed(sweep.functions())),
+        unsupported=sweep.unsupported,
+        keeps=sweep.keeps,
+        no_room=sweep.no_room,
+    )
+
+
+# One hop to every implementation.
+BACKENDS = enrol(
+    "similarity_loss",
+    {
+        "reference": Backend(
+            source="contrastive_ops/reference/similarity_loss.py",
+            functions=lambda: reference,
+            unsupported=lambda x: [],
+            keeps=True,
+        ),
+        "cpu": Backend(
+            source="csrc/similarity_loss.cpp",
+            functions=functools.cache(_Compiled),
+            unsupported=unsupported_by_cpu,
+            keeps=True,
+        ),
+        "triton": _over("triton"),
+        "cuda": _over("cuda"),
+    },
+)
+
+register(BACKENDS)
+
+
+def similarity_loss(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    kind: str = "softmax",
+    scale: float | Tensor = 1.0,
+    row_bias: Tensor | None = None,
+    col_bias: Tensor | None = None,
+    target: Tensor | None = None,
+    pairs: Pairs | None = None,
+    positives: Pairs | None = None,
+    weight: Tensor | None = None,
+    extra: Tensor | None = None,
+    target_weight: Tensor | None = None,
+    count: Tensor | None = None,
+    reduction: str = "mean",
+    unit: bool = False,
+    memory_budget: int | None = None,
+    names: tuple[str, str, str] = ("similarity_loss", "x", "y"),
+    backend: str = "auto",
+) -> Tensor:
+    """The loss of the rows of a similarity matrix that is never stored, in one operator.
+
+    Equivalent to::
+
+        given = {"scale": scale, "row_bias": row_bias, "col_bias": col_bias, "target": target, "pairs": pairs}
+        reduced = similarity_reduce(x, y, reduce=FOLDS[kind], **given)
+        losses = row_losses(kind, reduced, extra, count)              # reference/row_losses.py has the formulas
+        losses = weight * losses + target_weight * reduced.target
+        losses.sum() / weight.sum()                                   # "mean", of the rows with a positive
+
+    Gradients of a mean or sum in one direction are formed in the forward pass (6 N M D); others take 8, 6 if kept. For
+    losses, which check what belongs to them; not part of the public surface.
+
+    Args:
+        x: (N, D).
+        y: (M, D); None compares the rows of x with each other.
+        kind: "softmax", "softmax_both" (of rows and columns; N = M, and the target is the diagonal), "sigmoid",
+            "mean_log" or "log_mean" (several positives).
+        scale: as in `similarity_reduce`, as the biases are.
+        row_bias: (N,).
+        col_bias: (M,).
+        target: (N,) int64. None: column i of row i; of two stacked views (y is None) the
+            other view of the sample.
+        pairs: which pairs take part.
+        positives: the positives of the kinds with several; `pairs` are the others.
+        weight: (N,) of each row's loss. Differentiable. None: 1, which is not made.
+        extra: (N,) lse of logits that the sweep does not see, for "softmax". Differentiable.
+        target_weight: (N,) of each target's logit, which is added: label smoothing, graded labels. Differentiable.
+        count: (N,) how many positives a row has, for the kinds with several; rows of none are left out.
+        reduction: "mean" (divides by the sum of the weights of the rows that count), "sum" or "none".
+        unit: as in `fold`.
+        memory_budget: as in `similarity_reduce`.
+        names: the function and the arguments to name in errors.
+        backend: as in `similarity_reduce`.
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in the accumulation dtype.
+    """
+    x, y, row_bias, col_bias = prepare(names, x, y, row_bias, col_bias, target)
+    sets = LogitSets(names, x, y, unit)
+    sets.add(scale, pairs)
+    if positives is not None:
+        sets.add(scale, positives)
+    layout, dtype = Layout(tuple(sets.sets), FOLDS[kind]), checks.accumulator(x.dtype)
+    weight, extra, target_weight, count = (
+        None if each is None else each.to(dtype) for each in (weight, extra, target_weight, count)
+    )
+    factor = sets.scale()
+    needs = needed(x, y, factor, row_bias, col_bias, weight, extra, target_weight)
+    chosen = choose(names[0], BACKENDS, x, backend, layout)
+    kept = 0
+    if needs & reference.SWEPT and not reference.in_one_pass(kind, reduction, y is None, needs):
+        budget = budget_bytes(names[0], memory_budget, x.device.type)
+        kept = kept_size(x, y, budget, chosen) if BACKENDS[chosen].keeps else 0
+    elif memory_budget is not None:
+        budget_bytes(names[0], memory_budget, x.device.type)
+    terms = (weight, extra, target_weight, count)
+    problem = (x, y, factor, row_bias, col_bias, target, *layout.encode())
+    loss: Tensor = call.similarity_loss(*problem, *terms, kind, reduction, needs, kept, chosen)[0]
+    return loss

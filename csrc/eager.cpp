@@ -1,0 +1,339 @@
+// The module contrastive_ops._eager: a loss on the CPU with checks, mode test and autograd in C++.
+//
+// `loss` returns None for whatever it does not know or would have to refuse: a traced or transformed call, another
+// device, an argument that does not fit. Python then makes the same call by the operator, which words the error.
+// Results have the same bits both ways. The kernels come from contrastive_ops._C, in a capsule.
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/variable.h>
+#include <torch/extension.h>
+
+#include <vector>
+
+#include "eager_arguments.h"
+#include "kernels.h"
+
+namespace contrastive_ops {
+namespace {
+
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+const Kernels* kernels = nullptr;
+PyObject* second_derivative = nullptr;  // of Python: called where gradients are differentiated again
+
+// ---- Autograd
+// ----------------------------------------------------------------------------------------------------------
+
+struct SimilarityLossBackward : torch::autograd::Node {
+  Options options;
+  bool one_pass = false;
+  std::array<SavedVariable, kInputs> inputs;
+  // dx and those after it are formed in forward, or folds, slopes and kept are there for backward.
+  SavedVariable inverse_x, inverse_y, folds, slopes, kept, dx, dy, dscale, drow_bias;
+
+  std::string name() const override { return "SimilarityLossBackward"; }
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& each : inputs) each.reset_data();
+    for (auto* each : {&inverse_x, &inverse_y, &folds, &slopes, &kept, &dx, &dy, &dscale, &drow_bias})
+      each->reset_data();
+  }
+  variable_list apply(variable_list&& upstream) override;
+
+ private:
+  void sweep(const Inputs& in, const Tensor& d_loss, variable_list& out);
+  void finish(const Inputs& in, Tensor x_gradient, Tensor y_gradient, const Tensor& scale_gradient,
+              const Tensor& bias_gradient, const Tensor& inverse_of_x, const Tensor& inverse_of_y, variable_list& out);
+  variable_list again(const Inputs& in, const Tensor& d_loss);
+};
+
+// A node behind the pointer that this torch has for them: std::shared_ptr, and c10::intrusive_ptr in newer ones.
+template <class Pointer>
+struct NodeOwner;
+template <class Node>
+struct NodeOwner<std::shared_ptr<Node>> {
+  template <class Derived>
+  static std::shared_ptr<Derived> own(Derived* node) {
+    return std::shared_ptr<Derived>(node, [](auto* each) { deleteNode(each); });
+  }
+};
+template <class Node>
+struct NodeOwner<c10::intrusive_ptr<Node>> {
+  template <class Derived>
+  static c10::intrusive_ptr<Derived> own(Derived* node) {
+    return c10::intrusive_ptr<Derived>::unsafe_steal_from_new(node);
+  }
+};
+using Owner = NodeOwner<decltype(torch::autograd::Edge::function)>;
+
+// ``gradient * factor``, without a copy where the factor is 1.
+Tensor times(const Tensor& gradient, const Tensor& factor, bool is_one) {
+  return !gradient.defined() || is_one ? gradient : at::mul(gradient, factor);
+}
+
+Tensor ordered_sum(const Tensor& values) {  // as core/ordered.py
+  constexpr int64_t kPart = int64_t{1} << 14;
+  if (values.numel() <= kPart) return values.sum();
+  std::vector<Tensor> sums;
+  for (const Tensor& part : values.split(kPart)) sums.push_back(part.sum());
+  return at::stack(sums).sum();
+}
+
+variable_list SimilarityLossBackward::apply(variable_list&& upstream) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  variable_list out(kDifferentiable);
+  const Tensor& d_loss = upstream[0];
+  if (!d_loss.defined()) return out;
+  Inputs in;
+  for (int i = 0; i < kInputs; ++i) in[i] = inputs[i].unpack();
+  if (at::GradMode::is_enabled()) return again(in, d_loss);
+  if (!one_pass) {
+    sweep(in, d_loss, out);
+    return out;
+  }
+  const bool is_one = d_loss.dim() == 0 && d_loss.item<double>() == 1;
+  if (in[kWeight].defined() && task_should_compute_output(kWeight))
+    out[kWeight] = times(slopes.unpack(), d_loss, is_one);
+  finish(in, times(dx.unpack(), d_loss, is_one), times(dy.unpack(), d_loss, is_one),
+         times(dscale.unpack(), d_loss, is_one), times(drow_bias.unpack(), d_loss, is_one), inverse_x.unpack(),
+         inverse_y.unpack(), out);
+  return out;
+}
+
+void SimilarityLossBackward::sweep(const Inputs& in, const Tensor& d_loss, variable_list& out) {
+  Problem p(options, in, inverse_x.unpack(), inverse_y.unpack());
+  const Tensor values = folds.unpack(), found = slopes.unpack(), products = kept.unpack();
+  const Tensor scaled = at::mul(found.view({-1, p.raw.N}), d_loss);
+  const int64_t bytes = p.raw.N * scaled.element_size(), terms = in[kWeight].defined() ? 1 : 0;
+  if (terms && task_should_compute_output(kWeight)) out[kWeight] = scaled[0];
+  if (products.defined()) {
+    p.raw.kept = products.data_ptr();
+    p.raw.kept_size = products.numel();
+  }
+  Gradients gradients(p, task_should_compute_output(kX) || (p.raw.self && task_should_compute_output(kY)),
+                      task_should_compute_output(kY), task_should_compute_output(kScale),
+                      task_should_compute_output(kBias));
+  const char *value = static_cast<const char*>(values.data_ptr()), *slope = static_cast<const char*>(scaled.data_ptr());
+  const void *of_folds[kRowFolds], *d_folds[kRowFolds];
+  const int64_t* no_winners[kRowFolds]{};
+  for (int f = 0; f < p.raw.fold_count; ++f) {
+    of_folds[f] = value + f * bytes;
+    d_folds[f] = slope + (terms + f) * bytes;
+  }
+  gradients.raw.values = of_folds;
+  gradients.raw.d_values = d_folds;
+  gradients.raw.argmax = no_winners;
+  gradients.raw.d_target = slope + (terms + p.raw.fold_count) * bytes;
+  {
+    NoGil released;
+    kernels->similarity_reduce().backward(p.raw, gradients.raw, kernels->parallel());
+  }
+  finish(in, gradients.dx, gradients.dy, gradients.dscale, gradients.drow_bias, p.inverse_x, p.inverse_y, out);
+}
+
+// From gradients by what the sweep saw to those by the inputs.
+void SimilarityLossBackward::finish(const Inputs& in, Tensor x_gradient, Tensor y_gradient,
+                                    const Tensor& scale_gradient, const Tensor& bias_gradient,
+                                    const Tensor& inverse_of_x, const Tensor& inverse_of_y, variable_list& out) {
+  if (options.form == Form::stacked && x_gradient.defined()) {
+    const int64_t rows = in[kX].size(0);
+    y_gradient = x_gradient.narrow(0, rows, rows);
+    x_gradient = x_gradient.narrow(0, 0, rows);
+  }
+  const auto by_rows = [&](int input, const Tensor& gradient, const Tensor& inverse) {
+    if (!gradient.defined() || !task_should_compute_output(input)) return;
+    const Tensor own = options.normalize ? through_lengths(gradient, in[input], inverse) : gradient;
+    out[input] = own.to(in[input].scalar_type());
+  };
+  by_rows(kX, x_gradient, inverse_of_x);
+  by_rows(kY, y_gradient, inverse_of_y);
+  if (scale_gradient.defined() && task_should_compute_output(kScale)) {
+    Tensor total = scale_gradient[0];
+    if (scale_gradient.numel() == 2) total = total + scale_gradient[1];
+    if (options.inverted) {
+      const Tensor factor = in[kScale].reshape({}).reciprocal();
+      total = total.neg() * (factor * factor);
+    }
+    out[kScale] = total.reshape(in[kScale].sizes());
+  }
+  if (bias_gradient.defined() && task_should_compute_output(kBias)) {
+    out[kBias] = ordered_sum(bias_gradient).reshape(in[kBias].sizes());
+  }
+}
+
+PyObject* or_none(const Tensor& t) { return t.defined() ? THPVariable_Wrap(t) : Py_NewRef(Py_None); }
+
+variable_list SimilarityLossBackward::again(const Inputs& in, const Tensor& d_loss) {
+  pybind11::gil_scoped_acquire gil;
+  const Options& o = options;
+  PyObject* tensors = PyTuple_New(kInputs);
+  for (int i = 0; i < kInputs; ++i) PyTuple_SET_ITEM(tensors, i, or_none(in[i]));
+  PyObject* arguments =
+      Py_BuildValue("(NNiiiOOddL)", tensors, or_none(d_loss), static_cast<int>(o.kind), static_cast<int>(o.form),
+                    static_cast<int>(o.reduction), o.normalize ? Py_True : Py_False, o.inverted ? Py_True : Py_False,
+                    o.number, o.bias_number, static_cast<long long>(o.memory_budget));
+  PyObject* result = arguments ? PyObject_CallObject(second_derivative, arguments) : nullptr;
+  Py_XDECREF(arguments);
+  if (result == nullptr) throw pybind11::error_already_set();
+  const auto owned = pybind11::reinterpret_steal<pybind11::object>(result);
+  variable_list out(kDifferentiable);
+  for (int i = 0; i < kDifferentiable; ++i) {
+    PyObject* each = PyTuple_GetItem(result, i);
+    if (each != nullptr && each != Py_None) out[i] = THPVariable_Unpack(each);
+  }
+  return out;
+}
+
+// ---- Forward
+// -----------------------------------------------------------------------------------------------------------
+
+Tensor forward(const Options& o, const Inputs& in) {
+  std::array<bool, kDifferentiable> wants{};
+  bool any = false;
+  if (at::GradMode::is_enabled()) {
+    for (int i = 0; i < kDifferentiable; ++i) any |= wants[i] = in[i].defined() && in[i].requires_grad();
+  }
+  decltype(Owner::own(std::declval<SimilarityLossBackward*>())) node;
+  if (any) {
+    node = Owner::own(new SimilarityLossBackward());
+    node->set_next_edges(torch::autograd::collect_next_edges(in[kX], in[kY], in[kScale], in[kBias], in[kWeight]));
+    node->options = o;
+  }
+  Tensor result;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    Problem p(o, in);
+    const bool swept = wants[kX] || wants[kY] || wants[kScale] || wants[kBias];
+    const bool one_pass = swept && in_one_pass(o.kind, o.reduction, p.raw.self), two_pass = any && !one_pass;
+    const int64_t N = p.raw.N, of_folds = N * p.raw.fold_count;
+    SimilarityLoss loss{};
+    loss.kind = o.kind;
+    loss.reduction = o.reduction;
+    const Tensor weight = in[kWeight].defined() ? in[kWeight].contiguous() : Tensor();
+    const bool weighted = any && weight.defined();
+    loss.weight = weight.defined() ? weight.data_ptr() : nullptr;
+    loss.count = p.count.defined() ? p.count.data_ptr() : nullptr;
+    result = o.reduction == Reduction::none ? p.empty(N) : at::empty({}, p.x.options().dtype(p.type));
+    loss.loss = result.data_ptr();
+    const Tensor folds = one_pass ? Tensor() : p.empty(of_folds);
+    if (!one_pass) loss.folds = folds.data_ptr();
+    Tensor slopes, kept;
+    if (weighted || two_pass) {
+      slopes = p.empty((weighted ? N : 0) + (two_pass ? of_folds + N : 0));
+      char* at = static_cast<char*>(slopes.data_ptr());
+      const auto bytes = slopes.element_size();
+      if (weighted) loss.d_weight = at;
+      at += weighted ? N * bytes : 0;
+      if (two_pass) loss.d_folds = at;
+      if (two_pass) loss.d_target = at + of_folds * bytes;
+    }
+    if (two_pass && swept) {
+      const int64_t size = kept_size_of(o, p.raw, result.element_size());
+      if (size) {
+        kept = p.empty(size);
+        p.raw.kept = kept.data_ptr();
+        p.raw.kept_size = size;
+      }
+    }
+    Gradients gradients(p, one_pass && wants[kX], one_pass && wants[kY], one_pass && wants[kScale],
+                        one_pass && wants[kBias]);
+    loss.gradients = gradients.raw;
+    {
+      NoGil released;
+      similarity_loss_cpu(p.raw, loss, one_pass, kernels->similarity_reduce(), kernels->parallel());
+    }
+    if (node) {
+      node->one_pass = one_pass;
+      const auto save = [](SavedVariable& to, const Tensor& t) {
+        if (t.defined()) to = SavedVariable(t, false);
+      };
+      for (int i = 0; i < kInputs; ++i) save(node->inputs[i], in[i]);
+      save(node->inverse_x, p.inverse_x);
+      save(node->inverse_y, p.inverse_y);
+      save(node->folds, two_pass ? folds : Tensor());
+      save(node->slopes, slopes);
+      save(node->kept, kept);
+      save(node->dx, gradients.dx);
+      save(node->dy, gradients.dy);
+      save(node->dscale, gradients.dscale);
+      save(node->drow_bias, gradients.drow_bias);
+    }
+  }
+  if (node) torch::autograd::set_history(result, node);
+  return result;
+}
+
+// A SIMD level that is asked for and does not exist is for Python to refuse.
+bool level_is_known() {
+  if (kernels == nullptr) return false;
+  try {
+    kernels->similarity_reduce();
+    return true;
+  } catch (const std::invalid_argument&) {
+    return false;
+  }
+}
+
+// loss(kind, form, x, y, scale, temperature, default_temperature, bias, target, labels, col_labels, weight, reduction,
+// normalize, memory_budget, backend)
+PyObject* py_loss(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 16) {
+    PyErr_SetString(PyExc_TypeError, "loss takes 16 arguments");
+    return nullptr;
+  }
+  HANDLE_TH_ERRORS
+  Options o{};
+  Inputs in;
+  o.kind = static_cast<RowLoss>(PyLong_AsLong(arguments[0]));
+  o.form = static_cast<Form>(PyLong_AsLong(arguments[1]));
+  o.normalize = arguments[13] == Py_True;
+  const bool known = level_is_known() && (o.normalize || arguments[13] == Py_False) && is_eager() &&
+                     read_tensor(arguments[2], in[kX]) && read_tensor(arguments[3], in[kY]) &&
+                     matrices_fit(o, in[kX], in[kY]) && read_backend(arguments[15]) &&
+                     read_reduction(arguments[12], o.reduction) && read_budget(arguments[14], o.memory_budget);
+  if (!known) Py_RETURN_NONE;
+  const auto type = accumulator(in[kX]);
+  o.has_bias = arguments[7] != Py_None;
+  const bool fits = read_scale(arguments[4], arguments[5], arguments[6], type, o, in[kScale]) &&
+                    (!o.has_bias || read_number(arguments[7], type, o.bias_number, in[kBias])) &&
+                    read_tensor(arguments[8], in[kTarget]) && read_tensor(arguments[9], in[kLabels]) &&
+                    read_tensor(arguments[10], in[kColLabels]) && read_tensor(arguments[11], in[kWeight]) &&
+                    rows_fit(o, in);
+  if (!fits) Py_RETURN_NONE;
+  return THPVariable_Wrap(forward(o, in));
+  END_HANDLE_TH_ERRORS
+}
+
+// connect(capsule of the kernels, function for second derivatives): true, or false where they were built from other
+// sources.
+PyObject* py_connect(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 2) {
+    PyErr_SetString(PyExc_TypeError, "connect takes 2 arguments");
+    return nullptr;
+  }
+  const void* found = PyCapsule_GetPointer(arguments[0], kKernelsCapsule);
+  if (found == nullptr) return nullptr;
+  const auto* given = static_cast<const Kernels*>(found);
+  if (given->layout != kKernelsLayout) Py_RETURN_FALSE;
+  kernels = given;
+  Py_XDECREF(second_derivative);
+  second_derivative = Py_NewRef(arguments[1]);
+  Py_RETURN_TRUE;
+}
+
+PyMethodDef functions[] = {
+    {"loss", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_loss)), METH_FASTCALL, nullptr},
+    {"connect", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_connect)), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_eager", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+}  // namespace contrastive_ops
+
+PyMODINIT_FUNC PyInit__eager() {
+  PyObject* module = PyModule_Create(&contrastive_ops::definition);
+  if (module != nullptr) PyModule_AddStringConstant(module, "torch", CONTRASTIVE_OPS_TORCH_VERSION);
+  return module;
+}
