@@ -87,7 +87,7 @@ def test_saved_tensors_are_linear_in_the_batch(case, backend, reduction):
 
 @everywhere
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_evaluation_keeps_nothing_and_gives_the_value_of_training(case, backend, reduction):
+def test_evaluation_keeps_nothing_and_gives_the_value_of_training(case, backend, reduction, way):
     inputs = case.inputs(70, 16)
     value = case(inputs, reduction, backend)
     with torch.no_grad():
@@ -186,7 +186,7 @@ def test_backward_twice_and_upstream_gradients(case, backend, reduction, way):
 
 
 @everywhere
-def test_a_cotangent_of_rows_is_a_weighted_sum(case, backend):
+def test_a_cotangent_of_rows_is_a_weighted_sum(case, backend, way):
     inputs = case.inputs(7, 5, DOUBLE)
     rows = case(inputs, "none", backend)
     cotangent = torch.randn_like(rows)
@@ -232,7 +232,7 @@ def test_rows_follow_a_permutation(case, backend):
 @everywhere
 @pytest.mark.parametrize("rows", [0, 1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_no_rows_and_one_row(case, backend, rows, reduction):
+def test_no_rows_and_one_row(case, backend, rows, reduction, way):
     inputs = case.inputs(rows, 5)
     value = case(inputs, reduction, backend)
     assert value.shape == ((rows * case.copies,) if reduction == "none" else ())
@@ -243,7 +243,7 @@ def test_no_rows_and_one_row(case, backend, rows, reduction):
 
 
 @everywhere
-def test_nan_stays_in_sight(case, backend):
+def test_nan_stays_in_sight(case, backend, way):
     inputs = case.inputs(20, 5)
     first = next(iter(inputs.values()))
     with torch.no_grad():
@@ -267,7 +267,7 @@ def strided(t):
 
 @everywhere
 @pytest.mark.parametrize("layout", ["gaps", "columns first"])
-def test_strided_inputs(case, backend, layout):
+def test_strided_inputs(case, backend, layout, way):
     inputs = case.inputs(30, 9, DOUBLE)
     change = (
         strided if layout == "gaps" else lambda t: t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() else t
