@@ -15,6 +15,7 @@ A kernel takes these three, and passes ``data, offsets[s], sets[s]`` on to the f
 
 from __future__ import annotations
 
+from collections import namedtuple
 from typing import NamedTuple
 
 import torch
@@ -23,70 +24,31 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf, Slot
+from contrastive_ops.core.rules import RULES, STATISTICS
 
-# Slots of rules that look at the pair, and so turn a logit into -inf; the others change or name logits.
-_DROPPING = (
-    Slot.DIFFER_ROWS,
-    Slot.SAME_ROWS,
-    Slot.EXCLUDE_INDPTR,
-    Slot.BELOW_ROWS,
-    Slot.BELOW_COLS,
-    Slot.ABOVE_ROWS,
-    Slot.ABOVE_COLS,
-    Slot.GUIDE_BELOW_ROWS,
-    Slot.GUIDE_BELOW_COLS,
-)
+# Slots whose tensors kernels find by `SetRules`. A table for the int8 codes of similarity_topk is no rule.
+_SLOTS = {slot: slot.name.lower() for slot in Slot if slot not in (Slot.CODE_SCALE, Slot.UNIT)}
 
+_OPTIONS = ("scale_of", "negate", "has_diagonal", "drops", "counted", "scale")
+_COMMON = ("row_bias", "col_bias", "target")
 
-class SetRules(NamedTuple):
-    """One logit set as kernels see it: compile-time switches, and positions in `data`, -1 for what does not apply.
+SetRules = namedtuple("SetRules", (*_OPTIONS, *_COMMON, *_SLOTS.values()), defaults=[-1] * (len(_COMMON) + len(_SLOTS)))
+SetRules.__doc__ = """One logit set as kernels see it: compile-time switches, and positions in `data`.
 
-    Fields named like a `Slot` hold the position of its tensor.
+A position is -1 for what does not apply. Fields named like a `Slot` hold the position of its tensor.
+`class_rows` are offsets of rows of the table.
 
-    Attributes:
-        scale_of: a `ScaleOf`.
-        negate: whether the set reads -l.
-        has_diagonal: whether its offset applies.
-        drops: whether any rule drops pairs.
-        scale: position of the scale: 1, N or M numbers.
-        row_bias: position of the bias of rows.
-        col_bias: position of the bias of columns.
-        target: position of the targets, int64.
-        row_class: position of the offset of each row's class in the table, -1 for none.
-        col_class: position of each column's class, -1 for none.
-    """
-
-    scale_of: int
-    negate: bool
-    has_diagonal: bool
-    drops: bool
-    scale: int
-    row_bias: int = -1
-    col_bias: int = -1
-    target: int = -1
-    row_class: int = -1
-    col_class: int = -1
-    differ_rows: int = -1
-    differ_cols: int = -1
-    same_rows: int = -1
-    same_cols: int = -1
-    exclude_indptr: int = -1
-    exclude_indices: int = -1
-    below_rows: int = -1
-    below_cols: int = -1
-    above_rows: int = -1
-    above_cols: int = -1
-    guide_x: int = -1
-    guide_y: int = -1
-    guide_below_rows: int = -1
-    guide_below_cols: int = -1
-    log_weight: int = -1
-    fill: int = -1
-    linear_indptr: int = -1
-    linear_indices: int = -1
-    linear_weight: int = -1
-    row_factor: int = -1
-    col_factor: int = -1
+Attributes:
+    scale_of: a `ScaleOf`.
+    negate: whether the set reads -l.
+    has_diagonal: whether its offset applies.
+    drops: whether any rule drops pairs.
+    counted: bit s is set where the rule of number s of `STATISTICS` is one of the set's.
+    scale: position of the scale: 1, N or M numbers.
+    row_bias: position of the bias of rows.
+    col_bias: position of the bias of columns.
+    target: position of the targets, int64.
+"""
 
 
 class PairArguments(NamedTuple):
@@ -151,23 +113,21 @@ def arguments(
 
 
 def _set_rules(each: LogitSet, scale: Tensor, common: dict[str, int], data: _Data) -> SetRules:
-    tensors = dict(each.data)
-    fields = dict(common)
+    tensors = {slot: tensor for slot, tensor in each.data.items() if slot in _SLOTS}
     if Slot.LOG_WEIGHT in tensors:
         # Offsets of rows of the table, so that kernels need not know its width.
-        row_class = tensors.pop(Slot.CLASS_ROWS)
-        width = tensors[Slot.LOG_WEIGHT].shape[1]
-        fields["row_class"] = data.add(torch.where(row_class < 0, -1, row_class * width))
-        fields["col_class"] = data.add(tensors.pop(Slot.CLASS_COLS))
-    # A table for the int8 codes of similarity_topk is no rule.
-    fields.update({slot.name.lower(): data.add(t) for slot, t in tensors.items() if slot != Slot.CODE_SCALE})
+        row_class, width = tensors[Slot.CLASS_ROWS], tensors[Slot.LOG_WEIGHT].shape[1]
+        tensors[Slot.CLASS_ROWS] = torch.where(row_class < 0, -1, row_class * width)
+    used = [rule for rule in RULES.values() if rule.is_in(tensors)]
     return SetRules(
         scale_of=int(each.scale_of),
         negate=each.negate,
         has_diagonal=each.diagonal is not None,
-        drops=each.diagonal is not None or any(slot in tensors for slot in _DROPPING),
+        drops=each.diagonal is not None or any(rule.drops for rule in used),
+        counted=sum(1 << STATISTICS.index(rule.name) for rule in used if rule.counted),
         scale=data.add(scale),
-        **fields,
+        **common,
+        **{_SLOTS[slot]: data.add(tensor) for slot, tensor in tensors.items()},
     )
 
 
@@ -207,8 +167,8 @@ def logits(dots, rows, cols, N, M, data, rules):
         col_bias = tl.load(data[rules.col_bias] + cols, mask=cols < M, other=0.0)
         logit += -col_bias if rules.negate else col_bias
     if rules.log_weight >= 0:
-        row_class = tl.load(data[rules.row_class] + rows, mask=rows < N, other=-1)
-        col_class = tl.load(data[rules.col_class] + cols, mask=cols < M, other=-1)
+        row_class = tl.load(data[rules.class_rows] + rows, mask=rows < N, other=-1)
+        col_class = tl.load(data[rules.class_cols] + cols, mask=cols < M, other=-1)
         known = (row_class >= 0) & (col_class >= 0)
         entry = tl.load(data[rules.log_weight] + (row_class + col_class), mask=known, other=0.0)
         logit += -entry if rules.negate else entry
@@ -267,33 +227,56 @@ def equal_ids(rows, cols, N, M, row_ids, col_ids):
     return (own == other) & (own != -1)
 
 
+# Rules that are counted, by their places in `STATISTICS`.
+_DIFFER = tl.constexpr(STATISTICS.index("differ"))
+_SAME = tl.constexpr(STATISTICS.index("same"))
+_BELOW = tl.constexpr(STATISTICS.index("below"))
+_ABOVE = tl.constexpr(STATISTICS.index("above"))
+_GUIDE = tl.constexpr(STATISTICS.index("guide"))
+FIRST_RULE = tl.constexpr(STATISTICS.index("higher") + 1)
+END_OF_RULES = tl.constexpr(len(STATISTICS))
+
+
+@triton.jit
+def dropped_by(RULE: tl.constexpr, dots, guide, rows, cols, N, M, data, rules):
+    """True where one of the rules that are counted, which the set has, drops a pair. NaN passes bounds."""
+    drop = tl.full(dots.shape, False, tl.int1)
+    if RULE == _DIFFER:
+        drop |= equal_ids(rows, cols, N, M, data[rules.differ_rows], data[rules.differ_cols])
+    elif RULE == _SAME:
+        drop |= ~equal_ids(rows, cols, N, M, data[rules.same_rows], data[rules.same_cols])
+    elif RULE == _BELOW:
+        if rules.below_rows >= 0:
+            drop |= dots > tl.load(data[rules.below_rows] + rows, mask=rows < N, other=0.0)
+        if rules.below_cols >= 0:
+            drop |= dots > tl.load(data[rules.below_cols] + cols, mask=cols < M, other=0.0)
+    elif RULE == _ABOVE:
+        if rules.above_rows >= 0:
+            drop |= dots < tl.load(data[rules.above_rows] + rows, mask=rows < N, other=0.0)
+        if rules.above_cols >= 0:
+            drop |= dots < tl.load(data[rules.above_cols] + cols, mask=cols < M, other=0.0)
+    elif RULE == _GUIDE:
+        if rules.guide_below_rows >= 0:
+            drop |= guide > tl.load(data[rules.guide_below_rows] + rows, mask=rows < N, other=0.0)
+        if rules.guide_below_cols >= 0:
+            drop |= guide > tl.load(data[rules.guide_below_cols] + cols, mask=cols < M, other=0.0)
+    return drop
+
+
 @triton.jit
 def dropped(dots, guide, rows, cols, N, M, data, offset, rules):
-    """True where a rule drops a pair, for a set with `drops`. NaN passes bounds.
+    """True where a rule drops a pair, for a set with `drops`.
 
     `dots` are the inner products and `guide` those of the guide, any tile where no set of the call has one.
     """
     drop = tl.full(dots.shape, False, tl.int1)
     if rules.has_diagonal:
         drop |= rows + offset == cols
-    if rules.differ_rows >= 0:
-        drop |= equal_ids(rows, cols, N, M, data[rules.differ_rows], data[rules.differ_cols])
-    if rules.same_rows >= 0:
-        drop |= ~equal_ids(rows, cols, N, M, data[rules.same_rows], data[rules.same_cols])
     if rules.exclude_indptr >= 0:
         drop |= listed(dots, rows, cols, N, data[rules.exclude_indptr], data[rules.exclude_indices])
-    if rules.below_rows >= 0:
-        drop |= dots > tl.load(data[rules.below_rows] + rows, mask=rows < N, other=0.0)
-    if rules.below_cols >= 0:
-        drop |= dots > tl.load(data[rules.below_cols] + cols, mask=cols < M, other=0.0)
-    if rules.above_rows >= 0:
-        drop |= dots < tl.load(data[rules.above_rows] + rows, mask=rows < N, other=0.0)
-    if rules.above_cols >= 0:
-        drop |= dots < tl.load(data[rules.above_cols] + cols, mask=cols < M, other=0.0)
-    if rules.guide_below_rows >= 0:
-        drop |= guide > tl.load(data[rules.guide_below_rows] + rows, mask=rows < N, other=0.0)
-    if rules.guide_below_cols >= 0:
-        drop |= guide > tl.load(data[rules.guide_below_cols] + cols, mask=cols < M, other=0.0)
+    for rule in tl.static_range(FIRST_RULE, END_OF_RULES):
+        if (rules.counted >> rule) & 1 != 0:
+            drop |= dropped_by(rule, dots, guide, rows, cols, N, M, data, rules)
     return drop
 
 

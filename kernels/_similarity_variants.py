@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from contrastive_ops.core.problem import KINDS, Layout, LogitSet, ScaleOf, SetFold, Slot
+from contrastive_ops.core.rules import bound_rules
 
 from . import _similarity_plan as plan
 from ._folds import TileFold
@@ -31,7 +32,7 @@ _FOLDS = {
 _RULES: dict[str, tuple[Slot, ...]] = {
     "all": (),
     "ids": (Slot.DIFFER_ROWS, Slot.DIFFER_COLS, Slot.SAME_ROWS, Slot.SAME_COLS),
-    "bounds": (Slot.BELOW_ROWS, Slot.BELOW_COLS, Slot.ABOVE_ROWS, Slot.ABOVE_COLS, Slot.FILL),
+    "bounds": (*(slot for rule in bound_rules() for slot in rule.slots), Slot.FILL),
     "lists": (Slot.EXCLUDE_INDPTR, Slot.EXCLUDE_INDICES, Slot.CLASS_ROWS, Slot.CLASS_COLS, Slot.LOG_WEIGHT),
     "guide": (Slot.GUIDE_X, Slot.GUIDE_Y, Slot.GUIDE_BELOW_ROWS, Slot.GUIDE_BELOW_COLS),
 }
@@ -63,7 +64,7 @@ def _tensor_of(slot: Slot) -> Tensor:
         return torch.empty(3, 4)
     if slot == Slot.FILL:
         return torch.empty(())
-    if slot.name.startswith(("BELOW", "ABOVE", "GUIDE_BELOW")) or slot == Slot.LINEAR_WEIGHT:
+    if slot.name.startswith("GUIDE") or slot == Slot.LINEAR_WEIGHT or any(slot in rule.slots for rule in bound_rules()):
         return torch.empty(size)
     return torch.empty(_ROWS + 1 if slot.name.endswith("INDPTR") else size, dtype=torch.int64)
 

@@ -30,7 +30,8 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastive_ops.core import triton_kernels
-from contrastive_ops.core.problem import STATISTICS, Layout, LogitSet, ScaleOf, Slot
+from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf, Slot
+from contrastive_ops.core.rules import STATISTICS, bound_rules
 from contrastive_ops.reference.similarity_topk import merge, order
 
 from . import _listed, _pairs
@@ -65,12 +66,6 @@ def products(x, x_stride, rows, y, y_stride, cols, D, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _exceeds(value, bounds, index, size):
-    """True where a value is above the bound of its row or column."""
-    return value > tl.load(bounds + index, mask=index < size, other=0.0)
-
-
-@triton.jit
 def _column(true, number: tl.constexpr):
     """(rows, 8) how often a tile is true in each row, in one column."""
     return tl.where(tl.arange(0, 8)[None, :] == number, tl.sum(true.to(tl.int32), 1)[:, None], 0)
@@ -84,33 +79,9 @@ def counted(logit, dots, guide, outside, level, rows, cols, N, M, data, offset, 
     if rules.drops:
         takes_part &= ~_pairs.dropped(dots, guide, rows, cols, N, M, data, offset, rules)
     total = _column(takes_part, 0) + _column(inside & (logit > level), 1)
-    if rules.differ_rows >= 0:
-        equal = _pairs.equal_ids(rows, cols, N, M, data[rules.differ_rows], data[rules.differ_cols])
-        total += _column(inside & equal, 2)
-    if rules.same_rows >= 0:
-        equal = _pairs.equal_ids(rows, cols, N, M, data[rules.same_rows], data[rules.same_cols])
-        total += _column(inside & ~equal, 3)
-    if (rules.below_rows >= 0) | (rules.below_cols >= 0):
-        out = outside & inside
-        if rules.below_rows >= 0:
-            out |= _exceeds(dots, data[rules.below_rows], rows, N)
-        if rules.below_cols >= 0:
-            out |= _exceeds(dots, data[rules.below_cols], cols, M)
-        total += _column(inside & out, 4)
-    if (rules.above_rows >= 0) | (rules.above_cols >= 0):
-        out = outside & inside
-        if rules.above_rows >= 0:
-            out |= dots < tl.load(data[rules.above_rows] + rows, mask=rows < N, other=0.0)
-        if rules.above_cols >= 0:
-            out |= dots < tl.load(data[rules.above_cols] + cols, mask=cols < M, other=0.0)
-        total += _column(inside & out, 5)
-    if (rules.guide_below_rows >= 0) | (rules.guide_below_cols >= 0):
-        out = outside & inside
-        if rules.guide_below_rows >= 0:
-            out |= _exceeds(guide, data[rules.guide_below_rows], rows, N)
-        if rules.guide_below_cols >= 0:
-            out |= _exceeds(guide, data[rules.guide_below_cols], cols, M)
-        total += _column(inside & out, 6)
+    for rule in tl.static_range(_pairs.FIRST_RULE, _pairs.END_OF_RULES):
+        if (rules.counted >> rule) & 1 != 0:
+            total += _column(inside & _pairs.dropped_by(rule, dots, guide, rows, cols, N, M, data, rules), rule)
     return total
 
 
@@ -453,7 +424,7 @@ def forward(
 _RULES = {
     "all pairs": (),
     "ids": (Slot.DIFFER_ROWS, Slot.DIFFER_COLS, Slot.EXCLUDE_INDPTR, Slot.EXCLUDE_INDICES),
-    "bounds": (Slot.BELOW_ROWS, Slot.BELOW_COLS, Slot.ABOVE_ROWS, Slot.ABOVE_COLS, Slot.SAME_ROWS, Slot.SAME_COLS),
+    "bounds": (*(slot for rule in bound_rules() for slot in rule.slots), Slot.SAME_ROWS, Slot.SAME_COLS),
     "guide": (Slot.GUIDE_X, Slot.GUIDE_Y, Slot.GUIDE_BELOW_ROWS, Slot.LOG_WEIGHT, Slot.CLASS_ROWS, Slot.CLASS_COLS),
 }
 _CHOICES = {

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import checks
-from .problem import KINDS
+from .fold_kinds import FOLDS
 from .results import named
 from .rules import Pairs
 
@@ -44,7 +44,7 @@ class Fold:
 
     def __post_init__(self) -> None:
         """Check what does not depend on the matrices."""
-        checks.check_choice("Fold", "name", self.name, KINDS)
+        checks.check_choice("Fold", "name", self.name, tuple(FOLDS))
         if self.pairs is not None and not isinstance(self.pairs, Pairs):
             raise TypeError(f"Fold: pairs must be Pairs or None, got {type(self.pairs).__name__}")
 
@@ -86,7 +86,7 @@ class Folded(NamedTuple):
 def as_fold(function: str, request: object) -> Fold:
     """Return what `reduce` asks for as a `Fold`."""
     if isinstance(request, str):
-        checks.check_choice(function, "reduce", request, KINDS)
+        checks.check_choice(function, "reduce", request, tuple(FOLDS))
         return Fold(request)
     if not isinstance(request, Fold):
         raise TypeError(f"{function}: reduce must be a name, a Fold or a tuple of these, got {type(request).__name__}")

@@ -22,11 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# What similarity_topk counts over all columns of a row. The position is the row of its `statistics`.
-STATISTICS = ("eligible", "higher", "differ", "same", "below", "above", "guide")
+from .fold_kinds import FOLDS
 
-# The position is the number in `spec`.
-KINDS = ("logsumexp", "max", "sum_softplus", "sum_relu", "sum", "count")
+# The names of all folds. The position is the number in `spec`.
+KINDS = tuple(FOLDS)
 
 
 class Slot(enum.IntEnum):
@@ -106,7 +105,7 @@ class Layout:
             spec += [int(slot) for slot in each.data]
             pair_data += each.data.values()
         for fold in self.folds:
-            spec += [fold.set, KINDS.index(fold.kind), int(fold.cols)]
+            spec += [fold.set, list(FOLDS).index(fold.kind), int(fold.cols)]
         return pair_data, spec
 
     @classmethod
@@ -123,7 +122,7 @@ class Layout:
         folds = []
         for _ in range(fold_count):
             index, kind, cols = (next(numbers) for _ in range(3))
-            folds.append(SetFold(index, KINDS[kind], bool(cols)))
+            folds.append(SetFold(index, list(FOLDS)[kind], bool(cols)))
         return cls(tuple(sets), tuple(folds))
 
     def scale_slices(self, rows: int, columns: int) -> list[slice]:
@@ -139,7 +138,7 @@ class Layout:
     def argmax_sizes(self, rows: int, columns: int) -> list[int]:
         """The number of winners of each fold: none unless it is a maximum."""
         sizes = self.sizes(rows, columns)
-        return [size if fold.kind == "max" else 0 for fold, size in zip(self.folds, sizes, strict=True)]
+        return [size if FOLDS[fold.kind].has_winner else 0 for fold, size in zip(self.folds, sizes, strict=True)]
 
     @property
     def factors(self) -> tuple[Tensor | None, Tensor | None]:

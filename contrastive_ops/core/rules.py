@@ -1,25 +1,33 @@
 """Which pairs (row, column) of a similarity matrix take part."""
 
+# ruff: noqa: D102 - the methods of rules are described in `Rule`.
+
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import checks
-from .lists import pair_order, pairs_ascend
+from .column_lists import check_lists as check_lists  # for losses, whose lists of positives are no rules
 from .problem import Slot
 from .results import pytree
-
-Bound = float | Tensor
-
-
-def _bounds(function: str, name: str, value: object) -> object:
-    """Bounds that are no tensors as floats, whatever they came as."""
-    if isinstance(value, tuple):
-        return tuple(_bounds(function, name, each) for each in value)
-    return value if value is None or isinstance(value, Tensor) else checks.factor(function, name, value)
+from .rule_kinds import (
+    Bound,
+    BoundRule,
+    Change,
+    ClassWeightRule,
+    Data,
+    DiagonalRule,
+    FillRule,
+    IdsRule,
+    ListsRule,
+    Places,
+    Rule,
+    checked_bounds,
+)
 
 
 @pytree
@@ -39,7 +47,58 @@ class Guide:
 
     def __post_init__(self) -> None:
         """Check what does not depend on the matrices."""
-        object.__setattr__(self, "below", _bounds("Guide", "below", self.below))
+        object.__setattr__(self, "below", checked_bounds("Guide", "below", self.below))
+
+
+class GuideRule(Rule):
+    """A `Guide`: the rows of its matrices, and the bounds of their inner products."""
+
+    counted = True
+    bounds = BoundRule("guide.below", (Slot.GUIDE_BELOW_ROWS,), (Slot.GUIDE_BELOW_COLS,))
+
+    def check(self, value: Any) -> Guide:
+        if not isinstance(value, Guide):
+            raise TypeError(f"Pairs: {self.name} must be a Guide or None, got {type(value).__name__}")
+        return value
+
+    def encode(self, function: str, value: Guide, x: Tensor, y: Tensor) -> dict[Slot, Tensor]:
+        gx, gy = value.gx, value.gx if value.gy is None else value.gy
+        checks.check_matrices(function, "guide.gx", gx, "guide.gy", gy)
+        checks.check_device(function, "x", x, "guide.gx", gx)
+        for name, matrix, like in (("gx", gx, x), ("gy", gy, y)):
+            if matrix.shape[0] != like.shape[0]:
+                raise ValueError(f"{function}: guide.{name} must have {like.shape[0]} rows, got {checks.shape(matrix)}")
+        rows = gx.detach().to(checks.accumulator(x.dtype))
+        data = {self.rows[0]: rows, self.cols[0]: rows if value.gy is None else gy.detach().to(rows.dtype)}
+        data.update(self.bounds.encode(function, value.below, x, y))
+        return data
+
+    def map(self, value: Guide, rows: Change, cols: Change) -> Guide:
+        gy = value.gx if value.gy is None else value.gy
+        return Guide(rows(value.gx), cols(gy), self.bounds.map(value.below, rows, cols))
+
+    def mask(self, data: Data, places: Places) -> Tensor:
+        return self.bounds.outside(data, places.guide(data), places)  # type: ignore[misc]
+
+
+# All rules, in the order in which they are checked. Those that are counted have this order in `STATISTICS`, too.
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        DiagonalRule("diagonal"),
+        IdsRule("differ", (Slot.DIFFER_ROWS,), (Slot.DIFFER_COLS,)),
+        IdsRule("same", (Slot.SAME_ROWS,), (Slot.SAME_COLS,), drops_equal=False),
+        ListsRule("exclude", others=(Slot.EXCLUDE_INDPTR, Slot.EXCLUDE_INDICES)),
+        BoundRule("below", (Slot.BELOW_ROWS,), (Slot.BELOW_COLS,)),
+        BoundRule("above", (Slot.ABOVE_ROWS,), (Slot.ABOVE_COLS,), sign=-1),
+        GuideRule("guide", (Slot.GUIDE_X, Slot.GUIDE_BELOW_ROWS), (Slot.GUIDE_Y, Slot.GUIDE_BELOW_COLS)),
+        ClassWeightRule("log_weight", (Slot.CLASS_ROWS,), (Slot.CLASS_COLS,), (Slot.LOG_WEIGHT,)),
+        FillRule("fill", others=(Slot.FILL,)),
+    )
+}
+
+# What similarity_topk counts over all columns of a row. The position is the row of its `statistics`.
+STATISTICS = ("eligible", "higher", *(rule.name for rule in RULES.values() if rule.counted))
 
 
 @pytree
@@ -99,131 +158,28 @@ class Pairs:
 
     def __post_init__(self) -> None:
         """Check what does not depend on the matrices."""
-        if self.diagonal is not None:
-            object.__setattr__(self, "diagonal", checks.integer("Pairs", "diagonal", self.diagonal))
-        for name, size in (("differ", 2), ("same", 2), ("exclude", 2), ("log_weight", 3)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, tuple) or len(value) != size):
-                raise TypeError(f"Pairs: {name} must be a tuple of {size} tensors, got {_described(value)}")
-        if self.guide is not None and not isinstance(self.guide, Guide):
-            raise TypeError(f"Pairs: guide must be a Guide or None, got {type(self.guide).__name__}")
-        for name in ("below", "above"):
-            object.__setattr__(self, name, _bounds("Pairs", name, getattr(self, name)))
-        if self.fill is not None:
-            object.__setattr__(self, "fill", checks.number("Pairs", "fill", self.fill, "[-inf, inf]"))
+        for rule, value in given(self):
+            object.__setattr__(self, rule.name, rule.check(value))
 
 
-def resolve(function: str, pairs: Pairs, x: Tensor, y: Tensor) -> dict[Slot, Tensor]:
-    """Check the rules against the matrices they are for and return their tensors as the backends take them."""
-    return _Resolver(function, x, y).all(pairs)
+def given(pairs: Pairs, rules: Iterable[Rule] | None = None) -> Iterator[tuple[Rule, Any]]:
+    """The rules that these pairs have, and their values."""
+    for rule in RULES.values() if rules is None else rules:
+        value = getattr(pairs, rule.name)
+        if value is not None:
+            yield rule, value
 
 
-def _described(value: object) -> str:
-    return f"{len(value)} elements" if isinstance(value, tuple) else type(value).__name__
+def bound_rules() -> list[BoundRule]:
+    """The rules that are bounds of the similarity."""
+    return [rule for rule in RULES.values() if isinstance(rule, BoundRule)]
 
 
-class _Resolver:
-    def __init__(self, function: str, x: Tensor, y: Tensor) -> None:
-        self.function, self.x, self.y = function, x, y
-        self.dtype = checks.accumulator(x.dtype)
-        self.data: dict[Slot, Tensor] = {}
-
-    def all(self, pairs: Pairs) -> dict[Slot, Tensor]:
-        if pairs.differ is not None:
-            self._ids("differ", pairs.differ, Slot.DIFFER_ROWS, Slot.DIFFER_COLS)
-        if pairs.same is not None:
-            self._ids("same", pairs.same, Slot.SAME_ROWS, Slot.SAME_COLS)
-        if pairs.exclude is not None:
-            indptr, indices = check_lists(self.function, "exclude", pairs.exclude, self.x, self.y)[:2]
-            self.data.update({Slot.EXCLUDE_INDPTR: indptr, Slot.EXCLUDE_INDICES: indices})
-        if pairs.below is not None:
-            self._bound("below", pairs.below, Slot.BELOW_ROWS, Slot.BELOW_COLS, torch.minimum)
-        if pairs.above is not None:
-            self._bound("above", pairs.above, Slot.ABOVE_ROWS, Slot.ABOVE_COLS, torch.maximum)
-        if pairs.guide is not None:
-            self._guide(pairs.guide)
-        if pairs.log_weight is not None:
-            self._log_weight(*pairs.log_weight)
-        if pairs.fill is not None:
-            self.data[Slot.FILL] = torch.full((), pairs.fill, dtype=self.dtype, device=self.x.device)
-        return self.data
-
-    def _ids(self, name: str, ids: tuple[Tensor, Tensor], rows: Slot, cols: Slot) -> None:
-        for side, of, like, slot in (("rows", ids[0], self.x, rows), ("columns", ids[1], self.y, cols)):
-            of = checks.check_index(self.function, f"pairs.{name} of the {side}", of, like.shape[0], "x", self.x)
-            self.data[slot] = of
-
-    def _bound(self, name: str, value: Bound | tuple[Bound, ...], rows: Slot, cols: Slot, both: object) -> None:
-        n, m = self.x.shape[0], self.y.shape[0]
-        for bound in value if isinstance(value, tuple) else (value,):
-            bound = checks.factor(self.function, f"pairs.{name}", bound)
-            if not isinstance(bound, Tensor):
-                slot, vector = rows, torch.full((n,), bound, dtype=self.dtype, device=self.x.device)
-            elif bound.dim() == 2 and tuple(bound.shape) == (1, m):
-                slot, vector = cols, bound[0]
-            elif bound.dim() == 0 or tuple(bound.shape) in ((n,), (n, 1)):
-                slot, vector = rows, bound.reshape(-1).expand(n)
-            else:
-                raise ValueError(
-                    f"{self.function}: pairs.{name} must be one number or have shape ({n},), ({n}, 1) or (1, {m}), "
-                    f"got {checks.shape(bound)}"
-                )
-            checks.check_device(self.function, "x", self.x, f"pairs.{name}", vector)
-            vector = vector.detach().to(self.dtype)
-            self.data[slot] = both(self.data[slot], vector) if slot in self.data else vector  # type: ignore[operator]
-
-    def _guide(self, guide: Guide) -> None:
-        gy = guide.gx if guide.gy is None else guide.gy
-        checks.check_matrices(self.function, "guide.gx", guide.gx, "guide.gy", gy)
-        checks.check_device(self.function, "x", self.x, "guide.gx", guide.gx)
-        for name, matrix, like in (("gx", guide.gx, self.x), ("gy", gy, self.y)):
-            if matrix.shape[0] != like.shape[0]:
-                raise ValueError(
-                    f"{self.function}: guide.{name} must have {like.shape[0]} rows, got {checks.shape(matrix)}"
-                )
-        gx = guide.gx.detach().to(self.dtype)
-        self.data[Slot.GUIDE_X] = gx
-        self.data[Slot.GUIDE_Y] = gx if guide.gy is None else gy.detach().to(self.dtype)
-        self._bound("guide.below", guide.below, Slot.GUIDE_BELOW_ROWS, Slot.GUIDE_BELOW_COLS, torch.minimum)
-
-    def _log_weight(self, table: Tensor, row_classes: Tensor, col_classes: Tensor) -> None:
-        checks.check_matrix(self.function, "pairs.log_weight", table)
-        checks.check_constant(self.function, "pairs.log_weight", table)
-        self._ids("log_weight", (row_classes, col_classes), Slot.CLASS_ROWS, Slot.CLASS_COLS)
-        for name, classes, size in (("rows", row_classes, table.shape[0]), ("columns", col_classes, table.shape[1])):
-            checks.check_index_values(
-                self.function, f"pairs.log_weight classes of the {name}", classes, size, or_none=True
-            )
-        self.data[Slot.LOG_WEIGHT] = table.to(self.dtype)
-
-
-def check_lists(
-    function: str, name: str, lists: tuple[Tensor, ...], x: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Check lists of columns per row; return (indptr, indices, order) with the columns of each row ascending.
-
-    `order` says which of the given entries each returned one is.
-    """
-    indptr, indices = lists[:2]
-    n, m = x.shape[0], y.shape[0]
-    indptr = checks.check_index(function, f"{name} indptr", indptr, n + 1, "x", x)
-    indices = checks.check_index(function, f"{name} indices", indices, None, "x", x)
-    if not checks.may_read(indptr, waits=True):
-        return indptr, indices, torch.arange(indices.shape[0], device=indices.device)
-    lengths = indptr.diff()
-    if int(indptr[0]) != 0 or int(indptr[-1]) != indices.shape[0] or bool((lengths < 0).any()):
-        raise ValueError(
-            f"{function}: {name} indptr must rise from 0 to the {indices.shape[0]} indices, "
-            f"got {int(indptr[0])} to {int(indptr[-1])}" + (", not monotonic" if bool((lengths < 0).any()) else "")
-        )
-    row = torch.repeat_interleave(lengths)
-    wrong = ((indices < 0) | (indices >= m)).nonzero()
-    if len(wrong):
-        at = int(wrong[0])
-        raise ValueError(
-            f"{function}: {name} indices must be in [0, {m}), got {int(indices[at])} in the list of row {int(row[at])}"
-        )
-    if pairs_ascend(row, indices):
-        return indptr, indices, torch.arange(indices.shape[0], device=indices.device)
-    order = pair_order(row, indices)
-    return indptr, indices[order], order
+def resolve(
+    function: str, pairs: Pairs, x: Tensor, y: Tensor, rules: Iterable[Rule] | None = None
+) -> dict[Slot, Tensor]:
+    """Check the rules (or some) against the matrices they are for; return their tensors as the backends take them."""
+    data: dict[Slot, Tensor] = {}
+    for rule, value in given(pairs, rules):
+        data.update(rule.encode(function, value, x, y))
+    return data

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..core import autocast
 from ..core.folds import Fold
 from ..core.results import named
-from ..core.rules import Bound, Pairs
+from ..core.rule_kinds import listed_bounds
+from ..core.rules import Pairs
 from ._columns import partner_similarity, wide
 
 
@@ -101,9 +102,4 @@ class Ranking:
 
 def _count_above(rules: Pairs, bound: Tensor) -> Fold:
     """Count the pairs that are at least as similar as the positive."""
-    given: tuple[Bound, ...]
-    if isinstance(rules.above, tuple):
-        given = rules.above
-    else:
-        given = () if rules.above is None else (rules.above,)
-    return Fold("count", scale=1.0, pairs=dataclasses.replace(rules, above=(*given, bound)))
+    return Fold("count", scale=1.0, pairs=dataclasses.replace(rules, above=listed_bounds(rules.above, bound)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -10,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.rule_slices import each_bound
-from ..core.rules import Bound, Guide, Pairs, check_lists
+from ..core.column_lists import check_lists, with_own_column
+from ..core.rule_kinds import Data, Places, listed_bounds
+from ..core.rules import RULES, Guide, GuideRule, Pairs, resolve
 from ._positives import AGGREGATES, Positives, Scored, score
 
 BASES = ("surviving", "raw")
@@ -124,7 +124,7 @@ def selection(
     if pairs is not None and not isinstance(pairs, Pairs):
         raise TypeError(f"{function}: pairs must be Pairs or None, got {type(pairs).__name__}")
     pairs = Pairs() if pairs is None else pairs
-    for name in ("log_weight", "fill"):
+    for name in (rule.name for rule in RULES.values() if not rule.drops):
         if getattr(pairs, name) is not None:
             raise ValueError(f"{function}: pairs.{name} must be None: it changes logits, and mining ranks similarities")
     guide = pairs.guide
@@ -137,71 +137,44 @@ def selection(
         exclude=positives.excluded_with(*_excluded(function, pairs, positive, columns)),
     )
     upper, lower = rules.upper(positive), rules.min_score
-    kept = replace(ranked, below=_joined(ranked.below, upper), above=_joined(ranked.above, lower))
+    below, above = listed_bounds(ranked.below, upper), listed_bounds(ranked.above, lower)
+    kept = replace(ranked, below=below or None, above=above or None)
     if rules.rank_basis == "raw":
         return Selection(ranked, kept, upper, lower)
     return Selection(kept, kept, None, None)
 
 
-def _joined(bounds: Bound | tuple[Bound, ...] | None, more: Bound | None) -> tuple[Bound, ...] | None:
-    listed = each_bound(bounds) + each_bound(more)
-    return listed or None
-
-
 def _excluded(function: str, pairs: Pairs, positive: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """Lists of the columns that the user excludes: listed ones, and those on a diagonal."""
-    rows, device = positive.shape[0], positive.device
-    indptr = torch.zeros(rows + 1, dtype=torch.int64, device=device)
-    index = indptr[:0]
+    rows, lists = positive.shape[0], None
     if pairs.exclude is not None:
         shapes = positive.new_empty((rows, 0)), positive.new_empty((columns, 0))
-        indptr, index = check_lists(function, "pairs.exclude", pairs.exclude, *shapes)[:2]
-    if pairs.diagonal is not None:
-        own = torch.arange(rows, device=device) + pairs.diagonal
-        row = torch.cat([torch.repeat_interleave(indptr.diff()), torch.arange(rows, device=device)])
-        index = torch.cat([index, own])
-        inside = (index >= 0) & (index < columns)
-        row, index = row[inside], index[inside]
-        order = row.argsort(stable=True)
-        indptr = torch.cat([indptr[:1], torch.bincount(row, minlength=rows).cumsum(0)])
-        index = index[order]
-    return indptr, index
+        lists = check_lists(function, "pairs.exclude", pairs.exclude, *shapes)[:2]
+    own = torch.arange(rows, device=positive.device)
+    return with_own_column(lists, own + (columns if pairs.diagonal is None else pairs.diagonal), columns)
 
 
 def dropped_positives(
-    function: str, kept: Pairs, positives: Positives, scored: Scored, backend: str
+    function: str, kept: Pairs, positives: Positives, scored: Scored, like: tuple[Tensor, Tensor], backend: str
 ) -> dict[str, Tensor]:
-    """(N,) int64 by the name of each rule: how many positives of a query it would drop."""
-    row, index = positives.row, positives.column
-    drops: dict[str, Tensor] = {}
-    for name, ids, when_equal in (("differ", kept.differ, True), ("same", kept.same, False)):
-        if ids is not None:
-            equal = (ids[0][row] == ids[1][index]) & (ids[0][row] != -1)
-            drops[name] = equal == when_equal
-    drops["below"] = _outside(scored.values, kept.below, row, index, torch.gt)
-    drops["above"] = _outside(scored.values, kept.above, row, index, torch.lt)
-    if kept.guide is not None:
-        gx, gy, dtype = kept.guide.gx.detach(), kept.guide.gy, scored.values.dtype
+    """(N,) int64 by the name of each rule: how many positives of a query it would drop.
+
+    `like` are matrices of N and of M rows.
+    """
+    row, index, dtype = positives.row, positives.column, scored.values.dtype
+
+    def guide_similarity(data: Data) -> Tensor:
+        gx, gy = kept.guide.gx.detach(), kept.guide.gy  # type: ignore[union-attr]
         take = lambda at: gy[at].detach().to(dtype)  # type: ignore[index]  # noqa: E731
-        similarity = score(function, gx.to(dtype), take, positives, "dot", backend)
-        drops["guide"] = _outside(similarity.values, kept.guide.below, row, index, torch.gt)
+        return score(function, gx.to(dtype), take, positives, "dot", backend).values
+
+    places = Places(row, index, scored.values, guide_similarity)
+    # The guide's matrices stay where they are: of a large corpus only some rows are needed.
+    counted = [rule for rule in RULES.values() if rule.counted]
+    plain = [rule for rule in counted if rule.name != "guide"]
+    data = resolve(function, kept, *like, plain)
+    if kept.guide is not None:
+        data.update(GuideRule.bounds.encode(function, kept.guide.below, *like))
+    drops = {rule.name: rule.mask(data, places) for rule in counted if rule.is_in(data)}
     rows = len(positives.indptr) - 1
     return {name: torch.bincount(row[drop], minlength=rows) for name, drop in drops.items()}
-
-
-def _outside(
-    similarity: Tensor,
-    bounds: Bound | tuple[Bound, ...] | None,
-    row: Tensor,
-    index: Tensor,
-    exceeds: Callable[[Tensor, Tensor | float], Tensor],
-) -> Tensor:
-    outside = torch.zeros_like(similarity, dtype=torch.bool)
-    for bound in each_bound(bounds):
-        if isinstance(bound, Tensor):
-            bound = bound.detach().to(similarity.dtype)
-            if bound.dim():
-                by_column = bound.dim() == 2 and bound.shape[0] == 1
-                bound = bound[0][index] if by_column else bound.reshape(-1)[row]
-        outside |= exceeds(similarity, bound)
-    return outside

@@ -206,7 +206,8 @@ def mine_hard_negatives(
         threshold = (positive + slack).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         indices, values, counted = miner.run(threshold)
         higher = scored.values > threshold[listed.row]
-        own = dropped_positives(FUNCTION, selected.kept, listed, scored, backend)
+        like = query, query.new_empty((view.rows, 0))
+        own = dropped_positives(FUNCTION, selected.kept, listed, scored, like, backend)
         statistics = {name: (each - own[name]).clamp_min(0) if name in own else each for name, each in counted.items()}
         rank = statistics.pop("higher") - torch.bincount(listed.row[higher], minlength=len(positive))
         statistics["positives"] = listed.counts

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..core import autocast, checks
-from ..core.problem import STATISTICS, Slot
-from ..core.rule_slices import columns_of, each_bound
-from ..core.rules import Guide, Pairs, resolve
+from ..core.problem import Slot
+from ..core.rule_slices import columns_named, columns_of
+from ..core.rules import STATISTICS, Guide, Pairs, resolve
 from ..ops.similarity_topk import TopK, merge, metric_rows, select
 
 Range = tuple[int, int]
@@ -373,20 +373,3 @@ def _resolved(function: str, pairs: Pairs | None, query: Tensor, rows: int | Non
     if pairs.exclude is not None:
         pairs = dataclasses.replace(pairs, exclude=(data[Slot.EXCLUDE_INDPTR], data[Slot.EXCLUDE_INDICES]))
     return pairs, limit
-
-
-def columns_named(pairs: object) -> int | None:
-    """The number of columns that the rules are written for, where they tell."""
-    if not isinstance(pairs, Pairs):
-        return None
-    for ids in (pairs.differ, pairs.same, pairs.log_weight):
-        if ids is not None:
-            return len(ids[-1])
-    bounds = [pairs.below, pairs.above]
-    if pairs.guide is not None:
-        return len(pairs.guide.gx if pairs.guide.gy is None else pairs.guide.gy)
-    for bound in bounds:
-        for each in each_bound(bound):
-            if isinstance(each, Tensor) and each.dim() == 2 and each.shape[0] == 1:
-                return each.shape[1]
-    return None

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.rule_slices import columns_named
 from ..core.rules import Pairs
 from ..ops.similarity_topk import TopK
 from .corpus import Corpus, as_corpus, has_shape, read_ahead, rows_in_block
-from .state import Range, TopKState, columns_named, fingerprint, missing
+from .state import Range, TopKState, fingerprint, missing
 
 # Between two writes of a checkpoint, which is as large as the lists.
 CHECKPOINT_SECONDS = 10.0

@@ -20,10 +20,8 @@ from ..core.checks import accumulator, may_read
 from ..core.masks import left_out
 from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows
 from ..core.problem import Layout, LogitSet, Slot
+from ..core.rules import RULES, bound_rules
 from ..reference.pairs import SetOfChunk, inner_products
-
-_BELOW, _ABOVE = (Slot.BELOW_ROWS, Slot.BELOW_COLS), (Slot.ABOVE_ROWS, Slot.ABOVE_COLS)
-_RULES = frozenset((Slot.DIFFER_ROWS, Slot.SAME_ROWS, Slot.EXCLUDE_INDPTR, Slot.GUIDE_X, *_BELOW, *_ABOVE))
 
 
 def cleaned(
@@ -49,7 +47,8 @@ def cleaned(
 def may_leave_out(layout: Layout, rows: int, columns: int) -> bool:
     """Whether the rules of any set may leave a row or a column without a pair."""
     by_diagonal = min(rows, columns) <= 1 and any(each.diagonal is not None for each in layout.sets)
-    return by_diagonal or any(not _RULES.isdisjoint(each.data) for each in layout.sets)
+    sets = [each.data for each in layout.sets if each.data]
+    return by_diagonal or any(rule.drops and rule.is_in(data) for data in sets for rule in RULES.values())
 
 
 def all_finite(x: Tensor) -> bool:
@@ -73,7 +72,7 @@ def _find_idle(
     if Slot.UNIT in layout.sets[0].data:
         rows_of_x, columns = (F.normalize(each.to(accumulator(each.dtype))) for each in (rows_of_x, columns))
     rows, cols = (torch.zeros_like(bad) for bad in (bad_rows, bad_columns))
-    looks = any(not set(each.data).isdisjoint((*_BELOW, *_ABOVE)) for each in layout.sets)
+    looks = any(rule.reads_similarity and rule.is_in(each.data) for each in layout.sets for rule in RULES.values())
     nothing = x.new_zeros((), dtype=accumulator(x.dtype))
     any_column = bool(bad_columns.any())
     for part in chunks_of_rows(len(x), max(1, CHUNK_ELEMENTS // max(len(columns), 1))):
@@ -108,14 +107,10 @@ def _named(layout: Layout, part: slice, dots: Tensor, target: Tensor | None) -> 
 
 def _still_dropped(each: LogitSet, idle_rows: Tensor, idle_columns: Tensor, dtype: torch.dtype) -> LogitSet:
     """The set, whose bounds drop the pairs of idle rows although their similarity is 0 now."""
-    for slots, passes in ((_BELOW, torch.inf), (_ABOVE, -torch.inf)):
-        if not any(slot in each.data for slot in slots):
-            continue
-        data = dict(each.data)
-        for slot, idle in zip(slots, (idle_rows, idle_columns), strict=True):
-            bound = data.get(slot, torch.full(idle.shape, passes, dtype=dtype, device=idle.device))
-            data[slot] = torch.where(idle, -passes, bound)
-        each = dataclasses.replace(each, data=data)
+    for rule in bound_rules():
+        if rule.is_in(each.data):
+            bounds = rule.closed(each.data, idle_rows, idle_columns, dtype)
+            each = dataclasses.replace(each, data={**each.data, **bounds})
     return each
 
 

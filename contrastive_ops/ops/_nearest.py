@@ -20,36 +20,21 @@ from torch import Tensor
 from ..core import autocast
 from ..core.backends import Backend
 from ..core.checks import accumulator
+from ..core.column_lists import lists_of_rows, with_own_column
 from ..core.derivatives import needed, second_derivative
 from ..core.numerics import chunks_of_rows
 from ..core.offsets import common_row
 from ..core.operators import call, define
 from ..core.ordered import add_segments
-from ..core.problem import STATISTICS, Layout, LogitSet, ScaleOf, Slot
-from ..core.rule_slices import lists_of_rows, with_own_column
+from ..core.problem import Layout, LogitSet, ScaleOf, Slot
+from ..core.rule_kinds import Places
+from ..core.rules import RULES, STATISTICS, bound_rules
 from ..reference.similarity_topk import logits_of_listed
 
 # Numbers of gathered rows at a time: they stay in a cache.
 CHUNK_ELEMENTS = 1 << 18
 # Entries of lists of candidates at a time, where many columns are equally far.
 LIST_ELEMENTS = 1 << 22
-
-_OF_ROWS = (
-    Slot.DIFFER_ROWS,
-    Slot.SAME_ROWS,
-    Slot.BELOW_ROWS,
-    Slot.ABOVE_ROWS,
-    Slot.GUIDE_X,
-    Slot.GUIDE_BELOW_ROWS,
-    Slot.CLASS_ROWS,
-)
-# Bounds of rows and of columns, and whether they are from above.
-_BOUNDS = (
-    (Slot.BELOW_ROWS, False, 1),
-    (Slot.BELOW_COLS, True, 1),
-    (Slot.ABOVE_ROWS, False, -1),
-    (Slot.ABOVE_COLS, True, -1),
-)
 
 
 def register(backends: Mapping[str, Backend]) -> None:
@@ -156,7 +141,8 @@ class Problem:
 
 
 def _set_of_rows(each: LogitSet, rows: Tensor, columns: int) -> LogitSet:
-    data = {slot: tensor[rows] if slot in _OF_ROWS else tensor for slot, tensor in each.data.items()}
+    of_rows = {slot for rule in RULES.values() for slot in rule.rows}
+    data = {slot: tensor[rows] if slot in of_rows else tensor for slot, tensor in each.data.items()}
     lists = (data[Slot.EXCLUDE_INDPTR], data[Slot.EXCLUDE_INDICES]) if Slot.EXCLUDE_INDPTR in data else None
     lists = None if lists is None else lists_of_rows(*lists, rows)
     if each.diagonal is not None:
@@ -189,7 +175,7 @@ class _Pass:
         self.sets = layout.sets
         own = layout.scale_slices(p.x.shape[0], p.y.shape[0])[0]
         self.scale = p.scale[own].expand(p.x.shape[0])
-        self.bounded = any(slot in self.set.data for slot, *_ in _BOUNDS)
+        self.bounds = [rule for rule in bound_rules() if rule.is_in(self.set.data)]
         self.biased = p.col_bias is not None or Slot.LOG_WEIGHT in self.set.data
 
     def search(self, k: int, floor: Tensor | None, count_above: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -197,7 +183,7 @@ class _Pass:
         p = self.problem
         least = None if floor is None else floor - self._reach(floor)
         counted = count_above is not None
-        sets = (self._relaxed(), *(self.sets[-1:] if counted and (self.bounded or len(self.sets) > 1) else ()))
+        sets = (self._relaxed(), *(self.sets[-1:] if counted and (self.bounds or len(self.sets) > 1) else ()))
         slices = p.layout.scale_slices(p.x.shape[0], p.y.shape[0])
         scale = p.scale[slices[0]] if len(sets) == 1 else torch.cat([p.scale[slices[0]], p.scale[slices[-1]]])
         rules = Layout(sets, ()).encode()
@@ -213,16 +199,15 @@ class _Pass:
 
     def _exact(self, candidates: Tensor) -> Tensor:
         """The logits of the candidates from differences, -inf where they are out of bounds."""
-        p, data = self.problem, self.set.data
+        p = self.problem
         listed, column = candidates >= 0, candidates.clamp_min(0)
         dots = _distances(p.x, p.y, candidates)
         logits = logits_of_listed(
             self.set, slice(None), dots, self._own_scale(), p.row_bias, p.col_bias, column, listed
         )
-        for slot, of_columns, sign in _BOUNDS:
-            if slot in data:
-                bound = data[slot][column] if of_columns else data[slot][:, None]
-                logits = logits.masked_fill(sign * dots > sign * bound, -torch.inf)
+        places = Places((slice(None), None), column, dots)
+        for rule in self.bounds:
+            logits = logits.masked_fill(rule.mask(self.set.data, places), -torch.inf)
         return logits
 
     def _own_scale(self) -> Tensor:
@@ -248,13 +233,16 @@ class _Pass:
 
     def _relaxed(self) -> LogitSet:
         """The rules that select, with bounds that no pair fails because of rounding."""
+        lengths = self.squared.nan_to_num(0.0, posinf=0.0)
+
+        def reach(bounds: Tensor, of_columns: bool) -> Tensor:
+            # An infinite bound stays what it is.
+            margin = self._margin(lengths.amax() if of_columns else lengths, bounds)
+            return torch.where(torch.isfinite(bounds), margin, 0.0)
+
         data = dict(self.set.data)
-        for slot, of_columns, sign in _BOUNDS:
-            if slot in data:
-                lengths = self.squared.nan_to_num(0.0, posinf=0.0)
-                squared = lengths.amax() if of_columns else lengths
-                wider = data[slot] + sign * self._margin(squared, data[slot])
-                data[slot] = torch.where(torch.isfinite(data[slot]), wider, data[slot])
+        for rule in self.bounds:
+            data.update(rule.relaxed(self.set.data, reach))
         return replace(self.set, data=data)
 
     def _is_exact(self) -> bool:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core import checks
 from ..core.offsets import common_row
-from ..core.rule_slices import each_bound, map_bounds, rows_of
-from ..core.rules import Bound, Pairs
+from ..core.rule_kinds import Data, Places
+from ..core.rule_slices import rows_of
+from ..core.rules import Pairs, bound_rules, resolve
 from ._nearest import products
 
 DTYPES = (torch.bfloat16, torch.int8)
@@ -117,39 +118,13 @@ def _doubt(x: Tensor, rounded: Tensor, corpus: RoundedRows) -> Tensor:
     return (lost * norm + length * (error + sums * (norm + error))) * (1 + 1e-4)
 
 
-def _relaxed(pairs: Pairs | None, doubt: Tensor) -> Pairs | None:
-    """The rules with bounds that no pair fails because of rounding."""
-    if pairs is None:
-        return None
+def _relaxed(pairs: Pairs, data: Data, doubt: Tensor) -> Pairs:
+    """The rules with bounds that no pair fails because of rounding; `data` are the bounds as backends take them."""
     most = doubt.max() if len(doubt) else doubt.new_zeros(())
-
-    def widened(sign: int) -> object:
-        def widen(bound: Bound) -> Bound:
-            if isinstance(bound, Tensor) and bound.dim() == 2 and bound.shape[0] == 1:
-                return bound + sign * most
-            return (bound.reshape(-1) if isinstance(bound, Tensor) else bound) + sign * doubt
-
-        return widen
-
-    return replace(
-        pairs,
-        below=map_bounds(pairs.below, widened(1)),  # type: ignore[arg-type]
-        above=map_bounds(pairs.above, widened(-1)),  # type: ignore[arg-type]
-    )
-
-
-def _outside(pairs: Pairs, dots: Tensor, indices: Tensor) -> Tensor:
-    """True where the listed pair with this inner product is out of bounds."""
-    outside = torch.zeros(dots.shape, dtype=torch.bool, device=dots.device)
-    column = indices.clamp_min(0)
-    for bounds, sign in ((pairs.below, 1), (pairs.above, -1)):
-        for bound in each_bound(bounds):
-            if isinstance(bound, Tensor) and bound.dim() == 2 and bound.shape[0] == 1:
-                bound = bound[0].to(dots.dtype)[column]
-            elif isinstance(bound, Tensor) and bound.dim() > 0:
-                bound = bound.reshape(-1, 1).to(dots.dtype)
-            outside |= sign * dots > sign * bound
-    return outside
+    wider: dict[str, Any] = {}
+    for rule in bound_rules():
+        wider[rule.name] = rule.decode(rule.relaxed(data, lambda _, of_columns: most if of_columns else doubt))
+    return replace(pairs, **wider)
 
 
 def _worth_computing(values: Tensor, indices: Tensor, k: int, doubt: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,6 +168,7 @@ def search(
         return indices, torch.ones(x.shape[:1], dtype=torch.bool, device=x.device)
     rounded = left.to(torch.bfloat16)
     doubt = _doubt(left, rounded, corpus)
+    bounds = {} if pairs is None else resolve("similarity_topk", pairs, x, y, bound_rules())
     usual = (2 if coarse.dtype == torch.bfloat16 else 8) * k + 64
     first = select(
         rounded,
@@ -201,7 +177,7 @@ def search(
         scale=scale,
         row_bias=row_bias,
         col_bias=col_bias,
-        pairs=_relaxed(pairs, doubt),
+        pairs=_relaxed(pairs, bounds, doubt) if pairs is not None and bounds else pairs,
         code_scale=corpus.scale,
         names=names,
         backend=backend,
@@ -210,9 +186,11 @@ def search(
     candidates, rest = _worth_computing(first.values, first.indices, k, size * doubt)
     arguments = {"scale": scale, "row_bias": row_bias, "col_bias": col_bias, "pairs": pairs}
     exact = logits_at(x, y, candidates, **arguments, metric=metric, names=names, backend=backend)  # type: ignore[arg-type]
-    if pairs is not None and (pairs.below is not None or pairs.above is not None):
+    if bounds:
         dots = logits_at(x, y, candidates, metric=metric, names=names, backend=backend)
-        exact = exact.masked_fill(_outside(pairs, dots, candidates), -torch.inf)
+        places = Places((slice(None), None), candidates.clamp_min(0), dots)
+        for rule in (rule for rule in bound_rules() if rule.is_in(bounds)):
+            exact = exact.masked_fill(rule.mask(bounds, places), -torch.inf)
     values, indices, _, _ = order(exact, candidates, k, backend)
     certified = (rest + size * doubt < values[:, -1]) | (rest == -torch.inf)
     if coarse.retry and not bool(certified.all()):

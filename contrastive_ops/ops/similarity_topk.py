@@ -13,9 +13,9 @@ from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
 from ..core.declarations import Declaration, Named, Shapes, declare
 from ..core.logit_sets import LogitSets, prepare
 from ..core.operators import call
-from ..core.problem import STATISTICS, Layout, Slot
+from ..core.problem import Layout, Slot
 from ..core.results import named
-from ..core.rules import Pairs
+from ..core.rules import STATISTICS, Pairs
 from ..core.unit_rows import unit_rows
 from ..cuda import _products
 from ..reference import similarity_topk as reference

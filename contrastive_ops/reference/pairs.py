@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.checks import accumulator
+from ..core.column_lists import entries
 from ..core.ordered import segment_sums
 from ..core.problem import Layout, LogitSet, ScaleOf, Slot
 from ..core.recompute import may_overwrite
+from ..core.rule_kinds import ClassWeightRule, Data, Places, Rule
+from ..core.rules import RULES
 
 
 def inner_products(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
@@ -44,24 +48,19 @@ class SetOfChunk:
     logits: Tensor
     target: Tensor | None
 
-    def rules(self) -> Iterator[tuple[str, Tensor]]:
-        """The name of each rule, and True where it drops a pair; a name may come twice."""
-        data, rows = self.set.data, self.rows
-        yield from self._dropped_by_position()
-        yield from self._dropped_by_ids()
-        yield from _exceeds("below", self.dots, data.get(Slot.BELOW_ROWS), data.get(Slot.BELOW_COLS), rows)
-        above = [data.get(slot) for slot in (Slot.ABOVE_ROWS, Slot.ABOVE_COLS)]
-        if any(bound is not None for bound in above):
-            negated = [None if bound is None else -bound for bound in above]
-            yield from _exceeds("above", -self.dots, negated[0], negated[1], rows)
-        if Slot.GUIDE_X in data:
-            guide = inner_products(data[Slot.GUIDE_X][rows], data[Slot.GUIDE_Y])
-            yield from _exceeds("guide", guide, data.get(Slot.GUIDE_BELOW_ROWS), data.get(Slot.GUIDE_BELOW_COLS), rows)
+    def dropped_by(self, rules: Callable[[Rule], bool]) -> Iterator[tuple[str, Tensor]]:
+        """The name of each of these rules that the set has, and True where it drops a pair."""
+        places = Places((self.rows, None), ..., self.dots, self._guide)
+        data = self.set.data
+        return ((rule.name, rule.mask(data, places)) for rule in RULES.values() if rules(rule) and rule.is_in(data))
+
+    def _guide(self, data: Data) -> Tensor:
+        return inner_products(data[Slot.GUIDE_X][self.rows], data[Slot.GUIDE_Y])
 
     @functools.cached_property
     def dropped(self) -> Tensor | None:
         """True where a rule drops a pair; without the diagonal, which is cheaper to write to than to compare."""
-        return _union([drop for name, drop in self.rules() if name != "diagonal"])
+        return _union([drop for _, drop in self.dropped_by(lambda rule: rule.drops)])
 
     def without_dropped(self, values: Tensor, fill: float, overwrite: bool = False) -> Tensor:
         """Values of all pairs, `fill` where a rule drops one."""
@@ -110,46 +109,8 @@ class SetOfChunk:
 
     def _linear_lists(self) -> tuple[Tensor, Tensor, Tensor]:
         data = self.set.data
-        row, column, entries = _lists(data[Slot.LINEAR_INDPTR], data[Slot.LINEAR_INDICES], self.rows)
-        return row, column, data[Slot.LINEAR_WEIGHT][entries]
-
-    def _dropped_by_position(self) -> Iterator[tuple[str, Tensor]]:
-        data, rows, diagonal = self.set.data, self.rows, self.set.diagonal
-        if diagonal is not None:
-            drop = torch.zeros_like(self.logits, dtype=torch.bool)
-            drop.diagonal(rows.start + diagonal).fill_(True)
-            yield "diagonal", drop
-        if Slot.EXCLUDE_INDPTR in data:
-            row, column, _ = _lists(data[Slot.EXCLUDE_INDPTR], data[Slot.EXCLUDE_INDICES], rows)
-            drop = torch.zeros_like(self.logits, dtype=torch.bool)
-            drop[row, column] = True
-            yield "exclude", drop
-
-    def _dropped_by_ids(self) -> Iterator[tuple[str, Tensor]]:
-        data = self.set.data
-        for name, rows, cols in (
-            ("differ", Slot.DIFFER_ROWS, Slot.DIFFER_COLS),
-            ("same", Slot.SAME_ROWS, Slot.SAME_COLS),
-        ):
-            if rows in data:
-                row, column = data[rows][self.rows, None], data[cols]
-                equal = (row == column) & (column != -1)  # a row of the entries, which are fast to read
-                yield name, equal if name == "differ" else ~equal
-
-
-def _lists(indptr: Tensor, indices: Tensor, rows: slice) -> tuple[Tensor, Tensor, slice]:
-    """The entries of the lists of `rows`: row within the chunk, column, and where they stand."""
-    bounds = indptr[rows.start : rows.stop + 1]
-    entries = slice(int(bounds[0]), int(bounds[-1]))
-    row = torch.repeat_interleave(bounds.diff())
-    return row, indices[entries], entries
-
-
-def _exceeds(
-    name: str, similarity: Tensor, by_row: Tensor | None, by_column: Tensor | None, rows: slice
-) -> Iterator[tuple[str, Tensor]]:
-    bounds = [None if by_row is None else by_row[rows, None], by_column]
-    yield from ((name, similarity > bound) for bound in bounds if bound is not None)
+        row, column, found = entries(data[Slot.LINEAR_INDPTR], data[Slot.LINEAR_INDICES], self.rows)
+        return row, column, data[Slot.LINEAR_WEIGHT][found]
 
 
 def _union(drops: list[Tensor]) -> Tensor | None:
@@ -174,11 +135,13 @@ def affine(dots: Tensor, scale: Tensor, row_bias: Tensor | None, col_bias: Tenso
     return torch.addcmul(bias, dots, scale)
 
 
-def _log_weight(data: dict[Slot, Tensor], rows: slice) -> Tensor:
-    """The table's entry of each pair; 0 where either has no class."""
-    row, column = data[Slot.CLASS_ROWS][rows, None], data[Slot.CLASS_COLS]
-    entry = data[Slot.LOG_WEIGHT][row.clamp_min(0), column.clamp_min(0)]
-    return entry.masked_fill((row < 0) | (column < 0), 0.0)
+def add_class_weights(logits: Tensor, each: LogitSet, rows: Any, cols: Any, overwrite: bool = False) -> Tensor:
+    """Logits of pairs, of indices as in `Places`, with what the rules add to them."""
+    for rule in RULES.values():
+        if isinstance(rule, ClassWeightRule) and rule.is_in(each.data):
+            entry = rule.entry(each.data, rows, cols)
+            logits = logits.add_(entry) if overwrite else logits + entry
+    return logits
 
 
 def chunk_sets(
@@ -196,9 +159,7 @@ def chunk_sets(
     for each, own in zip(layout.sets, layout.scale_slices(len(x), len(y)), strict=True):
         factor = scale[own][rows, None] if each.scale_of == ScaleOf.ROWS else scale[own]
         logits = affine(dots, factor, None if row_bias is None else row_bias[rows, None], col_bias)
-        if Slot.LOG_WEIGHT in each.data:
-            entry = _log_weight(each.data, rows)
-            logits = logits.add_(entry) if may_overwrite() else logits + entry
+        logits = add_class_weights(logits, each, (rows, None), ..., may_overwrite())
         sign = -1 if each.negate else 1
         logits = -logits if each.negate else logits
         yield SetOfChunk(each, rows, dots, sign * factor, sign, logits, target)

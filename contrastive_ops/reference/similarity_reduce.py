@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..core.checks import accumulator
-from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows, merge_lse, softplus, times
+from ..core.fold_kinds import FOLDS
+from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows, times
 from ..core.ordered import long_product, wide_dtype
 from ..core.problem import Layout, ScaleOf, SetFold
 from ..core.recompute import may_overwrite, recomputed
@@ -30,43 +31,26 @@ def chunks(rows: int, columns: int) -> Iterator[slice]:
 
 # ---- Forward -------------------------------------------------------------------------------------------------------
 
-# What a fold is before its first pair.
-_EMPTY = {"logsumexp": -torch.inf, "max": -torch.inf, "sum_softplus": 0.0, "sum_relu": 0.0, "sum": 0.0, "count": 0.0}
-
-
-def _fold(kind: str, logits: Tensor, dim: int) -> Tensor:
-    """The fold of logits in which pairs that take no part are -inf."""
-    if kind == "logsumexp":
-        return logits.logsumexp(dim)
-    if kind == "count":
-        return (logits != -torch.inf).sum(dim).to(logits.dtype)  # ones in float32 end at 2^24
-    if kind == "sum":
-        return torch.where(logits == -torch.inf, 0.0, logits).sum(dim)
-    return (softplus(logits) if kind == "sum_softplus" else logits.relu()).sum(dim)
-
 
 def _fold_into(fold: SetFold, logits: Tensor, part: slice, value: Tensor, winner: Tensor) -> None:
     """Add a chunk's logits to the result of a fold, in place."""
-    if fold.cols:
-        if not logits.shape[0]:
-            return
-        if fold.kind == "max":
-            best, index = logits.max(0)
-            better = (best > value) | (best.isnan() & ~value.isnan())  # the smallest index wins a tie
-            value.copy_(torch.where(better, best, value))
-            winner.copy_(torch.where(better, index + part.start, winner))
-        elif fold.kind == "logsumexp":
-            value.copy_(merge_lse(value, logits.logsumexp(0).to(value.dtype)))
+    kind, along = FOLDS[fold.kind], 0 if fold.cols else 1
+    if not logits.shape[along]:
+        return
+    if not kind.has_winner:
+        found = kind.chunk(logits, along).to(value.dtype)
+        if fold.cols:
+            value.copy_(kind.merge(value, found))
         else:
-            value += _fold(fold.kind, logits, 0)
-        return
-    if not logits.shape[1]:
-        return
-    if fold.kind == "max":
+            value[part] = found
+    elif fold.cols:
+        best, index = logits.max(0)
+        better = (best > value) | (best.isnan() & ~value.isnan())  # the smallest index wins a tie
+        value.copy_(torch.where(better, best, value))
+        winner.copy_(torch.where(better, index + part.start, winner))
+    else:
         value[part], index = logits.max(1)
         winner[part] = torch.where(value[part] == -torch.inf, -1, index)
-    else:
-        value[part] = _fold(fold.kind, logits, 1)
 
 
 class Found:
@@ -87,7 +71,7 @@ class Found:
             for fold, value in zip(layout.folds, self.of_folds, strict=True)
         ]
         for fold, value in zip(layout.folds, self.values, strict=True):
-            value.fill_(_EMPTY[fold.kind])
+            value.fill_(FOLDS[fold.kind].empty)
 
     def add(self, sets: list[SetOfChunk]) -> None:
         """Fold the pairs of a chunk."""
@@ -146,25 +130,21 @@ def _slope(fold: SetFold, logits: Tensor, part: slice, value: Tensor, winner: Te
     """The derivative of the total by the logits through one fold."""
     own = slice(None) if fold.cols else part
     upstream, shape = d_value[own], (1, -1) if fold.cols else (-1, 1)
-    if fold.kind == "logsumexp":
-        lse = value[own]
-        # Without a pair all logits are -inf, and the difference is too.
-        slope = (logits - lse.masked_fill(lse == -torch.inf, 0.0).reshape(shape)).exp_()
-        return _scaled(slope, upstream.reshape(shape))
-    if fold.kind == "max":
-        zero = torch.zeros_like(logits)
-        if fold.cols:
-            here = (winner >= part.start) & (winner < part.stop)
-            row = torch.where(here, winner - part.start, 0)
-            return zero.scatter_add(0, row[None], (upstream * here)[None]) if len(logits) else zero
-        column = winner[own]
-        column, upstream = column.clamp_min(0), upstream * (column >= 0)
-        return zero.scatter_add(1, column[:, None], upstream[:, None]) if logits.shape[1] else zero
-    if fold.kind == "sum_softplus":
-        slope = logits.sigmoid()
-    else:
-        slope = (logits > 0 if fold.kind == "sum_relu" else logits != -torch.inf).to(logits.dtype)
-    return _scaled(slope, upstream.reshape(shape))
+    slope = FOLDS[fold.kind].slope
+    if slope is not None:
+        return _scaled(slope(logits, value[own].reshape(shape)), upstream.reshape(shape))
+    zero = torch.zeros_like(logits)
+    if fold.cols:
+        here = (winner >= part.start) & (winner < part.stop)
+        row = torch.where(here, winner - part.start, 0)
+        return zero.scatter_add(0, row[None], (upstream * here)[None]) if len(logits) else zero
+    column = winner[own]
+    column, upstream = column.clamp_min(0), upstream * (column >= 0)
+    return zero.scatter_add(1, column[:, None], upstream[:, None]) if logits.shape[1] else zero
+
+
+def _has_slope(fold: SetFold) -> bool:
+    return FOLDS[fold.kind].has_winner or FOLDS[fold.kind].slope is not None
 
 
 def _scaled(values: Tensor, factor: Tensor) -> Tensor:
@@ -214,7 +194,7 @@ def backward(
     if d_folds is not None:
         sizes, argmax_sizes = layout.sizes(len(x), len(columns)), layout.argmax_sizes(len(x), len(columns))
         parts = (folds.split(sizes), argmax.split(argmax_sizes), d_folds.split(sizes))
-        active = [each for each in zip(layout.folds, *parts, strict=True) if each[0].kind != "count"]
+        active = [each for each in zip(layout.folds, *parts, strict=True) if _has_slope(each[0])]
     # Under autograd (second derivatives) each chunk is computed again instead of being stored, from its inputs.
     whole = None if torch.is_grad_enabled() else _all_products(kept, len(x), len(columns))
 

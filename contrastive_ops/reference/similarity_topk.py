@@ -16,9 +16,10 @@ from ..core.checks import accumulator
 from ..core.masks import left_out
 from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows, times
 from ..core.ordered import add_segments, segment_rows
-from ..core.problem import STATISTICS, Layout, LogitSet, ScaleOf, Slot
+from ..core.problem import Layout, LogitSet, ScaleOf, Slot
 from ..core.recompute import recomputed
-from .pairs import SetOfChunk, affine, chunk_sets, inner_products
+from ..core.rules import STATISTICS
+from .pairs import SetOfChunk, add_class_weights, affine, chunk_sets, inner_products
 
 # ---- Forward -------------------------------------------------------------------------------------------------------
 
@@ -75,8 +76,8 @@ def best(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         return values, indices, indices.new_zeros(rows)
     # torch.topk may return any of equal scores: it is asked for the last value only.
     last = scores.topk(kept, dim=1).values[:, -1:]
-    above, ties = scores > last, (scores == last) & (last > -torch.inf)
-    chosen = above | (ties & (ties.cumsum(1) <= kept - above.sum(1, keepdim=True)))
+    larger, ties = scores > last, (scores == last) & (last > -torch.inf)
+    chosen = larger | (ties & (ties.cumsum(1) <= kept - larger.sum(1, keepdim=True)))
     row, column = chosen.nonzero(as_tuple=True)
     counts = chosen.sum(1)
     place = torch.arange(len(row), device=scores.device) - (counts.cumsum(0) - counts)[row]
@@ -90,10 +91,7 @@ def _statistics(each: SetOfChunk, count_above: Tensor) -> Tensor:
     """(STATISTICS, rows) counts over all columns."""
     scores = _scores(each)
     counts = {"eligible": (scores > -torch.inf).sum(1), "higher": (each.logits > count_above).sum(1)}
-    dropped: dict[str, Tensor] = {}
-    for name, drop in each.rules():
-        dropped[name] = dropped[name] | drop if name in dropped else drop
-    counts.update({name: drop.sum(1) for name, drop in dropped.items()})
+    counts.update({name: drop.sum(1) for name, drop in each.dropped_by(lambda rule: rule.counted)})
     nothing = counts["eligible"].new_zeros(len(scores))
     return torch.stack([counts.get(name, nothing) for name in STATISTICS])
 
@@ -131,11 +129,7 @@ def logits_of_listed(
     """(rows, P) logits of similarities `dots` with the columns `column`, -inf where there is none."""
     of_rows = None if row_bias is None else row_bias[rows, None]
     of_columns = None if col_bias is None else segment_rows(col_bias, column.flatten()).view(column.shape)
-    logits = affine(dots, scale, of_rows, of_columns)
-    if Slot.LOG_WEIGHT in each.data:
-        row, other = each.data[Slot.CLASS_ROWS][rows, None], each.data[Slot.CLASS_COLS][column]
-        entry = each.data[Slot.LOG_WEIGHT][row.clamp_min(0), other.clamp_min(0)]
-        logits = logits + entry.masked_fill((row < 0) | (other < 0), 0.0)
+    logits = add_class_weights(affine(dots, scale, of_rows, of_columns), each, (rows, None), column)
     return logits.masked_fill(~listed, -torch.inf)
 
 

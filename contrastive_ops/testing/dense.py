@@ -1,6 +1,7 @@
 """similarity_reduce once more, N x M and all, in plain torch: the truth that every backend is compared with.
 
-Written from the definitions in `Pairs` and `Fold`, and not from the reference, which is under test itself.
+Written from the definitions in `Pairs` and `Fold`, rule by rule and fold by fold: the tables of the package, `RULES`
+and `FOLDS`, are under test themselves.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..core.folds import Fold, Reduced
-from ..core.rules import Bound, Pairs
+from ..core.rule_kinds import Bound
+from ..core.rules import Pairs
 
 
 def dense_keep(pairs: Pairs | None, x: Tensor, y: Tensor) -> Tensor:

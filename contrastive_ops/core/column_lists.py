@@ -1,0 +1,77 @@
+"""Lists of columns, one for each row, as (indptr, indices): those of row i are indices[indptr[i]:indptr[i + 1]]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .lists import pair_order, pairs_ascend
+
+
+def check_lists(
+    function: str, name: str, lists: tuple[Tensor, ...], x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check lists of columns per row; return (indptr, indices, order) with the columns of each row ascending.
+
+    `order` says which of the given entries each returned one is.
+    """
+    indptr, indices = lists[:2]
+    n, m = x.shape[0], y.shape[0]
+    indptr = checks.check_index(function, f"{name} indptr", indptr, n + 1, "x", x)
+    indices = checks.check_index(function, f"{name} indices", indices, None, "x", x)
+    if not checks.may_read(indptr, waits=True):
+        return indptr, indices, torch.arange(indices.shape[0], device=indices.device)
+    lengths = indptr.diff()
+    if int(indptr[0]) != 0 or int(indptr[-1]) != indices.shape[0] or bool((lengths < 0).any()):
+        raise ValueError(
+            f"{function}: {name} indptr must rise from 0 to the {indices.shape[0]} indices, "
+            f"got {int(indptr[0])} to {int(indptr[-1])}" + (", not monotonic" if bool((lengths < 0).any()) else "")
+        )
+    row = torch.repeat_interleave(lengths)
+    wrong = ((indices < 0) | (indices >= m)).nonzero()
+    if len(wrong):
+        at = int(wrong[0])
+        raise ValueError(
+            f"{function}: {name} indices must be in [0, {m}), got {int(indices[at])} in the list of row {int(row[at])}"
+        )
+    if pairs_ascend(row, indices):
+        return indptr, indices, torch.arange(indices.shape[0], device=indices.device)
+    order = pair_order(row, indices)
+    return indptr, indices[order], order
+
+
+def entries(indptr: Tensor, indices: Tensor, rows: slice) -> tuple[Tensor, Tensor, slice]:
+    """The entries of the lists of `rows`: row within the slice, column, and where they stand."""
+    bounds = indptr[rows.start : rows.stop + 1]
+    found = slice(int(bounds[0]), int(bounds[-1]))
+    row = torch.repeat_interleave(bounds.diff())
+    return row, indices[found], found
+
+
+def lists_of_rows(indptr: Tensor, indices: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The lists of some of the rows."""
+    lengths = indptr.diff()[rows]
+    starts = lengths.cumsum(0) - lengths
+    row = torch.repeat_interleave(lengths)
+    at = torch.arange(len(row), device=row.device) - starts[row] + indptr[:-1][rows][row]
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), indices[at]
+
+
+def lists_of_columns(indptr: Tensor, indices: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    """What the lists name of the columns [begin, end), numbered from `begin`."""
+    kept = (indices >= begin) & (indices < end)
+    before = torch.cat([indptr.new_zeros(1), kept.cumsum(0)])
+    return before[indptr], indices[kept] - begin
+
+
+def with_own_column(lists: tuple[Tensor, Tensor] | None, column: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Lists with one more column for each row, where there is such a column."""
+    indptr, indices = (column.new_zeros(len(column) + 1), column[:0]) if lists is None else lists
+    row = torch.cat([torch.repeat_interleave(indptr.diff()), torch.arange(len(column), device=column.device)])
+    column = torch.cat([indices, column])
+    inside = (column >= 0) & (column < columns)
+    row, column = row[inside], column[inside]
+    order = row.argsort(stable=True)
+    lengths = torch.bincount(row, minlength=len(indptr) - 1)
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), column[order]

@@ -1,0 +1,335 @@
+"""The kinds of rules for pairs: how a value is checked, handed to backends, cut into parts, and what it drops.
+
+A rule of `Pairs` is one row of `rules.RULES`: an object of a class of this file, with a name and slots. All who deal
+with rules go through that table, so that none but the inner loops of the kernels knows a rule by its name.
+"""
+
+# ruff: noqa: D102 - the methods are described once, in `Rule`.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .column_lists import check_lists, entries, lists_of_columns, lists_of_rows
+from .problem import Slot
+
+Bound = float | Tensor
+Bounds = Bound | tuple[Bound, ...] | None
+Data = Mapping[Slot, Tensor]
+Change = Callable[[Tensor], Tensor]
+
+
+class Places(NamedTuple):
+    """The pairs that a rule is asked about: some rows with all columns, or a list of pairs.
+
+    Attributes:
+        rows: the index that takes from a vector, which has a number for each row, what broadcasts to the pairs. Of some
+            rows with all columns it is (slice, None).
+        cols: the same for columns.
+        similarity: the inner products of the pairs.
+        guide: returns the guide's inner products of the pairs from the data of a set; for rules with a guide.
+    """
+
+    rows: Any
+    cols: Any
+    similarity: Tensor
+    guide: Callable[[Data], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule: a field of `Pairs`, and the slots by which backends know it.
+
+    Attributes:
+        name: the field.
+        rows: slots with one entry for each row.
+        cols: slots with one entry for each column.
+        others: slots of neither.
+        slots: all of them.
+        drops: whether it drops pairs; others change logits.
+        counted: whether similarity_topk counts under its name what it drops.
+        reads_similarity: whether it drops pairs because of their similarity.
+    """
+
+    name: str
+    rows: tuple[Slot, ...] = ()
+    cols: tuple[Slot, ...] = ()
+    others: tuple[Slot, ...] = ()
+    slots: tuple[Slot, ...] = field(init=False)
+    drops: ClassVar[bool] = True
+    counted: ClassVar[bool] = False
+    reads_similarity: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "slots", self.rows + self.cols + self.others)
+
+    def is_in(self, data: Data) -> bool:
+        """Whether a set has this rule."""
+        return not data.keys().isdisjoint(self.slots)
+
+    def check(self, value: Any) -> Any:
+        """Check what does not depend on the matrices; return the value as `Pairs` keeps it."""
+        return value
+
+    def encode(self, function: str, value: Any, x: Tensor, y: Tensor) -> dict[Slot, Tensor]:
+        """Check the value against the matrices and return its tensors as backends take them."""
+        raise NotImplementedError
+
+    def map(self, value: Any, rows: Change, cols: Change) -> Any:
+        """The value with functions applied to its vectors and matrices that have an entry for each row, or column."""
+        return value
+
+    def take_rows(self, value: Any, rows: Tensor) -> Any:
+        """The value for some of the rows."""
+        return self.map(value, lambda part: part[rows], _same)
+
+    def take_cols(self, value: Any, begin: int, end: int) -> Any:
+        """The value for the columns [begin, end)."""
+        return self.map(value, _same, lambda part: part[begin:end])
+
+    def mask(self, data: Data, places: Places) -> Tensor:
+        """True where the rule drops a pair, for sets that have it."""
+        raise NotImplementedError
+
+
+def _same(part: Tensor) -> Tensor:
+    return part
+
+
+def _checked_tuple(name: str, value: object, size: int) -> Any:
+    if not isinstance(value, tuple) or len(value) != size:
+        got = f"{len(value)} elements" if isinstance(value, tuple) else type(value).__name__
+        raise TypeError(f"Pairs: {name} must be a tuple of {size} tensors, got {got}")
+    return value
+
+
+class DiagonalRule(Rule):
+    """One number, which is no tensor: `LogitSet.diagonal`."""
+
+    def check(self, value: Any) -> int:
+        return checks.integer("Pairs", self.name, value)
+
+    def encode(self, function: str, value: Any, x: Tensor, y: Tensor) -> dict[Slot, Tensor]:
+        return {}
+
+    def take_rows(self, value: Any, rows: Tensor) -> None:
+        """Some rows have no diagonal: see `rule_slices.rows_of`."""
+
+    def take_cols(self, value: Any, begin: int, end: int) -> int:
+        return value - begin
+
+
+@dataclass(frozen=True)
+class IdsRule(Rule):
+    """(row_ids, col_ids), of which -1 equals nothing."""
+
+    drops_equal: bool = True
+    counted: ClassVar[bool] = True
+
+    def check(self, value: Any) -> Any:
+        return _checked_tuple(self.name, value, 2)
+
+    def encode(self, function: str, value: Any, x: Tensor, y: Tensor) -> dict[Slot, Tensor]:
+        sides = (("rows", value[0], x, self.rows[0]), ("columns", value[1], y, self.cols[0]))
+        return {
+            slot: checks.check_index(function, f"pairs.{self.name} of the {side}", ids, like.shape[0], "x", x)
+            for side, ids, like, slot in sides
+        }
+
+    def map(self, value: Any, rows: Change, cols: Change) -> Any:
+        return rows(value[0]), cols(value[1])
+
+    def mask(self, data: Data, places: Places) -> Tensor:
+        row, column = data[self.rows[0]][places.rows], data[self.cols[0]][places.cols]
+        equal = (row == column) & (column != -1)  # of a chunk a row of entries, which are fast to read
+        return equal if self.drops_equal else ~equal
+
+
+class ListsRule(Rule):
+    """(indptr, indices): the columns that each row drops."""
+
+    def check(self, value: Any) -> Any:
+        return _checked_tuple(self.name, value, 2)
+
+    def encode(self, function: str, value: Any, x: Tensor, y: Tensor) -> dict[Slot, Tensor]:
+        return dict(zip(self.others, check_lists(function, self.name, value, x, y)[:2], strict=True))
+
+    def take_rows(self, value: Any, rows: Tensor) -> Any:
+        return lists_of_rows(value[0], value[1], rows)
+
+    def take_cols(self, value: Any, begin: int, end: int) -> Any:
+        return lists_of_columns(value[0], value[1], begin, end)
+
+    def mask(self, data: Data, places: Places) -> Tensor:
+        """Of some rows with all columns only."""
+        indptr, indices = (data[slot] for slot in self.others)
+        row, column, _ = entries(indptr, indices, places.rows[0])
+        drop = torch.zeros_like(places.similarity, dtype=torch.bool)
+        drop[row, column] = True
+        return drop
+
+
+# ---- Bounds ----------------------------------------------------------------------------------------------------------
+
+
+class Limit(NamedTuple):
+    """One bound: a number for all pairs (float or 0-d), for each row (N,), or for each column (M,)."""
+
+    per: str
+    values: Bound
+
+    @classmethod
+    def of(cls, bound: Bound) -> Limit:
+        """From the forms that `Pairs` takes. What has none of them is left as it is, for `BoundRule.encode` to refuse.
+
+        One number is that of all pairs, whatever its shape: (1, 1) may be meant for one row and for one column.
+        """
+        if not isinstance(bound, Tensor):
+            return cls("pair", bound)
+        if bound.numel() == 1:
+            return cls("pair", bound.reshape(()))
+        if bound.dim() == 1 or (bound.dim() == 2 and bound.shape[1] == 1):
+            return cls("row", bound.reshape(-1))
+        return cls("column", bound[0]) if bound.dim() == 2 and bound.shape[0] == 1 else cls("pair", bound)
+
+    @property
+    def bound(self) -> Bound:
+        """In a form that `Pairs` takes."""
+        return self.values[None] if self.per == "column" else self.values  # type: ignore[index]
+
+
+def listed_bounds(*bounds: Bounds) -> tuple[Bound, ...]:
+    """All bounds of these fields, in one tuple."""
+    return tuple(bound for given in bounds if given is not None for bound in _as_tuple(given))
+
+
+def _as_tuple(bounds: Bounds) -> tuple[Bound, ...]:
+    return bounds if isinstance(bounds, tuple) else (bounds,)  # type: ignore[return-value]
+
+
+def checked_bounds(function: str, name: str, value: Any) -> Any:
+    """Bounds that are no tensors as floats, whatever they came as."""
+    if isinstance(value, tuple):
+        return tuple(checked_bounds(function, name, bound) for bound in value)
+    return value if value is None or isinstance(value, Tensor) else checks.factor(function, name, value)
+
+
+@dataclass(frozen=True)
+class BoundRule(Rule):
+    """Bounds of the similarity: from above where `sign` is 1, from below where it is -1. NaN passes."""
+
+    sign: int = 1
+    counted: ClassVar[bool] = True
+    reads_similarity: ClassVar[bool] = True
+
+    def check(self, value: Any) -> Any:
+        return checked_bounds("Pairs", self.name, value)
+
+    def encode(self, function: str, value: Any, x: Tensor, y: Tensor) -> dict[Slot, Tensor]:
+        """The least bound of each row and of each column (the largest, from below), where there are any."""
+        name, n, m = f"pairs.{self.name}", x.shape[0], y.shape[0]
+        dtype = checks.accumulator(x.dtype)
+        data: dict[Slot, Tensor] = {}
+        for bound in listed_bounds(value):
+            per, values = Limit.of(checks.factor(function, name, bound))
+            slot, size = (self.cols[0], m) if per == "column" else (self.rows[0], n)
+            if isinstance(values, Tensor):
+                if values.dim() > 1 or (values.dim() and values.shape[0] != size):
+                    raise ValueError(
+                        f"{function}: {name} must be one number or have shape ({n},), ({n}, 1) or (1, {m}), "
+                        f"got {checks.shape(bound)}"  # type: ignore[arg-type]
+                    )
+                checks.check_device(function, "x", x, name, values)
+                values = values.detach().to(dtype).expand(size)
+            else:
+                values = torch.full((size,), values, dtype=dtype, device=x.device)
+            if slot in data:
+                values = (torch.minimum if self.sign > 0 else torch.maximum)(data[slot], values)
+            data[slot] = values
+        return data
+
+    def decode(self, data: Data) -> tuple[Bound, ...] | None:
+        """The bounds of a set in the forms that `Pairs` takes."""
+        sides = (("row", self.rows[0]), ("column", self.cols[0]))
+        return tuple(Limit(per, data[slot]).bound for per, slot in sides if slot in data) or None
+
+    def map(self, value: Any, rows: Change, cols: Change) -> Any:
+        change = {"pair": _same, "row": rows, "column": cols}
+        limits = [Limit.of(bound) for bound in _as_tuple(value)]
+        return tuple(Limit(per, change[per](values)).bound for per, values in limits)  # type: ignore[arg-type]
+
+    def outside(self, data: Data, similarity: Tensor, places: Places) -> Tensor:
+        """True where a similarity of the pairs is out of bounds."""
+        sides = ((self.rows[0], places.rows), (self.cols[0], places.cols))
+        bounds = [data[slot][index] for slot, index in sides if slot in data]
+        outside = [similarity > bound if self.sign > 0 else similarity < bound for bound in bounds]
+        return outside[0] if len(outside) == 1 else outside[0] | outside[1]
+
+    def mask(self, data: Data, places: Places) -> Tensor:
+        return self.outside(data, places.similarity, places)
+
+    def relaxed(self, data: Data, by: Callable[[Tensor, bool], Tensor]) -> dict[Slot, Tensor]:
+        """The bounds with more room: ``by(bounds, of columns)``."""
+        sides = ((self.rows[0], False), (self.cols[0], True))
+        return {slot: data[slot] + self.sign * by(data[slot], cols) for slot, cols in sides if slot in data}
+
+    def closed(self, data: Data, rows: Tensor, cols: Tensor, dtype: torch.dtype) -> dict[Slot, Tensor]:
+        """The bounds, which also drop all pairs of the rows and of the columns for which these are True."""
+        passes = self.sign * torch.inf
+        found: dict[Slot, Tensor] = {}
+        for slot, shut in ((self.rows[0], rows), (self.cols[0], cols)):
+            bound = data[slot] if slot in data else torch.full(shut.shape, passes, dtype=dtype, device=shut.device)
+            found[slot] = torch.where(shut, -passes, bound)
+        return found
+
+
+# ---- What changes logits ---------------------------------------------------------------------------------------------
+
+
+class ClassWeightRule(Rule):
+    """(table, row_classes, col_classes): what is added to the logit of a pair of classes."""
+
+    drops: ClassVar[bool] = False
+
+    def check(self, value: Any) -> Any:
+        return _checked_tuple(self.name, value, 3)
+
+    def encode(self, function: str, value: Any, x: Tensor, y: Tensor) -> dict[Slot, Tensor]:
+        name, table = f"pairs.{self.name}", value[0]
+        checks.check_matrix(function, name, table)
+        checks.check_constant(function, name, table)
+        data = {}
+        sides = (("rows", value[1], x, self.rows[0]), ("columns", value[2], y, self.cols[0]))
+        for side, classes, like, slot in sides:
+            data[slot] = checks.check_index(function, f"{name} of the {side}", classes, like.shape[0], "x", x)
+        for (side, classes, *_), size in zip(sides, table.shape, strict=True):
+            checks.check_index_values(function, f"{name} classes of the {side}", classes, size, or_none=True)
+        data[self.others[0]] = table.to(checks.accumulator(x.dtype))
+        return data
+
+    def map(self, value: Any, rows: Change, cols: Change) -> Any:
+        return value[0], rows(value[1]), cols(value[2])
+
+    def entry(self, data: Data, rows: Any, cols: Any) -> Tensor:
+        """The table's entry of each pair, of indices as in `Places`; 0 where either has no class."""
+        row, column = data[self.rows[0]][rows], data[self.cols[0]][cols]
+        found = data[self.others[0]][row.clamp_min(0), column.clamp_min(0)]
+        return found.masked_fill((row < 0) | (column < 0), 0.0)
+
+
+class FillRule(Rule):
+    """The logit of pairs that the other rules drop."""
+
+    drops: ClassVar[bool] = False
+
+    def check(self, value: Any) -> float:
+        return checks.number("Pairs", self.name, value, "[-inf, inf]")
+
+    def encode(self, function: str, value: Any, x: Tensor, y: Tensor) -> dict[Slot, Tensor]:
+        return {self.others[0]: torch.full((), value, dtype=checks.accumulator(x.dtype), device=x.device)}
