@@ -9,7 +9,7 @@ import torch
 
 from contrastive_ops import Fold, Pairs, TopKState, mine_hard_negatives, similarity_reduce, similarity_topk
 from contrastive_ops.core import fold_kinds, problem, rule_slices, rules
-from contrastive_ops.core.rule_kinds import IdsRule, Limit
+from contrastive_ops.core.rule_kinds import IdsRule, limit
 
 N, M, D = 7, 11, 4
 
@@ -179,10 +179,8 @@ def test_every_rule_is_a_field_with_slots_of_its_own():
     ],
 )
 def test_bounds_have_one_form(bound, per, shape):
-    limit = Limit.of(bound)
-    assert (limit.per, tuple(limit.values.shape)) == (per, shape)
-    again = Limit.of(limit.bound)
-    assert again.per == per and torch.equal(again.values, limit.values)
+    found, values = limit(bound)
+    assert (found, tuple(values.shape)) == (per, shape)
 
 
 def test_a_bound_of_another_shape_is_refused_before_a_first_pass_uses_it():

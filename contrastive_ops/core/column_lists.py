@@ -65,13 +65,15 @@ def lists_of_columns(indptr: Tensor, indices: Tensor, begin: int, end: int) -> t
     return before[indptr], indices[kept] - begin
 
 
+def joined(lists: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """For each row the columns of both lists."""
+    row = torch.cat([torch.repeat_interleave(indptr.diff()) for indptr, _ in (lists, others)])
+    order = row.argsort(stable=True)
+    return lists[0] + others[0], torch.cat([lists[1], others[1]])[order]
+
+
 def with_own_column(lists: tuple[Tensor, Tensor] | None, column: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """Lists with one more column for each row, where there is such a column."""
-    indptr, indices = (column.new_zeros(len(column) + 1), column[:0]) if lists is None else lists
-    row = torch.cat([torch.repeat_interleave(indptr.diff()), torch.arange(len(column), device=column.device)])
-    column = torch.cat([indices, column])
     inside = (column >= 0) & (column < columns)
-    row, column = row[inside], column[inside]
-    order = row.argsort(stable=True)
-    lengths = torch.bincount(row, minlength=len(indptr) - 1)
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), column[order]
+    own = torch.cat([column.new_zeros(1), inside.cumsum(0)]), column[inside]
+    return own if lists is None else joined(lists, own)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from . import autocast, checks, unit_lengths
+from .column_lists import check_lists
 from .problem import LogitSet, ScaleOf, Slot
-from .rules import Pairs, check_lists, resolve
+from .rules import Pairs, resolve
 
 
 def prepare(

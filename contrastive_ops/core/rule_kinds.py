@@ -52,6 +52,7 @@ class Rule:
         cols: slots with one entry for each column.
         others: slots of neither.
         slots: all of them.
+        tensors: how many the tuple has that the value is; 0 where it is none.
         drops: whether it drops pairs; others change logits.
         counted: whether similarity_topk counts under its name what it drops.
         reads_similarity: whether it drops pairs because of their similarity.
@@ -62,6 +63,7 @@ class Rule:
     cols: tuple[Slot, ...] = ()
     others: tuple[Slot, ...] = ()
     slots: tuple[Slot, ...] = field(init=False)
+    tensors: ClassVar[int] = 0
     drops: ClassVar[bool] = True
     counted: ClassVar[bool] = False
     reads_similarity: ClassVar[bool] = False
@@ -75,6 +77,9 @@ class Rule:
 
     def check(self, value: Any) -> Any:
         """Check what does not depend on the matrices; return the value as `Pairs` keeps it."""
+        if self.tensors and (not isinstance(value, tuple) or len(value) != self.tensors):
+            got = f"{len(value)} elements" if isinstance(value, tuple) else type(value).__name__
+            raise TypeError(f"Pairs: {self.name} must be a tuple of {self.tensors} tensors, got {got}")
         return value
 
     def encode(self, function: str, value: Any, x: Tensor, y: Tensor) -> dict[Slot, Tensor]:
@@ -97,16 +102,15 @@ class Rule:
         """True where the rule drops a pair, for sets that have it."""
         raise NotImplementedError
 
+    def _ids(self, function: str, ids: tuple[Tensor, Tensor], x: Tensor, y: Tensor) -> dict[Slot, Tensor]:
+        name = f"pairs.{self.name} of the"
+        rows = checks.check_index(function, f"{name} rows", ids[0], x.shape[0], "x", x)
+        cols = checks.check_index(function, f"{name} columns", ids[1], y.shape[0], "x", x)
+        return {self.rows[0]: rows, self.cols[0]: cols}
+
 
 def _same(part: Tensor) -> Tensor:
     return part
-
-
-def _checked_tuple(name: str, value: object, size: int) -> Any:
-    if not isinstance(value, tuple) or len(value) != size:
-        got = f"{len(value)} elements" if isinstance(value, tuple) else type(value).__name__
-        raise TypeError(f"Pairs: {name} must be a tuple of {size} tensors, got {got}")
-    return value
 
 
 class DiagonalRule(Rule):
@@ -130,17 +134,11 @@ class IdsRule(Rule):
     """(row_ids, col_ids), of which -1 equals nothing."""
 
     drops_equal: bool = True
+    tensors: ClassVar[int] = 2
     counted: ClassVar[bool] = True
 
-    def check(self, value: Any) -> Any:
-        return _checked_tuple(self.name, value, 2)
-
     def encode(self, function: str, value: Any, x: Tensor, y: Tensor) -> dict[Slot, Tensor]:
-        sides = (("rows", value[0], x, self.rows[0]), ("columns", value[1], y, self.cols[0]))
-        return {
-            slot: checks.check_index(function, f"pairs.{self.name} of the {side}", ids, like.shape[0], "x", x)
-            for side, ids, like, slot in sides
-        }
+        return self._ids(function, value, x, y)
 
     def map(self, value: Any, rows: Change, cols: Change) -> Any:
         return rows(value[0]), cols(value[1])
@@ -154,8 +152,7 @@ class IdsRule(Rule):
 class ListsRule(Rule):
     """(indptr, indices): the columns that each row drops."""
 
-    def check(self, value: Any) -> Any:
-        return _checked_tuple(self.name, value, 2)
+    tensors = 2
 
     def encode(self, function: str, value: Any, x: Tensor, y: Tensor) -> dict[Slot, Tensor]:
         return dict(zip(self.others, check_lists(function, self.name, value, x, y)[:2], strict=True))
@@ -178,39 +175,25 @@ class ListsRule(Rule):
 # ---- Bounds ----------------------------------------------------------------------------------------------------------
 
 
-class Limit(NamedTuple):
-    """One bound: a number for all pairs (float or 0-d), for each row (N,), or for each column (M,)."""
+def limit(bound: Bound) -> tuple[str, Bound]:
+    """A bound of any form that `Pairs` takes, as one: ("pair", number or 0-d), ("row", (N,)) or ("column", (M,)).
 
-    per: str
-    values: Bound
-
-    @classmethod
-    def of(cls, bound: Bound) -> Limit:
-        """From the forms that `Pairs` takes. What has none of them is left as it is, for `BoundRule.encode` to refuse.
-
-        One number is that of all pairs, whatever its shape: (1, 1) may be meant for one row and for one column.
-        """
-        if not isinstance(bound, Tensor):
-            return cls("pair", bound)
-        if bound.numel() == 1:
-            return cls("pair", bound.reshape(()))
-        if bound.dim() == 1 or (bound.dim() == 2 and bound.shape[1] == 1):
-            return cls("row", bound.reshape(-1))
-        return cls("column", bound[0]) if bound.dim() == 2 and bound.shape[0] == 1 else cls("pair", bound)
-
-    @property
-    def bound(self) -> Bound:
-        """In a form that `Pairs` takes."""
-        return self.values[None] if self.per == "column" else self.values  # type: ignore[index]
+    One number is that of all pairs, whatever its shape: (1, 1) may be meant for one row and for one column. What has
+    none of the forms is left as it is, for `BoundRule.encode` to refuse.
+    """
+    if not isinstance(bound, Tensor):
+        return "pair", bound
+    if bound.numel() == 1:
+        return "pair", bound.reshape(())
+    if bound.dim() == 1 or (bound.dim() == 2 and bound.shape[1] == 1):
+        return "row", bound.reshape(-1)
+    return ("column", bound[0]) if bound.dim() == 2 and bound.shape[0] == 1 else ("pair", bound)
 
 
 def listed_bounds(*bounds: Bounds) -> tuple[Bound, ...]:
     """All bounds of these fields, in one tuple."""
-    return tuple(bound for given in bounds if given is not None for bound in _as_tuple(given))
-
-
-def _as_tuple(bounds: Bounds) -> tuple[Bound, ...]:
-    return bounds if isinstance(bounds, tuple) else (bounds,)  # type: ignore[return-value]
+    tuples = (given if isinstance(given, tuple) else (given,) for given in bounds if given is not None)
+    return tuple(bound for each in tuples for bound in each)
 
 
 def checked_bounds(function: str, name: str, value: Any) -> Any:
@@ -237,7 +220,7 @@ class BoundRule(Rule):
         dtype = checks.accumulator(x.dtype)
         data: dict[Slot, Tensor] = {}
         for bound in listed_bounds(value):
-            per, values = Limit.of(checks.factor(function, name, bound))
+            per, values = limit(checks.factor(function, name, bound))
             slot, size = (self.cols[0], m) if per == "column" else (self.rows[0], n)
             if isinstance(values, Tensor):
                 if values.dim() > 1 or (values.dim() and values.shape[0] != size):
@@ -256,18 +239,20 @@ class BoundRule(Rule):
 
     def decode(self, data: Data) -> tuple[Bound, ...] | None:
         """The bounds of a set in the forms that `Pairs` takes."""
-        sides = (("row", self.rows[0]), ("column", self.cols[0]))
-        return tuple(Limit(per, data[slot]).bound for per, slot in sides if slot in data) or None
+        return tuple(data[slot][None] if cols else data[slot] for slot, cols in self._sides(data)) or None
+
+    def _sides(self, data: Data) -> list[tuple[Slot, bool]]:
+        """The slots that a set has, and whether of columns."""
+        return [(slot, cols) for slot, cols in ((self.rows[0], False), (self.cols[0], True)) if slot in data]
 
     def map(self, value: Any, rows: Change, cols: Change) -> Any:
-        change = {"pair": _same, "row": rows, "column": cols}
-        limits = [Limit.of(bound) for bound in _as_tuple(value)]
-        return tuple(Limit(per, change[per](values)).bound for per, values in limits)  # type: ignore[arg-type]
+        change = {"pair": _same, "row": rows, "column": lambda bound: cols(bound)[None]}
+        limits = (limit(bound) for bound in listed_bounds(value))
+        return tuple(change[per](values) for per, values in limits)
 
     def outside(self, data: Data, similarity: Tensor, places: Places) -> Tensor:
         """True where a similarity of the pairs is out of bounds."""
-        sides = ((self.rows[0], places.rows), (self.cols[0], places.cols))
-        bounds = [data[slot][index] for slot, index in sides if slot in data]
+        bounds = [data[slot][places.cols if cols else places.rows] for slot, cols in self._sides(data)]
         outside = [similarity > bound if self.sign > 0 else similarity < bound for bound in bounds]
         return outside[0] if len(outside) == 1 else outside[0] | outside[1]
 
@@ -276,8 +261,7 @@ class BoundRule(Rule):
 
     def relaxed(self, data: Data, by: Callable[[Tensor, bool], Tensor]) -> dict[Slot, Tensor]:
         """The bounds with more room: ``by(bounds, of columns)``."""
-        sides = ((self.rows[0], False), (self.cols[0], True))
-        return {slot: data[slot] + self.sign * by(data[slot], cols) for slot, cols in sides if slot in data}
+        return {slot: data[slot] + self.sign * by(data[slot], cols) for slot, cols in self._sides(data)}
 
     def closed(self, data: Data, rows: Tensor, cols: Tensor, dtype: torch.dtype) -> dict[Slot, Tensor]:
         """The bounds, which also drop all pairs of the rows and of the columns for which these are True."""
@@ -295,20 +279,15 @@ class BoundRule(Rule):
 class ClassWeightRule(Rule):
     """(table, row_classes, col_classes): what is added to the logit of a pair of classes."""
 
-    drops: ClassVar[bool] = False
-
-    def check(self, value: Any) -> Any:
-        return _checked_tuple(self.name, value, 3)
+    tensors = 3
+    drops = False
 
     def encode(self, function: str, value: Any, x: Tensor, y: Tensor) -> dict[Slot, Tensor]:
         name, table = f"pairs.{self.name}", value[0]
         checks.check_matrix(function, name, table)
         checks.check_constant(function, name, table)
-        data = {}
-        sides = (("rows", value[1], x, self.rows[0]), ("columns", value[2], y, self.cols[0]))
-        for side, classes, like, slot in sides:
-            data[slot] = checks.check_index(function, f"{name} of the {side}", classes, like.shape[0], "x", x)
-        for (side, classes, *_), size in zip(sides, table.shape, strict=True):
+        data = self._ids(function, value[1:], x, y)
+        for side, classes, size in zip(("rows", "columns"), value[1:], table.shape, strict=True):
             checks.check_index_values(function, f"{name} classes of the {side}", classes, size, or_none=True)
         data[self.others[0]] = table.to(checks.accumulator(x.dtype))
         return data
@@ -326,7 +305,7 @@ class ClassWeightRule(Rule):
 class FillRule(Rule):
     """The logit of pairs that the other rules drop."""
 
-    drops: ClassVar[bool] = False
+    drops = False
 
     def check(self, value: Any) -> float:
         return checks.number("Pairs", self.name, value, "[-inf, inf]")

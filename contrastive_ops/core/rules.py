@@ -11,23 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from . import checks
+from . import rule_kinds as kinds
 from .column_lists import check_lists as check_lists  # for losses, whose lists of positives are no rules
 from .problem import Slot
 from .results import pytree
-from .rule_kinds import (
-    Bound,
-    BoundRule,
-    Change,
-    ClassWeightRule,
-    Data,
-    DiagonalRule,
-    FillRule,
-    IdsRule,
-    ListsRule,
-    Places,
-    Rule,
-    checked_bounds,
-)
+from .rule_kinds import Bound, Change, Data, Places, Rule, checked_bounds
 
 
 @pytree
@@ -54,7 +42,7 @@ class GuideRule(Rule):
     """A `Guide`: the rows of its matrices, and the bounds of their inner products."""
 
     counted = True
-    bounds = BoundRule("guide.below", (Slot.GUIDE_BELOW_ROWS,), (Slot.GUIDE_BELOW_COLS,))
+    bounds = kinds.BoundRule("guide.below", (Slot.GUIDE_BELOW_ROWS,), (Slot.GUIDE_BELOW_COLS,))
 
     def check(self, value: Any) -> Guide:
         if not isinstance(value, Guide):
@@ -85,15 +73,15 @@ class GuideRule(Rule):
 RULES: dict[str, Rule] = {
     rule.name: rule
     for rule in (
-        DiagonalRule("diagonal"),
-        IdsRule("differ", (Slot.DIFFER_ROWS,), (Slot.DIFFER_COLS,)),
-        IdsRule("same", (Slot.SAME_ROWS,), (Slot.SAME_COLS,), drops_equal=False),
-        ListsRule("exclude", others=(Slot.EXCLUDE_INDPTR, Slot.EXCLUDE_INDICES)),
-        BoundRule("below", (Slot.BELOW_ROWS,), (Slot.BELOW_COLS,)),
-        BoundRule("above", (Slot.ABOVE_ROWS,), (Slot.ABOVE_COLS,), sign=-1),
+        kinds.DiagonalRule("diagonal"),
+        kinds.IdsRule("differ", (Slot.DIFFER_ROWS,), (Slot.DIFFER_COLS,)),
+        kinds.IdsRule("same", (Slot.SAME_ROWS,), (Slot.SAME_COLS,), drops_equal=False),
+        kinds.ListsRule("exclude", others=(Slot.EXCLUDE_INDPTR, Slot.EXCLUDE_INDICES)),
+        kinds.BoundRule("below", (Slot.BELOW_ROWS,), (Slot.BELOW_COLS,)),
+        kinds.BoundRule("above", (Slot.ABOVE_ROWS,), (Slot.ABOVE_COLS,), sign=-1),
         GuideRule("guide", (Slot.GUIDE_X, Slot.GUIDE_BELOW_ROWS), (Slot.GUIDE_Y, Slot.GUIDE_BELOW_COLS)),
-        ClassWeightRule("log_weight", (Slot.CLASS_ROWS,), (Slot.CLASS_COLS,), (Slot.LOG_WEIGHT,)),
-        FillRule("fill", others=(Slot.FILL,)),
+        kinds.ClassWeightRule("log_weight", (Slot.CLASS_ROWS,), (Slot.CLASS_COLS,), (Slot.LOG_WEIGHT,)),
+        kinds.FillRule("fill", others=(Slot.FILL,)),
     )
 }
 
@@ -170,9 +158,9 @@ def given(pairs: Pairs, rules: Iterable[Rule] | None = None) -> Iterator[tuple[R
             yield rule, value
 
 
-def bound_rules() -> list[BoundRule]:
+def bound_rules() -> list[kinds.BoundRule]:
     """The rules that are bounds of the similarity."""
-    return [rule for rule in RULES.values() if isinstance(rule, BoundRule)]
+    return [rule for rule in RULES.values() if isinstance(rule, kinds.BoundRule)]
 
 
 def resolve(

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.column_lists import check_lists
 from ..core.lists import distinct_pairs, first_of_pairs
 from ..core.offsets import common_row
 from ..core.ordered import segment_sums
-from ..core.rules import check_lists
 from ..ops._nearest import products
 from ..ops.similarity_topk import logits_at, metric_rows
 

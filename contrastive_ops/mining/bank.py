@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..core import autocast, checks
-from ..core.rules import Pairs, check_lists
+from ..core.column_lists import check_lists, joined
+from ..core.rules import Pairs
 from ..core.state import State
 from ..ops.similarity_topk import TopK, similarity_topk
 
@@ -274,7 +275,7 @@ def _with_unequal(pairs: Pairs, row_ids: Tensor, col_ids: Tensor, x: Tensor, y: 
         return replace(pairs, differ=(row_ids, col_ids))
     lists = _equal(row_ids, col_ids)
     if pairs.exclude is not None:
-        lists = _joined(lists, check_lists("MemoryBank.topk", "exclude", pairs.exclude, x, y)[:2])
+        lists = joined(lists, check_lists("MemoryBank.topk", "exclude", pairs.exclude, x, y)[:2])
     return replace(pairs, exclude=lists)
 
 
@@ -287,10 +288,3 @@ def _equal(row_ids: Tensor, col_ids: Tensor) -> tuple[Tensor, Tensor]:
     row = torch.repeat_interleave(lengths)
     place = torch.arange(row.shape[0], device=row.device) - indptr[row] + first[row]
     return indptr, order[place]
-
-
-def _joined(lists: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """For each row the columns of both lists."""
-    row = torch.cat([torch.repeat_interleave(indptr.diff()) for indptr, _ in (lists, others)])
-    order = row.argsort(stable=True)
-    return lists[0] + others[0], torch.cat([lists[1], others[1]])[order]
