@@ -234,6 +234,8 @@ Case = Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor]
 
 def check_cases() -> dict[str, Case]:
     """Small calls of the public functions: two matrices and a backend in, a scalar out."""
+    from contrastive_ops.core.fold_kinds import FOLDS
+
     co = contrastive_ops
 
     def reduce_rows(x: torch.Tensor, y: torch.Tensor, backend: str) -> torch.Tensor:
@@ -248,7 +250,7 @@ def check_cases() -> dict[str, Case]:
 
     def reduce_folds(x: torch.Tensor, y: torch.Tensor, backend: str) -> torch.Tensor:
         ids = torch.arange(len(x), device=x.device), torch.arange(len(y), device=x.device) // 2
-        kinds = ("logsumexp", "max", "sum_softplus", "sum_relu", "sum")
+        kinds = tuple(name for name in FOLDS if name != "count")
         folds = (*kinds, co.Fold("sum_softplus", scale=2.0, pairs=co.Pairs(differ=ids, below=0.5), negate=True))
         reduced = co.similarity_reduce(x, y, reduce=folds, dim=(0, 1), scale=3.0, backend=backend)
         return sum((v.square().sum() for v in (*reduced.rows, *reduced.cols)), x.new_zeros(()))  # type: ignore[union-attr, misc]

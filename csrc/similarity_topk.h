@@ -8,7 +8,7 @@
 
 namespace contrastive_ops {
 
-// Rows of the statistics: STATISTICS of contrastive_ops/core/problem.py.
+// Rows of the statistics: STATISTICS of contrastive_ops/core/rules.py.
 enum class Statistic : int {
   eligible = 0,
   higher = 1,

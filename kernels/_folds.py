@@ -1,4 +1,4 @@
-"""What a tile is folded to, and how parts of a fold merge.
+"""What a tile is folded to, how parts of a fold merge, and what a fold's derivative is.
 
 A fold so far is a pair of numbers per row (or column), and both are 0 before its first pair, so that memory filled with
 zeros holds folds of nothing:
@@ -106,6 +106,25 @@ def tile_part(z, index, KIND: tl.constexpr, AXIS: tl.constexpr):
         first = tl.sum(z, AXIS)
         second = tl.zeros_like(first)
     return first, second
+
+
+@triton.jit
+def add_slope(e, z, rows, cols, fold, size, value, argmax, d_value):
+    """Add the derivative of the total through one fold by the logits z."""
+    own = cols if fold.cols else rows
+    upstream = tl.load(d_value + own, mask=own < size, other=0.0)
+    if fold.kind == LOGSUMEXP:
+        e += upstream * tl.exp2((z - tl.load(value + own, mask=own < size, other=0.0)) * LOG2_E)
+    elif fold.kind == MAX:
+        winner = tl.load(argmax + own, mask=own < size, other=-1)
+        e += tl.where(winner == (rows if fold.cols else cols), upstream, 0.0)
+    elif fold.kind == SUM_SOFTPLUS:
+        e += upstream * sigmoid(z)
+    elif fold.kind == SUM_RELU:
+        e += tl.where(z > 0, upstream, 0.0)
+    else:
+        e += upstream
+    return e
 
 
 @triton.jit

@@ -238,9 +238,8 @@ END_OF_RULES = tl.constexpr(len(STATISTICS))
 
 
 @triton.jit
-def dropped_by(RULE: tl.constexpr, dots, guide, rows, cols, N, M, data, rules):
-    """True where one of the rules that are counted, which the set has, drops a pair. NaN passes bounds."""
-    drop = tl.full(dots.shape, False, tl.int1)
+def also_dropped(drop, RULE: tl.constexpr, dots, guide, rows, cols, N, M, data, rules):
+    """`drop`, and where one of the rules that are counted, which the set has, drops a pair. NaN passes bounds."""
     if RULE == _DIFFER:
         drop |= equal_ids(rows, cols, N, M, data[rules.differ_rows], data[rules.differ_cols])
     elif RULE == _SAME:
@@ -276,7 +275,7 @@ def dropped(dots, guide, rows, cols, N, M, data, offset, rules):
         drop |= listed(dots, rows, cols, N, data[rules.exclude_indptr], data[rules.exclude_indices])
     for rule in tl.static_range(FIRST_RULE, END_OF_RULES):
         if (rules.counted >> rule) & 1 != 0:
-            drop |= dropped_by(rule, dots, guide, rows, cols, N, M, data, rules)
+            drop = also_dropped(drop, rule, dots, guide, rows, cols, N, M, data, rules)
     return drop
 
 

@@ -8,19 +8,7 @@ import triton
 import triton.language as tl
 
 from . import _pairs
-from ._folds import (
-    COUNT,
-    LOG2_E,
-    LOGSUMEXP,
-    MAX,
-    PLAIN,
-    SUM_RELU,
-    SUM_SOFTPLUS,
-    fold_size,
-    part_at,
-    part_count,
-    sigmoid,
-)
+from ._folds import COUNT, MAX, PLAIN, add_slope, fold_size, part_at, part_count
 from ._similarity_forward import outside_of
 from ._tiles import guide_products, inner_products, load_rows, product
 
@@ -44,25 +32,6 @@ class TileSum(NamedTuple):
     cols: bool
     set: int = -1
     kind: int = PLAIN.value
-
-
-@triton.jit
-def add_slope(e, z, rows, cols, fold, size, value, argmax, d_value):
-    """Add the derivative of the total through one fold by the logits z."""
-    own = cols if fold.cols else rows
-    upstream = tl.load(d_value + own, mask=own < size, other=0.0)
-    if fold.kind == LOGSUMEXP:
-        e += upstream * tl.exp2((z - tl.load(value + own, mask=own < size, other=0.0)) * LOG2_E)
-    elif fold.kind == MAX:
-        winner = tl.load(argmax + own, mask=own < size, other=-1)
-        e += tl.where(winner == (rows if fold.cols else cols), upstream, 0.0)
-    elif fold.kind == SUM_SOFTPLUS:
-        e += upstream * sigmoid(z)
-    elif fold.kind == SUM_RELU:
-        e += tl.where(z > 0, upstream, 0.0)
-    else:
-        e += upstream
-    return e
 
 
 @triton.jit

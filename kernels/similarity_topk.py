@@ -81,7 +81,8 @@ def counted(logit, dots, guide, outside, level, rows, cols, N, M, data, offset, 
     total = _column(takes_part, 0) + _column(inside & (logit > level), 1)
     for rule in tl.static_range(_pairs.FIRST_RULE, _pairs.END_OF_RULES):
         if (rules.counted >> rule) & 1 != 0:
-            total += _column(inside & _pairs.dropped_by(rule, dots, guide, rows, cols, N, M, data, rules), rule)
+            drop = _pairs.also_dropped(outside & inside, rule, dots, guide, rows, cols, N, M, data, rules)
+            total += _column(inside & drop, rule)
     return total
 
 

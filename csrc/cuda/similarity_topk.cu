@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<plain>)
 
 // ---- Statistics -----------------------------------------------------------------------------------------------------
 
-// Rows of the statistics: STATISTICS of contrastive_ops/core/problem.py.
+// Rows of the statistics: STATISTICS of contrastive_ops/core/rules.py.
 enum Statistic : int { eligible, higher, differ, same, below, above, guide, kStatistics };
 
 __device__ inline bool above_bound(float number, const float* by_row, const float* by_column, int64_t i, int64_t j) {
