@@ -188,11 +188,7 @@ def backward(
 def variants(arch: str) -> Iterator[Variant]:
     """The kernels of this file in all dtypes, with and without everything that logits may need."""
     indices, vector = torch.zeros((4, 8), dtype=torch.int64), torch.zeros(8)
-    table = {
-        Slot.LOG_WEIGHT: torch.zeros((2, 2)),
-        Slot.CLASS_ROWS: torch.zeros(4, dtype=torch.int64),
-        Slot.CLASS_COLS: torch.zeros(8, dtype=torch.int64),
-    }
+    table = {slot: _pairs.empty(slot, 4, 8) for slot in (Slot.LOG_WEIGHT, Slot.CLASS_ROWS, Slot.CLASS_COLS)}
     of_rows, weights = Lists(torch.zeros(5, dtype=torch.int64), indices.flatten()), torch.zeros(32)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, y = torch.zeros((4, 64), dtype=dtype), torch.zeros((8, 64), dtype=dtype)

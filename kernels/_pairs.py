@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf, Slot
-from contrastive_ops.core.rules import RULES, STATISTICS
+from contrastive_ops.core.rules import RULES, STATISTICS, GuideRule, bound_rules
 
 # Slots whose tensors kernels find by `SetRules`. A table for the int8 codes of similarity_topk is no rule.
 _SLOTS = {slot: slot.name.lower() for slot in Slot if slot not in (Slot.CODE_SCALE, Slot.UNIT)}
@@ -129,6 +129,18 @@ def _set_rules(each: LogitSet, scale: Tensor, common: dict[str, int], data: _Dat
         **common,
         **{_SLOTS[slot]: data.add(tensor) for slot, tensor in tensors.items()},
     )
+
+
+def empty(slot: Slot, rows: int, columns: int) -> Tensor:
+    """A tensor as operators pass it for a slot, for kernels that are compiled ahead of time."""
+    size = rows if slot.name.endswith(("_ROWS", "_X")) else columns
+    if slot in (Slot.GUIDE_X, Slot.GUIDE_Y, Slot.LOG_WEIGHT):
+        return torch.empty(size, 32)
+    if slot == Slot.FILL:
+        return torch.empty(())
+    if slot == Slot.LINEAR_WEIGHT or any(slot in rule.slots for rule in (*bound_rules(), GuideRule.bounds)):
+        return torch.empty(size)
+    return torch.empty(rows + 1 if slot.name.endswith("INDPTR") else size, dtype=torch.int64)
 
 
 # ---- On a tile -------------------------------------------------------------------------------------------------------

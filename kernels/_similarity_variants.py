@@ -11,6 +11,7 @@ from torch import Tensor
 from contrastive_ops.core.problem import KINDS, Layout, LogitSet, ScaleOf, SetFold, Slot
 from contrastive_ops.core.rules import bound_rules
 
+from . import _pairs
 from . import _similarity_plan as plan
 from ._folds import TileFold
 from ._launch import Launch
@@ -54,21 +55,6 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _tensor_of(slot: Slot) -> Tensor:
-    """A tensor as the operators pass it for a slot."""
-    rows = slot.name.endswith(("_ROWS", "_X"))
-    size = _ROWS if rows else _COLUMNS
-    if slot in (Slot.GUIDE_X, Slot.GUIDE_Y):
-        return torch.empty(size, 32)
-    if slot == Slot.LOG_WEIGHT:
-        return torch.empty(3, 4)
-    if slot == Slot.FILL:
-        return torch.empty(())
-    if slot.name.startswith("GUIDE") or slot == Slot.LINEAR_WEIGHT or any(slot in rule.slots for rule in bound_rules()):
-        return torch.empty(size)
-    return torch.empty(_ROWS + 1 if slot.name.endswith("INDPTR") else size, dtype=torch.int64)
-
-
 def _problem(arch: str, choice: dict[str, Any]) -> tuple[plan.Problem, Tensor | None]:
     """The problem of a combination, and its targets."""
     rows = _ROWS
@@ -76,11 +62,12 @@ def _problem(arch: str, choice: dict[str, Any]) -> tuple[plan.Problem, Tensor | 
     (kernel, D), most = choice["kernel"], resident_depth(arch, choice["dtype"])
     D = min(D or most, most) if kernel in ("rows", "columns") else D or most
     x, y = torch.empty(rows, D, dtype=choice["dtype"]), torch.empty(columns, D, dtype=choice["dtype"])
-    data = {slot: _tensor_of(slot) for slot in _RULES[choice["rules"]]}
+    data = {slot: _pairs.empty(slot, _ROWS, _COLUMNS) for slot in _RULES[choice["rules"]]}
     lists = (Slot.LINEAR_INDPTR, Slot.LINEAR_INDICES, Slot.LINEAR_WEIGHT) if choice["linear"] else ()
     diagonal = 0 if choice["rules"] in ("ids", "bounds") else None
     folds = tuple(SetFold(*fold) for fold in _FOLDS[choice["folds"]])
-    sets = [LogitSet(choice["scale_of"], False, diagonal, {**data, **{slot: _tensor_of(slot) for slot in lists}})]
+    listed = {slot: _pairs.empty(slot, _ROWS, _COLUMNS) for slot in lists}
+    sets = [LogitSet(choice["scale_of"], False, diagonal, {**data, **listed})]
     if any(fold.set for fold in folds):
         sets.append(LogitSet(ScaleOf.ALL, True, diagonal, data))
     layout = Layout(tuple(sets), folds)

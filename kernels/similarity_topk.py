@@ -440,12 +440,7 @@ _CHOICES = {
 
 def _set(rules: str, rows: int, columns: int) -> LogitSet:
     """A set with some rules, whose tensors only have to be of the right types."""
-    data = {}
-    for slot in _RULES[rules]:
-        size = rows if slot.name.endswith("ROWS") else columns
-        ids = slot < Slot.BELOW_ROWS or slot in (Slot.CLASS_ROWS, Slot.CLASS_COLS)
-        shape = (size, 32) if slot in (Slot.GUIDE_X, Slot.GUIDE_Y, Slot.LOG_WEIGHT) else (size,)
-        data[slot] = torch.zeros(shape, dtype=torch.int64 if ids else torch.float32)
+    data = {slot: _pairs.empty(slot, rows, columns) for slot in _RULES[rules]}
     return LogitSet(ScaleOf.ALL, False, 0 if rules == "ids" else None, data)
 
 

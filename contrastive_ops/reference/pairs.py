@@ -60,7 +60,8 @@ class SetOfChunk:
     @functools.cached_property
     def dropped(self) -> Tensor | None:
         """True where a rule drops a pair; without the diagonal, which is cheaper to write to than to compare."""
-        return _union([drop for _, drop in self.dropped_by(lambda rule: rule.drops)])
+        drops = [drop for _, drop in self.dropped_by(lambda rule: rule.drops)]
+        return functools.reduce(torch.bitwise_or, drops) if drops else None
 
     def without_dropped(self, values: Tensor, fill: float, overwrite: bool = False) -> Tensor:
         """Values of all pairs, `fill` where a rule drops one."""
@@ -111,15 +112,6 @@ class SetOfChunk:
         data = self.set.data
         row, column, found = entries(data[Slot.LINEAR_INDPTR], data[Slot.LINEAR_INDICES], self.rows)
         return row, column, data[Slot.LINEAR_WEIGHT][found]
-
-
-def _union(drops: list[Tensor]) -> Tensor | None:
-    if not drops:
-        return None
-    union = drops[0]
-    for drop in drops[1:]:
-        union = union | drop
-    return union
 
 
 def affine(dots: Tensor, scale: Tensor, row_bias: Tensor | None, col_bias: Tensor | None) -> Tensor:
