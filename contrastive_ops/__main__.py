@@ -251,7 +251,10 @@ def check_cases() -> dict[str, Case]:
     def reduce_folds(x: torch.Tensor, y: torch.Tensor, backend: str) -> torch.Tensor:
         ids = torch.arange(len(x), device=x.device), torch.arange(len(y), device=x.device) // 2
         kinds = tuple(name for name in FOLDS if name != "count")
-        folds = (*kinds, co.Fold("sum_softplus", scale=2.0, pairs=co.Pairs(differ=ids, below=0.5), negate=True))
+        folds: tuple[str | contrastive_ops.Fold, ...] = (
+            *kinds,
+            co.Fold("sum_softplus", scale=2.0, pairs=co.Pairs(differ=ids, below=0.5), negate=True),
+        )
         reduced = co.similarity_reduce(x, y, reduce=folds, dim=(0, 1), scale=3.0, backend=backend)
         return sum((v.square().sum() for v in (*reduced.rows, *reduced.cols)), x.new_zeros(()))  # type: ignore[union-attr, misc]
 

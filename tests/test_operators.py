@@ -111,3 +111,13 @@ def test_both_ways_give_the_same_bits(monkeypatch):
 def test_an_operator_that_is_not_there():
     with pytest.raises(AttributeError, match="no operator similarity"):
         operators.call.similarity  # noqa: B018
+
+
+@pytest.mark.parametrize("release", ["this", "older"])
+def test_whether_an_argument_requires_a_gradient(release):
+    """torch 2.6 has no function for it; both see tensors and lists of them."""
+    asked = operators._one_requires_grad if release == "older" else operators._any_requires_grad
+    constant, variable = torch.zeros(2), torch.zeros(2, requires_grad=True)
+    for arguments, expected in (((1, None, variable), True), ((constant, [constant, variable]), True)):
+        assert asked(*arguments) is expected
+    assert not asked(constant, [constant], "text", [1, 2], None)

@@ -81,7 +81,15 @@ _transforms = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._get_tracing_state
 _profiling = torch._C._autograd._profiler_enabled
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-_any_requires_grad = torch._C._any_requires_grad
+
+
+def _one_requires_grad(*arguments: Any) -> bool:
+    parts = (each for given in arguments for each in (given if isinstance(given, list) else (given,)))
+    return any(isinstance(each, Tensor) and each.requires_grad for each in parts)
+
+
+# Older releases have none.
+_any_requires_grad = getattr(torch._C, "_any_requires_grad", _one_requires_grad)
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -199,7 +199,7 @@ def similarity_topk(
     x, y = metric_rows(name, x, y, metric)
     scale = checks.factor(name, "scale", scale)
     arguments: dict[str, Any] = {"scale": scale, "row_bias": row_bias, "col_bias": col_bias, "pairs": pairs}
-    arguments |= {"metric": metric, "backend": backend}
+    arguments.update(metric=metric, backend=backend)  # not |=, which torch 2.6 cannot trace
     if coarse is None:
         return select(x, y, k, **arguments).top
     coarse = coarse if isinstance(coarse, Coarse) else Coarse(coarse)
