@@ -32,7 +32,8 @@ from contrastive_ops import (
     similarity_topk,
     similarity_values,
 )
-from contrastive_ops.ops.similarity_reduce import fold, weighted_total
+from contrastive_ops.ops.similarity_loss import similarity_loss
+from contrastive_ops.ops.similarity_reduce import fold
 
 every_case = pytest.mark.parametrize(("rule", "bad"), CASES, ids=str)
 
@@ -75,12 +76,12 @@ def test_kept_products_change_nothing(rule, bad, budget, backend):
 
 
 @every_case
-@pytest.mark.parametrize("kind", ["logsumexp", "sum_softplus"])
-def test_weighted_total(rule, bad, kind, backend):
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_similarity_loss(rule, bad, kind, backend):
     """Rows take part with their targets; column 3 is nobody's."""
     target, weight = torch.tensor([0, 1, 0, 1, 2, 4, 0]), torch.ones(N)
     options = {"scale": 0.5, "target": target, "pairs": rules_of(rule), "weight": weight, "backend": backend}
-    check(lambda x, y: weighted_total(x, y, kind=kind, **options), bad, row=False)
+    check(lambda x, y: similarity_loss(x, y, kind=kind, reduction="sum", **options), bad, row=False)
 
 
 @pytest.mark.parametrize(("rule", "bad"), cases_without("fill"), ids=str)

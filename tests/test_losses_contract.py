@@ -87,7 +87,7 @@ def test_saved_tensors_are_linear_in_the_batch(case, backend, reduction):
 
 @everywhere
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_evaluation_keeps_nothing_and_gives_the_value_of_training(case, backend, reduction, way):
+def test_evaluation_keeps_nothing_and_gives_the_value_of_training(case, backend, reduction):
     inputs = case.inputs(70, 16)
     value = case(inputs, reduction, backend)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_meta_tensors(case, backend):
 
 @everywhere
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_autocast_is_the_loss_of_bfloat16_inputs(case, backend, reduction, way):
+def test_autocast_is_the_loss_of_bfloat16_inputs(case, backend, reduction):
     inputs, rounded = case.inputs(40, 16), case.inputs(40, 16, torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = case(inputs, reduction, backend)
@@ -232,7 +232,7 @@ def test_rows_follow_a_permutation(case, backend):
 @everywhere
 @pytest.mark.parametrize("rows", [0, 1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_no_rows_and_one_row(case, backend, rows, reduction, way):
+def test_no_rows_and_one_row(case, backend, rows, reduction):
     inputs = case.inputs(rows, 5)
     value = case(inputs, reduction, backend)
     assert value.shape == ((rows * case.copies,) if reduction == "none" else ())
@@ -243,7 +243,7 @@ def test_no_rows_and_one_row(case, backend, rows, reduction, way):
 
 
 @everywhere
-def test_nan_stays_in_sight(case, backend, way):
+def test_nan_stays_in_sight(case, backend):
     inputs = case.inputs(20, 5)
     first = next(iter(inputs.values()))
     with torch.no_grad():
@@ -267,7 +267,7 @@ def strided(t):
 
 @everywhere
 @pytest.mark.parametrize("layout", ["gaps", "columns first"])
-def test_strided_inputs(case, backend, layout, way):
+def test_strided_inputs(case, backend, layout):
     inputs = case.inputs(30, 9, DOUBLE)
     change = (
         strided if layout == "gaps" else lambda t: t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() else t

@@ -20,6 +20,7 @@ from ..core.operators import call, define
 from ..core.problem import Layout
 from ..reference.row_losses import FOLDS, Terms, reduced, row_losses
 from ..reference.similarity_loss import in_one_pass, usual_target
+from ._idle_rows import cleaned
 
 _SCHEMA = (
     "(Tensor x, Tensor? y, Tensor scale, Tensor? row_bias, Tensor? col_bias, Tensor? target, Tensor[] pair_data,"
@@ -44,6 +45,11 @@ def register(backends: Mapping[str, Backend]) -> None:
             check_index_values("similarity_loss", "target", target, columns, waits=backend != "cuda")
         with autocast.disabled(x):
             function = backends[backend].functions().forward
+            kind, reduction, needs, _ = problem[_KIND:]
+            if problem[_PAIR_DATA] and in_one_pass(kind, reduction, y is None, needs):
+                own = usual_target(x, y) if target is None else target
+                problem[_X], problem[_Y], *described = cleaned(x, y, own, *problem[_PAIR_DATA : _SPEC + 1])
+                problem[_PAIR_DATA : _SPEC + 1] = described
             found: tuple[Tensor, ...] = unit_lengths.run(function, problem, backend == "reference", 4)
             return found
 
