@@ -73,7 +73,7 @@ class Rule:
 
     def is_in(self, data: Data) -> bool:
         """Whether a set has this rule."""
-        return not data.keys().isdisjoint(self.slots)
+        return any(slot in data for slot in self.slots)
 
     def check(self, value: Any) -> Any:
         """Check what does not depend on the matrices; return the value as `Pairs` keeps it."""
