@@ -270,7 +270,7 @@ class Build:
 
     def is_linked_with_kernels(self) -> bool:
         """Whether the extension gets kernels, their macro and their libraries; all or none."""
-        link, compilation = self.line(" -shared "), self.line("bindings.cpp")
+        link, compilation = self.line("contrastive_ops/_C"), self.line("bindings.cpp")
         signs = ["contrastive_ops_cuda" in link, "libcudart" in link]
         signs += ["-DCONTRASTIVE_OPS_CUDA=" in compilation, str(self.cuda / "include") in compilation]
         assert len(set(signs)) == 1, (signs, link, compilation)
