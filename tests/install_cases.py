@@ -30,7 +30,9 @@ for word; do
 done
 case " $* " in *" -c "*) ;; *) exec {real} "$@" ;; esac
 [ -n "$source" ] || exec {real} "$@"
-object={cache}/$(basename "$source" .cpp).o
+# A source is compiled once per SIMD level, in a folder of that level.
+name=$(echo "$target" | sed 's|.*/\\(contrastive_ops_[a-z0-9_]*/csrc/\\)|\\1|; t; s|.*/csrc/|csrc/|')
+object={cache}/$(echo "$name" | tr / +)
 [ -e "$object" ] || {{ {real} "$@" && cp "$target" "$object"; }} || exit 1
 cp "$object" "$target"
 """
@@ -113,11 +115,11 @@ def caching_compiler(folder: Path) -> Path:
     """A C++ compiler that keeps objects; it begins with those of `make install`, if they are up to date."""
     cache = folder / "objects"
     cache.mkdir(parents=True, exist_ok=True)
-    built = ROOT / "build" / f"editable.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "csrc" / "cpu"
+    built = ROOT / "build" / f"editable.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file())
-    for path in built.glob("*.o"):
+    for path in built.glob("contrastive_ops_*/csrc/cpu/*.o"):
         if path.stat().st_mtime > newest:
-            shutil.copy(path, cache / path.name)
+            shutil.copy(path, cache / "+".join(path.relative_to(built).parts))
     compiler = folder / "c++"
     compiler.write_text(CACHING_COMPILER.format(real=shutil.which("g++") or shutil.which("c++"), cache=cache))
     compiler.chmod(0o755)
