@@ -16,8 +16,10 @@ from contrastive_ops import (
     barlow_twins,
     covariance_penalty,
     route,
+    similarity_distill,
     similarity_reduce,
     similarity_topk,
+    similarity_values,
     vicreg,
 )
 from contrastive_ops.core.ordered import (
@@ -146,6 +148,60 @@ def test_gradients_of_a_column_that_millions_list(backend):
         dy, dbias = torch.autograd.grad((found.values * 0.3).sum(), (y, bias))
         assert relative(dy[0], torch.tensor([0.3 * truth]).double()) < BOUND
         assert relative(dbias[:1], torch.tensor([0.3 * rows]).double()) < BOUND
+
+
+# ---- Divergences, weighted values ----------------------------------------------------------------------------------
+
+
+def divergence_of_many(numbers, dim, kind, backend, dtype):
+    """Of columns (or rows) with these logits of the student, and equal ones of the teacher."""
+    few = torch.ones(2, 1, dtype=dtype, requires_grad=True)
+    many, teacher = numbers[:, None].to(dtype), [torch.zeros(k, 1, dtype=dtype) for k in (2, len(numbers))]
+    x, y, tx, ty = (few, many, *teacher) if dim == 1 else (many, few, *teacher[::-1])
+    return similarity_distill(x, y, tx, ty, divergence=kind, dim=dim, backend=backend), few
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("kind", ["kl", "reverse_kl", "ce", "js"])
+def test_divergences_of_long_lines(kind, dim):
+    """A few large logits, and many of which those of 64 rows are less than half of the last place of their sum."""
+    numbers = torch.full((1 << 17,), -15.4)
+    numbers[:64] = 0.0
+    got, _ = divergence_of_many(numbers, dim, kind, "cpu", torch.float32)
+    truth, _ = divergence_of_many(numbers, dim, kind, "reference", torch.float64)
+    assert relative(got, truth) < 2 * BOUND
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("kind", ["reverse_kl", "js"])
+def test_gradients_of_decided_lines_that_are_long(kind, dim):
+    """The derivative of the decided entry is minus the sum of the others."""
+    numbers = torch.full((1 << 19,), -10.0)
+    numbers[0] = 10.0
+    got, truth = (
+        torch.autograd.grad(value.sum(), few)[0]
+        for value, few in (
+            divergence_of_many(numbers, dim, kind, "cpu", torch.float32),
+            divergence_of_many(numbers, dim, kind, "reference", torch.float64),
+        )
+    )
+    assert relative(got, truth) < 5 * BOUND
+
+
+@pytest.mark.parametrize("many", ["x", "y"])
+def test_gradients_of_decided_rows_beside_hundreds_of_thousands(many, backend):
+    """Gradients of few rows are summed in float64, and what belongs to decided entries with them."""
+    size = 1 << 19
+    numbers = torch.full((size, 1), -6.0)
+    numbers[0] = 14.0
+    x, y = (torch.ones(2, 1), numbers) if many == "y" else (torch.full((size, 1), 3.0), torch.tensor([[2.0], [-2.0]]))
+    values = torch.arange(len(y), dtype=torch.float32).remainder(7)[:, None]
+    single = [each.clone().requires_grad_() for each in (x, y)]
+    double = [each.double().requires_grad_() for each in (x, y)]
+    few = int(many == "x")
+    (got,) = torch.autograd.grad(similarity_values(*single, values, backend=backend).sum(), single[few])
+    truth = torch.autograd.grad(((double[0] @ double[1].T).softmax(1) @ values.double()).sum(), double[few])[0]
+    assert relative(got, truth) < 5 * BOUND
 
 
 # ---- Routers and measures ------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@
 // teacher, and what both say about a pair is in similarity_divergence.h.
 #include "../similarity_distill.h"
 
-#include "similarity_divergence.h"
 #include "similarity_gradients.h"
+#include "similarity_lines.h"
 
 namespace contrastive_ops {
 namespace LEVEL {
@@ -99,8 +99,10 @@ class Comparer {
     }
     if (p.cols) {
       cols_ = outputs_of<A>(out, lines, N * p.rows);
-      running_.allocate(both_.student.padded_columns);
-      running_.clear();
+      parts_of_chunk_ = (chunk_rows + kFoldRows - 1) / kFoldRows;
+      counted_.allocate(both_.student.padded_columns, (N + chunk_rows - 1) / chunk_rows * parts_of_chunk_);
+      lines_.allocate(both_.student.padded_columns);
+      lines_.clear();
     }
   }
 
@@ -111,7 +113,7 @@ class Comparer {
     } else {
       sweep({is_softmax(p.kind), true, p.delta});
     }
-    for (int64_t j = 0; p.cols && j < p.student.M; ++j) write(running_.at(j), cols_, j, {true, true, p.delta});
+    for (int64_t j = 0; p.cols && j < p.student.M; ++j) write(lines_.at(j), cols_, j, {true, true, p.delta});
   }
 
  private:
@@ -130,11 +132,28 @@ class Comparer {
           }
           for (int64_t i = 0; p.cols && i < block.rows; i += kFoldRows) {
             compare_columns<A, K>(l.student + i * kBlock, l.teacher + i * kBlock, minimum(kFoldRows, block.rows - i),
-                                  block.cols, f, running_.at(block.j));
+                                  block.cols, f, lines_.at(block.j),
+                                  chunk.begin / chunk_rows * parts_of_chunk_ + i / kFoldRows, block.j, counted_);
           }
         });
       });
       if (p.rows) finish_rows(chunk, f);
+    });
+    if (p.cols) finish_columns(f);
+  }
+
+  // Merges the parts of all columns.
+  void finish_columns(const Folding& f) {
+    constexpr int W = kLanes<A>;
+    const int64_t work = p.student.M * counted_.levels() * kWorkOfFold;
+    both_.student.run((p.student.M + W - 1) / W, work, [&](int64_t group, int) {
+      alignas(64) A numbers[6][W] = {};
+      const Lines<A> line{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]};
+      const Lines<A> to = lines_.at(group * W);
+      with_comparison(p.kind, [&](auto k) { counted_.template finish<decltype(k)::value>(f, group * W, line); });
+      if (softmax() && f.lines) copy_lines(to, line);
+      store(to.value, load(line.value));
+      store(to.mean, load(line.mean));
     });
   }
 
@@ -145,17 +164,9 @@ class Comparer {
     both_.student.run((chunk.rows + W - 1) / W, chunk.rows * chunk.blocks() * kWorkOfFold, [&](int64_t group, int) {
       alignas(64) A numbers[6][W] = {};
       const Lines<A> line{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]};
-      if (softmax() && f.lines) {
-        with_comparison(p.kind, [&](auto k) {
-          merge_lines<A, decltype(k)::value>(chunk.blocks(), parts_.at(group * W), chunk_rows, line);
-        });
-      } else {
-        for (int64_t block = 0; block < chunk.blocks(); ++block) {
-          const Lines<A> part = parts_.at(block * chunk_rows + group * W);
-          store(line.value, load(line.value) + load(part.value));
-          store(line.mean, load(line.mean) + load(part.mean));
-        }
-      }
+      with_comparison(p.kind, [&](auto k) {
+        merge_parts_of_lines<A, decltype(k)::value>(f, chunk.blocks(), parts_.at(group * W), chunk_rows, line);
+      });
       for (int64_t q = 0; q < minimum<int64_t>(W, chunk.rows - group * W); ++q) {
         write(line.at(q), rows_, chunk.begin + group * W + q, f);
       }
@@ -180,7 +191,9 @@ class Comparer {
   const DistillProblem& p;
   TwoSweeps<C, S> both_;
   Lines<A> rows_{}, cols_{};
-  LineBuffer<A> parts_, running_;  // parts: of each block and row of the chunk
+  LineBuffer<A> parts_, lines_;  // parts: of each block and row of the chunk; lines: of all columns
+  CountedLines<A> counted_;
+  int64_t parts_of_chunk_ = 0;
 };
 
 template <class C, class S>
@@ -226,6 +239,8 @@ class DecidedEntries {
     for (Buffer<A>* each : {&dots_, &e_}) each->allocate(lines);
     parts_.allocate(parts * step);
     memset(parts_.get(), 0, parts * step * sizeof(A));
+    totals_.allocate(lines);
+    memset(totals_.get(), 0, lines * sizeof(double));
   }
   void begin(int64_t first, int64_t lines) {
     for (int64_t k = 0; k < lines; ++k) {
@@ -236,12 +251,21 @@ class DecidedEntries {
   DecidedLines<A> part(int64_t at, int64_t line) const {
     return {other_.get() + line, dots_.get() + line, parts_.get() + at * step_ + line};
   }
+  // Moves what was summed so far to totals in double, so that no sum in A is long.
+  void settle(int64_t lines, int64_t parts) {
+    for (int64_t at = 0; at < parts; ++at) {
+      for (int64_t k = 0; k < lines; ++k) {
+        totals_.get()[k] += parts_.get()[at * step_ + k];
+        parts_.get()[at * step_ + k] = 0;
+      }
+    }
+  }
   template <class Gradients>
   void finish(int64_t lines, int64_t parts, bool of_columns, Gradients& gradients) {
+    settle(lines, parts);
     for (int64_t k = 0; k < lines; ++k) {
-      double total = 0;
-      for (int64_t at = 0; at < parts; ++at) total += parts_.get()[at * step_ + k];
-      e_.get()[k] = static_cast<A>(-total);
+      e_.get()[k] = static_cast<A>(-totals_.get()[k]);
+      totals_.get()[k] = 0;
     }
     // A pair's column is -1 where there is none, so that a column without one is said by itself.
     for (int64_t k = 0; of_columns && k < lines; ++k) {
@@ -255,6 +279,7 @@ class DecidedEntries {
   int64_t step_ = 0;
   Buffer<int64_t> own_, other_;
   Buffer<A> dots_, e_, parts_;
+  Buffer<double> totals_;
 };
 
 template <class C, class S>
@@ -295,6 +320,7 @@ void distill_backward(const DistillProblem& p, const DistillBackward& b, const P
     };
     gradients.add_chunk(chunk, both.student.kept, weigh);
     if (has_rows) decided_rows.finish(chunk.rows, chunk.blocks(), false, gradients);
+    if (has_cols) decided_cols.settle(M, 1);
   });
   if (has_cols) decided_cols.finish(M, 1, true, gradients);
   gradients.finish();

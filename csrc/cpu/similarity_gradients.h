@@ -100,8 +100,12 @@ class Gradients {
         const A weight = weight_of(k);
         const S *x = static_cast<const S*>(p.x) + i * p.x_stride + d,
                 *y = static_cast<const S*>(p.y) + j * p.y_stride + d;
-        if (out.dx) add_row(static_cast<A*>(out.dx) + i * p.D + d, y, weight, depth);
-        if (dy()) add_row(dy() + j * p.D + d, x, weight, depth);
+        const auto add = [&](A* to, const Buffer<double>& wide, int64_t at, const S* row) {
+          if (wide.get()) return add_row(wide.get() + at, row, weight, depth);
+          if (to) add_row(to + at, row, weight, depth);
+        };
+        add(static_cast<A*>(out.dx), wide_dx_, i * p.D + d, y);
+        add(dy(), wide_dy_, j * p.D + d, x);
       }
     });
     for (int64_t k = 0; sums_[0].used && k < pairs.count; ++k) {
@@ -387,10 +391,18 @@ class Gradients {
     });
   }
   // to += weight * row
-  static void add_row(A* to, const S* row, A weight, int64_t count) {
+  template <class T>
+  static void add_row(T* to, const S* row, A weight, int64_t count) {
     constexpr int W = kLanes<A>;
     int64_t d = 0;
-    for (; d + W <= count; d += W) store(to + d, load(to + d) + weight * to_accumulator<A>(row + d));
+    for (; d + W <= count; d += W) {
+      const Vec<A> added = weight * to_accumulator<A>(row + d);
+      if constexpr (std::is_same_v<T, A>) {
+        store(to + d, load(to + d) + added);
+      } else {
+        for (int q = 0; q < W; ++q) to[d + q] += added[q];
+      }
+    }
     if (d == count) return;
     S tail[W] = {};
     for (int64_t q = d; q < count; ++q) tail[q - d] = row[q];
