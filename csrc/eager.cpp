@@ -5,6 +5,7 @@
 // Results have the same bits both ways. The kernels come from contrastive_ops._C, in a capsule.
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/extension.h>
@@ -68,9 +69,9 @@ struct NodeOwner<c10::intrusive_ptr<Node>> {
 };
 using Owner = NodeOwner<decltype(torch::autograd::Edge::function)>;
 
-// ``gradient * factor``, without a copy where the factor is 1.
-Tensor times(const Tensor& gradient, const Tensor& factor, bool is_one) {
-  return !gradient.defined() || is_one ? gradient : at::mul(gradient, factor);
+// ``gradient * factor``, or the gradient itself where it may be given away.
+Tensor times(const Tensor& gradient, const Tensor& factor, bool give) {
+  return !gradient.defined() || give ? gradient : at::mul(gradient, factor);
 }
 
 Tensor ordered_sum(const Tensor& values) {  // as core/ordered.py
@@ -93,12 +94,11 @@ variable_list SimilarityLossBackward::apply(variable_list&& upstream) {
     sweep(in, d_loss, out);
     return out;
   }
-  const bool is_one = d_loss.dim() == 0 && d_loss.item<double>() == 1;
-  if (in[kWeight].defined() && task_should_compute_output(kWeight))
-    out[kWeight] = times(slopes.unpack(), d_loss, is_one);
-  finish(in, times(dx.unpack(), d_loss, is_one), times(dy.unpack(), d_loss, is_one),
-         times(dscale.unpack(), d_loss, is_one), times(drow_bias.unpack(), d_loss, is_one), inverse_x.unpack(),
-         inverse_y.unpack(), out);
+  // Whoever gets a gradient may overwrite it, so one that a kept graph needs again is copied.
+  const bool give = !torch::autograd::get_current_graph_task_keep_graph() && d_loss.item<double>() == 1;
+  if (in[kWeight].defined() && task_should_compute_output(kWeight)) out[kWeight] = times(slopes.unpack(), d_loss, give);
+  finish(in, times(dx.unpack(), d_loss, give), times(dy.unpack(), d_loss, give), times(dscale.unpack(), d_loss, give),
+         times(drow_bias.unpack(), d_loss, give), inverse_x.unpack(), inverse_y.unpack(), out);
   return out;
 }
 

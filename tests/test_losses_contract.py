@@ -186,6 +186,21 @@ def test_backward_twice_and_upstream_gradients(case, backend, reduction, way):
 
 
 @everywhere
+def test_gradients_may_be_overwritten_while_the_graph_is_kept(case, backend, way):
+    inputs = case.inputs(6, 5)
+    value = case(inputs, backend=backend)
+    value = value.sum() if value.dim() else value
+    first = torch.autograd.grad(value, leaves(inputs), retain_graph=True, allow_unused=True)
+    expected = [None if each is None else each.clone() for each in first]
+    for each in first:
+        if each is not None:
+            each.mul_(5.0)
+    again = torch.autograd.grad(value, leaves(inputs), allow_unused=True)
+    for got, wanted in zip(again, expected, strict=True):
+        assert (got is None and wanted is None) or torch.equal(got, wanted)
+
+
+@everywhere
 def test_a_cotangent_of_rows_is_a_weighted_sum(case, backend, way):
     inputs = case.inputs(7, 5, DOUBLE)
     rows = case(inputs, "none", backend)

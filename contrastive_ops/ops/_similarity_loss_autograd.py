@@ -111,8 +111,8 @@ def _gradients(
     x, y, kind = problem[_X], problem[_Y], ctx.kind
     given = [each is not None for each in terms]
     one_pass = in_one_pass(kind, ctx.reduction, y is None, ctx.needs)
-    lines, is_one = sum(given) + (0 if one_pass else len(FOLDS[kind]) + 1), _is_one(d_loss)
-    scaled = slopes if is_one else (slopes.view(lines, x.shape[0]) * d_loss).view(-1)
+    lines, give = sum(given) + (0 if one_pass else len(FOLDS[kind]) + 1), _may_give(d_loss)
+    scaled = slopes if give else (slopes.view(lines, x.shape[0]) * d_loss).view(-1)
     # `extra` comes before `weight` in the operator's results.
     rows, places = x.shape[0], {at: place for place, at in enumerate(at for at in (1, 0, 2) if given[at])}
     of_terms = tuple(
@@ -123,7 +123,7 @@ def _gradients(
     if not swept:
         return (None,) * 5, of_terms
     if one_pass:
-        gradients = formed if is_one else [each * d_loss for each in formed]
+        gradients = formed if give else [each * d_loss for each in formed]
         return to_inputs(problem, gradients, swept), of_terms
     d_folds, d_target = scaled[sum(given) * rows :].split([folds.shape[0], rows])
     target = usual_target(x, y) if problem[_TARGET] is None else problem[_TARGET]
@@ -135,10 +135,15 @@ def _gradients(
     return to_inputs(problem, gradients, swept), of_terms
 
 
-def _is_one(d_loss: Tensor) -> bool:
-    """Whether a gradient is the number 1, which is looked at where that costs nothing: not in a traced program."""
+def _may_give(d_loss: Tensor) -> bool:
+    """Whether what forward found may be given away as it is: the factor is 1, and no kept graph needs it again.
+
+    The factor is looked at where that costs nothing: not in a traced program.
+    """
     traced = type(d_loss) is not Tensor or torch._C._len_torch_dispatch_stack()
-    return not traced and not d_loss.dim() and may_read(d_loss) and d_loss.item() == 1
+    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
+        return False
+    return not d_loss.dim() and may_read(d_loss) and d_loss.item() == 1
 
 
 def _again(
