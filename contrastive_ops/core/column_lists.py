@@ -14,14 +14,16 @@ def check_lists(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Check lists of columns per row; return (indptr, indices, order) with the columns of each row ascending.
 
-    `order` says which of the given entries each returned one is.
+    `order` says which of the given entries each returned one is. Kernels search the lists, which is why a traced
+    program sorts, too, where it cannot look whether it must.
     """
     indptr, indices = lists[:2]
     n, m = x.shape[0], y.shape[0]
     indptr = checks.check_index(function, f"{name} indptr", indptr, n + 1, "x", x)
     indices = checks.check_index(function, f"{name} indices", indices, None, "x", x)
     if not checks.may_read(indptr, waits=True):
-        return indptr, indices, torch.arange(indices.shape[0], device=indices.device)
+        order = pair_order(row_of_each(indptr, indices), indices)
+        return indptr, indices[order], order
     lengths = indptr.diff()
     if int(indptr[0]) != 0 or int(indptr[-1]) != indices.shape[0] or bool((lengths < 0).any()):
         raise ValueError(
@@ -39,6 +41,12 @@ def check_lists(
         return indptr, indices, torch.arange(indices.shape[0], device=indices.device)
     order = pair_order(row, indices)
     return indptr, indices[order], order
+
+
+def row_of_each(indptr: Tensor, indices: Tensor) -> Tensor:
+    """(P,) the row of each entry. Not `repeat_interleave`, whose size depends on the data: it could not be traced."""
+    place = torch.arange(indices.shape[0], device=indices.device)
+    return torch.searchsorted(indptr, place, right=True) - 1
 
 
 def entries(indptr: Tensor, indices: Tensor, rows: slice) -> tuple[Tensor, Tensor, slice]:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from . import checks
 from . import rule_kinds as kinds
-from .column_lists import check_lists as check_lists  # for losses, whose lists of positives are no rules
 from .problem import Slot
 from .results import pytree
 from .rule_kinds import Bound, Change, Data, Places, Rule, checked_bounds

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core import autocast, checks
+from ..core.column_lists import row_of_each
 from ..core.masks import left_out, times
 from ..core.ordered import ordered_sum
 from ..core.unit_rows import unit_rows
@@ -160,7 +161,7 @@ def lists_of_weighted(weight: Tensor | None, indptr: Tensor, *entries: Tensor) -
     if weight is None or not fits or indptr.dtype != torch.int64 or indptr.shape[0] != weight.shape[0] + 1:
         return indptr, *entries
     used = weight != 0
-    row = torch.searchsorted(indptr, torch.arange(entries[0].shape[0], device=indptr.device), right=True) - 1
+    row = row_of_each(indptr, entries[0])
     kept = used[row.clamp(0, max(used.shape[0] - 1, 0))] if used.shape[0] else torch.ones_like(row, dtype=torch.bool)
     if not checks.may_read(indptr, waits=True):  # which a traced program cannot drop
         return indptr, *(left_out(each, kept) for each in entries)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..core import autocast, checks
+from ..core.column_lists import check_lists, row_of_each
 from ..core.folds import Fold
 from ..core.numerics import softplus
 from ..core.ordered import segment_sums
-from ..core.rules import check_lists
 from ..ops.similarity_loss import similarity_loss
 from ..ops.similarity_reduce import fold
 from . import _arguments, _columns
@@ -345,8 +345,7 @@ def _checked_targets(
     checks.check_vector(function, "targets weights", targets[2], indices.shape[0], "query", query)
     checks.check_constant(function, "targets weights", targets[2])
     weights = targets[2].detach().to(checks.accumulator(query.dtype))[order]
-    # Not repeat_interleave, whose size depends on the data: it could not be traced.
-    row = torch.searchsorted(indptr, torch.arange(indices.shape[0], device=indices.device), right=True) - 1
+    row = row_of_each(indptr, indices)
     if not checks.may_read(weights, waits=True):
         return (indptr, indices, weights), row
     if bool((weights < 0).any()):

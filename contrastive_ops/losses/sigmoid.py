@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.column_lists import check_lists
 from ..core.folds import Fold
 from ..core.ordered import repeated, segment_sums
-from ..core.rules import Pairs, check_lists
+from ..core.rules import Pairs
 from ..ops.similarity_reduce import fold
 from . import _arguments
 from ._binary import check_once, checked_labels, cross_entropy, one_grade, pair_logits, shared_bias
