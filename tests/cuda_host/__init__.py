@@ -82,11 +82,15 @@ class HostKernels:
     Args:
         schedule: in which order the threads of a block run: "ascending", "descending" or "shuffled".
         program: the driver; by default the one that has every function.
+
+    Attributes:
+        launches: how many grids it has run.
     """
 
     def __init__(self, schedule: str = "ascending", program: Path | None = None) -> None:
         self.schedule, self.program = schedule, program
         self._process: subprocess.Popen[bytes] | None = None
+        self.launches = 0
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("cuda_"):
@@ -141,6 +145,7 @@ class HostKernels:
             content = bytearray(self._read(tensor.numel() * tensor.element_size()))
             if content:
                 tensor.copy_(torch.frombuffer(content, dtype=tensor.dtype).view(tensor.shape))
+        (self.launches,) = struct.unpack("<q", self._read(8))
 
 
 def _text(text: str) -> bytes:

@@ -46,6 +46,7 @@ const void* scheduler_stack = nullptr;
 size_t scheduler_stack_size = 0;
 const std::function<void()>* the_kernel = nullptr;
 std::unique_ptr<unsigned char[]> shared;
+int64_t the_launches = 0;
 
 // AddressSanitizer wants to know which stack is in use.
 void before_switch(void** save, const void* stack, size_t size) {
@@ -185,6 +186,7 @@ void set_schedule(Schedule schedule, unsigned seed) {
 
 void run_grid(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
   if (threads < 1 || threads > 1024) fail("a block must have 1 to 1024 threads");
+  ++the_launches;
   the_kernel = &kernel;
   thread_count = threads;
   blockDim = {static_cast<unsigned>(threads), 1, 1};
@@ -198,6 +200,8 @@ void run_grid(int64_t blocks, int threads, size_t shared_bytes, const std::funct
   }
   shared.reset();
 }
+
+int64_t launches() { return the_launches; }
 
 void* shared_memory() { return shared.get(); }
 

@@ -42,6 +42,9 @@ void set_schedule(Schedule schedule, unsigned seed);
 // Calls `kernel` once for each thread of each block.
 void run_grid(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
 
+// How many grids have been run.
+int64_t launches();
+
 // The memory of the block that runs.
 void* shared_memory();
 

@@ -2,7 +2,7 @@
 // they wrote goes out on the standard output. tests/cuda_host/__init__.py is the other side.
 //
 //   call:    name, number of arguments, arguments
-//   answer:  0, then per output: position, bytes; then -1; or 1 and a message
+//   answer:  0, then per output: position, bytes; then -1 and how many grids have been run; or 1 and a message
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -183,6 +183,7 @@ Call call_of(void (*function)(P...), std::index_sequence<index...>) {
       write(values[k].memory.array.data, values[k].memory.bytes);
     }
     write<int32_t>(-1);
+    write<int64_t>(cuda_host::launches());
   };
 }
 template <class... P>

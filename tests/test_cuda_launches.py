@@ -1,0 +1,125 @@
+"""How many kernels a training step starts on a GPU: library products, kernels of torch, and our own.
+
+A step with few rows takes as long as the host needs to start them. The numbers are counted where there is no GPU: the
+kernels run on the processor, and what torch does there is what it would start on a device.
+"""
+
+import contextlib
+
+import cuda_host
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from contrastive_ops import clip, info_nce, siglip
+from contrastive_ops.core import checks, cuda_kernels, operators
+from contrastive_ops.cuda import _products
+from contrastive_ops.ops import _similarity_loss_autograd
+
+if cuda_host.why_missing() is not None:
+    pytest.skip(cuda_host.why_missing(), allow_module_level=True)
+
+# What allocates, or makes another tensor of the same memory, starts nothing.
+ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+VIEWS = ("detach", "alias", "view", "_unsafe_view", "_reshape_alias", "lift_fresh")
+
+
+class Started(TorchDispatchMode):
+    """Counts the operations of torch that start a kernel, the library's products and our kernels beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.torch, self.ours = 0, [], 0
+        self._hidden = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, result = function.overloadpacket.__name__, function(*args, **(kwargs or {}))
+        starts = not (function.is_view or name in ALLOCATIONS or name in VIEWS)
+        if starts and not self._hidden and any(each.numel() for each in tree_leaves(result)):
+            self.torch.append(name)
+        return result
+
+    @contextlib.contextmanager
+    def hidden(self):
+        """A region that stands for one call on a GPU."""
+        self._hidden = True
+        try:
+            yield
+        finally:
+            self._hidden = False
+
+    def counts(self):
+        return self.products, len(self.torch), self.ours
+
+
+def count_products(monkeypatch, started):
+    """One each; the processor has none that widens, so torch converts operands of 16 bits first."""
+
+    def counted(multiply):
+        def run(*arguments, **options):
+            started.products += 1
+            with started.hidden():
+                multiply(*arguments, **options)
+
+        return run
+
+    for name in ("inner_products", "set_or_add"):
+        monkeypatch.setattr(_products, name, counted(getattr(_products, name)))
+
+
+def count_kernels(monkeypatch, started, kernels):
+    call = kernels.call
+
+    def counted(*arguments):
+        before = kernels.launches
+        with started.hidden():
+            call(*arguments)
+        started.ours += kernels.launches - before
+
+    monkeypatch.setattr(kernels, "call", counted)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    host = cuda_host.HostKernels()
+    yield host
+    host.close()
+
+
+def inputs(dtype):
+    """Two sides, and a scale that is trained, too."""
+    torch.manual_seed(0)
+    x, y = (torch.randn(24, 64).to(dtype).requires_grad_() for _ in range(2))
+    return x, y, torch.tensor(3.0, requires_grad=True)
+
+
+def started_by(monkeypatch, kernels, loss, dtype):
+    """(products, kernels of torch, our kernels) of a step."""
+    # Operators that are not opened hide what they start.
+    monkeypatch.setattr(operators, "seen_by_autograd_alone", lambda arguments: True)
+    # Nobody waits for a device to look at numbers.
+    for module in (checks, _similarity_loss_autograd):
+        monkeypatch.setattr(module, "may_read", lambda tensor, waits=False: waits)
+    with cuda_kernels.on_host(kernels):
+        started, (x, y, scale) = Started(), inputs(dtype)
+        count_products(monkeypatch, started)
+        count_kernels(monkeypatch, started, kernels)
+        with started:
+            loss(x, y, scale=scale, backend="cuda").backward()
+    return started.counts()
+
+
+# Products, kernels of torch (with one for the upstream gradient of 1), our kernels.
+STEPS = {
+    "clip": (clip, torch.float32, (3, 35, 7)),
+    "clip in 16 bits": (clip, torch.bfloat16, (3, 38, 10)),
+    "info_nce": (info_nce, torch.float32, (3, 27, 6)),
+    "siglip": (siglip, torch.float32, (3, 31, 6)),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_starts_so_many_kernels(monkeypatch, kernels, name):
+    loss, dtype, expected = STEPS[name]
+    assert started_by(monkeypatch, kernels, loss, dtype) == expected
