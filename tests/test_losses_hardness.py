@@ -266,13 +266,3 @@ BAD = [
 def test_bad_input(call, error, message):
     with pytest.raises(error, match="^" + re.escape(message)):
         call()
-
-
-@pytest.mark.parametrize("loss", [dcl, debiased, hcl, hn_nce])
-def test_docstring_example(loss):
-    import doctest
-    import sys
-
-    tests = doctest.DocTestFinder(recurse=False).find(loss, globs=vars(sys.modules[loss.__module__]) | {"torch": torch})
-    assert tests[0].examples
-    assert all(doctest.DocTestRunner().run(test).failed == 0 for test in tests)

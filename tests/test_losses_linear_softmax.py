@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from contrastive_ops import LogProb, dpo, linear_cross_entropy, linear_kl, linear_log_prob
 from contrastive_ops.losses import _linear_chunks
-from contrastive_ops.testing import relative_error, saved_bytes
+from contrastive_ops.testing import relative_error
 
 DOUBLE = torch.float64
 
@@ -80,23 +80,6 @@ def test_sixteen_bits(dtype):
         strict=True,
     ):
         assert relative_error(a, b) < 5e-3
-
-
-def test_logits_are_not_kept():
-    hidden, weight, labels, _ = inputs(512, words=4096, depth=16, dtype=torch.float32)
-    for entropy in (False, True):
-        size, _ = saved_bytes(
-            lambda entropy=entropy: linear_log_prob(hidden, weight, labels, entropy=entropy, memory_budget=0)
-        )
-        assert size < 2 * (hidden.numel() + weight.numel()) * 4 + 64 * 512
-
-
-def test_it_compiles_with_ignored_labels():
-    compiled = torch.compile(linear_log_prob, fullgraph=True, backend="aot_eager")
-    for rows in (12, 17):
-        hidden, weight, labels, _ = inputs(rows, dtype=torch.float32)
-        labels[::3] = -100
-        torch.testing.assert_close(compiled(hidden, weight, labels), linear_log_prob(hidden, weight, labels))
 
 
 def test_dpo_of_sequences_from_a_policy():
@@ -316,12 +299,10 @@ def test_divergence_of_sixteen_bits_and_of_other_dtypes():
     assert a.dtype == torch.bfloat16 and relative_error(a, b) < 5e-3
 
 
-def test_divergence_keeps_no_logits_and_no_rows_are_fine():
-    hidden, weight, _, _ = inputs(512, words=4096, depth=16, dtype=torch.float32)
-    size, value = saved_bytes(lambda: linear_kl(hidden, weight, hidden.detach(), weight.detach() + 1))
-    assert size < 3 * (hidden.numel() + weight.numel()) * 4 and value.shape == (512,)
+def test_divergence_of_no_rows():
+    hidden, weight, _, _ = inputs(6)
     assert linear_kl(hidden[:0], weight, hidden[:0], weight).shape == (0,)
-    assert linear_kl(hidden, weight, hidden, weight, mask=torch.zeros(512, dtype=torch.bool)).sum() == 0
+    assert linear_kl(hidden, weight, hidden, weight, mask=torch.zeros(6, dtype=torch.bool)).sum() == 0
 
 
 def test_nan_stays_in_its_row():
@@ -347,16 +328,17 @@ def test_entropies_and_divergences_compile_and_have_shapes_without_data():
         )
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    hidden, weight, labels, _ = inputs(12, dtype=torch.float32)
-    labels[::3] = -100
-    found, expected = compiled(hidden, weight, labels), both(hidden, weight, labels)
-    torch.testing.assert_close(found, expected)
-    for a, b in zip(
-        torch.autograd.grad(sum(map(torch.sum, found)), (hidden, weight)),
-        torch.autograd.grad(sum(map(torch.sum, expected)), (hidden, weight)),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
+    for rows in (12, 17):
+        hidden, weight, labels, _ = inputs(rows, dtype=torch.float32)
+        labels[::3] = -100
+        found, expected = compiled(hidden, weight, labels), both(hidden, weight, labels)
+        torch.testing.assert_close(found, expected)
+        for a, b in zip(
+            torch.autograd.grad(sum(map(torch.sum, found)), (hidden, weight)),
+            torch.autograd.grad(sum(map(torch.sum, expected)), (hidden, weight)),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)
     shapes = [each.shape for each in both(*(each.to("meta") for each in (hidden, weight, labels)))]
     assert shapes == [each.shape for each in expected]
 

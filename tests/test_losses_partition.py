@@ -176,15 +176,6 @@ def test_no_rows_and_one_row(backend, directions):
     check(gte(*one, directions=directions, backend=backend), dense_gte(*one, None, 100.0, directions).mean(), list(one))
 
 
-def test_evaluation_gives_the_training_value(backend):
-    query, document = leaf(20, 64, dtype=torch.float32), leaf(20, 64, dtype=torch.float32)
-    training = gte(query, document, backend=backend)
-    with torch.no_grad():
-        evaluation = gte(query, document, backend=backend)
-    assert not evaluation.requires_grad
-    torch.testing.assert_close(training, evaluation, rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("directions", [DIRECTIONS, DIRECTIONS[:3]], ids="-".join)
 def test_gradcheck_of_gte(backend, hard, directions):

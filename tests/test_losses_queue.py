@@ -83,13 +83,6 @@ def test_without_negatives_loss_and_gradient_are_zero(backend, reduction):
         assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(value.sum(), [query, key]))
 
 
-def test_no_rows(backend):
-    none, queue = leaf(0, 4), leaf(5, 4)
-    assert moco(none, none, queue, reduction="none", backend=backend).shape == (0,)
-    assert moco(none, none, queue, reduction="sum", backend=backend) == 0
-    assert moco(none, none, queue, backend=backend).isnan()
-
-
 @pytest.mark.parametrize("ids", [False, True])
 def test_diagnostics(backend, ids):
     query, key, queue = leaf(12, 4), leaf(12, 4), leaf(30, 4)

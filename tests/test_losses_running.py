@@ -253,14 +253,3 @@ BAD = [
 def test_bad_input(call, error, message):
     with pytest.raises(error, match="^" + re.escape(message)):
         call()
-
-
-@pytest.mark.parametrize("documented", [sog_clr, RunningDenominator])
-def test_docstring_example(documented):
-    import doctest
-    import sys
-
-    globs = vars(sys.modules[documented.__module__]) | {"torch": torch}
-    tests = [t for t in doctest.DocTestFinder(recurse=False).find(documented, globs=globs) if t.examples]
-    assert tests
-    assert all(doctest.DocTestRunner().run(test).failed == 0 for test in tests)

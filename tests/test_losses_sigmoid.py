@@ -181,18 +181,6 @@ def test_gradcheck(backend, reduction):
         assert torch.autograd.gradgradcheck(function, leaves)
 
 
-@pytest.mark.parametrize("loss", [siglip, multi_positive_siglip, bixse])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_evaluation_gives_the_training_value(backend, loss, reduction):
-    x, y = leaf(50, 64, dtype=torch.float32), leaf(50, 64, dtype=torch.float32)
-    last = {siglip: (), multi_positive_siglip: (torch.arange(50) // 2,), bixse: (torch.rand(50),)}[loss]
-    training = loss(x, y, *last, reduction=reduction, backend=backend)
-    with torch.no_grad():
-        evaluation = loss(x, y, *last, reduction=reduction, backend=backend)
-    assert not evaluation.requires_grad
-    torch.testing.assert_close(training, evaluation, rtol=2e-6, atol=0)
-
-
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (1, 3)])
 def test_gradients_of_some_inputs_alone(backend, wanted):
     every = [leaf(20, 6), leaf(20, 6), number(3.0), number(-2.0)]
@@ -257,29 +245,6 @@ def test_rows_without_positives_count(backend):
     none = torch.full((5,), -1)
     truth = F.softplus(dense_logits(x, y, torch.tensor(10.0), -10.0)).sum(1).mean()
     check(multi_positive_siglip(x, y, none, torch.zeros(3, dtype=torch.int64), backend=backend), truth, [x, y])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(backend, dtype):
-    x, y = torch.randn(30, 8, requires_grad=True), torch.randn(30, 8)
-    rows, grades = torch.arange(30), torch.rand(30)
-
-    def every(x, y):
-        lists = {"target": rows.roll(1), "indptr": torch.arange(31)}
-        return torch.stack(
-            [
-                siglip(x, y, backend=backend),
-                multi_positive_siglip(x, y, rows // 2, backend=backend),
-                bixse(x, y, grades, backend=backend, **lists),
-                pair_bce(x, y, rows, rows, grades),
-            ]
-        )
-
-    with torch.autocast("cpu", dtype=dtype):
-        inside = every(x, y)
-    assert torch.equal(inside, every(x.to(dtype), y.to(dtype)))
-    inside.sum().backward()
-    assert x.grad.dtype == torch.float32
 
 
 def test_open_clip(backend):

@@ -337,37 +337,6 @@ def test_gradient_error(backend, dtype, reduction):
             assert relative_error(a, b) <= bound
 
 
-@pytest.mark.parametrize("name", MINED)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(backend, name, dtype):
-    x, y = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)
-    with torch.autocast("cpu", dtype=dtype):
-        inside = MINED[name](x, y, backend=backend)
-        given = triplet(x, y, y.flip(0)) + contrastive(x, y, LABELS % 2)
-    assert torch.equal(inside, MINED[name](x.to(dtype), y.to(dtype), backend=backend))
-    low = [x.to(dtype), y.to(dtype)]
-    assert torch.equal(given, triplet(*low, low[1].flip(0)) + contrastive(*low, LABELS % 2))
-    inside.backward()
-    assert x.grad.dtype == torch.float32
-
-
-@pytest.mark.parametrize("name", MINED)
-def test_evaluation_gives_the_training_value(backend, name):
-    x, y = leaf(5, 8, dtype=torch.float32), leaf(5, 8, dtype=torch.float32)
-    training = MINED[name](x, y, backend=backend)
-    with torch.no_grad():
-        evaluation = MINED[name](x, y, backend=backend)
-    assert not evaluation.requires_grad
-    torch.testing.assert_close(training, evaluation, rtol=1e-6, atol=0)
-
-
-def test_nan_propagates(backend):
-    x, y = torch.randn(5, 8), torch.randn(5, 8)
-    x[1, 2] = torch.nan
-    for loss in MINED.values():
-        assert loss(x, y, backend=backend).isnan()
-
-
 # ---- Rows that do not count ----------------------------------------------------------------------------------------
 
 
@@ -383,23 +352,6 @@ def test_rows_without_a_positive_or_a_negative(backend):
             value = call(labels)
             assert value == 0
             assert torch.equal(torch.autograd.grad(value, x)[0], torch.zeros_like(x))
-
-
-def test_no_rows(backend):
-    x, y, none = leaf(0, 4), leaf(0, 4), torch.zeros(0, dtype=torch.int64)
-    for call in (
-        lambda **o: triplet(x, y, y, **o),
-        lambda **o: contrastive(x, y, none, **o),
-    ):
-        assert call(reduction="none").shape == (0,)
-        assert call(reduction="sum") == 0
-        assert call().isnan()  # as torch's cross_entropy
-    for call in (
-        lambda **o: batch_hard_triplet(x, none, backend=backend, **o),
-        lambda **o: batch_semi_hard_triplet(x, none, target=none, backend=backend, **o),
-    ):
-        assert call(reduction="none").shape == (0,)
-        assert call() == 0
 
 
 # ---- Other packages ------------------------------------------------------------------------------------------------
