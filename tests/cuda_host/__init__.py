@@ -6,13 +6,14 @@ tensors on the CPU and write to them; a program of its own runs them (driver.cpp
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import hashlib
 import os
 import shutil
 import struct
 import subprocess
 import sysconfig
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-SOURCES = HERE.parent.parent / "csrc" / "cuda"
+ROOT = HERE.parent.parent
+SOURCES = ROOT / "csrc" / "cuda"
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 FLAGS = ("-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *SANITIZERS)
 
@@ -70,10 +72,23 @@ def compile_program(sources: Sequence[Path], program: Path) -> None:
 
 @functools.cache
 def driver() -> Path:
-    """The program that runs every function, compiled once in this process."""
-    folder = Path(tempfile.mkdtemp(prefix="cuda_host"))
-    compile_program([*sorted(SOURCES.glob("*.cu")), HERE / "driver.cpp", HERE / "cuda_host.cpp"], folder / "driver")
-    return folder / "driver"
+    """The program that runs every function, compiled once for all processes of this checkout."""
+    folder = ROOT / "build" / "cuda_host"
+    folder.mkdir(parents=True, exist_ok=True)
+    read = [path for place in (HERE, SOURCES, SOURCES.parent) for path in sorted(place.glob("*.*"))]
+    made_of = hashlib.sha256(repr((_compiler(), FLAGS)).encode())
+    for path in read:
+        made_of.update(path.name.encode() + path.read_bytes())
+    program, record = folder / "driver", folder / "made_of"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists() or not record.exists() or record.read_text() != made_of.hexdigest():
+            record.unlink(missing_ok=True)
+            sources = [*sorted(SOURCES.glob("*.cu")), HERE / "driver.cpp", HERE / "cuda_host.cpp"]
+            compile_program(sources, folder / "new")
+            (folder / "new").replace(program)  # one that still runs is left alone
+            record.write_text(made_of.hexdigest())
+    return program
 
 
 class HostKernels:
