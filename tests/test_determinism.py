@@ -1,5 +1,6 @@
 """Bitwise equality of runs and thread counts, agreement of SIMD levels, and threads that really run."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -7,10 +8,13 @@ import sys
 
 import pytest
 import torch
+from similarity_topk_cases import integers, rules_of
 
-from contrastive_ops import clip, info_nce, nt_xent
+from contrastive_ops import clip, info_nce, nt_xent, similarity_reduce, similarity_topk
+from contrastive_ops.core import extension
 from contrastive_ops.testing import clustered_pairs, relative_error
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LOSSES = {"info_nce": info_nce, "clip": clip, "nt_xent": nt_xent}
 LEVELS = ("default", "avx2", "avx512", "avx512_bf16", "amx")
 
@@ -47,19 +51,26 @@ def test_reference_is_deterministic(name):
 
 
 CHILD = """
-import json, sys, torch
+import json, sys
 sys.path.insert(0, {tests!r})
-from test_determinism import LOSSES, run
-from contrastive_ops.core import extension
-out = {{"level": extension.load().cpu_capability()}}
-for name, loss in LOSSES.items():
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        out[f"{{name}} {{dtype}}"] = [t.double().flatten().tolist() for t in run(loss, dtype, "cpu", 300, 40)]
-small = torch.arange(-40, 40).reshape(16, 5).remainder(4).float()
-from contrastive_ops import similarity_reduce
-out["dots"] = similarity_reduce(small, small[:1], scale=1.0).tolist()
-print(json.dumps(out))
+from test_determinism import results_of_this_level
+print(json.dumps(results_of_this_level()))
 """
+
+
+def results_of_this_level():
+    """By name; in "exact" what no order of summation changes."""
+    out = {"level": extension.load().cpu_capability()}
+    for name, loss in LOSSES.items():
+        for dtype in DTYPES:
+            out[f"{name} {dtype}"] = [t.double().flatten().tolist() for t in run(loss, dtype, "cpu", 300, 40)]
+    small = torch.arange(-40, 40).reshape(16, 5).remainder(4).float()
+    exact = {"one logit of each row": similarity_reduce(small, small[:1], scale=1.0).tolist()}
+    for dtype, rows, k in itertools.product(DTYPES, (2, 21), (5, 90)):
+        x, y = integers(rows, 37, dtype), integers(700, 37, dtype, seed=1)
+        found = similarity_topk(x, y, k, pairs=rules_of(rows, 700, ("exclude", "below", "differ"), 3), backend="cpu")
+        exact[f"topk {dtype} {rows} {k}"] = [found.indices.tolist(), found.values.tolist()]
+    return {**out, "exact": exact}
 
 
 @pytest.fixture(scope="module")
@@ -68,29 +79,20 @@ def levels():
     if not torch.backends.cpu.get_cpu_capability():
         pytest.skip("no capability is known")
     results = {}
-    for level in LEVELS:
+    for level in LEVELS[: LEVELS.index(extension.load().cpu_capability_detected()) + 1]:
         code = CHILD.format(tests=os.path.dirname(__file__))
         environment = {**os.environ, "CONTRASTIVE_OPS_CPU_CAPABILITY": level}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        out = json.loads(done.stdout)
-        results[out.pop("level")] = out
+        results[level] = json.loads(done.stdout)
+        assert results[level].pop("level") == level  # it must have run as itself, not as its fallback
     return results
 
 
 def test_levels_agree(levels):
-    from contrastive_ops.core import extension
-
-    assert "default" in levels
-    # Each level that the processor has must have run as itself, not as its fallback.
-    names = list(LEVELS)
-    cap = os.environ.get("CONTRASTIVE_OPS_CPU_CAPABILITY")
-    detected = extension.load().cpu_capability_detected()
-    assert set(levels) == set(names[: names.index(detected) + 1]), cap
     truth = levels["default"]
     for level, results in levels.items():
         for name, expected in truth.items():
-            if name == "dots":
-                # One logit per row and small integers: exact arithmetic, so exact agreement.
+            if name == "exact":
                 assert results[name] == expected, level
                 continue
             # Only avx512_bf16 and amx multiply bfloat16 numbers; the other levels convert them to float32.

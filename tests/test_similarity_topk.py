@@ -4,11 +4,6 @@ Inner products of small integers are exact in any order of summation, so indices
 stable sort, ties included.
 """
 
-import json
-import os
-import subprocess
-import sys
-
 import hypothesis
 import hypothesis.strategies as st
 import pytest
@@ -272,37 +267,6 @@ def test_a_row_has_the_same_scores_in_any_batch_and_shard(dtype):
         merged = merge(merge(shifted[a], shifted[b]), shifted[c])
         assert_same(merged, whole)
     assert torch.equal(logits_at(x, y, whole.indices, backend="cpu"), whole.values)
-
-
-CHILD = """
-import json, sys, torch
-sys.path.insert(0, {tests!r})
-from contrastive_ops import similarity_topk
-from contrastive_ops.core import extension
-from test_similarity_topk import DTYPES, integers, random_rules, RULES
-out = {{"level": extension.load().cpu_capability()}}
-for dtype in DTYPES:
-    for rows in (2, 21):
-        x, y = integers(rows, 37, dtype), integers(700, 37, dtype, seed=1)
-        pairs = random_rules(rows, 700, ("exclude", "below", "differ"), 3)
-        for k in (5, 90):
-            found = similarity_topk(x, y, k, pairs=pairs, backend="cpu")
-            out[f"{{dtype}} {{rows}} {{k}}"] = [found.indices.tolist(), found.values.tolist()]
-print(json.dumps(out))
-"""
-
-
-def test_simd_levels_agree_on_small_integers():
-    results = {}
-    for level in ("default", "avx2", "avx512", "avx512_bf16", "amx"):
-        code = CHILD.format(tests=os.path.dirname(__file__))
-        environment = {**os.environ, "CONTRASTIVE_OPS_CPU_CAPABILITY": level}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        out = json.loads(done.stdout)
-        results[out.pop("level")] = out
-    assert "default" in results
-    for level, out in results.items():
-        assert out == results["default"], level
 
 
 # ---- Sizes -----------------------------------------------------------------------------------------------------------
