@@ -56,6 +56,10 @@ def insist_on(backend: str | None, stem: str, x: Tensor) -> dict[str, str]:
     return {"backend": backend}
 
 
+# Losses whose opponents take rows as they are.
+AS_GIVEN = ("clip", "info_nce", "siglip")
+
+
 def ours(function: str, name: str = OURS, *, cache: bool | None = None, backend: str | None = None) -> Provider:
     """``contrastive_ops.<function>`` on the case's tensors and constants.
 
@@ -67,6 +71,8 @@ def ours(function: str, name: str = OURS, *, cache: bool | None = None, backend:
         import contrastive_ops
 
         options = {**inputs.arguments, **insist_on(backend, "similarity_reduce", _rows(inputs)[0])}
+        if function in AS_GIVEN:
+            options["normalize"] = False
         if cache is not None:
             first, last = _rows(inputs)[0], _rows(inputs)[-1]
             options["memory_budget"] = 4 * len(first) * len(last) if cache else 0

@@ -31,7 +31,7 @@ def ours(name: str = OURS, memory_budget: int | None = None) -> Provider:
     def build(inputs: Inputs) -> Step:
         from contrastive_ops import similarity_distillation
 
-        options = {"divergence": "ce", "symmetric": True, "memory_budget": memory_budget}
+        options = {"divergence": "ce", "symmetric": True, "normalize": False, "memory_budget": memory_budget}
         return _step(inputs, lambda *sides: similarity_distillation(*sides[:4], scale=sides[4], **options))
 
     return Provider(name, build, kind="ours", package="contrastive_ops")

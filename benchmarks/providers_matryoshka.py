@@ -48,10 +48,7 @@ def ours_in_a_loop(function: str) -> Provider:
 
         loss = getattr(contrastive_ops, function)
 
-        def of_prefix(**tensors: Tensor | float) -> Tensor:
-            return loss(**tensors, normalize=True)
-
-        return _loop(inputs, of_prefix)
+        return _loop(inputs, loss)
 
     return Provider(OURS_IN_A_LOOP, build, kind="ours", package="contrastive_ops")
 

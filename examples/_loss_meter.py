@@ -40,12 +40,12 @@ def pytorch_layer(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 
 def contrastive_ops_layer(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """The same loss, the matrix never stored."""
-    return contrastive_ops.clip(a, b, scale=scale)
+    return contrastive_ops.clip(a, b, scale=scale, normalize=False)
 
 
 def uncached_layer(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     """The same again, with nothing of the matrix kept between forward and backward."""
-    return contrastive_ops.clip(a, b, scale=scale, memory_budget=0)
+    return contrastive_ops.clip(a, b, scale=scale, normalize=False, memory_budget=0)
 
 
 LAYERS: dict[str, LossLayer] = {

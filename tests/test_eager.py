@@ -152,7 +152,7 @@ def _under(context):
         lambda x, y: clip(x, y, label_smoothing=0.1),
         lambda x, y: clip(x, y, weight=torch.arange(ROWS).float()),
         lambda x, y: clip(x, y, scale=torch.linspace(1, 2, ROWS)),
-        lambda x, y: clip(x.bfloat16(), y.bfloat16(), normalize=True),
+        lambda x, y: clip(x.bfloat16(), y.bfloat16()),
         lambda x, y: torch.compile(clip, backend="eager")(x, y),
     ],
     ids=[

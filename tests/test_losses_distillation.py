@@ -50,7 +50,9 @@ def test_rows(divergence, reduction, backend):
     temperature, weight = number(0.8), leaf(9).detach().abs().requires_grad_()
     rows = DIVERGENCES[divergence](x @ y.T / temperature, teacher[0] @ teacher[1].T / 0.5)
     options = {"temperature": temperature, "teacher_temperature": 0.5, "weight": weight, "backend": backend}
-    value = similarity_distillation(x, y, *teacher, divergence=divergence, reduction=reduction, **options)
+    value = similarity_distillation(
+        x, y, *teacher, divergence=divergence, reduction=reduction, normalize=False, **options
+    )
     check(value, reduced(rows, reduction, weight), [x, y, temperature, weight])
 
 
@@ -62,7 +64,7 @@ def test_both_directions(divergence, reduction, backend):
     units = [F.normalize(t, dim=1) for t in (image, text, *teacher)]
     s, t = scale * units[0] @ units[1].T, 3.0 * units[2] @ units[3].T
     rows = (DIVERGENCES[divergence](s, t) + DIVERGENCES[divergence](s.T, t.T)) / 2
-    options = {"symmetric": True, "scale": scale, "teacher_scale": 3.0, "normalize": True, "backend": backend}
+    options = {"symmetric": True, "scale": scale, "teacher_scale": 3.0, "backend": backend}
     value = similarity_distillation(image, text, *teacher, divergence=divergence, reduction=reduction, **options)
     check(value, reduced(rows, reduction), [image, text, scale])
 
@@ -73,7 +75,7 @@ def test_open_clip(backend):
     scale, teacher_scale = number(2.5), number(1.5)
     contrastive, truth = loss(image, text, scale, *teacher, teacher_scale.detach())
     options = {"symmetric": True, "scale": scale, "teacher_scale": teacher_scale.detach(), "backend": backend}
-    value = similarity_distillation(image, text, *teacher, divergence="ce", **options)
+    value = similarity_distillation(image, text, *teacher, divergence="ce", normalize=False, **options)
     assert contrastive.isfinite()
     check(value, truth, [image, text, scale])
 
@@ -83,9 +85,9 @@ def test_rows_with_each_other(backend):
     x, (teacher, _) = leaf(15, 6), teachers(15)
     own = torch.eye(15, dtype=torch.bool)
     s, t = ((20.0 * u @ u.T)[~own].view(15, 14) for u in (F.normalize(x, dim=1), F.normalize(teacher, dim=1)))
-    value = similarity_distillation(x, None, teacher, scale=20.0, normalize=True, backend=backend)
+    value = similarity_distillation(x, None, teacher, scale=20.0, backend=backend)
     check(value, kl(s, t).mean(), [x])
-    everything = similarity_distillation(x, None, teacher, scale=0.5, pairs=Pairs(), backend=backend)
+    everything = similarity_distillation(x, None, teacher, scale=0.5, pairs=Pairs(), backend=backend, normalize=False)
     check(everything, kl(0.5 * x @ x.T, 0.5 * teacher @ teacher.T).mean(), [x])
 
 
@@ -93,7 +95,7 @@ def test_the_teacher_takes_the_temperature_of_the_student_and_no_gradient(backen
     x, y, teacher = leaf(9, 6), leaf(9, 6), [leaf(9, 4), leaf(9, 4)]
     temperature = number(0.8)
     truth = kl(x @ y.T / temperature, (teacher[0] @ teacher[1].T / temperature).detach()).mean()
-    value = similarity_distillation(x, y, *teacher, temperature=temperature, backend=backend)
+    value = similarity_distillation(x, y, *teacher, temperature=temperature, backend=backend, normalize=False)
     check(value, truth, [x, y, temperature])
     assert torch.autograd.grad(value, teacher, allow_unused=True) == (None, None)
 
@@ -106,7 +108,7 @@ def test_a_mask_of_columns(backend):
     s, t = x @ y.T, (teacher[0] @ teacher[1].T)[:, :10]
     truth = -(t.softmax(1) * s.log_softmax(1)[:, :10]).sum(1)
     options = {"scale": 1.0, "teacher_bias": bias, "reduction": "none", "backend": backend}
-    value = similarity_distillation(x, y, *teacher, divergence="ce", **options)
+    value = similarity_distillation(x, y, *teacher, divergence="ce", normalize=False, **options)
     check(value, truth, [x, y])
 
 
@@ -211,8 +213,10 @@ def test_16_bits_are_compared_in_float32(backend):
 
 def test_modules():
     image, text, teacher = torch.randn(8, 6), torch.randn(8, 6), [t.float() for t in teachers(8)]
-    module = nn.SimilarityDistillationLoss(0.2, symmetric=True, teacher_scale=4.0)
-    expected = similarity_distillation(image, text, *teacher, symmetric=True, scale=5.0, teacher_scale=4.0)
+    module = nn.SimilarityDistillationLoss(0.2, symmetric=True, teacher_scale=4.0, normalize=False)
+    expected = similarity_distillation(
+        image, text, *teacher, symmetric=True, scale=5.0, teacher_scale=4.0, normalize=False
+    )
     torch.testing.assert_close(module(image, text, *teacher), expected)
     module(image, text, *teacher).backward()
     assert module.logit_scale.grad.isfinite()

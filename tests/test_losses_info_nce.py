@@ -98,6 +98,7 @@ def test_info_nce(backend, reduction, data):
         z_loss=z_loss,
         reduction=reduction,
         backend=backend,
+        normalize=False,
         **options,
     )
     leaves += [t for t in (query, key, negatives, own) if t is not None]
@@ -118,7 +119,7 @@ def test_clip(backend, reduction, data):
     both = [
         dense_rows(*each, torch.arange(n), options["label_smoothing"]) for each in ((logits, keep), (logits.T, keep.T))
     ]
-    value = clip(image, text, pairs=pairs, reduction=reduction, backend=backend, **options)
+    value = clip(image, text, pairs=pairs, reduction=reduction, backend=backend, normalize=False, **options)
     check(value, reduced((both[0] + both[1]) / 2, reduction, options["weight"]), [image, text, *leaves])
 
 
@@ -128,7 +129,11 @@ def test_filled_pairs_take_part_with_their_constant(backend):
     logits = (2.0 * query @ key.T).masked_fill(same, 0.5)
     truth = F.cross_entropy(logits, torch.arange(9), label_smoothing=0.2)
     pairs = Pairs(differ=(ids, ids), fill=0.5)
-    check(info_nce(query, key, scale=2.0, pairs=pairs, label_smoothing=0.2, backend=backend), truth, [query, key])
+    check(
+        info_nce(query, key, scale=2.0, pairs=pairs, label_smoothing=0.2, backend=backend, normalize=False),
+        truth,
+        [query, key],
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -147,17 +152,19 @@ def test_row_negatives_alone_are_negatives_too(backend):
     query, key, own, ids = leaf(6, 4), leaf(6, 4), leaf(6, 2, 4), torch.zeros(6, dtype=torch.int64)
     logits = torch.cat([(query * key).sum(1, keepdim=True), torch.einsum("nd,nkd->nk", query, own)], 1)
     truth = F.cross_entropy(logits, torch.zeros(6, dtype=torch.int64))
-    value = info_nce(query, key, row_negatives=own, pairs=Pairs(differ=(ids, ids)), scale=1.0, backend=backend)
+    value = info_nce(
+        query, key, row_negatives=own, pairs=Pairs(differ=(ids, ids)), scale=1.0, backend=backend, normalize=False
+    )
     check(value, truth, [query, key, own])
 
 
 def test_no_rows(backend):
     a = leaf(0, 4)
     options = {"z_loss": 0.1, "margin": 0.1, "label_smoothing": 0.1, "backend": backend}
-    assert info_nce(a, a, reduction="none", **options).shape == (0,)
-    loss, measures = info_nce(a, a, reduction="sum", diagnostics=True, **options)
+    assert info_nce(a, a, reduction="none", normalize=False, **options).shape == (0,)
+    loss, measures = info_nce(a, a, reduction="sum", diagnostics=True, normalize=False, **options)
     assert loss == 0 and measures.rank.shape == (0,) and measures.accuracy.isnan()
-    assert clip(a, a, label_smoothing=0.1, backend=backend).isnan()
+    assert clip(a, a, label_smoothing=0.1, backend=backend, normalize=False).isnan()
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -177,6 +184,7 @@ def test_gradcheck_with_every_option(backend, pairs):
             z_loss=0.1,
             scale=scale,
             backend=backend,
+            normalize=False,
         )
 
     leaves = (leaf(4, 3), leaf(4, 3), leaf(2, 3), leaf(4, 1, 3), torch.tensor(1.5, dtype=DOUBLE, requires_grad=True))
@@ -189,10 +197,18 @@ def test_gradcheck_of_filtered_totals(backend):
     ids, share = torch.tensor([0, 1, 0, -1]), torch.rand(4, dtype=DOUBLE, requires_grad=True)
     leaves = (leaf(4, 3), leaf(4, 3))
     for function, inputs in (
-        (lambda a, b: info_nce(a, b, pairs=Pairs(differ=(ids, ids)), scale=1.5, backend=backend), leaves),
-        (lambda a, b, e: info_nce(a, b, label_smoothing=e, scale=1.5, backend=backend), (*leaves, share)),
         (
-            lambda a, b, e: clip(a, b, pairs=Pairs(differ=(ids, ids)), label_smoothing=e, scale=1.5, backend=backend),
+            lambda a, b: info_nce(a, b, pairs=Pairs(differ=(ids, ids)), scale=1.5, backend=backend, normalize=False),
+            leaves,
+        ),
+        (
+            lambda a, b, e: info_nce(a, b, label_smoothing=e, scale=1.5, backend=backend, normalize=False),
+            (*leaves, share),
+        ),
+        (
+            lambda a, b, e: clip(
+                a, b, pairs=Pairs(differ=(ids, ids)), label_smoothing=e, scale=1.5, backend=backend, normalize=False
+            ),
             (*leaves, share),
         ),
     ):
@@ -262,8 +278,8 @@ def test_diagnostics_of_info_nce(backend, data):
     own = leaf(n, 2, depth) if draw(st.booleans()) else None
     pairs, keep = rules_and_mask(draw(st.lists(st.sampled_from(RULES), unique=True, max_size=2)), query, key)
     options = {"target": target, "row_negatives": own, "pairs": pairs, "label_smoothing": 0.1, "backend": backend}
-    plain = info_nce(query, key, **options)
-    loss, measures = info_nce(query, key, diagnostics=True, **options)
+    plain = info_nce(query, key, normalize=False, **options)
+    loss, measures = info_nce(query, key, diagnostics=True, normalize=False, **options)
     similarity = query @ key.T
     if own is not None:
         similarity = torch.cat([similarity, torch.einsum("nd,nkd->nk", query, own)], 1)
@@ -280,8 +296,8 @@ def test_diagnostics_of_clip(backend, data):
     n, depth = draw(st.integers(1, 19)), draw(st.integers(1, 6))
     image, text, at = leaf(n, depth), leaf(n, depth), torch.arange(n)
     pairs, keep = rules_and_mask(draw(st.lists(st.sampled_from(RULES), unique=True, max_size=2)), image, text)
-    plain = clip(image, text, pairs=pairs, backend=backend)
-    loss, (of_images, of_texts) = clip(image, text, pairs=pairs, diagnostics=True, backend=backend)
+    plain = clip(image, text, pairs=pairs, backend=backend, normalize=False)
+    loss, (of_images, of_texts) = clip(image, text, pairs=pairs, diagnostics=True, backend=backend, normalize=False)
     similarity = (image @ text.T).detach()
     check_measures(of_images, dense_measures(similarity, keep, at))
     check_measures(of_texts, dense_measures(similarity.T, keep.T, at))
@@ -292,7 +308,7 @@ def test_diagnostics_of_clip(backend, data):
 def test_equal_columns_count_against_the_positive(backend, dtype):
     """Whatever the order of summation makes of their inner products."""
     query, key = torch.randn(40, 300).to(dtype), torch.randn(20, 300).to(dtype)
-    _, measures = info_nce(query, torch.cat([key, key]), diagnostics=True, backend=backend)
+    _, measures = info_nce(query, torch.cat([key, key]), diagnostics=True, backend=backend, normalize=False)
     assert measures.accuracy == 0
     exact = (query.double() @ key.double().T).repeat(1, 2)  # one product over all 40 would round equal columns apart
     expected = (exact >= exact.diagonal()[:, None]).sum(1)
@@ -303,9 +319,9 @@ def test_rank_ignores_scale_and_constants(backend):
     """The order of similarities counts, also where filled pairs enter the loss with a large logit."""
     query, key, ids = torch.randn(12, 5), torch.randn(12, 5), torch.arange(12) // 3
     scale = torch.rand(12) + 0.5
-    plain = info_nce(query, key, pairs=Pairs(differ=(ids, ids)), diagnostics=True, backend=backend)[1]
+    plain = info_nce(query, key, pairs=Pairs(differ=(ids, ids)), diagnostics=True, backend=backend, normalize=False)[1]
     filled = Pairs(differ=(ids, ids), fill=99.0)
-    other = info_nce(query, key, pairs=filled, scale=scale, diagnostics=True, backend=backend)[1]
+    other = info_nce(query, key, pairs=filled, scale=scale, diagnostics=True, backend=backend, normalize=False)[1]
     assert torch.equal(plain.rank, other.rank)
     torch.testing.assert_close(plain.negative_similarity, other.negative_similarity)
 
@@ -365,7 +381,7 @@ def test_parity_with_info_nce_pytorch(backend, mode):
     """Explicit negatives replace those of the batch there: a queue for all rows, or a list for each."""
     theirs = pytest.importorskip("info_nce").info_nce
     query, key, shared, own = leaf(20, 8), leaf(20, 8), leaf(13, 8), leaf(20, 3, 8)
-    options = {"temperature": 0.1, "normalize": True, "backend": backend}
+    options = {"temperature": 0.1, "backend": backend}
     if mode == "in batch":
         check(info_nce(query, key, **options), theirs(query, key), [query, key])
     elif mode == "unpaired":

@@ -48,6 +48,7 @@ def test_the_contrastive_loss_of_pylate(reduction, backend):
         temperature=temperature,
         reduction=reduction,
         backend=backend,
+        normalize=False,
     )
     check(value, truth, [queries, positives, negatives, temperature])
 
@@ -90,8 +91,10 @@ def test_everything_at_once(reduce, reduction, backend):
 
 def test_one_negative_of_each_query_needs_no_list(backend):
     queries, documents, own = torch.randn(4, 3, 8), torch.randn(4, 5, 8), torch.randn(4, 6, 8)
-    value = late_interaction(queries, documents, row_negatives=own, backend=backend)
-    torch.testing.assert_close(value, late_interaction(queries, documents, row_negatives=own[:, None], backend=backend))
+    value = late_interaction(queries, documents, row_negatives=own, backend=backend, normalize=False)
+    torch.testing.assert_close(
+        value, late_interaction(queries, documents, row_negatives=own[:, None], backend=backend, normalize=False)
+    )
 
 
 @pytest.mark.parametrize("retrieved", [1, 4, 100])
@@ -117,6 +120,7 @@ def test_retrieved_tokens_alone(retrieved, backend):
         reduce="mean",
         scale=3.0,
         backend=backend,
+        normalize=False,
     )
     check(value, truth, [queries, documents, negatives])
 
@@ -128,14 +132,14 @@ def test_packed_sets_give_the_same_loss(backend):
     packed = TokenSets(documents[mask], offsets=offsets)
     for retrieved in (None, 4):
         options = {"retrieved": retrieved, "backend": backend}
-        value = late_interaction(queries, packed, packed, **options)
+        value = late_interaction(queries, packed, packed, normalize=False, **options)
         padded = TokenSets(documents, mask)
-        torch.testing.assert_close(value, late_interaction(queries, padded, padded, **options))
+        torch.testing.assert_close(value, late_interaction(queries, padded, padded, normalize=False, **options))
 
 
 def test_a_query_without_negatives_has_no_loss(backend):
     queries, documents = leaf(1, 3, 8), leaf(1, 4, 8)
-    value = late_interaction(queries, documents, backend=backend)
+    value = late_interaction(queries, documents, backend=backend, normalize=False)
     assert value == 0 and all((g == 0).all() for g in torch.autograd.grad(value, [queries, documents]))
 
 
@@ -145,8 +149,8 @@ def test_a_negative_without_tokens_takes_no_part(retrieved, backend):
     mask = mask_of(4, 5)
     mask[3] = False
     options = {"scale": scale, "retrieved": retrieved, "backend": backend}
-    value = late_interaction(queries, TokenSets(documents, mask), **options)
-    truth = late_interaction(queries, TokenSets(documents[:3], mask[:3]), **options)
+    value = late_interaction(queries, TokenSets(documents, mask), normalize=False, **options)
+    truth = late_interaction(queries, TokenSets(documents[:3], mask[:3]), normalize=False, **options)
     check(value, truth, [queries, documents, scale])
 
 
@@ -154,7 +158,7 @@ def test_a_positive_without_tokens_is_found_nowhere(backend):
     queries, documents = leaf(3, 2, 8), leaf(3, 5, 8)
     mask = mask_of(3, 5)
     mask[1] = False
-    rows = late_interaction(queries, TokenSets(documents, mask), reduction="none", backend=backend)
+    rows = late_interaction(queries, TokenSets(documents, mask), reduction="none", backend=backend, normalize=False)
     assert rows[1] == INF and rows[[0, 2]].isfinite().all()
     found = torch.autograd.grad(rows[0] + rows[2], [queries, documents])
     assert all(gradient.isfinite().all() for gradient in found)
@@ -164,7 +168,7 @@ def test_gradcheck_and_gradgradcheck(backend):
     queries, documents, own = leaf(3, 2, 4), leaf(3, 3, 4), leaf(3, 2, 2, 4)
 
     def function(queries, documents, own):
-        return late_interaction(queries, documents, row_negatives=own, reduce="mean", backend=backend)
+        return late_interaction(queries, documents, row_negatives=own, reduce="mean", backend=backend, normalize=False)
 
     assert torch.autograd.gradcheck(function, (queries, documents, own))
     assert torch.autograd.gradgradcheck(function, (queries, documents, own))
@@ -172,7 +176,7 @@ def test_gradcheck_and_gradgradcheck(backend):
 
 def test_kept_are_tokens_winners_and_scores(backend):
     queries, documents = torch.randn(40, 16, 32, requires_grad=True), torch.randn(60, 90, 32, requires_grad=True)
-    size, _ = saved_bytes(lambda: late_interaction(queries, documents, backend=backend))
+    size, _ = saved_bytes(lambda: late_interaction(queries, documents, backend=backend, normalize=False))
     tokens, winners, scores = queries.nbytes + documents.nbytes, 4 * 40 * 16 * 60, 4 * 40 * 61
     assert tokens + winners <= size <= tokens + winners + 16 * scores < 4 * 40 * 60 * 16 * 90 / 4
 

@@ -104,7 +104,7 @@ def test_all_of_the_corpus_is_info_nce_and_moco(backend, reduction):
     options = {"temperature": 0.5, "reduction": reduction, "backend": backend}
     both = mined_info_nce(query, positive, corpus, 13, **options)
     check(both, info_nce(query, positive, corpus, **options), [query, positive, corpus])
-    alone = mined_info_nce(query, positive, corpus, 20, in_batch=False, normalize=True, **options)
+    alone = mined_info_nce(query, positive, corpus, 20, in_batch=False, **options)
     check(alone, moco(query, positive, corpus, **options), [query, positive])
 
 
@@ -121,8 +121,8 @@ def test_a_frozen_corpus_costs_no_gradient(backend, reduction, in_batch):
 
     query, positive, corpus = leaf(6, 4), leaf(6, 4), leaf(9, 4)
     options = {"in_batch": in_batch, "reduction": reduction, "backend": backend}
-    expected = mined_info_nce(query, positive, corpus, 3, **options).sum()
-    frozen = mined_info_nce(query, positive, corpus.detach(), 3, **options).sum()
+    expected = mined_info_nce(query, positive, corpus, 3, normalize=False, **options).sum()
+    frozen = mined_info_nce(query, positive, corpus.detach(), 3, normalize=False, **options).sum()
     wanted = torch.autograd.grad(expected, [query, positive, corpus])
     with Watch():
         got = torch.autograd.grad(frozen, [query, positive])
@@ -146,7 +146,9 @@ def test_without_negatives_loss_and_gradient_are_zero(backend, reduction):
         (corpus, {"indices": torch.full((6, 2), -1), "ids": ids}),
         (corpus, {"indices": torch.empty(6, 0, dtype=torch.int64), "ids": ids}),
     ):
-        value = mined_info_nce(query, positive, given_corpus, reduction=reduction, backend=backend, **choice)
+        value = mined_info_nce(
+            query, positive, given_corpus, reduction=reduction, backend=backend, normalize=False, **choice
+        )
         assert torch.equal(value, torch.zeros_like(value))
         for gradient in torch.autograd.grad(value.sum(), [query, positive, given_corpus]):
             assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -161,7 +163,15 @@ def test_padding_and_repeated_rows(backend):
     scale = torch.tensor(1.5, dtype=DOUBLE, requires_grad=True)
     for in_batch in (False, True):
         value = mined_info_nce(
-            query, positive, corpus, indices=padded, scale=scale, in_batch=in_batch, reduction="none", backend=backend
+            query,
+            positive,
+            corpus,
+            indices=padded,
+            scale=scale,
+            in_batch=in_batch,
+            reduction="none",
+            backend=backend,
+            normalize=False,
         )
         rows = dense(query, positive, corpus, padded.masked_fill(again, -1), scale, None, in_batch)
         check(value, rows, [query, positive, corpus, scale])
@@ -173,7 +183,7 @@ def test_ids_keep_duplicates_of_the_batch_apart(backend):
     query, positive = leaf(5, 4), torch.cat([document, document, leaf(3, 4)])
     options = {"indices": torch.zeros(5, 1, dtype=torch.int64), "reduction": "none", "backend": backend}
     corpus = leaf(2, 4)
-    apart = mined_info_nce(query, positive, corpus, ids=ids, **options)
+    apart = mined_info_nce(query, positive, corpus, ids=ids, normalize=False, **options)
     together = mined_info_nce(query, positive, corpus, **options)
     assert (apart[:2] < together[:2]).all()
     torch.testing.assert_close(apart[2:], together[2:])
@@ -185,10 +195,10 @@ def test_a_query_is_not_pushed_from_its_own_document(backend):
     own = torch.arange(10) * 3
     query = F.normalize(corpus[own] + 0.1 * torch.randn(10, 8, dtype=DOUBLE), dim=1).requires_grad_()
     options = {"in_batch": False, "reduction": "none", "scale": 20.0, "backend": backend}
-    fooled = mined_info_nce(query, corpus[own], corpus, 4, **options)
+    fooled = mined_info_nce(query, corpus[own], corpus, 4, normalize=False, **options)
     assert (fooled >= torch.tensor(2.0).log()).all()
     for rule in ({"exclude": (torch.arange(11), own)}, {"differ": (own, torch.arange(40))}):
-        rows = mined_info_nce(query, corpus[own], corpus, 4, pairs=Pairs(**rule), **options)
+        rows = mined_info_nce(query, corpus[own], corpus, 4, pairs=Pairs(**rule), normalize=False, **options)
         keep = own[:, None] != torch.arange(40)
         check(rows, dense(query, corpus[own], corpus, hardest(query, corpus, 4, keep), 20.0, in_batch=False), [query])
 
@@ -198,7 +208,16 @@ def test_class_weights_enter_the_logits(backend):
     table, rows, cols = torch.randn(3, 3, dtype=DOUBLE), torch.arange(5) % 3, torch.arange(8) % 4 - 1
     pairs = Pairs(log_weight=(table, rows, cols))
     value = mined_info_nce(
-        query, positive, corpus, 8, pairs=pairs, scale=2.0, in_batch=False, reduction="none", backend=backend
+        query,
+        positive,
+        corpus,
+        8,
+        pairs=pairs,
+        scale=2.0,
+        in_batch=False,
+        reduction="none",
+        backend=backend,
+        normalize=False,
     )
     extra = table[rows[:, None], cols.clamp_min(0)].masked_fill(cols < 0, 0.0)
     lse = (2.0 * query @ corpus.T + extra).logsumexp(1)
@@ -208,8 +227,8 @@ def test_class_weights_enter_the_logits(backend):
 def test_a_row_with_nan_is_never_mined(backend):
     query, positive, corpus = leaf(5, 4), leaf(5, 4), torch.randn(9, 4, dtype=DOUBLE)
     corpus[2] = torch.nan
-    expected = mined_info_nce(query, positive, corpus[torch.arange(9) != 2], 9, backend=backend)
-    check(mined_info_nce(query, positive, corpus, 9, backend=backend), expected, [query, positive])
+    expected = mined_info_nce(query, positive, corpus[torch.arange(9) != 2], 9, backend=backend, normalize=False)
+    check(mined_info_nce(query, positive, corpus, 9, backend=backend, normalize=False), expected, [query, positive])
 
 
 @pytest.mark.parametrize("in_batch", [False, True])
@@ -221,7 +240,15 @@ def test_memory_bank_as_corpus(backend, in_batch):
     entries = bank.entries()
     pairs = Pairs(differ=(ids, entries.ids))
     value = mined_info_nce(
-        query, positive, entries.rows, 3, pairs=pairs, in_batch=in_batch, reduction="none", backend=backend
+        query,
+        positive,
+        entries.rows,
+        3,
+        pairs=pairs,
+        in_batch=in_batch,
+        reduction="none",
+        backend=backend,
+        normalize=False,
     )
     listed = hardest(query, entries.rows, 3, ids[:, None] != entries.ids)
     check(value, dense(query, positive, entries.rows, listed, 1 / 0.07, in_batch=in_batch), [query, positive])
@@ -232,7 +259,7 @@ def test_rows_that_were_overwritten_before_backward_are_an_error(backend):
     """Entries are views: gradients of rows that are gone would be wrong without a word."""
     bank, query, positive = MemoryBank(6, 4), torch.randn(4, 4, requires_grad=True), torch.randn(4, 4)
     bank.enqueue(torch.randn(6, 4))
-    value = mined_info_nce(query, positive, bank.entries().rows, 2, backend=backend)
+    value = mined_info_nce(query, positive, bank.entries().rows, 2, backend=backend, normalize=False)
     bank.enqueue(positive)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
@@ -245,7 +272,9 @@ def test_gradcheck(backend, reduction, in_batch):
 
     def function(query, positive, corpus, scale):
         options = {"in_batch": in_batch, "reduction": reduction, "backend": backend}
-        return mined_info_nce(query, positive, corpus, 2, pairs=Pairs(exclude=lists_of(keep)), scale=scale, **options)
+        return mined_info_nce(
+            query, positive, corpus, 2, pairs=Pairs(exclude=lists_of(keep)), scale=scale, normalize=False, **options
+        )
 
     leaves = (leaf(3, 2), leaf(3, 2), leaf(5, 2), (torch.rand(3, dtype=DOUBLE) + 1).requires_grad_())
     assert torch.autograd.gradcheck(function, leaves)
@@ -274,7 +303,7 @@ def test_gradient_error_in_three_regimes(backend, dtype, level, in_batch, reduct
     exact = [t.detach().double().requires_grad_() for t in (query, positive, corpus)]
     truth = dense(*exact, listed, 50.0, in_batch=in_batch).mean()
     options = {"pairs": pairs, "scale": 50.0, "in_batch": in_batch, "reduction": reduction, "backend": backend}
-    value = mined_info_nce(query, positive, corpus, 7, **options).mean()
+    value = mined_info_nce(query, positive, corpus, 7, normalize=False, **options).mean()
     assert relative_error(value, truth) <= 1e-3
     gradients = (torch.autograd.grad(v, each) for v, each in ((value, [query, positive, corpus]), (truth, exact)))
     for got, expected in zip(*gradients, strict=True):
@@ -288,7 +317,7 @@ def test_rows_are_exact_and_never_negative_near_convergence(backend):
     listed = hardest(query, corpus, 7, torch.arange(200)[:, None] != torch.arange(400))
     for in_batch in (False, True):
         options = {"pairs": pairs, "scale": 100.0, "in_batch": in_batch, "reduction": "none", "backend": backend}
-        rows = mined_info_nce(query, positive, corpus, 7, **options)
+        rows = mined_info_nce(query, positive, corpus, 7, normalize=False, **options)
         truth = dense(query.double(), positive.double(), corpus.double(), listed, 100.0, in_batch=in_batch)
         assert (rows >= 0).all() and truth.max() < 0.1
         torch.testing.assert_close(rows.double(), truth, rtol=1e-3, atol=1e-9)

@@ -243,7 +243,7 @@ def test_unsorted_and_repeated_targets_add_up(backend):
     weights = torch.tensor([0.3, 0.5, 0.2, 0.75, 0.25], dtype=DOUBLE)
     shares = torch.zeros(3, 5, dtype=DOUBLE)
     shares[0, 4], shares[0, 0], shares[2, 2], shares[2, 1] = 0.5, 0.5, 0.75, 0.25
-    value = soft_info_nce(query, key, (indptr, indices, weights), backend=backend)
+    value = soft_info_nce(query, key, (indptr, indices, weights), backend=backend, normalize=False)
     rows = dense_soft(query @ key.T / 0.07, shares, 0.0)
     check(value, reduced(rows, "mean", counted=shares.sum(1) > 0), [query, key])
 
@@ -253,8 +253,10 @@ def test_one_key_for_each_query_is_info_nce(backend):
 
     query, key, target = leaf(6, 4), leaf(9, 4), torch.randint(0, 9, (6,))
     lists = torch.arange(7), target, torch.ones(6)
-    value = soft_info_nce(query, key, lists, label_smoothing=0.1, backend=backend)
-    check(value, info_nce(query, key, target=target, label_smoothing=0.1, backend=backend), [query, key])
+    value = soft_info_nce(query, key, lists, label_smoothing=0.1, backend=backend, normalize=False)
+    check(
+        value, info_nce(query, key, target=target, label_smoothing=0.1, backend=backend, normalize=False), [query, key]
+    )
 
 
 def test_small_soft_losses_are_exact_in_float32(backend):
@@ -262,7 +264,9 @@ def test_small_soft_losses_are_exact_in_float32(backend):
     query = torch.eye(8)
     lists = torch.arange(9), torch.arange(8), torch.ones(8)
     truth = 7 * torch.exp(torch.tensor(-30.0, dtype=DOUBLE))
-    assert relative_error(soft_info_nce(query, query, lists, scale=30.0, backend=backend), truth) <= 1e-5
+    assert (
+        relative_error(soft_info_nce(query, query, lists, scale=30.0, backend=backend, normalize=False), truth) <= 1e-5
+    )
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -270,12 +274,14 @@ def test_edges_of_lists(backend, reduction):
     nothing = torch.zeros(4, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0)
     for columns in (0, 3):
         query, key = leaf(3, 4), leaf(columns, 4)
-        value = soft_info_nce(query, key, nothing, reduction=reduction, label_smoothing=0.1, backend=backend)
+        value = soft_info_nce(
+            query, key, nothing, reduction=reduction, label_smoothing=0.1, backend=backend, normalize=False
+        )
         assert not value.any()
         assert not any(g.any() for g in torch.autograd.grad(value.sum(), [query, key], materialize_grads=True))
     one_key = torch.arange(4), torch.zeros(3, dtype=torch.int64), torch.ones(3)
     query, key = leaf(3, 4), leaf(1, 4)
-    value = soft_info_nce(query, key, one_key, reduction=reduction, backend=backend)
+    value = soft_info_nce(query, key, one_key, reduction=reduction, backend=backend, normalize=False)
     assert not value.any()
     assert not any(g.any() for g in torch.autograd.grad(value.sum(), [query, key]))
 
@@ -286,7 +292,9 @@ def test_gradcheck_of_soft_targets(backend):
 
     def function(query, key, scale, share):
         lists = lists_of(shares)
-        return soft_info_nce(query, key, lists, scale=scale, label_smoothing=share, reduction="none", backend=backend)
+        return soft_info_nce(
+            query, key, lists, scale=scale, label_smoothing=share, reduction="none", backend=backend, normalize=False
+        )
 
     leaves = (leaf(3, 2), leaf(3, 2), scale, share)
     assert torch.autograd.gradcheck(function, leaves)
@@ -313,7 +321,10 @@ def test_gradient_error_in_bfloat16(backend, name, copies, level):
         value, truth = multi_positive_info_nce(a, labels, b, labels, **options), dense_multi_positive(logits, *sets)
     else:
         shares = (labels[:, None] == labels).double() / copies
-        value, truth = soft_info_nce(a, b, lists_of(shares), **options), dense_soft(logits, shares, 0.0)
+        value, truth = (
+            soft_info_nce(a, b, lists_of(shares), **options),
+            dense_soft(logits, shares, 0.0),
+        )
     truth = truth.mean()
     assert relative_error(value, truth) <= 1e-3
     gradients = zip(torch.autograd.grad(value, [a, b]), torch.autograd.grad(truth, exact), strict=True)

@@ -97,13 +97,15 @@ def test_gradient_is_that_of_log_u_over_gamma(backend):
     """The estimator weighs a batch as if it were the whole data set; log u changes gamma times as fast."""
     image, text, index = leaf(5, 4), leaf(5, 4), torch.arange(5)
     state = RunningDenominator(5, gamma=0.25)
-    sog_clr(leaf(5, 4), leaf(5, 4), index, state, scale=1.0, eps=0.0, backend=backend)
+    sog_clr(leaf(5, 4), leaf(5, 4), index, state, scale=1.0, eps=0.0, backend=backend, normalize=False)
     state.eval()
-    value = sog_clr(image, text, index, state, scale=1.0, eps=0.0, backend=backend)
+    value = sog_clr(image, text, index, state, scale=1.0, eps=0.0, backend=backend, normalize=False)
     (got,) = torch.autograd.grad(value, image)
     step, direction = 1e-5, torch.randn(5, 4, dtype=DOUBLE)
     ends = [
-        sog_clr(image + sign * step * direction, text, index, state, scale=1.0, eps=0.0, backend=backend)
+        sog_clr(
+            image + sign * step * direction, text, index, state, scale=1.0, eps=0.0, backend=backend, normalize=False
+        )
         for sign in (1, -1)
     ]
     slope = (ends[0] - ends[1]) / (2 * step)
@@ -115,7 +117,7 @@ def test_fast_clip_with_a_learned_temperature(backend):
     image, text, index = leaf(6, 4), leaf(6, 4), torch.arange(6)
     logit_scale, rho = torch.tensor(3.0, dtype=DOUBLE, requires_grad=True), 8.0
     state = RunningDenominator(6, gamma=0.5)
-    loss = sog_clr(image, text, index, state, scale=logit_scale, eps=0.0, backend=backend)
+    loss = sog_clr(image, text, index, state, scale=logit_scale, eps=0.0, backend=backend, normalize=False)
     s, others = image @ text.T, 1 - torch.eye(6, dtype=DOUBLE)
     g = [((m - m.diagonal()[:, None]) * logit_scale).exp().mul(others).sum(1) / 5 for m in (s, s.T)]
     u = [each.detach() for each in g]
@@ -133,7 +135,7 @@ def test_gradcheck_of_the_batch_alone(backend):
 
     def function(a, b, scale, text_scale):
         options = {"scale": scale, "text_scale": text_scale, "eps": 0.0, "reduction": "none", "backend": backend}
-        return sog_clr(a, b, index, state, **options)
+        return sog_clr(a, b, index, state, normalize=False, **options)
 
     leaves = (leaf(4, 2), leaf(4, 2), scale, text_scale)
     assert torch.autograd.gradcheck(function, leaves)
@@ -146,9 +148,9 @@ def test_gradcheck_of_the_batch_alone(backend):
 def test_state_is_stored_in_training_only(backend):
     image, text, index = leaf(3, 4), leaf(3, 4), torch.tensor([5, 0, 3])
     state = RunningDenominator(7, gamma=0.5).eval()
-    evaluated = sog_clr(image, text, index, state, backend=backend)
+    evaluated = sog_clr(image, text, index, state, backend=backend, normalize=False)
     assert not state.log_u.isfinite().any()
-    trained = sog_clr(image, text, index, state.train(), backend=backend)
+    trained = sog_clr(image, text, index, state.train(), backend=backend, normalize=False)
     assert torch.equal(evaluated, trained)
     assert state.log_u.isfinite().any(0).nonzero().squeeze(1).tolist() == [0, 3, 5]
 
@@ -156,11 +158,11 @@ def test_state_is_stored_in_training_only(backend):
 def test_state_dict_resumes(backend):
     batches = [(leaf(3, 4), leaf(3, 4), torch.randperm(5)[:3]) for _ in range(4)]
     whole, first, second = (RunningDenominator(5, gamma=0.3) for _ in range(3))
-    values = [sog_clr(*batch, whole, backend=backend) for batch in batches]
+    values = [sog_clr(*batch, whole, backend=backend, normalize=False) for batch in batches]
     for batch in batches[:2]:
-        sog_clr(*batch, first, backend=backend)
+        sog_clr(*batch, first, backend=backend, normalize=False)
     second.load_state_dict(first.state_dict())
-    resumed = [sog_clr(*batch, second, backend=backend) for batch in batches[2:]]
+    resumed = [sog_clr(*batch, second, backend=backend, normalize=False) for batch in batches[2:]]
     assert torch.equal(torch.stack(values[2:]), torch.stack(resumed))
     assert list(whole.state_dict()) == ["log_u"] and not list(whole.parameters())
 
@@ -176,7 +178,7 @@ def test_what_is_not_finite_is_not_stored(backend):
     state = RunningDenominator(2, gamma=0.5)
     state(torch.tensor([0]), torch.tensor([[1.0], [2.0]]))
     image = torch.tensor([[float("nan"), 1.0], [1.0, 1.0]])
-    value = sog_clr(image, torch.ones(2, 2), torch.arange(2), state, backend=backend)
+    value = sog_clr(image, torch.ones(2, 2), torch.arange(2), state, backend=backend, normalize=False)
     assert value.isnan()
     assert state.log_u[:, 0].tolist() == [1.0, 2.0]
     assert not state.log_u.isnan().any()
@@ -187,7 +189,9 @@ def test_extreme_logits_stay_finite(backend):
     image = F.normalize(torch.randn(8, 3)).requires_grad_()
     state = RunningDenominator(8, gamma=0.5)
     for text in (-image.detach(), image.detach()):
-        value = sog_clr(image, text, torch.arange(8), state, temperature=0.005, eps=0.0, backend=backend)
+        value = sog_clr(
+            image, text, torch.arange(8), state, temperature=0.005, eps=0.0, backend=backend, normalize=False
+        )
         assert value.isfinite() and torch.autograd.grad(value, image)[0].isfinite().all()
     assert state.log_u.isfinite().all()
 
@@ -196,7 +200,9 @@ def test_extreme_logits_stay_finite(backend):
 def test_without_negatives(backend, count):
     image, text, state = leaf(count, 3), leaf(count, 3), RunningDenominator(2)
     for reduction in ("mean", "sum", "none"):
-        value = sog_clr(image, text, torch.arange(count), state, reduction=reduction, eps=0.0, backend=backend)
+        value = sog_clr(
+            image, text, torch.arange(count), state, reduction=reduction, eps=0.0, backend=backend, normalize=False
+        )
         assert not value.any()
         assert not any(g.any() for g in torch.autograd.grad(value.sum(), [image, text]))
     assert not state.log_u.isfinite().any()
@@ -206,7 +212,7 @@ def test_without_negatives(backend, count):
 def test_gradient_error_in_bfloat16(backend, level):
     a, b = (t.requires_grad_() for t in clustered_pairs(256, 96, level, dtype=torch.bfloat16))
     exact = [t.detach().double().requires_grad_() for t in (a, b)]
-    value = sog_clr(a, b, torch.arange(256), RunningDenominator(256), scale=50.0, backend=backend)
+    value = sog_clr(a, b, torch.arange(256), RunningDenominator(256), scale=50.0, backend=backend, normalize=False)
     truth = Dense(0.9, 1e-14)(*exact, torch.arange(256), 50.0).mean()
     assert relative_error(value, truth) <= 1e-3
     gradients = zip(torch.autograd.grad(value, [a, b]), torch.autograd.grad(truth, exact), strict=True)

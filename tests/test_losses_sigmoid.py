@@ -95,7 +95,9 @@ def test_siglip(backend, case):
 @given(case=cases())
 def test_multi_positive_siglip(backend, case):
     x, y, row_ids, col_ids, balanced = (case[name] for name in ("x", "y", "row_ids", "col_ids", "flag"))
-    value = multi_positive_siglip(x, y, row_ids, col_ids, balanced=balanced, backend=backend, **common(case))
+    value = multi_positive_siglip(
+        x, y, row_ids, col_ids, balanced=balanced, backend=backend, normalize=False, **common(case)
+    )
     truth = dense_multi(x, y, case["scale"], case["bias"], row_ids, col_ids, balanced)
     check(value, reduced(truth, case["reduction"], case["weight"]), leaves_of(case))
 
@@ -108,7 +110,7 @@ def test_bixse_with_one_grade(backend, case):
         y = case["y"] = leaf(len(x) + 1, 5)
     grades = torch.rand(len(x), dtype=DOUBLE).requires_grad_()
     target = torch.arange(len(x)) if own else torch.randint(0, len(y), (len(x),))
-    value = bixse(x, y, grades, target=None if own else target, backend=backend, **common(case))
+    value = bixse(x, y, grades, target=None if own else target, backend=backend, normalize=False, **common(case))
     truth = dense_bixse(x, y, case["scale"], case["bias"], torch.arange(len(x)), target, grades)
     check(value, reduced(truth, case["reduction"], case["weight"]), [*leaves_of(case), grades])
 
@@ -124,7 +126,7 @@ def test_bixse_with_lists(backend, case):
     indptr = torch.cat([torch.zeros(1, dtype=torch.int64), listed.sum(1).cumsum(0)])
     grades = torch.rand(len(rows), dtype=DOUBLE).round().requires_grad_() if case["flag"] else leaf(len(rows))
     grades = grades if case["flag"] else grades.detach().sigmoid().requires_grad_()
-    value = bixse(x, y, grades, target=cols, indptr=indptr, backend=backend, **common(case))
+    value = bixse(x, y, grades, target=cols, indptr=indptr, backend=backend, normalize=False, **common(case))
     truth = dense_bixse(x, y, case["scale"], case["bias"], rows, cols, grades)
     check(value, reduced(truth, case["reduction"], case["weight"]), [*leaves_of(case), grades])
 
@@ -133,26 +135,36 @@ def test_bixse_with_lists(backend, case):
 def test_more_rows_than_a_tile(backend, reduction):
     x, y, scale, bias = leaf(300, 24), leaf(300, 24), number(1.1), number(-4.0)
     options = {"scale": scale, "bias": bias, "reduction": reduction, "backend": backend}
-    check(siglip(x, y, **options), reduced(dense_siglip(x, y, scale, bias), reduction), [x, y, scale, bias])
+    check(
+        siglip(x, y, normalize=False, **options),
+        reduced(dense_siglip(x, y, scale, bias), reduction),
+        [x, y, scale, bias],
+    )
     ids = torch.randint(0, 40, (300,))
-    value = multi_positive_siglip(x, y, ids, **options)
+    value = multi_positive_siglip(x, y, ids, normalize=False, **options)
     check(value, reduced(dense_multi(x, y, scale, bias, ids, ids, False), reduction), [x, y, scale, bias])
 
 
 def test_defaults_are_those_of_the_paper(backend):
     x, y = leaf(6, 4), leaf(6, 4)
-    check(siglip(x, y, backend=backend), dense_siglip(x, y, torch.tensor(10.0), -10.0).mean(), [x, y])
-    check(siglip(x, y, temperature=0.5, backend=backend), dense_siglip(x, y, torch.tensor(2.0), -10.0).mean(), [x, y])
+    check(siglip(x, y, backend=backend, normalize=False), dense_siglip(x, y, torch.tensor(10.0), -10.0).mean(), [x, y])
+    check(
+        siglip(x, y, temperature=0.5, backend=backend, normalize=False),
+        dense_siglip(x, y, torch.tensor(2.0), -10.0).mean(),
+        [x, y],
+    )
 
 
 def test_distinct_ids_are_siglip_and_binary_grades_of_one_too(backend):
     x, y = leaf(7, 4), leaf(7, 4)
-    truth = siglip(x, y, reduction="none", backend=backend)
-    torch.testing.assert_close(multi_positive_siglip(x, y, torch.arange(7), reduction="none", backend=backend), truth)
+    truth = siglip(x, y, reduction="none", backend=backend, normalize=False)
+    torch.testing.assert_close(
+        multi_positive_siglip(x, y, torch.arange(7), reduction="none", backend=backend, normalize=False), truth
+    )
     ones = torch.ones(7, dtype=DOUBLE)
-    torch.testing.assert_close(bixse(x, y, ones, reduction="none", backend=backend), truth)
+    torch.testing.assert_close(bixse(x, y, ones, reduction="none", backend=backend, normalize=False), truth)
     lists = {"target": torch.arange(7), "indptr": torch.arange(8)}
-    torch.testing.assert_close(bixse(x, y, ones, reduction="none", backend=backend, **lists), truth)
+    torch.testing.assert_close(bixse(x, y, ones, reduction="none", backend=backend, normalize=False, **lists), truth)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -163,17 +175,19 @@ def test_gradcheck(backend, reduction):
     options = {"reduction": reduction, "backend": backend}
 
     def of_siglip(x, y, scale, bias, weight, grades):
-        return siglip(x, y, scale=scale, bias=bias, weight=weight, **options)
+        return siglip(x, y, scale=scale, bias=bias, weight=weight, normalize=False, **options)
 
     def of_multi(x, y, scale, bias, weight, grades):
-        return multi_positive_siglip(x, y, ids, scale=scale, bias=bias, weight=weight, balanced=True, **options)
+        return multi_positive_siglip(
+            x, y, ids, scale=scale, bias=bias, weight=weight, balanced=True, normalize=False, **options
+        )
 
     def of_bixse(x, y, scale, bias, weight, grades):
-        return bixse(x, y, grades, scale=scale, bias=bias, weight=weight, **options)
+        return bixse(x, y, grades, scale=scale, bias=bias, weight=weight, normalize=False, **options)
 
     def of_lists(x, y, scale, bias, weight, grades):
         lists = {"target": listed, "indptr": indptr}
-        return bixse(x, y, grades, scale=scale, bias=bias, weight=weight, **lists, **options)
+        return bixse(x, y, grades, scale=scale, bias=bias, weight=weight, normalize=False, **lists, **options)
 
     leaves = (x, y, scale, bias, weight.requires_grad_(), grades.requires_grad_())
     for function in (of_siglip, of_multi, of_bixse, of_lists):
@@ -185,7 +199,7 @@ def test_gradcheck(backend, reduction):
 def test_gradients_of_some_inputs_alone(backend, wanted):
     every = [leaf(20, 6), leaf(20, 6), number(3.0), number(-2.0)]
     chosen = [t if k in wanted else t.detach() for k, t in enumerate(every)]
-    value = siglip(chosen[0], chosen[1], scale=chosen[2], bias=chosen[3], backend=backend)
+    value = siglip(chosen[0], chosen[1], scale=chosen[2], bias=chosen[3], backend=backend, normalize=False)
     check(value, dense_siglip(*chosen).mean(), [chosen[k] for k in wanted])
 
 
@@ -200,14 +214,17 @@ def test_gradient_error(backend, dtype, level, reduction):
     rows, cols = torch.arange(256), torch.arange(256).roll(1)
     lists = {"target": cols, "indptr": torch.arange(257)}
     cases = [
-        (siglip(a, b, **options), dense_siglip(*exact, scale.double(), bias)),
+        (siglip(a, b, normalize=False, **options), dense_siglip(*exact, scale.double(), bias)),
         (
-            multi_positive_siglip(a, b, ids, **options),
+            multi_positive_siglip(a, b, ids, normalize=False, **options),
             dense_multi(*exact, scale.double(), bias, ids, ids, False),
         ),
-        (bixse(a, b, grades, **options), dense_bixse(*exact, scale.double(), bias, rows, rows, grades.double())),
         (
-            bixse(a, b, grades, **lists, **options),
+            bixse(a, b, grades, normalize=False, **options),
+            dense_bixse(*exact, scale.double(), bias, rows, rows, grades.double()),
+        ),
+        (
+            bixse(a, b, grades, normalize=False, **lists, **options),
             dense_bixse(*exact, scale.double(), bias, rows, cols, grades.double()),
         ),
         (
@@ -232,10 +249,10 @@ def test_small_losses_are_exact_in_float32(backend):
     truth = 8 * torch.exp(torch.tensor(-20.0, dtype=DOUBLE)).log1p()
     options = {"scale": 40.0, "bias": -20.0, "backend": backend}
     lists = {"target": torch.arange(8), "indptr": torch.arange(9)}
-    assert relative_error(siglip(x, x, **options), truth) <= 1e-6
-    assert relative_error(multi_positive_siglip(x, x, torch.arange(8), **options), truth) <= 1e-6
-    assert relative_error(bixse(x, x, torch.ones(8), **options), truth) <= 1e-6
-    assert relative_error(bixse(x, x, torch.ones(8), **lists, **options), truth) <= 1e-6
+    assert relative_error(siglip(x, x, normalize=False, **options), truth) <= 1e-6
+    assert relative_error(multi_positive_siglip(x, x, torch.arange(8), normalize=False, **options), truth) <= 1e-6
+    assert relative_error(bixse(x, x, torch.ones(8), normalize=False, **options), truth) <= 1e-6
+    assert relative_error(bixse(x, x, torch.ones(8), normalize=False, **lists, **options), truth) <= 1e-6
     own = torch.arange(8)
     assert relative_error(pair_bce(x, x, own, own, torch.ones(8), scale=40.0, bias=-20.0), truth / 8) <= 1e-6
 
@@ -244,19 +261,23 @@ def test_rows_without_positives_count(backend):
     x, y = leaf(5, 4), leaf(3, 4)
     none = torch.full((5,), -1)
     truth = F.softplus(dense_logits(x, y, torch.tensor(10.0), -10.0)).sum(1).mean()
-    check(multi_positive_siglip(x, y, none, torch.zeros(3, dtype=torch.int64), backend=backend), truth, [x, y])
+    check(
+        multi_positive_siglip(x, y, none, torch.zeros(3, dtype=torch.int64), backend=backend, normalize=False),
+        truth,
+        [x, y],
+    )
 
 
 def test_open_clip(backend):
     loss = pytest.importorskip("open_clip.loss")
     x, y, scale, bias = leaf(40, 16), leaf(40, 16), number(10.0), number(-10.0)
     truth = loss.SigLipLoss()(x, y, logit_scale=scale, logit_bias=bias)
-    check(siglip(x, y, scale=scale, bias=bias, backend=backend), truth, [x, y, scale, bias])
+    check(siglip(x, y, scale=scale, bias=bias, backend=backend, normalize=False), truth, [x, y, scale, bias])
 
 
 def test_float16_mean_over_many_rows(backend):
     a, b = (t.half().requires_grad_() for t in (torch.randn(2000, 8), torch.randn(2000, 8)))
-    value = siglip(a, b, scale=1.0, bias=-7.0, backend=backend) * 65536.0
+    value = siglip(a, b, scale=1.0, bias=-7.0, backend=backend, normalize=False) * 65536.0
     exact = [t.detach().double().requires_grad_() for t in (a, b)]
     truth = torch.autograd.grad(dense_siglip(*exact, torch.tensor(1.0), -7.0).mean() * 65536.0, exact)
     for got, expected in zip(torch.autograd.grad(value, [a, b]), truth, strict=True):

@@ -54,6 +54,7 @@ def test_info_nce(backend, reduction, weighted, label_smoothing, negatives):
         reduction=reduction,
         label_smoothing=label_smoothing,
         backend=backend,
+        normalize=False,
         **options,
     )
     truth = reduced(dense_info_nce(query, key, scale, label_smoothing=label_smoothing, **options), reduction, weight)
@@ -64,16 +65,18 @@ def test_info_nce(backend, reduction, weighted, label_smoothing, negatives):
 def test_info_nce_with_targets_that_repeat(backend, reduction):
     query, key = leaf(30, 8), leaf(9, 8)
     target = torch.randint(0, 9, (30,))
-    value = info_nce(query, key, target=target, temperature=0.5, reduction=reduction, backend=backend)
+    value = info_nce(query, key, target=target, temperature=0.5, reduction=reduction, backend=backend, normalize=False)
     check(value, reduced(dense_info_nce(query, key, 2.0, target), reduction), [query, key])
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_scale_per_row(backend, reduction):
     query, key, scale = leaf(30, 8), leaf(31, 8), torch.rand(30, dtype=DOUBLE, requires_grad=True)
-    value = info_nce(query, key, leaf(3, 8).detach(), scale=scale, reduction=reduction, backend=backend)
+    value = info_nce(
+        query, key, leaf(3, 8).detach(), scale=scale, reduction=reduction, backend=backend, normalize=False
+    )
     assert value.isfinite().all()
-    value = info_nce(query, key, scale=scale, reduction=reduction, backend=backend)
+    value = info_nce(query, key, scale=scale, reduction=reduction, backend=backend, normalize=False)
     check(value, reduced(dense_info_nce(query, key, scale), reduction), [query, key, scale])
 
 
@@ -82,7 +85,7 @@ def test_scale_per_row(backend, reduction):
 def test_clip(backend, reduction, weighted):
     image, text, scale = leaf(37, 12), leaf(37, 12), torch.tensor(1.7, dtype=DOUBLE, requires_grad=True)
     weight = torch.rand(37, dtype=DOUBLE, requires_grad=True) if weighted else None
-    value = clip(image, text, scale=scale, weight=weight, reduction=reduction, backend=backend)
+    value = clip(image, text, scale=scale, weight=weight, reduction=reduction, backend=backend, normalize=False)
     truth = reduced(dense_clip(image, text, scale), reduction, weight)
     check(value, truth, [image, text, scale, *([weight] if weighted else [])])
 
@@ -99,13 +102,13 @@ def test_nt_xent(backend, reduction, normalize, count):
 @pytest.mark.parametrize("loss", [info_nce, clip])
 def test_normalize_inside(backend, loss):
     a, b = leaf(20, 6), leaf(20, 6)
-    inside = loss(a, b, normalize=True, backend=backend)
-    check(inside, loss(F.normalize(a), F.normalize(b), backend=backend), [a, b])
+    inside = loss(a, b, backend=backend)
+    check(inside, loss(F.normalize(a), F.normalize(b), normalize=False, backend=backend), [a, b])
 
 
 def test_normalize_of_row_negatives(backend):
     query, key, own = leaf(20, 6), leaf(20, 6), leaf(20, 2, 6)
-    value = info_nce(query, key, row_negatives=own, normalize=True, backend=backend)
+    value = info_nce(query, key, row_negatives=own, backend=backend)
     rows = dense_info_nce(F.normalize(query), F.normalize(key), 1 / 0.07, row_negatives=F.normalize(own, dim=-1))
     check(value, rows.mean(), [query, key, own])
 
@@ -113,8 +116,8 @@ def test_normalize_of_row_negatives(backend):
 def test_an_infinite_lse_of_own_negatives_is_a_row_without_any(backend):
     query, key = leaf(5, 6), leaf(5, 6)
     none = torch.zeros(5, 0, 6, dtype=DOUBLE)
-    value = info_nce(query, key, row_negatives=none, backend=backend)
-    check(value, info_nce(query, key, backend=backend), [query, key])
+    value = info_nce(query, key, row_negatives=none, backend=backend, normalize=False)
+    check(value, info_nce(query, key, backend=backend, normalize=False), [query, key])
 
 
 def test_one_pair_has_loss_zero_and_gradient_zero(backend):
@@ -130,7 +133,7 @@ def test_one_pair_has_loss_zero_and_gradient_zero(backend):
 def test_gradient_of_one_tower_alone(backend, reduction, wanted):
     every = [leaf(20, 6), leaf(20, 6), torch.tensor(3.0, dtype=DOUBLE, requires_grad=True)]
     chosen = [t if k in wanted else t.detach() for k, t in enumerate(every)]
-    value = info_nce(chosen[0], chosen[1], scale=chosen[2], reduction=reduction, backend=backend)
+    value = info_nce(chosen[0], chosen[1], scale=chosen[2], reduction=reduction, backend=backend, normalize=False)
     check(value, reduced(dense_info_nce(*chosen), reduction), [chosen[k] for k in wanted])
 
 
@@ -158,6 +161,7 @@ def test_gradgradcheck_with_every_option(backend):
             label_smoothing=0.2,
             scale=1.5,
             backend=backend,
+            normalize=False,
         )
 
     leaves = (leaf(4, 3), leaf(4, 3), leaf(2, 3), leaf(4, 2, 3), weight)
@@ -179,9 +183,8 @@ def test_gradient_error_in_three_regimes(backend, dtype, level, name, reduction)
     loss, dense = PAIRED[name]
     a, b = (t.requires_grad_() for t in clustered_pairs(512, 96, level, dtype=dtype))
     exact = [t.detach().double().requires_grad_() for t in (a, b)]
-    options = {"normalize": False} if name == "nt_xent" else {}
-    truth = dense(*exact, 50.0, **options).mean()
-    value = loss(a, b, scale=50.0, reduction=reduction, backend=backend, **options).mean()
+    truth = dense(*exact, 50.0, **({"normalize": False} if name == "nt_xent" else {})).mean()
+    value = loss(a, b, scale=50.0, reduction=reduction, normalize=False, backend=backend).mean()
     assert relative_error(value, truth) <= 1e-3
     bound = GRADIENT_ERROR_16_BIT if dtype in LOW else 1e-4
     gradients = zip(torch.autograd.grad(value, [a, b]), torch.autograd.grad(truth, exact), strict=True)
@@ -202,7 +205,7 @@ def test_small_losses_are_exact_in_float32(backend):
     """log(x + tiny) and lse - logit both lose losses below 1e-7; softplus does not."""
     query = torch.eye(8)
     truth = 7 * torch.exp(torch.tensor(-30.0, dtype=DOUBLE))
-    assert relative_error(info_nce(query, query, scale=30.0, backend=backend), truth) <= 1e-5
+    assert relative_error(info_nce(query, query, scale=30.0, backend=backend, normalize=False), truth) <= 1e-5
 
 
 def test_large_logits_do_not_saturate(backend):
@@ -210,13 +213,18 @@ def test_large_logits_do_not_saturate(backend):
     query = F.normalize(torch.randn(64, 16, dtype=DOUBLE))
     truth = dense_info_nce(query, -query, 100.0).mean()
     assert truth > 100
-    assert relative_error(info_nce(query.float(), -query.float(), temperature=0.01, backend=backend), truth) <= 1e-6
+    assert (
+        relative_error(
+            info_nce(query.float(), -query.float(), temperature=0.01, backend=backend, normalize=False), truth
+        )
+        <= 1e-6
+    )
 
 
 def test_gradient_survives_float16_mean_over_many_rows(backend):
     """1 / N is applied in float32 after accumulation: in float16 it would make every weight subnormal."""
     a, b = (t.half().requires_grad_() for t in (torch.randn(3000, 8), torch.randn(3000, 8)))
-    value = info_nce(a, b, scale=1.0, backend=backend) * 65536.0
+    value = info_nce(a, b, scale=1.0, backend=backend, normalize=False) * 65536.0
     exact = [t.detach().double().requires_grad_() for t in (a, b)]
     truth = torch.autograd.grad(dense_info_nce(*exact, 1.0).mean() * 65536.0, exact)
     for got, expected in zip(torch.autograd.grad(value, [a, b]), truth, strict=True):
@@ -243,6 +251,6 @@ def test_training_follows_plain_torch(backend):
         return torch.tensor(values)
 
     plain = curve(lambda a, b, s: dense_clip(a, b, s).mean())
-    ours = curve(lambda a, b, s: clip(a, b, scale=s, backend=backend))
+    ours = curve(lambda a, b, s: clip(a, b, scale=s, backend=backend, normalize=False))
     assert plain[0] - plain[-1] > 0.1
     assert (plain - ours).abs().max() <= 1e-3

@@ -57,8 +57,8 @@ def test_every_row_has_its_own_upstream_gradient(backend, weighted):
     sign = 2 * torch.eye(30, dtype=DOUBLE) - 1
     options = {"scale": 5.0, "weight": weight, "reduction": "none", "backend": backend}
     for value, truth in (
-        (info_nce(query, key, **options), F.cross_entropy(logits, torch.arange(30), reduction="none")),
-        (siglip(query, key, bias=-2.0, **options), -F.logsigmoid(sign * (logits - 2.0)).sum(1)),
+        (info_nce(query, key, normalize=False, **options), F.cross_entropy(logits, torch.arange(30), reduction="none")),
+        (siglip(query, key, bias=-2.0, normalize=False, **options), -F.logsigmoid(sign * (logits - 2.0)).sum(1)),
     ):
         expected = torch.autograd.grad(truth * factor, [query, key], cotangent, retain_graph=True)
         for got, want in zip(gradients(value, [query, key], cotangent), expected, strict=True):
@@ -100,13 +100,13 @@ def test_chunks_are_not_kept_for_backward(backend):
 def test_rows_are_never_negative_at_convergence(backend, dtype):
     """Inf-CL: lse from TF32 products, positives from float32 ones; half of the converged rows had a negative loss."""
     query, key = clustered_pairs(200, 64, 0.001, dtype=dtype, scale=100.0)
-    rows = info_nce(query, key, scale=100.0, reduction="none", backend=backend)
+    rows = info_nce(query, key, scale=100.0, reduction="none", backend=backend, normalize=False)
     assert (rows >= 0).all()
     # Exact logits of these inputs; float32 ones are off by about 1e-5 at this scale.
     logits = 100.0 * query.double() @ key.double().T
     truth = F.cross_entropy(logits, torch.arange(200), reduction="none")
     torch.testing.assert_close(rows.double(), truth, rtol=1e-3, atol=1e-9)
-    assert clip(query, query, scale=100.0, backend=backend) >= 0
+    assert clip(query, query, scale=100.0, backend=backend, normalize=False) >= 0
 
 
 def test_similarities_far_below_1_do_not_underflow(backend):
@@ -115,7 +115,7 @@ def test_similarities_far_below_1_do_not_underflow(backend):
     key = F.normalize(torch.randn(40, 16), dim=1) * 0.3
     query, key = query.requires_grad_(), key.requires_grad_()
     assert (query @ key.T).max() < 0.563
-    value = clip(query, key, temperature=0.005, backend=backend)
+    value = clip(query, key, temperature=0.005, backend=backend, normalize=False)
     x, y = as_double(query, key)
     logits, labels = x @ y.T / 0.005, torch.arange(40)
     truth = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
@@ -133,7 +133,7 @@ def test_similarities_far_below_1_do_not_underflow(backend):
 def test_many_small_gradients_are_not_dropped(backend):
     """CCE skips tiles whose probabilities are below 2.4e-4: in a large batch that is nearly all of the gradient."""
     query, key = unit(32, 16), unit(8192, 16)
-    value = info_nce(query, key, scale=0.5, backend=backend)
+    value = info_nce(query, key, scale=0.5, backend=backend, normalize=False)
     x, y = as_double(query, key)
     logits = 0.5 * x @ y.T
     assert logits.softmax(1).max() < 2.4e-4

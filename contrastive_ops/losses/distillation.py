@@ -34,7 +34,7 @@ def similarity_distillation(
     pairs: Pairs | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    normalize: bool = False,
+    normalize: bool = True,
     memory_budget: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -42,6 +42,7 @@ def similarity_distillation(
 
     Equivalent to::
 
+        x, y, teacher_x, teacher_y = (F.normalize(each) for each in (x, y, teacher_x, teacher_y))
         p = (teacher_x @ teacher_y.T / teacher_temperature).softmax(1)
         q = (x @ y.T / temperature).log_softmax(1)
         (p * (p.log() - q)).sum(1).mean()                        # "kl"; symmetric: averaged with that of the columns
@@ -54,7 +55,7 @@ def similarity_distillation(
         teacher_y: (M, D'); None where y is None.
         divergence: "kl", "reverse_kl", "ce" or "js", as in `similarity_distill`.
         symmetric: average the divergences of row i and of column i, as for images and texts; then M = N.
-        temperature: divides the student's inner products; float, 0-d or (N,) tensor, differentiable. Default 0.07.
+        temperature: divides the student's cosines; float, 0-d or (N,) tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead; not both.
         teacher_temperature: the teacher's; a constant. Default: the student's, through which no gradient comes.
         teacher_scale: 1 / teacher_temperature instead; not both.
@@ -62,7 +63,8 @@ def similarity_distillation(
         pairs: which pairs take part, for both.
         weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
-        normalize: scale all rows of student and teacher to length 1 first; O((N + M) (D + D')).
+        normalize: scale all rows of student and teacher to length 1 first; O((N + M) (D + D')). False where
+            they have it already, or lengths shall count.
         memory_budget: bytes of inner products kept for backward; see `similarity_distill`.
         backend: "auto", "reference" or "cpu".
 

@@ -227,7 +227,7 @@ def hn_nce(
     scale: float | Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    normalize: bool = False,
+    normalize: bool = True,
     memory_budget: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -241,7 +241,7 @@ def hn_nce(
             negative = (N - 1) * ((beta * logits).softmax(1) * logits.exp()).sum(1)
             return -(positive.exp() / (alpha * positive.exp() + negative)).log()
 
-        logits = image @ text.T / temperature
+        logits = F.normalize(image) @ F.normalize(text).T / temperature
         ((one_direction(logits) + one_direction(logits.T)) / 2).mean()              # in log space: nothing overflows
 
     Args:
@@ -249,11 +249,11 @@ def hn_nce(
         text: (N, D); row i belongs to row i of ``image``.
         alpha: share of the positive in the denominator, >= 0; 0 decouples it.
         beta: concentration of the negatives on those close to the row, >= 0. alpha = 1 and beta = 0 is `clip`.
-        temperature: divides the inner products; float or 0-d tensor, differentiable. Default 0.07.
+        temperature: divides the cosines; float or 0-d tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead, for instance ``logit_scale.exp()``; not both.
         weight: (N,) weight of each pair; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
-        normalize: scale all rows to length 1 first; O(N D).
+        normalize: scale all rows to length 1 first; O(N D). False where they have it already, or lengths shall count.
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 

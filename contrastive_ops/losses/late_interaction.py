@@ -36,13 +36,14 @@ def late_interaction(
     retrieved: int | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    normalize: bool = False,
+    normalize: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """InfoNCE over late interaction: every query must find its document among all documents by MaxSim.
 
     Equivalent to::
 
+        queries, documents, negatives, row_negatives = (F.normalize(each, dim=-1) for each in ...)
         scores = [maxsim(queries, documents), maxsim(queries, negatives), maxsim_pairs(queries, row_negatives)]
         F.cross_entropy(torch.cat(scores, 1) / temperature, target)
 
@@ -60,7 +61,7 @@ def late_interaction(
             with ``missing="skip"``. Not with `row_negatives`, which are not of the batch.
         weight: (N,) weight of each query; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
-        normalize: scale all tokens to length 1 first; O(T D).
+        normalize: scale all tokens to length 1 first; O(T D). False where they have it already, or lengths shall count.
         backend: as in `maxsim`.
 
     Returns:
@@ -80,7 +81,7 @@ def late_interaction(
     Example:
         >>> from contrastive_ops import TokenSets, late_interaction, maxsim
         >>> queries, documents = torch.randn(4, 3, 8), TokenSets(torch.randn(4, 9, 8), torch.rand(4, 9) < 0.8)
-        >>> loss = late_interaction(queries, documents)
+        >>> loss = late_interaction(queries, documents, normalize=False)
         >>> truth = torch.nn.functional.cross_entropy(maxsim(queries, documents), torch.arange(4))
         >>> torch.allclose(loss, truth, atol=1e-5)
         True

@@ -80,8 +80,8 @@ def matryoshka_info_nce(
         >>> from contrastive_ops import info_nce
         >>> query, key = torch.randn(8, 16), torch.randn(8, 16)
         >>> loss = matryoshka_info_nce(query, key, dims=(4, 16), dim_weights=(0.5, 1.0))
-        >>> short = info_nce(query[:, :4], key[:, :4], normalize=True)
-        >>> torch.allclose(loss, 0.5 * short + info_nce(query, key, normalize=True), rtol=1e-4)
+        >>> short = info_nce(query[:, :4], key[:, :4])
+        >>> torch.allclose(loss, 0.5 * short + info_nce(query, key), rtol=1e-4)
         True
     """
     name = "matryoshka_info_nce"
@@ -169,7 +169,7 @@ def matryoshka_clip(
         >>> from contrastive_ops import clip
         >>> image, text = torch.randn(8, 16), torch.randn(8, 16)
         >>> loss = matryoshka_clip(image, text, dims=(4, 16))
-        >>> both = [clip(image[:, :d], text[:, :d], normalize=True) for d in (4, 16)]
+        >>> both = [clip(image[:, :d], text[:, :d]) for d in (4, 16)]
         >>> torch.allclose(loss, sum(both), rtol=1e-4)
         True
     """

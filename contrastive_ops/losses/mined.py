@@ -31,7 +31,7 @@ def mined_info_nce(
     scale: float | Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    normalize: bool = False,
+    normalize: bool = True,
     memory_budget: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -39,6 +39,7 @@ def mined_info_nce(
 
     Equivalent to::
 
+        query, positive, corpus = F.normalize(query), F.normalize(positive), F.normalize(corpus)
         scores = query @ corpus.T
         indices = scores.masked_fill(~keep, -torch.inf).topk(k).indices             # keep: the rules of Pairs
         mined = scores.gather(1, indices)
@@ -61,11 +62,12 @@ def mined_info_nce(
             too similar to be a negative by ``below``.
         ids: (N,) int64: rows of the batch with one id are no negatives of each other; -1 equals nothing.
         in_batch: the positives of other queries are negatives too.
-        temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 0.07.
+        temperature: divides the cosines; float, 0-d or (N,) tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead; not both.
         weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
-        normalize: scale all rows to length 1 first, also those of the corpus: O((N + M) D). Better done once.
+        normalize: scale all rows to length 1 first, also those of the corpus: O((N + M) D), and as much memory again.
+            False where they have it already, which is cheaper for a corpus that does not change.
         memory_budget: bytes kept for backward with ``reduction="none"``; see `similarity_reduce`.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
@@ -93,7 +95,7 @@ def mined_info_nce(
         >>> mined_info_nce(query, positive, corpus, 10, pairs=Pairs(exclude=(torch.arange(5), own))).shape
         torch.Size([])
         >>> lists = torch.tensor([[1, 2], [3, -1], [4, 5], [-1, -1]])               # mined before
-        >>> options = {"in_batch": False, "normalize": True, "reduction": "none"}
+        >>> options = {"in_batch": False, "reduction": "none"}
         >>> (mined_info_nce(query, positive, corpus, indices=lists, **options) > 0).tolist()
         [True, True, True, False]
     """

@@ -236,7 +236,7 @@ def soft_info_nce(
     scale: float | Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    normalize: bool = False,
+    normalize: bool = True,
     memory_budget: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -246,7 +246,7 @@ def soft_info_nce(
 
         t = torch.sparse_csr_tensor(*targets, size=(N, M)).to_dense()
         t = (1 - label_smoothing) * t + label_smoothing / M
-        F.cross_entropy(query @ key.T / temperature, t, reduction=reduction)
+        F.cross_entropy(F.normalize(query) @ F.normalize(key).T / temperature, t, reduction=reduction)
 
     Args:
         query: (N, D) float32, bfloat16, float16 or float64.
@@ -256,12 +256,13 @@ def soft_info_nce(
             listed twice add up. A query with an empty list has no loss.
         label_smoothing: share of the target distribution that is spread evenly over all keys: a float, or an (N,)
             tensor with a share of each query, differentiable.
-        temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 0.07.
+        temperature: divides the cosines; float, 0-d or (N,) tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead; not both.
         weight: (N,) weight of each row; the mean divides by its sum over the rows that count. Differentiable.
             0 leaves it out.
         reduction: "mean" (over queries with targets), "sum" or "none".
-        normalize: scale all rows to length 1 first; O((N + M) D).
+        normalize: scale all rows to length 1 first; O((N + M) D). False where they have it already, or lengths
+            shall count.
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
@@ -285,7 +286,8 @@ def soft_info_nce(
         >>> shares = torch.tensor([[0.5, 0.0, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0]])
         >>> targets = torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1]), torch.tensor([0.5, 0.5, 1.0])
         >>> loss = soft_info_nce(query, key, targets, temperature=1.0)
-        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(query @ key.T, shares), atol=1e-5)
+        >>> cosines = torch.nn.functional.normalize(query) @ torch.nn.functional.normalize(key).T
+        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(cosines, shares), atol=1e-5)
         True
     """
     name = "soft_info_nce"

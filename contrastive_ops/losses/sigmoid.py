@@ -36,7 +36,7 @@ def siglip(
     bias: float | Tensor = -10.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    normalize: bool = False,
+    normalize: bool = True,
     memory_budget: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -44,6 +44,7 @@ def siglip(
 
     Equivalent to::
 
+        image, text = F.normalize(image), F.normalize(text)
         logits = scale * image @ text.T + bias
         sign = 2 * torch.eye(N) - 1                             # +1 for the own text, -1 for every other
         -F.logsigmoid(sign * logits).sum() / N
@@ -51,13 +52,13 @@ def siglip(
     Args:
         image: (N, D) float32, bfloat16, float16 or float64.
         text: (N, D); row i belongs to row i of ``image``.
-        temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 0.1.
+        temperature: divides the cosines; float, 0-d or (N,) tensor, differentiable. Default 0.1.
         scale: 1 / temperature instead, for instance ``logit_scale.exp()``; not both.
         bias: added to every logit; float or 0-d tensor, differentiable. It starts at about -log(N): most pairs are
             negative.
         weight: (N,) weight >= 0 of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none"; of rows, each of which is a sum over its N pairs.
-        normalize: scale all rows to length 1 first; O(N D).
+        normalize: scale all rows to length 1 first; O(N D). False where they have it already, or lengths shall count.
         memory_budget: bytes kept for backward with ``reduction="none"``; see `similarity_reduce`.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
@@ -77,8 +78,9 @@ def siglip(
 
     Example:
         >>> image, text = torch.randn(8, 16), torch.randn(8, 16)
+        >>> cosines = torch.nn.functional.normalize(image) @ torch.nn.functional.normalize(text).T
         >>> sign = 2 * torch.eye(8) - 1
-        >>> truth = -torch.nn.functional.logsigmoid(sign * (2.0 * image @ text.T - 3.0)).sum() / 8
+        >>> truth = -torch.nn.functional.logsigmoid(sign * (2.0 * cosines - 3.0)).sum() / 8
         >>> torch.allclose(siglip(image, text, scale=2.0, bias=-3.0), truth, rtol=1e-4)
         True
     """
@@ -130,7 +132,7 @@ def multi_positive_siglip(
     balanced: bool = False,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    normalize: bool = False,
+    normalize: bool = True,
     memory_budget: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -138,6 +140,7 @@ def multi_positive_siglip(
 
     Equivalent to::
 
+        x, y = F.normalize(x), F.normalize(y)
         logits = scale * x @ y.T + bias
         positive = (row_ids[:, None] == col_ids) & (row_ids[:, None] != -1)
         pulled = torch.where(positive, F.softplus(-logits), 0).sum(1)
@@ -151,14 +154,15 @@ def multi_positive_siglip(
         y: (M, D).
         row_ids: (N,) int64. -1 equals nothing: a row of negatives alone.
         col_ids: (M,) int64. None: those of the rows, and M = N.
-        temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 0.1.
+        temperature: divides the cosines; float, 0-d or (N,) tensor, differentiable. Default 0.1.
         scale: 1 / temperature instead; not both.
         bias: added to every logit; float or 0-d tensor, differentiable.
         balanced: divide each row's sum over positives and its sum over negatives by their numbers. False: every pair
             counts the same, as in SigLIP.
         weight: (N,) weight >= 0 of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none"; of rows, each of which is a sum over its M pairs.
-        normalize: scale all rows to length 1 first; O((N + M) D).
+        normalize: scale all rows to length 1 first; O((N + M) D). False where they have it already, or lengths
+            shall count.
         memory_budget: bytes kept for backward; see `similarity_reduce`.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
@@ -229,7 +233,7 @@ def bixse(
     bias: float | Tensor = -10.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    normalize: bool = False,
+    normalize: bool = True,
     memory_budget: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -237,6 +241,7 @@ def bixse(
 
     Equivalent to::
 
+        query, key = F.normalize(query), F.normalize(key)
         logits = scale * query @ key.T + bias
         label = torch.zeros(N, M)
         label[torch.arange(N), target] = grades                  # with indptr: label[i, target[a:b]] = grades[a:b]
@@ -249,12 +254,13 @@ def bixse(
         target: (N,) int64 in [0, M), the graded key of each query; or (P,), the lists. None: query i's is key i.
         indptr: (N + 1,) int64: query i's graded keys are ``target[indptr[i]:indptr[i + 1]]``; a key that is listed
             twice for a query is an error. None: one per query.
-        temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 0.1.
+        temperature: divides the cosines; float, 0-d or (N,) tensor, differentiable. Default 0.1.
         scale: 1 / temperature instead; not both.
         bias: added to every logit; float or 0-d tensor, differentiable.
         weight: (N,) weight >= 0 of each query; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none"; of queries, each of which is a sum over its M keys.
-        normalize: scale all rows to length 1 first; O((N + M) D).
+        normalize: scale all rows to length 1 first; O((N + M) D). False where they have it already, or lengths
+            shall count.
         memory_budget: bytes kept for backward with lists or ``reduction="none"``; see `similarity_reduce`.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 

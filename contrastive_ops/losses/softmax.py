@@ -62,7 +62,7 @@ def info_nce(
     z_loss: float = 0.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    normalize: bool = False,
+    normalize: bool = True,
     diagnostics: bool = False,
     memory_budget: int | None = None,
     backend: str = "auto",
@@ -71,6 +71,7 @@ def info_nce(
 
     Equivalent to::
 
+        query, key, negatives, row_negatives = (F.normalize(each, dim=-1) for each in ...)
         logits = query @ torch.cat([key, negatives]).T                              # (N, M + K)
         logits = logits.masked_fill(~keep, -torch.inf)                              # the rules of Pairs, not the target
         logits = torch.cat([logits, torch.einsum("nd,nkd->nk", query, row_negatives)], 1)
@@ -84,7 +85,7 @@ def info_nce(
         negatives: (K, D), more columns for every query. Rows have no ids: one that is given twice counts twice.
         row_negatives: (N, K', D), more columns for each query alone; the same is true of them.
         target: (N,) int64 in [0, M). None: query i belongs to key i, and M >= N.
-        temperature: divides the inner products; float, 0-d or (N,) tensor, differentiable. Default 0.07.
+        temperature: divides the cosines; float, 0-d or (N,) tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead; not both.
         pairs: which of the M + K columns are negatives of a query: ids of false negatives, bounds on the similarity, a
             guide, ... The target always takes part, and so do ``row_negatives``.
@@ -95,7 +96,7 @@ def info_nce(
         diagnostics: also return `Diagnostics` (accuracy, ranks, mean similarities) from the same sweep.
         weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
-        normalize: scale all rows to length 1 first; O(N D).
+        normalize: scale all rows to length 1 first; O(N D). False where they have it already, or lengths shall count.
         memory_budget: bytes kept for backward with ``reduction="none"``; see `similarity_reduce`.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
@@ -119,7 +120,8 @@ def info_nce(
     Example:
         >>> query, key = torch.randn(8, 16), torch.randn(8, 16)
         >>> loss = info_nce(query, key, temperature=0.1)
-        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(query @ key.T / 0.1, torch.arange(8)), atol=1e-5)
+        >>> cosines = torch.nn.functional.normalize(query) @ torch.nn.functional.normalize(key).T
+        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(cosines / 0.1, torch.arange(8)), atol=1e-5)
         True
     """
     name = "info_nce"
@@ -206,7 +208,7 @@ def clip(
     label_smoothing: float | Tensor = 0.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    normalize: bool = False,
+    normalize: bool = True,
     diagnostics: bool = False,
     memory_budget: int | None = None,
     backend: str = "auto",
@@ -215,6 +217,7 @@ def clip(
 
     Equivalent to::
 
+        image, text = F.normalize(image), F.normalize(text)
         logits, labels = scale * image @ text.T, torch.arange(N)
         logits = logits.masked_fill(~keep, -torch.inf)                              # the rules of Pairs, not the target
         (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
@@ -222,7 +225,7 @@ def clip(
     Args:
         image: (N, D) float32, bfloat16, float16 or float64.
         text: (N, D); row i belongs to row i of ``image``.
-        temperature: divides the inner products; float or 0-d tensor, differentiable. Default 0.07.
+        temperature: divides the cosines; float or 0-d tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead, for instance ``logit_scale.exp()``; not both.
         pairs: which images and texts are negatives of each other: ids of false negatives, bounds on the similarity, a
             guide, ... An image and its own text always take part.
@@ -230,7 +233,7 @@ def clip(
             float, or (N,) with a share for each pair, differentiable.
         weight: (N,) weight of each pair; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
-        normalize: scale all rows to length 1 first; O(N D).
+        normalize: scale all rows to length 1 first; O(N D). False where they have it already, or lengths shall count.
         diagnostics: also return `Diagnostics` of both directions from the same sweep.
         memory_budget: bytes of inner products kept for backward: 0 keeps none (8 N^2 D), 4 N^2 keeps all of them
             (6 N^2 D). None: 128 MiB, on a GPU 1 GiB. Does not change the result.
@@ -251,8 +254,9 @@ def clip(
 
     Example:
         >>> image, text = torch.randn(8, 16), torch.randn(8, 16)
-        >>> logits, labels = 10.0 * image @ text.T, torch.arange(8)
-        >>> both = [torch.nn.functional.cross_entropy(each, labels) for each in (logits, logits.T)]
+        >>> cosines = torch.nn.functional.normalize(image) @ torch.nn.functional.normalize(text).T
+        >>> labels = torch.arange(8)
+        >>> both = [torch.nn.functional.cross_entropy(each, labels) for each in (10.0 * cosines, 10.0 * cosines.T)]
         >>> torch.allclose(clip(image, text, scale=10.0), sum(both) / 2, rtol=1e-4)
         True
     """

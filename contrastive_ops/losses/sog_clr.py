@@ -101,7 +101,7 @@ def sog_clr(
     eps: float = 1e-14,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    normalize: bool = False,
+    normalize: bool = True,
     memory_budget: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -109,7 +109,7 @@ def sog_clr(
 
     Equivalent to::
 
-        s = image @ text.T
+        s = F.normalize(image) @ F.normalize(text).T
         difference = (s - s.diagonal()[:, None]) / temperature, (s.T - s.diagonal()[:, None]) / temperature
         other = 1 - torch.eye(N)
         g = torch.stack([(d.exp() * other).sum(1) / (N - 1) for d in difference])   # (2, N), of this batch
@@ -123,7 +123,7 @@ def sog_clr(
         index: (N,) int64, which sample of the data set each pair is. A sample that occurs twice in a batch is two
             pairs, and the larger of its denominators is stored.
         state: the running denominators. Updated if it is in training mode, and only read by ``state.eval()``.
-        temperature: divides the inner products; float, 0-d or, for a temperature of each sample, (N,) tensor,
+        temperature: divides the cosines; float, 0-d or, for a temperature of each sample, (N,) tensor,
             differentiable. Default 0.07.
         scale: 1 / temperature instead; not both.
         text_temperature: the temperature from texts to images where it is another one; the same forms.
@@ -132,7 +132,7 @@ def sog_clr(
             no gradient.
         weight: (N,) weight of each pair; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
-        normalize: scale all rows to length 1 first; O(N D).
+        normalize: scale all rows to length 1 first; O(N D). False where they have it already, or lengths shall count.
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
@@ -156,7 +156,7 @@ def sog_clr(
 
     Example:
         >>> image, text, state = torch.randn(4, 8), torch.randn(4, 8), RunningDenominator(100)
-        >>> loss = sog_clr(image, text, torch.tensor([3, 14, 15, 92]), state, normalize=True)
+        >>> loss = sog_clr(image, text, torch.tensor([3, 14, 15, 92]), state)
         >>> int(state.log_u.isfinite().sum())
         8
     """

@@ -164,7 +164,7 @@ LOSSES: dict[str, LossCase] = {
     "info_nce negatives": LossCase(
         losses.info_nce,
         {**_QUERY_KEY, **_SCALE, "negatives": Draw.columns, "row_negatives": Draw.of_each_row},
-        {"normalize": True},
+        {"normalize": False},
     ),
     "info_nce pairs": LossCase(
         losses.info_nce, {**_QUERY_KEY, **_SCALE, "ids": Draw.labels, **_WEIGHT}, arrange=_rules
@@ -249,7 +249,7 @@ LOSSES: dict[str, LossCase] = {
     "mined_info_nce pairs": LossCase(
         losses.mined_info_nce,
         {**_MINED, "scale": Draw.scale_of_rows, "ids": Draw.labels, "col_ids": Draw.col_labels, **_WEIGHT},
-        {"k": 2, "in_batch": False, "normalize": True},
+        {"k": 2, "in_batch": False, "normalize": False},
         arrange=_rules,
     ),
     "mined_info_nce ids": LossCase(losses.mined_info_nce, {**_MINED, "indices": Draw.two_columns, "ids": Draw.labels}),
@@ -266,7 +266,7 @@ LOSSES: dict[str, LossCase] = {
             "scale": Draw.scale_of_rows,
             **_WEIGHT,
         },
-        {"reduce": "mean", "normalize": True},
+        {"reduce": "mean", "normalize": False},
         arrange=_masked,
         keeps_scores=True,
     ),
@@ -290,7 +290,7 @@ LOSSES: dict[str, LossCase] = {
     "similarity_distillation self": LossCase(
         losses.similarity_distillation,
         {"x": Draw.matrix, "teacher_x": Draw.teacher, **_SCALE},
-        {"y": None, "normalize": True},
+        {"y": None, "normalize": False},
     ),
     "distance_distillation": LossCase(losses.distance_distillation, {"x": Draw.matrix, "teacher_x": Draw.teacher}),
     "distance_distillation absolute": LossCase(
