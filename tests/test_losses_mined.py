@@ -183,7 +183,7 @@ def test_ids_keep_duplicates_of_the_batch_apart(backend):
     query, positive = leaf(5, 4), torch.cat([document, document, leaf(3, 4)])
     options = {"indices": torch.zeros(5, 1, dtype=torch.int64), "reduction": "none", "backend": backend}
     corpus = leaf(2, 4)
-    apart = mined_info_nce(query, positive, corpus, ids=ids, normalize=False, **options)
+    apart = mined_info_nce(query, positive, corpus, ids=ids, **options)
     together = mined_info_nce(query, positive, corpus, **options)
     assert (apart[:2] < together[:2]).all()
     torch.testing.assert_close(apart[2:], together[2:])
