@@ -162,7 +162,7 @@ def make_libraries(plan: Plan) -> list[tuple[str, dict]]:
             {"sources": ["csrc/cpu/capability.cpp"], "cflags": flags, "macros": plan.macros},
         )
     ]
-    for level, level_flags in levels().items():
+    for level, level_flags in reversed(levels().items()):  # a level calls those below it
         info = {
             "sources": stems,
             "cflags": [*flags, *level_flags],

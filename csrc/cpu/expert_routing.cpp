@@ -6,6 +6,14 @@
 // Sums over tokens are made in parts whose length does not depend on the number of threads, and added up in order.
 #include "../expert_routing.h"
 
+#ifdef HAS_BF16_DOT
+namespace contrastive_ops {
+namespace LEVEL {
+// Nothing here is a product of bfloat16 numbers.
+ExpertRouting expert_routing() { return level_avx512::expert_routing(); }
+}  // namespace LEVEL
+}  // namespace contrastive_ops
+#else
 #include "expert_scores.h"
 #include "expert_slots.h"
 #include "similarity_tile.h"
@@ -251,3 +259,4 @@ ExpertRouting expert_routing() {
 
 }  // namespace LEVEL
 }  // namespace contrastive_ops
+#endif

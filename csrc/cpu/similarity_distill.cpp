@@ -329,11 +329,14 @@ void distill_backward(const DistillProblem& p, const DistillBackward& b, const P
 // ---- Types -----------------------------------------------------------------------------------------------
 
 void distill_forward_any(const DistillProblem& p, const DistillForward& out, const Parallel& parallel) {
-  for_type(p.student.dtype, [&](auto c, auto s) { distill_forward<decltype(c), decltype(s)>(p, out, parallel); });
+  for_type(
+      p.student.dtype, [&](auto c, auto s) { distill_forward<decltype(c), decltype(s)>(p, out, parallel); },
+      [&] { level_avx512::similarity_distill().forward(p, out, parallel); });
 }
 void distill_backward_any(const DistillProblem& p, const DistillBackward& gradients, const Parallel& parallel) {
-  for_type(p.student.dtype,
-           [&](auto c, auto s) { distill_backward<decltype(c), decltype(s)>(p, gradients, parallel); });
+  for_type(
+      p.student.dtype, [&](auto c, auto s) { distill_backward<decltype(c), decltype(s)>(p, gradients, parallel); },
+      [&] { level_avx512::similarity_distill().backward(p, gradients, parallel); });
 }
 
 }  // namespace

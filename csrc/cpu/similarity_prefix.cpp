@@ -93,11 +93,15 @@ void prefix_backward(const SimilarityPrefixProblem& p, const SimilarityPrefixBac
 
 void prefix_forward_any(const SimilarityPrefixProblem& p, const SimilarityPrefixForward& out,
                         const Parallel& parallel) {
-  for_type(p.dtype, [&](auto c, auto s) { prefix_forward<decltype(c), decltype(s)>(p, out, parallel); });
+  for_type(
+      p.dtype, [&](auto c, auto s) { prefix_forward<decltype(c), decltype(s)>(p, out, parallel); },
+      [&] { level_avx512::similarity_prefix().forward(p, out, parallel); });
 }
 void prefix_backward_any(const SimilarityPrefixProblem& p, const SimilarityPrefixBackward& gradients,
                          const Parallel& parallel) {
-  for_type(p.dtype, [&](auto c, auto s) { prefix_backward<decltype(c), decltype(s)>(p, gradients, parallel); });
+  for_type(
+      p.dtype, [&](auto c, auto s) { prefix_backward<decltype(c), decltype(s)>(p, gradients, parallel); },
+      [&] { level_avx512::similarity_prefix().backward(p, gradients, parallel); });
 }
 
 }  // namespace

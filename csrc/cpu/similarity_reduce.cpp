@@ -133,13 +133,19 @@ void total(const SimilarityProblem& p, const SimilarityTotal& t, const Parallel&
 // ---- Types -------------------------------------------------------------------------------------------------
 
 void forward_any(const SimilarityProblem& p, const SimilarityForward& out, const Parallel& parallel) {
-  for_type(p.dtype, [&](auto c, auto s) { forward<decltype(c), decltype(s)>(p, out, parallel); });
+  for_type(
+      p.dtype, [&](auto c, auto s) { forward<decltype(c), decltype(s)>(p, out, parallel); },
+      [&] { level_avx512::similarity_reduce().forward(p, out, parallel); });
 }
 void backward_any(const SimilarityProblem& p, const SimilarityBackward& gradients, const Parallel& parallel) {
-  for_type(p.dtype, [&](auto c, auto s) { backward<decltype(c), decltype(s)>(p, gradients, parallel); });
+  for_type(
+      p.dtype, [&](auto c, auto s) { backward<decltype(c), decltype(s)>(p, gradients, parallel); },
+      [&] { level_avx512::similarity_reduce().backward(p, gradients, parallel); });
 }
 void total_any(const SimilarityProblem& p, const SimilarityTotal& out, const Parallel& parallel) {
-  for_type(p.dtype, [&](auto c, auto s) { total<decltype(c), decltype(s)>(p, out, parallel); });
+  for_type(
+      p.dtype, [&](auto c, auto s) { total<decltype(c), decltype(s)>(p, out, parallel); },
+      [&] { level_avx512::similarity_reduce().total(p, out, parallel); });
 }
 
 }  // namespace

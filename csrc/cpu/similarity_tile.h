@@ -47,9 +47,13 @@ using ComputeForBFloat16 = ComputeBFloat16;
 using ComputeForBFloat16 = ComputeFloat;
 #endif
 
-// Calls call(C(), S()) with what numbers of a dtype are multiplied as, and what they are stored as.
-template <class Call>
-void for_type(DType dtype, Call call) {
+// Calls call(C(), S()) with what numbers of a dtype are multiplied as, and what they are stored as. Where a level adds
+// nothing but products of bfloat16 numbers it leaves other dtypes to below(), the level that has all the rest of it.
+template <class Call, class Below>
+void for_type(DType dtype, Call call, Below below) {
+#ifdef HAS_BF16_DOT
+  dtype == DType::bfloat16 ? call(ComputeBFloat16(), BFloat16()) : below();
+#else
   switch (dtype) {
     case DType::float32:
       return call(ComputeFloat(), float());
@@ -60,6 +64,7 @@ void for_type(DType dtype, Call call) {
     case DType::float16:
       return call(ComputeFloat(), Half());
   }
+#endif
 }
 
 // A number as it is multiplied: packing rounds float32 to bfloat16 for the pairs.

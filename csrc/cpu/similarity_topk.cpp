@@ -423,21 +423,26 @@ void topk_order(const TopKOrder& o, const Parallel& parallel) {
 // ---- Types -------------------------------------------------------------------------------------------------------
 
 // Calls call(C(), X(), Y()): rows of y may be int8 codes where those of x are bfloat16.
-template <class Call>
-void for_types(const SimilarityProblem& p, Call call) {
+template <class Call, class Below>
+void for_types(const SimilarityProblem& p, Call call, Below below) {
   if (p.code_scale) return call(ComputeForBFloat16(), BFloat16(), int8_t());
-  for_type(p.dtype, [&](auto c, auto s) { call(c, s, s); });
+  for_type(p.dtype, [&](auto c, auto s) { call(c, s, s); }, below);
 }
 
 void topk_forward_any(const SimilarityProblem& p, const TopKForward& out, const Parallel& parallel) {
-  for_types(p, [&](auto c, auto x, auto y) { topk_forward<decltype(c), decltype(x), decltype(y)>(p, out, parallel); });
+  for_types(
+      p, [&](auto c, auto x, auto y) { topk_forward<decltype(c), decltype(x), decltype(y)>(p, out, parallel); },
+      [&] { level_avx512::similarity_topk().forward(p, out, parallel); });
 }
 void topk_at_any(const SimilarityProblem& p, const TopKAt& out, const Parallel& parallel) {
-  for_types(p, [&](auto c, auto x, auto y) { topk_at<decltype(c), decltype(x), decltype(y)>(p, out, parallel); });
+  for_types(
+      p, [&](auto c, auto x, auto y) { topk_at<decltype(c), decltype(x), decltype(y)>(p, out, parallel); },
+      [&] { level_avx512::similarity_topk().at(p, out, parallel); });
 }
 void topk_backward_any(const SimilarityProblem& p, const TopKBackward& gradients, const Parallel& parallel) {
   for_types(
-      p, [&](auto c, auto x, auto y) { topk_backward<decltype(c), decltype(x), decltype(y)>(p, gradients, parallel); });
+      p, [&](auto c, auto x, auto y) { topk_backward<decltype(c), decltype(x), decltype(y)>(p, gradients, parallel); },
+      [&] { level_avx512::similarity_topk().backward(p, gradients, parallel); });
 }
 
 void topk_merge_any(const TopKMerge& m, const Parallel& parallel) {

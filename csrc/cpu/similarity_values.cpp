@@ -250,10 +250,14 @@ void values_backward(const ValuesProblem& p, const ValuesBackward& b, const Para
 // ---- Types -------------------------------------------------------------------------------------------------
 
 void values_forward_any(const ValuesProblem& p, const ValuesForward& out, const Parallel& parallel) {
-  for_type(p.logits.dtype, [&](auto c, auto s) { values_forward<decltype(c), decltype(s)>(p, out, parallel); });
+  for_type(
+      p.logits.dtype, [&](auto c, auto s) { values_forward<decltype(c), decltype(s)>(p, out, parallel); },
+      [&] { level_avx512::similarity_values().forward(p, out, parallel); });
 }
 void values_backward_any(const ValuesProblem& p, const ValuesBackward& gradients, const Parallel& parallel) {
-  for_type(p.logits.dtype, [&](auto c, auto s) { values_backward<decltype(c), decltype(s)>(p, gradients, parallel); });
+  for_type(
+      p.logits.dtype, [&](auto c, auto s) { values_backward<decltype(c), decltype(s)>(p, gradients, parallel); },
+      [&] { level_avx512::similarity_values().backward(p, gradients, parallel); });
 }
 
 }  // namespace
