@@ -99,11 +99,13 @@ def test_peak_resident_set_of_the_reference():
 
 @LINUX
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["info_nce", "clip", "nt_xent", "sup_con", "siglip"])
+@pytest.mark.parametrize("name", ["info_nce", "nt_xent"])
 def test_peak_resident_set_at_65536_rows(name):
+    """A matrix and another, and one and itself: the sweeps that all losses above share."""
+    # Few dimensions: what would grow with pairs of rows does not depend on them, and the time does.
     rows = 65_536 // LOSSES[name].copies
-    measured = peaks([name], rows, 64)[name]
-    assert measured["forward"] <= 256 * MIB and measured["backward"] <= 256 * MIB, measured
+    measured = peaks([name], rows, 8)[name]
+    assert measured["forward"] <= 192 * MIB and measured["backward"] <= 192 * MIB, measured
 
 
 MINING_CHILD = """
