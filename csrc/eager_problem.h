@@ -15,7 +15,7 @@ namespace {
 
 using at::Tensor;
 
-// How the rows of a loss meet: contrastive_ops/losses/_eager.py has the same numbers.
+// How the rows of a loss meet: contrastive_ops/losses/_calls.py has the same numbers.
 enum class Form : int { columns = 0, partners = 1, stacked = 2, labelled = 3 };
 
 struct Options {

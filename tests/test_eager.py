@@ -1,4 +1,4 @@
-"""Losses in C++ from checks to autograd: the same bits as by the operators, and by the operators where they must."""
+"""Losses past the operators, in C++ or by few operations of torch: the same bits, and by operators where they must."""
 
 import pytest
 import torch
@@ -9,8 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from contrastive_ops import clip, info_nce, nt_xent, siglip, sup_con
 from contrastive_ops.core import eager
 from contrastive_ops.losses import _eager as doors
+from contrastive_ops.testing import saved_bytes
 
-pytestmark = pytest.mark.skipif(eager.reason() is not None, reason=str(eager.reason()))
+built = pytest.mark.skipif(eager.reason() is not None, reason=str(eager.reason()))
+# Its node in the graph of each backend.
+NODES = {"cpu": "SimilarityLossBackward", "reference": "DenseLossBackward"}
+everywhere = pytest.mark.parametrize("backend", [pytest.param("cpu", marks=built), "reference"])
 
 ROWS, DEPTH = 37, 70
 LABELS = torch.arange(ROWS) % 5 - 1
@@ -45,7 +49,7 @@ def inputs(dtype=torch.float32):
 
 
 def both_ways(call):
-    """What `call` returns by C++ and by the operators."""
+    """What `call` returns without and with the operators."""
     found = call()
     with eager.closed():
         return found, call()
@@ -54,7 +58,8 @@ def both_ways(call):
 def assert_same(got, expected):
     for a, b in zip(got, expected, strict=True):
         assert (a is None) == (b is None)
-        assert a is None or (a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b))
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def gradients(loss, leaves, cotangent=None, **options):
@@ -62,13 +67,14 @@ def gradients(loss, leaves, cotangent=None, **options):
     return torch.autograd.grad(loss, leaves, cotangent, allow_unused=True, **options)
 
 
+@everywhere
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CALLS)
-def test_the_same_bits(name, dtype, reduction, weighted):
+def test_the_same_bits(name, dtype, reduction, weighted, backend):
     x, y, scale = inputs(dtype)
-    options = {"reduction": reduction, "normalize": dtype in (torch.float32, torch.float64)}
+    options = {"reduction": reduction, "normalize": dtype in (torch.float32, torch.float64), "backend": backend}
     leaves = [x, y, scale]
     if weighted and name != "nt_xent":
         options["weight"] = (0.1 + torch.rand(ROWS, dtype=scale.dtype)).requires_grad_()
@@ -81,35 +87,38 @@ def test_the_same_bits(name, dtype, reduction, weighted):
         return loss.grad_fn.name(), [loss, *one, *gradients(3 * loss, leaves, factor)]
 
     (made_by, got), (made_by_operator, expected) = both_ways(call)
-    assert made_by == "SimilarityLossBackward" != made_by_operator
+    assert made_by == NODES[backend] != made_by_operator
     assert_same(got, expected)
 
 
+@everywhere
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("needed", range(1, 8))
-def test_every_subset_of_gradients_and_none(name, needed):
+def test_every_subset_of_gradients_and_none(name, needed, backend):
     x, y, scale = (t.detach().requires_grad_(bool(needed >> bit & 1)) for bit, t in enumerate(inputs()))
     leaves = [t for t in (x, y, scale) if t.requires_grad]
 
     def call():
-        loss = CALLS[name](x, y, scale)
+        loss = CALLS[name](x, y, scale, backend=backend)
         return [loss, *(gradients(loss, leaves) if loss.requires_grad else ())]
 
     assert_same(*both_ways(call))
     with torch.no_grad():
-        got, expected = both_ways(lambda: CALLS[name](x, y, scale))
+        got, expected = both_ways(lambda: CALLS[name](x, y, scale, backend=backend))
     assert not got.requires_grad and torch.equal(got, expected)
 
 
+@everywhere
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", CALLS)
-def test_second_derivatives(name, reduction, normalize):
+def test_second_derivatives(name, reduction, normalize, backend):
     x, y, scale = (t.detach().requires_grad_() for t in inputs(torch.float64))
     leaves = [x, y, scale]
 
     def call():
-        loss = CALLS[name](x, y, scale, reduction=reduction, normalize=normalize).square().sum()
+        options = {"reduction": reduction, "normalize": normalize, "backend": backend}
+        loss = CALLS[name](x, y, scale, **options).square().sum()
         first = [g for g in gradients(loss, leaves, create_graph=True) if g is not None]
         return gradients(sum(g.square().sum() for g in first), leaves)
 
@@ -133,13 +142,14 @@ class _Mode(TorchFunctionMode):
 
 
 def _under(context):
-    def call(x, y):
+    def call(x, y, **options):
         with context():
-            return clip(x, y)
+            return clip(x, y, **options)
 
     return call
 
 
+@everywhere
 @pytest.mark.parametrize(
     "call",
     [
@@ -147,13 +157,12 @@ def _under(context):
         _under(_Dispatch),
         _under(_Mode),
         _under(lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])),
-        lambda x, y: clip(x.as_subclass(_Tensor), y),
-        lambda x, y: clip(x, y, backend="reference"),
-        lambda x, y: clip(x, y, label_smoothing=0.1),
-        lambda x, y: clip(x, y, weight=torch.arange(ROWS).float()),
-        lambda x, y: clip(x, y, scale=torch.linspace(1, 2, ROWS)),
-        lambda x, y: clip(x.bfloat16(), y.bfloat16()),
-        lambda x, y: torch.compile(clip, backend="eager")(x, y),
+        lambda x, y, **options: clip(x.as_subclass(_Tensor), y, **options),
+        lambda x, y, **options: clip(x, y, label_smoothing=0.1, **options),
+        lambda x, y, **options: clip(x, y, weight=torch.arange(ROWS).float(), **options),
+        lambda x, y, **options: clip(x, y, scale=torch.linspace(1, 2, ROWS), **options),
+        lambda x, y, **options: clip(x.bfloat16(), y.bfloat16(), **options),
+        lambda x, y, **options: torch.compile(clip, backend="eager")(x, y, **options),
     ],
     ids=[
         "autocast",
@@ -161,7 +170,6 @@ def _under(context):
         "mode",
         "profiler",
         "subclass",
-        "reference",
         "smoothing",
         "weight 0",
         "rows",
@@ -169,9 +177,34 @@ def _under(context):
         "compile",
     ],
 )
-def test_calls_that_go_by_the_operators(call):
+def test_calls_that_go_by_the_operators(call, backend):
     x, y, _ = inputs()
-    assert call(x, y).grad_fn.name() != "SimilarityLossBackward"
+    assert call(x, y, backend=backend).grad_fn.name() not in NODES.values()
+
+
+@everywhere
+@pytest.mark.parametrize("name", CALLS)
+def test_numbers_that_are_not_finite_go_by_the_operators(name, backend):
+    x, y, scale = inputs()
+    x.data[3, 4] = torch.nan
+    assert_same(*both_ways(lambda: [loss := CALLS[name](x, y, scale, backend=backend), *gradients(loss, [x, y])]))
+
+
+@everywhere
+@pytest.mark.parametrize("name", ["info_nce", "clip", "siglip", "nt_xent"])
+def test_what_is_kept_grows_with_the_rows(name, backend):
+    sizes = []
+    for rows in (250, 500):
+        x, y = (torch.randn(rows, 64, requires_grad=True) for _ in range(2))
+        scale = torch.tensor(3.0, requires_grad=True)
+        size, _ = saved_bytes(lambda x=x, y=y, scale=scale: CALLS[name](x, y, scale, memory_budget=0, backend=backend))
+        sizes.append(size)
+    assert sizes[1] <= 2.2 * sizes[0] < 500 * 500 * 4
+
+
+def test_more_pairs_than_a_chunk_has_go_by_the_operators():
+    x = torch.randn(1100, 4, requires_grad=True)
+    assert info_nce(x, x, backend="reference").grad_fn.name() != NODES["reference"]
 
 
 def test_transforms_and_fake_tensors_go_by_the_operators():
@@ -185,36 +218,39 @@ def test_transforms_and_fake_tensors_go_by_the_operators():
         torch.func.jvp(lambda x: clip(x, y), (x,), (x,))
 
 
-@pytest.mark.parametrize("variable", ["reference", "cpu"])
-def test_the_variable_that_chooses_a_backend(monkeypatch, variable):
+@everywhere
+def test_the_variable_that_chooses_a_backend(monkeypatch, backend):
     x, y, _ = inputs()
-    monkeypatch.setenv("CONTRASTIVE_OPS_BACKEND", variable)
-    assert (clip(x, y).grad_fn.name() == "SimilarityLossBackward") == (variable == "cpu")
+    monkeypatch.setenv("CONTRASTIVE_OPS_BACKEND", backend)
+    assert clip(x, y).grad_fn.name() == NODES[backend]
 
 
+@everywhere
 @pytest.mark.parametrize("name", ["info_nce", "clip"])
-def test_a_graph_is_used_once_and_its_inputs_are_not_changed(name):
+def test_a_graph_is_used_once_and_its_inputs_are_not_changed(name, backend):
     x, y, scale = inputs()
-    loss = CALLS[name](x, y, scale)
+    loss = CALLS[name](x, y, scale, backend=backend)
     loss.backward()
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
-    loss = CALLS[name](x, y, scale)
+    loss = CALLS[name](x, y, scale, backend=backend)
     with torch.no_grad():
         x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
+@everywhere
 @pytest.mark.parametrize("name", ["info_nce", "siglip"])
-def test_gradients_formed_in_forward_are_handed_over_without_a_copy(name):
+def test_gradients_formed_in_forward_are_handed_over_without_a_copy(name, backend):
     x, y, scale = inputs()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
-        loss = CALLS[name](x, y, scale, normalize=False)
+        loss = CALLS[name](x, y, scale, normalize=False, backend=backend)
     assert torch.autograd.grad(loss, [x])[0].data_ptr() in saved
 
 
+@built
 def test_without_the_module(monkeypatch):
     x, y, scale = inputs()
     expected = clip(x, y, scale=scale)

@@ -100,6 +100,11 @@ def _warn_once(function: str, device: str, refused: list[str]) -> None:
         _logger.warning("%s runs on the slow reference backend: %s", function, " | ".join(refused))
 
 
+def has_warned() -> bool:
+    """Whether it was said that calls run on the reference, and why."""
+    return bool(_warned)
+
+
 def enrol(primitive: str, table: Mapping[str, Backend]) -> Mapping[str, Backend]:
     """Make a primitive's table known to `backends`, and return it."""
     _TABLES[primitive] = table

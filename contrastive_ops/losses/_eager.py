@@ -1,28 +1,26 @@
-"""Losses of plain tensors on the CPU with their usual options, checked and differentiated in C++ (csrc/eager.cpp).
+"""Losses of plain tensors on the CPU with their usual options: in C++ (csrc/eager.cpp), or by `_dense` without it.
 
 A step with few rows is mostly host time, and most of that is Python. `eager_loss` returns None for every call that is
-not for it, or that has something to refuse; the loss then goes on in Python and words the error.
+not for it, or that has something to refuse; the loss then goes on by its operator, whose checks word the error.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core import autocast, eager
-from ..core.derivatives import alias, grad
-from ..core.ordered import repeated
-from ..core.rules import Pairs
-from ..core.unit_rows import unit_rows
-from ..ops.similarity_loss import similarity_loss
+from ..core import backends, eager, extension
+from ..ops.similarity_reduce import DEFAULT_MEMORY_BUDGET
 from ..reference.row_losses import KINDS, REDUCTIONS
-from ._labels import one_positive
-
-# How rows meet: y has a column for each row and maybe more; row i of y belongs to row i of x; both stacked are compared
-# with themselves; rows of one label belong together. csrc/eager.cpp has the same numbers.
-COLUMNS, PARTNERS, STACKED, LABELLED = range(4)
+from ._calls import COLUMNS as COLUMNS
+from ._calls import LABELLED as LABELLED
+from ._calls import PARTNERS as PARTNERS
+from ._calls import STACKED as STACKED
+from ._calls import Call, gradients_again
+from ._dense import dense_loss, is_for_dense
 
 
 def eager_loss(
@@ -45,26 +43,15 @@ def eager_loss(
     backend: str,
 ) -> Tensor | None:
     """The loss, or None where Python has to look at the call. Arguments are those of the loss, as they were given."""
-    if torch.compiler.is_compiling() or _LOSS is None or not eager.is_open():
+    if torch.compiler.is_compiling() or not eager.is_open():
         return None
-    loss: Tensor | None = _LOSS(
-        _NUMBERS[kind],
-        form,
-        x,
-        y,
-        scale,
-        temperature,
-        default_temperature,
-        bias,
-        target,
-        labels,
-        col_labels,
-        weight,
-        reduction,
-        normalize,
-        memory_budget,
-        backend,
-    )
+    matrices, numbers = (_NUMBERS[kind], form, x, y), (scale, temperature, default_temperature, bias)
+    options = (reduction, normalize, memory_budget, backend)
+    loss: Tensor | None = None
+    if _LOSS is not None:
+        loss = _LOSS(*matrices, *numbers, target, labels, col_labels, weight, *options)
+    if loss is None and _takes_reference(backend):
+        loss = _dense(kind, form, x, y, *numbers, (weight, target, labels, col_labels), *options)
     return loss
 
 
@@ -73,51 +60,52 @@ def is_off(*options: Any) -> bool:
     return all(type(option) is float and option == 0.0 for option in options)
 
 
-def _second_derivative(
-    tensors: tuple[Tensor | None, ...],
-    d_loss: Tensor,
-    kind: int,
+def _dense(
+    kind: str,
     form: int,
-    reduction: int,
+    x: Any,
+    y: Any,
+    scale: Any,
+    temperature: Any,
+    default_temperature: float,
+    bias: Any,
+    rows: tuple[Any, ...],
+    reduction: str,
     normalize: bool,
-    inverted: bool,
-    number: float,
-    bias_number: float,
-    memory_budget: int,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of x, y, scale or temperature, bias and weight as functions of them, by the operator."""
-    target, labels, col_labels = tensors[5:]
-    with torch.enable_grad(), autocast.disabled(d_loss):
-        leaves = [alias(each) for each in tensors[:5]]
-        x, y, factor, bias, weight = leaves
-        scale = number if factor is None else factor.reshape(()).reciprocal() if inverted else factor
-        x, y = (unit_rows(each) if normalize and each is not None else each for each in (x, y))
-        options: dict[str, Any] = {"target": target}
-        if form == STACKED:
-            x, y, options = torch.cat([x, y]), None, {"pairs": Pairs(diagonal=0)}
-        elif form == LABELLED:
-            ids = (labels, labels if col_labels is None else col_labels)
-            diagonal = 0 if y is None else None
-            target, count = one_positive(*(labels, col_labels))  # type: ignore[arg-type]
-            rules = {"pairs": Pairs(diagonal=diagonal, differ=ids), "positives": Pairs(diagonal=diagonal, same=ids)}  # type: ignore[arg-type]
-            options = {"target": target, "count": count, **rules}
-        if KINDS[kind] == "sigmoid":
-            one = d_loss.new_full((), bias_number) if bias is None else bias.reshape(())
-            options["row_bias"] = repeated(one, x.shape[0])
-        loss = similarity_loss(
-            x,
-            y,
-            kind=KINDS[kind],
-            scale=scale,
-            weight=weight,
-            reduction=REDUCTIONS[reduction],
-            memory_budget=memory_budget,
-            backend="cpu",
-            **options,
-        )
-        wanted = [each for each in leaves if each is not None and each.requires_grad]
-        found = iter(grad([loss], wanted, [d_loss]))
-    return tuple(next(found) if each is not None and each.requires_grad else None for each in leaves)
+    memory_budget: int | None,
+    backend: str,
+) -> Tensor | None:
+    """The loss by the reference, or None; `rows` are weight, target, labels and col_labels."""
+    budget = DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget
+    known = reduction in REDUCTIONS and type(normalize) is bool and type(budget) is int and budget >= 0
+    if not known or (temperature is not None and scale is not None):
+        return None
+    inverted, factor = scale is None, temperature if scale is None else scale
+    factor = default_temperature if factor is None else factor
+    if not is_for_dense(form, x, y, normalize, (factor, bias), rows):
+        return None
+    number, bias_number, has_bias = 1.0, 0.0, bias is not None
+    if isinstance(factor, float):
+        if inverted and not factor > 0:
+            return None
+        number, factor, inverted = 1 / factor if inverted else factor, None, False
+    if isinstance(bias, float):
+        bias_number, bias = bias, None
+    reduced, own = REDUCTIONS.index(reduction), (x, y, factor, bias, *rows)
+    call = Call(_NUMBERS[kind], form, reduced, normalize, inverted, number, bias_number, budget, has_bias)
+    return dense_loss(call, own)
+
+
+def _takes_reference(backend: object) -> bool:
+    if backend == "auto":
+        chosen = os.environ.get(backends.ENVIRONMENT_VARIABLE, "")
+        # One call goes by the operator and says why the reference is taken.
+        return chosen == "reference" or (not chosen and extension.load() is None and backends.has_warned())
+    return backend == "reference"
+
+
+def _second_derivative(tensors: tuple[Tensor | None, ...], d_loss: Tensor, *call: Any) -> tuple[Tensor | None, ...]:
+    return gradients_again(Call(*call), tensors, d_loss, "cpu")
 
 
 _LOSS = eager.connect(_second_derivative)

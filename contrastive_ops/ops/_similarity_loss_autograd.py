@@ -111,7 +111,7 @@ def _gradients(
     x, y, kind = problem[_X], problem[_Y], ctx.kind
     given = [each is not None for each in terms]
     one_pass = in_one_pass(kind, ctx.reduction, y is None, ctx.needs)
-    lines, give = sum(given) + (0 if one_pass else len(FOLDS[kind]) + 1), _may_give(d_loss)
+    lines, give = sum(given) + (0 if one_pass else len(FOLDS[kind]) + 1), may_give(d_loss)
     scaled = slopes if give else (slopes.view(lines, x.shape[0]) * d_loss).view(-1)
     # `extra` comes before `weight` in the operator's results.
     rows, places = x.shape[0], {at: place for place, at in enumerate(at for at in (1, 0, 2) if given[at])}
@@ -135,7 +135,7 @@ def _gradients(
     return to_inputs(problem, gradients, swept), of_terms
 
 
-def _may_give(d_loss: Tensor) -> bool:
+def may_give(d_loss: Tensor) -> bool:
     """Whether what forward found may be given away as it is: the factor is 1, and no kept graph needs it again.
 
     The factor is looked at where that costs nothing: not in a traced program.

@@ -76,7 +76,8 @@ def row_losses(kind: str, folds: Sequence[Tensor], target: Tensor, terms: Terms)
     if kind == "softmax":
         return softplus(_all_others(folds[0], terms.extra) - target)
     if kind == "softmax_both":
-        return (softplus(folds[0] - target) + softplus(folds[1] - target)) / 2
+        rows, cols = softplus(torch.stack(tuple(folds)) - target)
+        return (rows + cols) / 2
     if kind == "sigmoid":
         return folds[0] + softplus(-target)
     spread, count = softplus(folds[1] - target), _number(terms, target)
@@ -89,7 +90,7 @@ def row_slopes(kind: str, folds: Sequence[Tensor], target: Tensor, terms: Terms)
     if kind == "softmax":
         return _softmax_slopes(folds[0], target, terms.extra)
     if kind == "softmax_both":
-        rows, cols = ((fold - target).sigmoid() / 2 for fold in folds)
+        rows, cols = (torch.stack(tuple(folds)) - target).sigmoid() / 2
         return Slopes((rows, cols), -(rows + cols))
     if kind == "sigmoid":
         return Slopes((torch.ones_like(target),), -(-target).sigmoid())
