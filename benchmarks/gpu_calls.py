@@ -49,8 +49,8 @@ def route(like: Tensor, backend: str) -> Tensor:
     """Choices, losses, and the way of rows to experts and back."""
     tokens, logits = _matrix(N, D, like), _matrix(N, E, like)
     routing = co.route(logits, K, capacity=1.0, losses=("switch", "z"), backend=backend)
-    rows = co.dispatch(tokens, routing, backend=backend)
-    return co.combine(rows, routing, backend=backend).float().sum() + routing.loss
+    rows = co.ops.dispatch(tokens, routing, backend=backend)
+    return co.ops.combine(rows, routing, backend=backend).float().sum() + routing.loss
 
 
 CALLS: dict[str, tuple[str, Callable[[Tensor, str], Tensor]]] = {

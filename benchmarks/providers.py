@@ -61,7 +61,7 @@ AS_GIVEN = ("clip", "info_nce", "siglip")
 
 
 def ours(function: str, name: str = OURS, *, cache: bool | None = None, backend: str | None = None) -> Provider:
-    """``contrastive_ops.<function>`` on the case's tensors and constants.
+    """``contrastive_ops.losses.<function>`` on the case's tensors and constants.
 
     ``cache``: None leaves ``memory_budget`` at its default, False gives it no byte, True enough to
     keep one float32 matrix of all logits. ``backend``: None leaves the choice to the package.
@@ -76,7 +76,7 @@ def ours(function: str, name: str = OURS, *, cache: bool | None = None, backend:
         if cache is not None:
             first, last = _rows(inputs)[0], _rows(inputs)[-1]
             options["memory_budget"] = 4 * len(first) * len(last) if cache else 0
-        loss = getattr(contrastive_ops, function)
+        loss = getattr(contrastive_ops.losses, function)
         return differentiate(lambda **leaves: loss(**leaves, **options), inputs.tensors)
 
     return Provider(name, build, kind="ours", package="contrastive_ops")

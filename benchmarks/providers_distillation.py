@@ -26,10 +26,10 @@ def _step(inputs: Inputs, loss_of: Callable[..., Tensor]) -> Step:
 
 
 def ours(name: str = OURS, memory_budget: int | None = None) -> Provider:
-    """``contrastive_ops.similarity_distillation``."""
+    """``contrastive_ops.losses.similarity_distillation``."""
 
     def build(inputs: Inputs) -> Step:
-        from contrastive_ops import similarity_distillation
+        from contrastive_ops.losses import similarity_distillation
 
         options = {"divergence": "ce", "symmetric": True, "normalize": False, "memory_budget": memory_budget}
         return _step(inputs, lambda *sides: similarity_distillation(*sides[:4], scale=sides[4], **options))

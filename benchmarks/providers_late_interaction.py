@@ -24,10 +24,10 @@ def _weighted(inputs: Inputs, scores: Callable[[Tensor, Tensor], Tensor]) -> Ste
 
 
 def ours() -> Provider:
-    """``contrastive_ops.maxsim`` of padded documents."""
+    """``contrastive_ops.ops.maxsim`` of padded documents."""
 
     def build(inputs: Inputs) -> Step:
-        from contrastive_ops import TokenSets, maxsim
+        from contrastive_ops.ops import TokenSets, maxsim
 
         mask = inputs.frozen.get("mask")
         return _weighted(inputs, lambda queries, documents: maxsim(queries, TokenSets(documents, mask)))
@@ -39,7 +39,7 @@ def ours_packed() -> Provider:
     """The same of documents that are packed in the step, as a model without padding would hand them over."""
 
     def build(inputs: Inputs) -> Step:
-        from contrastive_ops import TokenSets, maxsim
+        from contrastive_ops.ops import TokenSets, maxsim
 
         mask = inputs.frozen["mask"]
         offsets = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)])

@@ -33,10 +33,10 @@ def _step(name: str, kind: str, loss_of: Callable[[Inputs, Tensor, Tensor], Tens
 
 
 def ours(name: str = OURS, **options: int) -> Provider:
-    """The mean of ``contrastive_ops.linear_log_prob``, whose rows any other loss could take."""
+    """The mean of ``contrastive_ops.losses.linear_log_prob``, whose rows any other loss could take."""
 
     def loss_of(inputs: Inputs, hidden: Tensor, weight: Tensor) -> Tensor:
-        from contrastive_ops import linear_log_prob
+        from contrastive_ops.losses import linear_log_prob
 
         return -linear_log_prob(hidden, weight, inputs.frozen["labels"], **options).mean()
 
@@ -44,10 +44,10 @@ def ours(name: str = OURS, **options: int) -> Provider:
 
 
 def ours_of_the_mean() -> Provider:
-    """``contrastive_ops.linear_cross_entropy``, which knows in its forward pass that the mean is wanted."""
+    """``contrastive_ops.losses.linear_cross_entropy``, which knows in its forward pass that the mean is wanted."""
 
     def loss_of(inputs: Inputs, hidden: Tensor, weight: Tensor) -> Tensor:
-        from contrastive_ops import linear_cross_entropy
+        from contrastive_ops.losses import linear_cross_entropy
 
         return linear_cross_entropy(hidden, weight, inputs.frozen["labels"])
 
@@ -82,7 +82,7 @@ def ours_with_entropy() -> Provider:
     """Log-probabilities and entropies of one call."""
 
     def loss_of(inputs: Inputs, hidden: Tensor, weight: Tensor) -> Tensor:
-        from contrastive_ops import linear_log_prob
+        from contrastive_ops.losses import linear_log_prob
 
         found = linear_log_prob(hidden, weight, inputs.frozen["labels"], entropy=True)
         return -(found.log_prob + inputs.constants["share"] * found.entropy).mean()
@@ -103,10 +103,10 @@ def eager_with_entropy() -> Provider:
 
 
 def ours_of_divergence() -> Provider:
-    """``contrastive_ops.linear_kl`` from a reference that is not trained."""
+    """``contrastive_ops.losses.linear_kl`` from a reference that is not trained."""
 
     def loss_of(inputs: Inputs, hidden: Tensor, weight: Tensor) -> Tensor:
-        from contrastive_ops import linear_kl
+        from contrastive_ops.losses import linear_kl
 
         return linear_kl(hidden, weight, inputs.frozen["reference_hidden"], inputs.frozen["reference_weight"]).mean()
 

@@ -29,24 +29,24 @@ def _depth(inputs: Inputs) -> int:
 
 
 def ours(function: str) -> Provider:
-    """``contrastive_ops.<function>`` of all prefixes."""
+    """``contrastive_ops.losses.<function>`` of all prefixes."""
 
     def build(inputs: Inputs) -> Step:
         import contrastive_ops
 
-        loss, dims = getattr(contrastive_ops, function), dims_of(_depth(inputs))
+        loss, dims = getattr(contrastive_ops.losses, function), dims_of(_depth(inputs))
         return differentiate(lambda **leaves: loss(**leaves, **inputs.arguments, dims=dims), inputs.tensors)
 
     return Provider(OURS, build, kind="ours", package="contrastive_ops")
 
 
 def ours_in_a_loop(function: str) -> Provider:
-    """``contrastive_ops.<function>`` of one prefix after the other."""
+    """``contrastive_ops.losses.<function>`` of one prefix after the other."""
 
     def build(inputs: Inputs) -> Step:
         import contrastive_ops
 
-        loss = getattr(contrastive_ops, function)
+        loss = getattr(contrastive_ops.losses, function)
 
         return _loop(inputs, loss)
 

@@ -39,7 +39,8 @@ def ours_route(name: str = OURS, *, backend: str | None = None) -> Provider:
     """``contrastive_ops.route`` with places for all choices."""
 
     def build(inputs: Inputs) -> Step:
-        from contrastive_ops import Gating, RouterLoss, route
+        from contrastive_ops import route
+        from contrastive_ops.ops import Gating, RouterLoss
 
         segments, weight = inputs.frozen["segments"], inputs.frozen["weight"]
         options, chosen = inputs.constants, insist_on(backend, "expert_routing", inputs.tensors["logits"])
@@ -177,10 +178,10 @@ def _product(inputs: Inputs, function: Callable[[Tensor, Tensor], Tensor]) -> St
 
 
 def ours_grouped() -> Provider:
-    """``contrastive_ops.grouped_matmul``."""
+    """``contrastive_ops.ops.grouped_matmul``."""
 
     def build(inputs: Inputs) -> Step:
-        from contrastive_ops import grouped_matmul
+        from contrastive_ops.ops import grouped_matmul
 
         offsets = inputs.frozen["offsets"]
         return _product(inputs, lambda rows, weight: grouped_matmul(rows, weight, offsets))
@@ -225,7 +226,8 @@ def ours_layer() -> Provider:
     """``contrastive_ops.moe``'s parts on the weights of the case: gated experts, dropless."""
 
     def build(inputs: Inputs) -> Step:
-        from contrastive_ops import combine, grouped_matmul, route
+        from contrastive_ops import route
+        from contrastive_ops.ops import combine, grouped_matmul
 
         upstream = inputs.frozen["upstream"]
 

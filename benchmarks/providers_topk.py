@@ -45,7 +45,8 @@ def ours(name: str = OURS, *, coarse: torch.dtype | None = None, backend: str | 
     """
 
     def build(inputs: Inputs) -> Step:
-        from contrastive_ops import Coarse, Pairs, similarity_topk
+        from contrastive_ops import Pairs, similarity_topk
+        from contrastive_ops.ops import Coarse
 
         query, corpus, k = _problem(inputs)
         chosen = insist_on(backend, "similarity_topk", query)

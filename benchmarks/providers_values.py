@@ -27,10 +27,10 @@ def _step(inputs: Inputs, sums_of: Callable[[Tensor, Tensor, Tensor, float], Ten
 
 
 def ours(name: str = OURS, memory_budget: int | None = None) -> Provider:
-    """``contrastive_ops.similarity_values``."""
+    """``contrastive_ops.ops.similarity_values``."""
 
     def build(inputs: Inputs) -> Step:
-        from contrastive_ops import similarity_values
+        from contrastive_ops.ops import similarity_values
 
         return _step(
             inputs,

@@ -96,7 +96,7 @@ def ours() -> dict[str, Side]:
     import contrastive_ops as co
 
     def our_route(logits: Tensor) -> Tensor:
-        losses = (co.RouterLoss("switch", 0.01), co.RouterLoss("z", 0.001))
+        losses = (co.ops.RouterLoss("switch", 0.01), co.ops.RouterLoss("z", 0.001))
         routing = co.route(logits, 2, capacity=1.0, priority="position", losses=losses)
         return torch.where(routing.slots >= 0, routing.gates, 0.0).sum() + routing.loss
 

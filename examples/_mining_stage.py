@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from contrastive_ops import info_nce, mined_info_nce
+from contrastive_ops import info_nce
+from contrastive_ops.losses import mined_info_nce
 from contrastive_ops.mining import HardNegatives, NegativeRules, RefreshSchedule, mine_hard_negatives
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from _pairs import collect_pairs
 from docstring_search import BUCKETS, Bags, batches, make_bags, mrr_at_10, progress
 from torch import Tensor, nn
 
-from contrastive_ops import clip, similarity_distillation
+from contrastive_ops import clip
+from contrastive_ops.losses import similarity_distillation
 
 HELD_OUT = 1000
 TEACHER_SCALE = 20.0  # softer than the teacher's own, so that more than the best match is told

@@ -218,7 +218,7 @@ def truncated(
     """MRR@10 of embeddings that are cut off, of the model and of one trained for that (Matryoshka)."""
 
     def layer(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-        return contrastive_ops.matryoshka_clip(a, b, dims=args.dims, scale=scale)
+        return contrastive_ops.losses.matryoshka_clip(a, b, dims=args.dims, scale=scale)
 
     torch.manual_seed(args.seed)
     run = Training(TwoTower(args.dim), layer, args.chunk)

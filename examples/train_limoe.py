@@ -25,9 +25,10 @@ from _digits import Words, load, patches, progress, shifted
 from _limoe_report import describe, recall, run_ablation, to_table
 from torch import Tensor, nn
 
-from contrastive_ops import Gating, RouterLoss, similarity_topk
+from contrastive_ops import similarity_topk
 from contrastive_ops.moe import SparseMoE
 from contrastive_ops.nn import CLIPLoss
+from contrastive_ops.ops import Gating, RouterLoss
 
 MODALITIES = ("image", "text")
 HELD_OUT = 397

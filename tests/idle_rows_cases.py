@@ -3,7 +3,8 @@
 import torch
 from similarity_cases import mapped
 
-from contrastive_ops import Guide, Pairs
+from contrastive_ops import Pairs
+from contrastive_ops.ops import Guide
 
 N, M, D, ROW, COLUMN = 7, 5, 8, 2, 3
 KINDS = ("logsumexp", "max", "sum_softplus", "sum_relu", "sum", "count")

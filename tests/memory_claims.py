@@ -334,7 +334,7 @@ def _routed(tokens: int, experts: int, backend: str) -> Any:
 
 def _chosen(tokens: int, experts: int, backend: str) -> Any:
     logits = leaf(tokens, experts)
-    return lambda: co.expert_choice(logits, 1, backend=backend).gates, 6 * size(logits) + numbers(20 * experts)
+    return lambda: co.ops.expert_choice(logits, 1, backend=backend).gates, 6 * size(logits) + numbers(20 * experts)
 
 
 @claim("grouped_matmul", "SparseMoE")
@@ -343,7 +343,7 @@ def _groups_of_one_row(backend: str) -> Any:
     rows, depth = 1 << 15, 256
     a, b = leaf(rows, depth), leaf(64, depth, 8)
     offsets = torch.cat([torch.arange(64), torch.tensor([rows])])
-    return lambda: co.grouped_matmul(a, b, offsets, backend=backend), 2 * size([a, b])
+    return lambda: co.ops.grouped_matmul(a, b, offsets, backend=backend), 2 * size([a, b])
 
 
 @claim("SoftMoE")
@@ -375,7 +375,7 @@ def _many_positives(backend: str) -> Any:
     query, corpus = torch.randn(2, 1024), torch.randn(512, 1024)
     big = _Repeated(corpus, 41_000)
     positives = all_columns(2, 40_000)
-    rules = co.NegativeRules(near_duplicate=2.0)
+    rules = co.mining.NegativeRules(near_duplicate=2.0)
     run = lambda: co.mine_hard_negatives(query, big, positives, 3, rules=rules, block_rows=2048, backend=backend)  # noqa: E731
     return lambda: run().indices, 6 * size(positives) + 6 * 2048 * 4096
 

@@ -5,7 +5,8 @@ import functools
 
 import torch
 
-from contrastive_ops import Guide, Pairs
+from contrastive_ops import Pairs
+from contrastive_ops.ops import Guide
 
 KINDS = ("logsumexp", "max", "sum_softplus", "sum_relu", "sum", "count")
 RULES = ("diagonal", "differ", "same", "exclude", "below", "above", "guide", "log_weight", "fill")

@@ -4,7 +4,8 @@ import dataclasses
 
 import torch
 
-from contrastive_ops import Guide, Pairs
+from contrastive_ops import Pairs
+from contrastive_ops.ops import Guide
 from contrastive_ops.ops.similarity_topk import logits_at, select
 
 RULES = ("diagonal", "differ", "same", "exclude", "below", "above", "guide", "log_weight")

@@ -7,10 +7,11 @@ import pytest
 import torch
 from expert_routing_cases import EXTREME, INF, LAYOUTS, NAMES, NAN, OPTIONS, Subject, ops
 
-from contrastive_ops import Capacity, Gating, RouterLoss, combine, dispatch, expert_choice, route
+from contrastive_ops import route
 from contrastive_ops.core import cuda_kernels
 from contrastive_ops.core.routing import ScoreSpec
 from contrastive_ops.cuda import expert_routing as launchers
+from contrastive_ops.ops import Capacity, Gating, RouterLoss, combine, dispatch, expert_choice
 from contrastive_ops.testing import TOLERANCE, relative_error
 
 HAS_GPU = torch.cuda.is_available() and cuda_kernels.why_missing() is None

@@ -17,12 +17,13 @@ import similarity_cases
 import torch
 from similarity_cases import KINDS, RULES, exact, flat, gradients_of, leaves, mapped, winners
 
-from contrastive_ops import Fold, Pairs, clip, gte, info_nce, nt_xent, siglip, similarity_reduce, sup_con
+from contrastive_ops import Fold, Pairs, clip, info_nce, nt_xent, siglip, similarity_reduce, sup_con
 from contrastive_ops.core import cuda_kernels
 from contrastive_ops.core.backends import choose
 from contrastive_ops.core.problem import Layout, LogitSet, SetFold
 from contrastive_ops.cuda import _chunks, _pairs, _products, _weights
 from contrastive_ops.cuda import similarity_reduce as launchers
+from contrastive_ops.losses import gte
 from contrastive_ops.ops.similarity_loss import similarity_loss
 from contrastive_ops.ops.similarity_reduce import BACKENDS
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, TOLERANCE, clustered_pairs, relative_error

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear, normalize, softplus
 
-from contrastive_ops import (
+from contrastive_ops.core.numerics import balanced, log_softmax
+from contrastive_ops.losses import (
     linear_kl,
     linear_log_prob,
     listwise_distillation,
     similarity_distillation,
-    similarity_values,
     soft_info_nce,
 )
-from contrastive_ops.core.numerics import balanced, log_softmax
+from contrastive_ops.ops import similarity_values
 from contrastive_ops.testing import relative_error
 from contrastive_ops.testing.losses import LOSSES, leaves
 

@@ -7,25 +7,22 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from contrastive_ops import (
-    Pairs,
+from contrastive_ops import Pairs, route, similarity_reduce, similarity_topk
+from contrastive_ops.core.ordered import ordered_logsumexp
+from contrastive_ops.core.unit_rows import unit_rows
+from contrastive_ops.moe import ExpertChoice, SoftMoE, SparseMoE
+from contrastive_ops.ops import (
     combine,
     dispatch,
     expert_choice,
     grouped_matmul,
     maxsim,
     merge_lse,
-    route,
     similarity_distill,
     similarity_prefix,
-    similarity_reduce,
-    similarity_topk,
     similarity_values,
     stream_rows,
 )
-from contrastive_ops.core.ordered import ordered_logsumexp
-from contrastive_ops.core.unit_rows import unit_rows
-from contrastive_ops.moe import ExpertChoice, SoftMoE, SparseMoE
 from contrastive_ops.testing import LOSSES, leaves
 
 DOUBLE = torch.float64

@@ -9,9 +9,16 @@ import re
 import pytest
 import torch
 
-from contrastive_ops import UnigramSampler, dpo, kl_estimate, pairwise_rank_distillation
 from contrastive_ops.decoding import contrastive_search
-from contrastive_ops.losses import decorrelation, regularizers, whitening
+from contrastive_ops.losses import (
+    UnigramSampler,
+    decorrelation,
+    dpo,
+    kl_estimate,
+    pairwise_rank_distillation,
+    regularizers,
+    whitening,
+)
 from contrastive_ops.metrics import retrieval_metrics
 from contrastive_ops.testing import LOSSES, leaves
 

@@ -57,7 +57,7 @@ def rules(n, m, d):
         exclude=lists(n, m),
         below=(5.0, 5 + fixed(n), 5 + fixed(1, m), 5 + fixed(n, 1)),
         above=torch.tensor(-9.0),
-        guide=ops.Guide(fixed(n, d), fixed(m, d), (3.0, 3 + fixed(n, 1), 3 + fixed(1, m))),
+        guide=ops.ops.Guide(fixed(n, d), fixed(m, d), (3.0, 3 + fixed(n, 1), 3 + fixed(1, m))),
         log_weight=(fixed(2, 2), ids(n), ids(m)),
     )
 
@@ -74,20 +74,20 @@ def folds(n, m, d, backend):
 
 
 def folds_of_itself(n, d, backend):
-    pairs = ops.Pairs(diagonal=0, below=fixed(n), guide=ops.Guide(fixed(n, d), None, 0.1))
+    pairs = ops.Pairs(diagonal=0, below=fixed(n), guide=ops.ops.Guide(fixed(n, d), None, 0.1))
     return ops.similarity_reduce(rows(n, d), None, reduce=KINDS, dim=(0, 1), pairs=pairs, backend=backend)
 
 
 def routed(tokens, experts, backend, k=1, **gating):
     losses = [each for each in LOSSES_OF_ROUTERS if each != "load"]
     return ops.route(
-        rows(tokens, experts), k, gating=ops.Gating(**gating), losses=losses, backend=backend, capacity=1.0
+        rows(tokens, experts), k, gating=ops.ops.Gating(**gating), losses=losses, backend=backend, capacity=1.0
     )
 
 
 def dispatched(tokens, d, backend, then=lambda rows, routing: rows):
     routing = ops.route(rows(tokens, 4), 2)
-    return then(ops.dispatch(rows(tokens, d), routing, backend=backend), routing)
+    return then(ops.ops.dispatch(rows(tokens, d), routing, backend=backend), routing)
 
 
 def mined(n, m, d, backend, positives=1, **options):
@@ -113,14 +113,14 @@ def searched_file(n, m, d):
 
 def states(n, m, d, backend):
     query = fixed(n, d)
-    state, other = (ops.TopKState(query, 2, backend=backend, count_above=torch.zeros(n)) for _ in range(2))
+    state, other = (ops.mining.TopKState(query, 2, backend=backend, count_above=torch.zeros(n)) for _ in range(2))
     state.update(fixed(m, d), 0)
     other.load_state_dict(state.state_dict())
     return other.finalize(), list(other.statistics.values())
 
 
 def banked(filled, n, d, backend):
-    bank = ops.MemoryBank(4, max(d, 1))
+    bank = ops.mining.MemoryBank(4, max(d, 1))
     bank.enqueue(fixed(filled, max(d, 1)), torch.arange(filled))
     return bank.topk(rows(n, max(d, 1)), 2, ids=torch.arange(n), max_age=1, backend=backend), bank.entries(1)
 
@@ -145,31 +145,31 @@ def running_denominator(n):
 
 
 def attended(n, m, d, v, backend):
-    return ops.similarity_values(rows(n, d), rows(m, d), rows(m, v), pairs=rules(n, m, d), backend=backend)
+    return ops.ops.similarity_values(rows(n, d), rows(m, d), rows(m, v), pairs=rules(n, m, d), backend=backend)
 
 
 def distilled(n, m, d, t, backend, divergence, dim):
     student, teacher = (rows(n, d), rows(m, d)), (fixed(n, t), fixed(m, t))
-    return ops.similarity_distill(*student, *teacher, divergence=divergence, dim=dim, backend=backend)
+    return ops.ops.similarity_distill(*student, *teacher, divergence=divergence, dim=dim, backend=backend)
 
 
 def prefixes(n, m, d, backend, normalize):
     dims = sorted({1, max(d, 1)})
     given = {"dims": dims, "dim": (0, 1), "normalize": normalize, "backend": backend}
-    return ops.similarity_prefix(rows(n, d), rows(m, d), pairs=ops.Pairs(diagonal=0), **given)
+    return ops.ops.similarity_prefix(rows(n, d), rows(m, d), pairs=ops.Pairs(diagonal=0), **given)
 
 
 def language(n, v, d, backend="auto", **options):
     hidden, head = rows(n, d), rows(v, d)
     labels = ids(n, below=v).masked_fill_(torch.tensor(v == 0), -100)
-    return ops.linear_log_prob(hidden, head, labels, bias=rows(v), backend=backend, **options)
+    return ops.losses.linear_log_prob(hidden, head, labels, bias=rows(v), backend=backend, **options)
 
 
 def heads(n, v, h, d, backend):
     hidden, weight = rows(n, d), rows(v, h, d)
     labels = ids(n * h, below=v).masked_fill_(torch.tensor(v == 0), -100).view(n, h)
     options = {"bias": rows(v, h), "z_loss": 0.1, "reduction": "sum", "backend": backend}
-    return [ops.linear_cross_entropy(hidden, weight, labels, softcap=cap, **options) for cap in (None, 2.0)]
+    return [ops.losses.linear_cross_entropy(hidden, weight, labels, softcap=cap, **options) for cap in (None, 2.0)]
 
 
 def layer(make):
@@ -195,30 +195,30 @@ CALLS = {
         {"n": 3, "m": 4, "d": 5},
         lambda n, m, d, backend: ops.similarity_topk(rows(n, d), rows(m, d), 2, pairs=rules(n, m, d), backend=backend),
     ),
-    "merge_lse": ({"n": 3}, lambda n: ops.merge_lse(rows(n), rows(n))),
+    "merge_lse": ({"n": 3}, lambda n: ops.ops.merge_lse(rows(n), rows(n))),
     "similarity_prefix": ({"n": 3, "m": 4, "d": 5}, lambda **sizes: prefixes(**sizes, normalize=False)),
     "similarity_prefix normalised": ({"n": 3, "m": 4, "d": 5}, lambda **sizes: prefixes(**sizes, normalize=True)),
     "similarity_values": ({"n": 3, "m": 4, "d": 5, "v": 2}, attended),
     "stream_rows": (
         {"n": 3, "m": 4, "d": 5},
-        lambda n, m, d: ops.stream_rows(lambda logits, part: logits.sum(1), rows(n, d), rows(m, d)),
+        lambda n, m, d: ops.ops.stream_rows(lambda logits, part: logits.sum(1), rows(n, d), rows(m, d)),
     ),
     "maxsim": (
         {"a": 2, "s": 3, "b": 4, "t": 5, "d": 6},
-        lambda a, s, b, t, d, backend: ops.maxsim(rows(a, s, d), rows(b, t, d), backend=backend),
+        lambda a, s, b, t, d, backend: ops.ops.maxsim(rows(a, s, d), rows(b, t, d), backend=backend),
     ),
     "maxsim_pairs": (
         {"n": 2, "s": 3, "b": 4, "t": 5, "d": 6},
-        lambda n, s, b, t, d, backend: ops.maxsim_pairs(rows(n, s, d), rows(n, b, t, d), backend=backend),
+        lambda n, s, b, t, d, backend: ops.ops.maxsim_pairs(rows(n, s, d), rows(n, b, t, d), backend=backend),
     ),
     "xtr": (
         {"a": 2, "s": 3, "b": 4, "t": 5, "d": 6},
-        lambda a, s, b, t, d, backend: ops.xtr(rows(a, s, d), rows(b, t, d), 3, backend=backend),
+        lambda a, s, b, t, d, backend: ops.ops.xtr(rows(a, s, d), rows(b, t, d), 3, backend=backend),
     ),
     "TokenSets": (
         {"a": 2, "t": 3, "d": 4},
-        lambda a, t, d, backend: ops.maxsim(
-            ops.TokenSets(rows(a * t, d), offsets=torch.arange(a + 1) * t), rows(2, 3, d), k=2, backend=backend
+        lambda a, t, d, backend: ops.ops.maxsim(
+            ops.ops.TokenSets(rows(a * t, d), offsets=torch.arange(a + 1) * t), rows(2, 3, d), k=2, backend=backend
         ),
     ),
     "route": ({"tokens": 5, "experts": 4}, routed),
@@ -226,15 +226,15 @@ CALLS = {
     "dispatch": ({"tokens": 5, "d": 3}, dispatched),
     "combine": (
         {"tokens": 5, "d": 3},
-        lambda tokens, d, backend: dispatched(tokens, d, backend, lambda r, g: ops.combine(r, g, backend=backend)),
+        lambda tokens, d, backend: dispatched(tokens, d, backend, lambda r, g: ops.ops.combine(r, g, backend=backend)),
     ),
     "expert_choice": (
         {"tokens": 5, "experts": 4},
-        lambda tokens, experts, backend: ops.expert_choice(rows(tokens, experts), 2, backend=backend),
+        lambda tokens, experts, backend: ops.ops.expert_choice(rows(tokens, experts), 2, backend=backend),
     ),
     "grouped_matmul": (
         {"t": 5, "d": 3, "f": 4},
-        lambda t, d, f, backend: ops.grouped_matmul(
+        lambda t, d, f, backend: ops.ops.grouped_matmul(
             rows(t, d), rows(2, d, f), torch.tensor([0, t // 2, t]), rows(2, f), backend=backend
         ),
     ),
@@ -266,9 +266,9 @@ CALLS = {
         ),
     ),
     "MemoryBank": ({"filled": 3, "n": 2, "d": 4}, banked),
-    "UnigramSampler": ({"n": 4, "v": 5}, lambda n, v: ops.UnigramSampler(torch.ones(v))(ids(n, below=v), 2)),
+    "UnigramSampler": ({"n": 4, "v": 5}, lambda n, v: ops.losses.UnigramSampler(torch.ones(v))(ids(n, below=v), 2)),
     "RunningDenominator": ({"n": 3}, running_denominator),
-    "RunningCovariance": ({"n": 3, "d": 2}, lambda n, d: ops.RunningCovariance(d)(rows(n, d))),
+    "RunningCovariance": ({"n": 3, "d": 2}, lambda n, d: ops.losses.RunningCovariance(d)(rows(n, d))),
     "linear_log_prob": ({"n": 3, "v": 5, "d": 4}, language),
     "linear_log_prob entropy": ({"n": 3, "v": 5, "d": 4}, lambda **sizes: language(**sizes, entropy=True)),
     "linear_log_prob capped": (
@@ -278,23 +278,26 @@ CALLS = {
     "linear_cross_entropy heads": ({"n": 3, "v": 5, "h": 2, "d": 4}, heads),
     "linear_kl capped": (
         {"n": 3, "v": 5, "h": 2, "d": 4, "e": 2},
-        lambda n, v, h, d, e: ops.linear_kl(rows(n, d), rows(v, h, d), fixed(n, e), fixed(v, h, e), softcap=2.0),
+        lambda n, v, h, d, e: ops.losses.linear_kl(rows(n, d), rows(v, h, d), fixed(n, e), fixed(v, h, e), softcap=2.0),
     ),
     "linear_kl": (
         {"n": 3, "v": 5, "d": 4, "e": 2},
-        lambda n, v, d, e: ops.linear_kl(rows(n, d), rows(v, d), fixed(n, e), fixed(v, e)),
+        lambda n, v, d, e: ops.losses.linear_kl(rows(n, d), rows(v, d), fixed(n, e), fixed(v, e)),
     ),
-    "kl_estimate": ({"n": 3}, lambda n: ops.kl_estimate(rows(n), fixed(n))),
-    "uniformity": ({"n": 3, "m": 2, "d": 4}, lambda n, m, d, backend: ops.uniformity(rows(n, d), rows(m, d))),
-    "uniformity itself": ({"n": 3, "d": 4}, lambda n, d, backend: ops.uniformity(rows(n, d), backend=backend)),
-    "sparsity": ({"n": 3, "d": 4}, lambda n, d: (ops.sparsity(rows(n, d)), ops.sparsity(rows(n, d), "l1"))),
-    "group_whiten": ({"n": 9, "d": 4}, lambda n, d: ops.group_whiten(rows(n, d), 1)),
-    "variance_hinge": ({"n": 9, "d": 4}, lambda n, d: ops.variance_hinge(rows(n, d))),
-    "covariance_penalty": ({"n": 9, "d": 4}, lambda n, d: ops.covariance_penalty(rows(n, d))),
-    "vicreg": ({"n": 9, "d": 4}, lambda n, d: ops.vicreg(rows(n, d), rows(n, d))),
-    "barlow_twins": ({"n": 9, "d": 4}, lambda n, d: ops.barlow_twins(rows(n, d), rows(n, d))),
-    "log_det": ({"n": 9, "d": 4}, lambda n, d: ops.log_det(rows(n, d))),
-    "effective_rank": ({"n": 9, "d": 4}, lambda n, d: ops.effective_rank(rows(n, d), centre=True)),
+    "kl_estimate": ({"n": 3}, lambda n: ops.losses.kl_estimate(rows(n), fixed(n))),
+    "uniformity": ({"n": 3, "m": 2, "d": 4}, lambda n, m, d, backend: ops.losses.uniformity(rows(n, d), rows(m, d))),
+    "uniformity itself": ({"n": 3, "d": 4}, lambda n, d, backend: ops.losses.uniformity(rows(n, d), backend=backend)),
+    "sparsity": (
+        {"n": 3, "d": 4},
+        lambda n, d: tuple(ops.losses.sparsity(rows(n, d), kind) for kind in ("flops", "l1")),
+    ),
+    "group_whiten": ({"n": 9, "d": 4}, lambda n, d: ops.losses.group_whiten(rows(n, d), 1)),
+    "variance_hinge": ({"n": 9, "d": 4}, lambda n, d: ops.losses.variance_hinge(rows(n, d))),
+    "covariance_penalty": ({"n": 9, "d": 4}, lambda n, d: ops.losses.covariance_penalty(rows(n, d))),
+    "vicreg": ({"n": 9, "d": 4}, lambda n, d: ops.losses.vicreg(rows(n, d), rows(n, d))),
+    "barlow_twins": ({"n": 9, "d": 4}, lambda n, d: ops.losses.barlow_twins(rows(n, d), rows(n, d))),
+    "log_det": ({"n": 9, "d": 4}, lambda n, d: ops.losses.log_det(rows(n, d))),
+    "effective_rank": ({"n": 9, "d": 4}, lambda n, d: ops.losses.effective_rank(rows(n, d), centre=True)),
     "isotropy": ({"n": 9, "d": 4}, lambda n, d: metrics.isotropy(rows(n, d), ids(n, below=2))),
     "hubness": (
         {"n": 4, "k": 2, "columns": 5},
@@ -304,7 +307,7 @@ CALLS = {
     "contrastive_search": ({"batch": 2, "candidates": 3, "length": 4, "d": 5}, searched),
     "batch_semi_hard_triplet": (
         {"n": 3, "d": 4},
-        lambda n, d, backend: ops.batch_semi_hard_triplet(
+        lambda n, d, backend: ops.losses.batch_semi_hard_triplet(
             rows(n, d), torch.arange(n) % 2, target=(torch.arange(n) + 1) % max(n, 1), backend=backend
         ),
     ),
@@ -361,7 +364,7 @@ NO_PROBLEM = {
 
 
 def test_every_public_function_is_tried():
-    places = (ops, mining, moe, metrics, decoding)
+    places = (ops, ops.losses, ops.ops, mining, moe, metrics, decoding)
     public = {name for place in places for name in place.__all__ if callable(getattr(place, name))}
     known = {name.split()[0] for name in (*CALLS, *LOSSES)}
     assert public - known - NO_PROBLEM == set()
@@ -458,7 +461,7 @@ def test_search_of_no_candidates_says_so():
         decoding.contrastive_search(torch.ones(2, 0, 4), torch.ones(2, 0), torch.ones(2, 3, 4))
 
 
-@pytest.mark.parametrize("function", [ops.group_whiten, ops.effective_rank])
+@pytest.mark.parametrize("function", [ops.losses.group_whiten, ops.losses.effective_rank])
 def test_what_linear_algebra_refuses_is_nan(function):
     x = torch.randn(6, 4)
     x[2, 1] = torch.nan

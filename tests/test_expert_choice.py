@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from contrastive_ops import Capacity, Gating, RouterLoss, combine, dispatch, expert_choice, route
+from contrastive_ops import route
+from contrastive_ops.ops import Capacity, Gating, RouterLoss, combine, dispatch, expert_choice
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 

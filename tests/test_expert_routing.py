@@ -8,7 +8,8 @@ import collections
 import pytest
 import torch
 
-from contrastive_ops import Capacity, Gating, RouterLoss, route
+from contrastive_ops import route
+from contrastive_ops.ops import Capacity, Gating, RouterLoss
 
 NAN, INF = torch.nan, torch.inf
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

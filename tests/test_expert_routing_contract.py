@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from contrastive_ops import Capacity, Gating, RouterLoss, combine, dispatch, expert_choice, route
+from contrastive_ops import route
 from contrastive_ops.core.routing import ScoreSpec, SlotSpec
+from contrastive_ops.ops import Capacity, Gating, RouterLoss, combine, dispatch, expert_choice
 from contrastive_ops.ops.router_losses import encode
 
 OPS = torch.ops.contrastive_ops

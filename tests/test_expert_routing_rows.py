@@ -6,7 +6,8 @@ Sums and products of small integers are exact in any order and in 16 bits, so ba
 import pytest
 import torch
 
-from contrastive_ops import Capacity, combine, dispatch, grouped_matmul, route
+from contrastive_ops import route
+from contrastive_ops.ops import Capacity, combine, dispatch, grouped_matmul
 from contrastive_ops.testing import TOLERANCE, relative_error, saved_bytes
 from contrastive_ops.testing.compare import check_derivatives
 

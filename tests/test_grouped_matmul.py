@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from contrastive_ops import grouped_matmul
+from contrastive_ops.ops import grouped_matmul
 from contrastive_ops.testing import TOLERANCE, relative_error, saved_bytes
 from contrastive_ops.testing.compare import check_derivatives
 

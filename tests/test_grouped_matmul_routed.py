@@ -9,7 +9,8 @@ import itertools
 import pytest
 import torch
 
-from contrastive_ops import Capacity, dispatch, expert_choice, grouped_matmul, route
+from contrastive_ops import route
+from contrastive_ops.ops import Capacity, dispatch, expert_choice, grouped_matmul
 from contrastive_ops.testing import TOLERANCE, relative_error, saved_bytes
 from contrastive_ops.testing.compare import check_derivatives
 

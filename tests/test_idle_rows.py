@@ -22,16 +22,8 @@ from idle_rows_cases import (
     rules_of,
 )
 
-from contrastive_ops import (
-    Fold,
-    Pairs,
-    info_nce,
-    similarity_distill,
-    similarity_prefix,
-    similarity_reduce,
-    similarity_topk,
-    similarity_values,
-)
+from contrastive_ops import Fold, Pairs, info_nce, similarity_reduce, similarity_topk
+from contrastive_ops.ops import similarity_distill, similarity_prefix, similarity_values
 from contrastive_ops.ops.similarity_loss import similarity_loss
 from contrastive_ops.ops.similarity_reduce import fold
 

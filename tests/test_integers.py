@@ -8,24 +8,19 @@ import pytest
 import torch
 
 from contrastive_ops import (
-    MemoryBank,
     Pairs,
-    TokenSets,
-    dispatch,
-    grouped_matmul,
     info_nce,
-    maxsim,
-    maxsim_pairs,
     metrics,
     mine_hard_negatives,
-    mined_info_nce,
     mining,
     route,
     similarity_reduce,
     similarity_topk,
-    xtr,
 )
+from contrastive_ops.losses import mined_info_nce
 from contrastive_ops.losses.negative_sampling import UnigramSampler
+from contrastive_ops.mining import MemoryBank
+from contrastive_ops.ops import TokenSets, dispatch, grouped_matmul, maxsim, maxsim_pairs, xtr
 from contrastive_ops.testing.losses import LOSSES
 
 DTYPES = [torch.int32, torch.int16, torch.uint8]

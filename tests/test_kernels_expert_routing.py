@@ -9,8 +9,9 @@ import pytest
 import torch
 from expert_routing_cases import EXTREME, LAYOUTS, NAMES, NAN, OPTIONS, Subject, ops
 
-from contrastive_ops import Capacity, Gating, RouterLoss, combine, dispatch, expert_choice, grouped_matmul, route
+from contrastive_ops import route
 from contrastive_ops.core import triton_kernels
+from contrastive_ops.ops import Capacity, Gating, RouterLoss, combine, dispatch, expert_choice, grouped_matmul
 from contrastive_ops.testing import TOLERANCE, relative_error
 
 if not triton_kernels.interprets() and not torch.cuda.is_available():

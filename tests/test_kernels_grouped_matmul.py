@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from contrastive_ops import Capacity, dispatch, expert_choice, grouped_matmul, route
+from contrastive_ops import route
 from contrastive_ops.core import triton_kernels
+from contrastive_ops.ops import Capacity, dispatch, expert_choice, grouped_matmul
 from contrastive_ops.testing import TOLERANCE, relative_error
 
 if not triton_kernels.interprets() and not torch.cuda.is_available():

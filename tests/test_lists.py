@@ -90,7 +90,7 @@ def bank(ids):
 
 
 def routed(given):
-    found = co.route(Y[:3, :5], 3, allowed=given, gating=co.Gating(renormalize=True))
+    found = co.route(Y[:3, :5], 3, allowed=given, gating=co.ops.Gating(renormalize=True))
     return found.experts, found.gates, found.slots, found.offsets
 
 
@@ -106,16 +106,16 @@ LISTS = {
         lambda: co.similarity_reduce(X, Y, linear=(*ONCE, torch.tensor([2.0, 4, 9], dtype=DOUBLE))).linear,
     ),
     "soft_info_nce": (  # shares add up
-        lambda: co.soft_info_nce(X, Y, (*TWICE, torch.tensor([0.25, 0.25, 0.5, 0.5, 0.5]))),
-        lambda: co.soft_info_nce(X, Y, (*ONCE, torch.tensor([0.25, 0.75, 1.0]))),
+        lambda: co.losses.soft_info_nce(X, Y, (*TWICE, torch.tensor([0.25, 0.25, 0.5, 0.5, 0.5]))),
+        lambda: co.losses.soft_info_nce(X, Y, (*ONCE, torch.tensor([0.25, 0.75, 1.0]))),
     ),
     "bixse": (
-        lambda: co.bixse(X, Y, torch.ones(5, dtype=DOUBLE), target=TWICE[1], indptr=TWICE[0]),
+        lambda: co.losses.bixse(X, Y, torch.ones(5, dtype=DOUBLE), target=TWICE[1], indptr=TWICE[0]),
         "bixse: target must name each key at most once per query, got 4 twice in the list of row 0",
     ),
     "mined_info_nce": (
-        lambda: co.mined_info_nce(X, X, Y, indices=TABLE_TWICE, reduction="none"),
-        lambda: co.mined_info_nce(X, X, Y, indices=TABLE_ONCE, reduction="none"),
+        lambda: co.losses.mined_info_nce(X, X, Y, indices=TABLE_TWICE, reduction="none"),
+        lambda: co.losses.mined_info_nce(X, X, Y, indices=TABLE_ONCE, reduction="none"),
     ),
     "negative_sampling": (  # draws: each counts
         lambda: losses.negative_sampling(X, Y, ALL[1], TABLE_TWICE, reduction="none"),
@@ -125,18 +125,20 @@ LISTS = {
         ),
     ),
     "pair_bce": (  # pairs: each counts, with its own label
-        lambda: co.pair_bce(X, Y, ALL[1].repeat(2), ALL[1].repeat(2), torch.tensor([0.0, 1, 0, 1, 1, 0], dtype=DOUBLE)),
+        lambda: co.losses.pair_bce(
+            X, Y, ALL[1].repeat(2), ALL[1].repeat(2), torch.tensor([0.0, 1, 0, 1, 1, 0], dtype=DOUBLE)
+        ),
         lambda: (
             sum(
-                co.pair_bce(X, Y, ALL[1], ALL[1], torch.tensor(label, dtype=DOUBLE))
+                co.losses.pair_bce(X, Y, ALL[1], ALL[1], torch.tensor(label, dtype=DOUBLE))
                 for label in ([0.0, 1, 0], [1.0, 1, 0])
             )
             / 2
         ),
     ),
     "maxsim_pairs": (
-        lambda: co.maxsim_pairs(X[:, None], Y[:, None], (ALL[1].repeat(2), ALL[1].repeat(2))),
-        lambda: co.maxsim_pairs(X[:, None], Y[:, None], (ALL[1], ALL[1])).repeat(2),
+        lambda: co.ops.maxsim_pairs(X[:, None], Y[:, None], (ALL[1].repeat(2), ALL[1].repeat(2))),
+        lambda: co.ops.maxsim_pairs(X[:, None], Y[:, None], (ALL[1], ALL[1])).repeat(2),
     ),
     "route": (
         lambda: routed(torch.tensor([[4, 1, 4], [2, 2, 2], [0, -1, 0]])),
@@ -170,8 +172,8 @@ LISTS = {
         lambda: torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 0]]).bool(),
     ),
     "margin_mse": (
-        lambda: co.margin_mse(X, Y[:3], mask=first_of_each(TABLE_TWICE).repeat(1, 2), reduction="none"),
-        lambda: co.margin_mse(
+        lambda: co.losses.margin_mse(X, Y[:3], mask=first_of_each(TABLE_TWICE).repeat(1, 2), reduction="none"),
+        lambda: co.losses.margin_mse(
             X[:, [0, 1, 3, 4]],
             Y[:3, [0, 1, 3, 4]],
             mask=first_of_each(TABLE_TWICE)[:, :2].repeat(1, 2),
@@ -211,7 +213,9 @@ def test_repeats(name):
     torch.testing.assert_close(call(), same(), rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
-@pytest.mark.parametrize("function", [co.listwise_distillation, co.pairwise_rank_distillation, co.margin_mse])
+@pytest.mark.parametrize(
+    "function", [co.losses.listwise_distillation, co.losses.pairwise_rank_distillation, co.losses.margin_mse]
+)
 def test_a_candidate_that_is_masked_as_a_repeat_is_not_there(function):
     ids = torch.tensor([[5, 7, 5, 9], [1, 1, 1, 2]])
     scores, teacher = X[:2, :4].clone().requires_grad_(), Y[:2, :4]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from contrastive_ops import Pairs, distance_distillation, nn, similarity_distillation
+from contrastive_ops import Pairs, nn
+from contrastive_ops.losses import distance_distillation, similarity_distillation
 from contrastive_ops.testing.compare import check, check_derivatives, leaf, number, reduced
 
 INF = float("inf")

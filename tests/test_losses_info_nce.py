@@ -8,7 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from contrastive_ops import Guide, Pairs, clip, info_nce, moco
+from contrastive_ops import Pairs, clip, info_nce
+from contrastive_ops.losses import moco
+from contrastive_ops.ops import Guide
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, clustered_pairs, relative_error
 from contrastive_ops.testing.compare import check, check_derivatives, leaf, reduced
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from contrastive_ops import TokenSets, late_interaction, nn
+from contrastive_ops import nn
+from contrastive_ops.losses import late_interaction
+from contrastive_ops.ops import TokenSets
 from contrastive_ops.testing import saved_bytes
 from contrastive_ops.testing.compare import check, check_derivatives, leaf, number, reduced
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from contrastive_ops import LogProb, dpo, linear_cross_entropy, linear_kl, linear_log_prob
-from contrastive_ops.losses import _linear_chunks
+from contrastive_ops.losses import LogProb, _linear_chunks, dpo, linear_cross_entropy, linear_kl, linear_log_prob
 from contrastive_ops.testing import relative_error
 from contrastive_ops.testing.compare import check_derivatives
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from contrastive_ops import CrossEntropy, linear_cross_entropy, linear_kl, linear_log_prob
-from contrastive_ops.losses import _linear_chunks
+from contrastive_ops.losses import CrossEntropy, _linear_chunks, linear_cross_entropy, linear_kl, linear_log_prob
 from contrastive_ops.nn import LinearCrossEntropyLoss
 from contrastive_ops.testing import relative_error, saved_bytes
 from contrastive_ops.testing.compare import check_derivatives

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from contrastive_ops import Pairs, matryoshka_clip, matryoshka_info_nce, matryoshka_nt_xent, nn
+from contrastive_ops import Pairs, nn
+from contrastive_ops.losses import matryoshka_clip, matryoshka_info_nce, matryoshka_nt_xent
 from contrastive_ops.testing.compare import check, leaf, number, reduced
 from contrastive_ops.testing.samples import relative_error
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from contrastive_ops import Pairs, info_nce, mined_info_nce, moco, similarity_topk
+from contrastive_ops import Pairs, info_nce, similarity_topk
+from contrastive_ops.losses import mined_info_nce, moco
 from contrastive_ops.mining.bank import MemoryBank
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, clustered_pairs, relative_error
 from contrastive_ops.testing.compare import check, check_derivatives, leaf, reduced

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from contrastive_ops import dpo, kl_estimate
+from contrastive_ops.losses import dpo, kl_estimate
 
 DOUBLE = torch.float64
 

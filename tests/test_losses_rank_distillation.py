@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from contrastive_ops import listwise_distillation, margin_mse, pairwise_rank_distillation
-from contrastive_ops.losses import _rank_lists
+from contrastive_ops.losses import _rank_lists, listwise_distillation, margin_mse, pairwise_rank_distillation
 
 DOUBLE = torch.float64
 

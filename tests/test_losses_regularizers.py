@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from contrastive_ops import (
+from contrastive_ops.losses import (
     RunningCovariance,
     alignment,
     barlow_twins,

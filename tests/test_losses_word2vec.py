@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from contrastive_ops import UnigramSampler, negative_sampling
+from contrastive_ops.losses import UnigramSampler, negative_sampling
 
 DOUBLE = torch.float64
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from contrastive_ops import linear_cross_entropy, linear_kl, linear_log_prob
+from contrastive_ops.losses import linear_cross_entropy, linear_kl, linear_log_prob
 
 IGNORED = -100
 

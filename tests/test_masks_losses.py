@@ -7,7 +7,8 @@ labels that do not exist must change none either. What other rows are compared w
 import pytest
 import torch
 
-from contrastive_ops import TokenSets, late_interaction, maxsim, simctg, xtr
+from contrastive_ops.losses import late_interaction, simctg
+from contrastive_ops.ops import TokenSets, maxsim, xtr
 from contrastive_ops.testing import LOSSES, leaves
 
 WEIGHT = torch.tensor([0.0, 1.0, 0.5, 0.0, 2.0, 1.5, 0.0])

@@ -8,7 +8,8 @@ import inspect
 import pytest
 import torch
 
-from contrastive_ops import Capacity, Gating, RouterLoss, expert_choice, moe, route
+from contrastive_ops import moe, route
+from contrastive_ops.ops import Capacity, Gating, RouterLoss, expert_choice
 from contrastive_ops.ops.expert_routing import BACKENDS
 
 LOSSES = ["importance", "switch", "z", "local_entropy", "global_entropy"]

@@ -13,7 +13,7 @@ import torch
 import torch._dynamo.testing
 from torch.nn.functional import normalize
 
-from contrastive_ops import TokenSets, maxsim, maxsim_pairs
+from contrastive_ops.ops import TokenSets, maxsim, maxsim_pairs
 from contrastive_ops.testing import TOLERANCE, relative_error, saved_bytes
 from contrastive_ops.testing.compare import check_derivatives
 
@@ -478,7 +478,7 @@ def test_kept_are_the_tokens_and_the_winners(k, backend):
 
 CHILD = """
 import torch
-from contrastive_ops import maxsim
+from contrastive_ops.ops import maxsim
 from contrastive_ops.testing import reset_peak, resident_bytes
 
 queries, documents = torch.randn(32, 32, 64, requires_grad=True), torch.randn(512, 180, 64, requires_grad=True)

@@ -110,7 +110,8 @@ def test_peak_resident_set_at_65536_rows(name):
 
 MINING_CHILD = """
 import json, sys, numpy, torch
-from contrastive_ops import NegativeRules, mine_hard_negatives
+from contrastive_ops import mine_hard_negatives
+from contrastive_ops.mining import NegativeRules
 from contrastive_ops.testing import reset_peak, resident_bytes
 
 path, rows, depth = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

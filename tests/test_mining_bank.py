@@ -10,9 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from contrastive_ops import Pairs, TopK, info_nce, moco, similarity_topk
+from contrastive_ops import Pairs, info_nce, similarity_topk
+from contrastive_ops.losses import moco
 from contrastive_ops.mining.bank import MemoryBank
 from contrastive_ops.mining.refresh import RefreshSchedule, still_exact
+from contrastive_ops.ops import TopK
 from contrastive_ops.testing.compare import check, leaf
 
 FUZZ = settings(

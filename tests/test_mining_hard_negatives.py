@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from contrastive_ops import Guide, Pairs
+from contrastive_ops import Pairs
 from contrastive_ops.mining.hard_negatives import NegativeRules, Sampling, mine_hard_negatives
+from contrastive_ops.ops import Guide
 
 FUZZ = settings(
     max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -11,10 +11,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from contrastive_ops import Guide, Pairs, similarity_topk
+from contrastive_ops import Pairs, similarity_topk
 from contrastive_ops.mining import TopKState, search, streaming
 from contrastive_ops.mining.corpus import Corpus, as_corpus, read_ahead
 from contrastive_ops.mining.state import missing
+from contrastive_ops.ops import Guide
 from contrastive_ops.testing import dense_keep, reset_peak, resident_bytes
 
 FUZZ = settings(

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from contrastive_ops import Capacity, Gating, RouterLoss, clip, dispatch, moe, route
+from contrastive_ops import clip, moe, route
+from contrastive_ops.ops import Capacity, Gating, RouterLoss, dispatch
 from contrastive_ops.testing import saved_bytes
 
 DOUBLE = torch.float64

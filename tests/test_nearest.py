@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from contrastive_ops import Pairs, TopKState, mine_hard_negatives, similarity_topk
+from contrastive_ops import Pairs, mine_hard_negatives, similarity_topk
+from contrastive_ops.mining import TopKState
 from contrastive_ops.ops._nearest import listed_distances
 from contrastive_ops.ops.similarity_topk import logits_at, select
 from contrastive_ops.testing.compare import check_derivatives

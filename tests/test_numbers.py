@@ -8,9 +8,10 @@ import inspect
 import pytest
 import torch
 
-from contrastive_ops import moe, similarity_prefix, similarity_reduce, similarity_topk
+from contrastive_ops import moe, similarity_reduce, similarity_topk
 from contrastive_ops.core import checks
 from contrastive_ops.losses import _arguments
+from contrastive_ops.ops import similarity_prefix
 from contrastive_ops.testing import LOSSES
 
 ONE_EACH = [name for name, case in LOSSES.items() if name == case.function.__name__]

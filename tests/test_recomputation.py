@@ -13,26 +13,23 @@ from torch.utils import _pytree
 from torch.utils.checkpoint import checkpoint
 
 import contrastive_ops
-from contrastive_ops import (
+from contrastive_ops import Pairs, info_nce, route, similarity_reduce, similarity_topk
+from contrastive_ops.losses import UnigramSampler, group_whiten
+from contrastive_ops.mining import HardNegatives
+from contrastive_ops.moe import ExpertChoice, SoftMoE, SparseMoE
+from contrastive_ops.ops import (
     Gating,
-    Pairs,
-    UnigramSampler,
+    Guide,
+    Routing,
+    TokenSets,
     combine,
     dispatch,
     expert_choice,
-    group_whiten,
     grouped_matmul,
-    info_nce,
     maxsim,
-    route,
-    similarity_reduce,
-    similarity_topk,
     similarity_values,
     stream_rows,
 )
-from contrastive_ops.mining import HardNegatives
-from contrastive_ops.moe import ExpertChoice, SoftMoE, SparseMoE
-from contrastive_ops.ops import Guide, Routing, TokenSets
 
 NOISY = Gating(noise_std=2.0)
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))

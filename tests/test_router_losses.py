@@ -11,7 +11,8 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from contrastive_ops import Capacity, Gating, RouterLoss, route
+from contrastive_ops import route
+from contrastive_ops.ops import Capacity, Gating, RouterLoss
 from contrastive_ops.testing import relative_error
 from contrastive_ops.testing.compare import check_derivatives
 

@@ -7,9 +7,10 @@ import re
 import pytest
 import torch
 
-from contrastive_ops import Fold, Pairs, TopKState, mine_hard_negatives, similarity_reduce, similarity_topk
+from contrastive_ops import Fold, Pairs, mine_hard_negatives, similarity_reduce, similarity_topk
 from contrastive_ops.core import fold_kinds, problem, rule_slices, rules
 from contrastive_ops.core.rule_kinds import IdsRule, limit
+from contrastive_ops.mining import TopKState
 
 N, M, D = 7, 11, 4
 

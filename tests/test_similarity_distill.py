@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from contrastive_ops import Guide, Pairs, similarity_distill
+from contrastive_ops import Pairs
+from contrastive_ops.ops import Guide, similarity_distill
 from contrastive_ops.reference import similarity_distill as reference
 from contrastive_ops.testing import TOLERANCE, relative_error, saved_bytes
 from contrastive_ops.testing.compare import check, check_derivatives, leaf, number

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contrastive_ops import Fold, Guide, Pairs, similarity_reduce
+from contrastive_ops import Fold, Pairs, similarity_reduce
+from contrastive_ops.ops import Guide
 from contrastive_ops.testing import TOLERANCE, dense_reduce, relative_error
 from contrastive_ops.testing.compare import check_derivatives
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from contrastive_ops import Pairs, similarity_prefix
+from contrastive_ops import Pairs
+from contrastive_ops.ops import similarity_prefix
 from contrastive_ops.ops.similarity_prefix import BACKENDS
 from contrastive_ops.testing import saved_bytes
 from contrastive_ops.testing.compare import check_derivatives, leaf, number

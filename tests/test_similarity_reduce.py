@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from contrastive_ops import Pairs, Reduced, merge_lse, similarity_reduce
+from contrastive_ops import Pairs, similarity_reduce
+from contrastive_ops.ops import Reduced, merge_lse
 from contrastive_ops.testing import TOLERANCE, Problem, dense, relative_error, sample_problem
 from contrastive_ops.testing.compare import check_derivatives
 

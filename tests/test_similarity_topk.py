@@ -9,7 +9,8 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from contrastive_ops import Guide, Pairs, similarity_topk
+from contrastive_ops import Pairs, similarity_topk
+from contrastive_ops.ops import Guide
 from contrastive_ops.ops.similarity_topk import TopK, logits_at, merge, order, select
 from contrastive_ops.testing import TOLERANCE, dense_keep, relative_error, saved_bytes
 from contrastive_ops.testing.compare import check_derivatives

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from contrastive_ops import Coarse, Guide, Pairs, similarity_topk
+from contrastive_ops import Pairs, similarity_topk
 from contrastive_ops.core.rule_slices import columns_of, rows_of
+from contrastive_ops.ops import Coarse, Guide
 from contrastive_ops.testing import dense_keep
 
 COARSE = [torch.bfloat16, torch.int8]

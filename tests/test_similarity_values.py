@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from contrastive_ops import Guide, Pairs, similarity_values
+from contrastive_ops import Pairs
+from contrastive_ops.ops import Guide, similarity_values
 from contrastive_ops.reference import similarity_values as reference
 from contrastive_ops.testing import TOLERANCE, relative_error, saved_bytes
 from contrastive_ops.testing.compare import check, check_derivatives, leaf, number
@@ -295,7 +296,7 @@ def test_memory_budget_bounds_what_is_kept(backend):
 
 CHILD = """
 import torch
-from contrastive_ops import similarity_values
+from contrastive_ops.ops import similarity_values
 from contrastive_ops.testing import reset_peak, resident_bytes
 
 given = [torch.randn(10_000, 32, requires_grad=True) for _ in range(3)]

@@ -11,18 +11,8 @@ import sys
 import pytest
 import torch
 
-from contrastive_ops import (
-    Pairs,
-    clip,
-    info_nce,
-    nt_xent,
-    similarity_distill,
-    similarity_prefix,
-    similarity_reduce,
-    similarity_topk,
-    similarity_values,
-    sup_con,
-)
+from contrastive_ops import Pairs, clip, info_nce, nt_xent, similarity_reduce, similarity_topk, sup_con
+from contrastive_ops.ops import similarity_distill, similarity_prefix, similarity_values
 from contrastive_ops.testing import relative_error
 
 # Around the widths of blocks (32, 64, 128) and where they change, and one of everything.

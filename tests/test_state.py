@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 import contrastive_ops
-from contrastive_ops import MemoryBank, RunningCovariance, RunningDenominator, UnigramSampler, moe, sog_clr
+from contrastive_ops import moe
 from contrastive_ops.core.state import State
+from contrastive_ops.losses import RunningCovariance, RunningDenominator, UnigramSampler, sog_clr
+from contrastive_ops.mining import MemoryBank
 from contrastive_ops.moe.router import balanced_bias
 
 MAKE = {

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from contrastive_ops import stream_rows
+from contrastive_ops.ops import stream_rows
 from contrastive_ops.testing.compare import check_derivatives
 
 DOUBLE = torch.float64
@@ -111,7 +111,7 @@ def test_functions_that_are_not_row_wise_are_refused():
 
 CHILD = """
 import json, torch
-from contrastive_ops import stream_rows
+from contrastive_ops.ops import stream_rows
 from contrastive_ops.testing import reset_peak, resident_bytes
 x, y = (torch.randn(8000, 16, requires_grad=True) for _ in range(2))
 fn = lambda logits, rows: logits.square().mean(1)

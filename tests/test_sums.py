@@ -11,17 +11,7 @@ import pytest
 import torch
 
 import contrastive_ops
-from contrastive_ops import (
-    RouterLoss,
-    barlow_twins,
-    covariance_penalty,
-    route,
-    similarity_distill,
-    similarity_reduce,
-    similarity_topk,
-    similarity_values,
-    vicreg,
-)
+from contrastive_ops import route, similarity_reduce, similarity_topk
 from contrastive_ops.core.ordered import (
     add_segments,
     long_product,
@@ -30,7 +20,9 @@ from contrastive_ops.core.ordered import (
     segment_rows,
     segment_sums,
 )
+from contrastive_ops.losses import barlow_twins, covariance_penalty, vicreg
 from contrastive_ops.metrics import isotropy
+from contrastive_ops.ops import RouterLoss, similarity_distill, similarity_values
 from contrastive_ops.ops.router_losses import entropy_of, relative_entropy
 
 MILLIONS = 4_000_000

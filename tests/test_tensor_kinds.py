@@ -15,27 +15,23 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 import contrastive_ops
-from contrastive_ops import (
-    Capacity,
-    Gating,
-    clip,
-    combine,
-    dispatch,
-    expert_choice,
-    grouped_matmul,
-    info_nce,
-    maxsim,
-    route,
-    similarity_prefix,
-    similarity_reduce,
-    similarity_topk,
-    similarity_values,
-    stream_rows,
-)
+from contrastive_ops import clip, info_nce, route, similarity_reduce, similarity_topk
 from contrastive_ops.core import flops
 from contrastive_ops.decoding import contrastive_search
 from contrastive_ops.metrics import isotropy
 from contrastive_ops.moe import ExpertChoice, SoftMoE, SparseMoE
+from contrastive_ops.ops import (
+    Capacity,
+    Gating,
+    combine,
+    dispatch,
+    expert_choice,
+    grouped_matmul,
+    maxsim,
+    similarity_prefix,
+    similarity_values,
+    stream_rows,
+)
 from contrastive_ops.testing import LOSSES
 
 REFUSED = (TypeError, ValueError, NotImplementedError)
@@ -189,15 +185,15 @@ WRONG = {
     "a fold": lambda: similarity_reduce(X, reduce=LONG),
     "a list": lambda: similarity_reduce(X, reduce=(LONG,)),
     "k": lambda: similarity_topk(X, X, LONG),
-    "hidden": lambda: contrastive_ops.linear_cross_entropy(LONG, X, torch.zeros(6, dtype=torch.int64)),
-    "counts": lambda: contrastive_ops.UnigramSampler(LONG[:, None]),
-    "negatives": lambda: contrastive_ops.negative_sampling(X, X, torch.arange(6), LONG),
-    "groups": lambda: contrastive_ops.group_whiten(X, LONG),
+    "hidden": lambda: contrastive_ops.losses.linear_cross_entropy(LONG, X, torch.zeros(6, dtype=torch.int64)),
+    "counts": lambda: contrastive_ops.losses.UnigramSampler(LONG[:, None]),
+    "negatives": lambda: contrastive_ops.losses.negative_sampling(X, X, torch.arange(6), LONG),
+    "groups": lambda: contrastive_ops.losses.group_whiten(X, LONG),
     "losses": lambda: route(X, 2, losses=LONG),
     "capacity": lambda: route(X, 2, capacity=LONG),
     "a field": lambda: route(X, 2, capacity=Capacity(limit=LONG)),
     "gating": lambda: expert_choice(X, 1.0, gating=Gating(bias=LONG)),
-    "directions": lambda: contrastive_ops.gte(X, X, directions=LONG),
+    "directions": lambda: contrastive_ops.losses.gte(X, X, directions=LONG),
 }
 
 

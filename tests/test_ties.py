@@ -8,8 +8,9 @@ two backends may order, or drop, differently only what float64 says is nearer th
 import pytest
 import torch
 
-from contrastive_ops import Fold, Guide, Pairs, similarity_reduce, similarity_topk
+from contrastive_ops import Fold, Pairs, similarity_reduce, similarity_topk
 from contrastive_ops.core import extension
+from contrastive_ops.ops import Guide
 
 EPS = torch.finfo(torch.float32).eps / 2  # what one rounding may take
 SEEDS = range(30)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import contrastive_ops.losses
-from contrastive_ops import MemoryBank, TopKState, mine_hard_negatives, similarity_topk
+from contrastive_ops import mine_hard_negatives, similarity_topk
 from contrastive_ops.losses.whitening import group_whiten
-from contrastive_ops.mining import search
+from contrastive_ops.mining import MemoryBank, TopKState, search
 from contrastive_ops.testing import LOSSES, leaves
 
 DEPTH = 12

@@ -10,8 +10,9 @@ import torch
 import torch._dynamo.testing
 from torch.nn import functional as F
 
-from contrastive_ops import Fold, Guide, Pairs, clip, info_nce, nt_xent, similarity_reduce, stream_rows
+from contrastive_ops import Fold, Pairs, clip, info_nce, nt_xent, similarity_reduce
 from contrastive_ops.losses import gist, moco, multi_positive_info_nce, siglip, sup_con
+from contrastive_ops.ops import Guide, stream_rows
 from contrastive_ops.testing import LOSSES, clustered_pairs, leaves, relative_error, saved_bytes
 
 DOUBLE = torch.float64

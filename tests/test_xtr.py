@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from contrastive_ops import TokenSets, maxsim, xtr
+from contrastive_ops.ops import TokenSets, maxsim, xtr
 from contrastive_ops.testing import TOLERANCE, relative_error
 from contrastive_ops.testing.compare import check_derivatives
 

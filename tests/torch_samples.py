@@ -13,7 +13,7 @@ import warnings
 
 import torch
 
-from contrastive_ops import linear_cross_entropy
+from contrastive_ops.losses import linear_cross_entropy
 
 OPERATOR = "nn.functional.linear_cross_entropy"
 

@@ -79,7 +79,8 @@ def late_interaction(
         is `Contrastive` of PyLate. `retrieved`: see `xtr`.
 
     Example:
-        >>> from contrastive_ops import TokenSets, late_interaction, maxsim
+        >>> from contrastive_ops.losses import late_interaction
+        >>> from contrastive_ops.ops import TokenSets, maxsim
         >>> queries, documents = torch.randn(4, 3, 8), TokenSets(torch.randn(4, 9, 8), torch.rand(4, 9) < 0.8)
         >>> loss = late_interaction(queries, documents, normalize=False)
         >>> truth = torch.nn.functional.cross_entropy(maxsim(queries, documents), torch.arange(4))

@@ -71,7 +71,7 @@ class MemoryBank(State):
         Wang et al., Cross-Batch Memory for Embedding Learning, 2020.
 
     Example:
-        >>> from contrastive_ops import moco
+        >>> from contrastive_ops.losses import moco
         >>> bank = MemoryBank(capacity=256, dim=16)
         >>> for step in range(3):
         ...     ids = torch.arange(8) + 8 * step

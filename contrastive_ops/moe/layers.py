@@ -138,7 +138,7 @@ class SparseMoE(_Layer):
         earlier one, so that outputs depend on what comes after; see `route` for what does not.
 
     Example:
-        >>> from contrastive_ops import RouterLoss
+        >>> from contrastive_ops.ops import RouterLoss
         >>> losses = [RouterLoss("local_entropy", 0.04), RouterLoss("global_entropy", 0.04, threshold=1.0)]
         >>> layer = SparseMoE(16, 32, experts=4, router={"capacity": 1.25, "losses": losses})
         >>> modality = torch.tensor([0] * 6 + [1] * 3)                       # of the tokens in each sequence

@@ -70,7 +70,7 @@ class Loss(nn.Module):
         function = getattr(self.function, "__name__", "the function")
         raise TypeError(
             f"{type(self).__name__}: {key} must not be given at a call, the module owns it\n"
-            f"  use contrastive_ops.{function} where it comes from elsewhere"
+            f"  use contrastive_ops.losses.{function} where it comes from elsewhere"
         )
 
     def reset_parameters(self) -> None:

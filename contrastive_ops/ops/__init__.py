@@ -2,6 +2,7 @@
 
 from ..core.folds import Fold, Reduced
 from ..core.rules import Guide, Pairs
+from ..reference.stream import stream_rows
 from .coarse import Coarse
 from .expert_choice import expert_choice
 from .expert_routing import Routing, combine, dispatch, route
@@ -43,5 +44,6 @@ __all__ = [
     "similarity_reduce",
     "similarity_topk",
     "similarity_values",
+    "stream_rows",
     "xtr",
 ]

@@ -110,7 +110,7 @@ def maxsim(
         Contrastive Sentence Learning, 2022.
 
     Example:
-        >>> from contrastive_ops import TokenSets, maxsim
+        >>> from contrastive_ops.ops import TokenSets, maxsim
         >>> queries, documents = torch.randn(2, 4, 8), torch.randn(3, 9, 8)
         >>> mask = torch.arange(9) < torch.tensor([[9], [5], [0]])
         >>> scores = maxsim(queries, TokenSets(documents, mask))
@@ -158,7 +158,7 @@ def maxsim_pairs(
         Backward reads 4 P L k bytes, where L is the length of the longest query.
 
     Example:
-        >>> from contrastive_ops import maxsim, maxsim_pairs
+        >>> from contrastive_ops.ops import maxsim, maxsim_pairs
         >>> queries, candidates = torch.randn(2, 4, 8), torch.randn(2, 5, 9, 8)
         >>> maxsim_pairs(queries, candidates).shape
         torch.Size([2, 5])

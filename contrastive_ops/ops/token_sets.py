@@ -31,7 +31,7 @@ class TokenSets:
             outside of all sets are never read.
 
     Example:
-        >>> from contrastive_ops import TokenSets, maxsim
+        >>> from contrastive_ops.ops import TokenSets, maxsim
         >>> mask = torch.tensor([[True, True, False], [True, False, False]])
         >>> padded = TokenSets(torch.randn(2, 3, 8), mask)
         >>> packed = TokenSets(padded.tokens[mask], offsets=torch.tensor([0, 2, 3]))

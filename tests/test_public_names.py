@@ -1,0 +1,32 @@
+"""The package itself names what most programs need; everything else has a namespace."""
+
+import subprocess
+import sys
+
+import contrastive_ops
+
+LOSSES = {"clip", "siglip", "info_nce", "nt_xent", "sup_con", "triplet"}
+FUNCTIONS = {"similarity_reduce", "similarity_topk", "mine_hard_negatives", "route"}
+NAMESPACES = {"losses", "ops", "mining", "moe", "nn", "metrics", "decoding", "testing"}
+
+
+def test_top_level():
+    assert set(contrastive_ops.__all__) == LOSSES | FUNCTIONS | NAMESPACES | {"Pairs", "Fold", "__version__"}
+    assert all(hasattr(contrastive_ops, name) for name in contrastive_ops.__all__)
+    assert not hasattr(contrastive_ops, "moco")
+
+
+def test_functions_are_those_of_their_namespaces():
+    homes = dict.fromkeys(LOSSES, contrastive_ops.losses) | dict.fromkeys(FUNCTIONS, contrastive_ops.ops)
+    homes["mine_hard_negatives"] = contrastive_ops.mining
+    for name, home in homes.items():
+        assert getattr(contrastive_ops, name) is getattr(home, name) and name in home.__all__
+
+
+def test_what_is_for_tests_is_imported_when_it_is_asked_for():
+    program = """
+import sys, contrastive_ops
+assert "contrastive_ops.testing" not in sys.modules and "torch._dynamo" not in sys.modules
+assert contrastive_ops.testing.LOSSES
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
