@@ -363,12 +363,14 @@ NO_PROBLEM = {
 }
 
 
+PLACES = (ops, ops.losses, ops.ops, mining, moe, metrics, decoding)
+
+
 def test_every_public_function_is_tried():
-    places = (ops, ops.losses, ops.ops, mining, moe, metrics, decoding)
-    public = {name for place in places for name in place.__all__ if callable(getattr(place, name))}
+    public = {name for place in PLACES for name in place.__all__ if callable(getattr(place, name))}
     known = {name.split()[0] for name in (*CALLS, *LOSSES)}
     assert public - known - NO_PROBLEM == set()
-    assert {name for name in NO_PROBLEM if not any(hasattr(place, name) for place in places)} == set()
+    assert {name for name in NO_PROBLEM if not any(hasattr(place, name) for place in PLACES)} == set()
 
 
 def cases():
@@ -432,7 +434,7 @@ def test_a_size_of_none_or_one(sizes, call, backend):
 def ours(error):
     """Whether the message begins with a public name: `function: argument must ...`."""
     name = str(error).split(":")[0].split(".")[0]
-    return any(hasattr(place, name) for place in (ops, mining, moe, metrics, decoding))
+    return any(hasattr(place, name) for place in PLACES)
 
 
 # Rows, depth, and how many columns there are beside those of the rows.

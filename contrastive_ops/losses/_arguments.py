@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,7 +13,29 @@ from ..core.masks import left_out, times
 from ..core.ordered import ordered_sum
 from ..core.unit_rows import unit_rows
 
+if TYPE_CHECKING:
+    from ..core.rules import Pairs
+
 REDUCTIONS = ("mean", "sum", "none")
+
+
+class SoftmaxOptions(TypedDict, total=False):
+    """What softmax losses with `Diagnostics` have in common, for the overloads that tell their results apart."""
+
+    temperature: float | Tensor | None
+    scale: float | Tensor | None
+    label_smoothing: float | Tensor
+    weight: Tensor | None
+    reduction: str
+    normalize: bool
+    memory_budget: int | None
+    backend: str
+
+
+class FilteredOptions(SoftmaxOptions, total=False):
+    """The same, of a loss that takes rules."""
+
+    pairs: Pairs | None
 
 
 def two_sides(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +12,36 @@ from ..core.rules import Pairs
 from . import _arguments
 from ._columns import smoothing_share
 from ._row_softmax import row_softmax
+from .diagnostics import Diagnostics
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # comes with torch
+
+
+@overload
+def moco(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    *,
+    ids: Tensor | None = ...,
+    queue_ids: Tensor | None = ...,
+    diagnostics: Literal[False] = ...,
+    **options: Unpack[_arguments.SoftmaxOptions],
+) -> Tensor: ...
+
+
+@overload
+def moco(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    *,
+    ids: Tensor | None = ...,
+    queue_ids: Tensor | None = ...,
+    diagnostics: Literal[True],
+    **options: Unpack[_arguments.SoftmaxOptions],
+) -> tuple[Tensor, Diagnostics]: ...
 
 
 def moco(
@@ -30,7 +60,7 @@ def moco(
     diagnostics: bool = False,
     memory_budget: int | None = None,
     backend: str = "auto",
-) -> Any:
+) -> Tensor | tuple[Tensor, Diagnostics]:
     """MoCo: every query must find its own key among the keys of a queue; other keys of the batch are no negatives.
 
     Equivalent to::

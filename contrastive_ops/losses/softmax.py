@@ -17,7 +17,7 @@ nt_xent, which is why they cannot form gradients in their forward pass.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -44,7 +44,40 @@ from ._columns import (
 )
 from ._eager import COLUMNS, PARTNERS, STACKED, eager_loss, is_off
 from ._row_softmax import row_softmax, whole_softmax
-from .diagnostics import Ranking
+from .diagnostics import Diagnostics, Ranking
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # comes with torch
+
+
+@overload
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None = ...,
+    *,
+    row_negatives: Tensor | None = ...,
+    target: Tensor | None = ...,
+    margin: float = ...,
+    z_loss: float = ...,
+    diagnostics: Literal[False] = ...,
+    **options: Unpack[_arguments.FilteredOptions],
+) -> Tensor: ...
+
+
+@overload
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None = ...,
+    *,
+    row_negatives: Tensor | None = ...,
+    target: Tensor | None = ...,
+    margin: float = ...,
+    z_loss: float = ...,
+    diagnostics: Literal[True],
+    **options: Unpack[_arguments.FilteredOptions],
+) -> tuple[Tensor, Diagnostics]: ...
 
 
 def info_nce(
@@ -66,7 +99,7 @@ def info_nce(
     diagnostics: bool = False,
     memory_budget: int | None = None,
     backend: str = "auto",
-) -> Any:
+) -> Tensor | tuple[Tensor, Diagnostics]:
     """InfoNCE in one direction: every query must find its key among all keys.
 
     Equivalent to::
@@ -198,6 +231,18 @@ def info_nce(
     )
 
 
+@overload
+def clip(
+    image: Tensor, text: Tensor, *, diagnostics: Literal[False] = ..., **options: Unpack[_arguments.FilteredOptions]
+) -> Tensor: ...
+
+
+@overload
+def clip(
+    image: Tensor, text: Tensor, *, diagnostics: Literal[True], **options: Unpack[_arguments.FilteredOptions]
+) -> tuple[Tensor, tuple[Diagnostics, Diagnostics]]: ...
+
+
 def clip(
     image: Tensor,
     text: Tensor,
@@ -212,7 +257,7 @@ def clip(
     diagnostics: bool = False,
     memory_budget: int | None = None,
     backend: str = "auto",
-) -> Any:
+) -> Tensor | tuple[Tensor, tuple[Diagnostics, Diagnostics]]:
     """CLIP's loss: InfoNCE from images to texts and from texts to images, averaged, from one sweep.
 
     Equivalent to::

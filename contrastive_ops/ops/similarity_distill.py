@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING, TypedDict, overload
 
 from torch import Tensor
 
@@ -17,6 +18,9 @@ from ..core.rules import Pairs
 from ..reference import similarity_distill as reference
 from ._idle_rows import clean_rows
 from .similarity_reduce import KEEP_FROM_DIMENSION, budget_bytes, directions, needs_gradient
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # comes with torch
 
 # One hop to every implementation; each offers forward and backward with the same arguments.
 BACKENDS = enrol(
@@ -65,6 +69,42 @@ declare(
 )
 
 DIVERGENCES = ("kl", "reverse_kl", "ce", "js")
+
+
+class _Options(TypedDict, total=False):
+    """Those that do not decide what `similarity_distill` returns."""
+
+    divergence: str
+    scale: float | Tensor
+    teacher_scale: float | Tensor
+    teacher_bias: Tensor | None
+    pairs: Pairs | None
+    memory_budget: int | None
+    backend: str
+
+
+@overload
+def similarity_distill(
+    x: Tensor,
+    y: Tensor | None,
+    teacher_x: Tensor,
+    teacher_y: Tensor | None = ...,
+    *,
+    dim: int = ...,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+
+
+@overload
+def similarity_distill(
+    x: Tensor,
+    y: Tensor | None,
+    teacher_x: Tensor,
+    teacher_y: Tensor | None = ...,
+    *,
+    dim: tuple[int, ...],
+    **options: Unpack[_Options],
+) -> Reduced: ...
 
 
 def similarity_distill(

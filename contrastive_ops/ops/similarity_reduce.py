@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from ..core.rules import Pairs
 from ..cuda import _pairs, _products
 from ..reference import similarity_reduce as reference
 from ._similarity_reduce_autograd import register
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # comes with torch
 
 # One hop to every implementation; each offers forward, backward and total with the same arguments.
 BACKENDS = enrol(
@@ -83,6 +86,101 @@ def merge_lse(*lse: Tensor) -> Tensor:
                 f"merge_lse: lse must have one shape, got {checks.shape(lse[0])} and {checks.shape(tensor)}"
             )
     return numerics.merge_lse(*lse)
+
+
+class _Options(TypedDict, total=False):
+    """Those that do not decide what `similarity_reduce` returns."""
+
+    scale: float | Tensor
+    col_scale: float | Tensor | None
+    row_bias: Tensor | None
+    col_bias: Tensor | None
+    pairs: Pairs | None
+    memory_budget: int | None
+    backend: str
+
+
+_Reduce: TypeAlias = "str | Fold | tuple[str | Fold, ...]"
+_Dim: TypeAlias = "int | tuple[int, ...]"
+_Lists: TypeAlias = "tuple[Tensor, ...] | None"
+
+
+@overload
+def similarity_reduce(
+    x: Tensor,
+    y: Tensor | None = ...,
+    *,
+    reduce: Literal["logsumexp", "sum_softplus", "sum_relu", "sum", "count"] = ...,
+    dim: int = ...,
+    target: None = ...,
+    linear: None = ...,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+
+
+@overload
+def similarity_reduce(
+    x: Tensor,
+    y: Tensor | None = ...,
+    *,
+    reduce: Literal["max"] | tuple[str | Fold, ...],
+    dim: _Dim = ...,
+    target: Tensor | None = ...,
+    linear: _Lists = ...,
+    **options: Unpack[_Options],
+) -> Reduced: ...
+
+
+@overload
+def similarity_reduce(
+    x: Tensor,
+    y: Tensor | None = ...,
+    *,
+    reduce: _Reduce = ...,
+    dim: tuple[int, ...],
+    target: Tensor | None = ...,
+    linear: _Lists = ...,
+    **options: Unpack[_Options],
+) -> Reduced: ...
+
+
+@overload
+def similarity_reduce(
+    x: Tensor,
+    y: Tensor | None = ...,
+    *,
+    reduce: _Reduce = ...,
+    dim: _Dim = ...,
+    target: Tensor,
+    linear: _Lists = ...,
+    **options: Unpack[_Options],
+) -> Reduced: ...
+
+
+@overload
+def similarity_reduce(
+    x: Tensor,
+    y: Tensor | None = ...,
+    *,
+    reduce: _Reduce = ...,
+    dim: _Dim = ...,
+    target: Tensor | None = ...,
+    linear: tuple[Tensor, ...],
+    **options: Unpack[_Options],
+) -> Reduced: ...
+
+
+@overload
+def similarity_reduce(
+    x: Tensor,
+    y: Tensor | None = ...,
+    *,
+    reduce: _Reduce = ...,
+    dim: _Dim = ...,
+    target: Tensor | None = ...,
+    linear: _Lists = ...,
+    **options: Unpack[_Options],
+) -> Tensor | Reduced: ...
 
 
 def similarity_reduce(
