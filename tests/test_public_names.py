@@ -1,7 +1,12 @@
 """The package itself names what most programs need; everything else has a namespace."""
 
+import inspect
+import re
 import subprocess
 import sys
+import typing
+
+import pytest
 
 import contrastive_ops
 
@@ -30,3 +35,18 @@ assert "contrastive_ops.testing" not in sys.modules and "torch._dynamo" not in s
 assert contrastive_ops.testing.LOSSES
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="typing.get_overloads came with Python 3.11")
+def test_what_a_call_returns_is_told_by_types():
+    """Where it depends on an argument there is an overload for each value."""
+    namespaces = [getattr(contrastive_ops, name) for name in NAMESPACES - {"nn", "moe", "testing"}]
+    functions = [getattr(space, name) for space in namespaces for name in space.__all__]
+    told = 0
+    for function in filter(inspect.isfunction, functions):
+        result = str(inspect.signature(function).return_annotation)
+        assert result != "Any", function.__name__
+        if "|" in re.sub(r"\[.*\]", "", result):
+            told += 1
+            assert len(typing.get_overloads(function)) > 1, function.__name__
+    assert told >= 7
