@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -14,6 +15,22 @@ from ..core.recompute import recomputed
 from .pairs import inner_products
 
 RowFunction = Callable[[Tensor, slice], "Tensor | tuple[Tensor, ...]"]
+
+
+@overload
+def stream_rows(
+    fn: Callable[[Tensor, slice], Tensor], x: Tensor, y: Tensor | None = ..., *, chunk_rows: int | None = ...
+) -> Tensor: ...
+
+
+@overload
+def stream_rows(
+    fn: Callable[[Tensor, slice], tuple[Tensor, ...]],
+    x: Tensor,
+    y: Tensor | None = ...,
+    *,
+    chunk_rows: int | None = ...,
+) -> tuple[Tensor, ...]: ...
 
 
 def stream_rows(
