@@ -13,11 +13,12 @@ from contrastive_ops.core.rules import bound_rules
 
 from . import _pairs
 from . import _similarity_plan as plan
+from ._cover import Combine
 from ._folds import TileFold
 from ._launch import Launch
 from ._similarity_backward import BIAS, RESIDUAL, SCALE, TileSum
 from ._tiles import resident_depth
-from ._variants import Combine, Variant
+from ._variants import Variant
 
 # Sizes of the problems that launches are made for; only their dtypes and the dimension reach the compiler.
 _ROWS, _COLUMNS = 48, 80

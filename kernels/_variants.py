@@ -7,11 +7,10 @@ a target of `TARGETS`. A machine without a GPU compiles them and reads their sha
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,36 +92,3 @@ def _local_memory(cubin: bytes) -> int:
         file.flush()
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     return sum(int(n) for n in re.findall(r"(?:LOCAL|STACK):(\d+)", usage.stdout))
-
-
-Combine = Callable[[Mapping[str, Sequence[Any]]], Iterator[dict[str, Any]]]
-
-
-def every_combination(choices: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """The full product: far more than anybody compiles in one sitting."""
-    for values in itertools.product(*choices.values()):
-        yield dict(zip(choices, values, strict=True))
-
-
-def pairwise_cover(choices: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """Combinations in which every two values of two names meet, few of them: greedy, always the same."""
-    names = list(choices)
-    missing = {
-        (a, i, b, j)
-        for a, b in itertools.combinations(names, 2)
-        for i in range(len(choices[a]))
-        for j in range(len(choices[b]))
-    }
-    while missing:
-        start = min(missing, key=repr)
-        row = {start[0]: start[1], start[2]: start[3]}
-        for name in names:
-            if name not in row:
-                row[name] = max(range(len(choices[name])), key=lambda i, name=name: (_gain(missing, row, name, i), -i))
-        missing -= {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)}
-        yield {name: choices[name][index] for name, index in row.items()}
-
-
-def _gain(missing: set[tuple[str, int, str, int]], row: Mapping[str, int], name: str, index: int) -> int:
-    """How many missing pairs a value adds to a row."""
-    return sum((a, i, name, index) in missing or (name, index, a, i) in missing for a, i in row.items())

@@ -19,8 +19,9 @@ from contrastive_ops.core import triton_kernels
 from contrastive_ops.core.routing import ScoreSpec, SlotSpec
 
 from . import _router_rows, _router_scores, _router_slots
+from ._cover import Combine, pairwise_cover
 from ._launch import arch_of, launch, recording
-from ._variants import Combine, Variant, pairwise_cover
+from ._variants import Variant
 
 # Numbers of a tile. Interpreted, tiles are small, so that small inputs have several.
 ELEMENTS = 128 if triton_kernels.interprets() else 1024

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from contrastive_ops.core import triton_kernels
 
+from ._cover import Combine, pairwise_cover
 from ._launch import arch_of, launch, recording
-from ._variants import Combine, Variant, pairwise_cover
+from ._variants import Variant
 
 # The interpreter multiplies the bits of bfloat16 numbers; in float32 the products are the same ones.
 WIDEN = tl.constexpr(triton_kernels.interprets())

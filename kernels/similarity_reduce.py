@@ -19,9 +19,10 @@ from contrastive_ops.reference.row_losses import Terms, kind_of, row_losses, wei
 
 from . import _similarity_plan as plan
 from . import _similarity_variants
+from ._cover import Combine, pairwise_cover
 from ._launch import arch_of
 from ._similarity_backward import BIAS, RESIDUAL, SCALE, TileSum
-from ._variants import Combine, Variant, pairwise_cover
+from ._variants import Variant
 
 __all__ = ["backward", "forward", "total", "variants"]
 

@@ -35,10 +35,11 @@ from contrastive_ops.core.rules import STATISTICS, bound_rules
 from contrastive_ops.reference.similarity_topk import merge, order
 
 from . import _listed, _pairs
+from ._cover import Combine, pairwise_cover
 from ._launch import Launch, arch_of
 from ._listed import at, backward, unit_stride
 from ._selection import append, best, pad, shrink
-from ._variants import Combine, Variant, pairwise_cover
+from ._variants import Variant
 
 __all__ = ["at", "backward", "forward", "merge", "order", "variants"]
 

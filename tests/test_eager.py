@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairwise import pairwise
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,10 +69,12 @@ def gradients(loss, leaves, cotangent=None, **options):
 
 
 @everywhere
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", CALLS)
+@pairwise(
+    weighted=[False, True],
+    reduction=["mean", "sum", "none"],
+    dtype=[torch.float32, torch.float64, torch.bfloat16, torch.float16],
+    name=CALLS,
+)
 def test_the_same_bits(name, dtype, reduction, weighted, backend):
     x, y, scale = inputs(dtype)
     options = {"reduction": reduction, "normalize": dtype in (torch.float32, torch.float64), "backend": backend}

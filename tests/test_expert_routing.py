@@ -7,6 +7,7 @@ import collections
 
 import pytest
 import torch
+from pairwise import pairwise
 
 from contrastive_ops import route
 from contrastive_ops.ops import Capacity, Gating, RouterLoss
@@ -95,9 +96,7 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("priority", GOLDEN)
-@pytest.mark.parametrize("case", PLACES, ids=str)
+@pairwise(dtype=[torch.float32, torch.float64], priority=GOLDEN, case=PLACES)
 def test_places_are_those_of_loops(case, priority, dtype, backend):
     tokens, experts, k, capacity = case
     logits, valid = tied(tokens, experts, dtype), torch.rand(tokens) < 0.8
@@ -215,9 +214,7 @@ def test_a_collapsed_minority_starves(spread, priority, image, text, backend):
 # ---- Scores ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("experts", [1, 2, 7, 8, 16, 33, 130])
-@pytest.mark.parametrize("k", [1, 2, 16, 17, 130])
+@pairwise(dtype=DTYPES, experts=[1, 2, 7, 8, 16, 33, 130], k=[1, 2, 16, 17, 130])
 def test_experts_are_those_of_a_stable_sort(experts, k, dtype, backend):
     logits = tied(23, experts, dtype)
     k = min(k, experts)

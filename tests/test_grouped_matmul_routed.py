@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+from pairwise import pairwise
 
 from contrastive_ops import route
 from contrastive_ops.ops import Capacity, dispatch, expert_choice, grouped_matmul
@@ -103,9 +104,7 @@ def test_every_row_is_its_token_times_a_matrix(router, dtype, backend):
         assert relative_error(value, expected) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("transposed", [False, True])
+@pairwise(dtype=DTYPES, router=ROUTERS, transposed=[False, True])
 def test_small_integers_are_those_of_dispatched_rows(transposed, router, dtype, backend):
     for shape in SHAPES:
         routing, x, b, bias, upstream = problem(router, shape, dtype, integers=True)
@@ -116,9 +115,7 @@ def test_small_integers_are_those_of_dispatched_rows(transposed, router, dtype, 
             assert torch.equal(value, truth), shape
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("transposed", [False, True])
+@pairwise(dtype=DTYPES, router=ROUTERS, transposed=[False, True])
 def test_sums_are_those_of_dispatched_rows(transposed, router, dtype):
     """To the bit: the same products are added in the same order."""
     for shape in SHAPES:

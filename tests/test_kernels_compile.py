@@ -13,7 +13,7 @@ if triton_kernels.interprets():
 
 import triton
 
-from contrastive_ops.kernels import _variants
+from contrastive_ops.kernels import _cover, _variants
 
 STEMS = ("similarity_reduce", "similarity_topk", "expert_routing", "grouped_matmul")
 
@@ -40,7 +40,7 @@ def test_compiles_within_the_budget(arch, variant):
 def test_every_combination_fits(arch):
     """Not two options at a time but all: in shared memory, and how many of them spill."""
     spilled, total = [], 0
-    for variant in variants(arch, _variants.every_combination):
+    for variant in variants(arch, _cover.every_combination):
         compiled = _variants.compile_for(variant, arch)
         assert compiled.shared <= _variants.SHARED_MEMORY[arch], variant.name
         spilled += [f"{variant.name}: {compiled.spills} bytes"] if compiled.spills else []
@@ -77,7 +77,7 @@ def test_older_releases_are_refused(monkeypatch, version, reason):
 
 def test_a_cover_has_every_pair():
     choices = {"a": [1, 2, 3], "b": "xyz", "c": [False, True], "d": [False, True], "e": [0, 1]}
-    rows = list(_variants.pairwise_cover(choices))
+    rows = list(_cover.pairwise_cover(choices))
     assert len(rows) < 20
     for first in choices:
         for second in choices:
@@ -88,7 +88,7 @@ def test_a_cover_has_every_pair():
 
 def test_every_combination_is_the_product():
     choices = {"a": [1, 2, 3], "b": "xy"}
-    rows = [tuple(row.values()) for row in _variants.every_combination(choices)]
+    rows = [tuple(row.values()) for row in _cover.every_combination(choices)]
     assert rows == [(1, "x"), (1, "y"), (2, "x"), (2, "y"), (3, "x"), (3, "y")]
 
 

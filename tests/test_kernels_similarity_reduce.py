@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from pairwise import pairwise
 
 from contrastive_ops import Fold, Pairs, clip, info_nce, nt_xent, siglip, similarity_reduce, sup_con
 from contrastive_ops.core import triton_kernels
@@ -371,9 +372,7 @@ def lengthened(t):
     return (t.double() * torch.linspace(0.5, 3, len(t), dtype=torch.float64, device=t.device)[:, None]).to(t.dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("level", [0.3, 0.01, 0.001])
-@pytest.mark.parametrize("name", [*PAIRED, *UNIT])
+@pairwise(dtype=[torch.bfloat16, torch.float16], level=[0.3, 0.01, 0.001], name=[*PAIRED, *UNIT])
 def test_gradient_error_in_three_regimes(monkeypatch, dtype, level, name):
     monkeypatch.setattr(_tiles, "INTERPRETED", _tiles.Tiles(128, 128, 32, 1, 1))
     function, pairs = {**PAIRED, **UNIT}[name], clustered_pairs(256, 64, level, dtype=dtype)

@@ -8,6 +8,7 @@ import inspect
 
 import pytest
 import torch
+from pairwise import pairwise
 
 from contrastive_ops import Fold, Pairs, info_nce
 from contrastive_ops.ops.similarity_loss import similarity_loss
@@ -44,9 +45,7 @@ def drawn(case, dtype, regime, rows=48, depth=32):
     return found
 
 
-@pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", NORMALISING)
+@pairwise(regime=REGIMES, dtype=[torch.bfloat16, torch.float16], name=NORMALISING)
 def test_normalised_rows_are_not_rounded(name, dtype, regime):
     case = NORMALISING[name]
     low = drawn(case, dtype, regime)

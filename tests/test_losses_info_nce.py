@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pairwise import pairwise
 from torch.nn import functional as F
 
 from contrastive_ops import Pairs, clip, info_nce
@@ -219,10 +220,12 @@ def test_gradcheck_of_filtered_totals(backend):
 # ---- Low precision ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("level", [0.3, 0.01, 0.001])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("which", ["pairs", "smoothed pairs", "margin", "z_loss", "clip"])
+@pairwise(
+    dtype=[torch.bfloat16, torch.float16],
+    level=[0.3, 0.01, 0.001],
+    reduction=["mean", "none"],
+    which=["pairs", "smoothed pairs", "margin", "z_loss", "clip"],
+)
 def test_gradient_error_in_three_regimes(backend, dtype, level, reduction, which):
     a, b = (t.requires_grad_() for t in clustered_pairs(256, 64, level, dtype=dtype))
     exact = [t.detach().double().requires_grad_() for t in (a, b)]

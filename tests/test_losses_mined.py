@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pairwise import pairwise
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -290,10 +291,9 @@ def test_opcheck(backend, dtype):
     torch.library.opcheck(torch.ops.contrastive_ops.listed_logits, (x, y, scale, [], spec, indices, backend))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("level", [0.3, 0.01, 0.001])
-@pytest.mark.parametrize("in_batch", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pairwise(
+    dtype=[torch.bfloat16, torch.float16], level=[0.3, 0.01, 0.001], in_batch=[False, True], reduction=["mean", "none"]
+)
 def test_gradient_error_in_three_regimes(backend, dtype, level, in_batch, reduction):
     """Mined rows are the positive's neighbours and nearly cancel it: gradients must meet before they are rounded."""
     query, positive = (t.requires_grad_() for t in clustered_pairs(256, 64, level, dtype=dtype))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pairwise import pairwise
 from torch.nn import functional as F
 
 from contrastive_ops.losses.multi_positive import multi_positive_info_nce, soft_info_nce, sup_con
@@ -302,9 +303,7 @@ def test_gradcheck_of_soft_targets(backend):
 # ---- Precision -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("level", [0.3, 0.01, 0.001])
-@pytest.mark.parametrize("copies", [1, 2])
-@pytest.mark.parametrize("name", ["sup_con", "multi_positive", "soft"])
+@pairwise(level=[0.3, 0.01, 0.001], copies=[1, 2], name=["sup_con", "multi_positive", "soft"])
 def test_gradient_error_in_bfloat16(backend, name, copies, level):
     """One positive in each row, or two of a cluster of eight."""
     a, b = (t.requires_grad_() for t in clustered_pairs(256, 96, level, dtype=torch.bfloat16))

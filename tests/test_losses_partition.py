@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pairwise import pairwise
 from torch.nn import functional as F
 
 from contrastive_ops import info_nce
@@ -120,9 +121,7 @@ def test_gte(backend, reduction, data):
     check(value, reduced(rows, reduction, weight), leaves)
 
 
-@pytest.mark.parametrize("directions", SUBSETS, ids="-".join)
-@pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("margin", [None, 0.1])
+@pairwise(directions=SUBSETS, hard=[False, True], margin=[None, 0.1])
 def test_every_choice_of_directions(backend, directions, hard, margin):
     query, document, own = leaf(11, 6), leaf(11, 6), leaf(11, 2, 6) if hard else None
     temperature = torch.tensor(0.2, dtype=DOUBLE, requires_grad=True)
@@ -188,9 +187,7 @@ def test_gradcheck_of_gte(backend, hard, directions):
     check_derivatives(function, leaves)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("level", [0.3, 0.01, 0.001])
-@pytest.mark.parametrize("directions", SUBSETS, ids="-".join)
+@pairwise(dtype=[torch.bfloat16, torch.float16], level=[0.3, 0.01, 0.001], directions=SUBSETS)
 def test_gradient_error_of_gte_in_three_regimes(backend, dtype, level, directions):
     a, b = (t.requires_grad_() for t in clustered_pairs(256, 64, level, dtype=dtype))
     exact = [t.detach().double().requires_grad_() for t in (a, b)]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pairwise import pairwise
 from torch.nn import functional as F
 
 from contrastive_ops.losses.moco import moco
@@ -112,9 +113,7 @@ def test_gradcheck(backend, reduction):
     check_derivatives(function, leaves)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("level", [0.3, 0.01, 0.001])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pairwise(dtype=[torch.bfloat16, torch.float16], level=[0.3, 0.01, 0.001], reduction=["mean", "none"])
 def test_gradient_error_in_three_regimes(backend, dtype, level, reduction):
     """The queue holds the positive's neighbours, which nearly cancel it in the gradient."""
     query, key = (t.requires_grad_() for t in clustered_pairs(256, 64, level, dtype=dtype))

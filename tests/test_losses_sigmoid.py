@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pairwise import pairwise
 from torch.nn import functional as F
 
 from contrastive_ops.losses.sigmoid import bixse, multi_positive_siglip, pair_bce, siglip
@@ -202,9 +203,7 @@ def test_gradients_of_some_inputs_alone(backend, wanted):
     check(value, dense_siglip(*chosen).mean(), [chosen[k] for k in wanted])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("level", [0.3, 0.001])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pairwise(dtype=[torch.bfloat16, torch.float16, torch.float32], level=[0.3, 0.001], reduction=["mean", "none"])
 def test_gradient_error(backend, dtype, level, reduction):
     a, b = (t.requires_grad_() for t in clustered_pairs(256, 96, level, dtype=dtype))
     exact = [t.detach().double().requires_grad_() for t in (a, b)]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairwise import pairwise
 from torch.nn import functional as F
 
 from contrastive_ops import clip, info_nce, nt_xent
@@ -34,10 +35,12 @@ def dense_nt_xent(z0, z1, scale, normalize=True):
     return F.cross_entropy(logits, torch.arange(len(z)).roll(len(z0)), reduction="none")
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("negatives", ["", "shared", "row", "shared row"])
+@pairwise(
+    reduction=["mean", "sum", "none"],
+    weighted=[False, True],
+    label_smoothing=[0.0, 0.1, 1.0],
+    negatives=["", "shared", "row", "shared row"],
+)
 def test_info_nce(backend, reduction, weighted, label_smoothing, negatives):
     query, key, scale = leaf(37, 12), leaf(41, 12), torch.tensor(1.7, dtype=DOUBLE, requires_grad=True)
     options = {}
@@ -90,9 +93,7 @@ def test_clip(backend, reduction, weighted):
     check(value, truth, [image, text, scale, *([weight] if weighted else [])])
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("count", [1, 2, 70, 300])
+@pairwise(reduction=["mean", "sum", "none"], normalize=[False, True], count=[1, 2, 70, 300])
 def test_nt_xent(backend, reduction, normalize, count):
     z0, z1, temperature = leaf(count, 12), leaf(count, 12), torch.tensor(0.3, dtype=DOUBLE, requires_grad=True)
     value = nt_xent(z0, z1, temperature=temperature, reduction=reduction, normalize=normalize, backend=backend)
@@ -173,10 +174,7 @@ LOW = [torch.bfloat16, torch.float16]
 PAIRED = {"info_nce": (info_nce, dense_info_nce), "clip": (clip, dense_clip), "nt_xent": (nt_xent, dense_nt_xent)}
 
 
-@pytest.mark.parametrize("dtype", [*LOW, torch.float32], ids=str)
-@pytest.mark.parametrize("level", [0.3, 0.01, 0.001])
-@pytest.mark.parametrize("name", PAIRED)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pairwise(dtype=[*LOW, torch.float32], level=[0.3, 0.01, 0.001], name=PAIRED, reduction=["mean", "none"])
 def test_gradient_error_in_three_regimes(backend, dtype, level, name, reduction):
     loss, dense = PAIRED[name]
     a, b = (t.requires_grad_() for t in clustered_pairs(512, 96, level, dtype=dtype))

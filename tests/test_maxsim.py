@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
+from pairwise import pairwise
 from torch.nn.functional import normalize
 
 from contrastive_ops.ops import TokenSets, maxsim, maxsim_pairs
@@ -111,11 +112,10 @@ SHAPES = {
 # ---- Values and gradients --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("k", [1, 3])
+@pairwise(dtype=DTYPES, shape=SHAPES, k=[1, 3])
 def test_values_and_gradients_are_those_of_dense_formulas(shape, dtype, k, backend):
-    q, d = (Sets(lengths, shape[2], dtype) for lengths in shape[:2])
+    *sides, depth = SHAPES[shape]
+    q, d = (Sets(lengths, depth, dtype) for lengths in sides)
     check(
         lambda left, right: maxsim(left, right, k=k, backend=backend),
         q,

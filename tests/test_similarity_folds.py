@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairwise import pairwise
 
 from contrastive_ops import Fold, Pairs, similarity_reduce
 from contrastive_ops.ops import Guide
@@ -109,10 +110,7 @@ def check(inputs, backend, leaves, tolerance=1e-10, **options):
             assert relative_error(g, e) <= tolerance
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("negate", [False, True])
-@pytest.mark.parametrize("self_similarity", [False, True])
-@pytest.mark.parametrize("dim", [(1,), (0,), (0, 1)])
+@pairwise(kind=KINDS, negate=[False, True], self_similarity=[False, True], dim=[(1,), (0,), (0, 1)])
 def test_each_fold(backend, kind, negate, self_similarity, dim):
     inputs = Inputs(150, 270, 9, self_similarity=self_similarity)
     scale, row_bias, col_bias = inputs.leaf(inputs.n), inputs.leaf(inputs.n), inputs.leaf(inputs.m)
@@ -120,9 +118,7 @@ def test_each_fold(backend, kind, negate, self_similarity, dim):
     check(inputs, backend, [scale, row_bias, col_bias], reduce=(Fold(kind, negate=negate),), dim=dim, **options)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("self_similarity", [False, True])
+@pairwise(rule=RULES, kind=KINDS, self_similarity=[False, True])
 def test_each_rule(backend, rule, kind, self_similarity):
     inputs = Inputs(140, 150, 7, self_similarity=self_similarity, seed=3)
     bias = inputs.leaf(inputs.n)

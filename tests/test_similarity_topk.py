@@ -8,6 +8,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from pairwise import pairwise
 
 from contrastive_ops import Pairs, similarity_topk
 from contrastive_ops.ops import Guide
@@ -45,9 +46,7 @@ def assert_same(found, expected):
 SHAPES = [(1, 1, 1), (3, 2, 7), (5, 127, 8), (4, 128, 5), (9, 129, 33), (2, 257, 16), (37, 1031, 3), (530, 300, 4)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("k", [1, 7, 64, 300])
+@pairwise(dtype=DTYPES, shape=SHAPES, k=[1, 7, 64, 300])
 def test_indices_and_ties_are_those_of_a_stable_sort(shape, k, dtype, backend):
     rows, columns, depth = shape
     x, y = integers(rows, depth, dtype), integers(columns, depth, dtype, seed=1)
