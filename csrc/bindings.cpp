@@ -19,8 +19,10 @@ namespace contrastive_ops {
 
 #ifdef CONTRASTIVE_OPS_CUDA
 void add_cuda_functions(std::vector<PyMethodDef>& methods);  // of bindings_cuda.cpp
+const CudaKernels* cuda_kernels();
 #else
 void add_cuda_functions(std::vector<PyMethodDef>&) {}
+const CudaKernels* cuda_kernels() { return nullptr; }
 #define CONTRASTIVE_OPS_CUDA "no"
 #endif
 
@@ -57,7 +59,7 @@ PyObject* release_kept_scratch(PyObject*, PyObject*) { return PyLong_FromSize_t(
 
 // The functions of the kernels for contrastive_ops._eager: kernels.h.
 PyObject* kernels(PyObject*, PyObject*) {
-  static Kernels table{kKernelsLayout, similarity_reduce_cpu, parallel};
+  static Kernels table{kKernelsLayout, similarity_reduce_cpu, parallel, cuda_kernels(), current_stream};
   return PyCapsule_New(&table, kKernelsCapsule, nullptr);
 }
 

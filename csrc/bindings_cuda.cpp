@@ -9,6 +9,7 @@
 
 #include "cuda/functions.h"
 #include "door.h"
+#include "kernels.h"
 
 namespace contrastive_ops {
 namespace {
@@ -32,6 +33,7 @@ struct CudaCall {
 
 template <class T>
 constexpr Type kTypeOf = std::is_same_v<T, float>     ? Type::float32
+                         : std::is_same_v<T, double>  ? Type::float64
                          : std::is_same_v<T, int64_t> ? Type::int64
                          : std::is_same_v<T, int32_t> ? Type::int32
                          : std::is_same_v<T, bool>    ? Type::boolean
@@ -139,6 +141,13 @@ CONTRASTIVE_OPS_CUDA_FUNCTIONS(CONTRASTIVE_OPS_DEFINE)
 #undef CONTRASTIVE_OPS_DEFINE
 
 }  // namespace
+
+const CudaKernels* cuda_kernels() {
+#define CONTRASTIVE_OPS_ADDRESS(name) &name,
+  static const CudaKernels table{CONTRASTIVE_OPS_LOSS_FUNCTIONS(CONTRASTIVE_OPS_ADDRESS)};
+#undef CONTRASTIVE_OPS_ADDRESS
+  return &table;
+}
 
 void add_cuda_functions(std::vector<PyMethodDef>& methods) {
 #define CONTRASTIVE_OPS_METHOD(name) methods.push_back(fast_method("cuda_" #name, &call_##name));

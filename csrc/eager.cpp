@@ -1,4 +1,5 @@
-// The module contrastive_ops._eager: a loss on the CPU with checks, mode test and autograd in C++.
+// The module contrastive_ops._eager: a loss with checks, mode test and autograd in C++, on the CPU and, by
+// backend="cuda", on a GPU (eager_cuda.h).
 //
 // `loss` returns None for whatever it does not know or would have to refuse: a traced or transformed call, another
 // device, an argument that does not fit. Python then makes the same call by the operator, which words the error.
@@ -13,7 +14,7 @@
 #include <vector>
 
 #include "eager_arguments.h"
-#include "kernels.h"
+#include "eager_cuda.h"
 
 namespace contrastive_ops {
 namespace {
@@ -21,7 +22,6 @@ namespace {
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-const Kernels* kernels = nullptr;
 PyObject* second_derivative = nullptr;  // of Python: called where gradients are differentiated again
 
 // ---- Autograd
@@ -33,6 +33,7 @@ struct SimilarityLossBackward : torch::autograd::Node {
   std::array<SavedVariable, kInputs> inputs;
   // dx and those after it are formed in forward, or folds, slopes and kept are there for backward.
   SavedVariable inverse_x, inverse_y, folds, slopes, kept, dx, dy, dscale, drow_bias;
+  std::unique_ptr<CudaLoss> cuda;  // on a GPU, in place of those
 
   std::string name() const override { return "SimilarityLossBackward"; }
   void release_variables() override {
@@ -40,11 +41,13 @@ struct SimilarityLossBackward : torch::autograd::Node {
     for (auto& each : inputs) each.reset_data();
     for (auto* each : {&inverse_x, &inverse_y, &folds, &slopes, &kept, &dx, &dy, &dscale, &drow_bias})
       each->reset_data();
+    cuda.reset();
   }
   variable_list apply(variable_list&& upstream) override;
 
  private:
   void sweep(const Inputs& in, const Tensor& d_loss, variable_list& out);
+  void sweep_on_cuda(const Inputs& in, const Tensor& d_loss, variable_list& out);
   void finish(const Inputs& in, Tensor x_gradient, Tensor y_gradient, const Tensor& scale_gradient,
               const Tensor& bias_gradient, const Tensor& inverse_of_x, const Tensor& inverse_of_y, variable_list& out);
   variable_list again(const Inputs& in, const Tensor& d_loss);
@@ -90,6 +93,10 @@ variable_list SimilarityLossBackward::apply(variable_list&& upstream) {
   Inputs in;
   for (int i = 0; i < kInputs; ++i) in[i] = inputs[i].unpack();
   if (at::GradMode::is_enabled()) return again(in, d_loss);
+  if (cuda) {
+    sweep_on_cuda(in, d_loss, out);
+    return out;
+  }
   if (!one_pass) {
     sweep(in, d_loss, out);
     return out;
@@ -131,6 +138,17 @@ void SimilarityLossBackward::sweep(const Inputs& in, const Tensor& d_loss, varia
     kernels->similarity_reduce().backward(p.raw, gradients.raw, kernels->parallel());
   }
   finish(in, gradients.dx, gradients.dy, gradients.dscale, gradients.drow_bias, p.inverse_x, p.inverse_y, out);
+}
+
+void SimilarityLossBackward::sweep_on_cuda(const Inputs& in, const Tensor& d_loss, variable_list& out) {
+  std::array<bool, kDifferentiable> wants{};
+  for (int i = 0; i < kDifferentiable; ++i) wants[i] = in[i].defined() && task_should_compute_output(i);
+  const Leaving found = cuda_backward(*cuda, in, wants, d_loss);
+  Tensor scale, bias;
+  if (found.totals.defined() && wants[kScale]) scale = found.totals.narrow(0, 0, 1);
+  if (found.totals.defined() && wants[kBias]) bias = found.totals.narrow(0, found.totals.size(0) - 1, 1);
+  finish(in, found.dx, found.dy, Tensor(), bias, cuda->inverse_x, cuda->inverse_y, out);
+  if (scale.defined()) out[kScale] = scale.reshape(in[kScale].sizes());
 }
 
 // From gradients by what the sweep saw to those by the inputs.
@@ -189,7 +207,7 @@ variable_list SimilarityLossBackward::again(const Inputs& in, const Tensor& d_lo
 // ---- Forward
 // -----------------------------------------------------------------------------------------------------------
 
-Tensor forward(const Options& o, const Inputs& in) {
+Tensor forward(const Options& o, const Inputs& in, const Place& place) {
   std::array<bool, kDifferentiable> wants{};
   bool any = false;
   if (at::GradMode::is_enabled()) {
@@ -202,7 +220,17 @@ Tensor forward(const Options& o, const Inputs& in) {
     node->options = o;
   }
   Tensor result;
-  {
+  if (place.by_cuda) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto loss = std::make_unique<CudaLoss>(o, in);
+    result = cuda_forward(*loss, in, wants, any);
+    if (node) {
+      for (int i = 0; i < kInputs; ++i) {
+        if (in[i].defined()) node->inputs[i] = SavedVariable(in[i], false);
+      }
+      node->cuda = std::move(loss);
+    }
+  } else {
     at::AutoDispatchBelowADInplaceOrView guard;
     Problem p(o, in);
     const bool swept = wants[kX] || wants[kY] || wants[kScale] || wants[kBias];
@@ -286,23 +314,30 @@ PyObject* py_loss(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   Options o{};
   Inputs in;
+  Place place;
   o.kind = static_cast<RowLoss>(PyLong_AsLong(arguments[0]));
   o.form = static_cast<Form>(PyLong_AsLong(arguments[1]));
   o.normalize = arguments[13] == Py_True;
-  const bool known = level_is_known() && (o.normalize || arguments[13] == Py_False) && is_eager() &&
-                     read_tensor(arguments[2], in[kX]) && read_tensor(arguments[3], in[kY]) &&
-                     matrices_fit(o, in[kX], in[kY]) && read_backend(arguments[15]) &&
-                     read_reduction(arguments[12], o.reduction) && read_budget(arguments[14], o.memory_budget);
+  const bool known = level_is_known() && (o.normalize || arguments[13] == Py_False) &&
+                     read_first(arguments[2], place, in[kX]) && is_eager(place) &&
+                     read_tensor(arguments[3], place, in[kY]) && matrices_fit(o, in[kX], in[kY]) &&
+                     read_backend(arguments[15], place) && read_reduction(arguments[12], o.reduction) &&
+                     read_budget(arguments[14], place, o.memory_budget);
   if (!known) Py_RETURN_NONE;
   const auto type = accumulator(in[kX]);
   o.has_bias = arguments[7] != Py_None;
-  const bool fits = read_scale(arguments[4], arguments[5], arguments[6], type, o, in[kScale]) &&
-                    (!o.has_bias || read_number(arguments[7], type, o.bias_number, in[kBias])) &&
-                    read_tensor(arguments[8], in[kTarget]) && read_tensor(arguments[9], in[kLabels]) &&
-                    read_tensor(arguments[10], in[kColLabels]) && read_tensor(arguments[11], in[kWeight]) &&
-                    rows_fit(o, in);
+  const bool fits = read_scale(arguments[4], arguments[5], arguments[6], place, type, o, in[kScale]) &&
+                    (!o.has_bias || read_number(arguments[7], place, type, o.bias_number, in[kBias])) &&
+                    read_tensor(arguments[8], place, in[kTarget]) && read_tensor(arguments[9], place, in[kLabels]) &&
+                    read_tensor(arguments[10], place, in[kColLabels]) &&
+                    read_tensor(arguments[11], place, in[kWeight]) && rows_fit(o, in) &&
+                    (!place.by_cuda || fits_on_cuda(o, in));
   if (!fits) Py_RETURN_NONE;
-  return THPVariable_Wrap(forward(o, in));
+  try {
+    return THPVariable_Wrap(forward(o, in, place));
+  } catch (const c10::OutOfMemoryError&) {  // Python goes on with smaller chunks
+    Py_RETURN_NONE;
+  }
   END_HANDLE_TH_ERRORS
 }
 
@@ -323,9 +358,18 @@ PyObject* py_connect(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
+// on_host(address of CudaKernels, or 0): from now on they run backend="cuda" for tensors on the CPU. For tests.
+PyObject* py_on_host(PyObject*, PyObject* address) {
+  const auto* given = static_cast<const CudaKernels*>(PyLong_AsVoidPtr(address));
+  if (PyErr_Occurred()) return nullptr;
+  host_kernels = given;
+  Py_RETURN_NONE;
+}
+
 PyMethodDef functions[] = {
     {"loss", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_loss)), METH_FASTCALL, nullptr},
     {"connect", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_connect)), METH_FASTCALL, nullptr},
+    {"on_host", py_on_host, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_eager", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 

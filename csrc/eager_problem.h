@@ -30,7 +30,7 @@ struct Options {
 };
 
 // The tensors of a call. Gradients go to the first five.
-enum Input { kX, kY, kScale, kBias, kWeight, kTarget, kLabels, kColLabels, kInputs };
+enum { kX, kY, kScale, kBias, kWeight, kTarget, kLabels, kColLabels, kInputs };
 constexpr int kDifferentiable = 5;
 using Inputs = std::array<Tensor, kInputs>;
 

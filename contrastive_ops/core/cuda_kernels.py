@@ -67,6 +67,11 @@ def _why_not_on(device: int) -> str | None:
     return None
 
 
+def runs_on(device: int) -> bool:
+    """Whether the kernels run on this GPU."""
+    return why_missing() is None and _why_not_on(device) is None
+
+
 def has_code_for(capability: tuple[int, int], built: str) -> bool:
     """Whether a build, named as the extension names it, runs on GPUs of a compute capability.
 

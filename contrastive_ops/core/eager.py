@@ -60,6 +60,16 @@ def connect(second_derivative: Callable[..., Any]) -> Callable[..., Any] | None:
     return loss
 
 
+def on_host(kernels: int) -> None:
+    """Run ``backend="cuda"`` for tensors on the CPU by kernels that were compiled for it, for tests.
+
+    Args:
+        kernels: the address of a `CudaKernels` (csrc/kernels.h); 0 ends it.
+    """
+    if _MODULE is not None:
+        _MODULE.on_host(kernels)
+
+
 def is_open() -> bool:
     """Whether calls may go by the module."""
     return not _closed

@@ -1,4 +1,4 @@
-"""Losses of plain tensors on the CPU with their usual options: in C++ (csrc/eager.cpp), or by `_dense` without it.
+"""Losses of plain tensors with their usual options: in C++ (csrc/eager.cpp), or by `_dense` without it.
 
 A step with few rows is mostly host time, and most of that is Python. `eager_loss` returns None for every call that is
 not for it, or that has something to refuse; the loss then goes on by its operator, whose checks word the error.
@@ -105,7 +105,7 @@ def _takes_reference(backend: object) -> bool:
 
 
 def _second_derivative(tensors: tuple[Tensor | None, ...], d_loss: Tensor, *call: Any) -> tuple[Tensor | None, ...]:
-    return gradients_again(Call(*call), tensors, d_loss, "cpu")
+    return gradients_again(Call(*call), tensors, d_loss, "cpu" if d_loss.device.type == "cpu" else "cuda")
 
 
 _LOSS = eager.connect(_second_derivative)

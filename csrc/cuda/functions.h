@@ -2,6 +2,7 @@
 #pragma once
 
 #include "expert_routing.h"
+#include "similarity_loss.h"
 #include "similarity_reduce.h"
 #include "similarity_topk.h"
 
@@ -16,6 +17,10 @@ namespace contrastive_ops {
   use(expert_routing_scores)                \
   use(expert_routing_scores_backward)       \
   use(expert_routing_slots)                 \
+  use(similarity_loss_finish)               \
+  use(similarity_loss_prepare)              \
+  use(similarity_loss_rows)                 \
+  use(similarity_loss_totals)               \
   use(similarity_reduce_finish)             \
   use(similarity_reduce_fold)               \
   use(similarity_reduce_give_back)          \

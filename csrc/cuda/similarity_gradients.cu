@@ -380,7 +380,7 @@ void similarity_reduce_weigh(Stream stream, const float* dots, const float* guid
         launch(kernel, chunk.tiles(), kThreads, shared, stream, p, up, folds, chunk, slots, norm, to, parts);
       }
     }
-    if (slots.row_count + slots.col_count > 0) {
+    if (totals != nullptr && slots.row_count + slots.col_count > 0) {
       launch(add_parts_kernel, ceil_divide(int64_t{chunk.rows} + chunk.cols, kThreads), kThreads, 0, stream, chunk,
              slots, parts, totals);
     }

@@ -247,6 +247,7 @@ void similarity_reduce_fold(Stream stream, const float* dots, const float* guide
         !fold_plain(stream, p, fold.set, fold.kind, pass.along_rows, pass.along_cols, chunk, row_parts, col_parts)) {
       launch(kernel_of(fold.kind, path), chunk.tiles(), kThreads, shared, stream, p, pass, chunk, row_parts, col_parts);
     }
+    if (state == nullptr) continue;
     launch(merge_kernel, ceil_divide(int64_t{chunk.rows} + chunk.cols, kThreads), kThreads, 0, stream, pass, chunk,
            row_parts, col_parts, states + begin_of(p, by_rows), states + begin_of(p, by_cols));
   }

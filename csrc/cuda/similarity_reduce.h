@@ -13,7 +13,8 @@ namespace contrastive_ops {
 
 // Adds a chunk to all folds.
 //   parts: 2 * (tiles across * rows + tiles down * cols) numbers to work with
-//   state: 2 numbers per result, of one fold after another, zeros at first
+//   state: 2 numbers per result, of one fold after another, zeros at first; or null: then what each tile found stays in
+//   `parts`, first of rows and then of columns, of the last pass alone
 void similarity_reduce_fold(Stream stream, const float* dots, const float* guide, Integers chunk, Arrays pair_data,
                             Integers spec, const float* scale, const float* row_bias, const float* col_bias,
                             const int64_t* target, int64_t N, int64_t M, float* parts, float* state);
@@ -35,7 +36,8 @@ void similarity_reduce_named(Stream stream, const float* dots, Integers chunk, A
 //   d_target (N,) or null; d_linear: (1 or 2, rows, pitch), as similarity_reduce_spread writes it, or null
 //   norm: a power of two that weights are multiplied with before they are rounded, or null
 //   weights (rows, pitch) or null
-//   sums: per sum what (of SumOf), set, cols, and where it begins in `totals`, which is added to
+//   sums: per sum what (of SumOf), set, cols, and where it begins in `totals`, which is added to; or null: then what
+//   each tile found stays in `parts`, of sums along rows and then of those along columns, of the last pass alone
 //   parts: 3 * tiles across * rows + 2 * tiles down * cols numbers to work with
 void similarity_reduce_weigh(Stream stream, const float* dots, const float* guide, Integers chunk, Arrays pair_data,
                              Integers spec, const float* scale, const float* row_bias, const float* col_bias,

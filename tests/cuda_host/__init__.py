@@ -6,6 +6,7 @@ tensors on the CPU and write to them; a program of its own runs them (driver.cpp
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -26,11 +27,15 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
-FLAGS = ("-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *SANITIZERS)
+WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++17", "-O1", "-g1", *WARNINGS, *SANITIZERS)
+# What contrastive_ops._eager calls is in its process, which has no sanitizer.
+LIBRARY_FLAGS = ("-std=c++17", "-O1", *WARNINGS, "-fPIC", "-shared", "-fvisibility=hidden")
 
 # As in csrc/dtype.h.
 _DTYPES = {
     torch.float32: 0,
+    torch.float64: 1,
     torch.bfloat16: 2,
     torch.float16: 3,
     torch.int64: 4,
@@ -49,7 +54,7 @@ def _compiler() -> str | None:
     return next((name.split()[0] for name in names if name and shutil.which(name.split()[0])), None)
 
 
-def compile_program(sources: Sequence[Path], program: Path) -> None:
+def compile_program(sources: Sequence[Path], program: Path, flags: Sequence[str] = FLAGS) -> None:
     """Compile CUDA files and C++ files for the host, side by side, and link them.
 
     Raises:
@@ -59,7 +64,7 @@ def compile_program(sources: Sequence[Path], program: Path) -> None:
     includes = [f"-I{HERE}", f"-I{SOURCES}"]
 
     def build(arguments: list[str]) -> None:
-        command = [_compiler() or "c++", *FLAGS, *includes, *arguments]
+        command = [_compiler() or "c++", *flags, *includes, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
@@ -70,25 +75,40 @@ def compile_program(sources: Sequence[Path], program: Path) -> None:
     build([*map(str, objects), "-o", str(program)])
 
 
-@functools.cache
-def driver() -> Path:
-    """The program that runs every function, compiled once for all processes of this checkout."""
+def _made(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
+    """A program or library of these sources, compiled once for all processes of this checkout."""
     folder = ROOT / "build" / "cuda_host"
     folder.mkdir(parents=True, exist_ok=True)
     read = [path for place in (HERE, SOURCES, SOURCES.parent) for path in sorted(place.glob("*.*"))]
-    made_of = hashlib.sha256(repr((_compiler(), FLAGS)).encode())
+    made_of = hashlib.sha256(repr((_compiler(), flags)).encode())
     for path in read:
         made_of.update(path.name.encode() + path.read_bytes())
-    program, record = folder / "driver", folder / "made_of"
+    program, record = folder / name, folder / f"{name}.made_of"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not program.exists() or not record.exists() or record.read_text() != made_of.hexdigest():
             record.unlink(missing_ok=True)
-            sources = [*sorted(SOURCES.glob("*.cu")), HERE / "driver.cpp", HERE / "cuda_host.cpp"]
-            compile_program(sources, folder / "new")
+            compile_program(sources, folder / "new", flags)
             (folder / "new").replace(program)  # one that still runs is left alone
             record.write_text(made_of.hexdigest())
     return program
+
+
+@functools.cache
+def driver() -> Path:
+    """The program that runs every function."""
+    return _made("driver", [*sorted(SOURCES.glob("*.cu")), HERE / "driver.cpp", HERE / "cuda_host.cpp"], FLAGS)
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The kernels of whole losses in this process: the functions of library.cpp."""
+    kernels = [SOURCES / f"similarity_{name}.cu" for name in ("gradients", "loss", "plain", "reduce")]
+    found = ctypes.CDLL(
+        str(_made("library.so", [*kernels, HERE / "library.cpp", HERE / "cuda_host.cpp"], LIBRARY_FLAGS))
+    )
+    found.loss_kernels.restype, found.launches.restype = ctypes.c_void_p, ctypes.c_int64
+    return found
 
 
 class HostKernels:

@@ -47,6 +47,7 @@ size_t scheduler_stack_size = 0;
 const std::function<void()>* the_kernel = nullptr;
 std::unique_ptr<unsigned char[]> shared;
 int64_t the_launches = 0;
+void (*the_listener)() = nullptr;
 
 // AddressSanitizer wants to know which stack is in use.
 void before_switch(void** save, const void* stack, size_t size) {
@@ -186,6 +187,7 @@ void set_schedule(Schedule schedule, unsigned seed) {
 
 void run_grid(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
   if (threads < 1 || threads > 1024) fail("a block must have 1 to 1024 threads");
+  if (the_listener != nullptr) the_listener();
   ++the_launches;
   the_kernel = &kernel;
   thread_count = threads;
@@ -202,6 +204,8 @@ void run_grid(int64_t blocks, int threads, size_t shared_bytes, const std::funct
 }
 
 int64_t launches() { return the_launches; }
+
+void set_listener(void (*listener)()) { the_listener = listener; }
 
 void* shared_memory() { return shared.get(); }
 

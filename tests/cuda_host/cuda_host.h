@@ -44,6 +44,8 @@ void run_grid(int64_t blocks, int threads, size_t shared_bytes, const std::funct
 
 // How many grids have been run.
 int64_t launches();
+// What is called before every launch from now on; null for nothing.
+void set_listener(void (*listener)());
 
 // The memory of the block that runs.
 void* shared_memory();
@@ -115,6 +117,7 @@ T shuffle(unsigned mask, T value, int source, int width, bool inside, const char
 // ---- CUDA's names
 // ------------------------------------------------------------------------------------------------------
 
+inline void __threadfence() {}  // one fiber runs at a time
 inline void __syncthreads() { cuda_host::sync_block(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_host::exchange(mask, 0, "__syncwarp"); }
 

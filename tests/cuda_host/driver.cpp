@@ -88,6 +88,7 @@ struct Value {
 
 template <class T>
 constexpr Type kTypeOf = std::is_same_v<T, float>     ? Type::float32
+                         : std::is_same_v<T, double>  ? Type::float64
                          : std::is_same_v<T, int64_t> ? Type::int64
                          : std::is_same_v<T, int32_t> ? Type::int32
                          : std::is_same_v<T, bool>    ? Type::boolean

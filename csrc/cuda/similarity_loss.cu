@@ -1,0 +1,220 @@
+// The loss of one chunk on a GPU: what lies between the products, the folds and the weights, in as few launches as
+// there are points at which all blocks must have ended. None of it takes as long as starting it does.
+#include "similarity_loss.h"
+
+#include "../row_losses.h"
+#include "launch.h"
+#include "similarity_chunk.h"
+#include "similarity_folds.h"
+#include "similarity_pairs.h"
+
+namespace contrastive_ops {
+namespace {
+
+// Threads of a block that adds up everything.
+constexpr int kMostThreads = 1024;
+
+__global__ void prepare_kernel(const float* given_scale, float scale_number, bool inverted, const float* given_bias,
+                               float bias_number, int64_t N, float* scale, float* row_bias, int64_t* target,
+                               int32_t* ticket) {
+  const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (row == 0) {
+    const float given = given_scale != nullptr ? *given_scale : scale_number;
+    *scale = inverted ? 1.0f / given : given;
+    *ticket = 0;
+  }
+  if (row >= N) return;
+  if (row_bias != nullptr) row_bias[row] = given_bias != nullptr ? *given_bias : bias_number;
+  if (target != nullptr) target[row] = row;
+}
+
+// Folds the numbers of all threads of a block, in an order that their count alone decides; thread 0 gets the result.
+template <class T, class Function>
+__device__ T fold_block(T value, T* shared, const Function& function) {
+  shared[threadIdx.x] = value;
+  __syncthreads();
+  for (int step = static_cast<int>(blockDim.x) / 2; step > 0; step /= 2) {
+    if (static_cast<int>(threadIdx.x) < step)
+      shared[threadIdx.x] = function(shared[threadIdx.x], shared[threadIdx.x + step]);
+    __syncthreads();
+  }
+  const T result = shared[0];
+  __syncthreads();
+  return result;
+}
+
+__device__ inline double larger(double a, double b) { return b > a || isnan(b) ? b : a; }
+
+// What the rows' losses and slopes are made into.
+struct RowOutputs {
+  int32_t* ticket;
+  double* sums;
+  float *values, *slopes, *loss, *norm;
+};
+
+// The value of a fold of row or column `place`, from what each tile found.
+__device__ inline float value_of(FoldKind kind, const Part* parts, int tiles, int64_t stride, int64_t place) {
+  Part part{};
+  for (int t = 0; t < tiles; ++t) part = merged(kind, part, parts[t * stride + place]);
+  return finished(kind, part);
+}
+
+// One thread for each row. The block that ends last makes one number of those of all blocks, in their order.
+__global__ void rows_kernel(const __grid_constant__ PairArguments p, const PairChunk chunk, const Part* parts,
+                            RowLoss kind, double divisor, const RowOutputs out) {
+  double* shared = shared_memory<double>();
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  double loss = 0.0, most = 0.0;
+  if (i < p.N) {
+    RowTerms row{{}, double{nanf("")}, -double{kInfinity}, 1.0};
+    for (int f = 0; f < p.fold_count; ++f) {
+      const bool cols = p.folds[f].cols;
+      const Part* from = parts + (cols ? int64_t{chunk.tiles_across()} * chunk.rows : 0);
+      const float value = value_of(p.folds[f].kind, from, cols ? chunk.tiles_down() : chunk.tiles_across(),
+                                   cols ? chunk.cols : chunk.rows, i);
+      out.values[f * p.N + i] = value;
+      row.folds[f] = double{value};
+    }
+    const int64_t j = p.target[i], place = j < 0 ? -1 : place_of(chunk, i, j);
+    if (place >= 0) row.target = double{logit_of(p, p.sets[0], chunk.dots[place], i, j)};
+    const RowSlopes slopes = row_loss(kind, row);
+    loss = slopes.loss;
+    for (int f = 0; f < p.fold_count; ++f) {
+      const double slope = slopes.folds[f] / divisor;
+      out.slopes[f * p.N + i] = static_cast<float>(slope);
+      most += fabs(slope);
+    }
+    out.slopes[p.fold_count * p.N + i] = static_cast<float>(slopes.target / divisor);
+    most += fabs(slopes.target / divisor);
+  }
+  loss = fold_block(loss, shared, [](double a, double b) { return a + b; });
+  most = fold_block(most, shared, [](double a, double b) { return larger(a, b); });
+  if (threadIdx.x != 0) return;
+  out.sums[2 * blockIdx.x] = loss, out.sums[2 * blockIdx.x + 1] = most;
+  __threadfence();
+  if (atomicAdd(out.ticket, 1) != static_cast<int32_t>(gridDim.x) - 1) return;
+  __threadfence();
+  const volatile double* sums = out.sums;
+  loss = most = 0.0;
+  for (unsigned block = 0; block < gridDim.x; ++block) {
+    loss += sums[2 * block], most = larger(most, sums[2 * block + 1]);
+  }
+  *out.loss = static_cast<float>(loss / divisor);
+  if (out.norm == nullptr) return;
+  const double bound = most * fabs(double{*p.sets[0].scale});
+  const bool known = bound > 0.0 && bound <= double{kLargest};
+  *out.norm = known ? static_cast<float>(exp2(fmin(fmax(floor(14.0 - log2(bound)), -100.0), 100.0))) : 1.0f;
+}
+
+// One block for each sum.
+__global__ void totals_kernel(const float* parts, int64_t first, int64_t second, int64_t size, const float* factor,
+                              const float* scale, float* totals) {
+  const float* from = parts + (blockIdx.x == 0 ? first : second);
+  double sum = 0.0;
+  for (int64_t at = threadIdx.x; at < size; at += blockDim.x) sum += double{from[at]};
+  sum = fold_block(sum, shared_memory<double>(), [](double a, double b) { return a + b; });
+  if (threadIdx.x != 0) return;
+  if (factor != nullptr) sum *= double{*factor};
+  if (scale != nullptr && blockIdx.x == 0) sum *= -double{*scale} * double{*scale};
+  totals[blockIdx.x] = static_cast<float>(sum);
+}
+
+// Gradients of one matrix: those of rows, or of columns.
+struct Leaving {
+  const float* gradient;   // (size, D)
+  const float* residuals;  // of the first tile, or null
+  const int64_t* partner;  // or null for the item itself
+  const void* other;       // (others, D)
+  void* to;
+  int64_t size, others, tiles;
+};
+
+template <class T>
+__device__ void leave(const Leaving& side, int64_t row, int64_t D, float down_by, float factor) {
+  float residual = 0.0f;
+  int64_t partner = -1;
+  if (side.residuals != nullptr) {
+    partner = side.partner != nullptr ? side.partner[row] : row;
+    if (partner >= side.others) partner = -1;
+    for (int64_t t = 0; t < side.tiles; ++t) residual += side.residuals[t * side.size + row];
+  }
+  const float* from = side.gradient + row * D;
+  const T* mate = static_cast<const T*>(side.other) + (partner < 0 ? 0 : partner) * D;
+  T* to = static_cast<T*>(side.to) + row * D;
+  for (int64_t at = threadIdx.x % kWarp; at < D; at += kWarp) {
+    float value = from[at] * down_by;
+    if (partner >= 0) value += residual * to_float(mate[at]);
+    to[at] = from_float<T>(factor * value);
+  }
+}
+
+// One warp for each row of x, then for each of y.
+template <class T>
+__global__ void finish_kernel(const Leaving x, const Leaving y, int64_t D, const float* norm, const float* factor,
+                              const float* totals, int64_t count, float* other_totals) {
+  const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
+  const float down_by = norm == nullptr ? 1.0f : 1.0f / *norm;
+  if (blockIdx.x == 0 && threadIdx.x < count) other_totals[threadIdx.x] = *factor * totals[threadIdx.x];
+  if (row < x.size) {
+    leave<T>(x, row, D, down_by, *factor);
+  } else if (row < x.size + y.size) {
+    leave<T>(y, row - x.size, D, down_by, *factor);
+  }
+}
+
+}  // namespace
+
+void similarity_loss_prepare(Stream stream, const float* given_scale, double scale_number, bool inverted,
+                             const float* given_bias, double bias_number, int64_t N, float* scale, float* row_bias,
+                             int64_t* target, int32_t* ticket) {
+  const int64_t rows = row_bias != nullptr || target != nullptr ? N : 0;
+  launch(prepare_kernel, ceil_divide(rows > 0 ? rows : 1, kThreads), kThreads, 0, stream, given_scale,
+         static_cast<float>(scale_number), inverted, given_bias, static_cast<float>(bias_number), rows, scale, row_bias,
+         target, ticket);
+}
+
+void similarity_loss_rows(Stream stream, const float* dots, Integers chunk_numbers, Arrays pair_data, Integers spec,
+                          const float* scale, const float* row_bias, const float* col_bias, const int64_t* target,
+                          int64_t N, int64_t M, const float* parts, int64_t kind, double divisor, int32_t* ticket,
+                          double* sums, float* values, float* slopes, float* loss, float* norm) {
+  const PairArguments p = pairs_of(pair_data, spec, scale, row_bias, col_bias, target, N, M);
+  const PairChunk chunk = chunk_of(dots, nullptr, chunk_numbers);
+  const auto loss_kind = static_cast<RowLoss>(kind);
+  if (loss_kind != RowLoss::softmax && loss_kind != RowLoss::softmax_both && loss_kind != RowLoss::sigmoid) {
+    throw std::invalid_argument("kind: it must be one with a single set");
+  }
+  for (int f = 0; f < p.fold_count; ++f) {
+    if (p.folds[f].cols && N != M)
+      throw std::invalid_argument("folds: those of columns need as many as there are rows");
+  }
+  if (chunk.itself || chunk.rows != N || chunk.cols != M || p.fold_count > kRowFolds || target == nullptr) {
+    throw std::invalid_argument("chunk: it must be the whole matrix, and rows must have targets");
+  }
+  launch(rows_kernel, ceil_divide(N, kThreads), kThreads, sizeof(double) * kThreads, stream, p, chunk,
+         reinterpret_cast<const Part*>(parts), loss_kind, divisor,
+         RowOutputs{ticket, sums, values, slopes, loss, norm});
+}
+
+void similarity_loss_totals(Stream stream, const float* parts, Integers begins, int64_t size, const float* factor,
+                            const float* scale, float* totals) {
+  if (begins.size < 1 || begins.size > 2) throw std::invalid_argument("begins: there must be one or two sums");
+  launch(totals_kernel, begins.size, kMostThreads, sizeof(double) * kMostThreads, stream, parts, begins.data[0],
+         begins.data[begins.size - 1], size, factor, scale, totals);
+}
+
+void similarity_loss_finish(Stream stream, const float* dx, const float* dy, Input x, Input y, int64_t N, int64_t M,
+                            int64_t D, const float* norm, const float* factor, const float* parts,
+                            int64_t row_residuals, int64_t col_residuals, int64_t across, int64_t down,
+                            const int64_t* target, const int64_t* partner, Output x_gradient, Output y_gradient,
+                            const float* totals, int64_t count, float* other_totals) {
+  const auto residuals = [&](int64_t begin) { return begin < 0 ? nullptr : parts + begin; };
+  const Leaving of_x{dx, residuals(row_residuals), target, y.data, x_gradient.data, dx == nullptr ? 0 : N, M, across};
+  const Leaving of_y{dy, residuals(col_residuals), partner, x.data, y_gradient.data, dy == nullptr ? 0 : M, N, down};
+  const int64_t warps = of_x.size + of_y.size;
+  with_type(x.dtype, [&](auto type) {
+    launch(finish_kernel<decltype(type)>, ceil_divide(warps > 0 ? warps : 1, kWarps), kThreads, 0, stream, of_x, of_y,
+           D, norm, factor, totals, count, other_totals);
+  });
+}
+
+}  // namespace contrastive_ops
