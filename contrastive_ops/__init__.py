@@ -9,7 +9,8 @@ storing it, and hard negatives come from `similarity_topk`, which finds the best
 pairs take part, `Fold` what a row or column becomes.
 
 Here are the names that most programs need. All losses are in `losses` and, as modules, in `nn`, all primitives in
-`ops`, and the rest in `mining`, `moe`, `metrics` and `decoding`; `testing` is for tests.
+`ops`, and the rest in `mining`, `moe`, `metrics` and `decoding`; `testing` is for tests. What `losses`, `ops` and
+`mining` list can be imported from here, too.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -53,9 +54,12 @@ flops.register_when_imported()
 
 
 def __getattr__(name: str) -> Any:
-    """`testing`, which a training needs not."""
+    """`testing`, which a training needs not, and what is listed in a namespace alone, found here without its name."""
     if name == "testing":
         import importlib
 
         return importlib.import_module(f"{__name__}.testing")
+    for namespace in (losses, ops, mining):
+        if name in namespace.__all__:
+            return getattr(namespace, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,13 @@ NAMESPACES = {"losses", "ops", "mining", "moe", "nn", "metrics", "decoding", "te
 def test_top_level():
     assert set(contrastive_ops.__all__) == LOSSES | FUNCTIONS | NAMESPACES | {"Pairs", "Fold", "__version__"}
     assert all(hasattr(contrastive_ops, name) for name in contrastive_ops.__all__)
-    assert not hasattr(contrastive_ops, "moco")
+
+
+def test_what_namespaces_list_is_found_without_their_names():
+    for namespace in (contrastive_ops.losses, contrastive_ops.ops, contrastive_ops.mining):
+        for name in namespace.__all__:
+            assert getattr(contrastive_ops, name) is getattr(namespace, name)
+    assert "moco" not in dir(contrastive_ops) and not hasattr(contrastive_ops, "mocco")
 
 
 def test_functions_are_those_of_their_namespaces():
