@@ -153,7 +153,7 @@ for _rows, _columns in ((1, MANY), (MANY, 1)):
         lambda backend, n=_rows, m=_columns: _labelled(losses.multi_positive_info_nce, n, m, backend)
     )
     claim("multi_positive_siglip")(
-        two_sides(losses.multi_positive_siglip, _rows, _columns, row_ids=same_label, col_ids=same_col_labels)
+        two_sides(losses.multi_positive_siglip, _rows, _columns, labels=same_label, col_labels=same_col_labels)
     )
     claim("batch_hard_triplet")(
         lambda backend, n=_rows, m=_columns: _labelled(losses.batch_hard_triplet, n, m, backend)

@@ -221,7 +221,7 @@ LOSS_CASES = [
     (
         lambda: info_nce(X, Y, row_negatives=torch.ones(2, 4, 3)),
         ValueError,
-        "info_nce: row_negatives must have shape (4, K, 3), got (2, 4, 3)",
+        "info_nce: row_negatives must have shape (4, 3) or (4, K, 3), got (2, 4, 3)",
     ),
     (
         lambda: info_nce(X, Y, row_negatives=torch.ones(4, 2, 3).half()),

@@ -132,7 +132,7 @@ def test_estimates_of_impossible_tokens(kind):
 def test_lambda_weights_of_large_grades(top, kind, dtype):
     scores = torch.randn(3, 4, dtype=dtype).requires_grad_()
     grades = torch.tensor([[top, 1.0, 0.0, 0.0], [0.0, 2.0, 1.0, -INF], [top, top - 1, top - 2, 0.0]], dtype=DOUBLE)
-    found = pairwise_rank_distillation(scores, grades.to(dtype), kind=kind, pair_weight="lambda", pairs="sum")
+    found = pairwise_rank_distillation(scores, grades.to(dtype), kind=kind, pair_weight="lambda", pair_reduction="sum")
     wide, grades = scores.detach().double().requires_grad_(), grades.to(dtype).double()
     there = grades > -INF
     largest = grades.amax(1, keepdim=True)

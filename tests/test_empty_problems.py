@@ -289,7 +289,7 @@ CALLS = {
     "uniformity itself": ({"n": 3, "d": 4}, lambda n, d, backend: ops.losses.uniformity(rows(n, d), backend=backend)),
     "sparsity": (
         {"n": 3, "d": 4},
-        lambda n, d: tuple(ops.losses.sparsity(rows(n, d), kind) for kind in ("flops", "l1")),
+        lambda n, d: tuple(ops.losses.sparsity(rows(n, d), kind=kind) for kind in ("flops", "l1")),
     ),
     "group_whiten": ({"n": 9, "d": 4}, lambda n, d: ops.losses.group_whiten(rows(n, d), 1)),
     "variance_hinge": ({"n": 9, "d": 4}, lambda n, d: ops.losses.variance_hinge(rows(n, d))),

@@ -292,11 +292,11 @@ IDS = {
         Q, ids[:BATCH], K, ids, target=torch.arange(BATCH), backend=backend
     ),
     "mined_info_nce": lambda ids, backend: losses.mined_info_nce(
-        Q, V, K, 4, ids=ids[:BATCH], pairs=Pairs(differ=(ids[:BATCH], ids)), backend=backend
+        Q, V, K, 4, labels=ids[:BATCH], pairs=Pairs(differ=(ids[:BATCH], ids)), backend=backend
     ),
-    "moco": lambda ids, backend: losses.moco(Q, V, K, ids=ids[:BATCH], queue_ids=ids, backend=backend),
+    "moco": lambda ids, backend: losses.moco(Q, V, K, labels=ids[:BATCH], queue_labels=ids, backend=backend),
     "simctg": lambda ids, backend: losses.simctg(Q, ids[:BATCH], backend=backend),
-    "vse": lambda ids, backend: losses.vse(Q, V, ids=ids[:BATCH], hardest=True, backend=backend),
+    "vse": lambda ids, backend: losses.vse(Q, V, labels=ids[:BATCH], hardest=True, backend=backend),
     "isotropy": lambda ids, backend: metrics.isotropy(Q, ids[:BATCH]),
     "MemoryBank": lambda ids, backend: _bank_of(ids).topk(
         Q, 6, ids=ids[:BATCH], labels=ids.flip(0)[:BATCH], backend=backend

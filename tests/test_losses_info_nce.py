@@ -75,7 +75,7 @@ def test_info_nce(backend, reduction, data):
     query, key = leaf(n, depth), leaf(m, depth)
     target = None if draw(st.booleans()) and m >= n else torch.randint(0, m, (n,))
     negatives = leaf(draw(st.integers(0, 7)), depth) if draw(st.booleans()) else None
-    own = leaf(n, draw(st.integers(1, 3)), depth) if draw(st.booleans()) else None
+    own = leaf(n, *draw(st.sampled_from([(1,), (3,), ()])), depth) if draw(st.booleans()) else None
     margin, z_loss = draw(st.sampled_from([0.0, 0.2])), draw(st.sampled_from([0.0, 0.01]))
     options, leaves = draw_options(draw, n)
     columns = key if negatives is None else torch.cat([key, negatives])
@@ -83,12 +83,15 @@ def test_info_nce(backend, reduction, data):
     pairs, keep = rules_and_mask(kinds, query, columns)
 
     similarity = query @ columns.T
+    bias, more = leaf(len(columns)) if draw(st.booleans()) else None, 0
     if own is not None:
-        similarity = torch.cat([similarity, torch.einsum("nd,nkd->nk", query, own)], 1)
-        keep = F.pad(keep, (0, own.shape[1]), value=True)
+        similarity = torch.cat([similarity, torch.einsum("nd,nkd->nk", query, own.view(n, -1, depth))], 1)
+        more = similarity.shape[1] - len(columns)
+        keep = F.pad(keep, (0, more), value=True)
     at = torch.arange(n) if target is None else target
     scale = options["scale"].expand(n)[:, None]
     logits = scale * (similarity - margin * F.one_hot(at, similarity.shape[1]).double())
+    logits = logits if bias is None else logits + F.pad(bias, (0, more))
     rows = dense_rows(logits, keep, at, options["label_smoothing"], z_loss)
     value = info_nce(
         query,
@@ -97,6 +100,7 @@ def test_info_nce(backend, reduction, data):
         row_negatives=own,
         target=target,
         pairs=pairs,
+        col_bias=bias,
         margin=margin,
         z_loss=z_loss,
         reduction=reduction,
@@ -104,7 +108,7 @@ def test_info_nce(backend, reduction, data):
         normalize=False,
         **options,
     )
-    leaves += [t for t in (query, key, negatives, own) if t is not None]
+    leaves += [t for t in (query, key, negatives, own, bias) if t is not None]
     check(value, reduced(rows, reduction, options["weight"]), leaves)
 
 
@@ -119,6 +123,10 @@ def test_clip(backend, reduction, data):
     options, leaves = draw_options(draw, n)
     pairs, keep = rules_and_mask(draw(st.lists(st.sampled_from(RULES), unique=True, max_size=2)), image, text)
     logits = options["scale"].expand(n)[:, None] * (image @ text.T)
+    if draw(st.booleans()):
+        options["col_bias"] = leaf(n)
+        leaves.append(options["col_bias"])
+        logits = logits + options["col_bias"]
     both = [
         dense_rows(*each, torch.arange(n), options["label_smoothing"]) for each in ((logits, keep), (logits.T, keep.T))
     ]

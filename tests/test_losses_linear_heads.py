@@ -100,14 +100,14 @@ OPTIONS = {
 }
 
 
-def dense_cross_entropy(hidden, weight, labels, bias, token_weight, class_weight, reduction, **options):
+def dense_cross_entropy(hidden, head, labels, bias, weight, class_weight, reduction, **options):
     z_loss, softcap = options.get("z_loss", 0.0), options.get("softcap")
-    logits = dense_logits(hidden, weight, bias)
+    logits = dense_logits(hidden, head, bias)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     smoothing = {"label_smoothing": options.get("label_smoothing", 0.0)}
     flat = logits.flatten(0, -2)
     losses = F.cross_entropy(flat, labels.flatten(), weight=class_weight, reduction="none", **smoothing)
-    share = (labels != -100) * token_weight
+    share = (labels != -100) * weight
     losses, squares = share * losses.view(labels.shape), share * z_loss * logits.logsumexp(-1).square()
     if reduction == "none":
         return losses + squares
@@ -124,7 +124,7 @@ def test_cross_entropies(name, backend, monkeypatch):
     token_weight = torch.rand(labels.shape, dtype=DOUBLE).requires_grad_()
     class_weight = torch.rand(WORDS, dtype=DOUBLE) + 0.5
     for reduction in ("mean", "sum", "none"):
-        given = {"class_weight": class_weight, "reduction": reduction, "token_weight": token_weight, **OPTIONS[name]}
+        given = {"class_weight": class_weight, "reduction": reduction, "weight": token_weight, **OPTIONS[name]}
         found = linear_cross_entropy(hidden, weight, labels, bias=bias, backend=backend, **given)
         expected = dense_cross_entropy(hidden, weight, labels, bias, **given)
         same(found, expected, [hidden, weight, bias, token_weight])
@@ -263,17 +263,17 @@ X, W, V = torch.ones(3, 2), torch.ones(4, 5, 2), torch.zeros(3, 5, dtype=torch.i
         (
             lambda: linear_cross_entropy(X, W[0, 0], V),
             ValueError,
-            "weight must be a tensor (V, D) or (V, ..., D), got (2,)",
+            "head must be a tensor (V, D) or (V, ..., D), got (2,)",
         ),
         (
             lambda: linear_cross_entropy(X, W[:, :0], V),
             ValueError,
-            "weight must have no size of 0 between its first and its last, got (4, 0, 2)",
+            "head must have no size of 0 between its first and its last, got (4, 0, 2)",
         ),
         (
             lambda: linear_cross_entropy(X, W.long(), V),
             TypeError,
-            "weight must be float32, float64, bfloat16 or float16",
+            "head must be float32, float64, bfloat16 or float16",
         ),
         (lambda: linear_cross_entropy(X, W, V[:, :4]), ValueError, "labels must have shape (3, 5), got (3, 4)"),
         (lambda: linear_cross_entropy(X, W, V + 4), ValueError, "labels must be in [0, 4), got 4"),
@@ -289,21 +289,21 @@ X, W, V = torch.ones(3, 2), torch.ones(4, 5, 2), torch.zeros(3, 5, dtype=torch.i
             "labels must be probabilities of shape (3, 4, 5), got (3, 5, 4)",
         ),
         (
-            lambda: linear_cross_entropy(X, W, V, token_weight=X[:, 0]),
+            lambda: linear_cross_entropy(X, W, V, weight=X[:, 0]),
             ValueError,
-            "token_weight must have shape (3, 5), got (3,)",
+            "weight must have shape (3, 5), got (3,)",
         ),
-        (lambda: linear_cross_entropy(X, W, V, token_weight=V - 1.0), ValueError, "token_weight must not be negative"),
+        (lambda: linear_cross_entropy(X, W, V, weight=V - 1.0), ValueError, "weight must not be negative"),
         (
             lambda: linear_cross_entropy(X, W[..., :1], V),
             ValueError,
-            "weight must have the same last dimension as hidden",
+            "head must have the same last dimension as hidden",
         ),
         (lambda: linear_kl(X, W, X, W, mask=X[:, 0] > 0), ValueError, "mask must have shape (3, 5), got (3,)"),
         (
             lambda: linear_kl(X, W, X, W[:, 0]),
             ValueError,
-            "reference_weight must have the classes of weight (4, 5), got (4,)",
+            "reference_head must have the classes of head (4, 5), got (4,)",
         ),
     ],
 )

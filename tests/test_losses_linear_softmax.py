@@ -195,7 +195,7 @@ def test_cross_entropy(backend, reduction, weighted):
     hidden, weight, labels, bias = inputs(3, 7)
     labels[1, 4:], labels[2, 0] = -100, -100
     token_weight = torch.rand(3, 7, dtype=DOUBLE).requires_grad_() if weighted else None
-    given = {"token_weight": token_weight, "reduction": reduction, "backend": backend}
+    given = {"weight": token_weight, "reduction": reduction, "backend": backend}
     found = linear_cross_entropy(hidden, weight, labels, bias=bias, **given)
     rows = F.cross_entropy(F.linear(hidden, weight, bias).mT, labels, reduction="none")
     if weighted:
@@ -223,7 +223,7 @@ def test_cross_entropy_without_any_label():
 def test_a_policy_gradient_is_a_sum_with_weights_of_any_sign():
     hidden, weight, labels, _ = inputs(9)
     advantage = torch.randn(9, dtype=DOUBLE)
-    value = linear_cross_entropy(hidden, weight, labels, token_weight=advantage, reduction="sum")
+    value = linear_cross_entropy(hidden, weight, labels, weight=advantage, reduction="sum")
     expected = -(advantage * dense(hidden, weight, labels)[0]).sum()
     torch.testing.assert_close(value, expected)
     for a, b in zip(
@@ -382,21 +382,21 @@ X, W = torch.ones(3, 2), torch.ones(4, 2)
         (
             lambda: linear_kl(X, W, X, W[:3]),
             ValueError,
-            "reference_weight must have the classes of weight (4,), got (3,)",
+            "reference_head must have the classes of head (4,), got (3,)",
         ),
         (lambda: linear_kl(X, W, X, W, mask=V), TypeError, "linear_kl: mask must be bool, got torch.float32"),
         (lambda: linear_kl(X, W, X, W, mask=V[:2] > 0), ValueError, "linear_kl: mask must have shape (3,), got (2,)"),
         (lambda: linear_kl(X, W, X, W, reference_bias=V), ValueError, "linear_kl: reference_bias must have shape (4,)"),
         (lambda: linear_kl(X, W, X, W, direction="up"), ValueError, "direction must be one of 'reverse', 'forward'"),
         (
-            lambda: linear_cross_entropy(X, W, V.long(), token_weight=V[:2]),
+            lambda: linear_cross_entropy(X, W, V.long(), weight=V[:2]),
             ValueError,
-            "linear_cross_entropy: token_weight must have shape (3,), got (2,)",
+            "linear_cross_entropy: weight must have shape (3,), got (2,)",
         ),
         (
-            lambda: linear_cross_entropy(X, W, V.long(), token_weight=V - 1),
+            lambda: linear_cross_entropy(X, W, V.long(), weight=V - 1),
             ValueError,
-            "linear_cross_entropy: token_weight must not be negative, got -1.0",
+            "linear_cross_entropy: weight must not be negative, got -1.0",
         ),
         (lambda: linear_cross_entropy(X, W, V.long(), reduction="max"), ValueError, "reduction must be one of"),
     ],

@@ -16,7 +16,7 @@ DOUBLE = torch.float64
 WORDS = 19
 
 
-def dense(hidden, head, labels, bias=None, token_weight=None, class_weight=None, z_loss=0.0, softcap=None, **options):
+def dense(hidden, head, labels, bias=None, weight=None, class_weight=None, z_loss=0.0, softcap=None, **options):
     """By plain torch in whatever dtype it is given."""
     logits = F.linear(hidden, head, bias)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -27,8 +27,8 @@ def dense(hidden, head, labels, bias=None, token_weight=None, class_weight=None,
     else:
         labels, logits = labels.flatten(0, -2), logits.flatten(0, -2)
     used = labels != -100 if indices else torch.ones(len(labels), dtype=torch.bool)
-    token_weight = torch.ones(len(labels), dtype=logits.dtype) if token_weight is None else token_weight.flatten()
-    share = torch.where(used, token_weight, 0.0)
+    weight = torch.ones(len(labels), dtype=logits.dtype) if weight is None else weight.flatten()
+    share = torch.where(used, weight, 0.0)
     losses = share * F.cross_entropy(logits, labels, weight=class_weight, reduction="none", **options)
     squares = share * z_loss * logits.logsumexp(1).square()
     if reduction == "none":
@@ -86,12 +86,12 @@ def test_against_plain_torch(name, kind, backend, monkeypatch):
     for reduction, weighted, with_bias in itertools.product(("mean", "sum", "none"), (False, True), (False, True)):
         given = {**options, "reduction": reduction, "bias": bias if with_bias else None}
         token_weight = torch.rand(3, 7, dtype=DOUBLE).requires_grad_() if weighted else None
-        found = linear_cross_entropy(hidden, head, labels, token_weight=token_weight, backend=backend, **given)
+        found = linear_cross_entropy(hidden, head, labels, weight=token_weight, backend=backend, **given)
         leaves = [hidden, head, *([bias] if with_bias else []), *([token_weight] if weighted else [])]
         leaves += [labels] if kind == "probabilities" else []
-        same(found, dense(hidden, head, labels, token_weight=token_weight, **given), leaves)
+        same(found, dense(hidden, head, labels, weight=token_weight, **given), leaves)
         with torch.no_grad():
-            again = linear_cross_entropy(hidden, head, labels, token_weight=token_weight, backend=backend, **given)
+            again = linear_cross_entropy(hidden, head, labels, weight=token_weight, backend=backend, **given)
         torch.testing.assert_close(again, found.detach())
 
 
@@ -167,7 +167,7 @@ def test_ignored_rows_reach_nothing_compiled_or_not(options):
 
 def test_probabilities_compile_and_rows_of_weight_0_reach_nothing():
     def step(hidden, head, soft, token_weight):
-        return linear_cross_entropy(hidden, head, soft, token_weight=token_weight, label_smoothing=0.1)
+        return linear_cross_entropy(hidden, head, soft, weight=token_weight, label_smoothing=0.1)
 
     hidden, head, _, _ = inputs(12, dtype=torch.float32)
     soft, token_weight = probabilities(12, dtype=torch.float32), torch.ones(12)
@@ -283,7 +283,7 @@ def test_capped_entropies_and_divergences_keep_no_logits_and_compile():
 def test_the_z_loss_is_returned_beside_the_loss(options, reduction, kind):
     hidden, head, labels, bias = inputs(3, 7)
     labels = labels if kind == "labels" else probabilities(3, 7).detach()
-    options = {**options, "bias": bias, "reduction": reduction, "token_weight": torch.rand(3, 7, dtype=DOUBLE)}
+    options = {**options, "bias": bias, "reduction": reduction, "weight": torch.rand(3, 7, dtype=DOUBLE)}
     if "class_weight" in options:
         options["class_weight"] = torch.rand(WORDS, dtype=DOUBLE) + 0.5
     found = linear_cross_entropy(hidden, head, labels, z_loss=0.3, return_z_loss=True, **options)

@@ -29,13 +29,13 @@ def stacked(losses, x):
     return torch.stack(losses) if losses else x.sum(1)
 
 
-def dense_vse(image, text, margin, hardest, ids=None, normalize=True):
+def dense_vse(image, text, margin, hardest, labels=None, normalize=True):
     image, text = (F.normalize(image), F.normalize(text)) if normalize else (image, text)
     s = image @ text.T
     own = s.diagonal()
     drop = torch.eye(len(s), dtype=torch.bool)
-    if ids is not None:
-        drop = drop | ((ids[:, None] == ids) & (ids != -1))
+    if labels is not None:
+        drop = drop | ((labels[:, None] == labels) & (labels != -1))
     rows = F.relu(margin + s - own[:, None]).masked_fill(drop, 0)
     cols = F.relu(margin + s - own).masked_fill(drop, 0)
     if hardest:
@@ -98,8 +98,8 @@ def common(case):
 @given(case=cases())
 def test_vse(backend, case):
     image, text, margin, hardest = case["x"], leaf(*case["x"].shape), case["margin"], case["flag"]
-    ids, normalize = case["labels"] if case["other_flag"] else None, case["normalize"]
-    options = {"hardest": hardest, "ids": ids, "normalize": normalize}
+    labels, normalize = case["labels"] if case["other_flag"] else None, case["normalize"]
+    options = {"hardest": hardest, "labels": labels, "normalize": normalize}
     value = vse(image, text, margin=margin, backend=backend, **options, **common(case))
     truth = dense_vse(image, text, margin, **options)
     check(value, reduced(truth, case["reduction"], case["weight"]), [image, text, case["weight"]])
@@ -145,7 +145,7 @@ def test_more_rows_than_a_tile(backend, reduction):
     options = {"reduction": reduction, "backend": backend}
     for hardest in (False, True):
         truth = dense_vse(x, y, 0.2, hardest, labels)
-        check(vse(x, y, hardest=hardest, ids=labels, **options), reduced(truth, reduction), [x, y])
+        check(vse(x, y, hardest=hardest, labels=labels, **options), reduced(truth, reduction), [x, y])
         truth = dense_energy(x, y[:300], y[:7], 0.2, hardest)
         check(energy_hinge(x, y, y[:7], hardest=hardest, **options), reduced(truth, reduction), [x, y])
     same = labels[:, None] == labels
@@ -244,7 +244,7 @@ X, Y, IDS = torch.randn(4, 3), torch.randn(5, 3), torch.arange(4)
 CASES = [
     (lambda: vse(X, Y), ValueError, "vse: text must have the same shape as image, got image (4, 3) and text (5, 3)"),
     (lambda: vse(X, X, margin=torch.nan), ValueError, "vse: margin must be in [0, inf), got nan"),
-    (lambda: vse(X, X, ids=IDS[:2]), ValueError, "vse: ids must have shape (4,), got (2,)"),
+    (lambda: vse(X, X, labels=IDS[:2]), ValueError, "vse: labels must have shape (4,), got (2,)"),
     (
         lambda: energy_hinge(X, X, torch.ones(2, 4)),
         ValueError,

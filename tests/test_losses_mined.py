@@ -88,7 +88,7 @@ def test_mined(backend, reduction, data):
         k if mines else None,
         indices=None if mines else indices,
         pairs=Pairs(**rules) if mines else None,
-        ids=ids,
+        labels=ids,
         in_batch=in_batch,
         scale=scale,
         weight=weight,
@@ -143,10 +143,10 @@ def test_without_negatives_loss_and_gradient_are_zero(backend, reduction):
     for given_corpus, choice in (
         (leaf(0, 4), {"k": 3, "in_batch": False}),
         (corpus, {"k": 3, "pairs": nothing, "in_batch": False}),
-        (corpus, {"k": 3, "pairs": nothing, "ids": ids}),
+        (corpus, {"k": 3, "pairs": nothing, "labels": ids}),
         (corpus, {"indices": torch.full((6, 2), -1), "in_batch": False}),
-        (corpus, {"indices": torch.full((6, 2), -1), "ids": ids}),
-        (corpus, {"indices": torch.empty(6, 0, dtype=torch.int64), "ids": ids}),
+        (corpus, {"indices": torch.full((6, 2), -1), "labels": ids}),
+        (corpus, {"indices": torch.empty(6, 0, dtype=torch.int64), "labels": ids}),
     ):
         value = mined_info_nce(
             query, positive, given_corpus, reduction=reduction, backend=backend, normalize=False, **choice
@@ -185,7 +185,7 @@ def test_ids_keep_duplicates_of_the_batch_apart(backend):
     query, positive = leaf(5, 4), torch.cat([document, document, leaf(3, 4)])
     options = {"indices": torch.zeros(5, 1, dtype=torch.int64), "reduction": "none", "backend": backend}
     corpus = leaf(2, 4)
-    apart = mined_info_nce(query, positive, corpus, ids=ids, **options)
+    apart = mined_info_nce(query, positive, corpus, labels=ids, **options)
     together = mined_info_nce(query, positive, corpus, **options)
     assert (apart[:2] < together[:2]).all()
     torch.testing.assert_close(apart[2:], together[2:])
@@ -362,11 +362,11 @@ BAD = [
     (lambda: mined_info_nce(X, X, C, indices=LISTS[0]), ValueError, "indices must have shape (4, P), got (2,)"),
     (lambda: mined_info_nce(X, X, C, indices=LISTS + 6), ValueError, "indices must be in [-1, 6), got 6"),
     (lambda: mined_info_nce(X, X, C, indices=LISTS - 2), ValueError, "indices must be in [-1, 6), got -2"),
-    (lambda: mined_info_nce(X, X, C, 2, ids=IDS[:3]), ValueError, "ids must have shape (4,), got (3,)"),
+    (lambda: mined_info_nce(X, X, C, 2, labels=IDS[:3]), ValueError, "labels must have shape (4,), got (3,)"),
     (
-        lambda: mined_info_nce(X, X, C, 2, ids=IDS, in_batch=False),
+        lambda: mined_info_nce(X, X, C, 2, labels=IDS, in_batch=False),
         ValueError,
-        "ids must be None where in_batch is False, got ids of the batch\n  use pairs=Pairs(differ=",
+        "labels must be None where in_batch is False, got labels of the batch\n  use pairs=Pairs(differ=",
     ),
     (lambda: mined_info_nce(X, X, C, 2, temperature=0.0), ValueError, "temperature must be in (0, inf], got 0.0"),
     (

@@ -117,6 +117,23 @@ def run_labelled(loss, dense, case, backend, **options):
     check(value, truth, leaves)
 
 
+@pytest.mark.parametrize("form", ["mean_log", "log_mean", "each"])
+@pytest.mark.parametrize("columns", [None, 7])
+def test_a_bias_of_columns(backend, form, columns):
+    x, labels, more = leaf(9, 5), torch.arange(9) % 4, {}
+    if columns:
+        more = {"y": leaf(columns, 5), "col_labels": torch.arange(columns) % 5}
+    bias = leaf(columns or 9)
+    logits = 3.0 * F.normalize(x) @ F.normalize(more.get("y", x)).T + bias
+    sets = sets_of_labels(labels, more.get("col_labels"))
+    options = {**more, "scale": 3.0, "col_bias": bias, "reduction": "none", "backend": backend}
+    if form == "each":
+        value, rows = multi_positive_info_nce(x, labels, **options), dense_multi_positive(logits, *sets)
+    else:
+        value, rows = sup_con(x, labels, positives=form, **options), dense_sup_con(logits, *sets, form)
+    check(value, rows, [x, bias, *([more["y"]] if more else [])])
+
+
 @FUZZ
 @given(case=labelled(), form=st.sampled_from(["mean_log", "log_mean"]))
 def test_sup_con(backend, case, form):

@@ -391,19 +391,19 @@ CASES = [
     (
         lambda: gte(X, X, torch.randn(5, 2, 3)),
         ValueError,
-        "gte: hard_negatives must have shape (4, K, 3) or (H, 3), got (5, 2, 3)",
+        "gte: negatives must have shape (4, K, 3) or (H, 3), got (5, 2, 3)",
     ),
     (
         lambda: gte(X, X, torch.randn(5, 2)),
         ValueError,
-        "gte: hard_negatives must have the same last dimension as query, got query (4, 3) and hard_negatives (5, 2)",
+        "gte: negatives must have the same last dimension as query, got query (4, 3) and negatives (5, 2)",
     ),
     (
         lambda: gte(X, X, torch.randn(4, 2, 3).half()),
         TypeError,
-        "gte: hard_negatives must have the same dtype as query",
+        "gte: negatives must have the same dtype as query",
     ),
-    (lambda: gte(X, X, [X]), TypeError, "gte: hard_negatives must be a tensor, got list"),
+    (lambda: gte(X, X, [X]), TypeError, "gte: negatives must be a tensor, got list"),
     (
         lambda: gte(X, X, false_negative_margin=float("nan")),
         ValueError,

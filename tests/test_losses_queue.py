@@ -50,8 +50,8 @@ def test_moco(backend, reduction, data):
         query,
         key,
         queue,
-        ids=ids[0],
-        queue_ids=ids[1],
+        labels=ids[0],
+        queue_labels=ids[1],
         scale=scale,
         label_smoothing=share,
         weight=weight,
@@ -77,7 +77,7 @@ def test_without_negatives_loss_and_gradient_are_zero(backend, reduction):
     query, key, ids = leaf(6, 4), leaf(6, 4), torch.full((6,), 7)
     for queue, options in (
         (leaf(0, 4), {}),
-        (leaf(5, 4), {"ids": ids, "queue_ids": torch.full((5,), 7)}),
+        (leaf(5, 4), {"labels": ids, "queue_labels": torch.full((5,), 7)}),
     ):
         value = moco(query, key, queue, reduction=reduction, backend=backend, **options)
         assert torch.equal(value, torch.zeros_like(value))
@@ -87,12 +87,12 @@ def test_without_negatives_loss_and_gradient_are_zero(backend, reduction):
 @pytest.mark.parametrize("ids", [False, True])
 def test_diagnostics(backend, ids):
     query, key, queue = leaf(12, 4), leaf(12, 4), leaf(30, 4)
-    own = {"ids": torch.arange(12) % 5, "queue_ids": torch.arange(30) % 5} if ids else {}
+    own = {"labels": torch.arange(12) % 5, "queue_labels": torch.arange(30) % 5} if ids else {}
     plain = moco(query, key, queue, backend=backend, **own)
     loss, measures = moco(query, key, queue, diagnostics=True, backend=backend, **own)
     check(loss, plain, [query, key])
     q, k, u = (F.normalize(t.detach()) for t in (query, key, queue))
-    keep = own["ids"][:, None] != own["queue_ids"] if ids else torch.ones(12, 30, dtype=torch.bool)
+    keep = own["labels"][:, None] != own["queue_labels"] if ids else torch.ones(12, 30, dtype=torch.bool)
     positive, similarity = (q * k).sum(1), q @ u.T
     rank = 1 + (keep & (similarity >= positive[:, None])).sum(1)
     assert torch.equal(measures.rank, rank)
@@ -106,7 +106,7 @@ def test_gradcheck(backend, reduction):
     queue, ids = torch.randn(5, 3, dtype=DOUBLE), (torch.tensor([0, 1, -1, 2]), torch.tensor([0, 1, 1, -1, 3]))
 
     def function(query, key, scale):
-        options = {"ids": ids[0], "queue_ids": ids[1], "reduction": reduction, "backend": backend}
+        options = {"labels": ids[0], "queue_labels": ids[1], "reduction": reduction, "backend": backend}
         return moco(query, key, queue, scale=scale, **options)
 
     leaves = (leaf(4, 3), leaf(4, 3), torch.tensor(1.3, dtype=DOUBLE, requires_grad=True))
@@ -145,16 +145,16 @@ CASES = [
         TypeError,
         "moco: queue must have the same dtype as query, got query torch.float32 and queue torch.bfloat16",
     ),
-    (lambda: moco(X, X, Q, ids=IDS), ValueError, "moco: ids and queue_ids must both be given, or neither"),
+    (lambda: moco(X, X, Q, labels=IDS), ValueError, "moco: labels and queue_labels must both be given, or neither"),
     (
-        lambda: moco(X, X, Q, ids=IDS, queue_ids=IDS),
+        lambda: moco(X, X, Q, labels=IDS, queue_labels=IDS),
         ValueError,
-        "moco: queue_ids must have shape (5,), got (4,)",
+        "moco: queue_labels must have shape (5,), got (4,)",
     ),
     (
-        lambda: moco(X, X, Q, ids=IDS.float(), queue_ids=torch.arange(5)),
+        lambda: moco(X, X, Q, labels=IDS.float(), queue_labels=torch.arange(5)),
         TypeError,
-        "moco: ids must be int64, got torch.float32",
+        "moco: labels must be int64, got torch.float32",
     ),
     (lambda: moco(X, X, Q, temperature=-1.0), ValueError, "moco: temperature must be in (0, inf], got -1.0"),
     (

@@ -48,7 +48,7 @@ def ranks_of(values, ties):
     ]
 
 
-def of_pairs(s, t, kind="logistic", pair_weight="none", pairs="mean", margin=1.0, temperature=1.0):
+def of_pairs(s, t, kind="logistic", pair_weight="none", pair_reduction="mean", margin=1.0, temperature=1.0):
     by_teacher, by_student = ranks_of(t, ties=True), ranks_of(s, ties=False)
     gain = [2 ** v.item() - 1 for v in t]
     ideal = sum(g / math.log2(2 + i) for i, g in enumerate(sorted(gain, reverse=True)))
@@ -64,7 +64,7 @@ def of_pairs(s, t, kind="logistic", pair_weight="none", pairs="mean", margin=1.0
             discounts = [1 / math.log2(1 + by_student[at]) for at in (i, j)]
             cost = cost * abs(gain[i] - gain[j]) / ideal * abs(discounts[0] - discounts[1])
         costs.append(cost)
-    return sum(costs) / (len(costs) if pairs == "mean" else 1)
+    return sum(costs) / (len(costs) if pair_reduction == "mean" else 1)
 
 
 CASES = [
@@ -75,10 +75,10 @@ CASES = [
     (listwise_distillation, of_listmle, {"kind": "listmle"}),
     (listwise_distillation, of_listmle, {"kind": "listmle", "temperature": 0.3}),
     *(
-        (pairwise_rank_distillation, of_pairs, {"kind": kind, "pair_weight": pair_weight, "pairs": pairs})
+        (pairwise_rank_distillation, of_pairs, {"kind": kind, "pair_weight": pair_weight, "pair_reduction": over})
         for kind in ("logistic", "hinge")
         for pair_weight in ("none", "reciprocal_rank", "lambda")
-        for pairs in ("mean", "sum")
+        for over in ("mean", "sum")
     ),
     (pairwise_rank_distillation, of_pairs, {"kind": "hinge", "margin": 0.2, "temperature": 0.5}),
 ]
@@ -319,7 +319,11 @@ S = torch.zeros(2, 3)
         ),
         (lambda: pairwise_rank_distillation(S, S, kind="exp"), ValueError, "kind must be one of 'logistic', 'hinge'"),
         (lambda: pairwise_rank_distillation(S, S, pair_weight="r"), ValueError, "pair_weight must be one of 'none'"),
-        (lambda: pairwise_rank_distillation(S, S, pairs="max"), ValueError, "pairs must be one of 'mean', 'sum'"),
+        (
+            lambda: pairwise_rank_distillation(S, S, pair_reduction="max"),
+            ValueError,
+            "pair_reduction must be one of 'mean', 'sum'",
+        ),
         (
             lambda: pairwise_rank_distillation(S, S, margin=-1),
             ValueError,
@@ -332,7 +336,9 @@ def test_bad_input(call, error, message):
         call()
 
 
-@pytest.mark.parametrize("options", [{}, {"kind": "hinge", "pairs": "sum", "pair_weight": "reciprocal_rank"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"kind": "hinge", "pair_reduction": "sum", "pair_weight": "reciprocal_rank"}], ids=str
+)
 def test_long_lists_go_by_blocks_of_pairs(monkeypatch, options):
     """Blocks of a few candidates of one list give what all of its pairs at once give, value and gradients."""
     scores, teacher = torch.randn(3, 50, dtype=DOUBLE), torch.randint(0, 4, (3, 50)).double()

@@ -126,7 +126,7 @@ def test_uniformity_compiles():
 
 def test_sparsity():
     assert_same(sparsity, lambda x: sum((x[:, v].abs().sum() / len(x)) ** 2 for v in range(x.shape[1])), leaf(6, 11))
-    assert_same(lambda x: sparsity(x, "l1"), lambda x: sum(row.abs().sum() for row in x) / len(x), leaf(6, 11))
+    assert_same(lambda x: sparsity(x, kind="l1"), lambda x: sum(row.abs().sum() for row in x) / len(x), leaf(6, 11))
 
 
 # ---- Variance and covariance ---------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def dense_penalty(x):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_variance_and_covariance(shape):
     assert_same(
-        lambda x: variance_hinge(x, target=1.1),
+        lambda x: variance_hinge(x, std=1.1),
         lambda x: F.relu(1.1 - (dense_covariance(x).diag() + 1e-4).sqrt()).mean(),
         leaf(*shape),
     )
@@ -278,7 +278,7 @@ X = torch.randn(4, 6)
         (lambda: alignment(X, X, power=0), ValueError, "alignment: power must be in (0, inf), got 0"),
         (lambda: uniformity(X, X[:, :2]), ValueError, "uniformity: queue must have the same last dimension as x"),
         (lambda: uniformity(X, t=-1), ValueError, "uniformity: t must be in (0, inf), got -1"),
-        (lambda: sparsity(X, "l2"), ValueError, "sparsity: kind must be one of 'flops', 'l1', got 'l2'"),
+        (lambda: sparsity(X, kind="l2"), ValueError, "sparsity: kind must be one of 'flops', 'l1', got 'l2'"),
         (lambda: sparsity(X.long()), TypeError, "sparsity: x must be float32"),
         (lambda: vicreg(X, X[:3]), ValueError, "vicreg: y must have the same shape as x"),
         (lambda: barlow_twins(X, X.double()), TypeError, "barlow_twins: y must have the same dtype as x"),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pairwise import pairwise
 from torch.nn import functional as F
 
+from contrastive_ops import Pairs
 from contrastive_ops.losses.sigmoid import bixse, multi_positive_siglip, pair_bce, siglip
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, TOLERANCE, clustered_pairs, relative_error
 from contrastive_ops.testing.compare import check, check_derivatives, leaf, number, reduced
@@ -90,6 +91,23 @@ def test_siglip(backend, case):
     value = siglip(x, y, normalize=normalize, backend=backend, **common(case))
     truth = dense_siglip(x, y, case["scale"], case["bias"], normalize)
     check(value, reduced(truth, case["reduction"], case["weight"]), leaves_of(case))
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_false_negatives_and_a_bias_of_columns(backend, reduction, several):
+    """Texts with the image's id are left out by rules, or are positives."""
+    x, y, scale, col_bias = leaf(9, 5), leaf(9, 5), number(1.7), leaf(9)
+    ids, own = torch.arange(9) // 2, torch.eye(9, dtype=torch.bool)
+    equal = ids[:, None] == ids
+    logits = dense_logits(x, y, scale, -1.0, True) + col_bias
+    options = {"scale": scale, "bias": -1.0, "col_bias": col_bias, "reduction": reduction, "backend": backend}
+    pushed, pulled = F.softplus(logits) * ~equal, F.softplus(-logits)
+    if several:
+        value, truth = multi_positive_siglip(x, y, ids, **options), (pushed + pulled * equal).sum(1)
+    else:
+        value, truth = siglip(x, y, pairs=Pairs(differ=(ids, ids)), **options), (pushed + pulled * own).sum(1)
+    check(value, reduced(truth, reduction), [x, y, scale, col_bias])
 
 
 @FUZZ
@@ -309,17 +327,17 @@ CASES = [
     (
         lambda: multi_positive_siglip(X, Y, IDS[:3], torch.arange(5)),
         ValueError,
-        "multi_positive_siglip: row_ids must have shape (4,), got (3,)",
+        "multi_positive_siglip: labels must have shape (4,), got (3,)",
     ),
     (
         lambda: multi_positive_siglip(X, Y, IDS),
         ValueError,
-        "multi_positive_siglip: col_ids must have shape (5,), got (4,)",
+        "multi_positive_siglip: col_labels must have shape (5,), got (4,)",
     ),
     (
         lambda: multi_positive_siglip(X, X, GRADES),
         TypeError,
-        "multi_positive_siglip: row_ids must be int64, got torch.float32",
+        "multi_positive_siglip: labels must be int64, got torch.float32",
     ),
     (
         lambda: bixse(Y, X, torch.rand(5)),

@@ -32,7 +32,7 @@ def kl(hidden, head, labels):
 def weighted(hidden, head, labels):
     # The labels of rows without a weight are no classes at all.
     weight = (labels != IGNORED).to(hidden.dtype)
-    return linear_cross_entropy(hidden, head, torch.where(labels == IGNORED, 10**6, labels), token_weight=weight)
+    return linear_cross_entropy(hidden, head, torch.where(labels == IGNORED, 10**6, labels), weight=weight)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

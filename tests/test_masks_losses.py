@@ -13,8 +13,7 @@ from contrastive_ops.testing import LOSSES, leaves
 
 WEIGHT = torch.tensor([0.0, 1.0, 0.5, 0.0, 2.0, 1.5, 0.0])
 LEFT = WEIGHT == 0
-KEY = {name: "token_weight" if name.startswith("linear_cross_entropy") else "weight" for name in LOSSES}
-WEIGHTED = [name for name, case in LOSSES.items() if KEY[name] in case.function.__kwdefaults__]
+WEIGHTED = [name for name, case in LOSSES.items() if "weight" in case.function.__kwdefaults__]
 # The arguments that belong to rows alone, which the search below must find.
 ALONE = {
     "info_nce columns": {"query", "target", "scale"},
@@ -27,7 +26,7 @@ ALONE = {
     "moco": {"query", "key"},
     "mined_info_nce": {"query"},
     "mined_info_nce pairs": {"query", "positive", "scale"},
-    "mined_info_nce ids": {"query", "indices"},
+    "mined_info_nce labels": {"query", "indices"},
     "late_interaction negatives": {"queries", "target", "row_negatives", "scale"},
     "similarity_distillation": {"x", "teacher_x"},
     "matryoshka_info_nce columns": {"query", "target"},
@@ -58,9 +57,9 @@ def result(name, inputs, reduction):
     inputs = {key: t.detach().clone().requires_grad_(t.requires_grad) for key, t in inputs.items()}
     count = inputs["rows"].shape[0] if name == "pair_bce" else len(WEIGHT)
     weight = WEIGHT.repeat(count)[:count].requires_grad_()
-    value = case({key: t for key, t in inputs.items() if key != KEY[name]}, reduction, **{KEY[name]: weight})
+    value = case({key: t for key, t in inputs.items() if key != "weight"}, reduction, weight=weight)
     total = (value * torch.linspace(1, 2, value.numel()).view_as(value)).sum()
-    given = [*(t for key, t in inputs.items() if t.requires_grad and key != KEY[name]), weight]
+    given = [*(t for key, t in inputs.items() if t.requires_grad and key != "weight"), weight]
     return [value.detach(), *torch.autograd.grad(total, given, allow_unused=True)]
 
 
@@ -85,7 +84,7 @@ def test_rows_of_weight_0(name, reduction):
         assert not clean[0][left.repeat(clean[0].numel() // count)].any()
     assert not clean[-1][left].any()  # the gradient of the weight itself
     for key, tensor in inputs.items():
-        if key in ("ids", "queue_ids", "weight", "token_weight", "mask") or tensor.shape[:1] != left.shape:
+        if key in ("ids", "weight", "mask") or tensor.shape[:1] != left.shape:
             continue
         # Several draws: another row may happen not to be the hardest negative of any.
         changes = [torch.where(left.view(-1, *(1,) * (tensor.dim() - 1)), each[key], tensor) for each in draws]
@@ -127,8 +126,8 @@ def test_rows_of_weight_0_compiled(name):
 def test_all_rows_of_weight_0():
     for name in WEIGHTED:
         inputs = LOSSES[name].inputs(4, 16)
-        inputs.pop(KEY[name], None)
-        value = LOSSES[name](inputs, **{KEY[name]: torch.zeros(4 if name != "pair_bce" else inputs["rows"].shape[0])})
+        inputs.pop("weight", None)
+        value = LOSSES[name](inputs, weight=torch.zeros(4 if name != "pair_bce" else inputs["rows"].shape[0]))
         assert value == 0, name
         assert all(g is None or not g.any() for g in torch.autograd.grad(value, leaves(inputs), allow_unused=True)), (
             name

@@ -139,11 +139,11 @@ def test_entries_are_the_queue_of_moco_and_the_negatives_of_info_nce(backend):
     for step in range(3):
         query, key, ids = leaf(5, 4), leaf(5, 4), torch.arange(5) + 4 * step
         queue = bank.entries()
-        value = moco(query, key, queue.rows, ids=ids, queue_ids=queue.ids, backend=backend)
+        value = moco(query, key, queue.rows, labels=ids, queue_labels=queue.ids, backend=backend)
         kept = seen[-8:]
         theirs = torch.stack([row for row, _ in kept]) if kept else key[:0]
         their_ids = torch.tensor([number for _, number in kept], dtype=torch.int64)
-        check(value, moco(query, key, theirs, ids=ids, queue_ids=their_ids, backend=backend), [query, key])
+        check(value, moco(query, key, theirs, labels=ids, queue_labels=their_ids, backend=backend), [query, key])
         more = info_nce(query, key, bank.entries().rows, normalize=True, backend=backend)
         check(more, info_nce(query, key, theirs, normalize=True, backend=backend), [query, key])
         bank.enqueue(key, ids)

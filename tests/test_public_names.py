@@ -56,3 +56,34 @@ def test_what_a_call_returns_is_told_by_types():
             told += 1
             assert len(typing.get_overloads(function)) > 1, function.__name__
     assert told >= 8
+
+
+WORDS = {
+    "pairs": "Pairs | None",
+    "weight": "Tensor | None",
+    "col_bias": "Tensor | None",
+    "row_negatives": "Tensor | None",
+    "in_batch": "bool",
+    "diagnostics": "bool",
+    "normalize": "bool",
+    "reduction": "str",
+    "temperature": "float | Tensor | None",
+    "scale": "float | Tensor | None",
+    "memory_budget": "int | None",
+    "backend": "str",
+}
+OTHER_WORDS = {"ids", "row_ids", "col_ids", "queue_ids", "token_weight", "hard_negatives", "reference_weight"}
+OF_LISTS_AND_TOKENS = {("listwise_distillation", "temperature"), ("pairwise_rank_distillation", "temperature")}
+OF_LISTS_AND_TOKENS |= {("late_interaction", "row_negatives")}
+
+
+def test_one_word_for_one_thing():
+    for function in (getattr(contrastive_ops.losses, name) for name in contrastive_ops.losses.__all__):
+        if not inspect.isfunction(function):
+            continue
+        parameters = inspect.signature(function).parameters
+        assert not OTHER_WORDS & set(parameters), function.__name__
+        for word, kind in WORDS.items():
+            if word in parameters and (function.__name__, word) not in OF_LISTS_AND_TOKENS:
+                assert parameters[word].annotation == kind, (function.__name__, word)
+                assert parameters[word].kind is inspect.Parameter.KEYWORD_ONLY, (function.__name__, word)

@@ -217,7 +217,7 @@ def test_a_queue_may_hold_the_keys_of_the_batch(backend):
         torch.cat([torch.arange(9), ids, torch.arange(9, 20)]),
     )
     options = {"temperature": 0.1, "reduction": "none", "backend": backend}
-    rows = moco(query, key, queue, ids=ids, queue_ids=queue_ids, **options)
+    rows = moco(query, key, queue, labels=ids, queue_labels=queue_ids, **options)
     for row in range(6):
         others = torch.cat([queue[:9], queue[9:15][torch.arange(6) != row], queue[15:]])
         expected = moco(query[row : row + 1], key[row : row + 1], others, **options)
@@ -225,7 +225,7 @@ def test_a_queue_may_hold_the_keys_of_the_batch(backend):
     assert (moco(query, key, queue, **options) > rows).all()
     # The order of a queue says nothing.
     order = torch.randperm(26)
-    shuffled = moco(query, key, queue[order], ids=ids, queue_ids=queue_ids[order], **options)
+    shuffled = moco(query, key, queue[order], labels=ids, queue_labels=queue_ids[order], **options)
     torch.testing.assert_close(shuffled, rows)
 
 

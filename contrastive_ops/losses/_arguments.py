@@ -33,9 +33,10 @@ class SoftmaxOptions(TypedDict, total=False):
 
 
 class FilteredOptions(SoftmaxOptions, total=False):
-    """The same, of a loss that takes rules."""
+    """The same, of a loss that takes rules and a bias of columns."""
 
     pairs: Pairs | None
+    col_bias: Tensor | None
 
 
 def two_sides(

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..core import autocast, checks
 from ..core.numerics import softplus
+from ..core.rules import Pairs
 from ..ops.similarity_loss import similarity_loss
 from . import _arguments
 from ._columns import wide
@@ -25,6 +26,8 @@ def one_grade(
     unit: bool,
     memory_budget: int | None,
     backend: str,
+    pairs: Pairs | None = None,
+    col_bias: Tensor | None = None,
 ) -> Tensor:
     """One labelled column per row (label 1 where there are no grades), label 0 everywhere else."""
     spread = None
@@ -36,6 +39,8 @@ def one_grade(
         kind="sigmoid",
         scale=scale,
         row_bias=row_bias,
+        col_bias=col_bias,
+        pairs=pairs,
         target=target,
         weight=weight,
         target_weight=spread,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..core import autocast, checks
 from ..core.folds import Fold
+from ..core.ordered import ordered_sum
 from ..core.rules import Pairs
 from ..core.unit_rows import unit_rows
 
@@ -37,12 +38,14 @@ def checked_target(function: str, name: str, target: Tensor, x_name: str, x: Ten
     return target
 
 
-def check_row_negatives(function: str, query: Tensor, row_negatives: object) -> None:
-    """`row_negatives` must be (N, K, D), of the query's dtype and device."""
+def checked_row_negatives(function: str, query: Tensor, row_negatives: object) -> Tensor:
+    """`row_negatives`, which must be (N, D) or (N, K, D), of the query's dtype and device, as (N, K, D)."""
     row_negatives = checks.check_tensor(function, "row_negatives", row_negatives)
-    if row_negatives.dim() != 3 or row_negatives.shape[::2] != query.shape:
+    each = row_negatives[:, None] if row_negatives.dim() == 2 else row_negatives
+    if each.dim() != 3 or each.shape[::2] != query.shape:
+        rows, depth = query.shape
         raise ValueError(
-            f"{function}: row_negatives must have shape ({query.shape[0]}, K, {query.shape[1]}), "
+            f"{function}: row_negatives must have shape ({rows}, {depth}) or ({rows}, K, {depth}), "
             f"got {checks.shape(row_negatives)}"
         )
     if row_negatives.dtype != query.dtype:
@@ -51,6 +54,7 @@ def check_row_negatives(function: str, query: Tensor, row_negatives: object) -> 
             f"got query {query.dtype} and row_negatives {row_negatives.dtype}"
         )
     checks.check_device(function, "query", query, "row_negatives", row_negatives)
+    return each
 
 
 def check_pairs(function: str, pairs: object) -> None:
@@ -110,14 +114,23 @@ def smoothing_folds(share: float | Tensor | None, pairs: Pairs | None) -> tuple[
     return () if share is None or pairs is None else (Fold("sum"), Fold("count"))
 
 
-def logit_sums(x: Tensor, y: Tensor, scale: float | Tensor, of_columns: bool = False, unit: bool = False) -> Tensor:
+def logit_sums(
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    of_columns: bool = False,
+    unit: bool = False,
+    col_bias: Tensor | None = None,
+) -> Tensor:
     """Each row's (or column's) sum of logits; linear, so that it takes O((N + M) D)."""
     with autocast.disabled(x):
         x, y = wide(x, unit), wide(y, unit)
         # Not a matrix-vector product: the bits of one depend on the number of threads in some libraries.
         if of_columns:
-            return (y * (by_row(scale, x) * x).sum(0)).sum(1)
-        return scaled(scale, (x * y.sum(0)).sum(1))
+            sums = (y * (by_row(scale, x) * x).sum(0)).sum(1)
+            return sums if col_bias is None else sums + x.shape[0] * col_bias.to(sums.dtype)
+        sums = scaled(scale, (x * y.sum(0)).sum(1))
+        return sums if col_bias is None else sums + ordered_sum(col_bias.to(sums.dtype))
 
 
 def sum_and_count(
@@ -128,11 +141,12 @@ def sum_and_count(
     folded: Sequence[Tensor],
     of_columns: bool = False,
     unit: bool = False,
+    col_bias: Tensor | None = None,
 ) -> tuple[Tensor, int | Tensor]:
     """Each row's (or column's) sum and number of logits that take part; `folded`: the results of `smoothing_folds`."""
     if folded:
         return folded[0] + target_logit, folded[1] + 1
-    return logit_sums(x, y, scale, of_columns, unit), (x if of_columns else y).shape[0]
+    return logit_sums(x, y, scale, of_columns, unit, col_bias), (x if of_columns else y).shape[0]
 
 
 def mean_logit(total: Tensor, count: int | Tensor, own: Tensor | None = None) -> Tensor:

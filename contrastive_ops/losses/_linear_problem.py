@@ -150,7 +150,7 @@ class Problem:
     """A large softmax with its labels, or several over the same rows.
 
     Attributes:
-        heads: one for each position of the weight between its first and its last dimension.
+        heads: one for each position of the matrix between its first and its last dimension.
         shape: that of the labels.
     """
 
@@ -158,27 +158,27 @@ class Problem:
         self,
         name: str,
         hidden: Tensor,
-        weight: Tensor,
+        head: Tensor,
         labels: Tensor,
         bias: Tensor | None,
         ignore_index: int | None,
-        token_weight: Tensor | None = None,
+        weight: Tensor | None = None,
         class_weight: Tensor | None = None,
     ) -> None:
-        softmaxes = checked(name, ("hidden", hidden), ("weight", weight), ("bias", bias))
-        rows, self.shape = softmaxes[0].rows, shape_of(hidden, weight)
+        softmaxes = checked(name, ("hidden", hidden), ("head", head), ("bias", bias))
+        rows, self.shape = softmaxes[0].rows, shape_of(hidden, head)
         if class_weight is not None:
-            checks.check_vector(name, "class_weight", class_weight, weight.shape[0], "hidden", rows)
+            checks.check_vector(name, "class_weight", class_weight, head.shape[0], "hidden", rows)
             checks.check_constant(name, "class_weight", class_weight)
             class_weight = class_weight.to(checks.accumulator(rows.dtype))
         of_rows: Any = [None] * len(softmaxes)
-        if token_weight is not None:
-            of_rows = split(check_entries(name, "token_weight", token_weight, self.shape, hidden), softmaxes)
+        if weight is not None:
+            of_rows = split(check_entries(name, "weight", weight, self.shape, hidden), softmaxes)
         self.probabilities = (
             isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() == len(self.shape) + 1
         )
         if self.probabilities:
-            labels = self._checked_probabilities(name, labels, hidden, weight, ignore_index)
+            labels = self._checked_probabilities(name, labels, hidden, head, ignore_index)
             used = torch.ones(rows.shape[:1], dtype=torch.bool, device=rows.device)
             marked = [(each, used) for each in labels.unbind(2)]
         else:
@@ -186,18 +186,18 @@ class Problem:
             flat = checks.check_index(name, "labels", labels.reshape(-1), None, "hidden", rows)
             ignored = -100 if ignore_index is None else ignore_index
             marked = [(each, each != ignored) for each in split(flat, softmaxes)]
-        names = (name, "hidden", "weight")
+        names = (name, "hidden", "head")
         self.heads = [
             Head(names, softmax, *each, weight_of, class_weight)
             for softmax, each, weight_of in zip(softmaxes, marked, of_rows, strict=True)
         ]
 
     def _checked_probabilities(
-        self, name: str, labels: Tensor, hidden: Tensor, weight: Tensor, ignore_index: int | None
+        self, name: str, labels: Tensor, hidden: Tensor, head: Tensor, ignore_index: int | None
     ) -> Tensor:
         """(T, V, heads)."""
-        rows, heads = hidden.shape[:-1], weight.shape[1:-1]
-        shape = (*rows, weight.shape[0], *heads)
+        rows, heads = hidden.shape[:-1], head.shape[1:-1]
+        shape = (*rows, head.shape[0], *heads)
         if labels.shape != shape:
             raise ValueError(
                 f"{name}: labels must be probabilities of shape {tuple(shape)}, got {checks.shape(labels)}"
@@ -205,7 +205,7 @@ class Problem:
         if ignore_index not in (None, -100):
             raise ValueError(f"{name}: ignore_index must be None where labels are probabilities, got {ignore_index}")
         checks.check_device(name, "hidden", hidden, "labels", labels)
-        return labels.reshape(prod(rows), weight.shape[0], prod(heads))
+        return labels.reshape(prod(rows), head.shape[0], prod(heads))
 
     def cross_entropy(
         self, options: Options, reduction: str, memory_budget: int | None, backend: str
@@ -259,24 +259,24 @@ def cap_of(name: str, key: str, softcap: float | None) -> float:
 
 
 def checked(
-    name: str, hidden: tuple[str, Tensor], weight: tuple[str, Tensor], bias: tuple[str, Tensor | None]
+    name: str, hidden: tuple[str, Tensor], head: tuple[str, Tensor], bias: tuple[str, Tensor | None]
 ) -> list[Softmax]:
     """The rows with the classes and the bias of each head, cast as autocast asks."""
-    (hidden_name, x), (weight_name, y), (bias_name, b) = hidden, weight, bias
+    (hidden_name, x), (head_name, y), (bias_name, b) = hidden, head, bias
     x, y, b = autocast.cast(x, y, b)
     if checks.check_tensor(name, hidden_name, x).dim() < 1:
         raise ValueError(f"{name}: {hidden_name} must be a tensor (..., D), got {checks.shape(x)}")
     # Not by reshape, which cannot tell how many rows of no numbers there are.
     rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
-    if checks.check_floating(name, weight_name, y).dim() < 2:
-        raise ValueError(f"{name}: {weight_name} must be a tensor (V, D) or (V, ..., D), got {checks.shape(y)}")
+    if checks.check_floating(name, head_name, y).dim() < 2:
+        raise ValueError(f"{name}: {head_name} must be a tensor (V, D) or (V, ..., D), got {checks.shape(y)}")
     size, heads = y.shape[0], prod(y.shape[1:-1])
     if heads == 0:
         raise ValueError(
-            f"{name}: {weight_name} must have no size of 0 between its first and its last, got {checks.shape(y)}"
+            f"{name}: {head_name} must have no size of 0 between its first and its last, got {checks.shape(y)}"
         )
     weights = y.flatten(1, -2).unbind(1) if y.dim() > 2 else (y,)
-    checks.check_matrices(name, hidden_name, rows, weight_name, weights[0])
+    checks.check_matrices(name, hidden_name, rows, head_name, weights[0])
     biases: Any = (None,) * heads
     if b is not None and y.dim() == 2:
         checks.check_vector(name, bias_name, b, size, hidden_name, rows)
@@ -290,9 +290,9 @@ def checked(
     return [Softmax(*each) for each in zip(same_rows, weights, biases, strict=True)]
 
 
-def shape_of(hidden: Tensor, weight: Tensor) -> tuple[int, ...]:
+def shape_of(hidden: Tensor, head: Tensor) -> tuple[int, ...]:
     """That of a value of each row and head."""
-    return (*hidden.shape[:-1], *weight.shape[1:-1])
+    return (*hidden.shape[:-1], *head.shape[1:-1])
 
 
 def split(values: Tensor, softmaxes: list[Softmax]) -> tuple[Tensor, ...]:

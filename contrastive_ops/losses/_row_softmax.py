@@ -26,6 +26,7 @@ def row_softmax(
     target: Tensor | None,
     scale: float | Tensor,
     pairs: Pairs | None = None,
+    col_bias: Tensor | None = None,
     own: Tensor | None = None,
     extra: Tensor | None = None,
     own_logit: Callable[[Tensor], Tensor] | None = None,
@@ -47,6 +48,7 @@ def row_softmax(
         target: (N,) int64. None: column i of row i.
         scale: float, 0-d or (N,).
         pairs: rules for the columns.
+        col_bias: (M,), added to the logits of each column.
         own: (N, K) similarities of each row with more columns, which the sweep does not see.
         extra: (N,) lse of still more logits of each row, for losses without smoothing and diagnostics; not with `own`.
         own_logit: what becomes of the targets' logits before they enter the softmax, such as a margin.
@@ -66,7 +68,9 @@ def row_softmax(
     extra = extra if own_logits is None else own_logits.logsumexp(1)
     of_smoothing = smoothing_folds(share, pairs)
     if own_logit is None and not (z_loss or diagnostics or of_smoothing):
-        sums = None if share is None else mean_logit(logit_sums(x, y, scale, unit=unit), y.shape[0], own_logits)
+        sums = None
+        if share is not None:
+            sums = mean_logit(logit_sums(x, y, scale, unit=unit, col_bias=col_bias), y.shape[0], own_logits)
         return whole_softmax(
             names,
             x,
@@ -75,6 +79,7 @@ def row_softmax(
             target,
             scale,
             pairs,
+            col_bias,
             extra,
             share,
             sums,
@@ -91,6 +96,7 @@ def row_softmax(
         y,
         reduce=("logsumexp", *of_smoothing, *(ranking.folds if ranking else ())),
         scale=scale,
+        col_bias=col_bias,
         target=target,
         pairs=pairs,
         unit=unit,
@@ -102,7 +108,7 @@ def row_softmax(
     losses = softplus((others if extra is None else merge_lse(others, extra)) - positive)
     of_z = z_loss * (positive + losses).square() if z_loss else 0.0
     if share is not None:
-        total, count = sum_and_count(x, y, scale, target_logit, more[: len(of_smoothing)], unit=unit)
+        total, count = sum_and_count(x, y, scale, target_logit, more[: len(of_smoothing)], unit=unit, col_bias=col_bias)
         total = total if own_logit is None else total + (positive - target_logit)
         losses = losses + share * (positive - mean_logit(total, count, own_logits))
     loss = _arguments.reduce_rows(losses + of_z, weight, reduction)
@@ -117,6 +123,7 @@ def whole_softmax(
     target: Tensor | None,
     scale: float | Tensor,
     pairs: Pairs | None,
+    col_bias: Tensor | None,
     extra: Tensor | None,
     share: float | Tensor | None,
     mean: Tensor | None,
@@ -137,6 +144,7 @@ def whole_softmax(
         y,
         kind=kind,
         scale=scale,
+        col_bias=col_bias,
         target=target,
         pairs=pairs,
         weight=weight,

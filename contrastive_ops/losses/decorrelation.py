@@ -22,16 +22,16 @@ from . import _arguments
 _BATCH_NORM_EPSILON = 1e-5
 
 
-def variance_hinge(x: Tensor, *, target: float = 1.0, eps: float = 1e-4) -> Tensor:
+def variance_hinge(x: Tensor, *, std: float = 1.0, eps: float = 1e-4) -> Tensor:
     """VICReg's variance term: a hinge on the standard deviation of each feature.
 
     Equivalent to::
 
-        F.relu(target - (x.var(0) + eps).sqrt()).mean()
+        F.relu(std - (x.var(0) + eps).sqrt()).mean()
 
     Args:
         x: (N, D) float32, bfloat16, float16 or float64.
-        target: of the standard deviation.
+        std: the least standard deviation that costs nothing.
         eps: keeps the root's slope finite.
 
     Returns:
@@ -54,7 +54,7 @@ def variance_hinge(x: Tensor, *, target: float = 1.0, eps: float = 1e-4) -> Tens
     if x.shape[0] == 1:
         return _nothing(x)
     variance = centred(x).square().sum(0) / x.new_full((), x.shape[0] - 1)
-    return (target - (variance + eps).sqrt()).relu().mean()
+    return (std - (variance + eps).sqrt()).relu().mean()
 
 
 def covariance_penalty(x: Tensor) -> Tensor:

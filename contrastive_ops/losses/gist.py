@@ -19,7 +19,7 @@ from ._columns import partner_similarity
 def gte(
     query: Tensor,
     document: Tensor,
-    hard_negatives: Tensor | None = None,
+    negatives: Tensor | None = None,
     *,
     partition: str = "joint",
     directions: tuple[str, ...] = DIRECTIONS,
@@ -36,7 +36,7 @@ def gte(
 
     Equivalent to::
 
-        q, d, h = F.normalize(query), F.normalize(document), F.normalize(hard_negatives.flatten(0, 1))
+        q, d, h = F.normalize(query), F.normalize(document), F.normalize(negatives.flatten(0, 1))
         eye, own = torch.eye(N, dtype=torch.bool), torch.eye(N, dtype=torch.bool).repeat_interleave(K, 1)
         blocks = {
             "query_to_doc": torch.cat([q @ d.T, q @ h.T], 1),
@@ -52,7 +52,7 @@ def gte(
     Args:
         query: (N, D) float32, bfloat16, float16 or float64.
         document: (N, D); row i is the positive of query i.
-        hard_negatives: (N, K, D), K documents of each query, or (H, D) of nobody. They are columns for every query, and
+        negatives: (N, K, D), K documents of each query, or (H, D) of nobody. They are columns for every query, and
             for every document but those of the same query; no direction starts from them. Rows have no ids: one that is
             given twice counts twice.
         partition: "joint": all directions share one denominator. "per_direction": each has its own and their losses are
@@ -109,8 +109,8 @@ def gte(
         partners=True,
     )
     sides, owners, unit = {"q": query, "d": document}, None, _arguments.in_sweep(normalize, query)
-    if hard_negatives is not None:
-        sides["h"], owners = _hard_negatives(name, query, hard_negatives, normalize)
+    if negatives is not None:
+        sides["h"], owners = _hard_negatives(name, query, negatives, normalize)
     bound = None
     if false_negative_margin is not None:
         bound = partner_similarity(query.detach(), document.detach(), unit) + false_negative_margin
@@ -266,19 +266,19 @@ def _check_directions(function: str, partition: object, directions: object) -> N
 
 
 def _hard_negatives(
-    function: str, query: Tensor, hard_negatives: Tensor, normalize: bool
+    function: str, query: Tensor, negatives: Tensor, normalize: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """Return them as columns, and the owners of documents and columns."""
-    checks.check_tensor(function, "hard_negatives", hard_negatives)
-    if hard_negatives.dim() != 3:
-        return _shared_negatives(function, query, hard_negatives, normalize, "hard_negatives"), None
-    count, each = query.shape[0], hard_negatives.shape[1]
-    if hard_negatives.shape[0] != count:
+    checks.check_tensor(function, "negatives", negatives)
+    if negatives.dim() != 3:
+        return _shared_negatives(function, query, negatives, normalize, "negatives"), None
+    count, each = query.shape[0], negatives.shape[1]
+    if negatives.shape[0] != count:
         raise ValueError(
-            f"{function}: hard_negatives must have shape ({count}, K, {query.shape[1]}) or (H, {query.shape[1]}), "
-            f"got {checks.shape(hard_negatives)}"
+            f"{function}: negatives must have shape ({count}, K, {query.shape[1]}) or (H, {query.shape[1]}), "
+            f"got {checks.shape(negatives)}"
         )
-    columns = _shared_negatives(function, query, hard_negatives.flatten(0, 1), normalize, "hard_negatives")
+    columns = _shared_negatives(function, query, negatives.flatten(0, 1), normalize, "negatives")
     owner = torch.arange(count, device=query.device)
     return columns, (owner, owner.repeat_interleave(each))
 

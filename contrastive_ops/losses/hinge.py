@@ -35,7 +35,7 @@ def vse(
     *,
     margin: float = 0.2,
     hardest: bool = False,
-    ids: Tensor | None = None,
+    labels: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
@@ -56,7 +56,7 @@ def vse(
         text: (N, D); row i belongs to row i of ``image``.
         margin: by how much a pair must be more similar than a negative; a number >= 0.
         hardest: only the most similar negative of each row and of each column (VSE++).
-        ids: (N,) int64; pairs with equal ids, such as captions of one image, are no negatives. -1 equals nothing.
+        labels: (N,) int64; pairs with equal labels, such as captions of one image, are no negatives. -1 equals nothing.
         weight: (N,) weight >= 0 of each pair; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" (the authors') or "none".
         normalize: scale all rows to length 1 first, as the papers do; O(N D).
@@ -84,9 +84,9 @@ def vse(
     """
     name, names = "vse", ("vse", "image", "text")
     image, text = _partners(name, names[1:], image, text, margin, weight, reduction, normalize)
-    if ids is not None:
-        ids = checks.check_index(name, "ids", ids, image.shape[0], "image", image)
-    differ = None if ids is None else (ids, ids)
+    if labels is not None:
+        labels = checks.check_index(name, "labels", labels, image.shape[0], "image", image)
+    differ = None if labels is None else (labels, labels)
     if hardest:
         pairs = Pairs(diagonal=0, differ=differ)
         with torch.no_grad(), autocast.disabled(image):

@@ -66,7 +66,7 @@ class CrossEntropy(NamedTuple):
 @overload
 def linear_log_prob(
     hidden: Tensor,
-    weight: Tensor,
+    head: Tensor,
     labels: Tensor,
     *,
     bias: Tensor | None = ...,
@@ -81,7 +81,7 @@ def linear_log_prob(
 @overload
 def linear_log_prob(
     hidden: Tensor,
-    weight: Tensor,
+    head: Tensor,
     labels: Tensor,
     *,
     bias: Tensor | None = ...,
@@ -95,7 +95,7 @@ def linear_log_prob(
 
 def linear_log_prob(
     hidden: Tensor,
-    weight: Tensor,
+    head: Tensor,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
@@ -109,7 +109,7 @@ def linear_log_prob(
 
     Equivalent to::
 
-        logits = F.linear(hidden, weight, bias).float()
+        logits = F.linear(hidden, head, bias).float()
         logits = softcap * torch.tanh(logits / softcap)                               # where there is one
         log_prob = logits.log_softmax(-1)
         selected = log_prob.gather(-1, labels.clamp_min(0)[..., None])[..., 0].masked_fill(labels == ignore_index, 0.0)
@@ -117,7 +117,7 @@ def linear_log_prob(
 
     Args:
         hidden: (..., D) float32, bfloat16, float16 or float64, such as (B, L, D).
-        weight: (V, D) of the same dtype, as `torch.nn.Linear` stores it; or (V, ..., D), heads as of
+        head: (V, D) of the same dtype, as `torch.nn.Linear` stores it; or (V, ..., D), heads as of
             `linear_cross_entropy`, for which labels and results are (..., heads).
         labels: int64, shaped as ``hidden`` without its last dimension; in [0, V), or `ignore_index`.
         bias: (V,), or (V, ...) of heads.
@@ -153,26 +153,26 @@ def linear_log_prob(
     name = "linear_log_prob"
     cap = cap_of(name, "softcap", softcap)
     checks.flag(name, "entropy", entropy)
-    problem = Problem(name, hidden, weight, labels, bias, ignore_index)
+    problem = Problem(name, hidden, head, labels, bias, ignore_index)
     with autocast.disabled(hidden):
         if entropy:
-            both = [head.log_prob_and_entropy(cap) for head in problem.heads]
+            both = [softmax.log_prob_and_entropy(cap) for softmax in problem.heads]
             log_prob, entropies = (problem.spread(list(each)) for each in zip(*both, strict=True))
             if backend in ("auto", "reference"):
                 return LogProb(log_prob, entropies)
-        log_prob = problem.spread([head.log_prob(cap, memory_budget, backend) for head in problem.heads])
+        log_prob = problem.spread([softmax.log_prob(cap, memory_budget, backend) for softmax in problem.heads])
         return LogProb(log_prob, entropies) if entropy else log_prob
 
 
 @overload
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    head: Tensor,
     labels: Tensor,
     *,
     bias: Tensor | None = ...,
     ignore_index: int | None = ...,
-    token_weight: Tensor | None = ...,
+    weight: Tensor | None = ...,
     class_weight: Tensor | None = ...,
     label_smoothing: float = ...,
     z_loss: float = ...,
@@ -187,12 +187,12 @@ def linear_cross_entropy(
 @overload
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    head: Tensor,
     labels: Tensor,
     *,
     bias: Tensor | None = ...,
     ignore_index: int | None = ...,
-    token_weight: Tensor | None = ...,
+    weight: Tensor | None = ...,
     class_weight: Tensor | None = ...,
     label_smoothing: float = ...,
     z_loss: float = ...,
@@ -206,12 +206,12 @@ def linear_cross_entropy(
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    head: Tensor,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
     ignore_index: int | None = -100,
-    token_weight: Tensor | None = None,
+    weight: Tensor | None = None,
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -225,27 +225,27 @@ def linear_cross_entropy(
 
     Equivalent to::
 
-        logits = F.linear(hidden, weight, bias).float().flatten(0, -2)
+        logits = F.linear(hidden, head, bias).float().flatten(0, -2)
         logits = softcap * torch.tanh(logits / softcap)                               # where there is one
         options = {"weight": class_weight, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
         loss = F.cross_entropy(logits, labels.flatten(), reduction="none", **options)
-        size = (token_weight.flatten() * class_weight[labels.flatten()])[labels.flatten() != ignore_index].sum()
-        (token_weight.flatten() * loss).sum() / size
+        size = (weight.flatten() * class_weight[labels.flatten()])[labels.flatten() != ignore_index].sum()
+        (weight.flatten() * loss).sum() / size
         # with z_loss, of the same tokens, whatever their classes weigh
-        + z_loss * (token_weight.flatten() * logits.logsumexp(1).square()).sum() / token_weight.sum()
+        + z_loss * (weight.flatten() * logits.logsumexp(1).square()).sum() / weight.sum()
 
     Args:
         hidden: (..., D) float32, bfloat16, float16 or float64, such as (B, L, D).
-        weight: (V, D) of the same dtype, as `torch.nn.Linear` stores it. Or (V, d1, ..., dK, D), torch's K-dimensional
+        head: (V, D) of the same dtype, as `torch.nn.Linear` stores it. Or (V, d1, ..., dK, D), torch's K-dimensional
             loss: d1 ... dK heads on the same rows, each with a softmax over its own V classes, such as the codebooks of
-            an audio codec. Labels, `token_weight` and unreduced results then have the shape of ``hidden`` without its
+            an audio codec. Labels, `weight` and unreduced results then have the shape of ``hidden`` without its
             last dimension and (d1, ..., dK) after it.
         labels: int64, shaped as ``hidden`` without its last dimension; in [0, V), or `ignore_index`. Or probabilities
             (..., V), of heads (..., V, d1, ..., dK), of any floating dtype, differentiable, such as those of a teacher.
         bias: (V,), of heads (V, d1, ..., dK).
         ignore_index: a label that stands for none; such rows are left out of the work. None: -100. Probabilities have
             none.
-        token_weight: shaped as ``labels``, the weight of each row; the mean divides by the sum of those that are used.
+        weight: shaped as ``labels``, the weight of each row; the mean divides by the sum of those that are used.
             Differentiable. With ``reduction="sum"`` of any sign, such as advantages: a policy gradient. A row of weight
             0 is left out like one whose label is ignored, whatever it and its label hold.
         class_weight: (V,) the weight of each class, torch's ``weight``; not differentiable. As in torch, the mean
@@ -291,10 +291,10 @@ def linear_cross_entropy(
         checks.number(name, "z_loss", z_loss, "[0, inf)"),
         cap_of(name, "softcap", softcap),
     )
-    problem = Problem(name, hidden, weight, labels, bias, ignore_index, token_weight, class_weight)
-    if token_weight is not None and reduction == "mean":
-        flat = token_weight.reshape(-1)
-        _arguments.check_weight(name, flat, flat.shape[0], "hidden", hidden, "token_weight")
+    problem = Problem(name, hidden, head, labels, bias, ignore_index, weight, class_weight)
+    if weight is not None and reduction == "mean":
+        flat = weight.reshape(-1)
+        _arguments.check_weight(name, flat, flat.shape[0], "hidden", hidden, "weight")
     with autocast.disabled(hidden):
         found = problem.cross_entropy(options, reduction, memory_budget, backend)
     return CrossEntropy(*found) if return_z_loss else found[0]
@@ -302,9 +302,9 @@ def linear_cross_entropy(
 
 def linear_kl(
     hidden: Tensor,
-    weight: Tensor,
+    head: Tensor,
     reference_hidden: Tensor,
-    reference_weight: Tensor,
+    reference_head: Tensor,
     *,
     bias: Tensor | None = None,
     reference_bias: Tensor | None = None,
@@ -317,8 +317,8 @@ def linear_kl(
 
     Equivalent to::
 
-        p = F.linear(hidden, weight, bias).float()
-        q = F.linear(reference_hidden, reference_weight, reference_bias).float().detach()
+        p = F.linear(hidden, head, bias).float()
+        q = F.linear(reference_hidden, reference_head, reference_bias).float().detach()
         p, q = softcap * (p / softcap).tanh(), reference_softcap * (q / reference_softcap).tanh()    # where there are
         log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
         reverse = (log_p.exp() * (log_p - log_q)).sum(-1).masked_fill(~mask, 0.0)
@@ -326,11 +326,11 @@ def linear_kl(
 
     Args:
         hidden: (..., D) of the policy, or of the student: float32, bfloat16, float16 or float64.
-        weight: (V, D) of the same dtype, as `torch.nn.Linear` stores it; or (V, ..., D), heads as of
+        head: (V, D) of the same dtype, as `torch.nn.Linear` stores it; or (V, ..., D), heads as of
             `linear_cross_entropy`, for which mask and results are (..., heads).
         reference_hidden: (..., D') of the reference model, or of the teacher: the same tokens; D' and the dtype may be
             others. Nothing of the reference receives a gradient.
-        reference_weight: (V, D') over the same classes, or heads of them. It may be ``weight`` itself.
+        reference_head: (V, D') over the same classes, or heads of them. It may be ``head`` itself.
         bias: (V,), or (V, ...) of heads.
         reference_bias: the same of the reference.
         mask: bool, shaped as ``hidden`` without its last dimension: which tokens count. Those that do not are left out
@@ -364,21 +364,21 @@ def linear_kl(
     name = "linear_kl"
     checks.check_choice(name, "direction", direction, DIRECTIONS)
     caps = cap_of(name, "softcap", softcap), cap_of(name, "reference_softcap", reference_softcap)
-    heads = checked(name, ("hidden", hidden), ("weight", weight), ("bias", bias))
-    of_reference = ("reference_hidden", reference_hidden), ("reference_weight", reference_weight)
+    heads = checked(name, ("hidden", hidden), ("head", head), ("bias", bias))
+    of_reference = ("reference_hidden", reference_hidden), ("reference_head", reference_head)
     q_heads = checked(name, *of_reference, ("reference_bias", reference_bias))
     if reference_hidden.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
             f"{name}: reference_hidden must have the tokens of hidden {tuple(hidden.shape[:-1])}, "
             f"got {tuple(reference_hidden.shape[:-1])}"
         )
-    if reference_weight.shape[:-1] != weight.shape[:-1]:
+    if reference_head.shape[:-1] != head.shape[:-1]:
         raise ValueError(
-            f"{name}: reference_weight must have the classes of weight {tuple(weight.shape[:-1])}, "
-            f"got {tuple(reference_weight.shape[:-1])}"
+            f"{name}: reference_head must have the classes of head {tuple(head.shape[:-1])}, "
+            f"got {tuple(reference_head.shape[:-1])}"
         )
     checks.check_device(name, "hidden", hidden, "reference_hidden", reference_hidden)
-    shape = shape_of(hidden, weight)
+    shape = shape_of(hidden, head)
     if mask is None:
         mask = torch.ones(shape, dtype=torch.bool, device=hidden.device)
     check_entries(name, "mask", mask, shape, hidden)

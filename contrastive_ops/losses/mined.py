@@ -25,7 +25,7 @@ def mined_info_nce(
     *,
     indices: Tensor | None = None,
     pairs: Pairs | None = None,
-    ids: Tensor | None = None,
+    labels: Tensor | None = None,
     in_batch: bool = True,
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
@@ -44,7 +44,7 @@ def mined_info_nce(
         indices = scores.masked_fill(~keep, -torch.inf).topk(k).indices             # keep: the rules of Pairs
         mined = scores.gather(1, indices)
         others = (query @ positive.T).masked_fill(torch.eye(N, dtype=torch.bool), -torch.inf)
-        others = others.masked_fill((ids[:, None] == ids) & (ids != -1), -torch.inf)
+        others = others.masked_fill((labels[:, None] == labels) & (labels != -1), -torch.inf)
         logits = torch.cat([(query * positive).sum(1, keepdim=True), mined, others], 1) / temperature
         F.cross_entropy(logits, torch.zeros(N, dtype=torch.int64))
 
@@ -60,7 +60,7 @@ def mined_info_nce(
         pairs: with k, which rows of the corpus may be mined for a query; all rules but `fill`. A query's own document
             is a row like any other: leave it out by ``exclude`` or by ``differ=(ids, ids of the corpus)``, and what is
             too similar to be a negative by ``below``.
-        ids: (N,) int64: rows of the batch with one id are no negatives of each other; -1 equals nothing.
+        labels: (N,) int64: rows of the batch with one label are no negatives of each other; -1 equals nothing.
         in_batch: the positives of other queries are negatives too.
         temperature: divides the cosines; float, 0-d or (N,) tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead; not both.
@@ -122,7 +122,7 @@ def mined_info_nce(
         corpus = unit_rows(corpus)
     indices = None if indices is None else checks.as_index(name, "indices", indices)
     indices = _arguments.of_weighted(weight, indices, NONE)
-    _check_choice_of_rows(name, k, indices, pairs, ids, in_batch, query, corpus)
+    _check_choice_of_rows(name, k, indices, pairs, labels, in_batch, query, corpus)
     scale = checks.scale_tensor(name, factor, "query", query)
     with autocast.disabled(query):
         if indices is None:
@@ -152,7 +152,7 @@ def mined_info_nce(
             positive,
             target=torch.arange(query.shape[0], device=query.device),
             scale=scale,
-            pairs=None if ids is None else Pairs(differ=(ids, ids)),
+            pairs=None if labels is None else Pairs(differ=(labels, labels)),
             extra=mined,
             weight=weight,
             reduction=reduction,
@@ -166,7 +166,7 @@ def _check_choice_of_rows(
     k: object,
     indices: Tensor | None,
     pairs: object,
-    ids: Tensor | None,
+    labels: Tensor | None,
     in_batch: bool,
     query: Tensor,
     corpus: Tensor,
@@ -176,13 +176,13 @@ def _check_choice_of_rows(
     if (k is None) == (indices is None):
         both = "not both be given" if indices is not None else "not both be None"
         raise ValueError(f"{function}: k and indices must {both}: k mines, indices were mined before")
-    if ids is not None:
+    if labels is not None:
         if not in_batch:
             raise ValueError(
-                f"{function}: ids must be None where in_batch is False, got ids of the batch\n"
-                "  use pairs=Pairs(differ=(ids, ids of the corpus)) for the corpus"
+                f"{function}: labels must be None where in_batch is False, got labels of the batch\n"
+                "  use pairs=Pairs(differ=(labels, labels of the corpus)) for the corpus"
             )
-        checks.check_index(function, "ids", ids, query.shape[0], "query", query)
+        checks.check_index(function, "labels", labels, query.shape[0], "query", query)
     if indices is None:
         return
     if pairs is not None:

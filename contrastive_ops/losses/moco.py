@@ -24,8 +24,8 @@ def moco(
     key: Tensor,
     queue: Tensor,
     *,
-    ids: Tensor | None = ...,
-    queue_ids: Tensor | None = ...,
+    labels: Tensor | None = ...,
+    queue_labels: Tensor | None = ...,
     diagnostics: Literal[False] = ...,
     **options: Unpack[_arguments.SoftmaxOptions],
 ) -> Tensor: ...
@@ -37,8 +37,8 @@ def moco(
     key: Tensor,
     queue: Tensor,
     *,
-    ids: Tensor | None = ...,
-    queue_ids: Tensor | None = ...,
+    labels: Tensor | None = ...,
+    queue_labels: Tensor | None = ...,
     diagnostics: Literal[True],
     **options: Unpack[_arguments.SoftmaxOptions],
 ) -> tuple[Tensor, Diagnostics]: ...
@@ -49,8 +49,8 @@ def moco(
     key: Tensor,
     queue: Tensor,
     *,
-    ids: Tensor | None = None,
-    queue_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    queue_labels: Tensor | None = None,
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
     label_smoothing: float | Tensor = 0.0,
@@ -66,7 +66,7 @@ def moco(
     Equivalent to::
 
         q, k, queue = F.normalize(query), F.normalize(key), F.normalize(queue.detach())
-        negatives = (q @ queue.T).masked_fill(ids[:, None] == queue_ids, -torch.inf)
+        negatives = (q @ queue.T).masked_fill(labels[:, None] == queue_labels, -torch.inf)
         logits = torch.cat([(q * k).sum(1, keepdim=True), negatives], 1) / temperature
         F.cross_entropy(logits, torch.zeros(N, dtype=torch.int64))
 
@@ -75,9 +75,9 @@ def moco(
         key: (N, D); row i is the positive of query i. Differentiable, although the keys of a momentum encoder need no
             gradient: compute them under `torch.no_grad`.
         queue: (K, D) of the same dtype, after the region's cast under autocast. Frozen: it is detached.
-        ids: (N,) int64 with ``queue_ids``; -1 equals nothing.
-        queue_ids: (K,) int64: a query drops the entries with its own id, such as earlier keys of the same sample. Give
-            an entry that was never filled to nobody by leaving it out: ``queue[:filled]``.
+        labels: (N,) int64 with ``queue_labels``; -1 equals nothing.
+        queue_labels: (K,) int64: a query drops the entries with its own label, such as earlier keys of the same sample.
+            Give an entry that was never filled to nobody by leaving it out: ``queue[:filled]``.
         temperature: divides the similarities; float, 0-d or (N,) tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead; not both.
         label_smoothing: share of the target distribution that is spread evenly over the own key and the entries that
@@ -133,12 +133,12 @@ def moco(
     # it nearly cancel in the gradient, which must therefore be summed before it is rounded to 16 bits.
     of_queue = torch.zeros(entries, dtype=torch.int64, device=query.device)
     same, differ = (torch.zeros_like(of_batch), torch.cat([of_batch, of_queue])), None
-    if ids is not None and queue_ids is not None:
-        ids = checks.check_index(name, "ids", ids, count, "query", query)
-        queue_ids = checks.check_index(name, "queue_ids", queue_ids, entries, "query", query)
-        differ = (ids, torch.cat([of_batch, queue_ids]))
-    elif ids is not None or queue_ids is not None:
-        raise ValueError(f"{name}: ids and queue_ids must both be given, or neither")
+    if labels is not None and queue_labels is not None:
+        labels = checks.check_index(name, "labels", labels, count, "query", query)
+        queue_labels = checks.check_index(name, "queue_labels", queue_labels, entries, "query", query)
+        differ = (labels, torch.cat([of_batch, queue_labels]))
+    elif labels is not None or queue_labels is not None:
+        raise ValueError(f"{name}: labels and queue_labels must both be given, or neither")
     return row_softmax(
         (name, "query", "key and queue"),
         query,

@@ -34,6 +34,7 @@ def sup_con(
     positives: str = "mean_log",
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
+    col_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
@@ -61,6 +62,7 @@ def sup_con(
             paper's L_out), "log_mean" the logarithm of their mean probability (L_in).
         temperature: divides the cosines; float or 0-d tensor, differentiable. Default 0.1.
         scale: 1 / temperature instead; not both.
+        col_bias: (M,), or (N,) without y, added to the logits of each column, positives included; differentiable.
         weight: (N,) weight of each row; the mean divides by its sum over the rows that count. Differentiable.
             0 leaves it out.
         reduction: "mean" (over rows with a positive), "sum" or "none".
@@ -89,23 +91,28 @@ def sup_con(
     """
     name = "sup_con"
     checks.check_choice(name, "positives", positives, ("mean_log", "log_mean"))
-    loss = eager_loss(
-        positives,
-        LABELLED,
-        x,
-        y,
-        temperature=temperature,
-        scale=scale,
-        default_temperature=0.1,
-        labels=labels,
-        col_labels=col_labels,
-        weight=weight,
-        reduction=reduction,
-        normalize=normalize,
-        memory_budget=memory_budget,
-        backend=backend,
-    )
-    if loss is not None:
+    if (
+        col_bias is None
+        and (
+            loss := eager_loss(
+                positives,
+                LABELLED,
+                x,
+                y,
+                temperature=temperature,
+                scale=scale,
+                default_temperature=0.1,
+                labels=labels,
+                col_labels=col_labels,
+                weight=weight,
+                reduction=reduction,
+                normalize=normalize,
+                memory_budget=memory_budget,
+                backend=backend,
+            )
+        )
+        is not None
+    ):
         return loss
     x, y, scale, of_others, of_same = labelled(
         name, x, labels, y, col_labels, temperature, scale, 0.1, reduction, weight, normalize
@@ -120,6 +127,7 @@ def sup_con(
         y,
         kind=positives,
         scale=scale,
+        col_bias=col_bias,
         target=target,
         pairs=of_others,
         positives=of_same,
@@ -142,6 +150,7 @@ def multi_positive_info_nce(
     mean_over: str = "rows",
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
+    col_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
@@ -171,6 +180,7 @@ def multi_positive_info_nce(
             counts rows with many positives more (pytorch-metric-learning's NTXentLoss).
         temperature: divides the cosines; float or 0-d tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead; not both.
+        col_bias: (M,), or (N,) without y, added to the logits of each column, positives included; differentiable.
         weight: (N,) weight of each row; the mean divides by its sum over rows or pairs. Differentiable.
             0 leaves it out.
         reduction: "mean", "sum" or "none".
@@ -207,6 +217,7 @@ def multi_positive_info_nce(
     )
     sweep: dict[str, Any] = {
         "scale": scale,
+        "col_bias": col_bias,
         "memory_budget": memory_budget,
         "names": (name, "x", "y"),
         "backend": backend,

@@ -141,7 +141,7 @@ def pairwise_rank_distillation(
     *,
     kind: str = "logistic",
     pair_weight: str = "none",
-    pairs: str = "mean",
+    pair_reduction: str = "mean",
     margin: float = 1.0,
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
@@ -155,7 +155,7 @@ def pairwise_rank_distillation(
         better = teacher_scores[:, :, None] > teacher_scores[:, None]               # i is better than j
         lead = (scores[:, :, None] - scores[:, None]) / temperature
         cost = F.softplus(-lead) if kind == "logistic" else F.relu(margin - lead)
-        losses = (better * w * cost).sum((1, 2)) / (better.sum((1, 2)) if pairs == "mean" else 1)
+        losses = (better * w * cost).sum((1, 2)) / (better.sum((1, 2)) if pair_reduction == "mean" else 1)
         losses.mean()
 
     Args:
@@ -166,7 +166,7 @@ def pairwise_rank_distillation(
         pair_weight: w of the pair (i, j). "none": 1. "reciprocal_rank": ``|1 / rank_i - 1 / rank_j|`` of the teacher's
             ranks, where equal scores share the best of theirs (CL-DRD). "lambda": by how much NDCG would change if both
             changed places in the student's order (LambdaRank), of gains ``2**teacher_scores - 1``: for grades >= 0.
-        pairs: "mean" or "sum" over the pairs of a list.
+        pair_reduction: "mean" or "sum" over the pairs of a list.
         margin: of "hinge", a finite number >= 0.
         temperature: divides the student's scores; float or 0-d tensor, differentiable.
         mask: (N, K) bool, False where a list has no candidate. A candidate that is listed twice counts twice, unless
@@ -197,11 +197,11 @@ def pairwise_rank_distillation(
     name = "pairwise_rank_distillation"
     checks.check_choice(name, "kind", kind, PAIRWISE)
     checks.check_choice(name, "pair_weight", pair_weight, WEIGHTINGS)
-    checks.check_choice(name, "pairs", pairs, ("mean", "sum"))
+    checks.check_choice(name, "pair_reduction", pair_reduction, ("mean", "sum"))
     margin = checks.number(name, "margin", margin, "[0, inf)")
     scores, teacher, valid = _lists(name, scores, teacher_scores, mask, weight, reduction)
     factor = _factor(name, "temperature", temperature, scores)
-    options = Options(kind, pair_weight, margin, pairs == "sum")
+    options = Options(kind, pair_weight, margin, pair_reduction == "sum")
     losses = list_losses(scores * factor, teacher, valid, options)
     lowest, highest = (teacher.masked_fill(~valid, end).sort(1).values for end in (torch.inf, -torch.inf))
     # Not `highest > lowest`, which would leave out lists with NaN.

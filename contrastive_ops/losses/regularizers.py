@@ -168,7 +168,7 @@ def _potential_of_lengths(x: Tensor, t: float) -> Tensor:
         return -t * x.square().sum(1)
 
 
-def sparsity(x: Tensor, kind: str = "flops") -> Tensor:
+def sparsity(x: Tensor, *, kind: str = "flops") -> Tensor:
     """Sparsity of activations: SPLADE's FLOPS regulariser, or the L1 norm.
 
     Equivalent to::
@@ -195,7 +195,8 @@ def sparsity(x: Tensor, kind: str = "flops") -> Tensor:
         Minimizing FLOPs to Learn Efficient Sparse Representations, 2020.
 
     Example:
-        >>> sparsity(torch.tensor([[2.0, 0.0], [0.0, 0.0]])), sparsity(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), "l1")
+        >>> x = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+        >>> sparsity(x), sparsity(x, kind="l1")
         (tensor(1.), tensor(1.))
     """
     name = "sparsity"

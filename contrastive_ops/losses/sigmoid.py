@@ -23,7 +23,7 @@ from ..core.rules import Pairs
 from ..ops.similarity_reduce import fold
 from . import _arguments
 from ._binary import check_once, checked_labels, cross_entropy, one_grade, pair_logits, shared_bias
-from ._columns import check_own_column, checked_target
+from ._columns import check_own_column, check_pairs, checked_target
 from ._eager import PARTNERS, eager_loss
 
 
@@ -34,6 +34,8 @@ def siglip(
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
     bias: float | Tensor = -10.0,
+    pairs: Pairs | None = None,
+    col_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
@@ -56,6 +58,9 @@ def siglip(
         scale: 1 / temperature instead, for instance ``logit_scale.exp()``; not both.
         bias: added to every logit; float or 0-d tensor, differentiable. It starts at about -log(N): most pairs are
             negative.
+        pairs: which texts are negatives of an image: ids of false negatives, bounds on the similarity, a guide, ... Its
+            own text always takes part.
+        col_bias: (N,), added to the logits of each text; differentiable.
         weight: (N,) weight >= 0 of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none"; of rows, each of which is a sum over its N pairs.
         normalize: scale all rows to length 1 first; O(N D). False where they have it already, or lengths shall count.
@@ -85,23 +90,30 @@ def siglip(
         True
     """
     name = "siglip"
-    loss = eager_loss(
-        "sigmoid",
-        PARTNERS,
-        image,
-        text,
-        temperature=temperature,
-        scale=scale,
-        default_temperature=0.1,
-        bias=bias,
-        weight=weight,
-        reduction=reduction,
-        normalize=normalize,
-        memory_budget=memory_budget,
-        backend=backend,
-    )
-    if loss is not None:
+    if (
+        pairs is None
+        and col_bias is None
+        and (
+            loss := eager_loss(
+                "sigmoid",
+                PARTNERS,
+                image,
+                text,
+                temperature=temperature,
+                scale=scale,
+                default_temperature=0.1,
+                bias=bias,
+                weight=weight,
+                reduction=reduction,
+                normalize=normalize,
+                memory_budget=memory_budget,
+                backend=backend,
+            )
+        )
+        is not None
+    ):
         return loss
+    check_pairs(name, pairs)
     image, text, scale = _arguments.two_sides(
         name,
         (("image", image), ("text", text)),
@@ -117,18 +129,34 @@ def siglip(
     names = (name, "image", "text")
     bias = repeated(shared_bias(name, bias, image), image.shape[0])
     unit = _arguments.in_sweep(normalize, image)
-    return one_grade(names, image, text, scale, bias, None, None, weight, reduction, unit, memory_budget, backend)
+    return one_grade(
+        names,
+        image,
+        text,
+        scale,
+        bias,
+        None,
+        None,
+        weight,
+        reduction,
+        unit,
+        memory_budget,
+        backend,
+        pairs,
+        col_bias,
+    )
 
 
 def multi_positive_siglip(
     x: Tensor,
     y: Tensor,
-    row_ids: Tensor,
-    col_ids: Tensor | None = None,
+    labels: Tensor,
+    col_labels: Tensor | None = None,
     *,
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
     bias: float | Tensor = -10.0,
+    col_bias: Tensor | None = None,
     balanced: bool = False,
     weight: Tensor | None = None,
     reduction: str = "mean",
@@ -142,7 +170,7 @@ def multi_positive_siglip(
 
         x, y = F.normalize(x), F.normalize(y)
         logits = scale * x @ y.T + bias
-        positive = (row_ids[:, None] == col_ids) & (row_ids[:, None] != -1)
+        positive = (labels[:, None] == col_labels) & (labels[:, None] != -1)
         pulled = torch.where(positive, F.softplus(-logits), 0).sum(1)
         pushed = torch.where(positive, 0, F.softplus(logits)).sum(1)
         if balanced:
@@ -152,11 +180,12 @@ def multi_positive_siglip(
     Args:
         x: (N, D) float32, bfloat16, float16 or float64.
         y: (M, D).
-        row_ids: (N,) int64. -1 equals nothing: a row of negatives alone.
-        col_ids: (M,) int64. None: those of the rows, and M = N.
+        labels: (N,) int64. -1 equals nothing: a row of negatives alone.
+        col_labels: (M,) int64. None: those of the rows, and M = N.
         temperature: divides the cosines; float, 0-d or (N,) tensor, differentiable. Default 0.1.
         scale: 1 / temperature instead; not both.
         bias: added to every logit; float or 0-d tensor, differentiable.
+        col_bias: (M,), added to the logits of each column; differentiable.
         balanced: divide each row's sum over positives and its sum over negatives by their numbers. False: every pair
             counts the same, as in SigLIP.
         weight: (N,) weight >= 0 of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
@@ -181,8 +210,8 @@ def multi_positive_siglip(
 
     Example:
         >>> x, y = torch.randn(6, 16), torch.randn(4, 16)
-        >>> row_ids, col_ids = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 1, 1, 3])
-        >>> multi_positive_siglip(x, y, row_ids, col_ids, reduction="none").shape
+        >>> labels, col_labels = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 1, 1, 3])
+        >>> multi_positive_siglip(x, y, labels, col_labels, reduction="none").shape
         torch.Size([6])
     """
     name = "multi_positive_siglip"
@@ -197,10 +226,10 @@ def multi_positive_siglip(
         normalize=normalize,
         anchors=1,
     )
-    row_ids = checks.check_index(name, "row_ids", row_ids, x.shape[0], "x", x)
-    col_ids = row_ids if col_ids is None else col_ids
-    col_ids = checks.check_index(name, "col_ids", col_ids, y.shape[0], "x", x)
-    same, differ = Pairs(same=(row_ids, col_ids)), Pairs(differ=(row_ids, col_ids))
+    labels = checks.check_index(name, "labels", labels, x.shape[0], "x", x)
+    col_labels = labels if col_labels is None else col_labels
+    col_labels = checks.check_index(name, "col_labels", col_labels, y.shape[0], "x", x)
+    same, differ = Pairs(same=(labels, col_labels)), Pairs(differ=(labels, col_labels))
     folds: tuple[Fold, ...] = (Fold("sum_softplus", pairs=same, negate=True), Fold("sum_softplus", pairs=differ))
     if balanced:
         folds += (Fold("count", pairs=same, negate=True), Fold("count", pairs=differ))
@@ -211,6 +240,7 @@ def multi_positive_siglip(
         reduce=folds,
         scale=scale,
         row_bias=row_bias,
+        col_bias=col_bias,
         unit=_arguments.in_sweep(normalize, x),
         memory_budget=memory_budget,
         names=names,

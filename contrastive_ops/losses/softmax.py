@@ -31,7 +31,7 @@ from . import _arguments
 from ._columns import (
     check_own_column,
     check_pairs,
-    check_row_negatives,
+    checked_row_negatives,
     checked_target,
     logit_sums,
     mean_logit,
@@ -90,6 +90,7 @@ def info_nce(
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
     pairs: Pairs | None = None,
+    col_bias: Tensor | None = None,
     margin: float = 0.0,
     label_smoothing: float | Tensor = 0.0,
     z_loss: float = 0.0,
@@ -116,12 +117,14 @@ def info_nce(
         query: (N, D) float32, bfloat16, float16 or float64.
         key: (M, D); query i belongs to key ``target[i]``.
         negatives: (K, D), more columns for every query. Rows have no ids: one that is given twice counts twice.
-        row_negatives: (N, K', D), more columns for each query alone; the same is true of them.
+        row_negatives: (N, D) or (N, K', D), more columns for each query alone; the same is true of them.
         target: (N,) int64 in [0, M). None: query i belongs to key i, and M >= N.
         temperature: divides the cosines; float, 0-d or (N,) tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead; not both.
         pairs: which of the M + K columns are negatives of a query: ids of false negatives, bounds on the similarity, a
             guide, ... The target always takes part, and so do ``row_negatives``.
+        col_bias: (M + K,), added to the logits of each column, positives included; differentiable. The logQ correction
+            is minus the logarithm of how often a key is drawn. Not of ``row_negatives``.
         margin: subtracted from the similarity of each query with its key (additive margin).
         label_smoothing: share of the target distribution that is spread evenly over all columns that take part; a
             float, or (N,) with a share for each row, differentiable.
@@ -162,6 +165,7 @@ def info_nce(
         negatives is None
         and row_negatives is None
         and pairs is None
+        and col_bias is None
         and diagnostics is False
         and is_off(margin, label_smoothing, z_loss)
         and (
@@ -204,8 +208,10 @@ def info_nce(
     if negatives is not None:
         checks.check_matrices(name, "query", query, "negatives", negatives)
         key = torch.cat([key, negatives])
+    if col_bias is not None:
+        checks.check_vector(name, "col_bias", col_bias, key.shape[0], "query", query)
     if row_negatives is not None:
-        check_row_negatives(name, query, row_negatives)
+        row_negatives = checked_row_negatives(name, query, row_negatives)
     unit, (query, key) = _arguments.in_sweep(normalize, query), _arguments.unit_sides(normalize, query, key)
     own = None
     if row_negatives is not None:
@@ -218,6 +224,7 @@ def info_nce(
         target=target,
         scale=scale,
         pairs=pairs,
+        col_bias=col_bias,
         own=own,
         unit=unit,
         own_logit=(lambda logit: logit - scaled(scale, torch.full_like(logit, margin))) if margin else None,
@@ -250,6 +257,7 @@ def clip(
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
     pairs: Pairs | None = None,
+    col_bias: Tensor | None = None,
     label_smoothing: float | Tensor = 0.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
@@ -274,6 +282,8 @@ def clip(
         scale: 1 / temperature instead, for instance ``logit_scale.exp()``; not both.
         pairs: which images and texts are negatives of each other: ids of false negatives, bounds on the similarity, a
             guide, ... An image and its own text always take part.
+        col_bias: (N,), added to the logits of each text; differentiable. The softmax of images over texts sees it, that
+            of texts over images does not.
         label_smoothing: share of the target distribution that is spread evenly over all columns that take part; a
             float, or (N,) with a share for each pair, differentiable.
         weight: (N,) weight of each pair; the mean divides by its sum. Differentiable. 0 leaves it out.
@@ -308,6 +318,7 @@ def clip(
     name = "clip"
     if (
         pairs is None
+        and col_bias is None
         and diagnostics is False
         and is_off(label_smoothing)
         and (
@@ -341,6 +352,8 @@ def clip(
         partners=True,
     )
     check_pairs(name, pairs)
+    if col_bias is not None:
+        checks.check_vector(name, "col_bias", col_bias, text.shape[0], "image", image)
     share = smoothing_share(name, _arguments.of_weighted(weight, label_smoothing), "image", image)
     of_smoothing = smoothing_folds(share, pairs)
     unit = _arguments.in_sweep(normalize, image)
@@ -348,7 +361,8 @@ def clip(
         sums = None
         if share is not None:
             sides = wide(image, unit), wide(text, unit)  # once, or 16-bit gradients would be rounded once more
-            both = logit_sums(*sides, scale) + logit_sums(*sides, scale, of_columns=True)
+            both = logit_sums(*sides, scale, col_bias=col_bias)
+            both = both + logit_sums(*sides, scale, of_columns=True, col_bias=col_bias)
             sums = both / (2 * image.shape[0])
         return whole_softmax(
             (name, "image", "text"),
@@ -358,6 +372,7 @@ def clip(
             None,
             scale,
             pairs,
+            col_bias,
             None,
             share,
             sums,
@@ -374,6 +389,7 @@ def clip(
         reduce=("logsumexp", *of_smoothing, *(ranking.folds if ranking else ())),
         dim=(0, 1),
         scale=scale,
+        col_bias=col_bias,
         target=torch.arange(image.shape[0], device=image.device),
         pairs=pairs,
         unit=unit,
@@ -386,7 +402,7 @@ def clip(
     losses = (softplus(rows - target_logit) + softplus(cols - target_logit)) / 2
     if share is not None:
         row_mean, col_mean = (
-            mean_logit(*sum_and_count(image, text, scale, target_logit, folded[:end], of_columns, unit))
+            mean_logit(*sum_and_count(image, text, scale, target_logit, folded[:end], of_columns, unit, col_bias))
             for folded, of_columns in ((of_rows, False), (of_cols, True))
         )
         losses = losses + share * (target_logit - (row_mean + col_mean) / 2)

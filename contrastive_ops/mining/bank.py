@@ -77,7 +77,7 @@ class MemoryBank(State):
         ...     ids = torch.arange(8) + 8 * step
         ...     query, key = torch.randn(8, 16, requires_grad=True), torch.randn(8, 16)
         ...     queue = bank.entries()
-        ...     moco(query, key, queue.rows, ids=ids, queue_ids=queue.ids).backward()
+        ...     moco(query, key, queue.rows, labels=ids, queue_labels=queue.ids).backward()
         ...     bank.enqueue(key, ids)
         >>> len(bank), bank.topk(query, 5, ids=ids).indices.shape
         (24, torch.Size([8, 5]))

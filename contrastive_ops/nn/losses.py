@@ -197,7 +197,7 @@ class SigLIPLoss(BiasedLoss):
 
 
 class MultiPositiveSigLIPLoss(BiasedLoss):
-    """`losses.multi_positive_siglip` as a module: ``MultiPositiveSigLIPLoss()(x, y, row_ids, col_ids)``."""
+    """`losses.multi_positive_siglip` as a module: ``MultiPositiveSigLIPLoss()(x, y, labels, col_labels)``."""
 
     function = staticmethod(losses.multi_positive_siglip)
 

@@ -29,10 +29,6 @@ def _mean_over_positives(inputs: Inputs, rows: Tensor) -> Tensor:
     return (rows * number).sum() / number.sum()
 
 
-def _mean_over_tokens(inputs: Inputs, rows: Tensor) -> Tensor:
-    return rows.sum() / inputs["token_weight"].sum() if "token_weight" in inputs else rows.mean()
-
-
 @dataclass(eq=False)
 class LossCase:
     """One loss, or an important variant of it.
@@ -150,7 +146,7 @@ _TRIPLET = {"anchor": Draw.matrix, "positive": Draw.matrix, "negative": Draw.mat
 _TOKENS = {"queries": Draw.tokens, "documents": Draw.tokens, "scale": Draw.scale}
 _LISTS = {"scores": Draw.list_scores, "teacher_scores": Draw.teacher_scores}
 _MASKED_LISTS = {**_LISTS, "mask": Draw.list_mask, **_WEIGHT}
-_TOKEN_LABELS = {"hidden": Draw.matrix, "weight": Draw.columns, "labels": Draw.column}
+_TOKEN_LABELS = {"hidden": Draw.matrix, "head": Draw.columns, "labels": Draw.column}
 _TAUGHT = {"x": Draw.matrix, "y": Draw.matrix, "teacher_x": Draw.teacher, "teacher_y": Draw.teacher}
 _PAIR_LIST = {"x": Draw.columns, "y": Draw.columns, "rows": Draw.own, "cols": Draw.column, "labels": Draw.grades}
 
@@ -229,7 +225,7 @@ LOSSES: dict[str, LossCase] = {
         {**_GTE, "scale": Draw.scale_of_rows, **_WEIGHT},
         {"partition": "per_direction", "directions": ("query_to_doc", "doc_to_query")},
     ),
-    "gte hard negatives": LossCase(losses.gte, {**_GTE, "hard_negatives": Draw.of_each_row}),
+    "gte negatives": LossCase(losses.gte, {**_GTE, "negatives": Draw.of_each_row}),
     "gte margin": LossCase(losses.gte, _GTE, {"directions": _QWEN3, "false_negative_margin": 0.1}),
     "gist": LossCase(losses.gist, _GIST, {"margin": -0.05}),
     "gist relative": LossCase(
@@ -241,9 +237,16 @@ LOSSES: dict[str, LossCase] = {
     "arc_face": LossCase(losses.arc_face, {**_CLASSES, "scale": Draw.scale_of_rows, **_WEIGHT}),
     "margin_softmax": LossCase(losses.margin_softmax, {**_CLASSES, "margin": Draw.share}, {"kind": "arcface"}),
     "moco": LossCase(losses.moco, {**_QUERY_KEY, "queue": Draw.queue, **_SCALE}),
-    "moco ids": LossCase(
+    "moco labels": LossCase(
         losses.moco,
-        {**_QUERY_KEY, "queue": Draw.queue, **_SCALE, "ids": Draw.labels, "queue_ids": Draw.col_labels, **_WEIGHT},
+        {
+            **_QUERY_KEY,
+            "queue": Draw.queue,
+            **_SCALE,
+            "labels": Draw.labels,
+            "queue_labels": Draw.col_labels,
+            **_WEIGHT,
+        },
     ),
     "mined_info_nce": LossCase(losses.mined_info_nce, _MINED, {"k": 3}),
     "mined_info_nce pairs": LossCase(
@@ -252,7 +255,9 @@ LOSSES: dict[str, LossCase] = {
         {"k": 2, "in_batch": False, "normalize": False},
         arrange=_rules,
     ),
-    "mined_info_nce ids": LossCase(losses.mined_info_nce, {**_MINED, "indices": Draw.two_columns, "ids": Draw.labels}),
+    "mined_info_nce labels": LossCase(
+        losses.mined_info_nce, {**_MINED, "indices": Draw.two_columns, "labels": Draw.labels}
+    ),
     "late_interaction": LossCase(losses.late_interaction, _TOKENS, keeps_scores=True),
     "late_interaction negatives": LossCase(
         losses.late_interaction,
@@ -316,8 +321,8 @@ LOSSES: dict[str, LossCase] = {
         {
             "x": Draw.matrix,
             "y": Draw.columns,
-            "row_ids": Draw.labels,
-            "col_ids": Draw.col_labels,
+            "labels": Draw.labels,
+            "col_labels": Draw.col_labels,
             **_SCALE,
             "bias": Draw.bias,
             **_WEIGHT,
@@ -351,7 +356,7 @@ LOSSES: dict[str, LossCase] = {
     ),
     "contrastive": LossCase(losses.contrastive, {"x": Draw.matrix, "y": Draw.matrix, "labels": Draw.zero_or_one}),
     "vse": LossCase(losses.vse, _IMAGE_TEXT),
-    "vse hardest": LossCase(losses.vse, {**_IMAGE_TEXT, "ids": Draw.labels, **_WEIGHT}, {"hardest": True}),
+    "vse hardest": LossCase(losses.vse, {**_IMAGE_TEXT, "labels": Draw.labels, **_WEIGHT}, {"hardest": True}),
     "energy_hinge": LossCase(losses.energy_hinge, {**_QUERY_KEY, "negatives": Draw.columns}),
     "energy_hinge sum": LossCase(losses.energy_hinge, {**_QUERY_KEY, **_WEIGHT}, {"hardest": False}),
     "simctg": LossCase(
@@ -369,15 +374,12 @@ LOSSES: dict[str, LossCase] = {
         {"label_smoothing": 0.1},
     ),
     "dpo ipo": LossCase(losses.dpo, {"chosen": Draw.log_prob, "rejected": Draw.log_prob, **_WEIGHT}, {"kind": "ipo"}),
-    "linear_cross_entropy": LossCase(losses.linear_cross_entropy, _TOKEN_LABELS, mean=_mean_over_tokens),
-    "linear_cross_entropy weighted": LossCase(
-        losses.linear_cross_entropy, {**_TOKEN_LABELS, "token_weight": Draw.weight}, mean=_mean_over_tokens
-    ),
+    "linear_cross_entropy": LossCase(losses.linear_cross_entropy, _TOKEN_LABELS),
+    "linear_cross_entropy weighted": LossCase(losses.linear_cross_entropy, {**_TOKEN_LABELS, **_WEIGHT}),
     "linear_cross_entropy smoothing": LossCase(
         losses.linear_cross_entropy,
-        {**_TOKEN_LABELS, "token_weight": Draw.weight},
+        {**_TOKEN_LABELS, **_WEIGHT},
         {"label_smoothing": 0.1, "z_loss": 0.1},
-        mean=_mean_over_tokens,
     ),
     "margin_mse": LossCase(losses.margin_mse, _LISTS),
     "margin_mse masked": LossCase(losses.margin_mse, _MASKED_LISTS),
@@ -393,7 +395,7 @@ LOSSES: dict[str, LossCase] = {
     "pairwise_rank_distillation hinge": LossCase(
         losses.pairwise_rank_distillation,
         {**_MASKED_LISTS, "temperature": Draw.temperature},
-        {"kind": "hinge", "pair_weight": "reciprocal_rank", "pairs": "sum"},
+        {"kind": "hinge", "pair_weight": "reciprocal_rank", "pair_reduction": "sum"},
     ),
     "pairwise_rank_distillation lambda": LossCase(losses.pairwise_rank_distillation, _LISTS, {"pair_weight": "lambda"}),
     "negative_sampling": LossCase(
