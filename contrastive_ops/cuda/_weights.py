@@ -119,7 +119,7 @@ class Gradients(NamedTuple):
         upstream: what arrives.
         dx: that of x, or None.
         dy: that of y, or None.
-        totals: all sums, one after another.
+        totals: all sums, one after another, in float64.
     """
 
     wanted: Wanted
@@ -136,7 +136,8 @@ class Gradients(NamedTuple):
         # Chunks on the edges write what later ones add to; without any there is no pair.
         make = zeros if p.itself or not N or not M else upstream.values.new_empty
         dx, dy = make((N, D)) if wanted.dx else None, make((M, D)) if wanted.dy else None
-        return cls(wanted, upstream, dx, dy, zeros((sum(p.shape[each.cols] for each in wanted.sums),)))
+        totals = zeros((sum(p.shape[each.cols] for each in wanted.sums),), dtype=torch.float64)
+        return cls(wanted, upstream, dx, dy, totals)
 
     def add(self, p: Problem, chunk: Chunk, weights: Tensor, spread: Tensor | None = None) -> None:
         """Add what the pairs of a chunk give; `weights` and `spread` are memory for as many numbers."""
@@ -153,7 +154,7 @@ class Gradients(NamedTuple):
         kernels().cuda_similarity_reduce_weigh(
             chunk.dots, chunk.guide, numbers, *p.arguments, up.values, up.argmax, up.d_values, up.d_target, spread,
             up.norm, weights if has_product else None, sums,
-            self.totals.new_empty((chunk.parts(ROW_SLOTS, COL_SLOTS),)), self.totals,
+            chunk.dots.new_empty((chunk.parts(ROW_SLOTS, COL_SLOTS),)), self.totals,
         )  # fmt: skip
         matrix = chunk.matrix(weights)
         if self.dx is not None:
@@ -173,10 +174,10 @@ class Gradients(NamedTuple):
             if gradient is not None and self.upstream.norm is not None:
                 gradient /= self.upstream.norm
         self._give_back(p, target, sums)
-        nothing = self.totals.new_zeros((0,))
+        nothing = self.totals.new_zeros((0,), dtype=torch.float32)
         no_rows = nothing.view(0, p.shape[2])
         drow_bias, dcol_bias = (
-            sums[Sum(SumOf.BIAS, cols)].clone() if needs >> 3 + cols & 1 else nothing.clone() for cols in (False, True)
+            sums[Sum(SumOf.BIAS, cols)].float() if needs >> 3 + cols & 1 else nothing.clone() for cols in (False, True)
         )
         return (
             no_rows.clone() if self.dx is None else self.dx,
@@ -210,9 +211,8 @@ def _scale_gradient(p: Problem, scale: Tensor, sums: dict[Sum, Tensor]) -> Tenso
     found = [sums[_scale_sum(p, index)] for index in range(len(p.layout.sets))]
     if not found:
         return torch.zeros_like(scale)
-    return torch.cat(
-        [
-            in_parts(each).reshape(1) if own.scale_of == ScaleOf.ALL else each
-            for own, each in zip(p.layout.sets, found, strict=True)
-        ]
-    )
+    parts = [
+        in_parts(each).reshape(1) if own.scale_of == ScaleOf.ALL else each
+        for own, each in zip(p.layout.sets, found, strict=True)
+    ]
+    return torch.cat(parts, out=scale.new_empty((sum(map(len, parts)),), dtype=torch.float32))

@@ -103,8 +103,9 @@ def scores(
     choices, routed = numbers(s.segments, experts, dtype=integer), numbers(s.segments, dtype=integer)
     kernels().cuda_expert_routing_scores(
         *_dense(logits, noise, bias, allowed, given, segment, valid), chosen, gates, priority, sums, totals, choices,
-        routed, margin, numbers(parts, width), numbers(parts, cells + s.segments, dtype=torch.int32), tables,
-        [int(each) for each in s], [team.lanes, team.items, parts, kinds], tokens, experts, float(sigma),
+        routed, margin, numbers(parts, width, dtype=torch.float64),
+        numbers(parts, cells + s.segments, dtype=torch.int32), tables, [int(each) for each in s],
+        [team.lanes, team.items, parts, kinds], tokens, experts, float(sigma),
     )  # fmt: skip
     return chosen, gates, priority, sums, totals, choices, routed, margin
 

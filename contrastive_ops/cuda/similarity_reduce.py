@@ -28,9 +28,9 @@ class Folding(NamedTuple):
     """Results of forward while they are formed.
 
     Attributes:
-        state: of all folds, as csrc/cuda/similarity_folds.h has it.
+        state: of all folds, as csrc/cuda/similarity_folds.h has it; float64.
         target_logit: (N,), empty without targets.
-        linear: (N,), empty without lists.
+        linear: (N,) float64, empty without lists.
     """
 
     state: Tensor
@@ -41,14 +41,14 @@ class Folding(NamedTuple):
     def of(cls, p: Problem, target: Tensor | None) -> Folding:
         """Folds of nothing."""
         N, M, _ = p.shape
-        state = p.x.new_zeros((2 * sum(p.layout.sizes(N, M)),), dtype=torch.float32)
+        state = p.x.new_zeros((2 * sum(p.layout.sizes(N, M)),), dtype=torch.float64)
         # A target that no column is stays NaN, as nobody waits for the GPU to check it.
-        target_logit = state.new_full((0 if target is None else N,), torch.nan)
+        target_logit = state.new_full((0 if target is None else N,), torch.nan, dtype=torch.float32)
         return cls(state, target_logit, state.new_zeros((N if p.layout.has_linear else 0,)))
 
     def add(self, p: Problem, chunk: Chunk) -> None:
         """Fold a chunk."""
-        parts, numbers = self.state.new_empty((chunk.parts(2, 2),)), chunk.numbers()
+        parts, numbers = chunk.dots.new_empty((chunk.parts(2, 2),)), chunk.numbers()
         kernels().cuda_similarity_reduce_fold(chunk.dots, chunk.guide, numbers, *p.arguments, parts, self.state)
         named = [each if len(each) else None for each in (self.target_logit, self.linear)]
         if any(each is not None for each in named):
@@ -58,7 +58,7 @@ class Folding(NamedTuple):
         """Values and winners of all folds."""
         N, M, _ = p.shape
         sizes, argmax_sizes = p.layout.sizes(N, M), p.layout.argmax_sizes(N, M)
-        values = self.state.new_empty((sum(sizes),))
+        values = self.target_logit.new_empty((sum(sizes),))
         argmax = values.new_empty((sum(argmax_sizes),), dtype=torch.int64)
         states = self.state.split([2 * size for size in sizes])
         for fold, state, value, winner in zip(
@@ -94,7 +94,7 @@ def forward(
     for band in work.sizes.bands(p):
         for rows, cols in band:
             folding.add(p, work.chunk(rows, cols, memory))
-    return *folding.finish(p), folding.target_logit, folding.linear, kept
+    return *folding.finish(p), folding.target_logit, folding.linear.float(), kept
 
 
 def backward(

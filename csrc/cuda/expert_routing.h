@@ -15,7 +15,7 @@ namespace contrastive_ops {
 void expert_routing_scores(Stream stream, Input logits, const float* noise, const float* bias, const bool* allowed,
                            const int64_t* given, const int64_t* segment, const bool* valid, int64_t* experts,
                            float* gates, float* priority, float* sums, float* totals, int64_t* choices, int64_t* tokens,
-                           float* margin, float* part_sums, int32_t* part_counts, float* tables, Integers spec,
+                           float* margin, double* part_sums, int32_t* part_counts, float* tables, Integers spec,
                            Integers plan, int64_t T, int64_t E, double sigma);
 
 // Gradient by the logits of what is linear in the outputs of the scores.

@@ -15,10 +15,11 @@ struct ScoresOut {
   float* priority;
 };
 
-// What a block writes: `sums` (kinds, segments, E) and (3, segments) for squared lse, entropy and margin; `counts`
-// (segments, E) of choices and (segments) of tokens. `tables`: memory for tables that shared memory has no room for.
+// What a block writes: `sums`, in float64, (kinds, segments, E) and (3, segments) for squared lse, entropy and margin;
+// `counts` (segments, E) of choices and (segments) of tokens. `tables`: memory for tables that shared memory has no
+// room for.
 struct Parts {
-  float* sums;
+  double* sums;
   int32_t* counts;
   float* tables;
   int64_t count;
@@ -179,9 +180,16 @@ struct BlockMemory {
   static constexpr size_t kExchange = 2 * kWarp;
 };
 
-// Adds up the tables of the block's warps and writes them as the other kernel reads them.
+// Tokens of a team after which its block adds its tables to what it writes: a table is in float32, and no sum in it may
+// have millions of terms. More where there are many segments, as a table has all of them.
+template <class Team>
+__device__ inline int longest_table(int segments) {
+  return (Team::kStages == 0 ? 128 : 32) * ceil_divide(segments, 4);
+}
+
+// Adds the tables of the block's warps to what the other kernel reads, and clears them.
 __device__ inline void write_part(const Router& p, const BlockMemory& memory, int kinds, int lanes, int items,
-                                  const float* tables, const int32_t* counts, float* sums, int32_t* out_counts) {
+                                  float* tables, double* sums) {
   const int64_t cells = int64_t{p.segments} * p.E, width = kinds * cells + 3 * p.segments;
   for (int64_t c = threadIdx.x; c < width; c += blockDim.x) {
     int64_t segment, place;
@@ -193,14 +201,14 @@ __device__ inline void write_part(const Router& p, const BlockMemory& memory, in
       segment = (c - kinds * cells) % p.segments;
       place = memory.width - 3 + (c - kinds * cells) / p.segments;
     }
-    float sum = 0.0f;
+    double sum = sums[c];
     for (int64_t unit = 0; unit < memory.units; ++unit) {
-      sum += tables[(unit * p.segments + segment) * memory.width + place];
+      float& own = tables[(unit * p.segments + segment) * memory.width + place];
+      sum += static_cast<double>(own);
+      own = 0.0f;
     }
     sums[c] = sum;
   }
-  if (counts == out_counts) return;
-  for (int64_t c = threadIdx.x; c < cells + p.segments; c += blockDim.x) out_counts[c] = counts[c];
 }
 
 // Blocks that a multiprocessor has registers for: loads of others go on while one of them computes.
@@ -216,18 +224,33 @@ __global__ void __launch_bounds__(Team::kThreads, kBlocksAtOnce<N, kNoise>)
   const BlockMemory memory(p, parts.kinds, team.size(), N, shared_tables);
   const int64_t part = blockIdx.x, cells = int64_t{p.segments} * p.E, table_size = p.segments * memory.width;
   float* tables = shared_tables ? shared + BlockMemory::kExchange : parts.tables + part * memory.units * table_size;
+  const int64_t width = parts.kinds * cells + 3 * p.segments;
+  double* part_sums = parts.sums + part * width;
   int32_t* part_counts = parts.counts + part * (cells + p.segments);
   auto* counts = shared_tables ? reinterpret_cast<int32_t*>(tables + memory.tables) : part_counts;
   float* of_groups =
       shared + BlockMemory::kExchange + memory.tables + memory.counts + team.index * (p.E + 2 * p.groups);
   for (int64_t c = threadIdx.x; c < memory.units * table_size; c += blockDim.x) tables[c] = 0.0f;
+  for (int64_t c = threadIdx.x; c < width; c += blockDim.x) part_sums[c] = 0.0;
   for (int64_t c = threadIdx.x; c < cells + p.segments; c += blockDim.x) counts[c] = 0;
   __syncthreads();
 
   Sums<Team, N, kNoise ? 3 : 1> sums(team, tables + team.unit * table_size, memory.width, parts.kinds);
   const int64_t tiles = ceil_divide(p.T, team.count);
-  const int64_t end = (part + 1) * tiles / parts.count;
-  for (int64_t tile = part * tiles / parts.count; tile < end; ++tile) {
+  const int64_t begin = part * tiles / parts.count, end = (part + 1) * tiles / parts.count;
+  const auto write_sums = [&] {
+    sums.flush();
+    __syncthreads();
+    write_part(p, memory, parts.kinds, team.size(), N, tables, part_sums);
+    __syncthreads();
+  };
+  // Counted down, as the loop has no register to spare.
+  int left = longest_table<Team>(p.segments);
+  for (int64_t tile = begin; tile < end; ++tile) {
+    if (left-- == 0) {
+      write_sums();
+      left = longest_table<Team>(p.segments) - 1;
+    }
     const int64_t at = tile * team.count + team.index;
     const Token<Team, N, kNoise> token(team, p, at);
     const int label = token.live ? p.label(at) : -1;
@@ -265,10 +288,9 @@ __global__ void __launch_bounds__(Team::kThreads, kBlocksAtOnce<N, kNoise>)
       }
     }
   }
-  sums.flush();
-  __syncthreads();
-  write_part(p, memory, parts.kinds, team.size(), N, tables, counts,
-             parts.sums + part * (parts.kinds * cells + 3 * p.segments), part_counts);
+  write_sums();
+  if (counts == part_counts) return;
+  for (int64_t c = threadIdx.x; c < cells + p.segments; c += blockDim.x) part_counts[c] = counts[c];
 }
 
 // ---- Sums of all blocks -------------------------------------------------------------------------------------------
@@ -330,7 +352,7 @@ __global__ void __launch_bounds__(kMostTotalsThreads)
 void expert_routing_scores(Stream stream, Input logits, const float* noise, const float* bias, const bool* allowed,
                            const int64_t* given, const int64_t* segment, const bool* valid, int64_t* experts,
                            float* gates, float* priority, float* sums, float* totals, int64_t* choices, int64_t* tokens,
-                           float* margin, float* part_sums, int32_t* part_counts, float* tables, Integers spec,
+                           float* margin, double* part_sums, int32_t* part_counts, float* tables, Integers spec,
                            Integers plan, int64_t T, int64_t E, double sigma) {
   const Router p(logits, noise, bias, allowed, given, segment, valid, spec, T, E, sigma);
   const int64_t lanes = plan.data[0], items = plan.data[1], cells = p.segments * E;

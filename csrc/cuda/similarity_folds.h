@@ -6,6 +6,9 @@
 //     max         the maximum, and the bits of 1 + its index
 //     others      their sum
 //
+// The parts of a block are short and in float32. They merge into states, whose sums are in float64: one sum over
+// millions of numbers in float32 drifts, and ends where a number is less than half of its last place.
+//
 // Logits of -inf are pairs that take no part. Ties of a maximum go to the smaller index, and NaN beats every number,
 // whoever met it first.
 #pragma once
@@ -92,13 +95,37 @@ __device__ inline Part merged(FoldKind kind, const Part& x, const Part& y) {
   return {{a + c, 0.0f}};
 }
 
-// The value of a fold once all of its parts are merged.
-__device__ inline float finished(FoldKind kind, const Part& part) {
+// What parts are merged into; zeros are a fold of nothing.
+struct alignas(16) State {
+  double sum;  // of exp(l - top), or of the terms
+  float top;
+  int winner;  // 1 + the index of the maximum
+};
+
+__device__ inline void merge_into(State& state, FoldKind kind, const Part& part) {
   if (kind == FoldKind::logsumexp) {
-    return part.at[1] == 0.0f ? -kInfinity : finite_or_zero(part.at[0]) + logf(part.at[1]);
+    if (part.at[1] == 0.0f) return;
+    const float top = state.sum == 0.0 ? part.at[0] : fmaxf(state.top, part.at[0]), reference = finite_or_zero(top);
+    const float shift = finite_or_zero(state.top) - reference;
+    // Rare: the largest so far is exceeded. In float64, as it may happen with every part.
+    if (shift != 0.0f && state.sum != 0.0) state.sum *= exp(static_cast<double>(shift));
+    state.sum += static_cast<double>(rescaled(part.at[1], finite_or_zero(part.at[0]) - reference));
+    state.top = top;
+  } else if (kind == FoldKind::max) {
+    const Part best = merged(kind, {{state.top, __int_as_float(state.winner)}}, part);
+    state.top = best.at[0], state.winner = __float_as_int(best.at[1]);
+  } else {
+    state.sum += static_cast<double>(part.at[0]);
   }
-  if (kind == FoldKind::max) return __float_as_int(part.at[1]) == 0 ? -kInfinity : part.at[0];
-  return part.at[0];
+}
+
+// The value of a fold once all of its parts are merged.
+__device__ inline float finished(FoldKind kind, const State& state) {
+  if (kind == FoldKind::logsumexp) {
+    return state.sum == 0.0 ? -kInfinity : static_cast<float>(finite_or_zero(state.top) + log(state.sum));
+  }
+  if (kind == FoldKind::max) return state.winner == 0 ? -kInfinity : state.top;
+  return static_cast<float>(state.sum);
 }
 
 // ---- A row of a tile ------------------------------------------------------------------------------------------------

@@ -219,20 +219,22 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Adds the parts of a chunk to the totals, tile after tile; one thread per row and column.
+// Adds the parts of a chunk to the totals, tile after tile, in float64 (similarity_folds.h says why); one thread per
+// row and column.
 __global__ void add_parts_kernel(const PairChunk chunk, const __grid_constant__ Slots slots, const float* parts,
-                                 float* totals) {
+                                 double* totals) {
   const OwnedPlaces own(chunk, int64_t{blockIdx.x} * kThreads + threadIdx.x);
   const int across = chunk.tiles_across(), down = chunk.tiles_down();
   const auto add = [&](const float* from, int tiles, int64_t stride, int64_t to) {
     // Several loads are under way at a time.
     constexpr int kAtOnce = 8;
-    float sum = totals[to], next[kAtOnce];
+    double sum = totals[to];
+    float next[kAtOnce];
     for (int t = 0; t < tiles; t += kAtOnce) {
       CONTRASTIVE_OPS_UNROLL
       for (int q = 0; q < kAtOnce; ++q) next[q] = t + q < tiles ? from[(t + q) * stride] : 0.0f;
       CONTRASTIVE_OPS_UNROLL
-      for (int q = 0; q < kAtOnce; ++q) sum += next[q];
+      for (int q = 0; q < kAtOnce; ++q) sum += static_cast<double>(next[q]);
     }
     totals[to] = sum;
   };
@@ -270,11 +272,11 @@ __global__ void partners_kernel(const int64_t* target, int64_t N, int64_t M, lon
 
 // One warp per row.
 template <class T, int width>
-__global__ void give_back_kernel(float* gradient, const float* residual, const int64_t* partner, const T* other,
+__global__ void give_back_kernel(float* gradient, const double* residual, const int64_t* partner, const T* other,
                                  int64_t size, int64_t D, int64_t others) {
   const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
   if (row >= size || partner[row] < 0 || partner[row] >= others) return;
-  const float weight = residual[row];
+  const float weight = static_cast<float>(residual[row]);
   auto* to = reinterpret_cast<Pack<float, width>*>(gradient + row * D);
   const auto* from = reinterpret_cast<const Pack<T, width>*>(other + partner[row] * D);
   for (int64_t at = threadIdx.x % kWarp; at < D / width; at += kWarp) {
@@ -362,7 +364,7 @@ void similarity_reduce_weigh(Stream stream, const float* dots, const float* guid
                              Arrays pair_data, Integers spec, const float* scale, const float* row_bias,
                              const float* col_bias, const int64_t* target, int64_t N, int64_t M, const float* values,
                              const int64_t* argmax, const float* d_values, const float* d_target, const float* d_linear,
-                             const float* norm, Output weights, Integers sums, float* parts, float* totals) {
+                             const float* norm, Output weights, Integers sums, float* parts, double* totals) {
   const PairArguments p = pairs_of(pair_data, spec, scale, row_bias, col_bias, target, N, M);
   const PairChunk chunk = chunk_of(dots, guide, chunk_numbers);
   const Upstreams up = upstreams_of(p, values, argmax, d_values, d_target, d_linear);
@@ -401,7 +403,7 @@ void similarity_reduce_partners(Stream stream, const int64_t* target, int64_t N,
          reinterpret_cast<long long*>(partner));
 }
 
-void similarity_reduce_give_back(Stream stream, float* gradient, const float* residual, const int64_t* partner,
+void similarity_reduce_give_back(Stream stream, float* gradient, const double* residual, const int64_t* partner,
                                  Input other, int64_t size, int64_t D, int64_t others) {
   with_type(other.dtype, [&](auto type) {
     using T = decltype(type);

@@ -54,9 +54,9 @@ struct RowOutputs {
 
 // The value of a fold of row or column `place`, from what each tile found.
 __device__ inline float value_of(FoldKind kind, const Part* parts, int tiles, int64_t stride, int64_t place) {
-  Part part{};
-  for (int t = 0; t < tiles; ++t) part = merged(kind, part, parts[t * stride + place]);
-  return finished(kind, part);
+  State state{};
+  for (int t = 0; t < tiles; ++t) merge_into(state, kind, parts[t * stride + place]);
+  return finished(kind, state);
 }
 
 // One thread for each row. The block that ends last makes one number of those of all blocks, in their order.
@@ -131,13 +131,14 @@ struct Leaving {
 
 template <class T>
 __device__ void leave(const Leaving& side, int64_t row, int64_t D, float down_by, float factor) {
-  float residual = 0.0f;
+  double sum = 0.0;
   int64_t partner = -1;
   if (side.residuals != nullptr) {
     partner = side.partner != nullptr ? side.partner[row] : row;
     if (partner >= side.others) partner = -1;
-    for (int64_t t = 0; t < side.tiles; ++t) residual += side.residuals[t * side.size + row];
+    for (int64_t t = 0; t < side.tiles; ++t) sum += double{side.residuals[t * side.size + row]};
   }
+  const float residual = static_cast<float>(sum);
   const float* from = side.gradient + row * D;
   const T* mate = static_cast<const T*>(side.other) + (partner < 0 ? 0 : partner) * D;
   T* to = static_cast<T*>(side.to) + row * D;

@@ -121,19 +121,20 @@ __global__ void __launch_bounds__(kThreads, 2) fold_kernel(const __grid_constant
 
 // Merges the parts of a chunk with what earlier chunks found, tile after tile; one thread per row and column.
 __global__ void merge_kernel(const Pass pass, const PairChunk chunk, const Part* row_parts, const Part* col_parts,
-                             Part* row_state, Part* col_state) {
+                             State* row_state, State* col_state) {
   const OwnedPlaces own(chunk, int64_t{blockIdx.x} * kThreads + threadIdx.x);
-  const auto merge = [&](const Part* parts, int tiles, int64_t stride, int place, Part* state) {
+  const auto merge = [&](const Part* parts, int tiles, int64_t stride, int place, State* state) {
     // Several loads are under way at a time; nothing merges with what is beyond.
     constexpr int kAtOnce = 8;
-    Part part = *state, next[kAtOnce];
+    State total = *state;
+    Part next[kAtOnce];
     for (int t = 0; t < tiles; t += kAtOnce) {
       CONTRASTIVE_OPS_UNROLL
       for (int q = 0; q < kAtOnce; ++q) next[q] = t + q < tiles ? parts[(t + q) * stride + place] : Part{};
       CONTRASTIVE_OPS_UNROLL
-      for (int q = 0; q < kAtOnce; ++q) part = merged(pass.kind, part, next[q]);
+      for (int q = 0; q < kAtOnce; ++q) merge_into(total, pass.kind, next[q]);
     }
-    *state = part;
+    *state = total;
   };
   if (own.row >= 0 && pass.along_rows) {
     merge(row_parts, chunk.tiles_across(), chunk.rows, own.row, row_state + chunk.first_row + own.row);
@@ -143,18 +144,18 @@ __global__ void merge_kernel(const Pass pass, const PairChunk chunk, const Part*
   }
 }
 
-__global__ void finish_kernel(const Part* state, FoldKind kind, int64_t count, float* values, int64_t* argmax) {
+__global__ void finish_kernel(const State* state, FoldKind kind, int64_t count, float* values, int64_t* argmax) {
   const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (at >= count) return;
   values[at] = finished(kind, state[at]);
-  if (argmax != nullptr) argmax[at] = int64_t{__float_as_int(state[at].at[1])} - 1;
+  if (argmax != nullptr) argmax[at] = int64_t{state[at].winner} - 1;
 }
 
 // ---- What rows name -------------------------------------------------------------------------------------------------
 
 // One warp per row that may name a pair of the chunk: its own rows, or all that follow where pairs are read both ways.
 __global__ void named_kernel(const __grid_constant__ PairArguments p, const PairChunk chunk, int64_t owners,
-                             float* target_logit, float* linear) {
+                             float* target_logit, double* linear) {
   const int64_t at = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
   if (at >= owners) return;
@@ -165,12 +166,12 @@ __global__ void named_kernel(const __grid_constant__ PairArguments p, const Pair
     if (place >= 0) target_logit[owner] = logit_of(p, set, chunk.dots[place], owner, j);
   }
   if (linear == nullptr) return;
-  float sum = 0.0f;
+  double sum = 0.0;  // a list may be millions long
   for (int64_t e = p.linear_indptr[owner] + lane; e < p.linear_indptr[owner + 1]; e += kWarp) {
     const int64_t j = p.linear_indices[e], place = place_of(chunk, owner, j);
     if (place >= 0) sum += p.linear_weight[e] * logit_of(p, set, chunk.dots[place], owner, j);
   }
-  sum = fold_warp(sum, [](float a, float b) { return a + b; });
+  sum = fold_warp(sum, [](double a, double b) { return a + b; });
   if (lane == 0) linear[owner] += sum;
 }
 
@@ -215,12 +216,12 @@ int64_t begin_of(const PairArguments& p, int fold) {
 void similarity_reduce_fold(Stream stream, const float* dots, const float* guide, Integers chunk_numbers,
                             Arrays pair_data, Integers spec, const float* scale, const float* row_bias,
                             const float* col_bias, const int64_t* target, int64_t N, int64_t M, float* parts,
-                            float* state) {
+                            double* state) {
   const PairArguments p = pairs_of(pair_data, spec, scale, row_bias, col_bias, target, N, M);
   const PairChunk chunk = chunk_of(dots, guide, chunk_numbers);
   Part* row_parts = reinterpret_cast<Part*>(parts);
   Part* col_parts = row_parts + int64_t{chunk.tiles_across()} * chunk.rows;
-  Part* states = reinterpret_cast<Part*>(state);
+  State* states = reinterpret_cast<State*>(state);
   bool done[kMostFolds] = {};
   for (int f = 0; f < p.fold_count; ++f) {
     if (done[f]) continue;
@@ -253,15 +254,15 @@ void similarity_reduce_fold(Stream stream, const float* dots, const float* guide
   }
 }
 
-void similarity_reduce_finish(Stream stream, const float* state, int64_t kind, int64_t count, float* values,
+void similarity_reduce_finish(Stream stream, const double* state, int64_t kind, int64_t count, float* values,
                               int64_t* argmax) {
-  launch(finish_kernel, ceil_divide(count, kThreads), kThreads, 0, stream, reinterpret_cast<const Part*>(state),
+  launch(finish_kernel, ceil_divide(count, kThreads), kThreads, 0, stream, reinterpret_cast<const State*>(state),
          static_cast<FoldKind>(kind), count, values, argmax);
 }
 
 void similarity_reduce_named(Stream stream, const float* dots, Integers chunk_numbers, Arrays pair_data, Integers spec,
                              const float* scale, const float* row_bias, const float* col_bias, const int64_t* target,
-                             int64_t N, int64_t M, float* target_logit, float* linear) {
+                             int64_t N, int64_t M, float* target_logit, double* linear) {
   const PairArguments p = pairs_of(pair_data, spec, scale, row_bias, col_bias, target, N, M);
   const PairChunk chunk = chunk_of(dots, nullptr, chunk_numbers);
   const int64_t owners = chunk.itself ? N - chunk.first_row : chunk.rows;

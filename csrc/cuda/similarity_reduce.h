@@ -13,22 +13,22 @@ namespace contrastive_ops {
 
 // Adds a chunk to all folds.
 //   parts: 2 * (tiles across * rows + tiles down * cols) numbers to work with
-//   state: 2 numbers per result, of one fold after another, zeros at first; or null: then what each tile found stays in
-//   `parts`, first of rows and then of columns, of the last pass alone
+//   state: 2 numbers per result (a State), of one fold after another, zeros at first; or null: then what each tile
+//   found stays in `parts`, first of rows and then of columns, of the last pass alone
 void similarity_reduce_fold(Stream stream, const float* dots, const float* guide, Integers chunk, Arrays pair_data,
                             Integers spec, const float* scale, const float* row_bias, const float* col_bias,
-                            const int64_t* target, int64_t N, int64_t M, float* parts, float* state);
+                            const int64_t* target, int64_t N, int64_t M, float* parts, double* state);
 
 // The values of `count` results of one fold, and for a maximum where they are.
 //   kind: of FoldKind
-void similarity_reduce_finish(Stream stream, const float* state, int64_t kind, int64_t count, float* values,
+void similarity_reduce_finish(Stream stream, const double* state, int64_t kind, int64_t count, float* values,
                               int64_t* argmax);
 
 // What the first set's targets and lists name in a chunk: target_logit (N,) or null, linear (N,) or null, which is
 // added to. No guide.
 void similarity_reduce_named(Stream stream, const float* dots, Integers chunk, Arrays pair_data, Integers spec,
                              const float* scale, const float* row_bias, const float* col_bias, const int64_t* target,
-                             int64_t N, int64_t M, float* target_logit, float* linear);
+                             int64_t N, int64_t M, float* target_logit, double* linear);
 
 // weights = dtotal/d(inner product), and sums of dtotal/dl, for a chunk. What lies below the diagonal of a matrix that
 // is compared with itself is 0.
@@ -43,7 +43,7 @@ void similarity_reduce_weigh(Stream stream, const float* dots, const float* guid
                              Integers spec, const float* scale, const float* row_bias, const float* col_bias,
                              const int64_t* target, int64_t N, int64_t M, const float* values, const int64_t* argmax,
                              const float* d_values, const float* d_target, const float* d_linear, const float* norm,
-                             Output weights, Integers sums, float* parts, float* totals);
+                             Output weights, Integers sums, float* parts, double* totals);
 
 // Puts the derivatives by the logits in each row's list where their pairs are: spread, zeros at first, (rows, pitch),
 // and as much again for mirrored pairs where the matrix is compared with itself.
@@ -56,7 +56,7 @@ void similarity_reduce_partners(Stream stream, const int64_t* target, int64_t N,
 
 // gradient_i += residual_i * other_(partner i), where there is a partner.
 //   gradient (size, D), residual (size,), partner (size,), other (others, D)
-void similarity_reduce_give_back(Stream stream, float* gradient, const float* residual, const int64_t* partner,
+void similarity_reduce_give_back(Stream stream, float* gradient, const double* residual, const int64_t* partner,
                                  Input other, int64_t size, int64_t D, int64_t others);
 
 }  // namespace contrastive_ops

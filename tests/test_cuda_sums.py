@@ -1,0 +1,72 @@
+"""Sums over millions by the CUDA kernels: parts merge without a loss. Without a GPU the kernels run on the host."""
+
+import contextlib
+
+import cuda_host
+import pytest
+import sums_cases
+import torch
+from expert_routing_cases import Subject
+
+from contrastive_ops import Pairs
+from contrastive_ops.core import cuda_kernels
+from contrastive_ops.cuda import _chunks, _products, expert_routing
+
+HAS_GPU = torch.cuda.is_available() and cuda_kernels.why_missing() is None
+if not HAS_GPU and cuda_host.why_missing() is not None:
+    pytest.skip(f"CUDA kernels need a GPU, or: {cuda_host.why_missing()}", allow_module_level=True)
+
+DEVICE = "cuda" if HAS_GPU else "cpu"
+# A rule that drops nothing, for the kernels of calls with rules.
+RULES = [None, Pairs(above=torch.tensor(-100.0))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels():
+    host = contextlib.nullcontext() if HAS_GPU else contextlib.closing(cuda_host.HostKernels("shuffled"))
+    with host as functions, contextlib.nullcontext() if HAS_GPU else cuda_kernels.on_host(functions):
+        yield
+
+
+@pytest.fixture(params=["one chunk", "many chunks"])
+def chunks(request, monkeypatch):
+    """Parts of one chunk, or of chunks one after another."""
+    if request.param == "many chunks":
+        monkeypatch.setattr(_chunks, "CHUNK_ROWS", 512)
+        monkeypatch.setattr(_products, "CHUNK_BYTES", 4 * 512 * 2)
+
+
+# By the direction; tiles have 256 columns, and here 8 rows.
+LONG = {0: sums_cases.Long(2048, 8), 1: sums_cases.Long(16_000, 256)}
+
+
+@pytest.mark.parametrize("dim", LONG)
+@pytest.mark.parametrize("kind,pairs", [("sum", None), ("sum_relu", None), *(("sum_softplus", each) for each in RULES)])
+def test_folds(kind, pairs, dim, chunks):
+    sums_cases.check_folds("cuda", DEVICE, LONG[dim], kind, dim, pairs=pairs)
+
+
+@pytest.mark.parametrize("dim", LONG)
+@pytest.mark.parametrize("pairs", RULES)
+@pytest.mark.parametrize("logits", ["equal_and_small", "rising"])
+def test_logsumexp(logits, pairs, dim):
+    sums_cases.check_logsumexp("cuda", DEVICE, getattr(LONG[dim], logits)(), dim, pairs=pairs)
+
+
+def test_lists(monkeypatch):
+    monkeypatch.setattr(_products, "CHUNK_BYTES", 4 * 512 * 2)
+    sums_cases.check_lists("cuda", DEVICE, sums_cases.Long(32_000, 512))
+
+
+@pytest.mark.parametrize("dim", LONG)
+@pytest.mark.parametrize("pairs", RULES)
+def test_gradients(pairs, dim, chunks):
+    sums_cases.check_gradients("cuda", DEVICE, LONG[dim], dim, pairs=pairs)
+
+
+# Experts, and how many tokens a block has at a time.
+@pytest.mark.parametrize("segments", [1, 2])
+@pytest.mark.parametrize("experts,at_once", [(3, 128), (60, 16), (600, 4), (1500, 1)])
+def test_routers(experts, at_once, segments, monkeypatch):
+    monkeypatch.setattr(expert_routing, "PARTS", 1)
+    sums_cases.check_router(Subject("cuda", DEVICE).scores, DEVICE, experts, at_once, segments)
