@@ -30,8 +30,8 @@ for word; do
 done
 case " $* " in *" -c "*) ;; *) exec {real} "$@" ;; esac
 [ -n "$source" ] || exec {real} "$@"
-# A source is compiled once per SIMD level, in a folder of that level.
-name=$(echo "$target" | sed 's|.*/\\(contrastive_ops_[a-z0-9_]*/csrc/\\)|\\1|; t; s|.*/csrc/|csrc/|')
+# A source is compiled in a folder for each SIMD level, and for each module.
+name=$(echo "$target" | sed 's|.*/\\([a-z0-9_]*/csrc/\\)|\\1|')
 object={cache}/$(echo "$name" | tr / +)
 [ -e "$object" ] || {{ {real} "$@" && cp "$target" "$object"; }} || exit 1
 cp "$object" "$target"
@@ -91,7 +91,13 @@ def clean_interpreter(folder: Path, *names: str) -> Path:
         tops = {Path(file).parts[0] for file in distribution.files or ()}
         for top in tops - {"..", "__pycache__"}:
             if not (site / top).exists():
-                (site / top).symlink_to(Path(str(distribution.locate_file(top))))
+                here = Path(str(distribution.locate_file(top)))
+                (site / top).symlink_to(here)
+                if sys.pycache_prefix and here.is_dir():
+                    # Where Python will look for compiled files; torch's took most of the time of an import.
+                    compiled, known = (Path(f"{sys.pycache_prefix}{path}") for path in (site / top, here))
+                    compiled.parent.mkdir(parents=True, exist_ok=True)
+                    compiled.symlink_to(known)
     python = folder / "bin" / "python"
     pip = folder / "bin" / "pip"
     pip.write_text(f"#!{python}\nimport sys\nfrom pip._internal.cli.main import main\nsys.exit(main())\n")
@@ -117,7 +123,8 @@ def caching_compiler(folder: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     built = ROOT / "build" / f"editable.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file())
-    for path in built.glob("contrastive_ops_*/csrc/cpu/*.o"):
+    # Not those of the bindings, which know whether there are CUDA kernels.
+    for path in [*built.glob("contrastive_ops_*/csrc/cpu/*.o"), *built.glob("eager/csrc/*.o")]:
         if path.stat().st_mtime > newest:
             shutil.copy(path, cache / "+".join(path.relative_to(built).parts))
     compiler = folder / "c++"

@@ -23,7 +23,13 @@ def variants(arch, *combine):
     return [variant for module in modules for variant in module.variants(arch, *combine)]
 
 
-CASES = [pytest.param(arch, v, id=f"{arch}-{v.name}") for arch in _variants.TARGETS for v in variants(arch)]
+CASES = [
+    pytest.param(arch, v, id=f"{arch}-{v.name}")
+    for arch in _variants.TARGETS
+    for v in variants(arch)
+    # Without matrix products NVIDIA's GPUs get one program.
+    if not (arch == "sm_80" and v.name.startswith("expert_routing"))
+]
 
 
 @pytest.mark.parametrize("arch, variant", CASES)
@@ -92,8 +98,9 @@ def test_every_combination_is_the_product():
     assert rows == [(1, "x"), (1, "y"), (2, "x"), (2, "y"), (3, "x"), (3, "y")]
 
 
-def test_spills_are_seen():
-    """A kernel that holds far more numbers than a program has registers for."""
+@pytest.mark.parametrize("arch, size", [("sm_80", 64), ("gfx942", 128)])
+def test_spills_are_seen(arch, size):
+    """A kernel that holds more numbers than a program has registers for."""
     import triton.language as tl
 
     @triton.jit
@@ -101,9 +108,9 @@ def test_spills_are_seen():
         i = tl.arange(0, N)
         cell = i[:, None] * N + i[None, :]
         a, b = tl.load(source + cell), tl.load(source + N * N + cell)
-        tl.store(out + cell, tl.dot(a, b) + tl.dot(b, a) * tl.load(source + 2 * N * N + cell))
+        ab, ba, aa = tl.dot(a, b), tl.dot(b, a), tl.dot(a, a)
+        tl.store(out + cell, ab * ba + aa * ab + ba * aa)
 
     types = {"source": "*fp16", "out": "*fp16"}
-    variant = _variants.Variant("too large", too_large, types, {"N": 128}, {"num_warps": 1, "num_stages": 1}, True)
-    assert _variants.compile_for(variant, "sm_80").spills > 0
-    assert _variants.compile_for(variant, "gfx942").spills > 0
+    variant = _variants.Variant("too large", too_large, types, {"N": size}, {"num_warps": 1, "num_stages": 1}, True)
+    assert _variants.compile_for(variant, arch).spills > 0

@@ -108,8 +108,7 @@ def test_rules_are_anded_and_spare_the_target(monkeypatch, first, second, itself
     check(monkeypatch, {"x": inputs.x, "y": inputs.y, **options})
 
 
-@pytest.mark.parametrize("itself", [False, True])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("itself, seed", [(False, 0), (True, 1)])
 def test_sets_targets_and_lists_in_one_sweep(monkeypatch, itself, seed):
     """Folds with scales, pairs and signs of their own, a scale of columns, both doors; every input has a gradient."""
     inputs = Inputs(35, 50, 11, itself=itself, seed=seed)
