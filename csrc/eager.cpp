@@ -147,7 +147,9 @@ void SimilarityLossBackward::sweep_on_cuda(const Inputs& in, const Tensor& d_los
   Tensor scale, bias;
   if (found.totals.defined() && wants[kScale]) scale = found.totals.narrow(0, 0, 1);
   if (found.totals.defined() && wants[kBias]) bias = found.totals.narrow(0, found.totals.size(0) - 1, 1);
-  finish(in, found.dx, found.dy, Tensor(), bias, cuda->inverse_x, cuda->inverse_y, out);
+  if (found.dx.defined()) out[kX] = found.dx;
+  if (found.dy.defined()) out[kY] = found.dy;
+  if (bias.defined()) out[kBias] = bias.reshape(in[kBias].sizes());
   if (scale.defined()) out[kScale] = scale.reshape(in[kScale].sizes());
 }
 
@@ -320,8 +322,8 @@ PyObject* py_loss(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   o.normalize = arguments[13] == Py_True;
   const bool known = level_is_known() && (o.normalize || arguments[13] == Py_False) &&
                      read_first(arguments[2], place, in[kX]) && is_eager(place) &&
-                     read_tensor(arguments[3], place, in[kY]) && matrices_fit(o, in[kX], in[kY]) &&
-                     read_backend(arguments[15], place) && read_reduction(arguments[12], o.reduction) &&
+                     read_tensor(arguments[3], place, in[kY]) && read_backend(arguments[15], place) &&
+                     matrices_fit(o, place, in[kX], in[kY]) && read_reduction(arguments[12], o.reduction) &&
                      read_budget(arguments[14], place, o.memory_budget);
   if (!known) Py_RETURN_NONE;
   const auto type = accumulator(in[kX]);

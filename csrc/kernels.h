@@ -13,9 +13,9 @@ constexpr const char* kKernelsCapsule = "contrastive_ops._C.kernels";
 // clang-format off
 #define CONTRASTIVE_OPS_LOSS_FUNCTIONS(use) \
   use(similarity_loss_finish)               \
+  use(similarity_loss_multiply)             \
   use(similarity_loss_prepare)              \
   use(similarity_loss_rows)                 \
-  use(similarity_loss_totals)               \
   use(similarity_reduce_fold)               \
   use(similarity_reduce_partners)           \
   use(similarity_reduce_weigh)

@@ -15,7 +15,7 @@ import torch
 
 from contrastive_ops import Pairs, clip, info_nce, siglip
 from contrastive_ops.core import cuda_kernels, eager
-from contrastive_ops.core.problem import Layout, LogitSet
+from contrastive_ops.core.problem import Layout, LogitSet, Slot
 from contrastive_ops.cuda import _chunks, _products
 from contrastive_ops.losses import _eager
 from contrastive_ops.reference.row_losses import FOLDS, KINDS
@@ -113,14 +113,27 @@ def test_targets_that_are_given(calls, N, M, dtype):
     check(calls, info_nce, {"x": x, "y": y, "temperature": torch.tensor(0.2, device=DEVICE)}, target=target)
 
 
+@pytest.mark.parametrize("dtype", ERROR, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
-def test_options(calls, name, normalize, reduction):
-    x, y = sides(20, 20, 12, torch.float32)
+def test_options(calls, name, normalize, reduction, dtype):
+    x, y = sides(20, 20, 12, dtype)
+    x, y = (x * torch.linspace(0.5, 3, 20, dtype=dtype, device=DEVICE)[:, None], y) if normalize else (x, y)
     options = {"reduction": reduction, "normalize": normalize}
-    check(calls, LOSSES[name], {"x": 2 * x, "y": y}, **options)
-    check(calls, LOSSES[name], {"x": 2 * x, "y": y, "temperature": torch.tensor(0.3, device=DEVICE)}, **options)
+    check(calls, LOSSES[name], {"x": x, "y": y}, **options)
+    check(calls, LOSSES[name], {"x": x, "y": y, "temperature": torch.tensor(0.3, device=DEVICE)}, **options)
+
+
+@pytest.mark.parametrize("dtype", ERROR, ids=str)
+def test_rows_of_length_zero_and_of_any_length(calls, dtype):
+    x, y = sides(9, 9, 12, dtype)
+    size = torch.tensor([1e-4, 1e-2, 0.3, 1.0, 1.5, 7.0, 40.0, 90.0, 200.0], device=DEVICE)[:, None]
+    x, y = (x * size).to(dtype), (y * size.flip(0)).to(dtype)
+    check(calls, clip, {"x": x, "y": y}, normalize=True, temperature=0.3)
+    x[2] = 0.0
+    value, dx, dy = step(clip, {"x": x, "y": y}, "cuda", normalize=True, temperature=0.3)
+    assert value.isfinite() and dy.isfinite().all() and dx[torch.arange(9) != 2].isfinite().all()
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -249,7 +262,7 @@ def test_constants_are_those_of_python():
 class OneByOne:
     """The launches of csrc/eager_cuda.h for a step with an upstream gradient of `factor`, made from here."""
 
-    def __init__(self, host, kind, x, y, scale, bias, factor):
+    def __init__(self, host, kind, x, y, scale, bias, factor, unit):
         self.host, self.x, self.y, self.factor = host, x, y, torch.tensor([factor])
         self.narrow, self.half = x.dtype != torch.float32, x.dtype == torch.float16
         N, M, folds = len(x), len(y), len(FOLDS[kind])
@@ -262,9 +275,21 @@ class OneByOne:
             torch.empty(1, dtype=torch.int32),
         )
         row_bias = None if bias is None else torch.empty(N)
-        host.cuda_similarity_loss_prepare(scale, 0.0, False, bias, 0.0, N, self.scale, row_bias, self.target, ticket)
+        self.lengths = torch.empty(2 * (N + M)) if unit else None
+        rows = (torch.empty_like(x), torch.empty_like(y)) if unit else (None, None)
+        host.cuda_similarity_loss_prepare(
+            scale, 0.0, False, bias, 0.0, N, self.scale, row_bias, self.target, ticket, x, y, M, x.shape[1], *rows,
+            self.lengths,
+        )  # fmt: skip
+        self.x, self.y = x, y = rows if unit else (x, y)
         _products.inner_products(x, y, chunk.matrix(chunk.dots))
-        problem = ((), Layout((LogitSet(),), FOLDS[kind]).encode()[1], self.scale, row_bias, None, self.target, N, M)
+        data = {}
+        if unit and self.narrow:
+            row_factor, col_factor = (part.clone() for part in (self.lengths[N : 2 * N], self.lengths[2 * N + M :]))
+            host.cuda_similarity_loss_multiply(chunk.dots, N, M, pitch, row_factor, col_factor)
+            data = {Slot.ROW_FACTOR: row_factor, Slot.COL_FACTOR: col_factor}
+        pair_data, spec = Layout((LogitSet(data=data),), FOLDS[kind]).encode()
+        problem = (tuple(pair_data), spec, self.scale, row_bias, None, self.target, N, M)
         parts = torch.empty(2 * (self.across * N + self.down * M))
         host.cuda_similarity_reduce_fold(chunk.dots, None, chunk.numbers(), *problem, parts, None)
         values, slopes, self.loss = torch.empty(folds * N), torch.empty((folds + 1) * N), torch.empty(1)
@@ -282,7 +307,7 @@ class OneByOne:
         sums = [*residuals, 2, 0, 0, 0, *([1, -1, 0, 0] if has_bias else [])]
         rows = bool(residuals) + 1 + has_bias
         parts = torch.empty(rows * self.across * N + bool(residuals) * self.down * M)
-        early = self.factor if two_pass and not self.narrow else None
+        early = self.factor if two_pass and not self.narrow and self.lengths is None else None
         weights = torch.empty(N * chunk.pitch, dtype=self.x.dtype)
         self.host.cuda_similarity_reduce_weigh(
             chunk.dots, None, chunk.numbers(), *problem, values, None, slopes, slopes[of_folds:], None,
@@ -293,15 +318,16 @@ class OneByOne:
         _products.set_or_add(dy, matrix.T, self.x, add=False)
         begins = [(bool(residuals) + k) * self.across * N for k in range(1 + has_bias)]
         totals = torch.empty(len(begins))
-        self.host.cuda_similarity_loss_totals(parts, begins, self.across * N, early, None, totals)
-        self.gradients = [dx, dy, totals]
-        if early is None:
-            places = (0, rows * self.across * N) if self.narrow else (-1, -1)
-            self.gradients = [torch.empty_like(self.x), torch.empty_like(self.y), torch.empty_like(totals)]
-            self.host.cuda_similarity_loss_finish(
-                dx, dy, self.x, self.y, N, M, dx.shape[1], self.norm, self.factor, parts, *places, self.across,
-                self.down, self.target, None, *self.gradients[:2], totals, len(totals), self.gradients[2],
-            )  # fmt: skip
+        places = (0, rows * self.across * N) if self.narrow else (-1, -1)
+        left = [dx, dy] if early is None else [None, None]
+        to = [
+            None if each is None else torch.empty_like(rows) for each, rows in zip(left, (self.x, self.y), strict=True)
+        ]
+        self.host.cuda_similarity_loss_finish(
+            *left, self.x, self.y, self.lengths, N, M, dx.shape[1], self.norm, self.factor, parts, *places, self.across,
+            self.down, self.target, None, *to, begins, None, totals,
+        )  # fmt: skip
+        self.gradients = [*(to if early is None else [dx, dy]), totals]
 
 
 @functools.cache
@@ -311,14 +337,16 @@ def sanitized():
 
 @pytest.mark.skipif(ON_GPU, reason="the kernels run on the GPU")
 @pytest.mark.parametrize("dtype", ERROR, ids=str)
-@pytest.mark.parametrize("kind", ["softmax_both", "softmax", "sigmoid"])
-def test_the_launches_from_python_have_the_same_bits(kind, dtype):
+@pytest.mark.parametrize(
+    "kind,unit", [("softmax_both", False), ("softmax_both", True), ("softmax", True), ("sigmoid", False)]
+)
+def test_the_launches_from_python_have_the_same_bits(kind, unit, dtype):
     x, y = sides(*((20, 300) if kind == "softmax" else (260, 260)), 9, dtype)
     scale, bias = torch.tensor(4.0), torch.tensor(-2.0) if kind == "sigmoid" else None
     tensors = {"x": x, "y": y, "scale": scale, **({} if bias is None else {"bias": bias})}
     loss = {"softmax_both": clip, "softmax": info_nce, "sigmoid": siglip}[kind]
-    value, *gradients = step(loss, tensors, "cuda", 3.0)
-    made = OneByOne(sanitized(), kind, x, y, scale.view(1), None if bias is None else bias.view(1), 3.0)
+    value, *gradients = step(loss, tensors, "cuda", 3.0, normalize=unit)
+    made = OneByOne(sanitized(), kind, x, y, scale.view(1), None if bias is None else bias.view(1), 3.0, unit)
     assert torch.equal(made.loss[0], value)
     dx, dy, totals = made.gradients
     for got, expected in zip(gradients, [dx, dy, *totals], strict=True):

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from contrastive_ops import clip, info_nce, siglip
-from contrastive_ops.core import checks, cuda_kernels, eager, operators
+from contrastive_ops.core import checks, cuda_kernels, eager, operators, unit_rows
 from contrastive_ops.cuda import _products
 from contrastive_ops.ops import _similarity_loss_autograd
 
@@ -38,7 +38,8 @@ class Started(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, result = function.overloadpacket.__name__, function(*args, **(kwargs or {}))
         starts = not (function.is_view or name in ALLOCATIONS or name in VIEWS)
-        if starts and not self._hidden and any(each.numel() for each in tree_leaves(result)):
+        tensors = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
+        if starts and not self._hidden and any(each.numel() for each in tensors):
             self.torch.append(name)
         return result
 
@@ -96,36 +97,37 @@ def inputs(dtype):
     return x, y, torch.tensor(3.0, requires_grad=True)
 
 
-def started_by(monkeypatch, kernels, loss, dtype):
+def started_by(monkeypatch, kernels, loss, dtype, normalize):
     """(products, kernels of torch, our kernels) of a step."""
     # Operators that are not opened hide what they start.
     monkeypatch.setattr(operators, "seen_by_autograd_alone", lambda arguments: True)
     # Nobody waits for a device to look at numbers.
-    for module in (checks, _similarity_loss_autograd):
+    for module in (checks, unit_rows, _similarity_loss_autograd):
         monkeypatch.setattr(module, "may_read", lambda tensor, waits=False: waits)
     with cuda_kernels.on_host(kernels):
         started, (x, y, scale) = Started(), inputs(dtype)
         count_products(monkeypatch, started)
         count_kernels(monkeypatch, started, kernels)
         with started:
-            loss(x, y, scale=scale, normalize=False, backend="cuda").backward()
+            loss(x, y, scale=scale, normalize=normalize, backend="cuda").backward()
     return started.counts()
 
 
-# Products, kernels of torch, our kernels; no more than these.
+# Products, kernels of torch, our kernels; no more than these. Of rows as they are, and of unit rows.
 STEPS = {
-    "clip": (clip, torch.float32, (3, 30, 7)),
-    "clip in 16 bits": (clip, torch.bfloat16, (3, 33, 10)),
-    "info_nce": (info_nce, torch.float32, (3, 27, 6)),
-    "siglip": (siglip, torch.float32, (3, 31, 6)),
+    "clip": (clip, torch.float32, (3, 30, 7), (3, 56, 7)),
+    "clip in 16 bits": (clip, torch.bfloat16, (3, 33, 10), (3, 115, 10)),
+    "info_nce": (info_nce, torch.float32, (3, 27, 6), (3, 53, 6)),
+    "siglip": (siglip, torch.float32, (3, 31, 6), (3, 57, 6)),
 }
 
 
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_through_python(monkeypatch, kernels, name):
-    loss, dtype, expected = STEPS[name]
-    found = started_by(monkeypatch, kernels, loss, dtype)
-    assert all(number <= most for number, most in zip(found, expected, strict=True)), found
+def test_a_step_through_python(monkeypatch, kernels, name, normalize):
+    loss, dtype, *expected = STEPS[name]
+    found = started_by(monkeypatch, kernels, loss, dtype, normalize)
+    assert all(number <= most for number, most in zip(found, expected[normalize], strict=True)), found
 
 
 # ---- Launches from C++ -----------------------------------------------------------------------------------------------
@@ -141,7 +143,7 @@ def library():
     eager.on_host(0)
 
 
-def started_from_cpp(library, loss, dtype):
+def started_from_cpp(library, loss, dtype, normalize):
     """The same of a step in C++, which is not for calls that a mode sees: it is entered at the first launch."""
     started, (x, y, scale) = Started(), inputs(dtype)
     entered = []
@@ -154,7 +156,7 @@ def started_from_cpp(library, loss, dtype):
     before = library.launches()
     library.set_listener(listener)
     try:
-        loss(x, y, scale=scale, normalize=False, backend="cuda").backward()
+        loss(x, y, scale=scale, normalize=normalize, backend="cuda").backward()
     finally:
         library.set_listener(None)
         if entered:
@@ -169,18 +171,20 @@ def own_target(x, y, **options):
     return info_nce(x, y, target=torch.arange(24), **options)
 
 
+# Of rows as they are, and of unit rows.
 STEPS_FROM_CPP = {
-    "clip": (clip, torch.float32, (3, 1, 5)),
-    "clip in bfloat16": (clip, torch.bfloat16, (3, 1, 6)),
-    "clip in float16": (clip, torch.float16, (3, 1, 6)),
-    "info_nce": (info_nce, torch.float32, (3, 1, 6)),
-    "info_nce in bfloat16": (info_nce, torch.bfloat16, (3, 1, 6)),
-    "info_nce with a target in bfloat16": (own_target, torch.bfloat16, (3, 2, 7)),
-    "siglip": (siglip, torch.float32, (3, 1, 6)),
+    "clip": (clip, torch.float32, (3, 1, 5), (3, 1, 5)),
+    "clip in bfloat16": (clip, torch.bfloat16, (3, 1, 5), (3, 1, 6)),
+    "clip in float16": (clip, torch.float16, (3, 1, 5), (3, 1, 6)),
+    "info_nce": (info_nce, torch.float32, (3, 1, 5), (3, 1, 5)),
+    "info_nce in bfloat16": (info_nce, torch.bfloat16, (3, 1, 5), (3, 1, 6)),
+    "info_nce with a target in bfloat16": (own_target, torch.bfloat16, (3, 2, 6), (3, 2, 7)),
+    "siglip": (siglip, torch.float32, (3, 1, 5), (3, 1, 5)),
 }
 
 
+@pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("name", STEPS_FROM_CPP)
-def test_a_step_in_cpp(library, name):
-    loss, dtype, expected = STEPS_FROM_CPP[name]
-    assert started_from_cpp(library, loss, dtype) == expected
+def test_a_step_in_cpp(library, name, normalize):
+    loss, dtype, *expected = STEPS_FROM_CPP[name]
+    assert started_from_cpp(library, loss, dtype, normalize) == expected[normalize]

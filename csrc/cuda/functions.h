@@ -18,9 +18,9 @@ namespace contrastive_ops {
   use(expert_routing_scores_backward)       \
   use(expert_routing_slots)                 \
   use(similarity_loss_finish)               \
+  use(similarity_loss_multiply)             \
   use(similarity_loss_prepare)              \
   use(similarity_loss_rows)                 \
-  use(similarity_loss_totals)               \
   use(similarity_reduce_finish)             \
   use(similarity_reduce_fold)               \
   use(similarity_reduce_give_back)          \
