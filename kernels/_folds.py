@@ -3,9 +3,12 @@
 A fold so far is a pair of numbers per row (or column), and both are 0 before its first pair, so that memory filled with
 zeros holds folds of nothing:
 
-    logsumexp   the maximum, and the sum of exp(l - maximum)
+    logsumexp   a number `top`, less than 1 above the maximum, and the sum of exp(l - top)
     max         the maximum, and 1 + its index
     others      their sum, and nothing
+
+`top` is a whole number, so that where logits exceed all before them again and again, a sum is rescaled seldom, and what
+rescaling rounds is smaller every time.
 
 Merging does not depend on who met a pair: ties of a maximum go to the smaller index, and NaN beats every number.
 """
@@ -29,6 +32,8 @@ COUNT = tl.constexpr(KINDS.index("count"))
 PLAIN = tl.constexpr(len(KINDS))
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Parts of what earlier launches found; those of a launch are behind them.
+FOUND = tl.constexpr(2)
 
 
 class TileFold(NamedTuple):
@@ -84,7 +89,7 @@ def tile_part(z, index, KIND: tl.constexpr, AXIS: tl.constexpr):
         index: int32, of the pairs along the axis; broadcasts to the tile.
     """
     if KIND == LOGSUMEXP:
-        first = tl.max(z, AXIS)
+        first = tl.ceil(tl.max(z, AXIS))
         second = tl.sum(tl.exp2((z - tl.expand_dims(finite_or_zero(first), AXIS)) * LOG2_E), AXIS)
     elif KIND == MAX:
         nan = z != z
@@ -156,6 +161,67 @@ def merge_parts(one, other, KIND: tl.constexpr):
     return first, second
 
 
+# ---- One tile after another ------------------------------------------------------------------------------------------
+#
+# A program carries a third number beside a part: what rounding took from its sum, so that no row of tiles is too long.
+# Not for counts, which are exact, nor for lists, which are short next to rows: there are no registers left for them.
+
+
+@triton.jit
+def empty_carry(KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """The fold of no pair."""
+    part = empty_part(KIND, BLOCK)
+    if KIND != MAX and KIND != COUNT and KIND != PLAIN:
+        part = part + (tl.zeros([BLOCK], tl.float32),)
+    return part
+
+
+@triton.jit
+def exact_sum(total, more, lost):
+    """The sum of two numbers, and what rounding took from this sum and those before."""
+    result = total + more
+    added = result - total
+    return result, lost + ((total - (result - added)) + (more - added))
+
+
+@triton.jit
+def with_lost(total, lost):
+    """A sum with what rounding took from it; of an infinite sum that is NaN."""
+    return tl.where(tl.abs(lost) < float("inf"), total + lost, total)
+
+
+@triton.jit
+def carry_on(carried, part, KIND: tl.constexpr):
+    """The fold of what a program carries and of the next tile."""
+    if KIND == LOGSUMEXP:
+        a, b, lost = carried
+        c, d = part
+        a = tl.where(b == 0, float("-inf"), a)
+        c = tl.where(d == 0, float("-inf"), c)
+        first = tl.maximum(a, c)
+        top = finite_or_zero(first)
+        factor = tl.exp2((a - top) * LOG2_E)
+        second, lost = exact_sum(b * factor, d * tl.exp2((c - top) * LOG2_E), lost * factor)
+        result = (first, second, lost)
+    elif KIND != MAX and KIND != COUNT and KIND != PLAIN:
+        first, lost = exact_sum(carried[0], part[0], carried[2])
+        result = (first, carried[1], lost)
+    else:
+        result = merge_parts(carried, part, KIND)
+    return result
+
+
+@triton.jit
+def carried_part(carried, KIND: tl.constexpr):
+    """What a program carried as a part."""
+    part = carried
+    if KIND == LOGSUMEXP:
+        part = (carried[0], with_lost(carried[1], carried[2]))
+    elif KIND != MAX and KIND != COUNT and KIND != PLAIN:
+        part = (with_lost(carried[0], carried[2]), carried[1])
+    return part
+
+
 @triton.jit
 def wide_part(part, KIND: tl.constexpr):
     """A part whose sum is float64: that of millions of pairs has so many parts that float32 drifts."""
@@ -169,13 +235,17 @@ def wide_part(part, KIND: tl.constexpr):
 
 @triton.jit
 def narrow_part(part, KIND: tl.constexpr):
-    """The inverse of `wide_part`."""
+    """The inverse of `wide_part`, and a part of what rounding took: both merge to what was wide."""
     a, b = part
+    lost_a, lost_b = tl.zeros_like(a), tl.zeros_like(b)
     if KIND == LOGSUMEXP:
-        b = b.to(tl.float32)
+        lost_a, lost_b = a, b - b.to(tl.float32).to(tl.float64)
+        b, lost_b = b.to(tl.float32), tl.where(tl.abs(lost_b) < float("inf"), lost_b, 0.0).to(tl.float32)
     elif KIND != MAX:
-        a = a.to(tl.float32)
-    return a, b
+        lost_a = a - a.to(tl.float32).to(tl.float64)
+        a, lost_a = a.to(tl.float32), tl.where(tl.abs(lost_a) < float("inf"), lost_a, 0.0).to(tl.float32)
+        lost_b = b
+    return (a, b), (lost_a, lost_b)
 
 
 @triton.jit
@@ -200,20 +270,21 @@ def merge_in_order(one, other, KIND: tl.constexpr):
 
 # ---- Parts in memory -------------------------------------------------------------------------------------------------
 #
-# Per fold: [parts, planes, size]. Part 0 is what earlier launches found. Then, for folds that a program carries along
-# its row of tiles, a part per span of columns; then, for folds across it, a part per block of rows of this launch.
-# Where a matrix is compared with itself, each tile is read both ways, and every fold has both.
+# Per fold: [parts, planes, size]. Parts 0 and 1 are what earlier launches found, and what rounding took from it. Then,
+# for folds that a program carries along its row of tiles, a part per span of columns; then, for folds across it, a part
+# per block of rows of this launch. Where a matrix is compared with itself, each tile is read both ways, and every fold
+# has both.
 
 
 @triton.jit
 def part_count(cols, spans, row_blocks, SELF: tl.constexpr):
     """The number of parts of a fold."""
     if SELF:
-        count = 1 + spans + row_blocks
+        count = FOUND + spans + row_blocks
     elif cols:
-        count = 1 + row_blocks
+        count = FOUND + row_blocks
     else:
-        count = 1 + spans
+        count = FOUND + spans
     return count
 
 
@@ -288,9 +359,9 @@ def merge_kernel(
     LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Merge the parts of every fold, in their order, into part 0 or, after the last launch, into the results.
+    """Merge the parts of every fold, in their order, into the first two or, after the last launch, into the results.
 
-    What is merged into part 0 is set to zeros behind it, because the next launch may not meet every part: of a matrix
+    What is merged into them is set to zeros behind it, because the next launch may not meet every part: of a matrix
     that is compared with itself, blocks further down meet fewer columns.
 
     Args:
@@ -304,20 +375,24 @@ def merge_kernel(
         size = fold_size(folds[f], N, M)
         at = part_at(partials, 0, folds, N, M, spans, row_blocks, f, SELF)
         part = wide_part(load_part(at, index, size, folds[f].kind), folds[f].kind)
-        for p in range(1, part_count(folds[f].cols, spans, used_blocks, SELF)):
-            next_at = at + p * part_size(folds[f], N, M)
+        step = part_size(folds[f], N, M)
+        part = merge_in_order(part, load_part(at + step, index, size, folds[f].kind), folds[f].kind)
+        for p in range(FOUND, part_count(folds[f].cols, spans, used_blocks, SELF)):
+            next_at = at + p * step
             part = merge_in_order(part, load_part(next_at, index, size, folds[f].kind), folds[f].kind)
             if not LAST:
                 # Loads and stores of the same numbers may be other threads' each.
                 tl.debug_barrier()
                 store_part(next_at, empty_part(folds[f].kind, BLOCK), index, size, folds[f].kind)
-        part = narrow_part(part, folds[f].kind)
         if LAST:
             tl.store(values + value_begin + index, finished(part, folds[f].kind), mask=index < size)
             if folds[f].kind == MAX:
                 tl.store(argmax + winner_begin + index, part[1].to(tl.int64) - 1, mask=index < size)
         else:
-            store_part(at, part, index, size, folds[f].kind)
+            found, lost = narrow_part(part, folds[f].kind)
+            tl.debug_barrier()
+            store_part(at, found, index, size, folds[f].kind)
+            store_part(at + step, lost, index, size, folds[f].kind)
         value_begin += size
         if folds[f].kind == MAX:
             winner_begin += size

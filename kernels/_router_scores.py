@@ -171,7 +171,7 @@ def _chances(z, noisy, blocked, last, expert, sigma):
 
 @triton.jit
 def _add_row(table, values, own, expert, E):
-    """Add up the tokens of one segment, and that to a row of a table that this program alone writes."""
+    """Add up the tokens of one segment, and that to a row of a table, in float64, that this program alone writes."""
     at, inside = table + expert, expert < E
     tl.store(at, tl.load(at, mask=inside) + tl.sum(tl.where(own[:, None], values, 0), 0), mask=inside)
 
@@ -184,6 +184,19 @@ def _add_totals(totals, a, b, c, own, segments):
     sums = tl.where(i == 0, tl.sum(a, 0), tl.where(i == 1, tl.sum(b, 0), tl.sum(c, 0)))
     at = totals + i.to(tl.int64) * segments
     tl.store(at, tl.load(at, mask=i < 3) + sums, mask=i < 3)
+
+
+@triton.jit
+def _settle(table, values, expert, E, is_first):
+    """Add up tokens, and that to a row of a table, which has nothing at first."""
+    at, inside = table + expert, expert < E
+    tl.store(at, tl.load(at, mask=inside & (is_first == 0), other=0.0) + tl.sum(values, 0), mask=inside)
+
+
+@triton.jit
+def _settle_number(at, values, is_first):
+    """The same for a number of each token."""
+    tl.store(at, tl.load(at, mask=is_first == 0, other=0.0) + tl.sum(values, 0))
 
 
 @triton.jit
@@ -211,12 +224,15 @@ def scores_kernel(
     T, E, segments, steps, sigma, logits_stride, allowed_row_stride, allowed_stride,
     K: tl.constexpr, SCORE: tl.constexpr, RENORMALIZE: tl.constexpr, LOAD: tl.constexpr, MEMBERS: tl.constexpr,
     GROUPS: tl.constexpr, KEPT: tl.constexpr, GROUP_SCORE: tl.constexpr, ONE_EXPERT: tl.constexpr,
-    E_PAD: tl.constexpr, K_PAD: tl.constexpr, G_PAD: tl.constexpr, BLOCK_T: tl.constexpr
+    E_PAD: tl.constexpr, K_PAD: tl.constexpr, G_PAD: tl.constexpr, BLOCK_T: tl.constexpr, SETTLED: tl.constexpr
 ):  # fmt: skip
     """Choices and gates of `steps` blocks of tokens, and this program's row of `sums` and `counts`.
 
-    A row of sums has three tables (segments, E) and three numbers of each segment: p, noisy p, chances; squared lse,
-    entropy, margin. A row of counts has one table and one number of each segment: choices; tokens.
+    A row of sums, in float64, has three tables (segments, E) and three numbers of each segment: p, noisy p, chances;
+    squared lse, entropy, margin. A row of counts has one table and one number of each segment: choices; tokens.
+
+    Args:
+        SETTLED: blocks that are added up in float32 before they are added to the row.
     """
     part = tl.program_id(0).to(tl.int64)
     expert, choice = tl.arange(0, E_PAD), tl.arange(0, K_PAD)
@@ -227,7 +243,9 @@ def scores_kernel(
         counts += part * (cells + segments)
         _clear(sums, counts, expert, E, segments, noise is not None, LOAD)
     else:
-        # Added up element by element, so that threads meet only once.
+        # Added up element by element, so that threads seldom meet.
+        sums += part * 3 * (cells + segments)
+        counts += part * (cells + segments)
         sum_p = tl.zeros([BLOCK_T, E_PAD], tl.float32)
         sum_noisy_p, sum_chance = tl.zeros_like(sum_p), tl.zeros_like(sum_p)
         sum_times = tl.zeros([BLOCK_T, E_PAD], tl.int32)
@@ -300,35 +318,41 @@ def scores_kernel(
             sum_entropy += tl.where(live, entropy, 0.0)
             sum_margin += tl.where(live, margin, 0.0)
             sum_live += live.to(tl.int32)
+            if (step % SETTLED == SETTLED - 1) | (step == steps - 1):
+                is_first = step < SETTLED
+                _settle(sums, sum_p, expert, E, is_first)
+                sum_p = tl.zeros_like(sum_p)
+                if noise is not None:
+                    _settle(sums + cells, sum_noisy_p, expert, E, is_first)
+                    sum_noisy_p = tl.zeros_like(sum_noisy_p)
+                if LOAD:
+                    _settle(sums + 2 * cells, sum_chance, expert, E, is_first)
+                    sum_chance = tl.zeros_like(sum_chance)
+                _settle_number(sums + 3 * cells, sum_lse, is_first)
+                _settle_number(sums + 3 * cells + 1, sum_entropy, is_first)
+                _settle_number(sums + 3 * cells + 2, sum_margin, is_first)
+                sum_lse = tl.zeros_like(sum_lse)
+                sum_entropy, sum_margin = tl.zeros_like(sum_lse), tl.zeros_like(sum_lse)
+                tl.debug_barrier()
         else:
             label = tl.load(segment + token, mask=is_token, other=-1)
             left = live & (label >= 0) & (label < segments)
             while tl.max(left.to(tl.int32), 0) > 0:  # once for each segment that is in the block
                 s = tl.min(tl.where(left, label, segments), 0)
                 own = left & (label == s)
-                _add_row(sums + s * E, p, own, expert, E)
+                table = sums + s * E
+                _add_row(table, p, own, expert, E)
                 if noise is not None:
-                    _add_row(sums + cells + s * E, noisy_p, own, expert, E)
+                    _add_row(table + cells, noisy_p, own, expert, E)
                 if LOAD:
-                    _add_row(sums + 2 * cells + s * E, chance, own, expert, E)
+                    _add_row(table + 2 * cells, chance, own, expert, E)
                 _add_row(counts + s * E, times, own, expert, E)
                 _add_totals(sums + 3 * cells + s, lse * lse, entropy, margin, own, segments)
                 tl.store(counts + cells + s, tl.load(counts + cells + s) + tl.sum(own.to(tl.int32), 0))
                 left = left & (label != s)
                 tl.debug_barrier()
     if segment is None:
-        sums += part * 3 * (cells + segments)
-        counts += part * (cells + segments)
-        inside = expert < E
-        tl.store(sums + expert, tl.sum(sum_p, 0), mask=inside)
-        if noise is not None:
-            tl.store(sums + cells + expert, tl.sum(sum_noisy_p, 0), mask=inside)
-        if LOAD:
-            tl.store(sums + 2 * cells + expert, tl.sum(sum_chance, 0), mask=inside)
-        tl.store(counts + expert, tl.sum(sum_times, 0), mask=inside)
-        tl.store(sums + 3 * cells, tl.sum(sum_lse, 0))
-        tl.store(sums + 3 * cells + 1, tl.sum(sum_entropy, 0))
-        tl.store(sums + 3 * cells + 2, tl.sum(sum_margin, 0))
+        tl.store(counts + expert, tl.sum(sum_times, 0), mask=expert < E)
         tl.store(counts + cells, tl.sum(sum_live, 0))
 
 

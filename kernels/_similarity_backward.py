@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from . import _pairs
-from ._folds import COUNT, MAX, PLAIN, add_slope, fold_size, part_at, part_count
+from ._folds import COUNT, FOUND, MAX, PLAIN, add_slope, exact_sum, fold_size, part_at, part_count, with_lost
 from ._similarity_forward import outside_of
 from ._tiles import guide_products, inner_products, load_rows, product
 
@@ -90,6 +90,21 @@ def add_to(sums, more, K: tl.constexpr):
 
 
 @triton.jit
+def no_carries(COUNT: tl.constexpr, SIZE: tl.constexpr):
+    """Zeros, for each sum a vector and what rounding took from it."""
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums = sums + ((tl.zeros([SIZE], tl.float32), tl.zeros([SIZE], tl.float32)),)
+    return sums
+
+
+@triton.jit
+def carry_to(sums, more, K: tl.constexpr):
+    """What a program carries with `more` added to the K-th sum."""
+    return sums[:K] + (exact_sum(sums[K][0], more, sums[K][1]),) + sums[K + 1 :]
+
+
+@triton.jit
 def store_sum(at, total, index, size):
     """Write a part of a sum whose memory begins at `at`."""
     tl.store(at + index, total, mask=index < size)
@@ -164,7 +179,7 @@ def gradient_kernel(
     o = block * ROWS + tl.arange(0, ROWS)
     block_of_own = load_rows(own, o, own_size, own_stride, 0, D, DEPTH)
     total = tl.zeros([ROWS, DEPTH], tl.float32)
-    parts = no_sums(len(sums), ROWS)
+    parts = no_carries(len(sums), ROWS)
     begin = number * span
     for first in range(begin, tl.minimum(begin + span, other_size), COLS):
         t = first + tl.arange(0, COLS)
@@ -195,7 +210,7 @@ def gradient_kernel(
                 g += by_dots
                 for k in tl.static_range(len(sums)):
                     if sums[k].cols == (mirrored == 1) and (sums[k].what == BIAS or sums[k].set == s):
-                        parts = add_to(parts, summed(e, dots, sets[s], sums[k].what, 1), k)
+                        parts = carry_to(parts, summed(e, dots, sets[s], sums[k].what, 1), k)
         if sets[0].row_factor >= 0:
             weights, residual = rounded(g * by_unit, norm, own)
             residual /= by_unit
@@ -203,7 +218,7 @@ def gradient_kernel(
             weights, residual = rounded(g, norm, own)
         for k in tl.static_range(len(sums)):
             if sums[k].what == RESIDUAL:
-                parts = add_to(parts, tl.sum(residual, 1), k)
+                parts = carry_to(parts, tl.sum(residual, 1), k)
         if gradient is not None:
             total = product(weights, block_of_other, total, PRECISION)
     if gradient is not None:
@@ -213,8 +228,8 @@ def gradient_kernel(
         at = gradient + (number * own_size.to(tl.int64) + o[:, None]) * D + k[None, :]
         tl.store(at, total, mask=(o < own_size)[:, None] & (k < D)[None, :])
     for k in tl.static_range(len(sums)):
-        at = part_at(partials, 1 + number, sums, N, M, splits, splits, k, False)
-        store_sum(at, parts[k], o, own_size)
+        at = part_at(partials, FOUND + number, sums, N, M, splits, splits, k, False)
+        store_sum(at, with_lost(parts[k][0], parts[k][1]), o, own_size)
 
 
 @triton.jit(
@@ -282,7 +297,7 @@ def weights_kernel(
                 nothing = tl.zeros([ROWS, COLS], x.dtype.element_ty)
                 tl.store(weights + line + (j - first_col)[None, :], nothing, mask=(i < N)[:, None] & (j < end)[None, :])
         begin = diagonal
-    parts = no_sums(len(sums), ROWS)
+    parts = no_carries(len(sums), ROWS)
     for first in range(begin, end, COLS):
         j = first + tl.arange(0, COLS)
         dots = inner_products(x, y, i, j, N, last_col, x_stride, y_stride, D, ROWS, COLS, DEPTH, PRECISION)
@@ -309,7 +324,7 @@ def weights_kernel(
                 for k in tl.static_range(len(sums)):
                     if sums[k].what == BIAS or sums[k].set == s:
                         if sums[k].cols == (mirrored == 1):
-                            parts = add_to(parts, summed(e, dots, sets[s], sums[k].what, 1), k)
+                            parts = carry_to(parts, summed(e, dots, sets[s], sums[k].what, 1), k)
                         else:
                             across = add_to(across, summed(e, dots, sets[s], sums[k].what, 0), k)
         if sets[0].row_factor >= 0:
@@ -323,7 +338,7 @@ def weights_kernel(
         for k in tl.static_range(len(sums)):
             if sums[k].what == RESIDUAL:
                 if SELF or not sums[k].cols:
-                    parts = add_to(parts, tl.sum(residual, 1), k)
+                    parts = carry_to(parts, tl.sum(residual, 1), k)
                 if SELF or sums[k].cols:
                     across = add_to(across, tl.sum(residual, 0), k)
             if SELF or sums[k].cols:
@@ -332,8 +347,8 @@ def weights_kernel(
                 store_sum(at, across[k], j, last_col)
     for k in tl.static_range(len(sums)):
         if SELF or not sums[k].cols:
-            at = part_at(partials, 1 + number, sums, N, M, spans, row_blocks, k, SELF)
-            store_sum(at, parts[k], i, N)
+            at = part_at(partials, FOUND + number, sums, N, M, spans, row_blocks, k, SELF)
+            store_sum(at, with_lost(parts[k][0], parts[k][1]), i, N)
 
 
 @triton.jit(do_not_specialize=["size"])

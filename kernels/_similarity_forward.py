@@ -6,7 +6,18 @@ import triton
 import triton.language as tl
 
 from . import _pairs
-from ._folds import PLAIN, empty_part, fold_size, merge_parts, part_at, part_count, store_part, tile_part
+from ._folds import (
+    FOUND,
+    PLAIN,
+    carried_part,
+    carry_on,
+    empty_carry,
+    fold_size,
+    part_at,
+    part_count,
+    store_part,
+    tile_part,
+)
 from ._tiles import guide_products, inner_products, load_rows, product
 
 
@@ -87,7 +98,7 @@ def fold_kernel(
         block_of_x = load_rows(x, i, N, x_stride, 0, D, DEPTH)
     parts = ()
     for f in tl.static_range(len(folds)):
-        parts = parts + (empty_part(folds[f].kind, ROWS),)
+        parts = parts + (empty_carry(folds[f].kind, ROWS),)
     for first_col in range(begin, end, COLS):
         j = first_col + tl.arange(0, COLS)
         if RESIDENT:
@@ -121,7 +132,7 @@ def fold_kernel(
                             folded = linear_terms(logit, outside, rows, cols, N, data, sets[s])
                         if folds[f].cols == (mirrored == 1):
                             part = tile_part(folded, j[None, :], folds[f].kind, 1)
-                            parts = parts[:f] + (merge_parts(parts[f], part, folds[f].kind),) + parts[f + 1 :]
+                            parts = parts[:f] + (carry_on(parts[f], part, folds[f].kind),) + parts[f + 1 :]
                         else:
                             part = tile_part(folded, i[:, None], folds[f].kind, 0)
                             own = part_count(folds[f].cols, spans, block, SELF)  # behind those of the spans
@@ -129,5 +140,5 @@ def fold_kernel(
                             store_part(at, part, j, fold_size(folds[f], N, M), folds[f].kind)
     for f in tl.static_range(len(folds)):
         if SELF or not folds[f].cols:
-            at = part_at(partials, 1 + number, folds, N, M, spans, row_blocks, f, SELF)
-            store_part(at, parts[f], i, fold_size(folds[f], N, M), folds[f].kind)
+            at = part_at(partials, FOUND + number, folds, N, M, spans, row_blocks, f, SELF)
+            store_part(at, carried_part(parts[f], folds[f].kind), i, fold_size(folds[f], N, M), folds[f].kind)

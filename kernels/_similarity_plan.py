@@ -13,7 +13,7 @@ from torch import Tensor
 from contrastive_ops.core.problem import KINDS, Layout, SetFold
 
 from . import _pairs, _tiles
-from ._folds import PLAIN, TileFold, merge_kernel, planes
+from ._folds import FOUND, PLAIN, TileFold, merge_kernel, planes
 from ._launch import Launch
 from ._similarity_backward import TileSum, give_back_kernel, gradient_kernel, weights_kernel
 from ._similarity_forward import fold_kernel
@@ -28,7 +28,9 @@ CHUNK_BYTES = 32 << 20
 # Gradients of one side that programs with a part of the other side each may write before they are added up.
 MOST_SPLITS = 8
 
-_MERGE_BLOCK = 256
+_MERGE_BLOCK = 128
+# Most columns of a span: float32 counts that many.
+_MOST_COUNTED = 1 << 23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,9 @@ class Problem:
         (first, *others), folds = self.pairs.sets, self.layout.folds
         lists = first.exclude_indptr >= 0 or first.linear_indptr >= 0
         light = not (self.itself or others or lists or self.pairs.guide_depth or len(folds) > 2)
-        return _tiles.tiles_of(self.arch, kernel, self.x.dtype, self.shape[2], light=light, resident=resident)
+        tiles = _tiles.tiles_of(self.arch, kernel, self.x.dtype, self.shape[2], light=light, resident=resident)
+        # Loads of a guide are in flight too, in registers.
+        return tiles._replace(stages=min(tiles.stages, 2)) if self.pairs.guide_depth else tiles
 
     def folds(self, folds: Sequence[SetFold]) -> tuple[TileFold, ...]:
         """Folds as kernels take them."""
@@ -146,7 +150,8 @@ class Parts(NamedTuple):
         """Room for these folds."""
         size = 0
         for fold in folds:
-            count = 1 + (spans if mirrored or not fold.cols else 0) + (row_blocks if mirrored or fold.cols else 0)
+            count = FOUND.value + (spans if mirrored or not fold.cols else 0)
+            count += row_blocks if mirrored or fold.cols else 0
             size += count * planes(fold.kind) * p.shape[fold.cols]
         return cls(p.x.new_zeros((size,), dtype=torch.float32), spans, row_blocks, mirrored)
 
@@ -180,7 +185,7 @@ class Parts(NamedTuple):
 def _spans(blocks: int, columns: int, step: int) -> tuple[int, int]:
     """The columns of a span, a multiple of `step`, and the number of spans, so that programs fill a GPU."""
     tiles = max(1, triton.cdiv(columns, step))
-    span = triton.cdiv(tiles, triton.cdiv(PROGRAMS, max(blocks, 1)))
+    span = min(triton.cdiv(tiles, triton.cdiv(PROGRAMS, max(blocks, 1))), _MOST_COUNTED // step)
     return span * step, triton.cdiv(tiles, span)
 
 
@@ -254,7 +259,7 @@ def side_launches(
     of_columns: bool,
     wanted: bool,
 ) -> tuple[list[Launch], Tensor | None, Tensor]:
-    """Launches for one side, its gradient in parts [splits, size, D], and the sums [sums, size]."""
+    """Launches for one side, its gradient in parts [splits, size, D], and the sums [sums, size] in float64."""
     N, M, D = p.shape
     own, other = (p.y, p.x) if of_columns else (p.x, p.y)
     tiles = p.tiles("gradient", resident=True)
@@ -264,7 +269,7 @@ def side_launches(
     splits = max(1, triton.cdiv(len(other), max(span, 1)))
     parts = Parts.of(p, sums, splits, splits, False)
     gradient = own.new_empty((splits, len(own), D), dtype=torch.float32) if wanted else None
-    values = own.new_empty((len(sums), len(own)), dtype=torch.float32)
+    values = own.new_empty((len(sums), len(own)), dtype=torch.float64)
     arguments = {
         **p.arguments(tiles),
         **upstream,
@@ -361,7 +366,7 @@ def by_chunks(p: Problem, upstream: Mapping[str, Any], wanted: Wanted) -> Gradie
     dy = p.y.new_zeros(p.y.shape, dtype=torch.float32) if wanted.dy and not p.itself else None
     of_columns = dx if p.itself else dy
     sizes = [p.shape[each.cols] for each in wanted.sums]
-    values = p.x.new_empty((sum(sizes),), dtype=torch.float32)
+    values = p.x.new_empty((sum(sizes),), dtype=torch.float64)
     factor = upstream["norm"]
     for chunk in chunks(p, upstream, wanted.sums, values, wanted.dx or wanted.dy):
         for launch in chunk.launches:

@@ -145,6 +145,9 @@ def _small_kernels(arch: str) -> Iterator[Variant]:
             parts = plan.Parts.of(p, folds, 2, 2, mirrored)
             merge = parts.merge(p, folds, 2, torch.empty(1), torch.empty(1, dtype=torch.int64), last)
             yield merge.variant(f"similarity_reduce-merge-{'last' if last else 'more'}{'-itself' * mirrored}")
+    sums = tuple(TileSum(what.value, cols) for what in (BIAS, SCALE, RESIDUAL) for cols in (False, True))
+    merge = plan.Parts.of(p, sums, 2, 2, False).merge(p, sums, 2, torch.empty(1, dtype=torch.float64), None, True)
+    yield merge.variant("similarity_reduce-merge-sums")
     for dtype in (torch.bfloat16, torch.float16):
         indices = torch.empty(_ROWS, dtype=torch.int64)
         gradient, other = torch.empty(_ROWS, 64), torch.empty(_ROWS, 64, dtype=dtype)

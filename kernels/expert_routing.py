@@ -27,6 +27,8 @@ from ._variants import Variant
 ELEMENTS = 128 if triton_kernels.interprets() else 1024
 # Most programs that sums are made in, and the size of their tables from which on there are fewer.
 PARTS, TABLE = (3, 1 << 22) if triton_kernels.interprets() else (512, 1 << 22)
+# Blocks of tokens that a program adds up in float32, and then in float64.
+SETTLED = 32
 # Items of a counting sort that are ranked together.
 BLOCK, STEP = (32, 16) if triton_kernels.interprets() else (256, 16)
 PLAIN = {"num_warps": 4, "num_stages": 1}
@@ -110,7 +112,7 @@ def scores(
     chosen, gates, priority = integers(tokens, s.k), numbers(tokens, s.k), numbers(tokens)
     sums, totals, margin = numbers(3, s.segments, experts), numbers(2, s.segments), numbers(s.segments)
     choices, routed = integers(s.segments, experts), integers(s.segments)
-    part_sums = numbers(parts, 3 * (cells + s.segments))
+    part_sums = torch.empty((parts, 3 * (cells + s.segments)), dtype=torch.float64, device=logits.device)
     part_counts = integers(parts, cells + s.segments, dtype=torch.int32)
     # Without fused operations noisy logits are those of every other backend, and so are the choices.
     launch(
@@ -118,7 +120,7 @@ def scores(
         logits, _dense(noise), _dense(bias), _flag(allowed), _dense(given), _dense(segment), _flag(_dense(valid)),
         chosen, gates, priority, part_sums, part_counts, tokens, experts, s.segments, steps, sigma, logits.stride(0),
         *_mask_strides(allowed), options={**options, "enable_fp_fusion": False}, **_score_rules(s),
-        **_choice_rules(s, experts), **tile,
+        **_choice_rules(s, experts), **tile, SETTLED=SETTLED,
     )  # fmt: skip
     launch(
         _router_scores.totals_kernel, 2 * triton.cdiv(3 * (cells + s.segments), 32),

@@ -157,7 +157,7 @@ def _scale_gradient(p: plan.Problem, scale: Tensor, sums: dict[TileSum, Tensor])
     found = [sums[_scale_sum(p, index)] for index in range(len(p.layout.sets))]
     return torch.cat(
         [
-            in_parts(each).reshape(1) if own.scale_of == ScaleOf.ALL else each
+            (in_parts(each).reshape(1) if own.scale_of == ScaleOf.ALL else each).float()
             for own, each in zip(p.layout.sets, found, strict=True)
         ]
     )
@@ -165,7 +165,7 @@ def _scale_gradient(p: plan.Problem, scale: Tensor, sums: dict[TileSum, Tensor])
 
 def _bias_gradient(p: plan.Problem, cols: bool, sums: dict[TileSum, Tensor]) -> Tensor:
     each = sums.get(TileSum(BIAS.value, cols))
-    return p.x.new_zeros((p.shape[cols],), dtype=torch.float32) if each is None else each.clone()
+    return p.x.new_zeros((p.shape[cols],), dtype=torch.float32) if each is None else each.float()
 
 
 def _norm(p: plan.Problem, scale: Tensor, *upstream: Tensor | None) -> Tensor | None:
@@ -188,5 +188,5 @@ def _compensate(p: plan.Problem, target: Tensor | None, found: plan.Gradients) -
         if cols and not p.itself:  # of several rows with one target the last, whatever the order of writes
             rows = torch.arange(len(target), device=target.device)
             partner = torch.full((p.shape[1],), -1, device=target.device).scatter_reduce_(0, target, rows, "amax")
-        residual = with_factors(residual, partner, *p.factors(cols))
+        residual = with_factors(residual.float(), partner, *p.factors(cols))
         plan.give_back(gradient, residual, partner.contiguous(), other, p.arch).run()
