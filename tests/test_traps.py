@@ -87,14 +87,14 @@ def test_chunks_are_not_kept_for_backward(backend):
         return F.softplus(logits).sum(1) - logits.diagonal(rows.start)
 
     sizes = []
-    for rows in (500, 2000):
+    for rows in (1100, 4400):  # more than what the reference computes at once
         image, text = unit(rows, 16), unit(rows, 16)
         fused, _ = saved_bytes(lambda x=image, y=text: siglip(x, y, memory_budget=0, backend=backend))
         streamed, _ = saved_bytes(lambda x=image, y=text: stream_rows(own_and_others, x, y, chunk_rows=100).sum())
         sizes.append((fused, streamed))
     for small, large in zip(*sizes, strict=True):
         assert large <= 4.4 * small
-        assert large < 2000 * 2000
+        assert large < 4400 * 4400
 
 
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32, torch.bfloat16, torch.float16], ids=str)
