@@ -15,6 +15,7 @@ import idle_rows_cases
 import pytest
 import similarity_cases
 import torch
+from pairwise import pairwise
 from similarity_cases import KINDS, RULES, exact, flat, gradients_of, leaves, mapped, winners
 
 from contrastive_ops import Fold, Pairs, clip, info_nce, nt_xent, siglip, similarity_reduce, sup_con
@@ -436,9 +437,7 @@ def lengthened(t):
     return (t.double() * torch.linspace(0.5, 3, len(t), dtype=torch.float64, device=t.device)[:, None]).to(t.dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("level", [0.3, 0.01, 0.001])
-@pytest.mark.parametrize("name", [*PAIRED, *UNIT])
+@pairwise(dtype=[torch.bfloat16, torch.float16], level=[0.3, 0.01, 0.001], name=[*PAIRED, *UNIT])
 def test_gradient_error_in_three_regimes(monkeypatch, dtype, level, name):
     large_chunks(monkeypatch)
     function, pairs = {**PAIRED, **UNIT}[name], clustered_pairs(64, 64, level, dtype=dtype)
