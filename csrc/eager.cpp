@@ -137,6 +137,7 @@ void SimilarityLossBackward::sweep(const Inputs& in, const Tensor& d_loss, varia
     NoGil released;
     kernels->similarity_reduce().backward(p.raw, gradients.raw, kernels->parallel());
   }
+  gradients.through_lengths(p);
   finish(in, gradients.dx, gradients.dy, gradients.dscale, gradients.drow_bias, p.inverse_x, p.inverse_y, out);
 }
 
@@ -164,7 +165,8 @@ void SimilarityLossBackward::finish(const Inputs& in, Tensor x_gradient, Tensor 
   }
   const auto by_rows = [&](int input, const Tensor& gradient, const Tensor& inverse) {
     if (!gradient.defined() || !task_should_compute_output(input)) return;
-    const Tensor own = options.normalize ? through_lengths(gradient, in[input], inverse) : gradient;
+    const bool by_unit = options.normalize && !is_narrow(in[input]);
+    const Tensor own = by_unit ? through_lengths(gradient, in[input], inverse) : gradient;
     out[input] = own.to(in[input].scalar_type());
   };
   by_rows(kX, x_gradient, inverse_of_x);
@@ -274,6 +276,7 @@ Tensor forward(const Options& o, const Inputs& in, const Place& place) {
       NoGil released;
       similarity_loss_cpu(p.raw, loss, one_pass, kernels->similarity_reduce(), kernels->parallel());
     }
+    gradients.through_lengths(p);
     if (node) {
       node->one_pass = one_pass;
       const auto save = [](SavedVariable& to, const Tensor& t) {
@@ -323,7 +326,7 @@ PyObject* py_loss(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const bool known = level_is_known() && (o.normalize || arguments[13] == Py_False) &&
                      read_first(arguments[2], place, in[kX]) && is_eager(place) &&
                      read_tensor(arguments[3], place, in[kY]) && read_backend(arguments[15], place) &&
-                     matrices_fit(o, place, in[kX], in[kY]) && read_reduction(arguments[12], o.reduction) &&
+                     matrices_fit(o, in[kX], in[kY]) && read_reduction(arguments[12], o.reduction) &&
                      read_budget(arguments[14], place, o.memory_budget);
   if (!known) Py_RETURN_NONE;
   const auto type = accumulator(in[kX]);

@@ -87,11 +87,10 @@ bool all_below(const Tensor& target, int64_t columns) {
   return true;
 }
 
-bool matrices_fit(const Options& o, const Place& place, const Tensor& x, const Tensor& y) {
+bool matrices_fit(const Options& o, const Tensor& x, const Tensor& y) {
   if (!x.defined() || x.dim() != 2 || x.size(0) == 0) return false;
   const auto type = x.scalar_type();
-  const bool narrow = type == at::kBFloat16 || type == at::kHalf;
-  if (!(type == at::kFloat || type == at::kDouble || narrow) || (narrow && o.normalize && !place.by_cuda)) return false;
+  if (!(type == at::kFloat || type == at::kDouble || is_narrow(x))) return false;
   if (!y.defined()) return o.form == Form::labelled;
   if (y.dim() != 2 || y.size(1) != x.size(1) || y.scalar_type() != type || y.size(0) == 0) return false;
   return o.form == Form::columns || o.form == Form::labelled || y.size(0) == x.size(0);

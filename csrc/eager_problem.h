@@ -46,6 +46,29 @@ Tensor through_lengths(const Tensor& gradient, const Tensor& x, const Tensor& in
   return at::addcmul(gradient, unit, along, -1).mul_(inverse);
 }
 
+bool is_narrow(const Tensor& x) { return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf; }
+
+// 16-bit rows of any length as unit rows, without rounding them again: as core/unit_lengths.py, operation by operation.
+struct Lengths {
+  Tensor rows, factor, shift, unit;
+
+  Lengths() = default;
+  explicit Lengths(const Tensor& x) {
+    const Tensor wide = x.to(at::kFloat);
+    const Tensor length = at::linalg_vector_norm(wide, 2, at::IntArrayRef{1}, true).clamp_min_(1e-12);
+    const auto [mantissa, exponent] = at::frexp(length);
+    shift = at::ldexp(at::ones_like(length), exponent.neg().add_(1).clamp_(-126, 126));
+    unit = at::mul(wide, shift);
+    rows = unit.to(x.scalar_type());
+    factor = at::mul(mantissa, 2).reciprocal_();
+    unit.mul_(factor);
+  }
+  Tensor through(const Tensor& gradient) const {
+    const Tensor along = at::mul(unit, gradient).sum(at::IntArrayRef{1}, true);
+    return at::addcmul(gradient, unit, along, -1).mul_(shift);
+  }
+};
+
 Tensor rows_contiguous(const Tensor& x) { return x.size(1) <= 1 || x.stride(1) == 1 ? x : x.contiguous(); }
 
 DType dtype_of(const Tensor& x) {
@@ -64,6 +87,7 @@ DType dtype_of(const Tensor& x) {
 // A SimilarityProblem with what its pointers point into.
 struct Problem {
   Tensor x, y, inverse_x, inverse_y, row_bias, target, count;
+  Lengths lengths_x, lengths_y;  // of 16-bit rows that count as unit rows
   at::ScalarType type;
   double scale_as_double;
   float scale_as_float;
@@ -76,12 +100,17 @@ struct Problem {
       : type(accumulator(in[kX])) {
     inverse_x = known_x;
     inverse_y = known_y;
-    const Tensor first = unit_of(o, in[kX], inverse_x);
-    const Tensor second = in[kY].defined() ? unit_of(o, in[kY], inverse_y) : Tensor();
-    const bool stacked = o.form == Form::stacked;
-    x = rows_contiguous(stacked ? at::cat({first, second}) : first);
-    raw.self = stacked || !second.defined();
-    y = raw.self ? x : rows_contiguous(second);
+    const bool stacked = o.form == Form::stacked, by_factors = o.normalize && is_narrow(in[kX]);
+    raw.self = stacked || !in[kY].defined();
+    const auto as_unit = [&](const Tensor& rows, Tensor& inverse) {
+      return by_factors || !rows.defined() ? rows : unit_of(o, rows, inverse);
+    };
+    const Tensor first = as_unit(in[kX], inverse_x), second = as_unit(in[kY], inverse_y);
+    x = stacked ? at::cat({first, second}) : first;
+    if (by_factors) x = (lengths_x = Lengths(x)).rows;
+    if (by_factors && !raw.self) lengths_y = Lengths(second);
+    x = rows_contiguous(x);
+    y = raw.self ? x : rows_contiguous(by_factors ? lengths_y.rows : second);
     raw.dtype = dtype_of(x);
     raw.x = x.data_ptr();
     raw.y = y.data_ptr();
@@ -153,6 +182,10 @@ struct Problem {
       sets[0].differ_rows = sets[1].same_rows = row_labels_.const_data_ptr<int64_t>();
       sets[0].differ_cols = sets[1].same_cols = col_labels_.const_data_ptr<int64_t>();
     }
+    if (lengths_x.factor.defined()) {
+      raw.row_factor = lengths_x.factor.data_ptr();
+      raw.col_factor = (raw.self ? lengths_x : lengths_y).factor.data_ptr();
+    }
     raw.sets = sets;
     raw.fold_count = folds_of(o.kind, folds);
     raw.folds = folds;
@@ -186,6 +219,12 @@ struct Gradients {
       raw.dscale = dscale_parts;
     }
     if (bias) raw.drow_bias = (drow_bias = at::empty({p.raw.N}, options)).data_ptr();
+  }
+
+  // Once they are there: from gradients by unit rows to those by 16-bit rows of any length.
+  void through_lengths(const Problem& p) {
+    if (dx.defined() && p.lengths_x.unit.defined()) dx = p.lengths_x.through(dx);
+    if (dy.defined() && p.lengths_y.unit.defined()) dy = p.lengths_y.through(dy);
   }
 };
 

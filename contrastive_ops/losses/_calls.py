@@ -11,9 +11,9 @@ from ..core import autocast
 from ..core.derivatives import alias, grad
 from ..core.ordered import repeated
 from ..core.rules import Pairs
-from ..core.unit_rows import unit_rows
 from ..ops.similarity_loss import similarity_loss
 from ..reference.row_losses import KINDS, REDUCTIONS
+from ._arguments import in_sweep, unit_sides
 from ._labels import one_positive
 
 # How rows meet: y has a column for each row and maybe more; row i of y belongs to row i of x; both stacked are compared
@@ -48,16 +48,18 @@ def gradients_again(
         leaves = [alias(each) for each in tensors[:5]]
         x, y, factor, bias, weight = leaves
         scale = call.number if factor is None else factor.reshape(()).reciprocal() if call.inverted else factor
-        x, y = (unit_rows(each) if call.normalize and each is not None else each for each in (x, y))
-        options: dict[str, Any] = {"target": target}
+        unit = x is not None and in_sweep(call.normalize, x)
+        sides = unit_sides(call.normalize, *(each for each in (x, y) if each is not None))
+        x, y = (*sides, None)[:2]
+        options: dict[str, Any] = {"target": target, "unit": unit}
         if form == STACKED:
-            x, y, options = torch.cat([x, y]), None, {"pairs": Pairs(diagonal=0)}
+            x, y, options = torch.cat(sides), None, {"unit": unit, "pairs": Pairs(diagonal=0)}
         elif form == LABELLED:
             ids = (labels, labels if col_labels is None else col_labels)
             diagonal = 0 if y is None else None
             target, count = one_positive(*(labels, col_labels))  # type: ignore[arg-type]
             rules = {"pairs": Pairs(diagonal=diagonal, differ=ids), "positives": Pairs(diagonal=diagonal, same=ids)}  # type: ignore[arg-type]
-            options = {"target": target, "count": count, **rules}
+            options = {"target": target, "unit": unit, "count": count, **rules}
         if kind == "sigmoid":
             one = d_loss.new_full((), call.bias_number) if bias is None else bias.reshape(())
             options["row_bias"] = repeated(one, x.shape[0])
