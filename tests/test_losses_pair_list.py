@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from contrastive_ops.losses import _pair_list
-from contrastive_ops.losses.sigmoid import pair_bce
+from contrastive_ops.losses import _pair_list, pair_bce
 from contrastive_ops.testing.compare import check, check_derivatives, leaf, number, reduced
 
 DOUBLE = torch.float64

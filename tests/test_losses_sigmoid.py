@@ -10,7 +10,7 @@ from pairwise import pairwise
 from torch.nn import functional as F
 
 from contrastive_ops import Pairs
-from contrastive_ops.losses.sigmoid import bixse, multi_positive_siglip, pair_bce, siglip
+from contrastive_ops.losses import bixse, multi_positive_siglip, pair_bce, siglip
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, TOLERANCE, clustered_pairs, relative_error
 from contrastive_ops.testing.compare import check, check_derivatives, leaf, number, reduced
 

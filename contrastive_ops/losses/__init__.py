@@ -7,6 +7,8 @@ a batch, or both sides of it in losses of two directions, stays a candidate of t
 both.
 """
 
+from .bixse import bixse, pair_bce
+from .clip import clip
 from .decorrelation import (
     RunningCovariance,
     barlow_twins,
@@ -21,6 +23,7 @@ from .distillation import distance_distillation, similarity_distillation
 from .gist import gist, gte
 from .hard_negatives import dcl, debiased, hcl, hn_nce
 from .hinge import energy_hinge, simctg, vse
+from .info_nce import info_nce
 from .late_interaction import late_interaction
 from .linear_softmax import CrossEntropy, LogProb, linear_cross_entropy, linear_kl, linear_log_prob
 from .margin_softmax import arc_face, cos_face, margin_softmax
@@ -29,11 +32,11 @@ from .mined import mined_info_nce
 from .moco import moco
 from .multi_positive import multi_positive_info_nce, soft_info_nce, sup_con
 from .negative_sampling import UnigramSampler, negative_sampling
+from .nt_xent import nt_xent
 from .preference import dpo, kl_estimate
 from .rank_distillation import listwise_distillation, margin_mse, pairwise_rank_distillation
 from .regularizers import alignment, sparsity, uniformity
-from .sigmoid import bixse, multi_positive_siglip, pair_bce, siglip
-from .softmax import clip, info_nce, nt_xent
+from .siglip import multi_positive_siglip, siglip
 from .sog_clr import RunningDenominator, sog_clr
 from .triplet import batch_hard_triplet, batch_semi_hard_triplet, contrastive, triplet
 from .whitening import group_whiten

@@ -320,7 +320,7 @@ void compare_columns(const A* s, const A* t, int64_t rows, int64_t cols, Folding
 // The entries with nearly all the probability of their lines, whose derivatives are minus the sums of the others.
 template <class A>
 struct DecidedLines {
-  static constexpr A kLeast = static_cast<A>(0.75);  // DECIDED of contrastive_ops/core/softmax.py
+  static constexpr A kLeast = static_cast<A>(0.75);  // DECIDED of contrastive_ops/core/numerics.py
 
   int64_t* other;  // of each line the number of the row or column, or -1
   A *dots, *sums;  // its inner product, and the sums of the others, which are added to

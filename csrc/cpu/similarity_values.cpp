@@ -130,7 +130,7 @@ void values_forward(const ValuesProblem& p, const ValuesForward& out, const Para
 template <class A>
 class Decided {
  public:
-  static constexpr A kLeast = static_cast<A>(0.75);  // DECIDED of contrastive_ops/core/softmax.py
+  static constexpr A kLeast = static_cast<A>(0.75);  // DECIDED of contrastive_ops/core/numerics.py
 
   Decided(int64_t most_blocks, int64_t chunk_rows) : step_(chunk_rows) {
     const int64_t parts = most_blocks * chunk_rows;
