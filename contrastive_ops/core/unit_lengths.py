@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checks import accumulator
 from .problem import Layout, Slot
-from .unit_rows import SHORTEST, unit_rows
+from .unit_rows import SHORTEST, parts_of, unit_rows
 
 # Where an operator of similarity_reduce has its matrices and what describes its sets; see its schema.
 _X, _Y, _PAIR_DATA, _SPEC = 0, 1, 6, 7
@@ -80,8 +80,7 @@ class _Side:
 
     def through_lengths(self, gradient: Tensor) -> Tensor:
         """The gradient by the rows as they were given."""
-        along = (self.unit * gradient).sum(1, keepdim=True)
-        return torch.addcmul(gradient, self.unit, along, value=-1) * self.shift
+        return parts_of(gradient, self.unit)[1] * self.shift
 
 
 def _replaced(

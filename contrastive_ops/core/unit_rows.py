@@ -25,11 +25,22 @@ def unit_rows(x: Tensor) -> Tensor:
     return call.unit_rows(x)[0]
 
 
+def inverse_lengths(x: Tensor) -> Tensor:
+    """(..., 1) 1 / the length of each row, which is as long as `SHORTEST` at least."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(SHORTEST).reciprocal()
+
+
+def parts_of(gradient: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of a gradient lies along each unit row, (..., 1), and what is left of it, which alone turns the row."""
+    along = (unit * gradient).sum(-1, keepdim=True)
+    return along, torch.addcmul(gradient, unit, along, value=-1)
+
+
 def _forward(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the unit rows and (..., 1) the inverse lengths, in the accumulation dtype."""
     with autocast.disabled(x):
         wide = x.to(checks.accumulator(x.dtype))
-        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(SHORTEST).reciprocal()
+        inverse = inverse_lengths(wide)
         return (wide * inverse).to(x.dtype), inverse
 
 
@@ -50,8 +61,8 @@ def _derivative(ctx: Any, d_unit: Tensor | None, d_inverse: Tensor | None) -> Te
         dx = None
         if d_unit is not None:
             d_unit = d_unit.to(inverse.dtype)
-            along = (unit * d_unit).sum(-1, keepdim=True)
-            dx = torch.addcmul(d_unit, unit, along, value=-1) * inverse
+            along, beside = parts_of(d_unit, unit)
+            dx = beside * inverse
             if not may_read(along) or not bool(along.detach().sum().isfinite()):
                 # A row that nothing depends on has no gradient, whatever it holds.
                 dx = left_out(dx, (d_unit != 0).any(-1))

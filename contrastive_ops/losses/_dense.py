@@ -17,7 +17,7 @@ from ..core.checks import accumulator
 from ..core.numerics import CHUNK_ELEMENTS
 from ..core.operators import seen_by_autograd_alone
 from ..core.ordered import ordered_sum
-from ..core.unit_rows import SHORTEST
+from ..core.unit_rows import inverse_lengths, parts_of
 from ..ops._similarity_loss_autograd import may_give
 from ..ops.similarity_reduce import kept_size
 from ..reference import row_losses as rows_of
@@ -130,10 +130,10 @@ def _matrix(call: Call, tensors: tuple[Tensor | None, ...], inverses: tuple[Tens
     x, y, factor, bias = tensors[:_WEIGHT]
     inverse_x, inverse_y = inverses or (None, None)
     if call.normalize:
-        inverse_x = _inverse_lengths(x) if inverse_x is None else inverse_x  # type: ignore[arg-type]
+        inverse_x = inverse_lengths(x) if inverse_x is None else inverse_x  # type: ignore[arg-type]
         x = x * inverse_x  # type: ignore[operator]
         if y is not None:
-            inverse_y = _inverse_lengths(y) if inverse_y is None else inverse_y
+            inverse_y = inverse_lengths(y) if inverse_y is None else inverse_y
             y = y * inverse_y
     if call.form == STACKED:
         x, y = torch.cat([x, y]), None  # type: ignore[list-item]
@@ -154,10 +154,6 @@ def _matrix(call: Call, tensors: tuple[Tensor | None, ...], inverses: tuple[Tens
         bias = torch.full((1,), call.bias_number, dtype=dtype) if bias is None else bias.reshape(1)
         bias = bias.expand(x.shape[0])[:, None]  # type: ignore[union-attr]
     return Matrix(x, x if y is None else y, (inverse_x, inverse_y), target, y is None, masks, scale, bias)  # type: ignore[arg-type]
-
-
-def _inverse_lengths(x: Tensor) -> Tensor:  # as core/unit_rows.py
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(SHORTEST).reciprocal_()
 
 
 def _logits(matrix: Matrix, dots: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -274,9 +270,7 @@ def _to_inputs(
 
 def _through_lengths(gradient: Tensor, x: Tensor, inverse: Tensor | None) -> Tensor:
     if inverse is not None:
-        unit = x * inverse
-        along = (unit * gradient).sum(-1, keepdim=True)
-        gradient = torch.addcmul(gradient, unit, along, value=-1).mul_(inverse)
+        gradient = parts_of(gradient, x * inverse)[1].mul_(inverse)
     return gradient.to(x.dtype)
 
 
