@@ -207,6 +207,14 @@ def test_running_covariance_follows_its_recursion():
     assert torch.equal(running.covariance, kept) and not running.covariance.requires_grad
 
 
+def test_running_covariance_forgets_as_corinfomax_does():
+    """``R = la_R * R + (1 - la_R) * covariance`` with la_R = 0.01, and the mean likewise."""
+    running, x = RunningCovariance(3), leaf(6, 3)
+    mean = 0.99 * x.mean(0)
+    expected = 0.01 * torch.eye(3) + 0.99 * (x - mean).T @ (x - mean) / 6
+    torch.testing.assert_close(running(x), expected)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("centre", [False, True])
 def test_effective_rank(shape, centre):

@@ -199,7 +199,8 @@ class RunningCovariance(State):
 
     Args:
         dim: D.
-        momentum: weight of a batch, in (0, 1].
+        momentum: weight of a batch, in (0, 1]; the past has 1 - momentum. The released code of CorInfoMax gives 0.01 to
+            the past, and the identity that it starts from is gone after a step or two.
 
     Source:
         Ozsoy et al., Self-Supervised Learning with an Information Maximization Criterion, 2022 (CorInfoMax).
@@ -209,7 +210,7 @@ class RunningCovariance(State):
     mean: Tensor
     covariance: Tensor
 
-    def __init__(self, dim: int, momentum: float = 0.01, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, dim: int, momentum: float = 0.99, *, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.momentum = checks.number("RunningCovariance", "momentum", momentum, "(0, 1]")
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
