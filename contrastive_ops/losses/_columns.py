@@ -38,6 +38,14 @@ def checked_target(function: str, name: str, target: Tensor, x_name: str, x: Ten
     return target
 
 
+def checked_own_target(function: str, target: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """`target`, which must name a row of key for each query; None where each has its own."""
+    if target is None:
+        check_own_column(function, query, key)
+        return None
+    return checked_target(function, "target", target, "query", query, key.shape[0])
+
+
 def checked_row_negatives(function: str, query: Tensor, row_negatives: object) -> Tensor:
     """`row_negatives`, which must be (N, D) or (N, K, D), of the query's dtype and device, as (N, K, D)."""
     row_negatives = checks.check_tensor(function, "row_negatives", row_negatives)
@@ -61,6 +69,15 @@ def check_pairs(function: str, pairs: object) -> None:
     """`pairs` must be rules."""
     if pairs is not None and not isinstance(pairs, Pairs):
         raise TypeError(f"{function}: pairs must be Pairs or None, got {type(pairs).__name__}")
+
+
+def check_filters(
+    function: str, pairs: object, col_bias: object, columns: int, x_name: str, x: Tensor, name: str = "col_bias"
+) -> None:
+    """`pairs` must be rules, and the bias (columns,) numbers."""
+    check_pairs(function, pairs)
+    if col_bias is not None:
+        checks.check_vector(function, name, col_bias, columns, x_name, x)  # type: ignore[arg-type]
 
 
 def wide(x: Tensor, unit: bool = False) -> Tensor:

@@ -8,26 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, overload
 
-import torch
 from torch import Tensor
 
-from ..core import checks
-from ..core.numerics import softplus
 from ..core.rules import Pairs
-from ..ops.similarity_reduce import fold
 from . import _arguments
-from ._columns import (
-    check_pairs,
-    logit_sums,
-    mean_logit,
-    smoothing_folds,
-    smoothing_share,
-    sum_and_count,
-    wide,
-)
+from ._columns import check_filters, smoothing_share
 from ._eager import PARTNERS, eager_loss, is_off
-from ._row_softmax import whole_softmax
-from .diagnostics import Diagnostics, Ranking
+from ._row_softmax import both_softmaxes
+from ._sweep import Sweep
+from .diagnostics import Diagnostics
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # comes with torch
@@ -110,30 +99,24 @@ def clip(
         >>> torch.allclose(clip(image, text, scale=10.0), sum(both) / 2, rtol=1e-4)
         True
     """
-    name = "clip"
-    if (
-        pairs is None
-        and col_bias is None
-        and diagnostics is False
-        and is_off(label_smoothing)
-        and (
-            loss := eager_loss(
-                "softmax_both",
-                PARTNERS,
-                image,
-                text,
-                temperature=temperature,
-                scale=scale,
-                default_temperature=0.07,
-                weight=weight,
-                reduction=reduction,
-                normalize=normalize,
-                memory_budget=memory_budget,
-                backend=backend,
-            )
+    name, plain = "clip", pairs is None and col_bias is None and diagnostics is False and is_off(label_smoothing)
+    loss = None
+    if plain:
+        loss = eager_loss(
+            "softmax_both",
+            PARTNERS,
+            image,
+            text,
+            temperature=temperature,
+            scale=scale,
+            default_temperature=0.07,
+            weight=weight,
+            reduction=reduction,
+            normalize=normalize,
+            memory_budget=memory_budget,
+            backend=backend,
         )
-        is not None
-    ):
+    if loss is not None:
         return loss
     image, text, scale = _arguments.two_sides(
         name,
@@ -146,60 +129,9 @@ def clip(
         normalize=normalize,
         partners=True,
     )
-    check_pairs(name, pairs)
-    if col_bias is not None:
-        checks.check_vector(name, "col_bias", col_bias, text.shape[0], "image", image)
-    share = smoothing_share(name, _arguments.of_weighted(weight, label_smoothing), "image", image)
-    of_smoothing = smoothing_folds(share, pairs)
     unit = _arguments.in_sweep(normalize, image)
-    if not (diagnostics or of_smoothing):
-        sums = None
-        if share is not None:
-            sides = wide(image, unit), wide(text, unit)  # once, or 16-bit gradients would be rounded once more
-            both = logit_sums(*sides, scale, col_bias=col_bias)
-            both = both + logit_sums(*sides, scale, of_columns=True, col_bias=col_bias)
-            sums = both / (2 * image.shape[0])
-        return whole_softmax(
-            (name, "image", "text"),
-            image,
-            text,
-            "softmax_both",
-            None,
-            scale,
-            pairs,
-            col_bias,
-            None,
-            share,
-            sums,
-            weight,
-            reduction,
-            unit,
-            memory_budget,
-            backend,
-        )
-    ranking = Ranking(image, text, text, pairs, both=True, unit=unit) if diagnostics else None
-    folded = fold(
-        image,
-        text,
-        reduce=("logsumexp", *of_smoothing, *(ranking.folds if ranking else ())),
-        dim=(0, 1),
-        scale=scale,
-        col_bias=col_bias,
-        target=torch.arange(image.shape[0], device=image.device),
-        pairs=pairs,
-        unit=unit,
-        memory_budget=memory_budget,
-        names=(name, "image", "text"),
-        backend=backend,
-    )
-    (rows, *of_rows), (cols, *of_cols), target_logit, *_ = folded
-    end = len(of_smoothing)
-    losses = (softplus(rows - target_logit) + softplus(cols - target_logit)) / 2
-    if share is not None:
-        row_mean, col_mean = (
-            mean_logit(*sum_and_count(image, text, scale, target_logit, folded[:end], of_columns, unit, col_bias))
-            for folded, of_columns in ((of_rows, False), (of_cols, True))
-        )
-        losses = losses + share * (target_logit - (row_mean + col_mean) / 2)
-    loss = _arguments.reduce_rows(losses, weight, reduction)
-    return (loss, (ranking.read(of_rows[end:]), ranking.read(of_cols[end:], dim=0))) if ranking else loss
+    check_filters(name, pairs, col_bias, text.shape[0], "image", image)
+    share = smoothing_share(name, _arguments.of_weighted(weight, label_smoothing), "image", image)
+    sweep = Sweep((name, "image", "text"), scale, pairs, col_bias, unit, memory_budget, backend)
+    options = {"share": share, "weight": weight, "reduction": reduction, "diagnostics": diagnostics}
+    return both_softmaxes(sweep, image, text, **options)

@@ -93,6 +93,10 @@ class Ranking:
             negative_similarity=torch.where(count > 0, total / count, torch.nan),
         )
 
+    def read_both(self, rows: Sequence[Tensor], cols: Sequence[Tensor]) -> tuple[Diagnostics, Diagnostics]:
+        """The measures of the rows and of the columns of a sweep of both."""
+        return self.read(rows), self.read(cols, dim=0)
+
     def _sum_of_all(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Sum and number of all negatives where no rule drops any: linear in the similarities."""
         with torch.no_grad():

@@ -15,16 +15,16 @@ from ..core import autocast, checks
 from ..core.rules import Pairs
 from . import _arguments
 from ._columns import (
-    check_own_column,
-    check_pairs,
+    check_filters,
+    checked_own_target,
     checked_row_negatives,
-    checked_target,
     partner_similarity,
     scaled,
     smoothing_share,
 )
 from ._eager import COLUMNS, eager_loss, is_off
 from ._row_softmax import row_softmax
+from ._sweep import Sweep
 from .diagnostics import Diagnostics
 
 if TYPE_CHECKING:
@@ -141,36 +141,28 @@ def info_nce(
         >>> torch.allclose(loss, torch.nn.functional.cross_entropy(cosines / 0.1, torch.arange(8)), atol=1e-5)
         True
     """
-    name = "info_nce"
-    if (
-        negatives is None
-        and row_negatives is None
-        and pairs is None
-        and col_bias is None
-        and diagnostics is False
-        and is_off(margin, label_smoothing, z_loss)
-        and (
-            loss := eager_loss(
-                "softmax",
-                COLUMNS,
-                query,
-                key,
-                temperature=temperature,
-                scale=scale,
-                default_temperature=0.07,
-                target=target,
-                weight=weight,
-                reduction=reduction,
-                normalize=normalize,
-                memory_budget=memory_budget,
-                backend=backend,
-            )
+    plain = negatives is None and row_negatives is None and pairs is None and col_bias is None
+    loss = None
+    if plain and diagnostics is False and is_off(margin, label_smoothing, z_loss):
+        loss = eager_loss(
+            "softmax",
+            COLUMNS,
+            query,
+            key,
+            temperature=temperature,
+            scale=scale,
+            default_temperature=0.07,
+            target=target,
+            weight=weight,
+            reduction=reduction,
+            normalize=normalize,
+            memory_budget=memory_budget,
+            backend=backend,
         )
-        is not None
-    ):
+    if loss is not None:
         return loss
+    name = "info_nce"
     _arguments.check_reduction(name, reduction)
-    check_pairs(name, pairs)
     margin = checks.number(name, "margin", margin, "[0, inf)")
     z_loss = checks.number(name, "z_loss", z_loss, "[0, inf)")
     query, key, negatives, row_negatives = autocast.cast(query, key, negatives, row_negatives)
@@ -182,38 +174,18 @@ def info_nce(
         temperature, scale = (_arguments.of_weighted(weight, each, 1) for each in (temperature, scale))
     scale = _arguments.resolve_scale(name, temperature, scale, 0.07)
     share = smoothing_share(name, label_smoothing, "query", query)
-    if target is None:
-        check_own_column(name, query, key)
-    else:
-        target = checked_target(name, "target", target, "query", query, key.shape[0])
+    target = checked_own_target(name, target, query, key)
     if negatives is not None:
         checks.check_matrices(name, "query", query, "negatives", negatives)
         key = torch.cat([key, negatives])
-    if col_bias is not None:
-        checks.check_vector(name, "col_bias", col_bias, key.shape[0], "query", query)
+    check_filters(name, pairs, col_bias, key.shape[0], "query", query)
     if row_negatives is not None:
         row_negatives = checked_row_negatives(name, query, row_negatives)
     unit, (query, key) = _arguments.in_sweep(normalize, query), _arguments.unit_sides(normalize, query, key)
     own = None
     if row_negatives is not None:
-        (row_negatives,) = _arguments.unit_sides(normalize, row_negatives)
-        own = partner_similarity(query, row_negatives, unit)
-    return row_softmax(
-        (name, "query", "key"),
-        query,
-        key,
-        target=target,
-        scale=scale,
-        pairs=pairs,
-        col_bias=col_bias,
-        own=own,
-        unit=unit,
-        own_logit=(lambda logit: logit - scaled(scale, torch.full_like(logit, margin))) if margin else None,
-        share=share,
-        z_loss=z_loss,
-        weight=weight,
-        reduction=reduction,
-        diagnostics=diagnostics,
-        memory_budget=memory_budget,
-        backend=backend,
-    )
+        own = partner_similarity(query, *_arguments.unit_sides(normalize, row_negatives), unit)
+    own_logit = (lambda logit: logit - scaled(scale, torch.full_like(logit, margin))) if margin else None
+    sweep = Sweep((name, "query", "key"), scale, pairs, col_bias, unit, memory_budget, backend)
+    options = {"share": share, "z_loss": z_loss, "weight": weight, "reduction": reduction, "diagnostics": diagnostics}
+    return row_softmax(sweep, query, key, target=target, own=own, own_logit=own_logit, **options)

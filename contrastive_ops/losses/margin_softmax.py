@@ -11,6 +11,7 @@ from ..core import checks
 from . import _arguments
 from ._columns import checked_target
 from ._row_softmax import row_softmax
+from ._sweep import Sweep
 
 KINDS = ("cosface", "arcface")
 
@@ -276,18 +277,15 @@ def _margin_softmax(
             return logit - scale * margin
         return scale * _add_angle(logit / scale, margin, easy_margin)
 
+    unit = _arguments.in_sweep(normalize, x)
     return row_softmax(
-        (function, "x", "prototypes"),
+        Sweep((function, "x", "prototypes"), scale, unit=unit, memory_budget=memory_budget, backend=backend),
         x,
         prototypes,
         target=checked_target(function, "labels", labels, "x", x, prototypes.shape[0]),
-        scale=scale,
         own_logit=own_logit,
-        unit=_arguments.in_sweep(normalize, x),
         weight=weight,
         reduction=reduction,
-        memory_budget=memory_budget,
-        backend=backend,
     )
 
 

@@ -15,6 +15,7 @@ from ..ops.similarity_topk import select
 from . import _arguments
 from ._columns import check_pairs, partner_similarity, scaled, wide
 from ._row_softmax import row_softmax
+from ._sweep import Sweep
 
 
 def mined_info_nce(
@@ -146,19 +147,9 @@ def mined_info_nce(
         if not in_batch:
             losses = softplus(mined - scaled(scale, partner_similarity(query, positive)))
             return _arguments.reduce_rows(losses, weight, reduction)
-        return row_softmax(
-            (name, "query", "positive"),
-            query,
-            positive,
-            target=torch.arange(query.shape[0], device=query.device),
-            scale=scale,
-            pairs=None if labels is None else Pairs(differ=(labels, labels)),
-            extra=mined,
-            weight=weight,
-            reduction=reduction,
-            memory_budget=memory_budget,
-            backend=backend,
-        )
+        rules = None if labels is None else Pairs(differ=(labels, labels))
+        sweep = Sweep((name, "query", "positive"), scale, rules, memory_budget=memory_budget, backend=backend)
+        return row_softmax(sweep, query, positive, target=None, extra=mined, weight=weight, reduction=reduction)
 
 
 def _check_choice_of_rows(

@@ -12,6 +12,7 @@ from ..core.rules import Pairs
 from . import _arguments
 from ._columns import smoothing_share
 from ._row_softmax import row_softmax
+from ._sweep import Sweep
 from .diagnostics import Diagnostics
 
 if TYPE_CHECKING:
@@ -139,18 +140,21 @@ def moco(
         differ = (labels, torch.cat([of_batch, queue_labels]))
     elif labels is not None or queue_labels is not None:
         raise ValueError(f"{name}: labels and queue_labels must both be given, or neither")
-    return row_softmax(
-        (name, "query", "key and queue"),
-        query,
-        torch.cat([key, queue]),
-        target=torch.arange(count, device=query.device),
+    sweep = Sweep(
+        names=(name, "query", "key and queue"),
         scale=scale,
         pairs=Pairs(same=same, differ=differ),
-        share=smoothing_share(name, _arguments.of_weighted(weight, label_smoothing), "query", query),
         unit=_arguments.in_sweep(normalize, query),
+        memory_budget=memory_budget,
+        backend=backend,
+    )
+    return row_softmax(
+        sweep,
+        query,
+        torch.cat([key, queue]),
+        target=None,
+        share=smoothing_share(name, _arguments.of_weighted(weight, label_smoothing), "query", query),
         weight=weight,
         reduction=reduction,
         diagnostics=diagnostics,
-        memory_budget=memory_budget,
-        backend=backend,
     )

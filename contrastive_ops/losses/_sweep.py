@@ -1,0 +1,57 @@
+"""What the sweeps of one loss share: names, scale, rules, bias, memory and backend, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..core.folds import Fold, Folded
+from ..core.rules import Pairs
+from ..ops.similarity_loss import similarity_loss
+from ..ops.similarity_reduce import fold
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """The arguments that all sweeps of one loss have in common.
+
+    Attributes:
+        names: the loss, its rows and its columns, for errors.
+        scale: float, 0-d or (N,).
+        pairs: rules for the columns.
+        col_bias: (M,), added to the logits of each column.
+        unit: rows of both matrices count as if they had length 1; see `_arguments.in_sweep`.
+        memory_budget: as in `similarity_reduce`.
+        backend: as in `similarity_reduce`.
+    """
+
+    names: tuple[str, str, str]
+    scale: float | Tensor
+    pairs: Pairs | None = None
+    col_bias: Tensor | None = None
+    unit: bool = False
+    memory_budget: int | None = None
+    backend: str = "auto"
+
+    def fold(
+        self, x: Tensor, y: Tensor | None = None, *reduce: str | Fold, dim: int | tuple[int, ...] = 1, **options: Any
+    ) -> Folded:
+        """Fold the rows (and columns) of x against y, or of x against itself; `options` as in `similarity_reduce`."""
+        return fold(x, y, reduce=reduce, dim=dim, **self._shared(), **options)
+
+    def loss(self, kind: str, x: Tensor, y: Tensor | None, **options: Any) -> Tensor:
+        """The loss of this kind as one operator; `options` as in `similarity_loss`."""
+        return similarity_loss(x, y, kind=kind, **self._shared(), **options)
+
+    def _shared(self) -> dict[str, Any]:
+        return {
+            "scale": self.scale,
+            "pairs": self.pairs,
+            "col_bias": self.col_bias,
+            "unit": self.unit,
+            "memory_budget": self.memory_budget,
+            "names": self.names,
+            "backend": self.backend,
+        }
