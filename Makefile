@@ -20,7 +20,7 @@ BUILD_INPUTS := $(wildcard setup*.py) pyproject.toml $(shell find csrc -type f 2
 CPP_FILES := $(shell find csrc tests/cuda_host -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
 .DEFAULT_GOAL := help
-.PHONY: help install peers demo limoe limoe-ablation simclr moe-embeddings distill test lint format bench bench-peers gpu clean
+.PHONY: help install peers demo limoe limoe-ablation simclr moe-embeddings distill test lint format bench cores bench-peers gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ format: $(VENV)/.dev ## apply what lint asks for where that is mechanical
 
 bench: install ## the benchmark suite
 	$(RUN) -m benchmarks.run $(ARGS)
+
+cores: install ## modelled speed-up on 2 to 128 cores; ARGS="--op clip --size large --regions 64", ARGS="--check"
+	$(RUN) -m benchmarks.cores $(ARGS)
 
 bench-peers: install $(VENV)/.peers ## the same against the packages in requirements/peers.txt
 	$(RUN) -m benchmarks.run --peers $(ARGS)

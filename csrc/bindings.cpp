@@ -36,6 +36,8 @@ constexpr const char* kLevels = "default avx2 avx512 avx512_bf16";
 constexpr const char* kLevels = "default";
 #endif
 
+constexpr int64_t kMostVirtualCores = 1024;
+
 // Versions and options at build time, and whether torch's threads were found.
 PyObject* build_config(PyObject*, PyObject*) {
   return Py_BuildValue("{s:s,s:s,s:s,s:s}", "compiler", __VERSION__, "cpu_levels", kLevels, "openmp",
@@ -61,6 +63,24 @@ PyObject* release_kept_scratch(PyObject*, PyObject*) { return PyLong_FromSize_t(
 PyObject* kernels(PyObject*, PyObject*) {
   static Kernels table{kKernelsLayout, similarity_reduce_cpu, parallel, cuda_kernels(), current_stream};
   return PyCapsule_New(&table, kKernelsCapsule, nullptr);
+}
+
+// virtual_cores(P) -> [(tasks, total, makespan, longest task), ...], seconds: see `model_cores`.
+PyObject* virtual_cores(PyObject*, PyObject* cores) {
+  try {
+    const int64_t count = integer_of(cores);
+    CHECK_VALUE(count >= 0 && count <= kMostVirtualCores, "virtual_cores: cores must be in [0, ", kMostVirtualCores,
+                "], got ", count);
+    const Reference list = Reference::own(PyList_New(0));
+    for (const ModelledRegion& r : model_cores(static_cast<int>(count))) {
+      const Reference region =
+          Reference::own(Py_BuildValue("(Lddd)", static_cast<long long>(r.tasks), r.total, r.makespan, r.longest));
+      if (PyList_Append(list.get(), region.get()) != 0) throw PythonError();
+    }
+    return Reference::to(list.get()).release();
+  } catch (...) {
+    return raise_caught();
+  }
 }
 
 // With None in place of torch.Tensor.__dlpack_c_exchange_api__, as with a torch that has none.
@@ -117,6 +137,7 @@ PyMethodDef* methods() {
   table.push_back({"kernels", kernels, METH_NOARGS, nullptr});
   table.push_back({"release_scratch", release_kept_scratch, METH_NOARGS, nullptr});
   table.push_back({"read_tensors_by", read_tensors_by, METH_O, nullptr});
+  table.push_back({"virtual_cores", virtual_cores, METH_O, nullptr});
   table.push_back({nullptr, nullptr, 0, nullptr});
   return table.data();
 }

@@ -74,7 +74,7 @@ struct Router {
 
 // Less than so many take less time than it takes to wake another thread; who works changes no result.
 constexpr int64_t kFewLogits = 1 << 15, kFewNumbers = 1 << 18;
-Parallel parallel_for(int64_t size, int64_t few) { return size < few ? Parallel{run_in_order, 1} : parallel(); }
+Parallel parallel_for(int64_t size, int64_t few) { return size < few ? one_thread() : parallel(); }
 
 Tensor experts_of(const Tensor& experts, int64_t T, int64_t k, int64_t E) {
   Tensor contiguous = shaped(experts, {T, k}, Type::int64, "experts");

@@ -38,6 +38,7 @@ struct Kernels {
 // Two modules that were built from different sources would read each other's structures wrongly.
 constexpr int64_t kKernelsLayout = sizeof(SimilarityProblem) + 1000 * sizeof(SimilaritySet) +
                                    1000000 * sizeof(SimilarityBackward) + 1000000000 * sizeof(SimilarityTotal) +
-                                   10000000000 * sizeof(Kernels) + 1000000000000 * sizeof(CudaKernels);
+                                   10000000000 * sizeof(Kernels) + 1000000000000 * sizeof(CudaKernels) +
+                                   100000000000000 * sizeof(Parallel);
 
 }  // namespace contrastive_ops

@@ -17,11 +17,21 @@
 
 namespace contrastive_ops {
 
+// Consecutive tasks that begin after all tasks of some earlier stages have ended.
+struct Stage {
+  int64_t tasks;
+  const int* after = nullptr;  // numbers of earlier stages
+  int after_count = 0;
+};
+
 // Runs `task(context, index, thread)` for every index in [0, count); `thread` is below Parallel::threads.
 struct Parallel {
   using Task = void (*)(void* context, int64_t index, int thread);
   void (*run)(int64_t count, Task task, void* context);
   int threads;
+  // The same for the tasks of all stages, numbered through: one region in place of one a stage. Threads take tasks in
+  // this order and wait where one may not begin yet, so what others wait for comes well before them.
+  void (*run_stages)(int count, const Stage* stages, Task task, void* context);
 };
 
 // Every `void*` below points to the accumulation type: double for float64 inputs, float otherwise. A rule whose

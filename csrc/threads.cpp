@@ -3,10 +3,14 @@
 #include "threads.h"
 
 #include <dlfcn.h>
+#include <time.h>
 
 #include <algorithm>
 #include <atomic>
 #include <exception>
+#include <memory>
+#include <thread>
+#include <utility>
 
 namespace contrastive_ops {
 namespace {
@@ -19,10 +23,24 @@ struct Runtime {
   bool complete() const { return start && get_threads && in_parallel; }
 } runtime;
 
+// How many tasks of a stage have not ended, on a cache line of its own.
+struct alignas(64) Left {
+  std::atomic<int64_t> tasks;
+};
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
 struct Work {
-  int64_t count;
+  int stage_count;
+  const Stage* stages;
+  int64_t count;  // of all tasks
   Parallel::Task task;
   void* context;
+  std::unique_ptr<Left[]> left{};  // where there are several stages
   std::atomic<int64_t> next{0};
   std::atomic<int> workers{0};
   std::atomic<bool> failed{false};
@@ -33,19 +51,107 @@ struct Work {
   void run() {
     const int worker = workers++;
     try {
-      for (int64_t index = next++; index < count && !failed; index = next++) task(context, index, worker);
+      int stage = 0;
+      int64_t end = stages[0].tasks;
+      for (int64_t index = next++; index < count && !failed; index = next++) {
+        while (index >= end) end += stages[++stage].tasks;
+        if (!wait_for(stage)) return;
+        task(context, index, worker);
+        if (left) left[stage].tasks.fetch_sub(1, std::memory_order_release);
+      }
     } catch (...) {
       if (!failed.exchange(true)) error = std::current_exception();
     }
   }
+
+  bool has_ended(int stage) const {
+    return stages[stage].tasks > 0 ? left[stage].tasks.load(std::memory_order_acquire) == 0 : may_begin(stage);
+  }
+  bool may_begin(int stage) const {
+    const Stage& s = stages[stage];
+    return std::all_of(s.after, s.after + s.after_count, [&](int earlier) { return has_ended(earlier); });
+  }
+  // The first task that has not ended waits for none, so somebody always works. There may be fewer cores than threads.
+  bool wait_for(int stage) const {
+    for (int round = 0; !may_begin(stage); ++round) {
+      if (failed) return false;
+      if (round < kSpins) {
+        pause();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+    return true;
+  }
+  static constexpr int kSpins = 2000;  // some 50 us
 };
 
-void run_tasks(int64_t count, Parallel::Task task, void* context) {
+int64_t tasks_of(int stage_count, const Stage* stages) {
+  int64_t count = 0;
+  for (int s = 0; s < stage_count; ++s) count += stages[s].tasks;
+  return count;
+}
+
+// ---- Virtual cores --------------------------------------------------------------------------------------------------
+
+thread_local int modelled_cores = 0;
+thread_local std::vector<ModelledRegion> modelled_regions;
+
+// Processor time of this thread: another process that takes the core does not lengthen a task.
+double seconds() {
+  timespec now;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+// One task after another on this thread. As threads do, the virtual core that is free first takes the next task, and
+// waits until it may begin.
+void run_modelled(int stage_count, const Stage* stages, Parallel::Task task, void* context) {
+  const int64_t count = tasks_of(stage_count, stages);
+  std::vector<double> core_free(static_cast<size_t>(std::max<int64_t>(std::min<int64_t>(count, modelled_cores), 1)));
+  std::vector<double> stage_begin(static_cast<size_t>(stage_count)), stage_end(static_cast<size_t>(stage_count));
+  ModelledRegion region{count, 0, 0, 0};
+  int64_t index = 0;
+  for (size_t s = 0; s < stage_end.size(); ++s) {
+    const Stage& stage = stages[s];
+    for (int k = 0; k < stage.after_count; ++k) {
+      stage_begin[s] = std::max(stage_begin[s], stage_end[static_cast<size_t>(stage.after[k])]);
+    }
+    stage_end[s] = stage_begin[s];
+    for (int64_t left = stage.tasks; left > 0; --left) {
+      const auto core = std::min_element(core_free.begin(), core_free.end());
+      const double began = seconds();
+      task(context, index++, static_cast<int>(core - core_free.begin()));
+      const double took = seconds() - began;
+      *core = std::max(*core, stage_begin[s]) + took;
+      stage_end[s] = std::max(stage_end[s], *core);
+      region.total += took;
+      region.longest = std::max(region.longest, took);
+    }
+  }
+  region.makespan = *std::max_element(core_free.begin(), core_free.end());
+  if (count > 0) modelled_regions.push_back(region);
+}
+
+// ---- Regions --------------------------------------------------------------------------------------------------------
+
+void run_stages(int stage_count, const Stage* stages, Parallel::Task task, void* context) {
+  if (modelled_cores > 0) return run_modelled(stage_count, stages, task, context);
+  const int64_t count = tasks_of(stage_count, stages);
   const int64_t workers = std::min<int64_t>(count, parallel().threads);
   if (workers <= 1 || runtime.in_parallel()) return run_in_order(count, task, context);
-  Work work{count, task, context};
+  Work work{stage_count, stages, count, task, context};
+  if (stage_count > 1) {
+    work.left.reset(new Left[static_cast<size_t>(stage_count)]);
+    for (int s = 0; s < stage_count; ++s) work.left[static_cast<size_t>(s)].tasks = stages[s].tasks;
+  }
   runtime.start([](void* data) { static_cast<Work*>(data)->run(); }, &work, static_cast<unsigned>(workers), 0);
   if (work.error) std::rethrow_exception(work.error);
+}
+
+void run_tasks(int64_t count, Parallel::Task task, void* context) {
+  const Stage all{count};
+  run_stages(1, &all, task, context);
 }
 
 }  // namespace
@@ -67,6 +173,21 @@ void find_threads(const char* library) {
 
 bool has_threads() { return runtime.complete(); }
 
-Parallel parallel() { return {run_tasks, runtime.complete() ? std::max(runtime.get_threads(), 1) : 1}; }
+Parallel parallel() {
+  if (modelled_cores > 0) return {run_tasks, modelled_cores, run_stages};
+  return {run_tasks, runtime.complete() ? std::max(runtime.get_threads(), 1) : 1, run_stages};
+}
+
+Parallel one_thread() {
+  const auto stages_in_order = [](int stage_count, const Stage* stages, Parallel::Task task, void* context) {
+    run_in_order(tasks_of(stage_count, stages), task, context);
+  };
+  return {run_in_order, 1, stages_in_order};
+}
+
+std::vector<ModelledRegion> model_cores(int cores) {
+  modelled_cores = cores;
+  return std::exchange(modelled_regions, {});
+}
 
 }  // namespace contrastive_ops

@@ -1,6 +1,8 @@
 // Tasks on the threads of the torch that is running.
 #pragma once
 
+#include <vector>
+
 #include "similarity_problem.h"
 
 namespace contrastive_ops {
@@ -14,5 +16,17 @@ void run_in_order(int64_t count, Parallel::Task task, void* context);
 
 // What primitives are given: as many threads as torch.set_num_threads says. Needs no GIL.
 Parallel parallel();
+// The calling thread alone.
+Parallel one_thread();
+
+// What a region took on virtual cores: its tasks run one after another, each is timed and scheduled. Seconds.
+struct ModelledRegion {
+  int64_t tasks;
+  double total, makespan, longest;  // of all tasks; of the region; of a task
+};
+
+// Models as many cores in the regions that this thread begins from here on; 0 ends that. Returns the regions since the
+// last call.
+std::vector<ModelledRegion> model_cores(int cores);
 
 }  // namespace contrastive_ops

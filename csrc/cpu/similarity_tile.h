@@ -6,7 +6,7 @@
 // measured 2% slower than at 256), and complete inner products reach the epilogue.
 #pragma once
 
-#include "../dtype.h"
+#include "../similarity_problem.h"
 #include "simd.h"
 
 namespace contrastive_ops {
@@ -486,6 +486,21 @@ void run_parallel(void (*run)(int64_t, void (*)(void*, int64_t, int), void*), in
     (*static_cast<Body*>(context))(index, thread);
   };
   (work < kWorthThreads ? run_in_order : run)(count, task, &body);
+}
+// The same for the tasks of stages.
+template <class Body>
+void run_stages(const Parallel& parallel, int stage_count, const Stage* stages, Body& body,
+                int64_t work = kWorthThreads) {
+  int64_t count = 0;
+  for (int s = 0; s < stage_count; ++s) count += stages[s].tasks;
+  if (work < kWorthThreads) return run_parallel(parallel.run, count, body, work);
+  const auto task = [](void* context, int64_t index, int thread) {
+#ifdef HAS_AMX
+    const TileRegisters registers;
+#endif
+    (*static_cast<Body*>(context))(index, thread);
+  };
+  parallel.run_stages(stage_count, stages, task, &body);
 }
 
 }  // namespace
