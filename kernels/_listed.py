@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastive_ops.core.listed_gradients import Lists, gradients
-from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf, Slot
+from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf
+from contrastive_ops.core.rules import Slot
 
 from . import _pairs
 from ._launch import launch, recording

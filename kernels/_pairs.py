@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf, Slot
-from contrastive_ops.core.rules import RULES, STATISTICS, GuideRule, bound_rules
+from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf
+from contrastive_ops.core.rules import RULES, STATISTICS, GuideRule, Slot, bound_rules
 
 # Slots whose tensors kernels find by `SetRules`. A table for the int8 codes of similarity_topk is no rule.
 _SLOTS = {slot: slot.name.lower() for slot in Slot if slot not in (Slot.CODE_SCALE, Slot.UNIT)}

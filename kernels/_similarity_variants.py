@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive_ops.core.problem import KINDS, Layout, LogitSet, ScaleOf, SetFold, Slot
-from contrastive_ops.core.rules import bound_rules
+from contrastive_ops.core.problem import KINDS, Layout, LogitSet, ScaleOf, SetFold
+from contrastive_ops.core.rules import Slot, bound_rules
 
 from . import _pairs
 from . import _similarity_plan as plan

@@ -30,8 +30,8 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastive_ops.core import triton_kernels
-from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf, Slot
-from contrastive_ops.core.rules import STATISTICS, bound_rules
+from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf
+from contrastive_ops.core.rules import STATISTICS, Slot, bound_rules
 from contrastive_ops.reference.similarity_topk import merge, order
 
 from . import _listed, _pairs

@@ -5,8 +5,24 @@ import dataclasses
 import torch
 
 from contrastive_ops import Pairs
+from contrastive_ops.core.problem import Problem
 from contrastive_ops.ops import Guide
-from contrastive_ops.ops.similarity_topk import logits_at, select
+from contrastive_ops.ops.similarity_topk import logits_at as logits_of_problem
+from contrastive_ops.ops.similarity_topk import select as select_of_problem
+
+
+def problem(x, y, row_bias=None, col_bias=None):
+    return Problem.of(("similarity_topk", "x", "y"), x, y, row_bias, col_bias)
+
+
+def select(x, y, k, *, row_bias=None, col_bias=None, **arguments):
+    """With lists and statistics, as mining calls it."""
+    return select_of_problem(problem(x, y, row_bias, col_bias), k, **arguments)
+
+
+def logits_at(x, y, indices, *, row_bias=None, col_bias=None, **arguments):
+    return logits_of_problem(problem(x, y, row_bias, col_bias), indices, **arguments)
+
 
 RULES = ("diagonal", "differ", "same", "exclude", "below", "above", "guide", "log_weight")
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from contrastive_ops import Fold, Pairs, clip, info_nce, nn, nt_xent, similarity_reduce
-from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf, SetFold, Slot
+from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf, SetFold
+from contrastive_ops.core.rules import Slot
 from contrastive_ops.ops import Guide, merge_lse
 
 X, Y = torch.randn(4, 3), torch.randn(5, 3)

@@ -15,7 +15,8 @@ import torch
 
 from contrastive_ops import Pairs, clip, info_nce, siglip
 from contrastive_ops.core import cuda_kernels, eager
-from contrastive_ops.core.problem import Layout, LogitSet, Slot
+from contrastive_ops.core.problem import Layout, LogitSet
+from contrastive_ops.core.rules import Slot
 from contrastive_ops.cuda import _chunks, _products
 from contrastive_ops.losses import _eager
 from contrastive_ops.reference.row_losses import FOLDS, KINDS

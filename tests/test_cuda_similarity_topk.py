@@ -12,15 +12,25 @@ from pathlib import Path
 import cuda_host
 import pytest
 import torch
-from similarity_topk_cases import RULES, assert_selects_as_reference, integers, listed_gradients, on_device, rules_of
+from similarity_topk_cases import (
+    RULES,
+    assert_selects_as_reference,
+    integers,
+    listed_gradients,
+    logits_at,
+    on_device,
+    rules_of,
+    select,
+)
 
 from contrastive_ops import Pairs, similarity_topk
 from contrastive_ops.core import cuda_kernels
-from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf, Slot
+from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf
+from contrastive_ops.core.rules import Slot
 from contrastive_ops.cuda import similarity_topk as launchers
 from contrastive_ops.mining.hard_negatives import NegativeRules, mine_hard_negatives
 from contrastive_ops.mining.state import TopKState
-from contrastive_ops.ops.similarity_topk import logits_at, merge, order, select
+from contrastive_ops.ops.similarity_topk import merge, order
 from contrastive_ops.reference import similarity_topk as reference
 from contrastive_ops.testing import TOLERANCE, relative_error
 

@@ -13,7 +13,8 @@ import torch
 
 from contrastive_ops import Fold, Pairs, route, similarity_reduce, similarity_topk
 from contrastive_ops.core import extension
-from contrastive_ops.core.problem import KINDS, ScaleOf, Slot
+from contrastive_ops.core.problem import KINDS, ScaleOf
+from contrastive_ops.core.rules import Slot
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = extension.load()

@@ -10,7 +10,7 @@ def test_a_call_travels_through_files():
 
 def test_files_that_know_a_rule():
     known = house.files_of("ABOVE_ROWS")
-    assert "contrastive_ops/core/problem.py" in known and "contrastive_ops/moe/soft.py" not in known
+    assert "contrastive_ops/core/rules.py" in known and "contrastive_ops/moe/soft.py" not in known
 
 
 def test_every_declaration_is_counted():

@@ -17,7 +17,8 @@ if not triton_kernels.interprets() and not torch.cuda.is_available():
 from similarity_topk_cases import RULES, assert_selects_as_reference, integers, listed_gradients, on_device, rules_of
 
 from contrastive_ops import Pairs, similarity_topk
-from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf, Slot
+from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf
+from contrastive_ops.core.rules import Slot
 from contrastive_ops.kernels import similarity_topk as kernels
 from contrastive_ops.mining.hard_negatives import NegativeRules, mine_hard_negatives
 from contrastive_ops.mining.state import TopKState

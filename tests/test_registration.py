@@ -6,7 +6,8 @@ import torch._dynamo.testing
 
 import contrastive_ops
 from contrastive_ops import Fold, Pairs, clip, info_nce, nt_xent, similarity_reduce, similarity_topk
-from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf, SetFold, Slot
+from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf, SetFold
+from contrastive_ops.core.rules import Slot
 from contrastive_ops.reference.row_losses import FOLDS
 from contrastive_ops.testing import sample_problem
 

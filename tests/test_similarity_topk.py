@@ -9,10 +9,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from pairwise import pairwise
+from similarity_topk_cases import logits_at, select
 
 from contrastive_ops import Pairs, similarity_topk
 from contrastive_ops.ops import Guide
-from contrastive_ops.ops.similarity_topk import TopK, logits_at, merge, order, select
+from contrastive_ops.ops.similarity_topk import TopK, merge, order
 from contrastive_ops.testing import TOLERANCE, dense_keep, relative_error, saved_bytes
 from contrastive_ops.testing.compare import check_derivatives
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 def cast(*tensors: Any) -> Any:
     """Return the tensors in the dtype of the autocast region; float64 and what is no tensor stay as they are."""
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        return tensors
     return tuple(_cast_one(t) for t in tensors)
 
 

@@ -52,26 +52,24 @@ def unsupported_by_cpu(x: Tensor) -> list[str]:
     reasons = []
     if x.device.type != "cpu":
         reasons.append(f"device={x.device} (supported: cpu)")
-    missing = extension.why_missing()
-    if missing is not None:
-        reasons.append(missing)
+    if extension.MISSING is not None:
+        reasons.append(extension.why_missing() or extension.MISSING)
     return reasons
+
+
+def _reasons(backend: Backend, x: Tensor, layout: Any) -> list[str]:
+    return [*backend.unsupported(x), *([] if layout is None else backend.no_room(layout))]
 
 
 def choose(function: str, table: Mapping[str, Backend], x: Tensor, backend: str, layout: Any = None) -> str:
     """Return the name of the backend that runs `function` on inputs like `x`, with these sets and folds."""
-
-    def reasons_of(name: str) -> list[str]:
-        room = [] if layout is None else table[name].no_room(layout)
-        return [*table[name].unsupported(x), *room]
-
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT_VARIABLE, "") or "auto"
     if backend != "auto":
         if backend not in table:
             known = ", ".join(repr(name) for name in ("auto", *table))
             raise ValueError(f"{function}: backend must be one of {known}, got {checks.shown(backend)}")
-        reasons = reasons_of(backend)
+        reasons = _reasons(table[backend], x, layout)
         if reasons:
             lines = "\n    ".join(reasons)
             raise NotImplementedError(
@@ -83,7 +81,7 @@ def choose(function: str, table: Mapping[str, Backend], x: Tensor, backend: str,
     for name in ORDER.get(x.device.type, ("reference",)):
         if name not in table:
             continue
-        reasons = reasons_of(name)
+        reasons = _reasons(table[name], x, layout)
         if not reasons:
             # A logger would break a traced graph, and tracing runs once anyway.
             if name == "reference" and refused and not torch.compiler.is_compiling():

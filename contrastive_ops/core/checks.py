@@ -98,6 +98,10 @@ def check_floating(function: str, name: str, x: object) -> Tensor:
 
 def check_matrix(function: str, name: str, x: object) -> None:
     """`x` must be a floating matrix."""
+    kind = type(x)
+    plain = (kind is Tensor or kind is torch.nn.Parameter) and x.layout is torch.strided  # type: ignore[attr-defined]
+    if plain and x.dim() == 2 and x.dtype in FLOATING and not x.is_nested:  # type: ignore[attr-defined]
+        return
     x = check_floating(function, name, x)
     if x.dim() != 2:
         raise ValueError(f"{function}: {name} must have two dimensions (rows, D), got {shape(x)}")
@@ -117,7 +121,8 @@ def check_matrices(function: str, x_name: str, x: Tensor, y_name: str, y: Tensor
             f"{function}: {y_name} must have the same dtype as {x_name}, got {x_name} {x.dtype} and "
             f"{y_name} {y.dtype}\n  convert one of them, or use torch.autocast"
         )
-    check_device(function, x_name, x, y_name, y)
+    if x.device != y.device:
+        check_device(function, x_name, x, y_name, y)
 
 
 def check_device(function: str, x_name: str, x: Tensor, y_name: str, y: Tensor) -> None:
@@ -162,11 +167,45 @@ def as_index(function: str, name: str, index: object) -> Tensor:
 
 def check_index(function: str, name: str, index: object, rows: int | None, x_name: str, x: Tensor) -> Tensor:
     """Return a vector of integers, of `rows` where that is given, on the device of `x`, as int64."""
-    found = as_index(function, name, index)
+    kind: Any = index
+    is_plain = type(index) is Tensor and kind.dtype == torch.int64 and kind.layout is torch.strided
+    found: Tensor = kind if is_plain and not kind.is_nested else as_index(function, name, index)
     if found.dim() != 1 or (rows is not None and found.shape[0] != rows):
         raise ValueError(f"{function}: {name} must have shape ({'n' if rows is None else rows},), got {shape(found)}")
-    check_device(function, x_name, x, name, found)
+    if found.device != x.device:
+        check_device(function, x_name, x, name, found)
     return found
+
+
+def check_lists(
+    function: str, name: str, lists: tuple[Tensor, ...], x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, bool]:
+    """Check lists of columns per row; return (indptr, indices) as int64, and whether the columns of each row ascend.
+
+    Kernels search the lists, which is why a traced program sorts where it cannot look whether it must: then False.
+    """
+    columns = y.shape[0]
+    indptr = check_index(function, f"{name} indptr", lists[0], x.shape[0] + 1, "x", x)
+    indices = check_index(function, f"{name} indices", lists[1], None, "x", x)
+    if not may_read(indptr, waits=True):
+        return indptr, indices, False
+    lengths = indptr.diff()
+    falls, begin, end = bool((lengths < 0).any()), int(indptr[0]), int(indptr[-1])
+    if falls or begin != 0 or end != indices.shape[0]:
+        raise ValueError(
+            f"{function}: {name} indptr must rise from 0 to the {indices.shape[0]} indices, "
+            f"got {begin} to {end}" + (", not monotonic" if falls else "")
+        )
+    row = torch.repeat_interleave(lengths)
+    low, high = map(int, indices.aminmax()) if end else (0, -1)
+    if low < 0 or high >= columns:
+        at = int(((indices < 0) | (indices >= columns)).nonzero()[0])
+        raise ValueError(
+            f"{function}: {name} indices must be in [0, {columns}), got {int(indices[at])} in the list of row "
+            f"{int(row[at])}"
+        )
+    place = row * columns + indices  # in the matrix
+    return indptr, indices, bool((place[1:] >= place[:-1]).all())
 
 
 def may_read(tensor: Tensor, *, waits: bool = False) -> bool:
@@ -339,7 +378,7 @@ def factor(function: str, name: str, value: object) -> float | Tensor:
 def scale_tensor(function: str, scale: object, x_name: str, x: Tensor, name: str = "scale") -> Tensor:
     """Return `factor`, one or one per row of `x`, in the accumulation dtype on the device of `x`."""
     dtype = accumulator(x.dtype)
-    found = factor(function, name, scale)
+    found = scale if type(scale) is float else factor(function, name, scale)
     if not isinstance(found, Tensor):
         return torch.full((), found, dtype=dtype, device=x.device)
     if found.dim():

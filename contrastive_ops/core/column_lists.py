@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .lists import pair_order, pairs_ascend
+from .lists import pair_order
 
 
 def check_lists(
@@ -14,33 +14,18 @@ def check_lists(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Check lists of columns per row; return (indptr, indices, order) with the columns of each row ascending.
 
-    `order` says which of the given entries each returned one is. Kernels search the lists, which is why a traced
-    program sorts, too, where it cannot look whether it must.
+    `order` says which of the given entries each returned one is.
     """
-    indptr, indices = lists[:2]
-    n, m = x.shape[0], y.shape[0]
-    indptr = checks.check_index(function, f"{name} indptr", indptr, n + 1, "x", x)
-    indices = checks.check_index(function, f"{name} indices", indices, None, "x", x)
-    if not checks.may_read(indptr, waits=True):
-        order = pair_order(row_of_each(indptr, indices), indices)
-        return indptr, indices[order], order
-    lengths = indptr.diff()
-    if int(indptr[0]) != 0 or int(indptr[-1]) != indices.shape[0] or bool((lengths < 0).any()):
-        raise ValueError(
-            f"{function}: {name} indptr must rise from 0 to the {indices.shape[0]} indices, "
-            f"got {int(indptr[0])} to {int(indptr[-1])}" + (", not monotonic" if bool((lengths < 0).any()) else "")
-        )
-    row = torch.repeat_interleave(lengths)
-    wrong = ((indices < 0) | (indices >= m)).nonzero()
-    if len(wrong):
-        at = int(wrong[0])
-        raise ValueError(
-            f"{function}: {name} indices must be in [0, {m}), got {int(indices[at])} in the list of row {int(row[at])}"
-        )
-    if pairs_ascend(row, indices):
+    indptr, indices, ascend = checks.check_lists(function, name, lists, x, y)
+    if ascend:
         return indptr, indices, torch.arange(indices.shape[0], device=indices.device)
-    order = pair_order(row, indices)
-    return indptr, indices[order], order
+    return indptr, *in_order(indptr, indices)
+
+
+def in_order(indptr: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns of each row ascending, and which of the given entries each one is."""
+    order = pair_order(row_of_each(indptr, indices), indices)
+    return indices[order], order
 
 
 def row_of_each(indptr: Tensor, indices: Tensor) -> Tensor:

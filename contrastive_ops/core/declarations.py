@@ -22,7 +22,7 @@ from . import autocast
 from .backends import Backend
 from .checks import accumulator
 from .derivatives import alias, grad, needed, second_derivative, to_inputs
-from .operators import call, define, of_backend
+from .operators import call, define
 
 # Arguments by their names in the schema.
 Named = dict[str, Any]
@@ -86,6 +86,20 @@ def declare(declaration: Declaration, backends: Mapping[str, Backend], name: str
         define(pair.backward, derivative.schema, backward, derivative.fake, derivative.setup, derivative.derivative)
 
 
+def of_backend(backends: Mapping[str, Backend], name: str) -> Callable[..., Any]:
+    """The function `name` of the backend that the last argument names, outside of any autocast region."""
+
+    def function(*arguments: Any) -> Any:
+        *problem, backend = arguments
+        run = getattr(backends[backend].functions(), name)
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            return run(*problem)
+        with autocast.disabled(problem[0]):
+            return run(*problem)
+
+    return function
+
+
 class _Places:
     """Where some of an operator's values stand among all of them, so that a context can keep them."""
 
@@ -93,17 +107,19 @@ class _Places:
         places = [(slot, among.index(name), kinds[name]) for slot, name in enumerate(kept) if name in among]
         self.size = len(kept)
         self.tensors = [(slot, place) for slot, place, kind in places if kind in ("Tensor", "Tensor?")]
+        self.tensor_places = [place for _, place in self.tensors]
         self.lists = [(slot, place) for slot, place, kind in places if kind == "Tensor[]"]
         self.numbers = [(slot, place) for slot, place, kind in places if not kind.startswith("Tensor")]
+        self.number_places = [place for _, place in self.numbers]
 
     def save(self, ctx: Any, values: Sequence[Any]) -> None:
-        lists = [values[place] for _, place in self.lists]
-        tensors = [values[place] for _, place in self.tensors]
-        for group in lists:
-            tensors += group
+        tensors, ctx.lengths = list(map(values.__getitem__, self.tensor_places)), []
+        for _, place in self.lists:
+            tensors += values[place]
+            ctx.lengths.append(len(values[place]))
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)  # a gradient of zeros for kept products would be as large as the matrix
-        ctx.lengths, ctx.numbers = [len(group) for group in lists], [values[place] for _, place in self.numbers]
+        ctx.numbers = list(map(values.__getitem__, self.number_places))
 
     def load(self, ctx: Any) -> list[Any]:
         """All that is kept, with None where nothing was."""
@@ -146,6 +162,8 @@ class _Operators:
     def forward(self, *arguments: Any) -> Any:
         if self.declaration.check is not None:
             self.declaration.check(dict(zip(self.names, arguments, strict=False)))
+        if self.declaration.clean is None:
+            return self.function(*arguments)
         return self.function(*self.declaration.cleaned(self.names, arguments, False))
 
     def forward_fake(self, x: Tensor, *arguments: Any) -> Any:
@@ -157,7 +175,7 @@ class _Operators:
     def setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         output = (output,) if isinstance(output, Tensor) else output
         self.places.save(ctx, (*inputs[:-1], *output))
-        ctx.mark_non_differentiable(*[output[place] for place in self.constants])
+        ctx.mark_non_differentiable(*map(output.__getitem__, self.constants))
         # An output that was not asked for is empty, and so is whatever gradient arrives for it.
         ctx.asked = [len(self.upstream) == 1 or output[place].numel() > 0 for _, place in self.upstream]
         ctx.counts, ctx.backend = [len(inputs[place]) for place in self.lists], inputs[-1]

@@ -26,7 +26,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 _checkout.map_kernels()
 # At import, so that a traced program sees constants instead of an import.
-_MODULE, _REASON = _load()
+# MISSING is None if there is a module, else why there is none.
+_MODULE, MISSING = _load()
 _REPORT = _checkout.report(_checkout.PACKAGE if _MODULE is None else Path(str(_MODULE.__file__)).parent)
 
 
@@ -37,12 +38,12 @@ def load() -> ModuleType | None:
 
 def reason() -> str | None:
     """Return None if the extension is loaded, else why it is not: what its build recorded, where there was one."""
-    return _REASON
+    return MISSING
 
 
 def why_missing() -> str | None:
     """Return None if the extension is loaded, else the reason and how to fix it."""
-    return None if _REASON is None else f"{_REASON}; {HOW_TO_FIX}"
+    return None if MISSING is None else f"{MISSING}; {HOW_TO_FIX}"
 
 
 def report() -> dict[str, str | None]:

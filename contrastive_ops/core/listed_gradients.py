@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import LogitSet, ScaleOf, Slot
+from .problem import LogitSet, ScaleOf
+from .rules import Slot
 
 
 class Lists(NamedTuple):

@@ -25,11 +25,6 @@ def pair_order(row: Tensor, index: Tensor) -> Tensor:
     return order[row[order].argsort(stable=True)]
 
 
-def pairs_ascend(row: Tensor, index: Tensor) -> bool:
-    """Whether pairs, whose rows ascend, ascend already."""
-    return bool(((row[1:] != row[:-1]) | (index[1:] >= index[:-1])).all())
-
-
 def first_of_pairs(row: Tensor, index: Tensor) -> Tensor:
     """(P,) bool: True for pairs (row, index) that no earlier one is equal to."""
     order = pair_order(row, index)

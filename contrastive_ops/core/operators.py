@@ -13,15 +13,12 @@ torch.library would return zero, `torch.func.grad` and its relatives run the der
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-
-from . import autocast
-from .backends import Backend
 
 
 class _Library(torch.library.Library):
@@ -92,11 +89,6 @@ def _one_requires_grad(*arguments: Any) -> bool:
 _any_requires_grad = getattr(torch._C, "_any_requires_grad", _one_requires_grad)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    # A transform's wrapper outlives it in what was saved for the pullback of torch.func.vjp.
-    return type(tensor) in _PLAIN and not (tensor.is_meta or tensor.is_neg() or _is_wrapped(tensor))
-
-
 def seen_by_autograd_alone(arguments: tuple[Any, ...]) -> bool:
     """Whether a call with these arguments may leave out the dispatcher.
 
@@ -107,11 +99,13 @@ def seen_by_autograd_alone(arguments: tuple[Any, ...]) -> bool:
     if _profiling() or forward_ad._current_level >= 0:
         return False
     for argument in arguments:
-        if isinstance(argument, list) and argument and isinstance(argument[0], Tensor):
-            if not all(map(_is_plain, argument)):
+        for each in argument if isinstance(argument, list) else (argument,):
+            if type(each) in _PLAIN:
+                # A transform's wrapper outlives it in what was saved for the pullback of torch.func.vjp.
+                if each.is_meta or each.is_neg() or _is_wrapped(each):
+                    return False
+            elif isinstance(each, Tensor):
                 return False
-        elif isinstance(argument, Tensor) and not _is_plain(argument):
-            return False
     return True
 
 
@@ -148,17 +142,6 @@ def _direct(
         return below_autograd(*arguments)
 
     return run
-
-
-def of_backend(backends: Mapping[str, Backend], name: str) -> Callable[..., Any]:
-    """The function `name` of the backend that the last argument names, outside of any autocast region."""
-
-    def function(*arguments: Any) -> Any:
-        *problem, backend = arguments
-        with autocast.disabled(problem[0]):
-            return getattr(backends[backend].functions(), name)(*problem)
-
-    return function
 
 
 def _without_grad_mode(function: Callable[..., Any]) -> Callable[..., Any]:

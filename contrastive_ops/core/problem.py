@@ -1,14 +1,16 @@
-"""What every backend of a primitive is given: logit sets, folds and pair rules as arguments of an operator.
+"""What every backend of a primitive is given: matrices, logit sets, folds and pair rules as arguments of an operator.
 
 Operators take tensors, lists of tensors and integers. A *logit set* is one reading of the inner products, its scale,
 sign and rules for pairs; a *fold* reduces one set along one direction. `Layout.encode` turns both into ``pair_data``
-and ``spec``, which `Layout.decode` reads again; csrc/similarity_reduce.h has the same numbers.
+and ``spec``, which `Layout.decode` reads again, as csrc/similarity_decode.h does.
 
     spec = [sets, folds,
             per set:  scale_of, negate, has_diagonal, diagonal, entries, slot of each entry in pair_data,
             per fold: set, kind, cols]
 
 The scales of all sets are one vector, one after another: 1, N or M numbers each.
+
+A public function makes a `Problem` of its matrices, which checks them, and `LogitSets` of its scales and rules.
 """
 
 from __future__ import annotations
@@ -22,41 +24,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import autocast, checks
+from .column_lists import check_lists
 from .fold_kinds import FOLDS
+from .rules import Guide, Pairs, Slot, resolve
 
 # The names of all folds. The position is the number in `spec`.
 KINDS = tuple(FOLDS)
-
-
-class Slot(enum.IntEnum):
-    """What a tensor in `pair_data` is."""
-
-    DIFFER_ROWS = 0
-    DIFFER_COLS = 1
-    SAME_ROWS = 2
-    SAME_COLS = 3
-    EXCLUDE_INDPTR = 4
-    EXCLUDE_INDICES = 5
-    BELOW_ROWS = 6
-    BELOW_COLS = 7
-    ABOVE_ROWS = 8
-    ABOVE_COLS = 9
-    GUIDE_X = 10
-    GUIDE_Y = 11
-    GUIDE_BELOW_ROWS = 12
-    GUIDE_BELOW_COLS = 13
-    CLASS_ROWS = 14
-    CLASS_COLS = 15
-    LOG_WEIGHT = 16
-    FILL = 17
-    LINEAR_INDPTR = 18
-    LINEAR_INDICES = 19
-    LINEAR_WEIGHT = 20
-    CODE_SCALE = 21
-    # Of the first set: inner products are multiplied by both; what is asked of operators, not of backends.
-    ROW_FACTOR = 22
-    COL_FACTOR = 23
-    UNIT = 24
 
 
 class ScaleOf(enum.IntEnum):
@@ -102,7 +76,7 @@ class Layout:
         for each in self.sets:
             has_diagonal = each.diagonal is not None
             spec += [int(each.scale_of), int(each.negate), int(has_diagonal), each.diagonal or 0, len(each.data)]
-            spec += [int(slot) for slot in each.data]
+            spec += map(int, each.data)
             pair_data += each.data.values()
         for fold in self.folds:
             spec += [fold.set, list(FOLDS).index(fold.kind), int(fold.cols)]
@@ -158,3 +132,161 @@ def with_factors(residual: Tensor, partner: Tensor, own: Tensor | None, other: T
         return residual
     there = (partner >= 0) & (partner < len(other))
     return residual * own * torch.where(there, other[torch.where(there, partner, 0)], 0.0)
+
+
+# ---- From the arguments of a call ------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Problem:
+    """The matrices of a call and what belongs to their rows and columns, checked and in the dtypes that backends take.
+
+    Attributes:
+        names: what errors call the function, x and y.
+        x: (N, D).
+        y: (M, D); None where x is compared with itself.
+        row_bias: (N,) or None.
+        col_bias: (M,) or None.
+        target: (N,) int64 or None.
+    """
+
+    names: tuple[str, str, str]
+    x: Tensor
+    y: Tensor | None
+    row_bias: Tensor | None = None
+    col_bias: Tensor | None = None
+    target: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        names: tuple[str, str, str],
+        x: Tensor,
+        y: Tensor | None,
+        row_bias: Tensor | None = None,
+        col_bias: Tensor | None = None,
+        target: Tensor | None = None,
+    ) -> Problem:
+        """Check the arguments, and cast them as an autocast region does."""
+        function, x_name, y_name = names
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            x, y = autocast.cast(x, y)
+        if y is None:
+            checks.check_matrix(function, x_name, x)
+        else:
+            checks.check_matrices(function, x_name, x, y_name, y)
+        if row_bias is not None:
+            checks.check_vector(function, "row_bias", row_bias, x.shape[0], x_name, x)
+            row_bias = row_bias.to(checks.accumulator(x.dtype))
+        if col_bias is not None:
+            checks.check_vector(function, "col_bias", col_bias, (x if y is None else y).shape[0], x_name, x)
+            col_bias = col_bias.to(checks.accumulator(x.dtype))
+        if target is not None:
+            target = checks.check_index(function, "target", target, x.shape[0], x_name, x)
+        return cls(names, x, y, row_bias, col_bias, target)
+
+    def wide(self) -> Problem:
+        """The same in the accumulation dtype."""
+        dtype = checks.accumulator(self.x.dtype)
+        y = None if self.y is None else self.y.to(dtype)
+        return Problem(self.names, self.x.to(dtype), y, self.row_bias, self.col_bias, self.target)
+
+    @property
+    def columns(self) -> Tensor:
+        """(M, D): y, or x where it is compared with itself."""
+        return self.x if self.y is None else self.y
+
+
+class LogitSets:
+    """Logit sets of one call: folds that agree in scale, pairs and sign share one."""
+
+    def __init__(self, problem: Problem, unit: bool = False) -> None:
+        self.problem, self.unit = problem, unit
+        self.sets: list[LogitSet] = []
+        self._scales: list[Tensor] = []
+        self._known: list[tuple[float | Tensor, Pairs | None, bool, bool]] = []
+        self._resolved: list[tuple[Pairs, dict[Slot, Tensor]]] = []
+
+    def add(
+        self,
+        scale: float | Tensor,
+        pairs: Pairs | None,
+        negate: bool = False,
+        of_columns: bool = False,
+        linear: tuple[Tensor, ...] | None = None,
+    ) -> int:
+        """Return the number of the set, which is made if there is none like it."""
+        for index, (known_scale, known_pairs, *known) in enumerate(self._known):
+            # Identity of tensors by `is`: a traced program would be bound to the number that id() returns.
+            same_number = isinstance(scale, (float, int)) and isinstance(known_scale, (float, int))
+            same_scale = scale == known_scale if same_number else scale is known_scale
+            if same_scale and pairs is known_pairs and tuple(known) == (negate, of_columns):
+                return index
+        (function, x_name, y_name), x = self.problem.names, self.problem.x
+        data = {Slot.UNIT: x.new_empty((0,))} if self.unit and not self.sets else {}
+        diagonal = None
+        if pairs is not None:
+            data.update(self._rules(pairs))
+            diagonal = pairs.diagonal
+        if linear is not None:
+            data.update(_linear_lists(function, linear, x, self.problem.columns))  # |= cannot be traced by torch 2.6
+        if of_columns:
+            tensor = checks.scale_tensor(function, scale, y_name, self.problem.columns, "col_scale")
+        else:
+            tensor = checks.scale_tensor(function, scale, x_name, x)
+        per_item = ScaleOf.COLUMNS if of_columns else ScaleOf.ROWS
+        self.sets.append(LogitSet(per_item if tensor.dim() else ScaleOf.ALL, negate, diagonal, data))
+        self._scales.append(tensor.reshape(-1))
+        self._known.append((scale, pairs, negate, of_columns))
+        return len(self.sets) - 1
+
+    def arguments(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+        """The matrices, the scales of all sets, one after another, and the biases."""
+        p, scales = self.problem, self._scales
+        return p.x, p.y, scales[0] if len(scales) == 1 else torch.cat(scales), p.row_bias, p.col_bias
+
+    def layout(self, *folds: SetFold) -> Layout:
+        """All sets, and these folds of them."""
+        return Layout(tuple(self.sets), folds)
+
+    def _rules(self, pairs: Pairs) -> dict[Slot, Tensor]:
+        function = self.problem.names[0]
+        if not isinstance(pairs, Pairs):
+            raise TypeError(f"{function}: pairs must be Pairs or None, got {type(pairs).__name__}")
+        for known, data in self._resolved:
+            if known is pairs:
+                return data
+        if pairs.guide is not None:
+            self._check_guide(function, pairs.guide)
+        data = resolve(function, pairs, self.problem.x, self.problem.columns)
+        self._resolved.append((pairs, data))
+        return data
+
+    def _check_guide(self, function: str, guide: Guide) -> None:
+        if self.problem.y is None and guide.gy is not None:
+            raise ValueError(
+                f"{function}: guide.gy must be None where a matrix is compared with itself, "
+                f"got {checks.shape(guide.gy)}"
+            )
+        others = [known.guide for known, _ in self._resolved if known.guide is not None]
+        if others and guide.gx is not others[0].gx:
+            raise NotImplementedError(
+                f"{function}: pairs.guide must be one guide for all folds of a sweep, got another gx\n"
+                "  call similarity_reduce once per guide"
+            )
+
+
+def _linear_lists(function: str, linear: object, x: Tensor, y: Tensor) -> dict[Slot, Tensor]:
+    if not isinstance(linear, tuple) or len(linear) not in (2, 3):
+        raise TypeError(
+            f"{function}: linear must be (indptr, indices) or (indptr, indices, weights), got {type(linear).__name__}"
+        )
+    indptr, indices, order = check_lists(function, "linear", linear, x, y)
+    dtype = checks.accumulator(x.dtype)
+    if len(linear) == 2:
+        weight = torch.ones(indices.shape, dtype=dtype, device=x.device)
+    else:
+        checks.check_vector(function, "linear weights", linear[2], indices.shape[0], "x", x)
+        checks.check_constant(function, "linear weights", linear[2])
+        weight = linear[2].to(dtype)[order]
+    return {Slot.LINEAR_INDPTR: indptr, Slot.LINEAR_INDICES: indices, Slot.LINEAR_WEIGHT: weight}

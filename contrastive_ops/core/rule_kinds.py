@@ -10,18 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .column_lists import check_lists, entries, lists_of_columns, lists_of_rows
-from .problem import Slot
+from .column_lists import entries, in_order, lists_of_columns, lists_of_rows
+
+if TYPE_CHECKING:
+    from .rules import Slot
 
 Bound = float | Tensor
 Bounds = Bound | tuple[Bound, ...] | None
-Data = Mapping[Slot, Tensor]
+Data: TypeAlias = "Mapping[Slot, Tensor]"
 Change = Callable[[Tensor], Tensor]
 
 
@@ -155,7 +157,10 @@ class ListsRule(Rule):
     tensors = 2
 
     def encode(self, function: str, value: Any, x: Tensor, y: Tensor) -> dict[Slot, Tensor]:
-        return dict(zip(self.others, check_lists(function, self.name, value, x, y)[:2], strict=True))
+        indptr, indices, ascend = checks.check_lists(function, self.name, value, x, y)
+        if not ascend:
+            indices, _ = in_order(indptr, indices)
+        return {self.others[0]: indptr, self.others[1]: indices}
 
     def take_rows(self, value: Any, rows: Tensor) -> Any:
         return lists_of_rows(value[0], value[1], rows)

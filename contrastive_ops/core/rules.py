@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import enum
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,39 @@ from torch import Tensor
 
 from . import checks
 from . import rule_kinds as kinds
-from .problem import Slot
 from .results import pytree
 from .rule_kinds import Bound, Change, Data, Places, Rule, checked_bounds
+
+
+class Slot(enum.IntEnum):
+    """What a tensor in `pair_data` is."""
+
+    DIFFER_ROWS = 0
+    DIFFER_COLS = 1
+    SAME_ROWS = 2
+    SAME_COLS = 3
+    EXCLUDE_INDPTR = 4
+    EXCLUDE_INDICES = 5
+    BELOW_ROWS = 6
+    BELOW_COLS = 7
+    ABOVE_ROWS = 8
+    ABOVE_COLS = 9
+    GUIDE_X = 10
+    GUIDE_Y = 11
+    GUIDE_BELOW_ROWS = 12
+    GUIDE_BELOW_COLS = 13
+    CLASS_ROWS = 14
+    CLASS_COLS = 15
+    LOG_WEIGHT = 16
+    FILL = 17
+    LINEAR_INDPTR = 18
+    LINEAR_INDICES = 19
+    LINEAR_WEIGHT = 20
+    CODE_SCALE = 21
+    # Of the first set: inner products are multiplied by both; what is asked of operators, not of backends.
+    ROW_FACTOR = 22
+    COL_FACTOR = 23
+    UNIT = 24
 
 
 @pytree
@@ -149,12 +180,14 @@ class Pairs:
             object.__setattr__(self, rule.name, rule.check(value))
 
 
-def given(pairs: Pairs, rules: Iterable[Rule] | None = None) -> Iterator[tuple[Rule, Any]]:
+def given(pairs: Pairs, rules: Iterable[Rule] | None = None) -> list[tuple[Rule, Any]]:
     """The rules that these pairs have, and their values."""
+    found = []
     for rule in RULES.values() if rules is None else rules:
         value = getattr(pairs, rule.name)
         if value is not None:
-            yield rule, value
+            found.append((rule, value))
+    return found
 
 
 def bound_rules() -> list[kinds.BoundRule]:

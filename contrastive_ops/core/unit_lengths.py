@@ -15,18 +15,14 @@ import torch
 from torch import Tensor
 
 from .checks import accumulator
-from .problem import Layout, Slot
+from .problem import Layout
+from .rules import Slot
 from .unit_rows import SHORTEST, parts_of, unit_rows
 
 # Where an operator of similarity_reduce has its matrices and what describes its sets; see its schema.
 _X, _Y, _PAIR_DATA, _SPEC = 0, 1, 6, 7
 # Where the number of entries of the first set and its first slot stand in `spec`.
 _ENTRIES, _FIRST_SLOT = 6, 7
-
-
-def flag(x: Tensor) -> dict[Slot, Tensor]:
-    """What says so in the first set, as its first entry."""
-    return {Slot.UNIT: x.new_empty((0,))}
 
 
 def is_asked_for(spec: Sequence[int]) -> bool:

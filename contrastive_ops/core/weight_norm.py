@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .problem import Layout, Slot
+from .problem import Layout
+from .rules import Slot
 
 
 def weight_norm(

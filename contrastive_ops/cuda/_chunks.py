@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.problem import Layout, Slot
+from ..core.problem import Layout
+from ..core.rules import Slot
 from . import _products
 from ._pairs import dense, dense_tuple
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..core.cuda_kernels import kernels
 from ..core.listed_gradients import Lists, gradients
-from ..core.problem import Layout, LogitSet, Slot
-from ..core.rules import STATISTICS
+from ..core.problem import Layout, LogitSet
+from ..core.rules import STATISTICS, Slot
 from ..reference import similarity_topk as reference
 from ._products import CHUNK_BYTES, inner_products
 

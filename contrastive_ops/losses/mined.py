@@ -8,6 +8,7 @@ from torch import Tensor
 from ..core import autocast, checks
 from ..core.lists import NONE, first_of_each
 from ..core.numerics import softplus
+from ..core.problem import Problem
 from ..core.rules import Pairs
 from ..core.unit_rows import unit_rows
 from ..ops._listed_logits import listed_logits
@@ -128,22 +129,17 @@ def mined_info_nce(
     with autocast.disabled(query):
         if indices is None:
             with torch.no_grad():
-                indices = select(
-                    query,
-                    corpus,
-                    k,  # type: ignore[arg-type]  # select checks it
-                    scale=scale,
-                    pairs=pairs,
-                    names=(name, "query", "corpus"),
-                    backend=backend,
-                ).top.indices
+                problem = Problem.of((name, "query", "corpus"), query, corpus)
+                length = checks.integer(name, "k", k, 1)
+                indices = select(problem, length, scale=scale, pairs=pairs, backend=backend).top.indices
         else:
             indices = torch.where(first_of_each(indices), indices, NONE)
         # The gradients of the positive, the batch and the mined rows meet in float32, before they are rounded.
         dtype = checks.accumulator(query.dtype)
         query, positive = query.to(dtype), positive.to(dtype)
         log_weight = None if pairs is None else pairs.log_weight
-        mined = _lse(listed_logits((name, "query", "corpus"), query, corpus, indices, scale, log_weight, backend))
+        problem = Problem((name, "query", "corpus"), query, corpus)
+        mined = _lse(listed_logits(problem, indices, scale, log_weight, backend))
         if not in_batch:
             losses = softplus(mined - scaled(scale, partner_similarity(query, positive)))
             return _arguments.reduce_rows(losses, weight, reduction)

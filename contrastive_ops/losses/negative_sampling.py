@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..core import autocast, checks
 from ..core.numerics import softplus
+from ..core.problem import Problem
 from ..core.recompute import random_options
 from ..core.state import State
 from ..ops._listed_logits import listed_logits
@@ -157,7 +158,8 @@ def negative_sampling(
     dtype = checks.accumulator(center.dtype)
     with autocast.disabled(center):
         one = torch.ones((), dtype=dtype, device=center.device)
-        logits = listed_logits((name, "center", "table"), center.to(dtype), table, words, one, None, backend)
+        problem = Problem((name, "center", "table"), center.to(dtype), table)
+        logits = listed_logits(problem, words, one, None, backend)
         if log_expected is not None:
             logits = logits - log_expected.to(dtype)[words.clamp_min(0)]
         of_noise = torch.where(negatives >= 0, logits[:, 1:], -torch.inf)

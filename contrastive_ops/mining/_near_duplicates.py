@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.problem import Problem
 from ..ops.similarity_topk import logits_at, metric_rows
 from ._positives import CHUNK_ELEMENTS, Positives
 from .corpus import Corpus
@@ -101,6 +102,6 @@ class Distinct:
             alive[at] &= ~self._close(x[place[at, slot]], y, place[at].masked_fill(~alive[at], -1))
 
     def _close(self, x: Tensor, y: Tensor, listed: Tensor) -> Tensor:
-        names = (self.function, "corpus", "corpus")
-        similarity = logits_at(x, y, listed, metric=self.metric, names=names, backend=self.backend)
+        problem = Problem((self.function, "corpus", "corpus"), x, y)
+        similarity = logits_at(problem, listed, metric=self.metric, backend=self.backend)
         return similarity > self.bound

@@ -13,6 +13,7 @@ from ..core.column_lists import check_lists
 from ..core.lists import distinct_pairs, first_of_pairs
 from ..core.offsets import common_row
 from ..core.ordered import segment_sums
+from ..core.problem import Problem
 from ..ops._nearest import products
 from ..ops.similarity_topk import logits_at, metric_rows
 
@@ -136,8 +137,8 @@ def score(
         rows, row = positives.row[part].unique(return_inverse=True)
         columns, column = positives.column[part].unique(return_inverse=True)
         x, y = metric_rows(function, query[rows], take(columns), metric)
-        names = (function, "query", "corpus")
-        values[part] = logits_at(x[row], y, column[:, None], metric=metric, names=names, backend=backend).squeeze(1)
+        listed = Problem((function, "query", "corpus"), x[row], y)
+        values[part] = logits_at(listed, column[:, None], metric=metric, backend=backend).squeeze(1)
         if metric == "sqeuclidean":
             x, y = products(x, y, origin)
         length = [torch.linalg.vector_norm(side.to(dtype), dim=1) for side in (x, y)]

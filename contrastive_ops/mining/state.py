@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..core import autocast, checks
-from ..core.problem import Slot
+from ..core.problem import Problem
 from ..core.rule_slices import columns_named, columns_of
-from ..core.rules import STATISTICS, Guide, Pairs, resolve
+from ..core.rules import STATISTICS, Guide, Pairs, Slot, resolve
 from ..ops.similarity_topk import TopK, merge, metric_rows, select
 
 Range = tuple[int, int]
@@ -148,15 +148,13 @@ class TopKState:
             rows = metric_rows(self._function, block[:0], block, self.metric)[1]
             own = columns_of(self._count_pairs, base_index, end)
             top, counted = select(
-                self._query,
-                rows,
+                Problem.of((self._function, "query", "block"), self._query, rows),
                 self.k,
                 pairs=columns_of(self._pairs, base_index, end),
                 floor=self._floor(base_index),
                 count_above=self._count_above,
                 count_pairs=own,
                 metric=self.metric,
-                names=(self._function, "query", "block"),
                 backend=self._backend,
             )
         top = TopK(top.values, torch.where(top.indices < 0, -1, top.indices + base_index), top.counts)

@@ -17,8 +17,9 @@ from torch import Tensor
 from ..core import autocast
 from ..core.backends import Backend
 from ..core.checks import accumulator
+from ..core.declarations import of_backend
 from ..core.derivatives import alias, grad
-from ..core.operators import call, define, of_backend
+from ..core.operators import call, define
 from ..core.routing import ScoreSpec, SlotSpec
 from ..reference import expert_routing as reference
 from .router_losses import Statistics, decode, summary

@@ -19,8 +19,8 @@ from torch import Tensor
 from ..core.checks import accumulator, may_read
 from ..core.masks import left_out
 from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows
-from ..core.problem import Layout, LogitSet, Slot
-from ..core.rules import RULES, bound_rules
+from ..core.problem import Layout, LogitSet
+from ..core.rules import RULES, Slot, bound_rules
 from ..reference.pairs import SetOfChunk, inner_products
 
 

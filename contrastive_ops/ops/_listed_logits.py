@@ -11,17 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from ..core.backends import choose
-from ..core.logit_sets import LogitSets
 from ..core.operators import call, define
-from ..core.problem import Layout
+from ..core.problem import LogitSets, Problem
 from ..core.rules import Pairs
 from .similarity_topk import BACKENDS
 
 
 def listed_logits(
-    names: tuple[str, str, str],
-    x: Tensor,
-    y: Tensor,
+    problem: Problem,
     indices: Tensor,
     scale: Tensor,
     log_weight: tuple[Tensor, Tensor, Tensor] | None,
@@ -30,19 +27,17 @@ def listed_logits(
     """(N, P) logits of the columns that each row lists, -inf for none; differentiable twice in x, y and scale.
 
     Args:
-        names: the function and the arguments to name in errors.
-        x: (N, D) in the accumulation dtype, numbers of the dtype of `y`.
-        y: (M, D).
+        problem: x (N, D) in the accumulation dtype, with numbers of the dtype of y; y (M, D).
         indices: (N, P) int64, -1 for none.
         scale: 0-d or (N,).
         log_weight: as in `Pairs`.
         backend: as in `similarity_topk`.
     """
-    sets = LogitSets(names, x.detach().to(y.dtype), y)
+    x, y = problem.x, problem.columns
+    sets = LogitSets(Problem(problem.names, x.detach().to(y.dtype), y))
     sets.add(scale, None if log_weight is None else Pairs(log_weight=log_weight))
-    layout = Layout(tuple(sets.sets), ()).encode()
-    chosen = choose(names[0], BACKENDS, y, backend)
-    return call.listed_logits(x, y, sets.scale(), *layout, indices, chosen)
+    chosen = choose(problem.names[0], BACKENDS, y, backend)
+    return call.listed_logits(x, *sets.arguments()[1:3], *sets.layout().encode(), indices, chosen)
 
 
 def _forward(x: Tensor, y: Tensor, scale: Tensor, *arguments: Any) -> Tensor:

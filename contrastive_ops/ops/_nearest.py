@@ -26,9 +26,9 @@ from ..core.numerics import chunks_of_rows
 from ..core.offsets import common_row
 from ..core.operators import call, define
 from ..core.ordered import add_segments
-from ..core.problem import Layout, LogitSet, ScaleOf, Slot
+from ..core.problem import Layout, LogitSet, ScaleOf
 from ..core.rule_kinds import Places
-from ..core.rules import RULES, STATISTICS, bound_rules
+from ..core.rules import RULES, STATISTICS, Slot, bound_rules
 from ..reference.similarity_topk import logits_of_listed
 
 # Numbers of gathered rows at a time: they stay in a cache.
@@ -82,14 +82,12 @@ def rounding(x: Tensor) -> float:
     return min(x.shape[1] + 4.0, 16.0 * x.shape[1] ** 0.5 + 4.0) * torch.finfo(x.dtype).eps * 1.1
 
 
-def select(
-    arguments: tuple[Any, ...], k: int, floor: Tensor | None, count_above: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(values, indices, counts, statistics) of a problem as the operators take it; values are differentiable."""
+def select(*arguments: Any) -> tuple[Tensor, ...]:
+    """What `similarity_topk_forward` takes and returns; values are differentiable."""
     constant = [each.detach() if isinstance(each, Tensor) else each for each in arguments]
-    values, *others = call.nearest_columns(*constant, k, floor, count_above, backend)
+    values, *others = call.nearest_columns(*constant)
     if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in arguments):
-        values = logits_at(arguments, others[0])
+        values = logits_at(arguments[:-4], others[0])
     return values, *others
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.offsets import common_row
+from ..core.problem import Problem
 from ..core.rule_kinds import Data, Places
 from ..core.rule_slices import rows_of
 from ..core.rules import Pairs, bound_rules, resolve
@@ -141,21 +142,18 @@ def _worth_computing(values: Tensor, indices: Tensor, k: int, doubt: Tensor) -> 
 
 
 def search(
-    x: Tensor,
-    y: Tensor,
+    problem: Problem,
     k: int,
     coarse: Coarse,
     metric: str,
     scale: float | Tensor,
-    row_bias: Tensor | None,
-    col_bias: Tensor | None,
     pairs: Pairs | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Return ((N, k) int64 the columns of each row, best first, and (N,) whether the list is certified)."""
     from .similarity_topk import logits_at, order, select
 
-    names = ("similarity_topk", "x", "y")
+    x, y, row_bias, col_bias = problem.x, problem.columns, problem.row_bias, problem.col_bias
     left, right = products(x, y, common_row(x)) if metric == "sqeuclidean" else (x, y)
     corpus = coarse.round(right) if coarse.rounded is None else coarse.rounded
     if corpus.rows.shape != right.shape:
@@ -171,23 +169,18 @@ def search(
     bounds = {} if pairs is None else resolve("similarity_topk", pairs, x, y, bound_rules())
     usual = (2 if coarse.dtype == torch.bfloat16 else 8) * k + 64
     first = select(
-        rounded,
-        corpus.rows,
+        Problem(problem.names, rounded, corpus.rows, row_bias, col_bias),
         max(k, coarse.candidates or usual),
         scale=scale,
-        row_bias=row_bias,
-        col_bias=col_bias,
         pairs=_relaxed(pairs, bounds, doubt) if pairs is not None and bounds else pairs,
         code_scale=corpus.scale,
-        names=names,
         backend=backend,
     ).top
     size = scale.detach().abs() if isinstance(scale, Tensor) else abs(scale)
     candidates, rest = _worth_computing(first.values, first.indices, k, size * doubt)
-    arguments = {"scale": scale, "row_bias": row_bias, "col_bias": col_bias, "pairs": pairs}
-    exact = logits_at(x, y, candidates, **arguments, metric=metric, names=names, backend=backend)  # type: ignore[arg-type]
+    exact = logits_at(problem, candidates, scale=scale, pairs=pairs, metric=metric, backend=backend)
     if bounds:
-        dots = logits_at(x, y, candidates, metric=metric, names=names, backend=backend)
+        dots = logits_at(Problem(problem.names, x, y), candidates, metric=metric, backend=backend)
         places = Places((slice(None), None), candidates.clamp_min(0), dots)
         for rule in (rule for rule in bound_rules() if rule.is_in(bounds)):
             exact = exact.masked_fill(rule.mask(bounds, places), -torch.inf)
@@ -196,15 +189,11 @@ def search(
     if coarse.retry and not bool(certified.all()):
         rows = (~certified).nonzero().squeeze(1)
         again = select(
-            x[rows],
-            y,
+            Problem(problem.names, x[rows], y, None if row_bias is None else row_bias[rows], col_bias),
             k,
             scale=scale[rows] if isinstance(scale, Tensor) and scale.dim() else scale,
-            row_bias=None if row_bias is None else row_bias[rows],
-            col_bias=col_bias,
             pairs=rows_of(pairs, rows, y.shape[0]),
             metric=metric,
-            names=names,
             backend=backend,
         ).top
         indices = indices.index_copy(0, rows, again.indices)

@@ -11,10 +11,9 @@ from ..core import autocast, checks, extension
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
 from ..core.declarations import Declaration, Named, Shapes, declare
 from ..core.folds import Reduced
-from ..core.logit_sets import LogitSets, prepare
 from ..core.operators import call
-from ..core.problem import Layout, Slot
-from ..core.rules import Pairs
+from ..core.problem import Layout, LogitSets, Problem
+from ..core.rules import Pairs, Slot
 from ..reference import similarity_distill as reference
 from ._idle_rows import clean_rows
 from .similarity_reduce import KEEP_FROM_DIMENSION, budget_bytes, directions, needs_gradient
@@ -218,12 +217,12 @@ def compare(
     by_rows, by_cols = directions(function, dim)
     if teacher_y is not None and y is None:
         raise ValueError(f"{function}: teacher_y must be None where y is None, got {checks.shape(teacher_y)}")
-    x, y, teacher_x, teacher_y = autocast.cast(x, y, teacher_x, teacher_y)
-    x, y_or_none, _, _ = prepare(names, x, y, None, None, None)
-    y = x if y_or_none is None else y_or_none
+    teacher_x, teacher_y = autocast.cast(teacher_x, teacher_y)
+    problem = Problem.of(names, x, y)
+    x, y_or_none, y = problem.x, problem.y, problem.columns
     teacher_x, teacher_y = teacher_sides(names, x, y, teacher_x, teacher_x if y_or_none is None else teacher_y)
     x, y, teacher_x, teacher_y = common_dtype(x, y, teacher_x, teacher_y)
-    sets = LogitSets(names, x, None if y_or_none is None else y)
+    sets = LogitSets(Problem(names, x, None if y_or_none is None else y))
     sets.add(scale, pairs)
     _check_rules(function, sets)
     teacher = checks.scale_tensor(function, teacher_scale, x_name, x, "teacher_scale").detach()
@@ -231,9 +230,9 @@ def compare(
         checks.check_vector(function, "teacher_bias", teacher_bias, y.shape[0], x_name, x)
         teacher_bias = teacher_bias.detach().to(teacher.dtype)
     return run(
-        (x, y, sets.scale(), None, None),
+        (x, y, *sets.arguments()[2:]),
         (teacher_x, teacher_y, teacher.reshape(-1), None, teacher_bias),
-        Layout(tuple(sets.sets), ()),
+        sets.layout(),
         kind=kind,
         dims=reference.ROWS * by_rows | reference.COLS * by_cols,
         memory_budget=memory_budget,

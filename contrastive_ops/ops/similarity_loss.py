@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ..core import checks, extension
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
-from ..core.logit_sets import LogitSets, prepare
 from ..core.operators import call
-from ..core.problem import Layout
+from ..core.problem import LogitSets, Problem
 from ..core.rules import Pairs
 from ..reference import similarity_loss as reference
 from ..reference.row_losses import FOLDS, KINDS, REDUCTIONS
@@ -128,17 +127,18 @@ def similarity_loss(
     Returns:
         0-d, or (N,) for ``reduction="none"``, in the accumulation dtype.
     """
-    x, y, row_bias, col_bias = prepare(names, x, y, row_bias, col_bias, target)
-    sets = LogitSets(names, x, y, unit)
+    problem = Problem.of(names, x, y, row_bias, col_bias, target)
+    x, y = problem.x, problem.y
+    sets = LogitSets(problem, unit)
     sets.add(scale, pairs)
     if positives is not None:
         sets.add(scale, positives)
-    layout, dtype = Layout(tuple(sets.sets), FOLDS[kind]), checks.accumulator(x.dtype)
+    layout, dtype = sets.layout(*FOLDS[kind]), checks.accumulator(x.dtype)
     weight, extra, target_weight, count = (
         None if each is None else each.to(dtype) for each in (weight, extra, target_weight, count)
     )
-    factor = sets.scale()
-    needs = needed(x, y, factor, row_bias, col_bias, weight, extra, target_weight)
+    arguments = sets.arguments()
+    needs = needed(*arguments, weight, extra, target_weight)
     chosen = choose(names[0], BACKENDS, x, backend, layout)
     kept = 0
     if needs & reference.SWEPT and not reference.in_one_pass(kind, reduction, y is None, needs):
@@ -147,6 +147,6 @@ def similarity_loss(
     elif memory_budget is not None:
         budget_bytes(names[0], memory_budget, x.device.type)
     terms = (weight, extra, target_weight, count)
-    problem = (x, y, factor, row_bias, col_bias, target, *layout.encode())
-    loss: Tensor = call.similarity_loss(*problem, *terms, kind, reduction, needs, kept, chosen)[0]
+    given = (*arguments, problem.target, *layout.encode())
+    loss: Tensor = call.similarity_loss(*given, *terms, kind, reduction, needs, kept, chosen)[0]
     return loss

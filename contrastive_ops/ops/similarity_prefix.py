@@ -14,9 +14,9 @@ from ..core import autocast, checks, extension
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
 from ..core.declarations import Declaration, Named, Shapes, declare
 from ..core.operators import call
-from ..core.problem import Layout, LogitSet, Slot
+from ..core.problem import Layout, LogitSet
 from ..core.results import named
-from ..core.rules import Pairs, resolve
+from ..core.rules import Pairs, Slot, resolve
 from ..reference import similarity_prefix as reference
 from ._idle_rows import clean_rows
 from .similarity_reduce import directions

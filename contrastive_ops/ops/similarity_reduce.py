@@ -11,9 +11,8 @@ from torch import Tensor
 from ..core import checks, cuda_kernels, extension, numerics, triton_kernels
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
 from ..core.folds import Fold, Folded, Reduced, as_fold
-from ..core.logit_sets import LogitSets, prepare
 from ..core.operators import call
-from ..core.problem import Layout, SetFold
+from ..core.problem import LogitSets, Problem, SetFold
 from ..core.rules import Pairs
 from ..cuda import _pairs, _products
 from ..reference import similarity_reduce as reference
@@ -321,9 +320,8 @@ def fold(
     by_rows, by_cols = directions(names[0], dim)
     if not reduce:
         raise ValueError(f"{names[0]}: reduce must name at least one fold, got ()")
-    target = None if target is None else checks.as_index(names[0], "target", target)
-    x, y, row_bias, col_bias = prepare(names, x, y, row_bias, col_bias, target)
-    sets = LogitSets(names, x, y, unit)
+    problem = Problem.of(names, x, y, row_bias, col_bias, target)
+    sets = LogitSets(problem, unit)
     if target is not None or linear is not None:
         sets.add(scale, pairs, linear=linear)  # the first set is that of the targets and of the lists
     folds = []
@@ -337,14 +335,14 @@ def fold(
             folds.append(SetFold(sets.add(col_scale, own_pairs, each.negate, of_columns=True), each.name, cols=True))
         elif by_cols:
             folds.append(SetFold(sets.add(own_scale, own_pairs, each.negate), each.name, cols=True))
-    layout = Layout(tuple(sets.sets), tuple(folds))
-    arguments = (x, y, sets.scale(), row_bias, col_bias, target, *layout.encode())
+    layout, x, y = sets.layout(*folds), problem.x, problem.y
+    arguments = (*sets.arguments(), problem.target, *layout.encode())
     chosen = choose(names[0], BACKENDS, x, backend, layout)
     budget = budget_bytes(names[0], memory_budget, x.device.type)
     keeps = needs_gradient(*arguments) and BACKENDS[chosen].keeps
     kept = kept_size(x, y, budget, chosen) if keeps else 0
     values, argmax, target_logit, linear_sum, _ = call.similarity_reduce_forward(*arguments, kept, chosen)
-    shape = (x.shape[0], x.shape[0] if y is None else y.shape[0])
+    shape = (x.shape[0], problem.columns.shape[0])
     each_value, each_winner = values.split(layout.sizes(*shape)), argmax.split(layout.argmax_sizes(*shape))
     by_fold = list(zip(folds, each_value, each_winner, strict=True))
     return Folded(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..core import autocast, checks, cuda_kernels, extension, triton_kernels
+from ..core import checks, cuda_kernels, extension, triton_kernels
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
 from ..core.declarations import Declaration, Named, Shapes, declare
-from ..core.logit_sets import LogitSets, prepare
 from ..core.operators import call
-from ..core.problem import Layout, Slot
+from ..core.problem import LogitSets, Problem
 from ..core.results import named
-from ..core.rules import STATISTICS, Pairs
+from ..core.rules import STATISTICS, Pairs, Slot
 from ..core.unit_rows import unit_rows
 from ..cuda import _products
 from ..reference import similarity_topk as reference
@@ -118,14 +117,13 @@ class Selected(NamedTuple):
 
 def metric_rows(function: str, x: Tensor, y: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """Rows as `select` and `logits_at` take them with this metric: of length 1 for the cosine."""
+    if metric == "dot":
+        return x, y
     checks.check_choice(function, "metric", metric, METRICS)
     if metric == "cosine":
         return unit_rows(x), unit_rows(y)
-    if metric == "sqeuclidean":
-        dtype = checks.accumulator(x.dtype)
-        x, y = x.to(dtype), y.to(dtype)
-        return x, y
-    return x, y
+    dtype = checks.accumulator(x.dtype)
+    return x.to(dtype), y.to(dtype)
 
 
 def similarity_topk(
@@ -193,100 +191,87 @@ def similarity_topk(
         (torch.Size([2, 5]), True)
     """
     name = "similarity_topk"
-    k = checks.integer(name, "k", k, 1)
-    x, y = autocast.cast(x, x if y is None else y)
-    checks.check_matrices(name, "x", x, "y", y)
-    x, y = metric_rows(name, x, y, metric)
-    scale = checks.factor(name, "scale", scale)
-    arguments: dict[str, Any] = {"scale": scale, "row_bias": row_bias, "col_bias": col_bias, "pairs": pairs}
-    arguments.update(metric=metric, backend=backend)  # not |=, which torch 2.6 cannot trace
+    if type(k) is not int or k < 1:
+        k = checks.integer(name, "k", k, 1)
+    problem = Problem.of((name, "x", "y"), x, x if y is None else y, row_bias, col_bias)
+    if metric != "dot":
+        problem.x, problem.y = metric_rows(name, problem.x, problem.columns, metric)
     if coarse is None:
-        return select(x, y, k, **arguments).top
+        return select(problem, k, scale=scale, pairs=pairs, metric=metric, backend=backend).top
     coarse = coarse if isinstance(coarse, Coarse) else Coarse(coarse)
+    scale = checks.factor(name, "scale", scale)
     with torch.no_grad():
-        indices, certified = search(x, y, k, coarse, metric, scale, row_bias, col_bias, pairs, backend)
-    values = logits_at(x, y, indices, **arguments)
+        indices, certified = search(problem, k, coarse, metric, scale, pairs, backend)
+    values = logits_at(problem, indices, scale=scale, pairs=pairs, metric=metric, backend=backend)
     return TopK(values, indices, (indices >= 0).sum(1), certified)
 
 
 def select(
-    x: Tensor,
-    y: Tensor,
+    problem: Problem,
     k: int,
     *,
     scale: float | Tensor = 1.0,
-    row_bias: Tensor | None = None,
-    col_bias: Tensor | None = None,
     pairs: Pairs | None = None,
     floor: Tensor | None = None,
     count_above: Tensor | None = None,
     count_pairs: Pairs | None = None,
     code_scale: Tensor | None = None,
     metric: str = "dot",
-    names: tuple[str, str, str] = ("similarity_topk", "x", "y"),
     backend: str = "auto",
 ) -> Selected:
-    """`similarity_topk` for mining.
+    """`similarity_topk` of matrices that were checked, with what mining asks for.
 
     Args:
-        x: (N, D).
-        y: (M, D); int8 codes with `code_scale`, then x is float32 or bfloat16.
+        problem: of rows that `metric_rows` made; y may be int8 codes with `code_scale`, then x is float32 or bfloat16.
         k: length of the lists.
         scale: as in `similarity_topk`.
-        row_bias: as in `similarity_topk`.
-        col_bias: as in `similarity_topk`.
         pairs: as in `similarity_topk`.
         floor: (N,) only scores above this are of interest, such as the last of a list that is known already.
         count_above: (N,) asks for statistics; "higher" counts the columns with a score above this.
         count_pairs: rules that statistics are counted under where they are not `pairs`.
         code_scale: (M,) what one unit of the codes of each column is worth.
-        metric: of rows that `metric_rows` made.
-        names: the function and the arguments to name in errors.
+        metric: as in `similarity_topk`.
         backend: as in `similarity_topk`.
 
     Returns:
         `Selected`; the statistics are (N,) int64: "eligible" columns, those "higher" than `count_above` whatever the
         rules say, and those that each rule drops, whatever the others say.
     """
-    function = names[0]
-    k = checks.integer(function, "k", k, 1)
-    arguments, chosen = _problem(names, x, y, scale, row_bias, col_bias, pairs, count_pairs, code_scale, backend)
-    if metric == "sqeuclidean":
-        values, indices, counts, statistics = _nearest.select(arguments, k, floor, count_above, chosen)
-    else:
-        values, indices, counts, statistics = call.similarity_topk_forward(*arguments, k, floor, count_above, chosen)
-    by_name = dict(zip(STATISTICS, statistics.unbind(0), strict=True)) if count_above is not None else {}
+    sets = _sets(problem, scale, pairs)
+    if count_pairs is not None:
+        sets.add(scale, count_pairs)
+    if code_scale is not None:
+        sets.sets[0].data[Slot.CODE_SCALE] = code_scale
+    arguments = (*sets.arguments(), *sets.layout().encode())
+    chosen = choose(problem.names[0], BACKENDS, problem.x, backend)
+    found = _nearest.select if metric == "sqeuclidean" else call.similarity_topk_forward
+    values, indices, counts, statistics = found(*arguments, k, floor, count_above, chosen)
+    by_name = {} if count_above is None else dict(zip(STATISTICS, statistics.unbind(0), strict=True))
     return Selected(TopK(values, indices, counts), by_name)
 
 
 def logits_at(
-    x: Tensor,
-    y: Tensor,
+    problem: Problem,
     indices: Tensor,
     *,
     scale: float | Tensor = 1.0,
-    row_bias: Tensor | None = None,
-    col_bias: Tensor | None = None,
     pairs: Pairs | None = None,
     metric: str = "dot",
-    names: tuple[str, str, str] = ("similarity_topk", "x", "y"),
     backend: str = "auto",
 ) -> Tensor:
     """The logits of the columns that each row lists, in the arithmetic of `select`: (N, P), -inf where it lists -1.
 
     Args:
-        x: (N, D). Differentiable.
-        y: (M, D). Differentiable.
+        problem: of rows that `metric_rows` made. Differentiable.
         indices: (N, P) int64 columns, or -1 for none.
         scale: as in `similarity_topk`.
-        row_bias: as in `similarity_topk`.
-        col_bias: as in `similarity_topk`.
         pairs: of its rules only `log_weight` matters here: listed pairs are computed whether dropped or not.
-        metric: of rows that `metric_rows` made.
-        names: the function and the arguments to name in errors.
+        metric: as in `similarity_topk`.
         backend: as in `similarity_topk`.
     """
-    arguments, chosen = _problem(names, x, y, scale, row_bias, col_bias, pairs, None, None, backend)
+    sets = _sets(problem, scale, pairs)
+    arguments = (*sets.arguments(), *sets.layout().encode())
+    chosen = choose(problem.names[0], BACKENDS, problem.x, backend)
     if metric == "sqeuclidean":
         return _nearest.logits_at(arguments, indices)
     return call.similarity_topk_at(*arguments, indices, chosen)
@@ -306,32 +291,12 @@ def order(values: Tensor, indices: Tensor, k: int, backend: str = "auto") -> Top
     return TopK(values, indices, (indices >= 0).sum(1))
 
 
-def _problem(
-    names: tuple[str, str, str],
-    x: Tensor,
-    y: Tensor,
-    scale: float | Tensor,
-    row_bias: Tensor | None,
-    col_bias: Tensor | None,
-    pairs: Pairs | None,
-    count_pairs: Pairs | None,
-    code_scale: Tensor | None,
-    backend: str,
-) -> tuple[tuple[object, ...], str]:
-    """Return what the operators take, up to `spec`, and the backend."""
+def _sets(problem: Problem, scale: float | Tensor, pairs: Pairs | None) -> LogitSets:
     if pairs is not None and pairs.fill is not None:
         raise ValueError(
-            f"{names[0]}: pairs.fill must be None, got {pairs.fill}: a constant logit is no reason to select a pair"
+            f"{problem.names[0]}: pairs.fill must be None, got {pairs.fill}: a constant logit is no reason to select a "
+            "pair"
         )
-    # Codes are checked by who made them; everything else about them is as for rows in the dtype of x.
-    like = y if code_scale is None else x.new_zeros(()).expand(y.shape)
-    x, like_y, row_bias, col_bias = prepare(names, x, like, row_bias, col_bias, None)
-    sets = LogitSets(names, x, like_y)
+    sets = LogitSets(problem)
     sets.add(scale, pairs)
-    if count_pairs is not None:
-        sets.add(scale, count_pairs)
-    if code_scale is not None:
-        sets.sets[0].data[Slot.CODE_SCALE] = code_scale
-    rules = Layout(tuple(sets.sets), ()).encode()
-    arguments = (x, like_y if code_scale is None else y, sets.scale(), row_bias, col_bias, *rules)
-    return arguments, choose(names[0], BACKENDS, x, backend)
+    return sets

@@ -9,10 +9,9 @@ from torch import Tensor
 from ..core import autocast, checks, extension
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
 from ..core.declarations import Declaration, Named, declare
-from ..core.logit_sets import LogitSets, prepare
 from ..core.operators import call
-from ..core.problem import Layout, SetFold, Slot
-from ..core.rules import Pairs
+from ..core.problem import LogitSets, Problem, SetFold
+from ..core.rules import Pairs, Slot
 from ..reference import similarity_values as reference
 from ._idle_rows import clean_rows, cleaned_values
 from .similarity_reduce import KEEP_FROM_DIMENSION, budget_bytes, needs_gradient
@@ -124,36 +123,29 @@ def similarity_values(
         >>> torch.allclose(similarity_values(x, codebook, scale=2.0), assigned, atol=1e-5)
         True
     """
-    names = name, *_ = ("similarity_values", "x", "y")
-    x, y, values = autocast.cast(x, y, values)
-    if values is None:
-        values = x if y is None else y
-    x, y_or_none, _, _ = prepare(names, x, y, None, None, None)
-    y = x if y_or_none is None else y_or_none
-    _check_values(name, values, "x" if y_or_none is None else "y", y)
-    if values.dtype != x.dtype:
-        dtype = checks.accumulator(x.dtype)
-        x, y, values = (t.to(dtype) for t in (x, y, values))
-    if col_bias is not None:
-        checks.check_vector(name, "col_bias", col_bias, y.shape[0], "x", x)
-        col_bias = col_bias.to(checks.accumulator(x.dtype))
-    sets = LogitSets(names, x, None if y_or_none is None else y)
+    name = "similarity_values"
+    (values,) = autocast.cast(values)
+    problem = Problem.of((name, "x", "y"), x, y, None, col_bias)
+    values = problem.columns if values is None else values
+    _check_values(name, values, "x" if y is None else "y", problem.columns)
+    if values.dtype != problem.x.dtype:
+        problem, values = problem.wide(), values.to(checks.accumulator(problem.x.dtype))
+    x, y = problem.x, problem.columns
+    sets = LogitSets(problem)
     sets.add(scale, pairs)
     if Slot.FILL in sets.sets[0].data:
         raise NotImplementedError(
             f"{name}: pairs.fill must be None, got one\n  give the column a bias, or leave it out"
         )
-    factor = sets.scale()
+    _, _, factor, *biases = sets.arguments()
     budget = budget_bytes(name, memory_budget, x.device.type)
     chosen = choose(name, BACKENDS, x, backend)
     kept_size = 0
-    if x.shape[1] >= KEEP_FROM_DIMENSION and BACKENDS[chosen].keeps and needs_gradient(x, y, factor, col_bias, values):
+    if x.shape[1] >= KEEP_FROM_DIMENSION and BACKENDS[chosen].keeps and needs_gradient(x, y, factor, *biases, values):
         whole = (x.shape[0] + 32) * (y.shape[0] + 128)  # tiles are padded
         kept_size = min(budget // checks.accumulator(x.dtype).itemsize, whole)
-    layout = Layout(tuple(sets.sets), (SetFold(0, "logsumexp", False),))
-    sums, _, _ = call.similarity_values_forward(
-        x, y, factor, None, col_bias, values, *layout.encode(), kept_size, chosen
-    )
+    rules = sets.layout(SetFold(0, "logsumexp", False)).encode()
+    sums, _, _ = call.similarity_values_forward(x, y, factor, *biases, values, *rules, kept_size, chosen)
     return sums
 
 

@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from ..core import checks
 from ..core.ordered import segment_sums
+from ..core.problem import Problem
 from .maxsim import REDUCTIONS
 from .similarity_topk import select
 from .token_sets import Packed, TokenSets, check_two_sides, packed
@@ -82,9 +83,8 @@ def retrieved_scores(function: str, q: Packed, d: Packed, k: int, missing: str, 
     dtype = checks.accumulator(q.tokens.dtype)
     of_query, of_document = q.owners(), d.owners()
     no_token = torch.zeros_like(of_document, dtype=dtype).masked_fill(of_document < 0, -torch.inf)
-    top = select(
-        q.tokens, d.tokens, k, col_bias=no_token, names=(function, "queries", "documents"), backend=backend
-    ).top
+    tokens = Problem.of((function, "queries", "documents"), q.tokens, d.tokens, None, no_token)
+    top = select(tokens, k, backend=backend).top
     best, retrieved = _best_of_documents(top.values, top.indices, of_document, d.shape[0])
     takes_part = (of_query >= 0)[:, None]
     counted = retrieved & takes_part

@@ -13,10 +13,10 @@ from torch import Tensor
 from ..core.checks import accumulator
 from ..core.column_lists import entries
 from ..core.ordered import segment_sums
-from ..core.problem import Layout, LogitSet, ScaleOf, Slot
+from ..core.problem import Layout, LogitSet, ScaleOf
 from ..core.recompute import may_overwrite
 from ..core.rule_kinds import ClassWeightRule, Data, Places, Rule
-from ..core.rules import RULES
+from ..core.rules import RULES, Slot
 
 
 def inner_products(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:

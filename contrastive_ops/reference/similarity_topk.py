@@ -16,9 +16,9 @@ from ..core.checks import accumulator
 from ..core.masks import left_out
 from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows, times
 from ..core.ordered import add_segments, segment_rows
-from ..core.problem import Layout, LogitSet, ScaleOf, Slot
+from ..core.problem import Layout, LogitSet, ScaleOf
 from ..core.recompute import recomputed
-from ..core.rules import STATISTICS
+from ..core.rules import STATISTICS, Slot
 from .pairs import SetOfChunk, add_class_weights, affine, chunk_sets, inner_products
 
 # ---- Forward -------------------------------------------------------------------------------------------------------
