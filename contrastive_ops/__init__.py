@@ -10,7 +10,7 @@ pairs take part, `Fold` what a row or column becomes.
 
 Here are the names that most programs need. All losses are in `losses` and, as modules, in `nn`, all primitives in
 `ops`, and the rest in `mining`, `moe`, `metrics` and `decoding`; `testing` is for tests. What `losses`, `ops` and
-`mining` list can be imported from here, too.
+`mining` list can be imported from here, too. `distributed` has losses of the batch of many processes.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from .mining import mine_hard_negatives
 from .ops import Fold, Pairs, route, similarity_reduce, similarity_topk
 
 if TYPE_CHECKING:
-    from . import testing
+    from . import distributed, testing
 
 __version__ = "0.1.0"
 
@@ -32,6 +32,7 @@ __all__ = [
     "__version__",
     "clip",
     "decoding",
+    "distributed",
     "info_nce",
     "losses",
     "metrics",
@@ -54,11 +55,11 @@ flops.register_when_imported()
 
 
 def __getattr__(name: str) -> Any:
-    """`testing`, which a training needs not, and what is listed in a namespace alone, found here without its name."""
-    if name == "testing":
+    """`testing` and `distributed`, which few programs need, and what namespaces list, without their names."""
+    if name in ("distributed", "testing"):
         import importlib
 
-        return importlib.import_module(f"{__name__}.testing")
+        return importlib.import_module(f"{__name__}.{name}")
     for namespace in (losses, ops, mining):
         if name in namespace.__all__:
             return getattr(namespace, name)

@@ -1,0 +1,15 @@
+"""Losses over the rows of several processes are those of one process that has all rows."""
+
+import pytest
+import torch
+from distributed_cases import CASES, errors
+from ranks import ranks
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("schedule", ["gather", "ring"])
+@pytest.mark.parametrize("name", list(CASES))
+def test_values_and_gradients(name, schedule, size):
+    for found, same in ranks(size).run(errors, name, torch.float32, schedule):
+        assert same
+        assert max(found.values()) < 1e-6, found
