@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from contrastive_ops import clip, nt_xent
-from contrastive_ops.losses.hard_negatives import dcl, debiased, hcl, hn_nce
+from contrastive_ops.losses import dcl, debiased, hcl, hn_nce
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, clustered_pairs, relative_error
 from contrastive_ops.testing.compare import check, check_derivatives, leaf, reduced
 

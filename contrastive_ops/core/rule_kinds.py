@@ -100,6 +100,14 @@ class Rule:
         """The value for the columns [begin, end)."""
         return self.map(value, _same, lambda part: part[begin:end])
 
+    def pad_cols(self, value: Any, before: int, after: int) -> Any:
+        """The value for more columns, of which its ids, lists, classes and bounds of columns say nothing."""
+        return self.map(value, _same, lambda part: _padded(part, before, after))
+
+    def passes_padding(self, value: Any) -> bool:
+        """Whether the columns that `pad_cols` adds keep all their pairs."""
+        return True
+
     def mask(self, data: Data, places: Places) -> Tensor:
         """True where the rule drops a pair, for sets that have it."""
         raise NotImplementedError
@@ -113,6 +121,13 @@ class Rule:
 
 def _same(part: Tensor) -> Tensor:
     return part
+
+
+def _padded(part: Tensor, before: int, after: int, passes: float = torch.inf) -> Tensor:
+    """Ids with -1, bounds with one that everything passes, matrices with rows of 0."""
+    if part.dim() == 2:
+        return torch.nn.functional.pad(part, (0, 0, before, after))
+    return torch.nn.functional.pad(part, (before, after), value=passes if part.is_floating_point() else -1)
 
 
 class DiagonalRule(Rule):
@@ -130,6 +145,13 @@ class DiagonalRule(Rule):
     def take_cols(self, value: Any, begin: int, end: int) -> int:
         return value - begin
 
+    def pad_cols(self, value: Any, before: int, after: int) -> int:
+        return value + before
+
+    def passes_padding(self, value: Any) -> bool:
+        """Not sure: where there are fewer columns than rows it may be among those that were added."""
+        return False
+
 
 @dataclass(frozen=True)
 class IdsRule(Rule):
@@ -144,6 +166,9 @@ class IdsRule(Rule):
 
     def map(self, value: Any, rows: Change, cols: Change) -> Any:
         return rows(value[0]), cols(value[1])
+
+    def passes_padding(self, value: Any) -> bool:
+        return self.drops_equal
 
     def mask(self, data: Data, places: Places) -> Tensor:
         row, column = data[self.rows[0]][places.rows], data[self.cols[0]][places.cols]
@@ -167,6 +192,9 @@ class ListsRule(Rule):
 
     def take_cols(self, value: Any, begin: int, end: int) -> Any:
         return lists_of_columns(value[0], value[1], begin, end)
+
+    def pad_cols(self, value: Any, before: int, after: int) -> Any:
+        return value[0], value[1] + before
 
     def mask(self, data: Data, places: Places) -> Tensor:
         """Of some rows with all columns only."""
@@ -254,6 +282,12 @@ class BoundRule(Rule):
         change = {"pair": _same, "row": rows, "column": lambda bound: cols(bound)[None]}
         limits = (limit(bound) for bound in listed_bounds(value))
         return tuple(change[per](values) for per, values in limits)
+
+    def pad_cols(self, value: Any, before: int, after: int) -> Any:
+        return self.map(value, _same, lambda part: _padded(part, before, after, self.sign * torch.inf))
+
+    def passes_padding(self, value: Any) -> bool:
+        return all(limit(bound)[0] == "column" for bound in listed_bounds(value))
 
     def outside(self, data: Data, similarity: Tensor, places: Places) -> Tensor:
         """True where a similarity of the pairs is out of bounds."""

@@ -95,6 +95,9 @@ class GuideRule(Rule):
         gy = value.gx if value.gy is None else value.gy
         return Guide(rows(value.gx), cols(gy), self.bounds.map(value.below, rows, cols))
 
+    def passes_padding(self, value: Guide) -> bool:
+        return self.bounds.passes_padding(value.below)
+
     def mask(self, data: Data, places: Places) -> Tensor:
         return self.bounds.outside(data, places.guide(data), places)  # type: ignore[misc]
 

@@ -9,6 +9,7 @@ both.
 
 from .bixse import bixse, pair_bce
 from .clip import clip
+from .dcl import dcl
 from .decorrelation import (
     RunningCovariance,
     barlow_twins,
@@ -21,8 +22,9 @@ from .decorrelation import (
 from .diagnostics import Diagnostics
 from .distillation import distance_distillation, similarity_distillation
 from .gist import gist, gte
-from .hard_negatives import dcl, debiased, hcl, hn_nce
+from .hard_negatives import debiased, hcl
 from .hinge import energy_hinge, simctg, vse
+from .hn_nce import hn_nce
 from .info_nce import info_nce
 from .late_interaction import late_interaction
 from .linear_softmax import CrossEntropy, LogProb, linear_cross_entropy, linear_kl, linear_log_prob

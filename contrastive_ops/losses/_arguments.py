@@ -19,12 +19,11 @@ if TYPE_CHECKING:
 REDUCTIONS = ("mean", "sum", "none")
 
 
-class SoftmaxOptions(TypedDict, total=False):
-    """What softmax losses with `Diagnostics` have in common, for the overloads that tell their results apart."""
+class Options(TypedDict, total=False):
+    """What losses with `Diagnostics` have in common, for the overloads that tell their results apart."""
 
     temperature: float | Tensor | None
     scale: float | Tensor | None
-    label_smoothing: float | Tensor
     weight: Tensor | None
     reduction: str
     normalize: bool
@@ -32,11 +31,28 @@ class SoftmaxOptions(TypedDict, total=False):
     backend: str
 
 
-class FilteredOptions(SoftmaxOptions, total=False):
-    """The same, of a loss that takes rules and a bias of columns."""
+class SoftmaxOptions(Options, total=False):
+    """The same, of a loss with label smoothing."""
+
+    label_smoothing: float | Tensor
+
+
+class RuledOptions(Options, total=False):
+    """The same, of a loss that takes rules."""
 
     pairs: Pairs | None
+
+
+class BiasedOptions(RuledOptions, total=False):
+    """The same, of a loss that takes rules and a bias of columns."""
+
     col_bias: Tensor | None
+
+
+class FilteredOptions(BiasedOptions, total=False):
+    """The same, of a loss that takes rules, a bias of columns and label smoothing."""
+
+    label_smoothing: float | Tensor
 
 
 def two_sides(

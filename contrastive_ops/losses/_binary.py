@@ -6,49 +6,28 @@ from torch import Tensor
 
 from ..core import autocast, checks
 from ..core.numerics import softplus
-from ..core.rules import Pairs
-from ..ops.similarity_loss import similarity_loss
 from . import _arguments
 from ._columns import wide
 from ._pair_list import pair_similarity
+from ._sweep import Sweep
 
 
 def one_grade(
-    names: tuple[str, str, str],
+    sweep: Sweep,
     x: Tensor,
     y: Tensor,
-    scale: float | Tensor,
     row_bias: Tensor,
     target: Tensor | None,
     grades: Tensor | None,
     weight: Tensor | None,
     reduction: str,
-    unit: bool,
-    memory_budget: int | None,
-    backend: str,
-    pairs: Pairs | None = None,
-    col_bias: Tensor | None = None,
 ) -> Tensor:
     """One labelled column per row (label 1 where there are no grades), label 0 everywhere else."""
     spread = None
     if grades is not None:  # the operator takes label 1; softplus(-t) + (1 - grade) t is that of another label
         spread = 1 - grades if weight is None else (1 - grades) * _arguments.of_weighted(weight, weight)
-    return similarity_loss(
-        x,
-        y,
-        kind="sigmoid",
-        scale=scale,
-        row_bias=row_bias,
-        col_bias=col_bias,
-        pairs=pairs,
-        target=target,
-        weight=weight,
-        target_weight=spread,
-        reduction=reduction,
-        unit=unit,
-        memory_budget=memory_budget,
-        names=names,
-        backend=backend,
+    return sweep.loss(
+        "sigmoid", x, y, row_bias=row_bias, target=target, weight=weight, target_weight=spread, reduction=reduction
     )
 
 

@@ -34,6 +34,7 @@ class Blocks:
         scale: 0-d, or (N,) with one of each row.
         bound: (N,) similarity, or guide similarity, above which a pair of row i is dropped.
         guides: the guide's matrices of the same sides.
+        ids: (row ids, column ids) of samples: pairs of equal ids are dropped in every block; -1 equals nothing.
         unit: rows of the sides count as if they had length 1.
         memory_budget: as in `similarity_reduce`.
         backend: as in `similarity_reduce`.
@@ -44,6 +45,7 @@ class Blocks:
     scale: Tensor
     bound: Tensor | None
     guides: dict[str, Tensor] | None
+    ids: tuple[Tensor, Tensor] | None
     unit: bool
     memory_budget: int | None
     backend: str
@@ -60,7 +62,8 @@ class Blocks:
         """
         between_queries, between_documents = "query_to_query" in directions, "doc_to_doc" in directions
         backwards = "doc_to_query" in directions
-        if between_queries and between_documents and "h" not in self.sides:
+        one_matrix = between_queries and between_documents and "h" not in self.sides
+        if one_matrix and (backwards or self.ids is None):  # rows have one id each
             return self._all_pairs(backwards)
         of_query, of_document, positive = self._rectangle(backwards)
         if between_queries:
@@ -120,6 +123,11 @@ class Blocks:
         return values.repeat(len(rows)) if isinstance(values, Tensor) and values.dim() else values
 
     def _pairs(self, rows: str, cols: str, bound: Tensor | None, **rules: Any) -> Pairs:
+        if self.ids is not None and cols != "h":
+            of_rows, of_cols = self.ids
+            more = self.sides["h"].shape[0] if cols == "dh" else 0
+            of_cols = torch.nn.functional.pad(of_cols, (0, more), value=-1).repeat(2 if cols == "qd" else 1)
+            rules["differ"] = of_rows.repeat(len(rows)), of_cols
         if self.guides is None or bound is None:
             return Pairs(below=bound, **rules)
         gy = None if rows == cols else self._stack(self.guides, cols)

@@ -77,7 +77,7 @@ def check_filters(
     """`pairs` must be rules, and the bias (columns,) numbers."""
     check_pairs(function, pairs)
     if col_bias is not None:
-        checks.check_vector(function, name, col_bias, columns, x_name, x)  # type: ignore[arg-type]
+        checks.check_vector(function, name, col_bias, columns, x_name, x)
 
 
 def wide(x: Tensor, unit: bool = False) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from ..core import checks
 from ..core.rules import Pairs
 from . import _arguments
+from ._columns import check_pairs
+from ._rules import refuse
 
 
 def labelled(
@@ -48,6 +51,19 @@ def labelled(
     col_labels = checks.check_index(function, "col_labels", col_labels, y.shape[0], "y", y)
     ids = (labels, col_labels)
     return x, y, factor, Pairs(differ=ids), Pairs(same=ids)
+
+
+def other_labels(function: str, pairs: Pairs | None, others: Pairs, with_itself: bool) -> Pairs:
+    """The rules of the caller for pairs of different label."""
+    check_pairs(function, pairs)
+    if pairs is None:
+        return others
+    reasons = {"differ": "labels take its place", "fill": "positives would be filled too"}
+    if with_itself:
+        reasons["diagonal"] = "no row is compared with itself"
+    refuse(function, "pairs", pairs, reasons)
+    diagonal = others.diagonal if pairs.diagonal is None else pairs.diagonal
+    return dataclasses.replace(pairs, differ=others.differ, diagonal=diagonal)
 
 
 def one_positive(labels: Tensor, col_labels: Tensor | None) -> tuple[Tensor | None, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core import checks
+from ..core.folds import Fold
 from ..core.numerics import softplus
 from ..ops.similarity_reduce import merge_lse
 from ..reference.similarity_loss import usual_target
@@ -64,8 +65,10 @@ def row_softmax(
             sweep, "softmax", x, y, share, mean, weight, target=target, extra=extra, reduction=reduction
         )
     target = usual_target(x, y) if target is None else target
-    ranking = Ranking(x, columns, columns.detach()[target], sweep.pairs, own=own, unit=unit) if diagnostics else None
-    folds = ("logsumexp", *of_smoothing, *(ranking.folds if ranking else ()))
+    ranking, biased = None, sweep.col_bias is not None
+    if diagnostics:
+        ranking = Ranking(x, columns, columns.detach()[target], sweep.pairs, own=own, unit=unit, biased=biased)
+    folds: tuple[str | Fold, ...] = ("logsumexp", *of_smoothing, *(ranking.folds if ranking else ()))
     (others, *more), _, target_logit, *_ = sweep.fold(x, y, *folds, target=target)
     positive = target_logit if own_logit is None else own_logit(target_logit)
     losses = softplus((others if extra is None else merge_lse(others, extra)) - positive)
@@ -101,8 +104,8 @@ def both_softmaxes(
             both = both + logit_sums(*sides, scale, of_columns=True, col_bias=col_bias)
             mean = both / (2 * x.shape[0])
         return whole_softmax(sweep, "softmax_both", x, y, share, mean, weight, reduction=reduction)
-    ranking = Ranking(x, y, y, sweep.pairs, both=True, unit=unit) if diagnostics else None
-    folds = ("logsumexp", *of_smoothing, *(ranking.folds if ranking else ()))
+    ranking = Ranking(x, y, y, sweep.pairs, both=True, unit=unit, biased=col_bias is not None) if diagnostics else None
+    folds: tuple[str | Fold, ...] = ("logsumexp", *of_smoothing, *(ranking.folds if ranking else ()))
     folded = sweep.fold(x, y, *folds, dim=(0, 1), target=usual_target(x, y))
     (rows, *of_rows), (cols, *of_cols), target_logit, *_ = folded
     end = len(of_smoothing)

@@ -6,6 +6,8 @@ made again in backward, or kept: 8 N M D, 6 if kept. A list of P pairs costs 6 P
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,10 @@ from ..core import checks
 from ..core.column_lists import check_lists
 from ..core.ordered import repeated, segment_sums
 from ..core.rules import Pairs
-from ..ops.similarity_reduce import fold
 from . import _arguments
 from ._binary import check_once, checked_labels, cross_entropy, one_grade, pair_logits, shared_bias
-from ._columns import check_own_column, checked_target
+from ._columns import check_filters, checked_own_target
+from ._sweep import Sweep
 
 
 def bixse(
@@ -29,6 +31,8 @@ def bixse(
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
     bias: float | Tensor = -10.0,
+    pairs: Pairs | None = None,
+    col_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
@@ -55,6 +59,9 @@ def bixse(
         temperature: divides the cosines; float, 0-d or (N,) tensor, differentiable. Default 0.1.
         scale: 1 / temperature instead; not both.
         bias: added to every logit; float or 0-d tensor, differentiable.
+        pairs: which keys are negatives of a query: ids of false negatives, bounds on the similarity, a guide, ...
+            Graded keys always take part.
+        col_bias: (M,), added to the logits of each key; differentiable.
         weight: (N,) weight >= 0 of each query; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none"; of queries, each of which is a sum over its M keys.
         normalize: scale all rows to length 1 first; O((N + M) D). False where they have it already, or lengths
@@ -84,7 +91,7 @@ def bixse(
         >>> bixse(query, key, torch.rand(4), target=listed, indptr=indptr, reduction="none").shape
         torch.Size([4])
     """
-    name, names = "bixse", ("bixse", "query", "key")
+    name = "bixse"
     query, key, scale = _arguments.two_sides(
         name,
         (("query", query), ("key", key)),
@@ -96,17 +103,14 @@ def bixse(
         normalize=normalize,
         anchors=1,
     )
+    check_filters(name, pairs, col_bias, key.shape[0], "query", query)
     row_bias, unit = repeated(shared_bias(name, bias, query), query.shape[0]), _arguments.in_sweep(normalize, query)
+    sweep = Sweep((name, "query", "key"), scale, pairs, col_bias, unit, memory_budget, backend)
     if indptr is None:
         target, grades = (_arguments.of_weighted(weight, each) for each in (target, grades))
-        if target is None:
-            check_own_column(name, query, key)
-        else:
-            target = checked_target(name, "target", target, "query", query, key.shape[0])
+        target = checked_own_target(name, target, query, key)
         grades = checked_labels(name, "grades", grades, query.shape[0], "query", query)
-        return one_grade(
-            names, query, key, scale, row_bias, target, grades, weight, reduction, unit, memory_budget, backend
-        )
+        return one_grade(sweep, query, key, row_bias, target, grades, weight, reduction)
     if target is None:
         raise ValueError(f"{name}: target must be given with indptr, got None\n  it holds the keys of all lists")
     target = checks.check_index(name, "target", target, None, "query", query)
@@ -116,22 +120,20 @@ def bixse(
     indptr, cols, order = check_lists(name, "target", (indptr, target), query, key)
     rows = torch.repeat_interleave(indptr.diff(), output_size=cols.shape[0])
     check_once(name, rows, cols)
-    pairs = Pairs(exclude=(indptr, cols))
-    (negatives,), *_ = fold(
-        query,
-        key,
-        reduce=("sum_softplus",),
-        scale=scale,
-        row_bias=row_bias,
-        pairs=pairs,
-        unit=unit,
-        memory_budget=memory_budget,
-        names=names,
-        backend=backend,
-    )
+    sweep = dataclasses.replace(sweep, pairs=_without_graded(name, pairs, indptr, cols))
+    (negatives,), *_ = sweep.fold(query, key, "sum_softplus", row_bias=row_bias)
     logits = pair_logits(name, "query", query, key, rows, cols, scale, bias, unit)
+    logits = logits if col_bias is None else logits + col_bias.to(logits.dtype)[cols]
     graded = segment_sums(cross_entropy(logits, grades[order]), rows, negatives.shape[0])
     return _arguments.reduce_rows(negatives + graded, weight, reduction)
+
+
+def _without_graded(function: str, pairs: Pairs | None, indptr: Tensor, cols: Tensor) -> Pairs:
+    """The rules of the keys that have no grade."""
+    for rule in ("exclude", "fill"):
+        if getattr(pairs, rule, None) is not None:
+            raise ValueError(f"{function}: pairs.{rule} must be None with indptr, which lists the graded keys")
+    return dataclasses.replace(Pairs() if pairs is None else pairs, exclude=(indptr, cols))
 
 
 def pair_bce(

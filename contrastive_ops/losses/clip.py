@@ -6,7 +6,7 @@ or kept: 8 N^2 D operations, 6 if kept.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
@@ -133,5 +133,5 @@ def clip(
     check_filters(name, pairs, col_bias, text.shape[0], "image", image)
     share = smoothing_share(name, _arguments.of_weighted(weight, label_smoothing), "image", image)
     sweep = Sweep((name, "image", "text"), scale, pairs, col_bias, unit, memory_budget, backend)
-    options = {"share": share, "weight": weight, "reduction": reduction, "diagnostics": diagnostics}
+    options: dict[str, Any] = {"share": share, "weight": weight, "reduction": reduction, "diagnostics": diagnostics}
     return both_softmaxes(sweep, image, text, **options)

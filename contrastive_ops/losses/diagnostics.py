@@ -46,6 +46,7 @@ class Ranking:
         own: (N, K) similarities of each row with columns that the sweep does not see.
         both: also rank along the columns, where row i and column i belong together.
         unit: rows count as if they had length 1.
+        biased: whether the sweep adds biases to its logits, which are no part of a similarity.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Ranking:
         own: Tensor | None = None,
         both: bool = False,
         unit: bool = False,
+        biased: bool = False,
     ) -> None:
         with torch.no_grad(), autocast.disabled(x):
             x, y, positive = (wide(each.detach(), unit) for each in (x, y, positive))
@@ -76,12 +78,15 @@ class Ranking:
             self._all_pairs = self._sum_of_all(x, y)
         else:
             self.folds += (Fold("sum", scale=1.0, pairs=rules), Fold("count", scale=1.0, pairs=rules))
+        self._biased = biased and pairs is not None
+        if self._biased:
+            self.folds += (Fold("sum", scale=0.0, pairs=rules),)  # the biases alone
 
     def read(self, values: Sequence[Tensor], dim: int = 1) -> Diagnostics:
         """Return the measures from the results of `folds`, of the rows (dim=1) or of the columns (dim=0)."""
         values = [each.detach() for each in values]
-        above = values[1 - dim]
-        total, count = (values[-2].sum(), values[-1].sum()) if self._all_pairs is None else self._all_pairs
+        above, biases = values[1 - dim], values.pop().sum() if self._biased else 0.0
+        total, count = (values[-2].sum() - biases, values[-1].sum()) if self._all_pairs is None else self._all_pairs
         if self.own is not None:
             above = above + (self.own >= self.bound[:, None]).sum(1)
             total, count = total + self.own.sum(), count + self.own.numel()

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..core import autocast, checks
 from ..core.numerics import softplus
+from ..core.rules import Pairs, given
 from ..core.unit_rows import unit_rows
 from ..ops.similarity_reduce import merge_lse
 from . import _arguments
 from ._blocks import DIRECTIONS, Blocks
-from ._columns import partner_similarity
+from ._columns import check_pairs, partner_similarity
 
 
 def gte(
@@ -26,6 +27,7 @@ def gte(
     false_negative_margin: float | None = None,
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
+    pairs: Pairs | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
@@ -62,6 +64,8 @@ def gte(
             every block; Qwen3 takes 0.1. None drops nothing.
         temperature: divides the similarities; float, 0-d or (N,) tensor, differentiable. Default 0.01.
         scale: 1 / temperature instead; not both.
+        pairs: ``Pairs(differ=(ids, ids))`` with (N,) ids of samples, the one rule that holds in all blocks: those of
+            one id are no negatives of each other. ``negatives`` have no ids. Positives always take part.
         weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first; O(N D).
@@ -120,6 +124,7 @@ def gte(
         scale=checks.scale_tensor(name, scale, "query", query),
         bound=bound,
         guides=None,
+        ids=_ids_of_samples(name, pairs, query),
         unit=unit,
         memory_budget=memory_budget,
         backend=backend,
@@ -150,6 +155,7 @@ def gist(
     contrast_positives: bool = True,
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
+    pairs: Pairs | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
@@ -185,6 +191,8 @@ def gist(
         contrast_positives: keys are negatives of each other.
         temperature: divides the similarities; float, 0-d or (N,) tensor, differentiable. Default 0.01.
         scale: 1 / temperature instead; not both.
+        pairs: ``Pairs(differ=(ids, ids))`` with (N,) ids of samples, the one rule that holds in all blocks: those of
+            one id are no negatives of each other. ``negatives`` have no ids. Positives always take part.
         weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows, also the guide's, to length 1 first.
@@ -239,6 +247,7 @@ def gist(
         scale=checks.scale_tensor(name, scale, "query", query),
         bound=positive - (margin if margin_strategy == "absolute" else positive.abs() * margin),
         guides=guides,
+        ids=_ids_of_samples(name, pairs, query),
         unit=_arguments.in_sweep(normalize, query),
         memory_budget=memory_budget,
         backend=backend,
@@ -247,6 +256,21 @@ def gist(
     directions = tuple(each for each, wanted in zip(DIRECTIONS, chosen, strict=True) if wanted)
     of_query, of_key, positive = blocks.others(directions)
     return _arguments.reduce_rows(softplus(merge_lse(*of_query, *of_key) - positive), weight, reduction)
+
+
+def _ids_of_samples(function: str, pairs: Pairs | None, query: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The ids of rules that have nothing else."""
+    check_pairs(function, pairs)
+    if pairs is None:
+        return None
+    others = [rule.name for rule, _ in given(pairs) if rule.name != "differ"]
+    if others:
+        raise ValueError(f"{function}: pairs must have no rule but differ, got {', '.join(others)}")
+    if pairs.differ is None:
+        return None
+    rows, cols = pairs.differ
+    rows = checks.check_index(function, "pairs.differ of the rows", rows, query.shape[0], "query", query)
+    return rows, checks.check_index(function, "pairs.differ of the columns", cols, query.shape[0], "query", query)
 
 
 def _check_directions(function: str, partition: object, directions: object) -> None:

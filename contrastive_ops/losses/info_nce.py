@@ -6,7 +6,7 @@ smoothing of filtered pairs and diagnostics need the folds, whose products are m
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -184,8 +184,14 @@ def info_nce(
     unit, (query, key) = _arguments.in_sweep(normalize, query), _arguments.unit_sides(normalize, query, key)
     own = None
     if row_negatives is not None:
-        own = partner_similarity(query, *_arguments.unit_sides(normalize, row_negatives), unit)
+        own = partner_similarity(query, _arguments.unit_sides(normalize, row_negatives)[0], unit)
     own_logit = (lambda logit: logit - scaled(scale, torch.full_like(logit, margin))) if margin else None
     sweep = Sweep((name, "query", "key"), scale, pairs, col_bias, unit, memory_budget, backend)
-    options = {"share": share, "z_loss": z_loss, "weight": weight, "reduction": reduction, "diagnostics": diagnostics}
+    options: dict[str, Any] = {
+        "share": share,
+        "z_loss": z_loss,
+        "weight": weight,
+        "reduction": reduction,
+        "diagnostics": diagnostics,
+    }
     return row_softmax(sweep, query, key, target=target, own=own, own_logit=own_logit, **options)

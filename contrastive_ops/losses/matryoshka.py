@@ -17,6 +17,7 @@ from ..core.rules import Pairs
 from ..ops.similarity_prefix import check_dims, prefix_folds
 from . import _arguments
 from ._columns import check_pairs, checked_target, own_column
+from ._views import weight_of_views, without_itself
 
 
 def matryoshka_info_nce(
@@ -209,6 +210,8 @@ def matryoshka_nt_xent(
     dim_weights: Sequence[float] | None = None,
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
+    pairs: Pairs | None = None,
+    weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
     backend: str = "auto",
@@ -226,6 +229,9 @@ def matryoshka_nt_xent(
         dim_weights: as in `matryoshka_info_nce`.
         temperature: divides the cosines; float or 0-d tensor, differentiable. Default 0.5.
         scale: 1 / temperature instead; not both.
+        pairs: which of the other rows are negatives: the rule ``differ`` of `Pairs`, with 2 N ids, those of z0 first.
+        weight: (N,) weight of each sample, or (2 N,) of each row; the mean divides by its sum. Differentiable.
+            0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale every prefix of every row to length 1, as the paper does; O(N D).
         backend: "auto", "reference" or "cpu".
@@ -259,6 +265,8 @@ def matryoshka_nt_xent(
         reduction=reduction,
         partners=True,
     )
+    check_pairs(name, pairs)
+    weight = weight_of_views(name, weight, z0)
     dims, weights = _dims(name, check_dims(name, dims, "z0", z0), dim_weights)
     count = z0.shape[0]
     rows, _, own = prefix_folds(
@@ -269,10 +277,10 @@ def matryoshka_nt_xent(
         scale=scale,
         normalize=normalize,
         target=torch.arange(2 * count, device=z0.device).roll(count),
-        pairs=Pairs(diagonal=0),
+        pairs=without_itself(name, pairs),
         backend=backend,
     )
-    return _arguments.reduce_rows(_row_losses(weights, own, rows), None, reduction)
+    return _arguments.reduce_rows(_row_losses(weights, own, rows), weight, reduction)
 
 
 def _dims(function: str, dims: list[int], weights: Sequence[float] | None) -> tuple[list[int], list[float]]:

@@ -26,11 +26,11 @@ def mined_info_nce(
     k: int | None = None,
     *,
     indices: Tensor | None = None,
-    pairs: Pairs | None = None,
     labels: Tensor | None = None,
     in_batch: bool = True,
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
+    pairs: Pairs | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
@@ -59,13 +59,13 @@ def mined_info_nce(
             choice is not differentiated.
         indices: (N, P) int64 in place of k: rows of the corpus that were mined before, -1 for none. A list is a set: a
             row that is listed twice counts once.
-        pairs: with k, which rows of the corpus may be mined for a query; all rules but `fill`. A query's own document
-            is a row like any other: leave it out by ``exclude`` or by ``differ=(ids, ids of the corpus)``, and what is
-            too similar to be a negative by ``below``.
         labels: (N,) int64: rows of the batch with one label are no negatives of each other; -1 equals nothing.
         in_batch: the positives of other queries are negatives too.
         temperature: divides the cosines; float, 0-d or (N,) tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead; not both.
+        pairs: with k, which rows of the corpus may be mined for a query; all rules but `fill`. A query's own document
+            is a row like any other: leave it out by ``exclude`` or by ``differ=(ids, ids of the corpus)``, and what is
+            too similar to be a negative by ``below``.
         weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first, also those of the corpus: O((N + M) D), and as much memory again.

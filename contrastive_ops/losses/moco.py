@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from ..core import autocast, checks
 from ..core.rules import Pairs
 from . import _arguments
-from ._columns import smoothing_share
+from ._columns import check_filters, smoothing_share
 from ._row_softmax import row_softmax
+from ._rules import refuse, within
 from ._sweep import Sweep
 from .diagnostics import Diagnostics
 
@@ -28,7 +30,7 @@ def moco(
     labels: Tensor | None = ...,
     queue_labels: Tensor | None = ...,
     diagnostics: Literal[False] = ...,
-    **options: Unpack[_arguments.SoftmaxOptions],
+    **options: Unpack[_arguments.FilteredOptions],
 ) -> Tensor: ...
 
 
@@ -41,7 +43,7 @@ def moco(
     labels: Tensor | None = ...,
     queue_labels: Tensor | None = ...,
     diagnostics: Literal[True],
-    **options: Unpack[_arguments.SoftmaxOptions],
+    **options: Unpack[_arguments.FilteredOptions],
 ) -> tuple[Tensor, Diagnostics]: ...
 
 
@@ -54,6 +56,8 @@ def moco(
     queue_labels: Tensor | None = None,
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
+    pairs: Pairs | None = None,
+    col_bias: Tensor | None = None,
     label_smoothing: float | Tensor = 0.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
@@ -81,6 +85,9 @@ def moco(
             Give an entry that was never filled to nobody by leaving it out: ``queue[:filled]``.
         temperature: divides the similarities; float, 0-d or (N,) tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead; not both.
+        pairs: which entries of the queue are negatives of a query: bounds on the similarity, a guide, ... ``labels``
+            take the place of ``differ``; the own key always takes part, and ``fill`` is refused.
+        col_bias: (K,), added to the logits of each entry of the queue; differentiable.
         label_smoothing: share of the target distribution that is spread evenly over the own key and the entries that
             take part; a float, or (N,) with a share for each row, differentiable.
         weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
@@ -129,21 +136,21 @@ def moco(
     checks.check_matrices(name, "query", query, "queue", queue)
     (queue,) = _arguments.unit_sides(normalize, queue.detach())
     count, entries = query.shape[0], queue.shape[0]
-    of_batch = torch.full((count,), -1, device=query.device)
-    # The keys join the sweep although each is a column for its own query alone: the positive and the negatives close to
-    # it nearly cancel in the gradient, which must therefore be summed before it is rounded to 16 bits.
-    of_queue = torch.zeros(entries, dtype=torch.int64, device=query.device)
-    same, differ = (torch.zeros_like(of_batch), torch.cat([of_batch, of_queue])), None
+    check_filters(name, pairs, col_bias, entries, "query", query)
+    if (labels is None) != (queue_labels is None):
+        raise ValueError(f"{name}: labels and queue_labels must both be given, or neither")
     if labels is not None and queue_labels is not None:
         labels = checks.check_index(name, "labels", labels, count, "query", query)
         queue_labels = checks.check_index(name, "queue_labels", queue_labels, entries, "query", query)
-        differ = (labels, torch.cat([of_batch, queue_labels]))
-    elif labels is not None or queue_labels is not None:
-        raise ValueError(f"{name}: labels and queue_labels must both be given, or neither")
+        refuse(name, "pairs", pairs, {"differ": "labels take its place"})
+        pairs = dataclasses.replace(Pairs() if pairs is None else pairs, differ=(labels, queue_labels))
+    # The keys join the sweep although each is a column for its own query alone: the positive and the negatives close to
+    # it nearly cancel in the gradient, which must therefore be summed before it is rounded to 16 bits.
     sweep = Sweep(
         names=(name, "query", "key and queue"),
         scale=scale,
-        pairs=Pairs(same=same, differ=differ),
+        pairs=within(name, "pairs", pairs, query, count, entries, 0),
+        col_bias=None if col_bias is None else torch.cat([col_bias.new_zeros(count), col_bias]),
         unit=_arguments.in_sweep(normalize, query),
         memory_budget=memory_budget,
         backend=backend,

@@ -15,11 +15,13 @@ from ..core.column_lists import check_lists, row_of_each
 from ..core.folds import Fold
 from ..core.numerics import softplus
 from ..core.ordered import segment_sums
+from ..core.rules import Pairs
 from ..ops.similarity_loss import similarity_loss
 from ..ops.similarity_reduce import fold
 from . import _arguments, _columns
 from ._eager import LABELLED, eager_loss
-from ._labels import labelled, one_positive
+from ._labels import labelled, one_positive, other_labels
+from ._sweep import Sweep
 
 # How far from 1 the target weights of a row may sum up: room for 16-bit weights, none for scores that are no shares.
 TARGET_TOLERANCE = 1e-2
@@ -34,6 +36,7 @@ def sup_con(
     positives: str = "mean_log",
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
+    pairs: Pairs | None = None,
     col_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
@@ -62,6 +65,8 @@ def sup_con(
             paper's L_out), "log_mean" the logarithm of their mean probability (L_in).
         temperature: divides the cosines; float or 0-d tensor, differentiable. Default 0.1.
         scale: 1 / temperature instead; not both.
+        pairs: which pairs of different label are negatives: bounds on the similarity, a guide, ... Pairs of one label
+            are positives whatever it says; labels take the place of ``differ``, and ``fill`` is refused.
         col_bias: (M,), or (N,) without y, added to the logits of each column, positives included; differentiable.
         weight: (N,) weight of each row; the mean divides by its sum over the rows that count. Differentiable.
             0 leaves it out.
@@ -92,7 +97,8 @@ def sup_con(
     name = "sup_con"
     checks.check_choice(name, "positives", positives, ("mean_log", "log_mean"))
     if (
-        col_bias is None
+        pairs is None
+        and col_bias is None
         and (
             loss := eager_loss(
                 positives,
@@ -117,6 +123,7 @@ def sup_con(
     x, y, scale, of_others, of_same = labelled(
         name, x, labels, y, col_labels, temperature, scale, 0.1, reduction, weight, normalize
     )
+    of_others = other_labels(name, pairs, of_others, y is None)
     target, positive_count = one_positive(labels, col_labels)
     unit = _arguments.in_sweep(normalize, x)
     if target is None:  # no columns
@@ -150,6 +157,7 @@ def multi_positive_info_nce(
     mean_over: str = "rows",
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
+    pairs: Pairs | None = None,
     col_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
@@ -180,6 +188,8 @@ def multi_positive_info_nce(
             counts rows with many positives more (pytorch-metric-learning's NTXentLoss).
         temperature: divides the cosines; float or 0-d tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead; not both.
+        pairs: which pairs of different label are negatives: bounds on the similarity, a guide, ... Pairs of one label
+            are positives whatever it says; labels take the place of ``differ``, and ``fill`` is refused.
         col_bias: (M,), or (N,) without y, added to the logits of each column, positives included; differentiable.
         weight: (N,) weight of each row; the mean divides by its sum over rows or pairs. Differentiable.
             0 leaves it out.
@@ -215,6 +225,7 @@ def multi_positive_info_nce(
     x, y, scale, of_others, of_same = labelled(
         name, x, labels, y, col_labels, temperature, scale, 0.07, reduction, weight, normalize
     )
+    of_others = other_labels(name, pairs, of_others, y is None)
     sweep: dict[str, Any] = {
         "scale": scale,
         "col_bias": col_bias,
@@ -242,9 +253,11 @@ def soft_info_nce(
     key: Tensor,
     targets: tuple[Tensor, Tensor, Tensor],
     *,
-    label_smoothing: float | Tensor = 0.0,
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
+    pairs: Pairs | None = None,
+    col_bias: Tensor | None = None,
+    label_smoothing: float | Tensor = 0.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
@@ -265,10 +278,13 @@ def soft_info_nce(
         targets: (indptr (N + 1,), indices, weights): query i belongs to the keys ``indices[indptr[i]:indptr[i + 1]]``
             with those weights, which are >= 0 and sum to 1 up to 0.01. Not differentiable. Those of a key that is
             listed twice add up. A query with an empty list has no loss.
-        label_smoothing: share of the target distribution that is spread evenly over all keys: a float, or an (N,)
-            tensor with a share of each query, differentiable.
         temperature: divides the cosines; float, 0-d or (N,) tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead; not both.
+        pairs: which keys take part in the softmax of a query: ids, bounds on the similarity, a guide, ... Keys with a
+            share must be among them; that of the largest share is, whatever it says.
+        col_bias: (M,), added to the logits of each key; differentiable.
+        label_smoothing: share of the target distribution that is spread evenly over all keys that take part: a float,
+            or an (N,) tensor with a share of each query, differentiable.
         weight: (N,) weight of each row; the mean divides by its sum over the rows that count. Differentiable.
             0 leaves it out.
         reduction: "mean" (over queries with targets), "sum" or "none".
@@ -313,6 +329,7 @@ def soft_info_nce(
         normalize=normalize,
         anchors=1,
     )
+    _columns.check_filters(name, pairs, col_bias, key.shape[0], "query", query)
     share = _columns.smoothing_share(name, _arguments.of_weighted(weight, label_smoothing), "query", query)
     if isinstance(targets, tuple) and len(targets) == 3:
         targets = _arguments.lists_of_weighted(weight, *targets)  # type: ignore[assignment]
@@ -324,22 +341,16 @@ def soft_info_nce(
     target = _largest(lists, row, key)
     # The target's own share stays out of the lists: its gradient would be the difference of two numbers near 1.
     of_others = lists[2].masked_fill(lists[1] == target[row], 0.0)
-    (others,), _, first, listed, *_ = fold(
-        query,
-        key,
-        scale=scale,
-        target=target,
-        linear=(*lists[:2], of_others),
-        unit=unit,
-        memory_budget=memory_budget,
-        names=(name, "query", "key"),
-        backend=backend,
-    )
+    sweep = Sweep((name, "query", "key"), scale, pairs, col_bias, unit, memory_budget, backend)
+    folds = _columns.smoothing_folds(share, pairs)
+    folded = sweep.fold(query, key, "logsumexp", *folds, target=target, linear=(*lists[:2], of_others))
+    (others, *more), _, first, listed, *_ = folded
     total, rest = (segment_sums(each, row, query.shape[0]) for each in (lists[2], of_others))
     # total * lse - all that is listed, with the largest logit taken out of both: that difference would cancel.
     losses = total * softplus(others - first) + (rest * first - listed)
     if share is not None:
-        mean_logit = _columns.logit_sums(query, key, scale, unit=unit) / key.shape[0]
+        sum_of_all, number = _columns.sum_and_count(query, key, scale, first, more, unit=unit, col_bias=col_bias)
+        mean_logit = sum_of_all / number
         losses = losses + share * (listed + (total - rest) * first - total * mean_logit)
     return _arguments.mean_over(losses, counted, weight, reduction)
 

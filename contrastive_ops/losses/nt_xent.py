@@ -6,18 +6,32 @@ of every row before the first gradient: 4 N^2 D operations, 3 if products are ke
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from ..core.rules import Pairs
-from ..ops.similarity_loss import similarity_loss
 from . import _arguments
-from ._eager import STACKED, eager_loss
+from ._columns import smoothing_share
+from ._eager import STACKED, eager_loss, is_off
+from ._row_softmax import row_softmax
+from ._views import stacked
+from .diagnostics import Diagnostics
 
 if TYPE_CHECKING:
-    pass  # comes with torch
+    from typing_extensions import Unpack  # comes with torch
+
+
+@overload
+def nt_xent(
+    z0: Tensor, z1: Tensor, *, diagnostics: Literal[False] = ..., **options: Unpack[_arguments.FilteredOptions]
+) -> Tensor: ...
+
+
+@overload
+def nt_xent(
+    z0: Tensor, z1: Tensor, *, diagnostics: Literal[True], **options: Unpack[_arguments.FilteredOptions]
+) -> tuple[Tensor, Diagnostics]: ...
 
 
 def nt_xent(
@@ -26,11 +40,16 @@ def nt_xent(
     *,
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
+    pairs: Pairs | None = None,
+    col_bias: Tensor | None = None,
+    label_smoothing: float | Tensor = 0.0,
+    weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
+    diagnostics: bool = False,
     memory_budget: int | None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Diagnostics]:
     """NT-Xent (SimCLR): two views of N samples, each must find the other among all 2 N - 1 others.
 
     Equivalent to::
@@ -44,13 +63,23 @@ def nt_xent(
         z1: (N, D): the second view.
         temperature: divides the cosines; float or 0-d tensor, differentiable. Default 0.5.
         scale: 1 / temperature instead; not both.
+        pairs: which of the other rows are negatives: ids of false negatives, bounds on the similarity, a guide, ...
+            Vectors of rows have 2 N entries, those of z0 first: ``differ=(ids.repeat(2), ids.repeat(2))``. The other
+            view always takes part, and a row itself never. A row without negatives has loss 0.
+        col_bias: (2 N,), added to the logits of each row as a column, positives included; differentiable.
+        label_smoothing: share of the target distribution that is spread evenly over all columns that take part; a
+            float, or (2 N,) with a share for each row, differentiable.
+        weight: (N,) weight of each sample, or (2 N,) of each row; the mean divides by its sum. Differentiable.
+            0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first, as the paper does; O(N D).
+        diagnostics: also return `Diagnostics` (accuracy, ranks, mean similarities) from the same sweep.
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        0-d, or (2 N,) for ``reduction="none"`` (first the rows of ``z0``), in float32 (float64 for float64 inputs).
+        0-d, or (2 N,) for ``reduction="none"`` (first the rows of ``z0``), in float32 (float64 for float64 inputs);
+        with ``diagnostics`` the pair (loss, Diagnostics). Never negative without label smoothing.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
@@ -67,40 +96,32 @@ def nt_xent(
         >>> nt_xent(z0, z1, reduction="none").shape
         torch.Size([8])
     """
-    name = "nt_xent"
-    loss = eager_loss(
-        "softmax",
-        STACKED,
-        z0,
-        z1,
-        temperature=temperature,
-        scale=scale,
-        default_temperature=0.5,
-        reduction=reduction,
-        normalize=normalize,
-        memory_budget=memory_budget,
-        backend=backend,
-    )
+    name, plain = "nt_xent", pairs is None and col_bias is None and weight is None and diagnostics is False
+    loss = None
+    if plain and is_off(label_smoothing):
+        loss = eager_loss(
+            "softmax",
+            STACKED,
+            z0,
+            z1,
+            temperature=temperature,
+            scale=scale,
+            default_temperature=0.5,
+            reduction=reduction,
+            normalize=normalize,
+            memory_budget=memory_budget,
+            backend=backend,
+        )
     if loss is not None:
         return loss
-    z0, z1, scale = _arguments.two_sides(
-        name,
-        (("z0", z0), ("z1", z1)),
-        temperature=temperature,
-        scale=scale,
-        default_temperature=0.5,
-        reduction=reduction,
-        normalize=normalize,
-        partners=True,
-    )
-    z = torch.cat([z0, z1])
-    return similarity_loss(
-        z,
-        scale=scale,
-        pairs=Pairs(diagonal=0),
-        reduction=reduction,
-        unit=_arguments.in_sweep(normalize, z),
-        memory_budget=memory_budget,
-        names=(name, "z0", "z1"),
-        backend=backend,
-    )
+    shared: dict[str, Any] = {"temperature": temperature, "scale": scale, "reduction": reduction}
+    shared |= {"normalize": normalize, "memory_budget": memory_budget, "backend": backend}
+    views = stacked(name, z0, z1, 0.5, weight=weight, pairs=pairs, col_bias=col_bias, **shared)
+    share = smoothing_share(name, _arguments.of_weighted(views.weight, label_smoothing), "z0", views.z)
+    options: dict[str, Any] = {
+        "share": share,
+        "weight": views.weight,
+        "reduction": reduction,
+        "diagnostics": diagnostics,
+    }
+    return row_softmax(views.sweep, views.z, None, target=None, **options)

@@ -6,17 +6,49 @@ are made again in backward, or kept (8 N M D, 6 if kept).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, overload
+
 from torch import Tensor
 
 from ..core import checks
 from ..core.folds import Fold
+from ..core.numerics import softplus
 from ..core.ordered import repeated
 from ..core.rules import Pairs
 from ..ops.similarity_reduce import fold
+from ..reference.similarity_loss import usual_target
 from . import _arguments
 from ._binary import one_grade, shared_bias
-from ._columns import check_pairs
+from ._columns import check_filters
 from ._eager import PARTNERS, eager_loss
+from ._labels import other_labels
+from ._sweep import Sweep
+from .diagnostics import Diagnostics, Ranking
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # comes with torch
+
+
+@overload
+def siglip(
+    image: Tensor,
+    text: Tensor,
+    *,
+    bias: float | Tensor = ...,
+    diagnostics: Literal[False] = ...,
+    **options: Unpack[_arguments.BiasedOptions],
+) -> Tensor: ...
+
+
+@overload
+def siglip(
+    image: Tensor,
+    text: Tensor,
+    *,
+    bias: float | Tensor = ...,
+    diagnostics: Literal[True],
+    **options: Unpack[_arguments.BiasedOptions],
+) -> tuple[Tensor, tuple[Diagnostics, Diagnostics]]: ...
 
 
 def siglip(
@@ -31,9 +63,10 @@ def siglip(
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
+    diagnostics: bool = False,
     memory_budget: int | None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, tuple[Diagnostics, Diagnostics]]:
     """SigLIP's loss: tell each image's own text from every other text, pair by pair.
 
     Equivalent to::
@@ -56,19 +89,21 @@ def siglip(
         weight: (N,) weight >= 0 of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none"; of rows, each of which is a sum over its N pairs.
         normalize: scale all rows to length 1 first; O(N D). False where they have it already, or lengths shall count.
+        diagnostics: also return `Diagnostics` of both directions from the same sweep.
         memory_budget: bytes kept for backward with ``reduction="none"``; see `similarity_reduce`.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
-        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Never negative. The mean of no
-        rows is NaN, as in `torch.nn.functional.cross_entropy`.
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs); with ``diagnostics`` the pair
+        (loss, (Diagnostics of images, Diagnostics of texts)). Never negative. The mean of no rows is NaN, as in
+        `torch.nn.functional.cross_entropy`.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
 
     Note:
-        Memory O(N D). A mean or sum forms its gradients in the forward pass (6 N^2 D); without gradients only the
-        forward is paid (2 N^2 D).
+        Memory O(N D). A mean or sum forms its gradients in the forward pass (6 N^2 D), with ``diagnostics`` in backward
+        (8 N^2 D, 6 if kept); without gradients only the forward is paid (2 N^2 D).
 
     Source:
         Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023; equal to open_clip's ``SigLipLoss``.
@@ -81,31 +116,25 @@ def siglip(
         >>> torch.allclose(siglip(image, text, scale=2.0, bias=-3.0), truth, rtol=1e-4)
         True
     """
-    name = "siglip"
-    if (
-        pairs is None
-        and col_bias is None
-        and (
-            loss := eager_loss(
-                "sigmoid",
-                PARTNERS,
-                image,
-                text,
-                temperature=temperature,
-                scale=scale,
-                default_temperature=0.1,
-                bias=bias,
-                weight=weight,
-                reduction=reduction,
-                normalize=normalize,
-                memory_budget=memory_budget,
-                backend=backend,
-            )
+    name, loss = "siglip", None
+    if pairs is None and col_bias is None and diagnostics is False:
+        loss = eager_loss(
+            "sigmoid",
+            PARTNERS,
+            image,
+            text,
+            temperature=temperature,
+            scale=scale,
+            default_temperature=0.1,
+            bias=bias,
+            weight=weight,
+            reduction=reduction,
+            normalize=normalize,
+            memory_budget=memory_budget,
+            backend=backend,
         )
-        is not None
-    ):
+    if loss is not None:
         return loss
-    check_pairs(name, pairs)
     image, text, scale = _arguments.two_sides(
         name,
         (("image", image), ("text", text)),
@@ -118,25 +147,18 @@ def siglip(
         partners=True,
         anchors=1,
     )
-    names = (name, "image", "text")
+    check_filters(name, pairs, col_bias, text.shape[0], "image", image)
     bias = repeated(shared_bias(name, bias, image), image.shape[0])
     unit = _arguments.in_sweep(normalize, image)
-    return one_grade(
-        names,
-        image,
-        text,
-        scale,
-        bias,
-        None,
-        None,
-        weight,
-        reduction,
-        unit,
-        memory_budget,
-        backend,
-        pairs,
-        col_bias,
+    sweep = Sweep((name, "image", "text"), scale, pairs, col_bias, unit, memory_budget, backend)
+    if not diagnostics:
+        return one_grade(sweep, image, text, bias, None, None, weight, reduction)
+    ranking = Ranking(image, text, text, pairs, both=True, unit=unit, biased=True)
+    folds: tuple[str | Fold, ...] = ("sum_softplus", *ranking.folds)
+    (pushed, *rows), (_, *cols), own, *_ = sweep.fold(
+        image, text, *folds, dim=(0, 1), row_bias=bias, target=usual_target(image, text)
     )
+    return _arguments.reduce_rows(pushed + softplus(-own), weight, reduction), ranking.read_both(rows, cols)
 
 
 def multi_positive_siglip(
@@ -148,6 +170,7 @@ def multi_positive_siglip(
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
     bias: float | Tensor = -10.0,
+    pairs: Pairs | None = None,
     col_bias: Tensor | None = None,
     balanced: bool = False,
     weight: Tensor | None = None,
@@ -177,6 +200,8 @@ def multi_positive_siglip(
         temperature: divides the cosines; float, 0-d or (N,) tensor, differentiable. Default 0.1.
         scale: 1 / temperature instead; not both.
         bias: added to every logit; float or 0-d tensor, differentiable.
+        pairs: which pairs of different label are negatives: bounds on the similarity, a guide, ... Pairs of one label
+            are positives whatever it says; labels take the place of ``differ``, and ``fill`` is refused.
         col_bias: (M,), added to the logits of each column; differentiable.
         balanced: divide each row's sum over positives and its sum over negatives by their numbers. False: every pair
             counts the same, as in SigLIP.
@@ -221,7 +246,8 @@ def multi_positive_siglip(
     labels = checks.check_index(name, "labels", labels, x.shape[0], "x", x)
     col_labels = labels if col_labels is None else col_labels
     col_labels = checks.check_index(name, "col_labels", col_labels, y.shape[0], "x", x)
-    same, differ = Pairs(same=(labels, col_labels)), Pairs(differ=(labels, col_labels))
+    same = Pairs(same=(labels, col_labels))
+    differ = other_labels(name, pairs, Pairs(differ=(labels, col_labels)), False)
     folds: tuple[Fold, ...] = (Fold("sum_softplus", pairs=same, negate=True), Fold("sum_softplus", pairs=differ))
     if balanced:
         folds += (Fold("count", pairs=same, negate=True), Fold("count", pairs=differ))

@@ -6,14 +6,31 @@ A sample's denominator over the whole data set is estimated by a running mean of
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.rules import Pairs
 from ..core.state import State
-from ..ops.similarity_reduce import fold
+from ..reference.similarity_loss import usual_target
 from . import _arguments
+from ._columns import check_filters
+from ._hardness import log_number
+from ._sweep import Sweep
+from .diagnostics import Diagnostics, Ranking
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # comes with torch
+
+
+class _Options(_arguments.BiasedOptions, total=False):
+    """Those that do not decide what `sog_clr` returns."""
+
+    text_temperature: float | Tensor | None
+    text_scale: float | Tensor | None
+    eps: float
 
 
 class RunningDenominator(State):
@@ -88,6 +105,30 @@ class RunningDenominator(State):
         return f"size={self.log_u.shape[1]}, gamma={self.gamma}"
 
 
+@overload
+def sog_clr(
+    image: Tensor,
+    text: Tensor,
+    index: Tensor,
+    state: RunningDenominator,
+    *,
+    diagnostics: Literal[False] = ...,
+    **options: Unpack[_Options],
+) -> Tensor: ...
+
+
+@overload
+def sog_clr(
+    image: Tensor,
+    text: Tensor,
+    index: Tensor,
+    state: RunningDenominator,
+    *,
+    diagnostics: Literal[True],
+    **options: Unpack[_Options],
+) -> tuple[Tensor, tuple[Diagnostics, Diagnostics]]: ...
+
+
 def sog_clr(
     image: Tensor,
     text: Tensor,
@@ -99,12 +140,15 @@ def sog_clr(
     text_temperature: float | Tensor | None = None,
     text_scale: float | Tensor | None = None,
     eps: float = 1e-14,
+    pairs: Pairs | None = None,
+    col_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
+    diagnostics: bool = False,
     memory_budget: int | None = None,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, tuple[Diagnostics, Diagnostics]]:
     """SogCLR's global contrastive loss of images and texts, with running denominators: small batches suffice.
 
     Equivalent to::
@@ -130,9 +174,14 @@ def sog_clr(
         text_scale: 1 / text_temperature instead; not both.
         eps: added to the denominators, >= 0: samples whose negatives are all farther than log(1 / eps) have almost
             no gradient.
+        pairs: which images and texts are negatives of each other: ids of false negatives, bounds on the similarity, a
+            guide, ... N - 1 above is then the number of a row's, or column's, negatives.
+        col_bias: (N,), added to the logits of each text; differentiable. The denominators of images see it, those of
+            texts do not.
         weight: (N,) weight of each pair; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first; O(N D). False where they have it already, or lengths shall count.
+        diagnostics: also return `Diagnostics` of both directions from the same sweep.
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
@@ -140,7 +189,9 @@ def sog_clr(
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs): the logarithm of the running
         denominators, averaged over both directions, which estimates the loss over the whole data set. May be
         negative. Its gradient is the estimator of the papers, grad(g) / (u + eps), and not that of the value, which
-        would be gamma times as large. A single pair has no negatives: loss 0, and its denominators stay.
+        would be gamma times as large. A direction without negatives has loss 0, and its denominator stays; a pair
+        without any, such as a single one, is left out of the mean. With ``diagnostics`` the pair (loss,
+        (Diagnostics of images, Diagnostics of texts)).
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
@@ -177,34 +228,45 @@ def sog_clr(
     index = _check_samples(name, index, state, image)
     text_temperature, text_scale = (_arguments.of_weighted(weight, each, 1) for each in (text_temperature, text_scale))
     text_scale = _scale_of_texts(name, text_temperature, text_scale, text)
+    check_filters(name, pairs, col_bias, text.shape[0], "image", image)
     per_sample = isinstance(scale, Tensor) and scale.dim() == 1
-    (rows,), (cols,), positive, *_ = fold(
+    unit = _arguments.in_sweep(normalize, image)
+    sweep = Sweep((name, "image", "text"), scale, pairs, col_bias, unit, memory_budget, backend)
+    ranking = (
+        Ranking(image, text, text, pairs, both=True, unit=unit, biased=col_bias is not None) if diagnostics else None
+    )
+    counts = () if pairs is None else ("count",)
+    folded = sweep.fold(
         image,
         text,
+        "logsumexp",
+        *counts,
+        *(ranking.folds if ranking else ()),
         dim=(0, 1),
-        scale=scale,
         col_scale=scale if text_scale is None and per_sample else text_scale,
-        target=torch.arange(image.shape[0], device=image.device),
-        unit=_arguments.in_sweep(normalize, image),
-        memory_budget=memory_budget,
-        names=(name, "image", "text"),
-        backend=backend,
+        target=usual_target(image, text),
     )
-    text_positive = positive
+    (rows, *of_rows), (cols, *of_cols), positive, *_ = folded
+    text_positive, numbers = positive, (of_rows[0], of_cols[0]) if counts else (image.shape[0] - 1,) * 2
     if text_scale is not None:
-        text_positive = positive * (text_scale / checks.scale_tensor(name, scale, "image", image))
-    negatives = positive.new_full((), image.shape[0] - 1).clamp_min(1.0)
-    log_mean = torch.stack([rows - positive, cols - text_positive]) - negatives.log()
+        bias = 0.0 if col_bias is None else col_bias.to(positive.dtype)
+        factor = checks.scale_tensor(name, scale, "image", image)
+        text_positive = (positive - bias) * (text_scale / factor) + bias
+    log_counts = torch.stack([log_number(positive, each).expand(positive.shape) for each in numbers])
+    log_mean = torch.stack([rows - positive, cols - text_positive]) - log_counts
     # What is not finite is not stored: of pairs of weight 0 the state learns nothing.
     log_u = state(index, _arguments.of_weighted(weight, log_mean.detach().T, torch.nan).T)
     if eps:
         log_u = torch.logaddexp(log_u, log_u.new_full((), eps).log())
-    counted = _arguments.of_weighted(weight, rows != -torch.inf)
-    log_mean, log_u = torch.where(counted, log_mean, 0.0), torch.where(counted, log_u, 0.0)
+    some = torch.stack([rows, cols]) != -torch.inf
+    some = some if weight is None else some & (weight != 0)
+    log_mean, log_u = torch.where(some, log_mean, 0.0), torch.where(some, log_u, 0.0)
     # The value of log u with the gradient of g / u, which is that of log g times g / u.
     share = (log_mean.detach() - log_u).exp()
     losses = (log_u + share * (log_mean - log_mean.detach())).mean(0)
-    return _arguments.mean_over(losses, counted, weight, reduction)
+    loss = _arguments.mean_over(losses, some.any(0), weight, reduction)
+    end = len(counts)
+    return (loss, ranking.read_both(of_rows[end:], of_cols[end:])) if ranking else loss
 
 
 def _check_samples(function: str, index: Tensor, state: object, image: Tensor) -> Tensor:

@@ -94,6 +94,12 @@ def _rules(inputs: Inputs) -> dict[str, Any]:
     return {**_without(inputs, "ids", "col_ids"), "pairs": pairs}
 
 
+def _view_rules(inputs: Inputs) -> dict[str, Any]:
+    """The same for the rows of two views."""
+    ids = inputs["ids"].repeat(2)
+    return {**_without(inputs, "ids"), "pairs": Pairs(differ=(ids, ids), below=0.8)}
+
+
 def _indptr(lists: Tensor) -> Tensor:
     return torch.arange(lists.shape[0] + 1, device=lists.device) * lists.shape[1]
 
@@ -177,6 +183,9 @@ LOSSES: dict[str, LossCase] = {
         arrange=_rules,
     ),
     "nt_xent": LossCase(losses.nt_xent, _VIEWS, copies=2),
+    "nt_xent pairs": LossCase(
+        losses.nt_xent, {**_VIEWS, "ids": Draw.labels}, {"diagnostics": True}, arrange=_view_rules, copies=2
+    ),
     "sup_con": LossCase(losses.sup_con, {**_LABELLED, **_SCALE}),
     "sup_con two-sided": LossCase(losses.sup_con, {**_TWO_SIDED, **_SCALE, **_WEIGHT}),
     "sup_con log_mean": LossCase(losses.sup_con, {**_LABELLED, **_SCALE}, {"positives": "log_mean"}),
@@ -201,6 +210,9 @@ LOSSES: dict[str, LossCase] = {
     "dcl sigma": LossCase(losses.dcl, _VIEWS, {"sigma": 0.5}, copies=2),
     "debiased": LossCase(losses.debiased, _VIEWS, copies=2),
     "hcl": LossCase(losses.hcl, _VIEWS, copies=2),
+    "hcl pairs": LossCase(
+        losses.hcl, {**_VIEWS, "ids": Draw.labels}, {"diagnostics": True}, arrange=_view_rules, copies=2
+    ),
     "hn_nce": LossCase(losses.hn_nce, {**_IMAGE_TEXT, **_SCALE, **_WEIGHT}),
     "sog_clr": LossCase(
         losses.sog_clr,
@@ -316,6 +328,12 @@ LOSSES: dict[str, LossCase] = {
     ),
     "matryoshka_nt_xent": LossCase(losses.matryoshka_nt_xent, _VIEWS, arrange=_prefixes, copies=2),
     "siglip": LossCase(losses.siglip, {**_IMAGE_TEXT, **_SCALE, "bias": Draw.bias}),
+    "siglip pairs": LossCase(
+        losses.siglip,
+        {**_IMAGE_TEXT, **_SCALE, "bias": Draw.bias, "ids": Draw.labels, **_WEIGHT},
+        {"diagnostics": True},
+        arrange=_rules,
+    ),
     "multi_positive_siglip": LossCase(
         losses.multi_positive_siglip,
         {

@@ -1,0 +1,54 @@
+"""Rules of losses whose columns are several blocks: keys and negatives, queries and documents, a batch and a queue."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.rules import Pairs, given
+
+
+def padded(pairs: Pairs, before: int, after: int) -> Pairs:
+    """Rules of some columns as those of a matrix with more columns before and after them, which no rule names."""
+    return dataclasses.replace(
+        pairs, **{rule.name: rule.pad_cols(value, before, after) for rule, value in given(pairs)}
+    )
+
+
+def passes_padding(pairs: Pairs) -> bool:
+    """Whether the columns that `padded` adds keep all their pairs."""
+    return all(rule.passes_padding(value) for rule, value in given(pairs))
+
+
+def within(function: str, name: str, pairs: Pairs | None, rows: Tensor, before: int, size: int, after: int) -> Pairs:
+    """The rules, and that only the `size` columns after `before` others take part.
+
+    Args:
+        function: the loss, for errors.
+        name: the argument, for errors.
+        pairs: rules of these columns.
+        rows: a tensor with as many rows as the matrix.
+        before: how many columns stand before them.
+        size: how many they are.
+        after: how many columns follow.
+    """
+    refuse(function, name, pairs, {"fill": "each row would meet the other columns with that logit"})
+    found = padded(Pairs() if pairs is None else pairs, before, after)
+    if found.same is not None:
+        return found  # the ids of other columns are -1, which equals nothing
+    ids = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
+    columns = ids.new_full((before + size + after,), -1)
+    columns[before : before + size] = 0
+    return dataclasses.replace(found, same=(ids, columns))
+
+
+def refuse(function: str, name: str, pairs: Pairs | None, rules: dict[str, str]) -> None:
+    """Raise for rules that a loss cannot have; each with the reason."""
+    for rule, reason in rules.items():
+        value: Any = None if pairs is None else getattr(pairs, rule)
+        if value is not None:
+            got = value if isinstance(value, (int, float)) else type(value).__name__
+            raise ValueError(f"{function}: {name}.{rule} must be None, got {got}: {reason}")
