@@ -39,7 +39,9 @@ def test_readme_replacement_gives_the_same_loss():
     torch.testing.assert_close(values["loss"], expected)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/design.md", "benchmarks/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/integrations.md", "benchmarks/README.md"]
+)
 def test_links_and_files_exist(page):
     """Relative links, and paths in code spans that look like files of the tree."""
     path = ROOT / page
@@ -53,6 +55,17 @@ def test_links_and_files_exist(page):
         # Small primitives register their operators next to the public function.
         every = any if "_STEM_" in name else all
         assert every(file.exists() for file in files), name
+
+
+def test_integrations_page_names_what_there_is():
+    """Every import line of docs/integrations.md, where the other package is installed."""
+    page = (ROOT / "docs/integrations.md").read_text()
+    found = re.findall(r"from (contrastive_ops\.integrations\.(\w+)) import (?:\(.*\n)?([^()]*?)(?:\)|\n)", page)
+    assert len(found) == 4
+    for module, package, names in found:
+        pytest.importorskip(package)
+        for name in re.findall(r"\w+", names):
+            assert hasattr(importlib.import_module(module), name), (module, name)
 
 
 def test_readme_mining_runs():

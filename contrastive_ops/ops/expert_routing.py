@@ -108,6 +108,52 @@ class Routing:
         """(T, k) bool, which choices are not dropped."""
         return self.slots >= 0
 
+    @classmethod
+    def from_choices(cls, experts: Tensor, gates: Tensor, num_experts: int, *, backend: str = "auto") -> Routing:
+        """The routing of choices that a router of your own made; nothing is dropped.
+
+        Equivalent to, with the choices of no expert at the end::
+
+            order = torch.where(experts < num_experts, experts, num_experts).flatten().argsort(stable=True)
+
+        Args:
+            experts: (T, k) int64, the experts of each token, each at most once; what is not in [0, num_experts) is no
+                choice.
+            gates: (T, k) their weights in `combine`; float32 (others are cast to it, but float64). Differentiable.
+            num_experts: E.
+            backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+        Returns:
+            `Routing` of one segment without losses. Metrics that need probabilities are NaN.
+
+        Raises:
+            ValueError, TypeError: shapes and dtypes that do not fit.
+
+        Example:
+            >>> experts, gates = torch.tensor([[1, 0], [2, 1]]), torch.full((2, 2), 0.5)
+            >>> routing = Routing.from_choices(experts, gates, 3)
+            >>> routing.offsets.tolist(), routing.order.tolist()
+            ([0, 1, 3, 4], [1, 0, 3, 2])
+        """
+        function = "Routing.from_choices"
+        count = checks.integer(function, "num_experts", num_experts, 1)
+        checks.check_matrix(function, "gates", gates)
+        experts = checks.as_index(function, "experts", experts)
+        if experts.shape != gates.shape:
+            raise ValueError(
+                f"{function}: experts must have the shape of gates, {checks.shape(gates)}, got {checks.shape(experts)}"
+            )
+        checks.check_device(function, "experts", experts, "gates", gates)
+        gates = gates.to(checks.accumulator(gates.dtype))
+        chosen = torch.where((experts >= 0) & (experts < count), experts, -1)
+        spec = [count, experts.shape[0], -1, 0, 1]
+        chooser = choose(function, BACKENDS, gates, backend)
+        slots, order, offsets, kept = call.expert_routing_slots(chosen, None, None, spec, chooser)
+        unknown = gates.new_full((3 * count + 3,), torch.nan)
+        counts = torch.cat([kept.flatten(), kept.flatten(), (chosen >= 0).any(1).sum(0, keepdim=True)])
+        zero = gates.new_zeros(())
+        return cls(chosen, gates, slots, order, offsets, {}, zero, unknown, counts)
+
 
 def route(
     logits: Tensor,

@@ -1,0 +1,31 @@
+"""What adapters share: how another package is found, and when its own code runs."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from typing import Any
+
+
+def third_party(module: str, install: str) -> Any:
+    """Import what an adapter stands on; what is missing is an error that says how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        raise ModuleNotFoundError(
+            f"contrastive_ops.integrations: {error.name} must be installed, got none: pip install {install}",
+            name=error.name,
+        ) from error
+
+
+def runs_original(loss: object, reason: str) -> None:
+    """Say once for each class and reason that the code of the other package runs."""
+    _warn_once(type(loss).__name__, reason)
+
+
+@functools.cache
+def _warn_once(name: str, reason: str) -> None:
+    warnings.warn(f"{name}: {reason} has no fused form; the original loss runs", stacklevel=4)

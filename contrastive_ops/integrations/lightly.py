@@ -1,0 +1,107 @@
+"""lightly's losses on fused kernels.
+
+from contrastive_ops.integrations.lightly import NTXentLoss
+
+criterion = NTXentLoss(temperature=0.1, memory_bank_size=(4096, 128))
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..losses import dcl, moco, nt_xent
+from ._originals import runs_original, third_party
+
+lightly = third_party("lightly.loss", "lightly")
+negative_mises_fisher_weights = third_party("lightly.loss.dcl_loss", "lightly").negative_mises_fisher_weights
+
+
+def _ranks(loss: Any) -> int:
+    """How many ranks the negatives of a loss come from."""
+    apart = loss.gather_distributed and torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if apart else 1
+
+
+class NTXentLoss(lightly.NTXentLoss):
+    """`lightly.loss.NTXentLoss` without the logits of all pairs: NT-Xent, or MoCo's loss with a memory bank.
+
+    Equivalent to::
+
+        z = F.normalize(torch.cat([out0, out1]))
+        logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+        F.cross_entropy(logits, torch.arange(2 * N).roll(N))
+
+    and, with a memory bank::
+
+        logits = torch.cat([(out0 * out1).sum(1, keepdim=True), out0 @ bank], 1) / temperature
+        F.cross_entropy(logits, torch.zeros(N, dtype=torch.long))
+
+    Args:
+        temperature: divides the cosines; the original runs where it is negative.
+        memory_bank_size: rows of the bank, 0 for none, or (rows, dimension).
+        gather_distributed: the original runs where there is more than one rank.
+    """
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """Return the mean loss of (N, D) and (N, D) projections."""
+        if self.temperature < 0 or _ranks(self) > 1:
+            runs_original(self, f"temperature={self.temperature}" if self.temperature < 0 else "gather_distributed")
+            loss: Tensor = super().forward(out0, out1)
+        elif self.memory_bank.size[0] == 0:
+            loss = nt_xent(out0, out1, temperature=self.temperature)
+        else:
+            # The bank keeps what it is given: rows of length 1, as the original gives it.
+            keys, bank = self.memory_bank(torch.nn.functional.normalize(out1, dim=1), update=out0.requires_grad)
+            loss = moco(out0, keys, bank.T.to(out0), temperature=self.temperature)
+        return loss
+
+
+class DCLLoss(lightly.DCLLoss):
+    """`lightly.loss.DCLLoss` without the logits of all pairs.
+
+    Equivalent to::
+
+        z = F.normalize(torch.cat([out0, out1]))
+        logits = z @ z.T / temperature
+        partner = torch.arange(2 * N).roll(N)
+        positive = logits.gather(1, partner[:, None])[:, 0]
+        logits.fill_diagonal_(-torch.inf).scatter_(1, partner[:, None], -torch.inf)
+        (logits.logsumexp(1) - positive).mean()
+
+    Args:
+        temperature: divides the cosines.
+        weight_fn: None, or `negative_mises_fisher_weights` with some sigma, as `DCLWLoss` has it; the original runs
+            with any other.
+        gather_distributed: the original runs where there is more than one rank.
+    """
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """Return the mean loss of (N, D) and (N, D) projections."""
+        sigma, known = _sigma(self.weight_fn)
+        if not known or _ranks(self) > 1:
+            runs_original(self, "gather_distributed" if known else "weight_fn")
+            loss: Tensor = super().forward(out0, out1)
+            return loss
+        return dcl(out0, out1, sigma=sigma, temperature=self.temperature)
+
+
+class DCLWLoss(lightly.DCLWLoss, DCLLoss):
+    """`lightly.loss.DCLWLoss`: `DCLLoss` of this module with von Mises-Fisher weights of the positives."""
+
+
+def _sigma(weight_fn: Any) -> tuple[float | None, bool]:
+    """The sigma of von Mises-Fisher weights, None without weights; and whether these weights have a fused form."""
+    if weight_fn is None:
+        return None, True
+    if weight_fn is negative_mises_fisher_weights:
+        return 0.5, True
+    known = isinstance(weight_fn, partial) and weight_fn.func is negative_mises_fisher_weights and not weight_fn.args
+    return (weight_fn.keywords.get("sigma", 0.5), True) if known else (None, False)
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(lightly, name)
