@@ -10,7 +10,7 @@ SIZES = {1: (9,), 2: (5, 9), 3: (5, 9, 2), 4: (6, 3, 8, 0)}
 
 
 class Batch:
-    """A batch of all ranks, and the part of one of them. Tensors by name: leaves, or fixed ones."""
+    """A batch of all ranks, in float64, and the part of one of them. Tensors by name: leaves, or fixed ones."""
 
     def __init__(self, rank, sizes, dtype=torch.float32):
         self.rank, self.sizes, self.dtype = rank, sizes, dtype
@@ -34,7 +34,7 @@ class Batch:
 
     def number(self, name, value):
         """A leaf that is the same on all ranks."""
-        self.whole[name] = torch.tensor(value, requires_grad=True)
+        self.whole[name] = torch.tensor(value, dtype=torch.float64, requires_grad=True)
         self.part[name] = torch.tensor(value, requires_grad=True)
         return self.whole[name], self.part[name]
 
@@ -43,8 +43,8 @@ class Batch:
         return self._leaf(name, torch.rand(self.total, generator=self.generator) + 0.5)
 
     def _leaf(self, name, whole, repeats=1):
-        self.whole[name] = whole.requires_grad_()
-        self.part[name] = self._cut(whole.detach(), repeats).clone().requires_grad_()
+        self.whole[name] = whole.double().requires_grad_()
+        self.part[name] = self._cut(whole, repeats).clone().requires_grad_()
         return self.whole[name], self.part[name]
 
     def _cut(self, whole, repeats=1):
@@ -60,8 +60,10 @@ class Batch:
             if expected[name].dim() == 0:
                 errors[name] = _distance(_mean(gradient.clone()), expected[name])
                 continue
-            repeats = len(expected[name]) // max(self.total, 1)
-            errors[name] = _distance(gradient / ranks, self._cut(expected[name], repeats), expected[name])
+            repeats, among = len(expected[name]) // max(self.total, 1), expected[name]
+            if name == "weight":  # (loss of the row - loss) / sum of weights, of two numbers that nearly cancel
+                among = among.abs() + truth.detach().abs() / self.whole[name].detach().sum()
+            errors[name] = _distance(gradient / ranks, self._cut(expected[name], repeats), among)
         return errors
 
 
@@ -111,7 +113,100 @@ def clip_smoothed_everywhere(b):
     return co.clip, (x, y, common), (xp, yp, common)
 
 
-CASES = {case.__name__: case for case in (clip_plain, clip_rules, clip_smoothed, clip_smoothed_everywhere)}
+def info_nce_plain(b):
+    (q, qp), (k, kp) = b.rows("query", 16), b.rows("key", 16)
+    return co.info_nce, (q, k, {"temperature": 0.2}), (qp, kp, {"temperature": 0.2})
+
+
+def info_nce_everything(b):
+    (q, qp), (k, kp) = b.rows("query", 16), b.rows("key", 16)
+    (r, rp), (w, wp), (s, sp) = b.rows("row_negatives", 2, 16), b.positive("weight"), b.positive("scale")
+    (i, ip), common = b.ids(5), {"margin": 0.1, "label_smoothing": 0.1, "z_loss": 1e-2}
+    whole = {"row_negatives": r, "weight": w, "scale": s, "pairs": co.Pairs(differ=(i, i)), **common}
+    part = {"row_negatives": rp, "weight": wp, "scale": sp, "pairs": co.Pairs(differ=(ip, ip)), **common}
+    return co.info_nce, (q, k, whole), (qp, kp, part)
+
+
+def info_nce_negatives(b):
+    (q, qp), (k, kp), (h, hp) = b.rows("query", 16), b.rows("key", 16), b.rows("negatives", 16, repeats=2)
+    common = {"temperature": 0.2, "label_smoothing": 0.2}
+    return co.info_nce, (q, k, h, common), (qp, kp, hp, common)
+
+
+def siglip_plain(b):
+    (x, xp), (y, yp) = b.rows("image", 16), b.rows("text", 16)
+    (s, sp), (o, op) = b.number("scale", 9.0), b.number("bias", -3.0)
+    return co.siglip, (x, y, {"scale": s, "bias": o}), (xp, yp, {"scale": sp, "bias": op})
+
+
+def siglip_rules(b):
+    (x, xp), (y, yp), (w, wp), (c, cp) = b.rows("x", 16), b.rows("y", 16), b.positive("weight"), b.positive("col_bias")
+    (i, ip) = b.ids(5)
+    whole = {"weight": w, "col_bias": c, "pairs": co.Pairs(differ=(i, i), above=-0.4), "bias": -2.0}
+    part = {"weight": wp, "col_bias": cp, "pairs": co.Pairs(differ=(ip, ip), above=-0.4), "bias": -2.0}
+    return co.siglip, (x, y, whole), (xp, yp, part)
+
+
+def nt_xent_plain(b):
+    (x, xp), (y, yp), (s, sp) = b.rows("z0", 16), b.rows("z1", 16), b.number("scale", 4.0)
+    return co.nt_xent, (x, y, {"scale": s}), (xp, yp, {"scale": sp})
+
+
+def sup_con_plain(b):
+    (x, xp), (i, ip), (s, sp) = b.rows("x", 16), b.ids(4), b.number("scale", 4.0)
+    return co.sup_con, (x, i, {"scale": s}), (xp, ip, {"scale": sp})
+
+
+def sup_con_log_mean(b):
+    (x, xp), (i, ip), (w, wp), (c, cp) = b.rows("x", 16), b.ids(4), b.positive("weight"), b.positive("col_bias")
+    common = {"positives": "log_mean", "temperature": 0.3}
+    return (
+        co.sup_con,
+        (x, i, {"weight": w, "col_bias": c, **common}),
+        (xp, ip, {"weight": wp, "col_bias": cp, **common}),
+    )
+
+
+def sup_con_columns(b):
+    (x, xp), (i, ip), (y, yp), (j, jp) = b.rows("x", 16), b.ids(4), b.rows("y", 16), b.ids(4)
+    common = {"temperature": 0.3}
+    return co.sup_con, (x, i, y, j, common), (xp, ip, yp, jp, common)
+
+
+def moco_shared(b):
+    (q, qp), (k, kp), (w, wp) = b.rows("query", 16), b.rows("key", 16), b.positive("weight")
+    queue = torch.randn(21, 16, generator=b.generator)
+    return co.losses.moco, (q, k, queue.double(), {"weight": w}), (qp, kp, queue, {"weight": wp})
+
+
+def moco_parts(b):
+    (q, qp), (k, kp), (i, ip), (j, jp) = b.rows("query", 16), b.rows("key", 16), b.ids(5), b.ids(5)
+    queue, part = b.fixed(torch.randn(b.total, 16, generator=b.generator))
+    whole = {"labels": i, "queue_labels": j, "label_smoothing": 0.1}
+    parts = {"labels": ip, "queue_labels": jp, "label_smoothing": 0.1, "shared_queue": False}
+    return co.losses.moco, (q, k, queue.double(), whole), (qp, kp, part, parts)
+
+
+CASES = {
+    case.__name__: case
+    for case in (
+        clip_plain,
+        clip_rules,
+        clip_smoothed,
+        clip_smoothed_everywhere,
+        info_nce_plain,
+        info_nce_everything,
+        info_nce_negatives,
+        siglip_plain,
+        siglip_rules,
+        nt_xent_plain,
+        sup_con_plain,
+        sup_con_log_mean,
+        sup_con_columns,
+        moco_shared,
+        moco_parts,
+    )
+}
 
 
 def errors(rank, size, name, dtype, schedule):
@@ -119,8 +214,9 @@ def errors(rank, size, name, dtype, schedule):
     b = Batch(rank, SIZES[size], dtype)
     function, (*whole, options), (*part, part_options) = CASES[name](b)
     shared = getattr(distributed, function.__name__)
-    share = shared(*part, **part_options, schedule=schedule)
-    again = shared(*part, **part_options, schedule=schedule)
+    if not name.startswith("moco"):  # whose rows meet no rows of other ranks
+        part_options = {**part_options, "schedule": schedule}
+    share, again = (shared(*part, **part_options) for _ in range(2))
     leaves = list(b.part.values())
     gradients = [torch.autograd.grad(each, leaves, retain_graph=True) for each in (share, again)]
     same = torch.equal(share, again) and all(torch.equal(*each) for each in zip(*gradients, strict=True))

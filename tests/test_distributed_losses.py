@@ -12,4 +12,5 @@ from ranks import ranks
 def test_values_and_gradients(name, schedule, size):
     for found, same in ranks(size).run(errors, name, torch.float32, schedule):
         assert same
-        assert max(found.values()) < 1e-6, found
+        worst = max(found, key=found.get)
+        assert found[worst] < 1e-6, (worst, found[worst])

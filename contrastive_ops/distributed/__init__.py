@@ -8,5 +8,10 @@ What DDP and FSDP make of the gradients, their mean over ranks, is the gradient 
 """
 
 from .clip import clip
+from .info_nce import info_nce
+from .moco import moco
+from .nt_xent import nt_xent
+from .siglip import siglip
+from .sup_con import sup_con
 
-__all__ = ["clip"]
+__all__ = ["clip", "info_nce", "moco", "nt_xent", "siglip", "sup_con"]

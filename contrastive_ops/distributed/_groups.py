@@ -87,7 +87,7 @@ def local_tensor(x: Any) -> Any:
 def _process_group(function: str, group: Group) -> dist.ProcessGroup:
     outside = f"{function}: group must be one that this process is in, got one without rank "
     if group is None:
-        return dist.group.WORLD
+        return dist.distributed_c10d._get_default_group()
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(f"{outside}{dist.get_rank()}")
     if hasattr(group, "get_coordinate"):  # a DeviceMesh
@@ -99,7 +99,7 @@ def _process_group(function: str, group: Group) -> dist.ProcessGroup:
             )
         if group.get_coordinate() is None:
             raise ValueError(f"{outside}{dist.get_rank()}")
-        return group.get_group()  # type: ignore[no-any-return]
+        return group.get_group()
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{function}: group must be a ProcessGroup, a DeviceMesh or None, got {type(group).__name__}")
     if dist.get_rank(group) < 0:

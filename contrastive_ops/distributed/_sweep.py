@@ -70,15 +70,17 @@ class ShardedSweep(Sweep):
         return self._to_owners(folded, [fold.name for fold in folds])
 
     def loss(self, kind: str, x: Tensor, y: Tensor | None, **options: Any) -> Tensor:
-        """The losses of this rank's rows, or their sum; a target is one of the columns of this rank.
+        """The losses of this rank's rows, or their sum.
 
-        Gathered columns are swept in one operator where rows alone are folded: it forms gradients in the forward pass.
+        A target is counted from the first column of this rank; that of another rank is for "gather" alone. Gathered
+        columns are swept in one operator where rows alone are folded: it forms gradients in the forward pass.
         """
         target = options.pop("target", None)
         target = usual_target(x, y) if target is None else target
         if self.schedule == "gather" and kind != "softmax_both":
             given = {**self._shared(), **options, "target": target + self.columns.offset}
-            given["pairs"] = self.global_pairs(given["pairs"])
+            for name in ("pairs", "positives"):
+                given[name] = self.global_pairs(given.get(name))
             given["col_bias"] = self.gathered(given["col_bias"])
             return similarity_loss(x, self.gathered(x if y is None else y), kind=kind, **given)
         reduction = options.pop("reduction")

@@ -1,0 +1,146 @@
+"""SupCon over the rows of all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import losses
+from ..core import checks
+from ..core.folds import Fold
+from ..core.numerics import softplus
+from ..core.rules import Pairs
+from ..losses import _arguments
+from ..losses._columns import check_filters
+from ..losses._labels import labelled, one_positive
+from ._agreement import Agreement
+from ._collectives import gather_rows
+from ._groups import Group, find_team, local_tensor
+from ._rows import local_reduction, rank_share
+from ._sweep import ShardedSweep
+
+
+def sup_con(
+    x: Tensor,
+    labels: Tensor,
+    y: Tensor | None = None,
+    col_labels: Tensor | None = None,
+    *,
+    positives: str = "mean_log",
+    temperature: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
+    col_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = True,
+    memory_budget: int | None = None,
+    backend: str = "auto",
+    group: Group = None,
+    schedule: str = "auto",
+    average: bool = True,
+    check: bool = True,
+) -> Tensor:
+    """`losses.sup_con` of the rows of all ranks: the positives of a row are on any of them.
+
+    Equivalent to::
+
+        losses.sup_con(all_gather(x), all_gather(labels), ...)      # the mean over ranks of what is returned
+
+    Args:
+        x: (N, D) this rank's rows; see `clip` for what all ranks share.
+        labels: (N,) int64; the labels of all ranks are compared. -1 is no label.
+        y: (M, D), this rank's part of the columns to compare with; None compares the rows of all ranks.
+        col_labels: (M,) int64, the labels of y; given together with it.
+        positives: "mean_log" or "log_mean", as in `losses.sup_con`.
+        temperature: as in `losses.sup_con`, the same on all ranks; scale too.
+        scale: 1 / temperature instead; not both.
+        col_bias: (M,), or (N,) without y, of this rank's columns.
+        weight: (N,) of this rank's rows; the mean divides by the sum over the rows of all ranks that count.
+        reduction: "mean" or "sum" over the rows of all ranks, or "none": the losses of this rank's.
+        normalize: scale all rows to length 1 first.
+        memory_budget: as in `losses.sup_con`; of "ring" for each block.
+        backend: as in `losses.sup_con`.
+        group: as in `clip`; ``schedule``, ``average`` and ``check`` too.
+        schedule: "auto", "gather" or "ring".
+        average: for gradients that are averaged over ranks afterwards, as DDP and FSDP do.
+        check: compare shapes, dtypes and options of all ranks first.
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError, TypeError, NotImplementedError, RuntimeError: as `clip`.
+
+    Note:
+        8 N_local M_all D operations, 6 if kept.
+    """
+    name = "sup_con"
+    team = find_team(name, group, x, y)
+    x, y = local_tensor(x), local_tensor(y)
+    common: dict[str, Any] = {"positives": positives, "temperature": temperature, "scale": scale}
+    common |= {"col_bias": col_bias, "weight": weight, "reduction": reduction, "normalize": normalize}
+    if team is None:
+        return losses.sup_con(x, labels, y, col_labels, memory_budget=memory_budget, backend=backend, **common)
+    with Agreement(name, team, check) as agreed:
+        checks.check_choice(name, "positives", positives, ("mean_log", "log_mean"))
+        x, y, scale, of_others, of_same = labelled(
+            name, x, labels, y, col_labels, temperature, scale, 0.1, reduction, weight, normalize
+        )
+        columns = x if y is None else y
+        check_filters(name, None, col_bias, columns.shape[0], "x", x)
+        agreed.compare(x, columns, schedule=schedule, average=average, **common)
+    x, columns = agreed.with_gradients(x, columns)
+    sweep = agreed.sweep(
+        schedule,
+        columns,
+        names=(name, "x", "y"),
+        scale=scale,
+        pairs=of_others,
+        col_bias=col_bias,
+        unit=_arguments.in_sweep(normalize, x),
+        memory_budget=memory_budget,
+        backend=backend,
+    )
+    target, count = _positives(sweep, checks.as_index(name, "labels", labels), col_labels)
+    loss = _rows(sweep, positives, x, columns, of_same, target, count, weight, local_reduction(reduction))
+    return rank_share(loss, agreed.rows, weight, reduction, average, counted=count > 0)
+
+
+def _positives(sweep: ShardedSweep, labels: Tensor, col_labels: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """A column with each row's label, counted from this rank's first one, and the number of such columns."""
+    if col_labels is None:  # of the rows of all ranks, none is its own positive
+        target, count = one_positive(gather_rows(labels, sweep.rows), None)
+        here = slice(sweep.rows.offset, sweep.rows.offset + sweep.rows.local)
+        target, count = None if target is None else target[here], count[here]
+    else:
+        target, count = one_positive(
+            labels, gather_rows(checks.as_index("sup_con", "col_labels", col_labels), sweep.columns)
+        )
+    return None if target is None else target - sweep.columns.offset, count
+
+
+def _rows(
+    sweep: ShardedSweep,
+    positives: str,
+    x: Tensor,
+    y: Tensor,
+    of_same: Pairs,
+    target: Tensor | None,
+    count: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """The losses of this rank's rows, or their sum."""
+    options: dict[str, Any] = {"weight": weight, "reduction": reduction}
+    if sweep.schedule == "gather" and target is not None:
+        return sweep.loss(positives, x, y, positives=of_same, target=target, count=count, **options)
+    # No column of another rank can leave a block as the target: all positives together stand in for it.
+    folds = ("logsumexp", Fold("logsumexp", pairs=of_same), Fold("sum", pairs=of_same))
+    (others, same, total), *_ = sweep.fold(x, y, *folds)
+    counted, number = count > 0, count.to(total.dtype).clamp_min(1.0)
+    same = torch.where(counted, same, 0.0)
+    inner = same - total / number if positives == "mean_log" else number.log()
+    rows = torch.where(counted, softplus(others - same) + inner, 0.0)
+    return _arguments.reduce_rows(rows, weight, reduction)
