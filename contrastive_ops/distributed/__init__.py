@@ -5,13 +5,33 @@
     loss = distributed.clip(image, text, scale=logit_scale.exp())        # in DDP or FSDP; then loss.backward()
 
 What DDP and FSDP make of the gradients, their mean over ranks, is the gradient of the single-process loss of all rows.
+`similarity_reduce` is what other losses of this kind are made of. docs/distributed.md has the conventions, and says
+which schedule to take when.
 """
 
+from ..ops.similarity_reduce import merge_lse
 from .clip import clip
 from .info_nce import info_nce
 from .moco import moco
+from .modules import CLIPLoss, InfoNCELoss, MoCoLoss, NTXentLoss, SigLIPLoss, SupConLoss
 from .nt_xent import nt_xent
 from .siglip import siglip
+from .similarity_reduce import similarity_reduce
 from .sup_con import sup_con
 
-__all__ = ["clip", "info_nce", "moco", "nt_xent", "siglip", "sup_con"]
+__all__ = [
+    "CLIPLoss",
+    "InfoNCELoss",
+    "MoCoLoss",
+    "NTXentLoss",
+    "SigLIPLoss",
+    "SupConLoss",
+    "clip",
+    "info_nce",
+    "merge_lse",
+    "moco",
+    "nt_xent",
+    "siglip",
+    "similarity_reduce",
+    "sup_con",
+]
