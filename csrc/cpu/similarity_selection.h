@@ -81,7 +81,8 @@ class Selection {
 
   // Numbers below `least` are of no interest; equal ones are.
   void begin_at(int64_t i, A least) {
-    if (least - least == 0) thresholds_.get()[i] = next_below(least);
+    A& threshold = thresholds_.get()[i];
+    if (least - least == 0 && least > threshold) threshold = next_below(least);
   }
   A threshold(int64_t i) const { return thresholds_.get()[i]; }
 
@@ -91,6 +92,15 @@ class Selection {
     compress<A>(values(i) + count, columns(i) + count, value, lane_numbers<A>() + first, bits);
     count += __builtin_popcount(bits);
     if (count > capacity_) shrink(i);
+  }
+
+  // Writes those of a row that may be among the k best, k at most, and returns how many they are; in order of columns.
+  int64_t take(int64_t i, A* out_values, Id<A>* out_columns) {
+    if (counts_.get()[i] > k_) keep_exactly(i);
+    const int64_t count = counts_.get()[i];
+    memcpy(out_values, values(i), static_cast<size_t>(count) * sizeof(A));
+    memcpy(out_columns, columns(i), static_cast<size_t>(count) * sizeof(Id<A>));
+    return count;
   }
 
   // Writes the k best in order; `base` is the number of column 0.
@@ -214,6 +224,84 @@ class Selection {
   Buffer<Id<A>> columns_;
   Buffer<int64_t> counts_;
   Buffer<uint64_t> keys_;
+};
+
+// Entries of one row from several lists, in any order.
+template <class A>
+class Gathered {
+ public:
+  void start(int64_t most) {
+    if (most > allocated_) {
+      values_.allocate(most);
+      columns_.allocate(most);
+      copy_.allocate(most);
+      keys_.allocate(2 * most);
+      allocated_ = most;
+    }
+    count_ = with_column_ = 0;
+  }
+  void add(const A* values, int64_t count) {
+    memcpy(values_.get() + count_, values, static_cast<size_t>(count) * sizeof(A));
+    count_ += count;
+  }
+  // Of the entries in the order that they were added in.
+  void add_column(int64_t column) { columns_.get()[with_column_++] = column; }
+
+  // What the k best of the entries reach; -inf where they are fewer.
+  A reached(int64_t k) {
+    if (count_ < k) return -infinity<A>();
+    A* copy = copy_.get();
+    memcpy(copy, values_.get(), static_cast<size_t>(count_) * sizeof(A));
+    std::nth_element(copy, copy + k - 1, copy + count_, [](A a, A b) { return a > b; });
+    return copy[k - 1];
+  }
+
+  // Writes the k best in order.
+  void finish(int64_t k, A* out_values, int64_t* out_columns) {
+    const A least = reached(k);
+    A* values = values_.get();
+    int64_t *columns = columns_.get(), kept = 0;
+    for (int64_t e = 0; e < count_; ++e) {
+      if (values[e] < least) continue;
+      values[kept] = values[e];
+      columns[kept++] = columns[e];
+    }
+    const uint64_t* order = sorted(kept);
+    for (int64_t e = 0; e < k; ++e) {
+      const uint64_t from = e < kept ? static_cast<uint32_t>(order[e]) : 0;
+      out_values[e] = e < kept ? values[from] : -infinity<A>();
+      out_columns[e] = e < kept ? columns[from] : -1;
+    }
+  }
+
+ private:
+  // Places of the first `count` entries in their order, in the low halves: by values, equal ones by columns.
+  const uint64_t* sorted(int64_t count) {
+    const A* v = values_.get();
+    const int64_t* c = columns_.get();
+    uint64_t* keys = keys_.get();
+    if constexpr (sizeof(A) == 4) {
+      keys = const_cast<uint64_t*>(sort_descending(v, count, keys, keys + allocated_));
+      const auto by_column = [c](uint64_t a, uint64_t b) {
+        return c[static_cast<uint32_t>(a)] < c[static_cast<uint32_t>(b)];
+      };
+      const auto value = [&](int64_t e) { return v[static_cast<uint32_t>(keys[e])]; };
+      for (int64_t begin = 0, end = 1; begin < count; begin = end++) {
+        while (end < count && value(end) == value(begin)) ++end;
+        if (end - begin > 1) std::sort(keys + begin, keys + end, by_column);
+      }
+    } else {
+      for (int64_t e = 0; e < count; ++e) keys[e] = static_cast<uint64_t>(e);
+      std::sort(keys, keys + count,
+                [v, c](uint64_t a, uint64_t b) { return v[a] > v[b] || (v[a] == v[b] && c[a] < c[b]); });
+    }
+    return keys;
+  }
+
+  Buffer<A> values_, copy_;
+  Buffer<int64_t> columns_;
+  Buffer<uint64_t> keys_;
+  int64_t count_ = 0, with_column_ = 0, allocated_ = 0;
 };
 
 // The k best of two lists in order, each padded with -1.

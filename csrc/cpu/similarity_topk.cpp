@@ -1,30 +1,34 @@
 // similarity_topk on the CPU: select, logits of listed pairs, their gradients, merge.
 //
-// Compiled once per SIMD level. Which entries stay is in
+// Compiled once per SIMD level. How the work is cut is in topk_cuts.h, which entries stay in
 // similarity_selection.h, listed pairs in similarity_lists.h, rules for pairs in similarity_pairs.h, the matmul in
 // similarity_tile.h.
 #include "../similarity_topk.h"
 
 #include "similarity_lists.h"
 #include "similarity_selection.h"
+#include "topk_cuts.h"
 
 namespace contrastive_ops {
 namespace LEVEL {
 namespace {
 
-// Rows of a task: enough that packing the columns is cheap (1.6% of the tiles), few enough for the lists' memory.
-constexpr int64_t kTopKRows = 512;
-constexpr int64_t kListBytes = int64_t{32} << 20;
+// Most rows of a task: packing the columns is cheap (1.6% of the tiles), and so many rows' lists fit into the memory of
+// all threads, or of one.
+constexpr int64_t kTopKRows = 512, kFewestListedRows = 64;
+constexpr int64_t kListBytes = int64_t{64} << 20, kListBytesOfAThread = int64_t{32} << 20;
 // Up to so many rows, columns are multiplied without being packed.
 constexpr int64_t kFewRows = 4;
-// Columns of a task where there are too few rows for all threads.
-constexpr int64_t kFewestColumns = 16 * kBlock;
-// Rows of a task where there are too few columns for that: packing the columns for them costs a tenth of the tiles.
-constexpr int64_t kFewestRows = 64;
+// Most rows whose lists one task closes.
+constexpr int64_t kClosedRows = 16;
 
-// Rows [begin, begin + rows) against the columns [j_begin, j_end).
+// Rows [begin, begin + rows) against the blocks [from, to) in the order that they are taken in.
 struct TopKTask {
-  int64_t begin, rows, j_begin, j_end, part;
+  int64_t begin, rows, from, to, part;
+};
+// A block of such a task: `local` is the number of its first column within the task.
+struct TopKBlock {
+  int64_t j, cols, local;
 };
 
 // C: what is multiplied, X and Y: the types of the rows of x and y.
@@ -36,48 +40,61 @@ class TopK {
   using G = std::conditional_t<sizeof(A) == 4, ComputeFloat, ComputeDouble>;  // what the guide is computed in
 
   TopK(const SimilarityProblem& problem, const TopKForward& forward, const Parallel& parallel)
-      : p(problem), out(forward), parallel_(parallel), views_(problem, kTopKRows) {
+      : p(problem),
+        out(forward),
+        parallel_(parallel),
+        kept_(minimum(forward.k, maximum<int64_t>(problem.M, 1))),
+        cuts_(sizes()),
+        views_(problem, kTopKRows) {
     const SimilaritySet& set = p.sets[0];
     plain_ = set.scale_of == ScaleOf::all && static_cast<const A*>(set.scale)[0] == 1 && !set.negate && !p.row_bias &&
              !p.col_bias && !set.log_weight;
   }
 
   void run() {
-    plan();
+    parts_ = cuts_.parts();
     scratch_.reset(new Scratch[parallel_.threads]);
     if (parts_ > 1) {
-      part_values_.allocate(parts_ * p.N * out.k);
-      part_indices_.allocate(parts_ * p.N * out.k);
+      part_values_.allocate(parts_ * p.N * kept_);
+      part_columns_.allocate(parts_ * p.N * kept_);
+      part_counts_.allocate(parts_ * p.N);
+      reached_.allocate(p.N);
     }
     if (out.statistics) {
       part_statistics_.allocate(parts_ * kStatistics * p.N);
       memset(part_statistics_.get(), 0, static_cast<size_t>(parts_ * kStatistics * p.N) * sizeof(int64_t));
     }
+    // After each pass its lists are closed: thresholds are raised, or after the last one results written.
+    closed_rows_ = minimum(maximum<int64_t>(p.N / (4 * parallel_.threads), 1), kClosedRows);
+    const int64_t closing = (p.N + closed_rows_ - 1) / closed_rows_;
+    Stage stages[2 * TopKCuts::kMostPasses];
+    int before[2 * TopKCuts::kMostPasses], count = 0;
+    for (int n = 0; n < cuts_.passes(); ++n) {
+      for (const int64_t tasks : {cuts_.pass(n).tasks(), closing}) {
+        before[count] = count - 1;
+        stages[count] = {tasks, &before[count], count > 0};
+        ++count;
+      }
+    }
     auto task = [&](int64_t index, int thread) {
-      TopKTask t;
-      t.part = index % parts_;
-      t.begin = index / parts_ * chunk_rows_;
-      t.rows = minimum(chunk_rows_, p.N - t.begin);
-      t.j_begin = minimum(t.part * part_columns_, p.M);
-      t.j_end = minimum(t.j_begin + part_columns_, p.M);
-      run_task(t, scratch_[thread]);
+      int stage = 0;
+      for (; index >= stages[stage].tasks; ++stage) index -= stages[stage].tasks;
+      stage % 2 == 0 ? run_task(stage / 2, index, scratch_[thread]) : close(stage / 2, index, scratch_[thread]);
     };
-    run_parallel(parallel_.run, (p.N + chunk_rows_ - 1) / chunk_rows_ * parts_, task, p.N * p.M * (p.D + kWorkOfMove));
-    auto finish = [&](int64_t i, int) { finish_row(i); };
-    run_parallel(parallel_.run, p.N, finish, p.N * parts_ * (out.k + kStatistics) * kWorkOfMove);
+    run_stages(parallel_, count, stages, task, p.N * p.M * (p.D + kWorkOfMove));
   }
 
  private:
   static constexpr int kStatistics = static_cast<int>(Statistic::size);
   static constexpr int64_t kMostParts = 4 * kLanes<A>;  // of a block, whose maxima begin a row's threshold
 
-  struct Scratch {
+  // Those of threads are on cache lines of their own.
+  struct alignas(64) Scratch {
     Buffer<U> x_panels, y_panels;
     Buffer<typename G::Unit> guide_x_panels, guide_y_panels;
     Selection<A> selection;
     View<A> view, counted_view;
-    Buffer<int64_t> sorted_indices;
-    Buffer<A> sorted_values;
+    Gathered<A> gathered;
   };
   // What is known of a panel of kRows rows and one block of columns, all in the level-1 cache.
   struct Panel {
@@ -86,35 +103,38 @@ class TopK {
     alignas(64) A guide[kRows<C> * kBlock];
   };
 
-  // How rows and columns are cut into tasks depends on the number of threads; results do not.
-  void plan() {
-    const int64_t affordable = maximum<int64_t>(kListBytes / Selection<A>::bytes_of_a_row(out.k), 64);
-    const int64_t most = minimum(kTopKRows, affordable / kRows<C> * kRows<C>), threads = parallel_.threads;
-    int64_t chunks = maximum<int64_t>((p.N + most - 1) / most, 1);
-    // A whole number of rounds for all threads where rows alone can keep them busy; else as many tasks as parts of the
-    // columns do not give them.
-    const int64_t parts = maximum<int64_t>(p.M / kFewestColumns, 1);
-    const int64_t wanted_chunks = chunks > 1 ? round_up(chunks, threads) : (threads + parts - 1) / parts;
-    chunks = maximum(chunks, minimum(wanted_chunks, p.N / kFewestRows));
-    chunk_rows_ = maximum<int64_t>(round_up((p.N + chunks - 1) / chunks, kRows<C>), kRows<C>);
-    chunks = (p.N + chunk_rows_ - 1) / chunk_rows_;
-    parts_ = 1;
-    if (chunks < threads) {
-      const int64_t wanted = 4 * ((threads + chunks - 1) / maximum<int64_t>(chunks, 1));
-      parts_ = minimum(wanted, parts);
-    }
-    // Columns within a part are numbered in 32 bits.
-    parts_ = maximum(parts_, p.M / (int64_t{1} << 30) + 1);
-    part_columns_ = round_up((p.M + parts_ - 1) / parts_, kBlock);
+  TopKSizes sizes() const {
+    const int64_t threads = parallel_.threads, bytes = minimum(kListBytes / threads, kListBytesOfAThread);
+    const int64_t affordable = maximum(bytes / Selection<A>::bytes_of_a_row(out.k), kFewestListedRows);
+    const int64_t of_part = kept_ * static_cast<int64_t>(sizeof(A) + sizeof(Id<A>)) +
+                            static_cast<int64_t>(sizeof(int64_t)) * (1 + (out.statistics ? kStatistics : 0));
+    const int64_t most_rows = minimum(kTopKRows, affordable) / kRows<C> * kRows<C>;
+    return {p.N, p.M, out.k, threads, kRows<C>, kBlock, most_rows, of_part};
+  }
+  TopKTask task_of(const TopKPass& pass, int64_t index) const {
+    TopKTask t;
+    t.part = pass.first_part + index % pass.parts;
+    t.begin = index / pass.parts * pass.rows;
+    t.rows = minimum(pass.rows, p.N - t.begin);
+    t.from = minimum(pass.from + index % pass.parts * pass.blocks_of_a_part(), pass.to);
+    t.to = minimum(t.from + pass.blocks_of_a_part(), pass.to);
+    return t;
+  }
+  TopKBlock block_of(const TopKTask& t, int64_t at) const {
+    const int64_t j = cuts_.order()(at) * kBlock;
+    return {j, minimum(kBlock, p.M - j), (at - t.from) * kBlock};
   }
 
-  void run_task(const TopKTask& t, Scratch& s) {
+  void run_task(int pass, int64_t index, Scratch& s) {
+    const TopKTask t = task_of(cuts_.pass(pass), index);
     const bool few = t.rows <= kFewRows;
     s.selection.start(t.rows, out.k, out.floor ? static_cast<const A*>(out.floor) + t.begin : nullptr);
+    for (int64_t i = 0; pass > 0 && i < t.rows; ++i) s.selection.begin_at(i, reached_.get()[t.begin + i]);
     pack_x<C, X>(t, p.x, p.x_stride, p.D, s.x_panels);
     if (views_.guided) pack_x<G, A>(t, p.guide_x, p.guide_depth, p.guide_depth, s.guide_x_panels);
-    for (int64_t j = t.j_begin; j < t.j_end; j += kBlock) {
-      const int64_t cols = minimum(kBlock, t.j_end - j);
+    for (int64_t at = t.from; at < t.to; ++at) {
+      const TopKBlock b = block_of(t, at);
+      const int64_t j = b.j, cols = b.cols;
       const Y* y = static_cast<const Y*>(p.y) + j * p.y_stride;
       if (!few) pack_y<C, Y>(y, p.y_stride, cols, p.D, s.y_panels);
       if (views_.guided) {
@@ -135,7 +155,7 @@ class TopK {
         }
         if (p.code_scale) apply_code_scale(panel.dots, j, rows, cols);
         if (views_.guided) products<G>(i, cols, p.guide_depth, s.guide_x_panels, s.guide_y_panels, panel.guide);
-        select_panel(t, i, j, rows, cols, panel, s);
+        select_panel(t, i, b, rows, panel, s);
         if (out.statistics) {
           View<A>& view = counts_other ? s.counted_view : s.view;
           count_panel(t, i, j, rows, cols, panel, view, counts_other);
@@ -152,7 +172,7 @@ class TopK {
   template <class K, class T>
   void pack_x(const TopKTask& t, const void* from, int64_t stride, int64_t depth, Buffer<typename K::Unit>& panels) {
     const int64_t units = depth_units<K>(depth);
-    auto* to = panels.once(round_up(chunk_rows_, kLaneGroup<K>) * units);
+    auto* to = panels.once(round_up(cuts_.most_rows(), kLaneGroup<K>) * units);
     const T* first = static_cast<const T*>(from) + t.begin * stride;
     pack_rows<K, Side::a>(to, kRows<K> * units, first, stride, t.rows, t.rows, depth);
   }
@@ -219,20 +239,20 @@ class TopK {
     return cols - j >= W ? (1u << W) - 1 : (1u << (cols - j)) - 1;
   }
 
-  void select_panel(const TopKTask& t, int64_t i, int64_t j, int64_t rows, int64_t cols, Panel& panel, Scratch& s) {
+  void select_panel(const TopKTask& t, int64_t i, const TopKBlock& b, int64_t rows, Panel& panel, Scratch& s) {
     const A* l = panel.dots;
     if (!plain_) {
-      logits(s.view, panel.dots, panel.l, rows, cols);
+      logits(s.view, panel.dots, panel.l, rows, b.cols);
       l = panel.l;
     }
     const bool bounded = s.view.below.i != nullptr;
     // A row would take in the first columns as they come, and drop most of them again.
-    if (j == t.j_begin && cols == kBlock && first_block_decides()) {
+    if (b.local == 0 && b.cols == kBlock && first_block_decides()) {
       for (int64_t r = 0; r < rows; ++r) s.selection.begin_at(i + r, reached_by_enough(l + r * kBlock));
     }
     for (int64_t r = 0; r < rows; ++r) {
-      bounded ? select_row<true>(t, i + r, r, j, cols, l + r * kBlock, panel, s)
-              : select_row<false>(t, i + r, r, j, cols, l + r * kBlock, panel, s);
+      bounded ? select_row<true>(t, i + r, r, b, l + r * kBlock, panel, s)
+              : select_row<false>(t, i + r, r, b, l + r * kBlock, panel, s);
     }
   }
 
@@ -263,9 +283,10 @@ class TopK {
   // Rules are looked at where a logit exceeds the threshold. Bounds from above exclude the largest ones, which exceed
   // every threshold again and again, so they come at once.
   template <bool kBounded>
-  INLINE void select_row(const TopKTask& t, int64_t i, int64_t r, int64_t j, int64_t cols, const A* l,
-                         const Panel& panel, Scratch& s) {
+  INLINE void select_row(const TopKTask& t, int64_t i, int64_t r, const TopKBlock& b, const A* l, const Panel& panel,
+                         Scratch& s) {
     constexpr int W = kLanes<A>;
+    const int64_t j = b.j, cols = b.cols;
     const SimilaritySet& set = p.sets[0];
     const A* dots = panel.dots + r * kBlock;
     const bool names = set.has_diagonal || set.exclude_indptr;
@@ -289,7 +310,7 @@ class TopK {
         bits &= ~lanes_of(named, k);
       }
       if (!bits) continue;
-      s.selection.add(i, value, static_cast<Id<A>>(j + k - t.j_begin), bits);
+      s.selection.add(i, value, static_cast<Id<A>>(b.local + k), bits);
       threshold = broadcast(s.selection.threshold(i));
     }
   }
@@ -336,34 +357,53 @@ class TopK {
 
   // ---- Results ----------------------------------------------------------------------------------------------------
 
+  int64_t part_row(int64_t part, int64_t i) const { return part * p.N + i; }
+
   void finish_task(const TopKTask& t, Scratch& s) {
-    A* values = parts_ > 1 ? part_values_.get() + t.part * p.N * out.k : static_cast<A*>(out.values);
-    int64_t* indices = parts_ > 1 ? part_indices_.get() + t.part * p.N * out.k : out.indices;
     for (int64_t i = 0; i < t.rows; ++i) {
-      const int64_t at = (t.begin + i) * out.k;
-      s.selection.finish(i, values + at, indices + at, t.j_begin);
+      const int64_t row = t.begin + i, at = part_row(t.part, row);
+      if (parts_ == 1) {
+        s.selection.finish(i, static_cast<A*>(out.values) + row * out.k, out.indices + row * out.k, 0);
+      } else {
+        part_counts_.get()[at] = s.selection.take(i, part_values_.get() + at * kept_, part_columns_.get() + at * kept_);
+      }
     }
   }
 
-  void finish_row(int64_t i) {
-    const int64_t k = out.k;
-    A* values = static_cast<A*>(out.values) + i * k;
-    int64_t* indices = out.indices + i * k;
-    if (parts_ > 1) {
-      const auto part = [&](int64_t n) { return (n * p.N + i) * k; };
-      Buffer<A> merged_values(k);
-      Buffer<int64_t> merged_indices(k);
-      memcpy(values, part_values_.get() + part(0), static_cast<size_t>(k) * sizeof(A));
-      memcpy(indices, part_indices_.get() + part(0), static_cast<size_t>(k) * sizeof(int64_t));
-      for (int64_t n = 1; n < parts_; ++n) {
-        merge_lists(values, indices, k, part_values_.get() + part(n), part_indices_.get() + part(n), k, k,
-                    merged_values.get(), merged_indices.get());
-        memcpy(values, merged_values.get(), static_cast<size_t>(k) * sizeof(A));
-        memcpy(indices, merged_indices.get(), static_cast<size_t>(k) * sizeof(int64_t));
+  // What parts have found of some rows: after the last pass the result, before that how much the k-th best is.
+  void close(int pass, int64_t index, Scratch& s) {
+    const bool last = pass + 1 == cuts_.passes();
+    const int64_t parts = cuts_.pass(pass).first_part + cuts_.pass(pass).parts, begin = index * closed_rows_;
+    for (int64_t i = begin; i < minimum(begin + closed_rows_, p.N); ++i) {
+      if (parts_ > 1) gather(i, parts, last, s.gathered);
+      if (!last) {
+        reached_.get()[i] = s.gathered.reached(out.k);
+        continue;
+      }
+      finish_row(i, s.gathered);
+    }
+  }
+
+  void gather(int64_t i, int64_t parts, bool with_columns, Gathered<A>& to) const {
+    to.start(parts_ * kept_);
+    for (int n = 0; n < cuts_.passes(); ++n) {
+      const TopKPass& pass = cuts_.pass(n);
+      for (int64_t part = 0; part < pass.parts && pass.first_part + part < parts; ++part) {
+        const int64_t at = part_row(pass.first_part + part, i), first = pass.from + part * pass.blocks_of_a_part();
+        const Id<A>* columns = part_columns_.get() + at * kept_;
+        to.add(part_values_.get() + at * kept_, part_counts_.get()[at]);
+        for (int64_t e = 0; with_columns && e < part_counts_.get()[at]; ++e) {
+          to.add_column(cuts_.order()(first + columns[e] / kBlock) * kBlock + columns[e] % kBlock);
+        }
       }
     }
+  }
+
+  void finish_row(int64_t i, Gathered<A>& gathered) {
+    int64_t* indices = out.indices + i * out.k;
+    if (parts_ > 1) gathered.finish(out.k, static_cast<A*>(out.values) + i * out.k, indices);
     int64_t found = 0;
-    while (found < k && indices[found] >= 0) ++found;
+    while (found < out.k && indices[found] >= 0) ++found;
     out.counts[i] = found;
     for (int rule = 0; out.statistics && rule < kStatistics; ++rule) {
       for (int64_t n = 0; n < parts_; ++n) {
@@ -375,12 +415,15 @@ class TopK {
   const SimilarityProblem& p;
   const TopKForward& out;
   const Parallel& parallel_;
+  const int64_t kept_;  // entries that a part keeps of a row
+  const TopKCuts cuts_;
   Views<A> views_;
   bool plain_ = false;  // logits are the inner products
-  int64_t chunk_rows_ = 0, parts_ = 1, part_columns_ = 0;
+  int64_t parts_ = 1, closed_rows_ = 1;
   std::unique_ptr<Scratch[]> scratch_;
-  Buffer<A> part_values_;
-  Buffer<int64_t> part_indices_, part_statistics_;
+  Buffer<A> part_values_, reached_;  // what k columns reach that have been seen so far
+  Buffer<Id<A>> part_columns_;
+  Buffer<int64_t> part_counts_, part_statistics_;
 };
 
 template <class C, class X, class Y>
