@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from similarity_topk_cases import integers, rules_of
+from similarity_topk_cases import integers, rules_of, select
 
 import contrastive_ops as co
 from contrastive_ops import ops
@@ -44,7 +44,7 @@ def nothing_but_ties(k):
 
 def statistics(rules):
     x, y = integers(50, 24, torch.float32), integers(9001, 24, torch.float32, seed=1)
-    found = ops.similarity_topk(x, y, 10, pairs=rules_of(50, 9001, rules, 3), count_above=torch.ones(50), backend="cpu")
+    found = select(x, y, 10, pairs=rules_of(50, 9001, rules, 3), count_above=torch.ones(50), backend="cpu")
     return [found.values, found.indices, *found.statistics.values()]
 
 
