@@ -13,17 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import distributed
 from ..losses import dcl, moco, nt_xent
 from ._originals import runs_original, third_party
 
 lightly = third_party("lightly.loss", "lightly")
 negative_mises_fisher_weights = third_party("lightly.loss.dcl_loss", "lightly").negative_mises_fisher_weights
-
-
-def _ranks(loss: Any) -> int:
-    """How many ranks the negatives of a loss come from."""
-    apart = loss.gather_distributed and torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if apart else 1
 
 
 class NTXentLoss(lightly.NTXentLoss):
@@ -43,16 +38,17 @@ class NTXentLoss(lightly.NTXentLoss):
     Args:
         temperature: divides the cosines; the original runs where it is negative.
         memory_bank_size: rows of the bank, 0 for none, or (rows, dimension).
-        gather_distributed: the original runs where there is more than one rank.
+        gather_distributed: negatives are those of all ranks, which may have unequal numbers of rows.
     """
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """Return the mean loss of (N, D) and (N, D) projections."""
-        if self.temperature < 0 or _ranks(self) > 1:
-            runs_original(self, f"temperature={self.temperature}" if self.temperature < 0 else "gather_distributed")
+        if self.temperature < 0:
+            runs_original(self, f"temperature={self.temperature}")
             loss: Tensor = super().forward(out0, out1)
         elif self.memory_bank.size[0] == 0:
-            loss = nt_xent(out0, out1, temperature=self.temperature)
+            function = distributed.nt_xent if self.gather_distributed else nt_xent
+            loss = function(out0, out1, temperature=self.temperature)
         else:
             # The bank keeps what it is given: rows of length 1, as the original gives it.
             keys, bank = self.memory_bank(torch.nn.functional.normalize(out1, dim=1), update=out0.requires_grad)
@@ -82,7 +78,8 @@ class DCLLoss(lightly.DCLLoss):
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """Return the mean loss of (N, D) and (N, D) projections."""
         sigma, known = _sigma(self.weight_fn)
-        if not known or _ranks(self) > 1:
+        apart = self.gather_distributed and torch.distributed.is_initialized()
+        if not known or (apart and torch.distributed.get_world_size() > 1):
             runs_original(self, "gather_distributed" if known else "weight_fn")
             loss: Tensor = super().forward(out0, out1)
             return loss

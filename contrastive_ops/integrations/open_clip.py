@@ -5,7 +5,9 @@
     patch()                                       # then `open_clip.create_loss(args)`, which open_clip_train calls
     loss = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
 
-Features are taken as they are, as open_clip's models normalise them; no logits of all pairs are kept.
+Features are taken as they are, as open_clip's models normalise them; no logits of all pairs are kept. Over several
+ranks the gradients that DistributedDataParallel averages are those of the loss of all rows, whatever `local_loss` and
+`gather_with_grad` say: without the latter the original divides them by the number of ranks, or turns them elsewhere.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import clip, siglip, similarity_distillation
+from .. import distributed
+from ..losses import similarity_distillation
 from ._originals import runs_original, third_party
 
 open_clip = third_party("open_clip", "open_clip_torch")
@@ -31,11 +34,11 @@ class ClipLoss(open_clip.loss.ClipLoss):
         (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
     Args:
-        local_loss: see `open_clip.loss.ClipLoss`, as all arguments.
-        gather_with_grad: whether gradients reach the features of other ranks.
+        local_loss: return the mean over this rank's rows instead of all, for logs; gradients are the same.
+        gather_with_grad: they are exact in any case.
         cache_labels: no labels are made.
         rank: of this process.
-        world_size: more than 1: the original runs.
+        world_size: more than 1: negatives are those of all ranks, of which torch.distributed's default group is made.
         use_horovod: the original runs.
     """
 
@@ -48,10 +51,13 @@ class ClipLoss(open_clip.loss.ClipLoss):
         output_dict: bool = False,
     ) -> Any:
         """Return the loss, or a dict of it."""
-        if self.world_size > 1:
-            runs_original(self, f"world_size={self.world_size}")
+        if self.world_size > 1 and self.use_horovod:
+            runs_original(self, "use_horovod=True")
             return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
-        loss = clip(image_features, text_features, scale=logit_scale, normalize=False)
+        group = _group(self.world_size)
+        loss = distributed.clip(image_features, text_features, scale=logit_scale, normalize=False, group=group)
+        if self.world_size > 1 and not self.local_loss:
+            loss = _of_all_ranks(loss)
         if isinstance(logit_bias, Tensor):
             # A number added to all logits changes no softmax; DistributedDataParallel wants a gradient for it.
             loss = loss + 0 * logit_bias.sum()
@@ -115,8 +121,8 @@ class SigLipLoss(open_clip.loss.SigLipLoss):
     Args:
         cache_labels: no labels are made.
         rank: of this process.
-        world_size: more than 1: the original runs.
-        dist_impl: how features reach other ranks.
+        world_size: more than 1: negatives are those of all ranks.
+        dist_impl: how features reach other ranks is `contrastive_ops.distributed`'s to say.
     """
 
     def forward(
@@ -128,12 +134,24 @@ class SigLipLoss(open_clip.loss.SigLipLoss):
         output_dict: bool = False,
     ) -> Any:
         """Return the loss, or a dict of it."""
-        if self.world_size > 1:
-            runs_original(self, f"world_size={self.world_size}")
-            return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
         bias = 0.0 if logit_bias is None else logit_bias
-        loss = siglip(image_features, text_features, scale=logit_scale, bias=bias, normalize=False)
+        group = _group(self.world_size)
+        loss = distributed.siglip(
+            image_features, text_features, scale=logit_scale, bias=bias, normalize=False, group=group
+        )
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _group(world_size: int) -> Any:
+    """All ranks; None for one alone."""
+    return torch.distributed.group.WORLD if world_size > 1 else None
+
+
+def _of_all_ranks(loss: Tensor) -> Tensor:
+    """The mean over ranks as the value; gradients stay this rank's."""
+    mean = loss.detach().clone()
+    torch.distributed.all_reduce(mean)
+    return loss + (mean / torch.distributed.get_world_size() - loss.detach())
 
 
 LOSSES = {"ClipLoss": ClipLoss, "CoCaLoss": CoCaLoss, "DistillClipLoss": DistillClipLoss, "SigLipLoss": SigLipLoss}

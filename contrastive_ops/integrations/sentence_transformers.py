@@ -17,8 +17,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
+from .. import distributed
 from ..losses import gist, gte, info_nce, matryoshka_info_nce
 from ._originals import runs_original, third_party
 
@@ -34,8 +35,7 @@ NORMALIZED = {util.cos_sim: True, util.dot_score: False}
 
 def _gathers(loss: Any) -> bool:
     """Whether candidates of other ranks are asked for, and there are any."""
-    apart = loss.gather_across_devices and distributed.is_available() and distributed.is_initialized()
-    return apart and distributed.get_world_size() > 1
+    return loss.gather_across_devices and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
@@ -50,7 +50,8 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
         model: see `sentence_transformers.losses.MultipleNegativesRankingLoss`, as all arguments.
         scale: 1 / temperature.
         similarity_fct: `util.cos_sim` or `util.dot_score`; the original runs with any other.
-        gather_across_devices: the original runs where there is more than one rank.
+        gather_across_devices: documents are those of all ranks, which may have unequal numbers of rows; with other
+            directions than the default the original runs.
         directions: any of them.
         partition_mode: "joint" or "per_direction".
         hardness_mode: None; the original runs with any other.
@@ -63,7 +64,8 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
             return f"similarity_fct={util.similarity_fct_name(self.similarity_fct)}"
         if self.hardness_mode is not None and self.hardness_strength > 0:
             return f"hardness_mode={self.hardness_mode!r}"
-        return "gather_across_devices=True" if _gathers(self) else ""
+        across = _gathers(self) and set(self.directions) != {"query_to_doc"}
+        return "gather_across_devices=True with these directions" if across else ""
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor:
         """Return the loss of queries, positives and any number of negatives, (N, D) each; `labels` are not used."""
@@ -77,7 +79,8 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
         normalize = NORMALIZED[self.similarity_fct]
         if set(self.directions) == {"query_to_doc"}:
             others = torch.cat(negatives) if negatives else None
-            return info_nce(query, document, others, scale=self.scale, normalize=normalize)
+            function = distributed.info_nce if self.gather_across_devices else info_nce
+            return function(query, document, others, scale=self.scale, normalize=normalize)
         return gte(
             query,
             document,
@@ -224,6 +227,7 @@ class MatryoshkaLoss(losses.MatryoshkaLoss):
         """Return the weighted sum of the losses of all dimensions, or of `n_dims_per_step` random ones."""
         columns, inner = list(sentence_features), self.loss
         fused = isinstance(inner, MultipleNegativesRankingLoss) and not inner.unfused() and len(columns) > 1
+        fused = fused and not _gathers(inner)
         if not fused or set(inner.directions) != {"query_to_doc"} or not NORMALIZED[inner.similarity_fct]:
             loss: Tensor = super().forward(columns, labels)
             return loss
