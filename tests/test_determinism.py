@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from pairwise import pairwise
+from similarity_cases import KINDS, RULES, Inputs, flat, winners
 from similarity_topk_cases import integers, rules_of
 
 from contrastive_ops import clip, info_nce, nt_xent, similarity_reduce, similarity_topk
@@ -41,6 +43,70 @@ def test_two_runs_and_any_number_of_threads_agree_bitwise(name, dtype, threads):
     for count in (1, 1, 2, 3, 2):
         threads(count)
         results.append(run(LOSSES[name], dtype, "cpu"))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# Counts of real threads, and of virtual cores, whose tasks run one after another on the scratch of many threads.
+THREADS, CORES = (2, 7, 16), (16, 128)
+# (N, M): one tile, narrow blocks, tiles of 64 and 128 rows, more than one chunk of weights.
+SIZES = ((20, 30), (130, 100), (300, 250), (700, 900), (1300, 640))
+
+
+def bits_of_a_sweep(size, rule, dtype, itself, budget):
+    """All results and gradients of a call with every fold, in both directions, with ties."""
+    inputs = Inputs(*size, 24, itself=itself, dtype=dtype, seed=3)
+    with torch.no_grad():
+        for rows in (inputs.x, inputs.y):
+            if rows is not None:
+                rows.mul_(4).round_().div_(4)
+                rows[1::7] = rows[0]
+    n, m = inputs.n, inputs.m
+    options = {"scale": inputs.leaf(n), "row_bias": inputs.leaf(n), "col_bias": inputs.leaf(m)}
+    reduced = similarity_reduce(
+        inputs.x,
+        inputs.y,
+        reduce=KINDS,
+        dim=(0, 1),
+        target=inputs.target(),
+        linear=inputs.lists(5, weights=True),
+        pairs=inputs.pairs(rule),
+        memory_budget=budget,
+        backend="cpu",
+        **options,
+    )
+    values = flat(reduced)
+    total = sum(torch.where(v.isfinite(), v, 0.0).sum() for v in values if v.requires_grad)
+    found = [inputs.x, *(t for t in (inputs.y, *options.values()) if t is not None)]
+    return [*values, *winners(reduced), *torch.autograd.grad(total, found)]
+
+
+@pairwise(size=SIZES, rule=RULES, dtype=(torch.float32, torch.bfloat16), itself=(False, True), budget=(0, 1 << 30))
+def test_sweeps_with_rules_have_the_bits_of_one_thread(size, rule, dtype, itself, budget, threads):
+    cores = extension.load().virtual_cores
+
+    def found(of_threads, of_cores=0):
+        threads(of_threads)
+        cores(of_cores)
+        try:
+            return bits_of_a_sweep(size, rule, dtype, itself, budget)
+        finally:
+            cores(0)
+
+    expected = found(1)
+    for other in (*(found(count) for count in THREADS), *(found(1, count) for count in CORES)):
+        for one, many in zip(expected, other, strict=True):
+            assert torch.equal(one.nan_to_num(), many.nan_to_num())
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_losses_have_the_bits_of_one_thread(name, dtype, threads):
+    """With their lengths, whose ranges follow the threads."""
+    results = []
+    for count in (1, 3, 64):
+        threads(count)
+        results.append(run(LOSSES[name], dtype, "cpu", 1100, 200))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

@@ -20,13 +20,13 @@ class TwoSweeps {
   using Scratch = typename Sweep<C, S>::Scratch;
 
   TwoSweeps(const DistillProblem& problem, const Parallel& parallel)
-      : p(problem), student(problem.student, parallel, false), teacher_(problem.teacher, parallel, false) {}
+      : p(problem), student(problem.student, parallel, Use::chunk), teacher_(problem.teacher, parallel, Use::chunk) {}
 
+  // `known`: kept inner products are there already.
   template <class Body>
-  void for_each_chunk(Body body) {
-    teacher_.kept_used = 0;
-    student.for_each_chunk([&](const Chunk& chunk) {
-      teacher_.begin(chunk);
+  void for_each_chunk(bool known, Body body) {
+    student.for_each_chunk(known, [&](const Chunk& chunk) {
+      teacher_.begin(chunk, known);
       body(chunk);
     });
   }
@@ -38,16 +38,16 @@ class TwoSweeps {
   Logits logits(const Chunk& chunk, const Block& block, bool known, Scratch& s) {
     A* dots = products(student, chunk, block, known, s);
     // Bounds on the similarity look at inner products after the logits are formed.
-    A* l = student.kept || student.rules[0].looks() ? student.block_buffer(s.e) : dots;
+    A* l = student.place(chunk, block) || student.rules[0].looks() ? student.block_buffer(s.e) : dots;
     return {l, logits(chunk, block, known, dots, student.guide_block(chunk, block, s), l, s)};
   }
   // The same where the student's inner products are given, its logits go to `l`, and the teacher's are returned.
   A* logits(const Chunk& chunk, const Block& block, bool known, const A* dots, const A* guide, A* l, Scratch& s) {
     Scratch& own = teacher_.scratch(s.thread);
     A* teacher_dots = products(teacher_, chunk, block, known, own);
-    A* t = teacher_.kept ? teacher_.block_buffer(own.e) : teacher_dots;
-    student.logits_block(chunk, block, 0, false, false, dots, guide, l, s.view, [](A*) {});
-    teacher_.logits_block(chunk, block, 0, false, false, teacher_dots, nullptr, t, own.view, [](A*) {});
+    A* t = teacher_.place(chunk, block) ? teacher_.block_buffer(own.e) : teacher_dots;
+    student.logits_block(block, 0, false, false, dots, guide, l, s.view, [](A*) {});
+    teacher_.logits_block(block, 0, false, false, teacher_dots, nullptr, t, own.view, [](A*) {});
     exclude(l, t, block.rows, block.cols);
     return t;
   }
@@ -57,8 +57,8 @@ class TwoSweeps {
 
  private:
   static A* products(Sweep<C, S>& sweep, const Chunk& chunk, const Block& block, bool known, Scratch& s) {
-    A* dots = sweep.kept ? sweep.stored_block(sweep.kept, chunk, block) : sweep.block_buffer(s.dots);
-    if (!known || !sweep.kept) sweep.multiply_block(chunk, block, s, dots);
+    A *place = sweep.place(chunk, block), *dots = place ? place : sweep.block_buffer(s.dots);
+    if (!known || !place) sweep.multiply_block(chunk, block, s, dots);
     return dots;
   }
   static void exclude(const A* s, A* t, int64_t rows, int64_t cols) {
@@ -121,8 +121,8 @@ class Comparer {
 
   void sweep(const Folding& f) {
     const int64_t chunk_rows = both_.student.chunk_rows;
-    both_.for_each_chunk([&](const Chunk& chunk) {
-      both_.student.for_each_block(chunk, 0, chunk.blocks(), [&](const Block& block, auto& s) {
+    both_.for_each_chunk(softmax() && !f.lines, [&](const Chunk& chunk) {
+      both_.student.for_each_tile(chunk, [&](const Block& block, auto& s) {
         const auto l = both_.logits(chunk, block, softmax() && !f.lines, s);
         with_comparison(p.kind, [&](auto k) {
           constexpr DistillKind K = decltype(k)::value;
@@ -301,7 +301,7 @@ void distill_backward(const DistillProblem& p, const DistillBackward& b, const P
     decided_cols.allocate(both.student.padded_columns, 1, both.student.padded_columns);
     decided_cols.begin(0, both.student.padded_columns);
   }
-  both.for_each_chunk([&](const Chunk& chunk) {
+  both.for_each_chunk(true, [&](const Chunk& chunk) {
     if (has_rows) decided_rows.begin(chunk.begin, chunk.rows);
     const auto weigh = [&](const Block& block, int, bool, bool scaled, const A* dots, const A* guide, A* e,
                            Scratch& s) {
@@ -318,7 +318,7 @@ void distill_backward(const DistillProblem& p, const DistillBackward& b, const P
         p.rows ? run(slopes<A, K, true, false>) : run(slopes<A, K, false, true>);
       });
     };
-    gradients.add_chunk(chunk, both.student.kept, weigh);
+    gradients.add_chunk(chunk, weigh);
     if (has_rows) decided_rows.finish(chunk.rows, chunk.blocks(), false, gradients);
     if (has_cols) decided_cols.settle(M, 1);
   });

@@ -110,6 +110,14 @@ INLINE void merge_parts(Total<A> into, Part<A> from) {
   }
 }
 
+// Copies kLanes parts.
+template <class A, FoldKind K>
+INLINE void copy_parts(Part<A> to, Part<A> from) {
+  store(to.a, load(from.a));
+  if constexpr (K == FoldKind::logsumexp) store(to.b, load(from.b));
+  for (int q = 0; K == FoldKind::max && q < kLanes<A>; ++q) to.index[q] = from.index[q];
+}
+
 template <class A>
 INLINE A finish(FoldKind kind, A a, double b) {
   if (kind == FoldKind::max) return a;
@@ -183,9 +191,9 @@ void fold_rows(const A* l, int64_t rows, int64_t cols, int64_t j_begin, Part<A> 
   }
 }
 
-// Folds down the rows and merges into the running fold of each column. Vectors past `cols` hold no column.
-template <class A, FoldKind K>
-void fold_columns(const A* l, int64_t rows, int64_t cols, int64_t i_begin, Total<A> running) {
+// Folds down the rows and calls take(j, part) with what the columns from j on have. Vectors past `cols` hold no column.
+template <class A, FoldKind K, class Take>
+void fold_columns(const A* l, int64_t rows, int64_t cols, int64_t i_begin, Take take) {
   constexpr int W = kLanes<A>;
   for (int64_t j = 0; j < cols; j += W) {
     alignas(64) A a[W], b[W];
@@ -208,7 +216,7 @@ void fold_columns(const A* l, int64_t rows, int64_t cols, int64_t i_begin, Total
       const auto term_at = [=](int64_t i) { return term<A, K>(load(l + i * kBlock + j)); };
       store(a, sum_in_groups<A>(0, rows, 1, term_at));
     }
-    merge_parts<A, K>(running.at(j), part);
+    take(j, part);
   }
 }
 
@@ -221,16 +229,19 @@ class FoldState {
   FoldKind kind = FoldKind::logsumexp;
   bool i_side = false, j_side = false;
 
+  // `tiles`: of a chunk, if their columns have parts.
   void start(FoldKind of, A* value, int64_t* argmax, bool on_i, bool on_j, int64_t blocks, int64_t chunk_rows,
-             int64_t padded_columns) {
+             int64_t tiles, int64_t padded_columns) {
     kind = of;
     value_ = value;
     argmax_ = argmax;
     i_side = on_i;
     j_side = on_j;
     chunk_rows_ = chunk_rows;
+    padded_columns_ = padded_columns;
     if (on_i) partial_.allocate(kind, blocks * chunk_rows);
     if (on_j) running_.allocate(kind, padded_columns);
+    if (on_j) partial_j_.allocate(kind, tiles * padded_columns);
   }
 
   // Rows [i, i + rows) of the chunk; those that a block does not have are cleared.
@@ -238,14 +249,41 @@ class FoldState {
     const Part<A> part = partial_.at(block * chunk_rows_ + i);
     with_kind(kind, [&](auto k) { fold_rows<A, decltype(k)::value>(l, rows, cols, j_begin, part); });
   }
-  void clear_i(int64_t block, int64_t from) { partial_.clear(kind, block * chunk_rows_ + from, chunk_rows_ - from); }
+  void clear_i(int64_t block, int64_t from, int64_t to) {
+    partial_.clear(kind, block * chunk_rows_ + from, minimum(to, chunk_rows_) - from);
+  }
+  void clear_i(int64_t block, int64_t from) { clear_i(block, from, chunk_rows_); }
+  // Columns of the only task that has rows of them.
   void fold_j(int64_t j_begin, int64_t i_begin, const A* l, int64_t rows, int64_t cols) {
-    const Total<A> part = running_.at(j_begin);
-    with_kind(kind, [&](auto k) { fold_columns<A, decltype(k)::value>(l, rows, cols, i_begin, part); });
+    const Total<A> all = running_.at(j_begin);
+    with_kind(kind, [&](auto k) {
+      constexpr FoldKind K = decltype(k)::value;
+      fold_columns<A, K>(l, rows, cols, i_begin, [&](int64_t j, Part<A> part) { merge_parts<A, K>(all.at(j), part); });
+    });
+  }
+  // Columns of tile number `tile`, which are merged when all tiles of the chunk are there.
+  void fold_part_j(int64_t tile, int64_t j_begin, int64_t i_begin, const A* l, int64_t rows, int64_t cols) {
+    const int64_t at = tile * padded_columns_ + j_begin;
+    if (rows == 0) return partial_j_.clear(kind, at, cols);
+    with_kind(kind, [&](auto k) {
+      constexpr FoldKind K = decltype(k)::value;
+      fold_columns<A, K>(l, rows, cols, i_begin,
+                         [&](int64_t j, Part<A> part) { copy_parts<A, K>(partial_j_.at(at + j), part); });
+    });
+  }
+  void merge_j(int64_t begin, int64_t end, int64_t tiles) {
+    with_kind(kind, [&](auto k) {
+      for (int64_t j = begin; j < end; j += kLanes<A>) {
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          merge_parts<A, decltype(k)::value>(running_.at(j), partial_j_.at(tile * padded_columns_ + j));
+        }
+      }
+    });
   }
 
-  // Merges the chunk's parts for rows [i, i + kLanes) of it, in block order, and writes their results.
-  void finish_i(int64_t blocks, int64_t chunk_begin, int64_t i, int64_t chunk_rows) {
+  // Merges the chunk's parts for rows [i, i + kLanes) of it, from block `first` on and in their order, and writes their
+  // results.
+  void finish_i(int64_t first, int64_t blocks, int64_t chunk_begin, int64_t i, int64_t chunk_rows) {
     constexpr int W = kLanes<A>;
     alignas(64) A a[W];
     double b[W];
@@ -257,14 +295,14 @@ class FoldState {
       index[q] = j_side && kind == FoldKind::max ? running_.at(row).index[0] : -1;
     }
     with_kind(kind, [&](auto k) {
-      for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t block = first; block < blocks; ++block) {
         merge_parts<A, decltype(k)::value>({a, b, index}, partial_.at(block * chunk_rows_ + i));
       }
     });
     for (int q = 0; q < W && i + q < chunk_rows; ++q) write(chunk_begin + i + q, a[q], b[q], index[q]);
   }
-  void finish_j(int64_t columns) {
-    for (int64_t j = 0; j < columns; ++j) {
+  void finish_j(int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
       const Total<A> total = running_.at(j);
       write(j, total.a[0], total.b[0], kind == FoldKind::max ? total.index[0] : -1);
     }
@@ -313,7 +351,8 @@ class FoldState {
   A* value_ = nullptr;
   int64_t* argmax_ = nullptr;
   int64_t chunk_rows_ = 0;
-  Parts partial_;
+  int64_t padded_columns_ = 0;
+  Parts partial_, partial_j_;
   Totals running_;
 };
 

@@ -44,17 +44,17 @@ class PrefixFolds {
     constexpr int64_t W = kLanes<A>;
     const int64_t groups = out.rows ? (chunk.rows + W - 1) / W : 0;
     sweep_.run(groups * p.prefixes, chunk.rows * chunk.blocks() * p.prefixes * kWorkOfFold, [&](int64_t index, int) {
-      rows_[index / groups].finish_i(chunk.blocks(), chunk.begin, index % groups * W, chunk.rows);
+      rows_[index / groups].finish_i(0, chunk.blocks(), chunk.begin, index % groups * W, chunk.rows);
     });
   }
   void finish() {
-    for (int64_t s = 0; s < p.prefixes && out.cols; ++s) cols_[s].finish_j(p.M);
+    for (int64_t s = 0; s < p.prefixes && out.cols; ++s) cols_[s].finish_j(0, p.M);
   }
 
  private:
   static A* values(void* all, int64_t prefix, int64_t size) { return static_cast<A*>(all) + prefix * size; }
   void start(FoldState<A>& fold, A* value, bool on_i, bool on_j, int64_t blocks, int64_t padded_columns) {
-    fold.start(FoldKind::logsumexp, value, nullptr, on_i, on_j, blocks, round_up(sweep_.chunk_rows, kTileRows),
+    fold.start(FoldKind::logsumexp, value, nullptr, on_i, on_j, blocks, round_up(sweep_.chunk_rows, kTileRows), 0,
                padded_columns);
   }
 

@@ -16,43 +16,42 @@ template <class C, class S>
 void forward(const SimilarityProblem& p, const SimilarityForward& out, const Parallel& parallel) {
   using A = typename C::Acc;
   using Scratch = typename Sweep<C, S>::Scratch;
-  Sweep<C, S> sweep(p, parallel, false);
+  Sweep<C, S> sweep(p, parallel, Use::folds);
   std::unique_ptr<FoldState<A>[]> folds(new FoldState<A>[p.fold_count]);
   for (int f = 0; f < p.fold_count; ++f) sweep.start_fold(folds[f], p.folds[f], out.values[f], out.argmax[f]);
   A* target_logit = static_cast<A*>(out.target_logit);
   Buffer<A> listed(out.linear ? p.linear_indptr[p.N] : 0);  // the logit of each list entry
 
   // Folds a view of a set; the first set's targets and lists are read before rules hide any pair.
-  const auto fold_view = [&](const Chunk& chunk, const Block& block, int set, bool mirrored, const A* dots,
-                             const A* guide, Scratch& s) {
+  const auto fold_view = [&](const Block& block, int set, bool mirrored, const A* dots, const A* guide, Scratch& s) {
     A* l = sweep.block_buffer(s.e);
-    sweep.logits_block(chunk, block, set, mirrored, true, dots, guide, l, s.view, [&](const A* all) {
+    sweep.logits_block(block, set, mirrored, true, dots, guide, l, s.view, [&](const A* all) {
       if (set != 0) return;
       const auto read = [&](A* to) {
         return [=](int64_t i, int64_t j, int64_t position) { to[position] = all[i * kBlock + j]; };
       };
-      if (target_logit) sweep.for_each_target(chunk, block, mirrored, read(target_logit));
-      if (out.linear) sweep.for_each_linear(chunk, block, mirrored, read(listed.get()));
+      if (target_logit) sweep.for_each_target(block, mirrored, read(target_logit));
+      if (out.linear) sweep.for_each_linear(block, mirrored, read(listed.get()));
     });
     for (int f = 0; f < p.fold_count; ++f) {
-      if (p.folds[f].set == set) sweep.add_to_fold(folds[f], p.folds[f].cols, chunk, block, mirrored, l);
+      if (p.folds[f].set == set) sweep.add_to_fold(folds[f], p.folds[f].cols, block, mirrored, l);
     }
   };
 
-  sweep.for_each_chunk([&](const Chunk& chunk) {
-    sweep.for_each_block(chunk, 0, chunk.blocks(), [&](const Block& block, Scratch& s) {
-      A* dots = sweep.kept ? sweep.stored_block(sweep.kept, chunk, block) : sweep.block_buffer(s.dots);
-      sweep.multiply_block(chunk, block, s, dots);
+  sweep.for_each_chunk(false, [&](const Chunk& chunk) {
+    sweep.for_each_tile(chunk, [&](const Block& block, Scratch& s) {
+      A* dots = sweep.place(chunk, block);
+      sweep.multiply_block(chunk, block, s, dots = dots ? dots : sweep.block_buffer(s.dots));
       const A* guide = sweep.guide_block(chunk, block, s);
       for (int set = 0; set < p.set_count; ++set) {
-        fold_view(chunk, block, set, false, dots, guide, s);
-        if (p.self) fold_view(chunk, block, set, true, dots, guide, s);
+        fold_view(block, set, false, dots, guide, s);
+        if (p.self) fold_view(block, set, true, dots, guide, s);
       }
     });
-    for (int f = 0; f < p.fold_count; ++f) sweep.finish_chunk(folds[f], chunk);
+    sweep.finish_chunk(folds.get(), p.fold_count, chunk, [](int64_t, int64_t) {});
   });
-  for (int f = 0; f < p.fold_count; ++f) {
-    if (!folds[f].i_side) folds[f].finish_j(p.M);
+  for (int f = 0; p.N == 0 && f < p.fold_count; ++f) {
+    if (!folds[f].i_side) folds[f].finish_j(0, p.M);
   }
   for (int64_t i = 0; out.linear && i < p.N; ++i) {
     double sum = 0;
@@ -68,7 +67,7 @@ void forward(const SimilarityProblem& p, const SimilarityForward& out, const Par
 template <class C, class S>
 void backward(const SimilarityProblem& p, const SimilarityBackward& b, const Parallel& parallel) {
   using A = typename C::Acc;
-  Sweep<C, S> sweep(p, parallel, false);
+  Sweep<C, S> sweep(p, parallel, Use::gradients);
   Gradients<C, S> gradients(p, b, sweep);
   for (int f = 0; f < p.fold_count; ++f) {
     const SimilarityFold& fold = p.folds[f];
@@ -76,7 +75,7 @@ void backward(const SimilarityProblem& p, const SimilarityBackward& b, const Par
   }
   gradients.d_target = static_cast<const A*>(b.d_target);
   gradients.d_linear = static_cast<const A*>(b.d_linear);
-  sweep.for_each_chunk([&](const Chunk& chunk) { gradients.add_chunk(chunk, sweep.kept); });
+  sweep.for_each_chunk(true, [&](const Chunk& chunk) { gradients.add_chunk(chunk); });
   gradients.finish();
 }
 
@@ -99,33 +98,30 @@ template <class C, class S>
 void total(const SimilarityProblem& p, const SimilarityTotal& t, const Parallel& parallel) {
   using A = typename C::Acc;
   using Scratch = typename Sweep<C, S>::Scratch;
-  Sweep<C, S> sweep(p, parallel, true);
+  Sweep<C, S> sweep(p, parallel, Use::total);
   Gradients<C, S> gradients(p, t.gradients, sweep);
   const FoldKind kind = p.folds[0].kind;
   gradients.upstream[0].allocate(kind, p.N);
-  Buffer<A> values(p.N), d_target(p.N), dots;
+  Buffer<A> values(p.N), d_target(p.N);
   gradients.d_target = d_target.get();
   FoldState<A> fold;
   sweep.start_fold(fold, p.folds[0], values.get(), nullptr);
-  sweep.for_each_chunk([&](const Chunk& chunk) {
-    if (!dots.get()) dots.allocate(sweep.stored_size(chunk));
-    sweep.for_each_block(chunk, 0, chunk.blocks(), [&](const Block& block, Scratch& s) {
-      A* block_dots = sweep.stored_block(dots.get(), chunk, block);
-      A* l = sweep.block_buffer(s.e);
-      sweep.multiply_block(chunk, block, s, block_dots);
+  sweep.for_each_chunk(false, [&](const Chunk& chunk) {
+    sweep.for_each_tile(chunk, [&](const Block& block, Scratch& s) {
+      A *dots = sweep.place(chunk, block), *l = sweep.block_buffer(s.e);
+      sweep.multiply_block(chunk, block, s, dots);
       const A* guide = sweep.guide_block(chunk, block, s);
-      sweep.logits_block(chunk, block, 0, false, true, block_dots, guide, l, s.view, [&](const A* all) {
-        sweep.for_each_target(chunk, block, false, [&](int64_t i, int64_t j, int64_t owner) {
+      sweep.logits_block(block, 0, false, true, dots, guide, l, s.view, [&](const A* all) {
+        sweep.for_each_target(block, false, [&](int64_t i, int64_t j, int64_t owner) {
           static_cast<A*>(t.target_logit)[owner] = all[i * kBlock + j];
         });
       });
-      sweep.add_to_fold(fold, false, chunk, block, false, l);
+      sweep.add_to_fold(fold, false, block, false, l);
     });
-    sweep.finish_chunk(fold, chunk);
-    for (int64_t i = chunk.begin; i < chunk.begin + chunk.rows; ++i) {
-      add_row<A>(t, i, values.get()[i], gradients.upstream[0], d_target.get());
-    }
-    gradients.add_chunk(chunk, dots.get());
+    sweep.finish_chunk(&fold, 1, chunk, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) add_row<A>(t, i, values.get()[i], gradients.upstream[0], d_target.get());
+    });
+    gradients.add_chunk(chunk);
   });
   gradients.finish();
 }

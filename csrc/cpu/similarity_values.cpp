@@ -33,26 +33,20 @@ class Softmax {
   using A = typename C::Acc;
   using Scratch = typename Sweep<C, S>::Scratch;
 
-  Softmax(const SimilarityProblem& problem, const Parallel& parallel) : sweep(problem, parallel, true) {
+  Softmax(const SimilarityProblem& problem, const Parallel& parallel) : sweep(problem, parallel, Use::softmax) {
     lines_.allocate(FoldKind::logsumexp, problem.N);
   }
 
-  // Where the inner products of a chunk are.
-  A* place(const Chunk& chunk) {
-    if (sweep.kept) return sweep.kept;
-    if (!held_.get()) held_.allocate(sweep.stored_size(chunk));
-    return held_.get();
-  }
-  void logits(const Chunk& chunk, const Block& block, const A* dots, const A* guide, A* l, Scratch& s) {
-    sweep.logits_block(chunk, block, 0, false, false, dots, guide, l, s.view, [](A*) {});
+  void logits(const Block& block, const A* dots, const A* guide, A* l, Scratch& s) {
+    sweep.logits_block(block, 0, false, false, dots, guide, l, s.view, [](A*) {});
   }
   void know(int64_t begin, int64_t end, const A* lse) {
     for (int64_t i = begin; i < end; ++i) lines_.set(i, lse[i], 1);
   }
   // Probabilities of a block to `e`; 0 in rows where no pair takes part.
-  void probabilities(const Chunk& chunk, const Block& block, const A* dots, const A* guide, A* e, Scratch& s) {
-    logits(chunk, block, dots, guide, e, s);
-    const FoldWeights<A> rows{lines_.lse.get() + chunk.begin, lines_.weight.get() + chunk.begin, nullptr, nullptr};
+  void probabilities(const Block& block, const A* dots, const A* guide, A* e, Scratch& s) {
+    logits(block, dots, guide, e, s);
+    const FoldWeights<A> rows{lines_.lse.get() + block.i, lines_.weight.get() + block.i, nullptr, nullptr};
     weights(FoldKind::logsumexp, s.view, rows, false, false, e, e, block.rows, block.cols);
   }
 
@@ -60,7 +54,6 @@ class Softmax {
 
  private:
   Upstream<A> lines_;
-  Buffer<A> held_;
 };
 
 // Sums of the weights of each row of a block, as they are multiplied.
@@ -103,19 +96,18 @@ void values_forward(const ValuesProblem& p, const ValuesForward& out, const Para
   FoldState<A> fold;
   sweep.start_fold(fold, p.logits.folds[0], out.lse, nullptr);
   Buffer<A> parts(sweep.most_blocks() * sweep.chunk_rows);
-  sweep.for_each_chunk([&](const Chunk& chunk) {
-    A* dots = softmax.place(chunk);
-    sweep.for_each_block(chunk, 0, chunk.blocks(), [&](const Block& block, Scratch& s) {
-      A *own = sweep.stored_block(dots, chunk, block), *l = sweep.block_buffer(s.e);
+  sweep.for_each_chunk(false, [&](const Chunk& chunk) {
+    sweep.for_each_tile(chunk, [&](const Block& block, Scratch& s) {
+      A *own = sweep.place(chunk, block), *l = sweep.block_buffer(s.e);
       sweep.multiply_block(chunk, block, s, own);
-      softmax.logits(chunk, block, own, sweep.guide_block(chunk, block, s), l, s);
-      sweep.add_to_fold(fold, false, chunk, block, false, l);
+      softmax.logits(block, own, sweep.guide_block(chunk, block, s), l, s);
+      sweep.add_to_fold(fold, false, block, false, l);
     });
-    sweep.finish_chunk(fold, chunk);
+    sweep.finish_chunk(&fold, 1, chunk, [](int64_t, int64_t) {});
     softmax.know(chunk.begin, chunk.begin + chunk.rows, static_cast<const A*>(out.lse));
-    weighted.add_chunk(chunk, dots,
+    weighted.add_chunk(chunk,
                        [&](const Block& block, int, bool, bool, const A* block_dots, const A* guide, A* e, Scratch& s) {
-                         softmax.probabilities(chunk, block, block_dots, guide, e, s);
+                         softmax.probabilities(block, block_dots, guide, e, s);
                          sum_rows<C>(e, block.rows, block.cols, parts.get() + block.index * sweep.chunk_rows);
                        });
     normalize(parts.get(), sweep.chunk_rows, chunk, p.depth, static_cast<A*>(out.sums) + chunk.begin * p.depth);
@@ -206,7 +198,7 @@ void values_backward(const ValuesProblem& p, const ValuesBackward& b, const Para
   const SimilarityProblem values = of_values(p, b.d_sums);
   Softmax<C, S> softmax(p.logits, parallel);
   softmax.know(0, p.logits.N, static_cast<const A*>(b.lse));
-  Sweep<C, S> upstream(values, parallel, true);
+  Sweep<C, S> upstream(values, parallel, Use::softmax);
   Gradients<C, S> gradients(p.logits, b.gradients, softmax.sweep);
   SimilarityBackward outputs{};
   outputs.dy = b.d_values;
@@ -216,26 +208,22 @@ void values_backward(const ValuesProblem& p, const ValuesBackward& b, const Para
   const SimilarityBackward& g = b.gradients;
   Decided<A> decided(softmax.sweep.most_blocks(), softmax.sweep.chunk_rows);
   const bool any = g.dx || g.dy || g.dscale || g.drow_bias || g.dcol_bias;
-  softmax.sweep.for_each_chunk([&](const Chunk& chunk) {
-    A* dots = softmax.place(chunk);
-    if (!softmax.sweep.kept) {
-      softmax.sweep.for_each_block(chunk, 0, chunk.blocks(), [&](const Block& block, Scratch& s) {
-        softmax.sweep.multiply_block(chunk, block, s, softmax.sweep.stored_block(dots, chunk, block));
+  softmax.sweep.for_each_chunk(true, [&](const Chunk& chunk) {
+    if (!softmax.sweep.keeps(chunk)) {
+      softmax.sweep.for_each_tile(chunk, [&](const Block& block, Scratch& s) {
+        softmax.sweep.multiply_block(chunk, block, s, softmax.sweep.place(chunk, block));
       });
     }
     if (b.d_values) {
-      by_values.add_chunk(
-          chunk, dots, [&](const Block& block, int, bool, bool, const A* block_dots, const A* guide, A* e, Scratch& s) {
-            softmax.probabilities(chunk, block, block_dots, guide, e, s);
-          });
+      by_values.add_chunk(chunk, [&](const Block& block, int, bool, bool, const A* block_dots, const A* guide, A* e,
+                                     Scratch& s) { softmax.probabilities(block, block_dots, guide, e, s); });
     }
     if (!any) return;
-    upstream.begin(chunk);
+    upstream.begin(chunk, false);
     decided.begin(chunk);
     gradients.add_chunk(
-        chunk, dots,
-        [&](const Block& block, int, bool, bool scaled, const A* block_dots, const A* guide, A* e, Scratch& s) {
-          softmax.probabilities(chunk, block, block_dots, guide, e, s);
+        chunk, [&](const Block& block, int, bool, bool scaled, const A* block_dots, const A* guide, A* e, Scratch& s) {
+          softmax.probabilities(block, block_dots, guide, e, s);
           Scratch& own = upstream.scratch(s.thread);
           A* t = upstream.block_buffer(own.dots);
           upstream.multiply_block(chunk, block, own, t);
