@@ -16,7 +16,6 @@
 namespace contrastive_ops {
 namespace {
 
-const Kernels* kernels = nullptr;
 // Of tests: the kernels on the processor, for tensors on it.
 const CudaKernels* host_kernels = nullptr;
 

@@ -8,6 +8,7 @@
 #include <array>
 #include <memory>
 
+#include "kernels.h"
 #include "similarity_loss.h"
 
 namespace contrastive_ops {
@@ -36,14 +37,91 @@ using Inputs = std::array<Tensor, kInputs>;
 
 at::ScalarType accumulator(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
+const Kernels* kernels = nullptr;
+
+// Rows that one task takes of those that operations of torch are called on. An operation on a range has the bits of
+// that on all rows, so ranges may follow the threads: of one thread they are as large as a level-2 cache.
+int64_t rows_of_a_range(int64_t rows, int64_t columns) {
+  constexpr int64_t kWorthTasks = int64_t{1} << 16, kMostNumbers = int64_t{1} << 17;
+  if (rows * columns < kWorthTasks) return rows;
+  const int64_t threads = kernels->parallel().threads, most = std::max<int64_t>(kMostNumbers / columns, 8);
+  return std::max<int64_t>(std::min(threads > 1 ? (rows + 4 * threads - 1) / (4 * threads) : rows, most), 8);
+}
+
+// Calls body(part) for ranges of rows, in tasks; part(t) are those rows of a tensor.
+template <class Body>
+void for_row_ranges(int64_t rows, int64_t columns, Body body) {
+  const int64_t step = std::max<int64_t>(rows_of_a_range(rows, columns), 1);
+  auto task = [&](int64_t index) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    body([&](const Tensor& t) { return t.narrow(0, index * step, std::min(step, rows - index * step)); });
+  };
+  using Task = decltype(task);
+  kernels->parallel().run((rows + step - 1) / step,
+                          [](void* own, int64_t index, int) { (*static_cast<Task*>(own))(index); }, &task);
+}
+
 Tensor inverse_lengths(const Tensor& x) {
   // As core/unit_rows.py, operation by operation.
   return at::linalg_vector_norm(x, 2, at::IntArrayRef{-1}, true).clamp_min_(1e-12).reciprocal_();
 }
 
+Tensor empty_rows(const Tensor& like, int64_t columns, at::ScalarType type) {
+  return at::empty({like.size(0), columns}, like.options().dtype(type));
+}
+
+bool is_one_range(const Tensor& x) { return rows_of_a_range(x.size(0), x.size(1)) >= x.size(0); }
+
+// Unit rows to `unit`, and the inverse lengths, which may be known.
+void write_unit_rows(const Tensor& x, const Tensor& unit, Tensor& inverse) {
+  const bool known = inverse.defined();
+  if (!known) inverse = empty_rows(x, 1, x.scalar_type());
+  for_row_ranges(x.size(0), x.size(1), [&](auto part) {
+    if (!known) part(inverse).copy_(inverse_lengths(part(x)));
+    Tensor to = part(unit);
+    at::mul_out(to, part(x), part(inverse));
+  });
+}
+
+Tensor unit_of(const Tensor& x, Tensor& inverse) {
+  if (is_one_range(x)) {
+    if (!inverse.defined()) inverse = inverse_lengths(x);
+    return at::mul(x, inverse);
+  }
+  const Tensor unit = empty_rows(x, x.size(1), x.scalar_type());
+  write_unit_rows(x, unit, inverse);
+  return unit;
+}
+
+// Both matrices one under the other, as unit rows if asked for.
+Tensor stack(const Tensor& first, const Tensor& second, bool unit, Tensor& inverse_first, Tensor& inverse_second) {
+  if (is_one_range(first) && is_one_range(second)) {
+    return unit ? at::cat({unit_of(first, inverse_first), unit_of(second, inverse_second)}) : at::cat({first, second});
+  }
+  const int64_t rows = first.size(0), columns = first.size(1);
+  const Tensor all = at::empty({rows + second.size(0), columns}, first.options());
+  const auto write = [&](const Tensor& from, const Tensor& to, Tensor& inverse) {
+    if (unit) return write_unit_rows(from, to, inverse);
+    for_row_ranges(from.size(0), columns, [&](auto part) { part(to).copy_(part(from)); });
+  };
+  write(first, all.narrow(0, 0, rows), inverse_first);
+  write(second, all.narrow(0, rows, second.size(0)), inverse_second);
+  return all;
+}
+
+// (gradient - unit * <unit, gradient>) * factor
+Tensor across(const Tensor& gradient, const Tensor& unit, const Tensor& factor) {
+  const Tensor along = at::mul(unit, gradient).sum(at::IntArrayRef{-1}, true);
+  return at::addcmul(gradient, unit, along, -1).mul_(factor);
+}
+
 Tensor through_lengths(const Tensor& gradient, const Tensor& x, const Tensor& inverse) {
-  const Tensor unit = at::mul(x, inverse), along = at::mul(unit, gradient).sum(at::IntArrayRef{-1}, true);
-  return at::addcmul(gradient, unit, along, -1).mul_(inverse);
+  if (is_one_range(x)) return across(gradient, at::mul(x, inverse), inverse);
+  const Tensor out = empty_rows(gradient, gradient.size(1), gradient.scalar_type());
+  for_row_ranges(x.size(0), x.size(1), [&](auto part) {
+    part(out).copy_(across(part(gradient), at::mul(part(x), part(inverse)), part(inverse)));
+  });
+  return out;
 }
 
 bool is_narrow(const Tensor& x) { return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf; }
@@ -54,6 +132,33 @@ struct Lengths {
 
   Lengths() = default;
   explicit Lengths(const Tensor& x) {
+    if (is_one_range(x)) {
+      find(x);
+      return;
+    }
+    rows = empty_rows(x, x.size(1), x.scalar_type());
+    unit = empty_rows(x, x.size(1), at::kFloat);
+    factor = empty_rows(x, 1, at::kFloat);
+    shift = empty_rows(x, 1, at::kFloat);
+    for_row_ranges(x.size(0), x.size(1), [&](auto part) {
+      Lengths found;
+      found.find(part(x));
+      part(rows).copy_(found.rows);
+      part(unit).copy_(found.unit);
+      part(factor).copy_(found.factor);
+      part(shift).copy_(found.shift);
+    });
+  }
+  Tensor through(const Tensor& gradient) const {
+    if (is_one_range(gradient)) return across(gradient, unit, shift);
+    const Tensor out = empty_rows(gradient, gradient.size(1), gradient.scalar_type());
+    for_row_ranges(gradient.size(0), gradient.size(1),
+                   [&](auto part) { part(out).copy_(across(part(gradient), part(unit), part(shift))); });
+    return out;
+  }
+
+ private:
+  void find(const Tensor& x) {
     const Tensor wide = x.to(at::kFloat);
     const Tensor length = at::linalg_vector_norm(wide, 2, at::IntArrayRef{1}, true).clamp_min_(1e-12);
     const auto [mantissa, exponent] = at::frexp(length);
@@ -62,10 +167,6 @@ struct Lengths {
     rows = unit.to(x.scalar_type());
     factor = at::mul(mantissa, 2).reciprocal_();
     unit.mul_(factor);
-  }
-  Tensor through(const Tensor& gradient) const {
-    const Tensor along = at::mul(unit, gradient).sum(at::IntArrayRef{1}, true);
-    return at::addcmul(gradient, unit, along, -1).mul_(shift);
   }
 };
 
@@ -102,15 +203,17 @@ struct Problem {
     inverse_y = known_y;
     const bool stacked = o.form == Form::stacked, by_factors = o.normalize && is_narrow(in[kX]);
     raw.self = stacked || !in[kY].defined();
-    const auto as_unit = [&](const Tensor& rows, Tensor& inverse) {
-      return by_factors || !rows.defined() ? rows : unit_of(o, rows, inverse);
-    };
-    const Tensor first = as_unit(in[kX], inverse_x), second = as_unit(in[kY], inverse_y);
-    x = stacked ? at::cat({first, second}) : first;
+    const bool by_unit = o.normalize && !by_factors;
+    if (stacked) {
+      x = stack(in[kX], in[kY], by_unit, inverse_x, inverse_y);
+    } else {
+      x = by_unit ? unit_of(in[kX], inverse_x) : in[kX];
+      y = by_unit && in[kY].defined() ? unit_of(in[kY], inverse_y) : in[kY];
+    }
     if (by_factors) x = (lengths_x = Lengths(x)).rows;
-    if (by_factors && !raw.self) lengths_y = Lengths(second);
+    if (by_factors && !raw.self) y = (lengths_y = Lengths(y)).rows;
     x = rows_contiguous(x);
-    y = raw.self ? x : rows_contiguous(by_factors ? lengths_y.rows : second);
+    y = raw.self ? x : rows_contiguous(y);
     raw.dtype = dtype_of(x);
     raw.x = x.data_ptr();
     raw.y = y.data_ptr();
@@ -132,11 +235,6 @@ struct Problem {
   Tensor empty(int64_t size) const { return at::empty({size}, x.options().dtype(type)); }
 
  private:
-  static Tensor unit_of(const Options& o, const Tensor& rows, Tensor& inverse) {
-    if (!o.normalize) return rows;
-    if (!inverse.defined()) inverse = inverse_lengths(rows);
-    return at::mul(rows, inverse);
-  }
   void read_scale(const Options& o, const Tensor& tensor) {
     scale_as_double = o.number;
     if (tensor.defined()) {

@@ -10,6 +10,20 @@
 namespace contrastive_ops {
 namespace {
 
+// Calls body(i) for all rows, in tasks where there are many: a row takes some 100 ns.
+template <class Body>
+void for_rows(int64_t rows, const Parallel& parallel, Body body) {
+  constexpr int64_t kRange = 128, kWorthTasks = 512;
+  auto range = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+  };
+  if (rows < kWorthTasks) return range(0, rows);
+  auto task = [&](int64_t index) { range(index * kRange, std::min(rows, (index + 1) * kRange)); };
+  using Task = decltype(task);
+  parallel.run((rows + kRange - 1) / kRange, [](void* own, int64_t index, int) { (*static_cast<Task*>(own))(index); },
+               &task);
+}
+
 // What each row's loss is multiplied by.
 template <class A>
 struct RowWeights {
@@ -93,7 +107,7 @@ void two_pass_forward(const SimilarityProblem& p, const SimilarityLoss& out, con
   const A *extra = static_cast<const A*>(out.extra), *target_weight = static_cast<const A*>(out.target_weight);
   A *d_folds = static_cast<A*>(out.d_folds), *d_target = static_cast<A*>(out.d_target);
   A* d_extra = static_cast<A*>(out.d_extra);
-  for (int64_t i = 0; i < p.N; ++i) {
+  for_rows(p.N, parallel, [&](int64_t i) {
     RowTerms row{{}, logits[i], extra ? extra[i] : empty, weights.count ? weights.count[i] : 1.0};
     for (int f = 0; f < p.fold_count; ++f) row.folds[f] = folds[f * p.N + i];
     const RowSlopes slopes = row_loss(out.kind, row);
@@ -104,7 +118,7 @@ void two_pass_forward(const SimilarityProblem& p, const SimilarityLoss& out, con
       d_target[i] = static_cast<A>(factor * slopes.target + (target_weight ? target_weight[i] / weights.size : 0));
     }
     if (d_extra) d_extra[i] = static_cast<A>(factor * slopes.extra);
-  }
+  });
   reduce<A>(out, weights, losses.get(), logits.get(), p.N);
 }
 
