@@ -112,6 +112,7 @@ def test_forward_mode_is_right_or_refused(function, inputs):
             got = run()
         except NotImplementedError as error:
             assert "must have no forward-mode tangents" in str(error) and "torch.autograd.functional.jvp" in str(error)
+            assert str(error).partition(":")[0] not in ("unit_rows", "similarity_loss") or function is unit_rows
         else:
             torch.testing.assert_close(got, expected)
     _, got = torch.autograd.functional.jvp(total, tuple(inputs), tuple(tangents))  # what the message names

@@ -13,6 +13,7 @@ torch.library would return zero, `torch.func.grad` and its relatives run the der
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ class _Library(torch.library.Library):
 
 
 LIBRARY = _Library("contrastive_ops", "FRAGMENT")
+_PACKAGE = f"{__name__.partition('.')[0]}."
 # The derivatives of operators as autograd.Functions for the transforms of torch.func.
 _TRANSFORMED: dict[str, Callable[..., Any]] = {}
 
@@ -177,11 +179,24 @@ def _refuse_tangents(name: str, arguments: tuple[Any, ...]) -> None:
         for each in argument if isinstance(argument, (list, tuple)) else (argument,):
             if isinstance(each, Tensor) and forward_ad.unpack_dual(each).tangent is not None:
                 raise NotImplementedError(
-                    f"{name.removesuffix('_forward')}: inputs must have no forward-mode tangents (torch.func.jvp, "
-                    "jacfwd, hessian, dual_level), got some: no operator of contrastive_ops has that derivative\n"
+                    f"{_function_called() or name}: inputs must have no forward-mode tangents (torch.func.jvp, jacfwd, "
+                    "hessian, dual_level), got some: no operator of contrastive_ops has that derivative\n"
                     "  torch.autograd.functional.jvp computes the same by reverse mode; Jacobians and Hessians come "
                     "from torch.func.jacrev"
                 )
+
+
+def _function_called() -> str | None:
+    """The outermost function of the package that is running: the one that the user knows."""
+    frame, found = inspect.currentframe(), None
+    while frame is not None:
+        module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+        function = frame.f_globals.get(name)  # not of methods, nor of functions within functions
+        is_public = module.startswith(_PACKAGE) and not (module.startswith(f"{_PACKAGE}testing.") or name[0] == "_")
+        if is_public and getattr(function, "__code__", None) is frame.f_code:
+            found = name
+        frame = frame.f_back
+    return found
 
 
 def _without_derivative(operator: Any) -> Callable[..., Any]:
