@@ -35,23 +35,18 @@ struct Parallel {
 };
 
 // Every `void*` below points to the accumulation type: double for float64 inputs, float otherwise. A rule whose
-// pointers are null does not apply. `_rows` are (N,), `_cols` (M,).
+// pointers are null does not apply: those of the slots of a set, by their names. Lists ascend in each row, ids of -1
+// equal nothing, and pairs that other rules drop have the logit `fill`, and no gradient.
 struct SimilaritySet {
+  using ids = const int64_t*;
+  using numbers = const void*;
   const void* scale;  // 1, N or M numbers
   ScaleOf scale_of;
   bool negate;
   bool has_diagonal;  // drop column i + diagonal of row i
   int64_t diagonal;
-  const int64_t *differ_rows, *differ_cols;         // drop equal ids; -1 equals nothing
-  const int64_t *same_rows, *same_cols;             // drop ids that differ
-  const int64_t *exclude_indptr, *exclude_indices;  // drop listed columns; ascending in each row
-  const void *below_rows, *below_cols;              // drop inner products above
-  const void *above_rows, *above_cols;              // drop inner products below
-  const void *guide_below_rows, *guide_below_cols;  // drop guide similarities above
-  const int64_t *class_rows, *class_cols;           // rows and columns of log_weight; -1 for none
-  const void* log_weight;                           // (row classes, column classes)
+  CONTRASTIVE_OPS_SLOTS(CONTRASTIVE_OPS_SET_FIELD)
   int64_t log_weight_rows, log_weight_cols;
-  const void* fill;  // one number: dropped pairs have this logit, and no gradient, in place of taking no part
 };
 
 struct SimilarityFold {

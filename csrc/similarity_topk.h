@@ -8,17 +8,9 @@
 
 namespace contrastive_ops {
 
-// Rows of the statistics: STATISTICS of contrastive_ops/core/rules.py.
-enum class Statistic : int {
-  eligible = 0,
-  higher = 1,
-  differ = 2,
-  same = 3,
-  below = 4,
-  above = 5,
-  guide = 6,
-  size = 7
-};
+// Rows of the statistics; those of rules begin at `rules`.
+enum class Statistic : int { eligible = 0, higher = 1, rules = 2, size = rules + static_cast<int>(Rule::size) };
+constexpr int statistic_of(Rule rule) { return static_cast<int>(Statistic::rules) + static_cast<int>(rule); }
 
 // The first set selects, the last one says which pairs the statistics count.
 struct TopKForward {

@@ -1,4 +1,4 @@
-// The numbers by which `pair_data` and `spec` say what they hold: those of contrastive_ops/core/problem.py, which a
+// The numbers by which `pair_data` and `spec` say what they hold: those of contrastive_ops/core/rules.py, which a
 // test compares. One table for the CPU, for CUDA, and for whoever decodes a spec (similarity_decode.h).
 #pragma once
 
@@ -6,10 +6,17 @@
 
 namespace contrastive_ops {
 
-enum class FoldKind : int { logsumexp = 0, max = 1, sum_softplus = 2, sum_relu = 3, sum = 4, count = 5 };
-constexpr int64_t kFoldKinds = 6;
+#define CONTRASTIVE_OPS_NAME(name) name,
+
+// Kinds of folds, in the order of FOLDS of contrastive_ops/core/fold_kinds.py.
+#define CONTRASTIVE_OPS_FOLDS(use) use(logsumexp) use(max) use(sum_softplus) use(sum_relu) use(sum) use(count)
+enum class FoldKind : int { CONTRASTIVE_OPS_FOLDS(CONTRASTIVE_OPS_NAME) size };
+constexpr int64_t kFoldKinds = static_cast<int64_t>(FoldKind::size);
 enum class ScaleOf : int { all = 0, rows = 1, columns = 2 };
 constexpr int64_t kScaleKinds = 3;
+
+// Rules that similarity_topk counts, in the order of STATISTICS of contrastive_ops/core/rules.py.
+enum class Rule : int { differ, same, below, above, guide, size };
 
 // What a tensor in `pair_data` is, in the order of its numbers. Calls use(name, owner, type, extent):
 //
@@ -52,5 +59,10 @@ enum class PairSlot : int64_t {
       unit  // asked of operators, never of kernels
 };
 constexpr int64_t kSlots = static_cast<int64_t>(PairSlot::unit);
+
+// A field of a struct that says what `ids` and `numbers` are, for each slot of a set.
+#define CONTRASTIVE_OPS_SET_FIELD(name, owner, type, extent) CONTRASTIVE_OPS_FIELD_OF_##owner(type, name)
+#define CONTRASTIVE_OPS_FIELD_OF_set(type, name) type name;
+#define CONTRASTIVE_OPS_FIELD_OF_problem(type, name)
 
 }  // namespace contrastive_ops

@@ -17,6 +17,7 @@ from ._cover import Combine
 from ._folds import TileFold
 from ._launch import Launch
 from ._similarity_backward import BIAS, RESIDUAL, SCALE, TileSum
+from ._similarity_problem import Problem
 from ._tiles import resident_depth
 from ._variants import Variant
 
@@ -24,12 +25,14 @@ from ._variants import Variant
 _ROWS, _COLUMNS = 48, 80
 
 # (set, kind, of columns)
-_FOLDS = {
+_FOLDS: dict[str, tuple[tuple[int, str, bool], ...]] = {
     "lse": ((0, "logsumexp", False),),
     "clip": ((0, "logsumexp", False), (0, "logsumexp", True)),
     "max": ((0, "max", False), (0, "max", True), (0, "sum", False), (0, "count", False)),
-    "two_sets": ((0, "sum_softplus", False), (1, "sum_relu", True)),
+    "two_sets": ((0, "sum_softplus", False),),
 }
+_ELSEWHERE = {kind for folds in _FOLDS.values() for _, kind, _ in folds}
+_FOLDS["two_sets"] += tuple((1, kind, True) for kind in KINDS if kind not in _ELSEWHERE)
 
 _RULES: dict[str, tuple[Slot, ...]] = {
     "all": (),
@@ -56,7 +59,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _problem(arch: str, choice: dict[str, Any]) -> tuple[plan.Problem, Tensor | None]:
+def _problem(arch: str, choice: dict[str, Any]) -> tuple[Problem, Tensor | None]:
     """The problem of a combination, and its targets."""
     rows = _ROWS
     columns = rows if choice["itself"] else _COLUMNS
@@ -75,20 +78,20 @@ def _problem(arch: str, choice: dict[str, Any]) -> tuple[plan.Problem, Tensor | 
     scale = torch.empty(layout.scale_slices(rows, columns)[-1].stop)
     biases = (torch.empty(rows), torch.empty(columns)) if choice["biases"] else (None, None)
     target = torch.empty(rows, dtype=torch.int64) if choice["target"] else None
-    problem = plan.Problem.of(
+    problem = Problem.of(
         x, None if choice["itself"] else y, scale, *biases, target, *layout.encode(), arch
     )  # fmt: skip
     return problem, target
 
 
-def _forward(p: plan.Problem, target: Tensor | None) -> Iterator[Launch]:
+def _forward(p: Problem, target: Tensor | None) -> Iterator[Launch]:
     folds = p.folds(p.layout.folds) + ((plan.linear_fold(),) if p.layout.has_linear else ())
     values = torch.empty(sum(p.shape[fold.cols] for fold in folds))
     argmax = torch.empty(sum(p.layout.argmax_sizes(*p.shape[:2])), dtype=torch.int64)
     return plan.forward_launches(p, folds, values, argmax, None if target is None else torch.empty(len(p.x)))
 
 
-def _backward(p: plan.Problem, target: Tensor | None, kernel: str, biases: bool, sums_alone: bool) -> Iterator[Launch]:
+def _backward(p: Problem, target: Tensor | None, kernel: str, biases: bool, sums_alone: bool) -> Iterator[Launch]:
     upstream = {
         "values": torch.empty(1),
         "argmax": torch.empty(1, dtype=torch.int64),

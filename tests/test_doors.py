@@ -14,7 +14,7 @@ import torch
 from contrastive_ops import Fold, Pairs, route, similarity_reduce, similarity_topk
 from contrastive_ops.core import extension
 from contrastive_ops.core.problem import KINDS, ScaleOf
-from contrastive_ops.core.rules import Slot
+from contrastive_ops.core.rules import STATISTICS, Slot
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = extension.load()
@@ -48,9 +48,15 @@ def test_slots_are_those_of_python(slots: str) -> None:
 
 
 def test_kinds_of_folds_and_scales_are_those_of_python(slots: str) -> None:
-    assert enumerators(slots, "FoldKind") == {kind: number for number, kind in enumerate(KINDS)}
+    kinds = re.search(r"define CONTRASTIVE_OPS_FOLDS\(use\) (.*)", slots)
+    assert kinds is not None and re.findall(r"use\((\w+)\)", kinds[1]) == list(KINDS)
     assert enumerators(slots, "ScaleOf") == {each.name.lower(): int(each) for each in ScaleOf}
-    assert f"kFoldKinds = {len(KINDS)};" in slots and f"kScaleKinds = {len(ScaleOf)};" in slots
+    assert f"kScaleKinds = {len(ScaleOf)};" in slots
+
+
+def test_rules_that_are_counted_are_those_of_python(slots: str) -> None:
+    rules = re.search(r"enum class Rule : int \{ (.*), size \};", slots)
+    assert rules is not None and ("eligible", "higher", *rules[1].split(", ")) == STATISTICS
 
 
 # ---- Tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,6 +40,9 @@ def _probability(logits: Tensor, lse: Tensor) -> Tensor:
 def _takes_part(logits: Tensor) -> Tensor:
     return logits != -torch.inf
 
+
+# The folds of `FOLDS` that have no winner, for overloads.
+WithoutWinner: TypeAlias = Literal["logsumexp", "sum_softplus", "sum_relu", "sum", "count"]
 
 # The position is the number in `spec`; csrc/slots.h has the same order.
 FOLDS = {

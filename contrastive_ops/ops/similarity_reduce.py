@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core import checks, cuda_kernels, extension, numerics, triton_kernels
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core.fold_kinds import WithoutWinner
 from ..core.folds import Fold, Folded, Reduced, as_fold
 from ..core.operators import call
 from ..core.problem import LogitSets, Problem, SetFold
@@ -109,7 +110,7 @@ def similarity_reduce(
     x: Tensor,
     y: Tensor | None = ...,
     *,
-    reduce: Literal["logsumexp", "sum_softplus", "sum_relu", "sum", "count"] = ...,
+    reduce: WithoutWinner = ...,
     dim: int = ...,
     target: None = ...,
     linear: None = ...,

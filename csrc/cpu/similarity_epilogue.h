@@ -68,10 +68,7 @@ void weights(const View<A>& view, FoldWeights<A> w, bool add, bool scaled, const
       } else {
         Vec<A> weight = broadcast(weight_i);
         if (kSideJ) weight += load(w.weight_j + j);
-        const Vec<A> zero = {};
-        if constexpr (K == FoldKind::sum_softplus) value = weight * sigmoid<A>(logit);
-        if constexpr (K == FoldKind::sum_relu) value = logit > zero ? weight : zero;
-        if constexpr (K == FoldKind::sum) value = logit != broadcast(-infinity<A>()) ? weight : zero;
+        value = weighted_slope<A, K>(weight, logit);
       }
       if (scaled) value *= scale * load(view.scale_j + j);
       store(to + j, add ? load(to + j) + value : value);

@@ -38,18 +38,13 @@ using Kind = std::integral_constant<FoldKind, K>;
 template <class Body>
 INLINE void with_kind(FoldKind kind, Body body) {
   switch (kind) {
-    case FoldKind::logsumexp:
-      return body(Kind<FoldKind::logsumexp>{});
-    case FoldKind::max:
-      return body(Kind<FoldKind::max>{});
-    case FoldKind::sum_softplus:
-      return body(Kind<FoldKind::sum_softplus>{});
-    case FoldKind::sum_relu:
-      return body(Kind<FoldKind::sum_relu>{});
-    case FoldKind::sum:
-      return body(Kind<FoldKind::sum>{});
-    case FoldKind::count:
-      return body(Kind<FoldKind::count>{});
+#define CONTRASTIVE_OPS_CASE(name) \
+  case FoldKind::name:             \
+    return body(Kind<FoldKind::name>{});
+    CONTRASTIVE_OPS_FOLDS(CONTRASTIVE_OPS_CASE)
+#undef CONTRASTIVE_OPS_CASE
+    case FoldKind::size:
+      return;
   }
 }
 
@@ -73,6 +68,16 @@ INLINE Vec<A> term(Vec<A> l) {
   if constexpr (K == FoldKind::sum_relu) return positive_part<A>(l);
   if constexpr (K == FoldKind::sum) return nothing ? Vec<A>{} : l;
   return nothing ? Vec<A>{} : broadcast(A(1));
+}
+
+// Its derivative times a weight.
+template <class A, FoldKind K>
+INLINE Vec<A> weighted_slope(Vec<A> weight, Vec<A> l) {
+  const Vec<A> zero = {};
+  if constexpr (K == FoldKind::sum_softplus) return weight * sigmoid<A>(l);
+  if constexpr (K == FoldKind::sum_relu) return l > zero ? weight : zero;
+  if constexpr (K == FoldKind::sum) return l != broadcast(-infinity<A>()) ? weight : zero;
+  return zero;
 }
 
 // ---- Merging parts ---------------------------------------------------------------------------------------

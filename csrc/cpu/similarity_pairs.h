@@ -172,9 +172,6 @@ void logits(const View<A>& view, const A* dots, A* l, int64_t rows, int64_t cols
   }
 }
 
-// The rules that look at every pair of a block.
-enum class Rule { differ, same, below, above, guide };
-
 // Calls visit(rule, drops) for each rule of row i, where drops(j) says of the columns [j, j + kLanes) which ones it
 // drops. Comparisons are false for NaN, which is not dropped. `dot`, `guide`: the row's similarities.
 template <class A, class Visit>

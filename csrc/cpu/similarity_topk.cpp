@@ -320,8 +320,6 @@ class TopK {
   void count_panel(const TopKTask& t, int64_t i, int64_t j, int64_t rows, int64_t cols, Panel& panel,
                    const View<A>& view, bool other) {
     constexpr int W = kLanes<A>;
-    constexpr Statistic statistic_of[] = {Statistic::differ, Statistic::same, Statistic::below, Statistic::above,
-                                          Statistic::guide};
     const SimilaritySet& set = p.sets[p.set_count - 1];
     const A* l = panel.dots;
     if (!plain_ || (other && set.log_weight)) {
@@ -338,10 +336,9 @@ class TopK {
       for (int64_t k = 0; k < cols; k += W) {
         const unsigned here = inside(k, cols);
         unsigned dropped[kStatistics] = {}, any = lanes_of(named, k);
-        for_each_rule(view, panel.dots + r * kBlock, guide, r, [&](Rule rule, auto drops) {
-          dropped[static_cast<int>(statistic_of[static_cast<int>(rule)])] |= bits_of<Id<A>>(drops(k));
-        });
-        for (int rule = static_cast<int>(Statistic::differ); rule < kStatistics; ++rule) {
+        for_each_rule(view, panel.dots + r * kBlock, guide, r,
+                      [&](Rule rule, auto drops) { dropped[statistic_of(rule)] |= bits_of<Id<A>>(drops(k)); });
+        for (int rule = static_cast<int>(Statistic::rules); rule < kStatistics; ++rule) {
           counts[rule] += __builtin_popcount(dropped[rule] & here);
           any |= dropped[rule];
         }

@@ -111,9 +111,7 @@ __device__ inline int64_t place_of(const PairChunk& chunk, int64_t i, int64_t j)
 enum class Path { plain, plain_itself, general };
 
 inline bool is_plain(const PairArguments& p, const PairSet& set, bool itself) {
-  const bool rules = set.differ_rows || set.same_rows || set.exclude_indptr || set.below_rows || set.below_cols ||
-                     set.above_rows || set.above_cols || set.guide_below_rows || set.guide_below_cols;
-  if (rules || set.log_weight || set.fill || p.col_bias || set.scale_of == ScaleOf::columns) return false;
+  if (set.has_rules() || set.log_weight || set.fill || p.col_bias || set.scale_of == ScaleOf::columns) return false;
   return !itself || (set.scale_of == ScaleOf::all && !p.row_bias);  // so that a pair has one logit both ways
 }
 

@@ -40,6 +40,16 @@ __device__ float term(float z) {
   return 1.0f;
 }
 
+// dfold/dl of a pair that takes part; `value` is that of its row's or column's fold.
+__device__ inline float slope(FoldKind kind, float z, float value) {
+  if (kind == FoldKind::logsumexp) return __expf(z - value);
+  if (kind == FoldKind::sum_softplus) return sigmoid(z);
+  if (kind == FoldKind::sum_relu) return z > 0.0f ? 1.0f : 0.0f;
+  return 1.0f;
+}
+// Of folds whose slope is 0 or 1: the logits above which it is 1.
+__device__ inline float slopes_begin_above(FoldKind kind) { return kind == FoldKind::sum_relu ? 0.0f : -kInfinity; }
+
 // ---- One logit after another ----------------------------------------------------------------------------------------
 
 template <FoldKind kind>

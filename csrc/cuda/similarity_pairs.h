@@ -14,21 +14,23 @@ namespace contrastive_ops {
 // More of them than any loss has; contrastive_ops/cuda/_pairs.py has the same numbers.
 constexpr int kMostSets = 6, kMostFolds = 12;
 
-// One reading of the inner products; null where a rule does not apply. `_rows` are (N,), `_cols` (M,).
+// One reading of the inner products; null where a rule does not apply.
 struct PairSet {
+  using ids = const int64_t*;
+  using numbers = const float*;
   const float* scale;  // 1, N or M numbers
   ScaleOf scale_of;
   bool negate, has_diagonal;
   bool drops;  // whether any rule drops pairs
   int64_t diagonal;
-  const int64_t *differ_rows, *differ_cols, *same_rows, *same_cols;
-  const int64_t *exclude_indptr, *exclude_indices;
-  const float *below_rows, *below_cols, *above_rows, *above_cols;
-  const float *guide_below_rows, *guide_below_cols;
-  const int64_t *class_rows, *class_cols;
-  const float* log_weight;
+  CONTRASTIVE_OPS_SLOTS(CONTRASTIVE_OPS_SET_FIELD)
   int64_t log_weight_cols;
-  const float* fill;
+
+  // Whether any rule beside the diagonal drops pairs.
+  bool has_rules() const {
+    return differ_rows || same_rows || exclude_indptr || below_rows || below_cols || above_rows || above_cols ||
+           guide_below_rows || guide_below_cols;
+  }
 };
 
 struct PairFold {
@@ -84,8 +86,7 @@ inline PairArguments pairs_of(const Arrays& pair_data, const Integers& spec, con
     set.scale_of = own.scale_of, set.negate = own.negate;
     set.has_diagonal = own.has_diagonal, set.diagonal = own.diagonal;
     set.log_weight_cols = own.log_weight_cols;
-    set.drops = set.has_diagonal || set.differ_rows || set.same_rows || set.exclude_indptr || set.below_rows ||
-                set.below_cols || set.above_rows || set.above_cols || set.guide_below_rows || set.guide_below_cols;
+    set.drops = set.has_diagonal || set.has_rules();
   }
   for (int k = 0; k < p.fold_count; ++k) p.folds[k] = {from.folds[k].set, from.folds[k].kind, from.folds[k].cols};
   return p;
@@ -129,17 +130,38 @@ __device__ inline float logit_of(const PairArguments& p, const PairSet& set, flo
   return set.negate ? logit - bias : logit + bias;
 }
 
-// Whether a rule drops the pair; `guide` is its guide's inner product. NaN passes bounds.
+// Whether a number exceeds the bound of its row or of its column; NaN does not.
+__device__ inline bool exceeds(float number, const float* by_row, const float* by_column, int64_t i, int64_t j) {
+  return (by_row && number > by_row[i]) || (by_column && number > by_column[j]);
+}
+
+// Whether one of the rules that are counted drops the pair; `guide` is its guide's inner product.
+template <Rule rule>
+__device__ bool dropped_by(const PairSet& set, float dot, float guide, int64_t i, int64_t j) {
+  if constexpr (rule == Rule::differ) return set.differ_rows && equal_ids(set.differ_rows, set.differ_cols, i, j);
+  if constexpr (rule == Rule::same) return set.same_rows && !equal_ids(set.same_rows, set.same_cols, i, j);
+  if constexpr (rule == Rule::below) return exceeds(dot, set.below_rows, set.below_cols, i, j);
+  if constexpr (rule == Rule::above) {
+    return (set.above_rows && dot < set.above_rows[i]) || (set.above_cols && dot < set.above_cols[j]);
+  }
+  return exceeds(guide, set.guide_below_rows, set.guide_below_cols, i, j);
+}
+
+// Calls take(rule, whether it drops the pair) until that is true; returns whether it was.
+template <int rule = 0, class Take>
+__device__ bool any_rule(const PairSet& set, float dot, float guide, int64_t i, int64_t j, const Take& take) {
+  if constexpr (rule == static_cast<int>(Rule::size)) {
+    return false;
+  } else {
+    if (take(rule, dropped_by<static_cast<Rule>(rule)>(set, dot, guide, i, j))) return true;
+    return any_rule<rule + 1>(set, dot, guide, i, j, take);
+  }
+}
+
+// Whether a rule drops the pair.
 __device__ inline bool dropped(const PairSet& set, float dot, float guide, int64_t i, int64_t j) {
   if (set.has_diagonal && i + set.diagonal == j) return true;
-  if (set.differ_rows && equal_ids(set.differ_rows, set.differ_cols, i, j)) return true;
-  if (set.same_rows && !equal_ids(set.same_rows, set.same_cols, i, j)) return true;
-  if (set.below_rows && dot > set.below_rows[i]) return true;
-  if (set.below_cols && dot > set.below_cols[j]) return true;
-  if (set.above_rows && dot < set.above_rows[i]) return true;
-  if (set.above_cols && dot < set.above_cols[j]) return true;
-  if (set.guide_below_rows && guide > set.guide_below_rows[i]) return true;
-  if (set.guide_below_cols && guide > set.guide_below_cols[j]) return true;
+  if (any_rule(set, dot, guide, i, j, [](int, bool drops) { return drops; })) return true;
   // Last, as it reads the most.
   return set.exclude_indptr && listed(set.exclude_indices, set.exclude_indptr[i], set.exclude_indptr[i + 1], j);
 }

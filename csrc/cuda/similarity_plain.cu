@@ -220,7 +220,7 @@ __device__ void add_slopes(FoldKind told, const Columns& z, const Value& value, 
     CONTRASTIVE_OPS_UNROLL
     for (int k = 0; k < kColumns; ++k) e[k] = fmaf(d_value(k), __fdividef(1.0f, 1.0f + exp2f(-z[k])), e[k]);
   } else if (kind != FoldKind::count) {
-    const float least = kind == FoldKind::sum_relu ? 0.0f : -kInfinity;
+    const float least = slopes_begin_above(kind);
     CONTRASTIVE_OPS_UNROLL
     for (int k = 0; k < kColumns; ++k) e[k] += z[k] > least ? d_value(k) : 0.0f;
   }

@@ -189,18 +189,13 @@ FoldKernel kernel_of(Path path) {
 
 FoldKernel kernel_of(FoldKind kind, Path path) {
   switch (kind) {
-    case FoldKind::logsumexp:
-      return kernel_of<FoldKind::logsumexp>(path);
-    case FoldKind::max:
-      return kernel_of<FoldKind::max>(path);
-    case FoldKind::sum_softplus:
-      return kernel_of<FoldKind::sum_softplus>(path);
-    case FoldKind::sum_relu:
-      return kernel_of<FoldKind::sum_relu>(path);
-    case FoldKind::sum:
-      return kernel_of<FoldKind::sum>(path);
+#define CONTRASTIVE_OPS_CASE(name) \
+  case FoldKind::name:             \
+    return kernel_of<FoldKind::name>(path);
+    CONTRASTIVE_OPS_FOLDS(CONTRASTIVE_OPS_CASE)
+#undef CONTRASTIVE_OPS_CASE
     default:
-      return kernel_of<FoldKind::count>(path);
+      return nullptr;
   }
 }
 

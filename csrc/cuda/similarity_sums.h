@@ -39,14 +39,6 @@ struct PlainFolds {
   int rows, cols;
 };
 
-// dfold/dl of a pair that takes part; `value` is that of its row's or column's fold.
-__device__ inline float slope(FoldKind kind, float z, float value) {
-  if (kind == FoldKind::logsumexp) return __expf(z - value);
-  if (kind == FoldKind::sum_softplus) return sigmoid(z);
-  if (kind == FoldKind::sum_relu) return z > 0.0f ? 1.0f : 0.0f;
-  return 1.0f;
-}
-
 // What is subtracted from logits: the value of a fold of no pair is -inf, as all of its logits are.
 __device__ inline float subtrahend(float value) { return value == -kInfinity ? 0.0f : value; }
 

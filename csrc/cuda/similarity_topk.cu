@@ -136,14 +136,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<plain>)
 // ---- Statistics -----------------------------------------------------------------------------------------------------
 
 // Rows of the statistics: STATISTICS of contrastive_ops/core/rules.py.
-enum Statistic : int { eligible, higher, differ, same, below, above, guide, kStatistics };
-
-__device__ inline bool above_bound(float number, const float* by_row, const float* by_column, int64_t i, int64_t j) {
-  return (by_row != nullptr && number > by_row[i]) || (by_column != nullptr && number > by_column[j]);
-}
-__device__ inline bool below_bound(float number, const float* by_row, const float* by_column, int64_t i, int64_t j) {
-  return (by_row != nullptr && number < by_row[i]) || (by_column != nullptr && number < by_column[j]);
-}
+enum Statistic : int { eligible, higher, kRules, kStatistics = kRules + static_cast<int>(Rule::size) };
 
 // The first set of `p` is the one whose rules count.
 __global__ void __launch_bounds__(kThreads)
@@ -160,11 +153,10 @@ __global__ void __launch_bounds__(kThreads)
     const float guide_dot = strip.guide == nullptr ? 0.0f : strip.guide[at];
     own[eligible] += logit > -INFINITY && !strip.dropped_at(set, dot, at);
     own[higher] += logit > level[i];
-    own[differ] += set.differ_rows != nullptr && equal_ids(set.differ_rows, set.differ_cols, i, j);
-    own[same] += set.same_rows != nullptr && !equal_ids(set.same_rows, set.same_cols, i, j);
-    own[below] += above_bound(dot, set.below_rows, set.below_cols, i, j);
-    own[above] += below_bound(dot, set.above_rows, set.above_cols, i, j);
-    own[guide] += above_bound(guide_dot, set.guide_below_rows, set.guide_below_cols, i, j);
+    any_rule(set, dot, guide_dot, i, j, [&](int rule, bool drops) {
+      own[kRules + rule] += drops;
+      return false;
+    });
   }
   __syncthreads();
   for (int name = 0; name < kStatistics; ++name) {
