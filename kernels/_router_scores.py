@@ -21,7 +21,7 @@ TOP2 = tl.constexpr(0)
 
 
 @triton.jit
-def _read(
+def read_logits(
     logits, noise, allowed, valid, token, is_token, expert, E, sigma, logits_stride, allowed_row_stride, allowed_stride
 ):
     """Logits without and with noise, which experts are blocked, and which tokens are routed.
@@ -49,7 +49,7 @@ def _read(
 
 
 @triton.jit
-def _softmax(z, blocked):
+def softmax(z, blocked):
     """Softmax of each row, its logarithm, and the logsumexp."""
     most = tl.max(z, 1)
     term = tl.exp(z - most[:, None])
@@ -63,19 +63,19 @@ def _softmax(z, blocked):
 
 
 @triton.jit
-def _distribution(z, blocked, SCORE: tl.constexpr):
+def distribution(z, blocked, SCORE: tl.constexpr):
     """A token's distribution over the experts: softmax, or sigmoids that are scaled to sum to 1; and its logarithm."""
     if SCORE == SIGMOID:
         # As a softmax of their logarithms, which does not divide 0 by 0.
         log_sigmoid = tl.minimum(z, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(z)))
-        p, log_p, _ = _softmax(tl.where(blocked, -INF, log_sigmoid), blocked)
+        p, log_p, _ = softmax(tl.where(blocked, -INF, log_sigmoid), blocked)
     else:
-        p, log_p, _ = _softmax(z, blocked)
+        p, log_p, _ = softmax(z, blocked)
     return p, log_p
 
 
 @triton.jit
-def _sigmoid(z):
+def sigmoid(z):
     return 1.0 / (1.0 + tl.exp(-z))
 
 
@@ -157,7 +157,7 @@ def _margin(p, ONE_EXPERT: tl.constexpr):
 
 
 @triton.jit
-def _chances(z, noisy, blocked, last, expert, sigma):
+def chances_of_choice(z, noisy, blocked, last, expert, sigma):
     """Distance above a token's last choice in standard deviations of the noise, and where there is none."""
     threshold = tl.sum(tl.where(expert[None, :] == last[:, None], noisy, 0.0), 1)
     # With fewer eligible experts than choices, each of them is chosen for certain.
@@ -255,19 +255,19 @@ def scores_kernel(
     for step in range(steps):
         token = (part * steps + step) * BLOCK_T + tl.arange(0, BLOCK_T)
         is_token = token < T
-        z, noisy, blocked, live = _read(
+        z, noisy, blocked, live = read_logits(
             logits, noise, allowed, valid, token, is_token, expert, E, sigma, logits_stride, allowed_row_stride,
             allowed_stride
         )  # fmt: skip
-        p, log_p, lse = _softmax(z, blocked)
+        p, log_p, lse = softmax(z, blocked)
         if SCORE == SIGMOID:  # of the logits themselves only the logsumexp is wanted
-            p, log_p = _distribution(z, blocked, SCORE)
+            p, log_p = distribution(z, blocked, SCORE)
         noisy_p = p
         if noise is not None:
-            noisy_p, _ = _distribution(noisy, blocked, SCORE)
+            noisy_p, _ = distribution(noisy, blocked, SCORE)
         gate = noisy_p
         if SCORE == SIGMOID:
-            gate = tl.where(blocked, 0.0, _sigmoid(noisy))
+            gate = tl.where(blocked, 0.0, sigmoid(noisy))
         entropy = -tl.sum(p * log_p, 1)
         margin = _margin(p, ONE_EXPERT)
 
@@ -304,7 +304,7 @@ def scores_kernel(
 
         chance = p
         if LOAD:
-            u, certain, _none = _chances(z, noisy, blocked, last, expert, sigma)
+            u, certain, _none = chances_of_choice(z, noisy, blocked, last, expert, sigma)
             chance = tl.where(blocked, 0.0, tl.where(certain[:, None], 1.0, _normal_cdf(u)))
         if segment is None:
             own = live[:, None]
@@ -391,100 +391,3 @@ def totals_kernel(
         count = tl.sum(number, 0)
         tl.store(out_choices + column, count, mask=column < cells)
         tl.store(out_tokens + column - cells, count, mask=(column >= cells) & (column < width))
-
-
-# ---- Derivative ----------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _through_softmax(p, d_p):
-    """Gradient by the logits of a softmax p."""
-    return p * (d_p - tl.sum(p * d_p, 1)[:, None])
-
-
-@triton.jit
-def _upstream(table, label, real, expert, E, SEGMENTED: tl.constexpr):
-    """Gradients of the sums that each token is part of."""
-    if SEGMENTED:
-        at = label[:, None] * E + expert[None, :]
-        value = tl.load(table + at, mask=(label >= 0)[:, None] & real, other=0.0)
-    else:
-        value = tl.load(table + expert, mask=expert < E, other=0.0)[None, :]
-    return value
-
-
-@triton.jit
-def _d_gate(experts, d_gates, gate, token, live, expert, K: tl.constexpr, RENORMALIZE: tl.constexpr):
-    """Gradients of all gates, of those that were not chosen 0."""
-    d_gate, times = tl.zeros_like(gate), tl.zeros_like(gate)
-    for j in range(K):
-        at = token * K + j
-        picked = tl.load(experts + at, mask=live, other=-1).to(tl.int32)
-        hit = expert[None, :] == picked[:, None]
-        d_gate += tl.where(hit, tl.load(d_gates + at, mask=picked >= 0, other=0.0)[:, None], 0.0)
-        times += hit.to(tl.float32)
-    if RENORMALIZE:
-        total = tl.sum(tl.where(times > 0, times * gate, 0.0), 1)
-        safe = tl.where(total == 0, 1.0, total)
-        mean = tl.sum(tl.where(times > 0, d_gate * gate, 0.0), 1) / safe
-        d_gate = tl.where(times > 0, (d_gate - times * mean[:, None]) / safe[:, None], 0.0)
-        d_gate = tl.where((total == 0)[:, None], 0.0, d_gate)
-    return d_gate
-
-
-@triton.jit(do_not_specialize=["T", "segments"])
-def scores_backward_kernel(
-    logits, noise, allowed, segment, valid, experts, d_gates, d_sums, d_totals, dlogits,
-    T, E, segments, sigma, logits_stride, allowed_row_stride, allowed_stride,
-    K: tl.constexpr, SCORE: tl.constexpr, RENORMALIZE: tl.constexpr, LOAD: tl.constexpr,
-    E_PAD: tl.constexpr, BLOCK_T: tl.constexpr
-):  # fmt: skip
-    """Gradient by the logits of everything that the scores gave, from one read of the logits."""
-    expert = tl.arange(0, E_PAD)
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    is_token = token < T
-    z, noisy, blocked, live = _read(
-        logits, noise, allowed, valid, token, is_token, expert, E, sigma, logits_stride, allowed_row_stride,
-        allowed_stride
-    )  # fmt: skip
-    segments = segments.to(tl.int64)
-    cells, real = segments * E, (expert < E)[None, :]
-    label = tl.zeros_like(token)
-    if segment is not None:
-        label = tl.load(segment + token, mask=live, other=-1)
-        label = tl.where(label < segments, label, -1)
-    d_lse_squared = tl.load(d_totals + label, mask=label >= 0, other=0.0)
-    d_entropy = tl.load(d_totals + segments + label, mask=label >= 0, other=0.0)
-
-    softmax, log_p, lse = _softmax(z, blocked)
-    p = softmax
-    if SCORE == SIGMOID:
-        p, log_p = _distribution(z, blocked, SCORE)
-    surprise = log_p - tl.sum(p * log_p, 1)[:, None]
-    d_p = _upstream(d_sums, label, real, expert, E, segment is not None)
-    dz = _through_softmax(p, d_p) - d_entropy[:, None] * p * surprise
-    if SCORE == SIGMOID:
-        dz = dz * _sigmoid(-z)
-    dz += (2 * d_lse_squared * lse)[:, None] * softmax
-
-    noisy_p = p
-    if noise is not None:
-        noisy_p, _ = _distribution(noisy, blocked, SCORE)
-        d_noisy = _through_softmax(noisy_p, _upstream(d_sums + cells, label, real, expert, E, segment is not None))
-        if SCORE == SIGMOID:
-            d_noisy = d_noisy * _sigmoid(-noisy)
-        dz += d_noisy
-    if SCORE == SIGMOID:
-        gate = tl.where(blocked, 0.0, _sigmoid(noisy))
-        dz += _d_gate(experts, d_gates, gate, token, live, expert, K, RENORMALIZE) * gate * (1.0 - gate)
-    else:
-        dz += _through_softmax(noisy_p, _d_gate(experts, d_gates, noisy_p, token, live, expert, K, RENORMALIZE))
-    if LOAD:
-        last = tl.load(experts + token * K + (K - 1), mask=live, other=-1).to(tl.int32)
-        u, _certain, none = _chances(z, noisy, blocked, last, expert, sigma)
-        d_chance = _upstream(d_sums + 2 * cells, label, real, expert, E, segment is not None)
-        part = tl.where(none, 0.0, d_chance * tl.exp(-0.5 * u * u) * (INV_SQRT_2_PI / sigma))
-        # The threshold is a logit itself: that of the last choice.
-        dz += part - tl.where(expert[None, :] == last[:, None], tl.sum(part, 1)[:, None], 0.0)
-    dz = tl.where(blocked | (live == 0)[:, None], 0.0, dz)
-    tl.store(dlogits + token[:, None] * E + expert[None, :], dz, mask=is_token[:, None] & real)

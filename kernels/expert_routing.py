@@ -1,6 +1,6 @@
 """expert_routing in Triton: launchers with the names and arguments of reference/expert_routing.py.
 
-What the kernels do is in _router_scores.py, _router_slots.py and _router_rows.py. Numbers of programs depend on the
+What the kernels do is in the files _router_*.py. Numbers of programs depend on the
 problem alone, every number has one writer, and sums are made in a fixed order: all results have the same bits in every
 run. E up to 4,096 keeps a token's logits in registers; more work too, slower.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from contrastive_ops.core import triton_kernels
 from contrastive_ops.core.routing import ScoreSpec, SlotSpec
 
-from . import _router_rows, _router_scores, _router_slots
+from . import _router_gradients, _router_rows, _router_scores, _router_slots
 from ._cover import Combine, pairwise_cover
 from ._launch import arch_of, launch, recording
 from ._variants import Variant
@@ -150,7 +150,7 @@ def scores_backward(
     tile, options = _score_tile(logits, s, backward=True)
     dlogits = torch.empty((tokens, count), dtype=torch.float32, device=logits.device)
     launch(
-        _router_scores.scores_backward_kernel, triton.cdiv(tokens, tile["BLOCK_T"]),
+        _router_gradients.scores_backward_kernel, triton.cdiv(tokens, tile["BLOCK_T"]),
         logits, _dense(noise), _flag(allowed), _dense(segment), _flag(_dense(valid)), experts.contiguous(),
         d_gates.contiguous(), d_sums.contiguous(), d_totals.contiguous(), dlogits, tokens, count, s.segments, sigma,
         logits.stride(0), *_mask_strides(allowed), options=options, **_score_rules(s), **tile,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from contrastive_ops.core.ordered import in_parts
-from contrastive_ops.core.problem import ScaleOf, with_factors
+from contrastive_ops.core.problem import Layout, ScaleOf, with_factors
 from contrastive_ops.core.weight_norm import weight_norm
 from contrastive_ops.reference.row_losses import Terms, kind_of, row_losses, weighted_slopes
 
@@ -22,6 +22,7 @@ from . import _similarity_variants
 from ._cover import Combine, pairwise_cover
 from ._launch import arch_of
 from ._similarity_backward import BIAS, RESIDUAL, SCALE, TileSum
+from ._similarity_problem import Problem
 from ._variants import Variant
 
 __all__ = ["backward", "forward", "total", "variants"]
@@ -39,7 +40,7 @@ def forward(
     kept_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (folds, argmax, target_logit, linear, kept); what was not asked for is empty."""
-    p = plan.Problem.of(x, y, scale, row_bias, col_bias, target, pair_data, spec, arch_of(x))
+    p = Problem.of(x, y, scale, row_bias, col_bias, target, pair_data, spec, arch_of(x))
     N, M, _ = p.shape
     folds = p.folds(p.layout.folds) + ((plan.linear_fold(),) if p.layout.has_linear else ())
     sizes = [p.shape[fold.cols] for fold in folds]
@@ -72,7 +73,7 @@ def backward(
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, y, scale, row_bias, col_bias in float32, empty where not needed."""
-    p = plan.Problem.of(x, y, scale, row_bias, col_bias, target, pair_data, spec, arch_of(x))
+    p = Problem.of(x, y, scale, row_bias, col_bias, target, pair_data, spec, arch_of(x))
     needed = [bool(needs >> bit & 1) for bit in range(5)]
     wanted = _wanted(p, target, needed)
     if 0 in p.shape[:2]:
@@ -115,7 +116,7 @@ def total(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (losses, target_logit, dx, dy, dscale, drow_bias, dcol_bias, dextra)."""
     problem = (x, y, scale, row_bias, col_bias, target, pair_data, spec)
-    kind = kind_of(plan.Layout.decode(pair_data, spec))
+    kind = kind_of(Layout.decode(pair_data, spec))
     fold, argmax, target_logit, _, kept = forward(*problem, 0)
     losses = row_losses(kind, (fold,), target_logit, Terms(extra=extra))
     d_fold, d_target, dextra = weighted_slopes(kind, fold, target_logit, weight, extra, target_weight)
@@ -132,7 +133,7 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _wanted(p: plan.Problem, target: Tensor | None, needed: list[bool]) -> plan.Wanted:
+def _wanted(p: Problem, target: Tensor | None, needed: list[bool]) -> plan.Wanted:
     """Which gradients and sums answer what is needed."""
     dx, dy = needed[0], needed[1] and not p.itself
     sums = []
@@ -146,11 +147,11 @@ def _wanted(p: plan.Problem, target: Tensor | None, needed: list[bool]) -> plan.
     return plan.Wanted(dx, dy, tuple(sums))
 
 
-def _scale_sum(p: plan.Problem, index: int) -> TileSum:
+def _scale_sum(p: Problem, index: int) -> TileSum:
     return TileSum(SCALE.value, p.layout.sets[index].scale_of == ScaleOf.COLUMNS, index)
 
 
-def _scale_gradient(p: plan.Problem, scale: Tensor, sums: dict[TileSum, Tensor]) -> Tensor:
+def _scale_gradient(p: Problem, scale: Tensor, sums: dict[TileSum, Tensor]) -> Tensor:
     """The gradient of the scales of all sets, one after another."""
     if not sums:
         return torch.zeros_like(scale)
@@ -163,18 +164,18 @@ def _scale_gradient(p: plan.Problem, scale: Tensor, sums: dict[TileSum, Tensor])
     )
 
 
-def _bias_gradient(p: plan.Problem, cols: bool, sums: dict[TileSum, Tensor]) -> Tensor:
+def _bias_gradient(p: Problem, cols: bool, sums: dict[TileSum, Tensor]) -> Tensor:
     each = sums.get(TileSum(BIAS.value, cols))
     return p.x.new_zeros((p.shape[cols],), dtype=torch.float32) if each is None else each.float()
 
 
-def _norm(p: plan.Problem, scale: Tensor, *upstream: Tensor | None) -> Tensor | None:
+def _norm(p: Problem, scale: Tensor, *upstream: Tensor | None) -> Tensor | None:
     if p.x.dtype != torch.float16:
         return None
     return weight_norm(p.layout, p.layout.sizes(*p.shape[:2]), p.itself, scale, *upstream)
 
 
-def _compensate(p: plan.Problem, target: Tensor | None, found: plan.Gradients) -> None:
+def _compensate(p: Problem, target: Tensor | None, found: plan.Gradients) -> None:
     """Give back what rounding the weights took, along each row's target and each column's row."""
     sides: tuple[tuple[bool, Any, Tensor], ...] = (
         (False, found.dx, p.y),

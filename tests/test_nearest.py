@@ -6,7 +6,7 @@ from similarity_topk_cases import logits_at, select
 
 from contrastive_ops import Pairs, mine_hard_negatives, similarity_topk
 from contrastive_ops.mining import TopKState
-from contrastive_ops.ops._nearest import listed_distances
+from contrastive_ops.ops._listed_distances import listed_distances
 from contrastive_ops.testing.compare import check_derivatives
 
 
