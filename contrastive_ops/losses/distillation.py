@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core import autocast, checks
 from ..core.offsets import from_common_row
 from ..core.ordered import ordered_sum
-from ..core.problem import Layout, LogitSet
+from ..core.problem import Layout, LogitSet, Problem
 from ..core.rules import Pairs
 from ..core.unit_rows import unit_rows
 from ..ops.similarity_distill import DIVERGENCES, compare, run
@@ -125,8 +125,7 @@ def similarity_distillation(
             columns = x if y is None else wide(columns, True)
             teacher_y = None if teacher_y is None else _unit_teacher(name, "teacher_y", teacher_y)
         rows, cols = compare(
-            x,
-            None if y is None else columns,
+            Problem.of((name, "x", "y"), x, None if y is None else columns),
             teacher_x,
             teacher_y,
             kind=divergence,
@@ -136,7 +135,6 @@ def similarity_distillation(
             teacher_bias=teacher_bias,
             pairs=Pairs(diagonal=0) if y is None and pairs is None else pairs,
             memory_budget=memory_budget,
-            names=(name, "x", "y"),
             backend=backend,
         )
     return _arguments.reduce_rows((rows + cols) / 2 if symmetric else rows, weight, reduction)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.numerics import softplus
+from ..core.problem import Problem
 from ..core.rules import Pairs
 from ..ops.similarity_prefix import check_dims, prefix_folds
 from . import _arguments
@@ -104,13 +105,10 @@ def matryoshka_info_nce(
         target = checked_target(name, "target", target, "query", query, key.shape[0])
     dims, weights = _dims(name, check_dims(name, dims, "query", query), dim_weights)
     rows, _, own = prefix_folds(
-        (name, "query", "key"),
-        query,
-        key,
+        Problem.of((name, "query", "key"), query, key, target=target),
         dims=dims,
         scale=scale,
         normalize=normalize,
-        target=target,
         pairs=pairs,
         backend=backend,
     )
@@ -188,14 +186,11 @@ def matryoshka_clip(
     check_pairs(name, pairs)
     dims, weights = _dims(name, check_dims(name, dims, "image", image), dim_weights)
     rows, cols, own = prefix_folds(
-        (name, "image", "text"),
-        image,
-        text,
+        Problem.of((name, "image", "text"), image, text, target=torch.arange(image.shape[0], device=image.device)),
         dims=dims,
         dim=(0, 1),
         scale=scale,
         normalize=normalize,
-        target=torch.arange(image.shape[0], device=image.device),
         pairs=pairs,
         backend=backend,
     )
@@ -268,15 +263,12 @@ def matryoshka_nt_xent(
     check_pairs(name, pairs)
     weight = weight_of_views(name, weight, z0)
     dims, weights = _dims(name, check_dims(name, dims, "z0", z0), dim_weights)
-    count = z0.shape[0]
+    other = torch.arange(2 * len(z0), device=z0.device).roll(len(z0))
     rows, _, own = prefix_folds(
-        (name, "z0", "z1"),
-        torch.cat([z0, z1]),
-        None,
+        Problem.of((name, "z0", "z1"), torch.cat([z0, z1]), None, target=other),
         dims=dims,
         scale=scale,
         normalize=normalize,
-        target=torch.arange(2 * count, device=z0.device).roll(count),
         pairs=without_itself(name, pairs),
         backend=backend,
     )

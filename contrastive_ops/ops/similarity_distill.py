@@ -178,8 +178,7 @@ def similarity_distill(
     name = "similarity_distill"
     checks.check_choice(name, "divergence", divergence, DIVERGENCES)
     rows, cols = compare(
-        x,
-        y,
+        Problem.of((name, "x", "y"), x, y),
         teacher_x,
         teacher_y,
         kind=divergence,
@@ -197,8 +196,7 @@ def similarity_distill(
 
 
 def compare(
-    x: Tensor,
-    y: Tensor | None,
+    problem: Problem,
     teacher_x: Tensor,
     teacher_y: Tensor | None,
     *,
@@ -209,20 +207,17 @@ def compare(
     teacher_bias: Tensor | None = None,
     pairs: Pairs | None = None,
     memory_budget: int | None = None,
-    names: tuple[str, str, str] = ("similarity_distill", "x", "y"),
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`similarity_distill` for losses: (rows, cols), empty where not asked for; `names` for errors."""
-    function, x_name, _ = names
+    """`similarity_distill` of matrices of a student that were checked: (rows, cols), empty where not asked for."""
+    (function, x_name, _), x, y_or_none, y = problem.names, problem.x, problem.y, problem.columns
     by_rows, by_cols = directions(function, dim)
-    if teacher_y is not None and y is None:
+    if teacher_y is not None and y_or_none is None:
         raise ValueError(f"{function}: teacher_y must be None where y is None, got {checks.shape(teacher_y)}")
     teacher_x, teacher_y = autocast.cast(teacher_x, teacher_y)
-    problem = Problem.of(names, x, y)
-    x, y_or_none, y = problem.x, problem.y, problem.columns
-    teacher_x, teacher_y = teacher_sides(names, x, y, teacher_x, teacher_x if y_or_none is None else teacher_y)
+    teacher_x, teacher_y = teacher_sides(problem.names, x, y, teacher_x, teacher_x if y_or_none is None else teacher_y)
     x, y, teacher_x, teacher_y = common_dtype(x, y, teacher_x, teacher_y)
-    sets = LogitSets(Problem(names, x, None if y_or_none is None else y))
+    sets = LogitSets(Problem(problem.names, x, None if y_or_none is None else y))
     sets.add(scale, pairs)
     _check_rules(function, sets)
     teacher = checks.scale_tensor(function, teacher_scale, x_name, x, "teacher_scale").detach()

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import autocast, checks, extension
+from ..core import checks, extension
 from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
 from ..core.declarations import Declaration, Named, Shapes, declare
 from ..core.operators import call
-from ..core.problem import Layout, LogitSet
+from ..core.problem import Layout, LogitSet, Problem
 from ..core.results import named
 from ..core.rules import Pairs, Slot, resolve
 from ..reference import similarity_prefix as reference
@@ -184,49 +184,28 @@ def similarity_prefix(
         >>> torch.allclose(folds.rows[0], (2.0 * x[:, :2] @ y[:, :2].T).logsumexp(1), atol=1e-5)
         True
     """
-    return prefix_folds(
-        ("similarity_prefix", "x", "y"),
-        x,
-        y,
-        dims=dims,
-        dim=dim,
-        scale=scale,
-        normalize=normalize,
-        target=target,
-        pairs=pairs,
-        backend=backend,
-    )
+    problem = Problem.of(("similarity_prefix", "x", "y"), x, y, target=target)
+    return prefix_folds(problem, dims=dims, dim=dim, scale=scale, normalize=normalize, pairs=pairs, backend=backend)
 
 
 def prefix_folds(
-    names: tuple[str, str, str],
-    x: Tensor,
-    y: Tensor | None,
+    problem: Problem,
     *,
     dims: Sequence[int],
     dim: int | tuple[int, ...] = 1,
     scale: float | Tensor = 1.0,
     normalize: bool = False,
-    target: Tensor | None = None,
     pairs: Pairs | None = None,
     backend: str = "auto",
 ) -> PrefixFolds:
-    """`similarity_prefix` for losses: arguments as there, and `names` to name in errors: the loss, its x, its y."""
-    function, x_name, y_name = names
+    """`similarity_prefix` of matrices and a target that were checked."""
+    (function, x_name, _), x, y, target = problem.names, problem.x, problem.y, problem.target
     by_rows, by_cols = directions(function, dim)
-    x, y = autocast.cast(x, y)
-    if y is None:
-        checks.check_matrix(function, x_name, x)
-        if by_cols:
-            raise ValueError(f"{function}: dim must be 1 for self-similarity, got {dim!r}: rows and columns are equal")
-    else:
-        checks.check_matrices(function, x_name, x, y_name, y)
-    columns = x if y is None else y
+    if y is None and by_cols:
+        raise ValueError(f"{function}: dim must be 1 for self-similarity, got {dim!r}: rows and columns are equal")
     checked_dims = check_dims(function, dims, x_name, x)
     factor = checks.one_number(function, "scale", scale, x_name, x)
-    if target is not None:
-        target = checks.check_index(function, "target", target, x.shape[0], x_name, x)
-    rules = _rules(function, pairs, x, columns)
+    rules = _rules(function, pairs, x, problem.columns)
     diagonal = None if pairs is None else pairs.diagonal
     ids = rules.get(Slot.DIFFER_ROWS), rules.get(Slot.DIFFER_COLS)
     chosen = choose(function, BACKENDS, x, backend)
