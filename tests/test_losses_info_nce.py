@@ -44,13 +44,16 @@ def rules_and_mask(kinds, query, columns):
     return (Pairs(**rules) if rules else None), keep
 
 
-def dense_rows(logits, keep, target, share=0.0, z_loss=0.0):
+def dense_rows(logits, keep, target, share=0.0, z_loss=0.0, smooth="all"):
     """Each row's smoothed cross-entropy over the columns that it keeps, and its z-loss."""
     own = F.one_hot(target, logits.shape[1]).bool()
     keep = keep | own
     lse = logits.masked_fill(~keep, -torch.inf).logsumexp(1)
     positive = torch.where(own, logits, 0.0).sum(1)
-    mean = torch.where(keep, logits, 0.0).sum(1) / keep.sum(1)
+    spread = keep if smooth == "all" else keep & ~own
+    mean = torch.where(spread, logits, 0.0).sum(1) / spread.sum(1)
+    share = torch.where(spread.any(1), torch.as_tensor(share, dtype=DOUBLE), 0.0)
+    mean = torch.where(spread.any(1), mean, 0.0)
     return (1 - share) * (lse - positive) + share * (lse - mean) + z_loss * lse**2
 
 
@@ -79,8 +82,23 @@ def test_info_nce(backend, reduction, data):
     margin, z_loss = draw(st.sampled_from([0.0, 0.2])), draw(st.sampled_from([0.0, 0.01]))
     options, leaves = draw_options(draw, n)
     columns = key if negatives is None else torch.cat([key, negatives])
-    kinds = draw(st.lists(st.sampled_from(RULES), unique=True, max_size=2))
-    pairs, keep = rules_and_mask(kinds, query, columns)
+    in_batch = draw(st.booleans()) or not (own is not None or (negatives is not None and len(negatives)))
+    kinds, smooth = st.lists(st.sampled_from(RULES), unique=True, max_size=2), draw(st.sampled_from(["all", "others"]))
+    pairs, keep = rules_and_mask(draw(kinds) if in_batch else (), query, key)
+    keep, of_negatives = keep & in_batch, None
+    if negatives is not None:
+        of_negatives, more = rules_and_mask(draw(kinds), query, negatives)
+        if (
+            pairs is not None
+            and pairs.guide is not None
+            and of_negatives is not None
+            and of_negatives.guide is not None
+        ):
+            bound = torch.rand(n, dtype=DOUBLE)
+            gy = of_negatives.guide.gy
+            gx = pairs.guide.gx
+            of_negatives, more = Pairs(guide=Guide(gx, gy, below=bound)), gx @ gy.T <= bound[:, None]
+        keep = torch.cat([keep, more], 1)
 
     similarity = query @ columns.T
     bias, more = leaf(len(columns)) if draw(st.booleans()) else None, 0
@@ -92,15 +110,23 @@ def test_info_nce(backend, reduction, data):
     scale = options["scale"].expand(n)[:, None]
     logits = scale * (similarity - margin * F.one_hot(at, similarity.shape[1]).double())
     logits = logits if bias is None else logits + F.pad(bias, (0, more))
-    rows = dense_rows(logits, keep, at, options["label_smoothing"], z_loss)
+    of_own = None if own is None else draw(st.sampled_from([None, 0.3, leaf(n), leaf(n, more)]))
+    if of_own is not None:
+        wide = torch.full((n, more), of_own, dtype=DOUBLE) if isinstance(of_own, float) else of_own.view(n, -1)
+        logits = torch.cat([logits[:, : len(columns)], logits[:, len(columns) :] + wide], 1)
+    rows = dense_rows(logits, keep, at, options["label_smoothing"], z_loss, smooth)
     value = info_nce(
         query,
         key,
         negatives,
         row_negatives=own,
+        row_negative_bias=of_own,
+        in_batch=in_batch,
         target=target,
         pairs=pairs,
+        negative_pairs=of_negatives,
         col_bias=bias,
+        smooth=smooth,
         margin=margin,
         z_loss=z_loss,
         reduction=reduction,
@@ -108,7 +134,7 @@ def test_info_nce(backend, reduction, data):
         normalize=False,
         **options,
     )
-    leaves += [t for t in (query, key, negatives, own, bias) if t is not None]
+    leaves += [t for t in (query, key, negatives, own, bias, of_own) if isinstance(t, torch.Tensor)]
     check(value, reduced(rows, reduction, options["weight"]), leaves)
 
 
@@ -180,7 +206,7 @@ def test_no_rows(backend):
 
 @pytest.mark.parametrize("pairs", [False, True])
 def test_gradcheck_with_every_option(backend, pairs):
-    ids = torch.tensor([0, 1, 0, -1]), torch.tensor([0, 1, 2, 0, 1, 0])
+    ids, more = (torch.tensor([0, 1, 0, -1]), torch.tensor([0, 1, 2, 0])), torch.tensor([1, 0])
     share = torch.rand(4, dtype=DOUBLE, requires_grad=True)
 
     def function(query, key, negatives, own, scale, share):
@@ -190,6 +216,7 @@ def test_gradcheck_with_every_option(backend, pairs):
             negatives,
             row_negatives=own,
             pairs=Pairs(differ=ids) if pairs else None,
+            negative_pairs=Pairs(same=(ids[0], more)) if pairs else None,
             margin=0.2,
             label_smoothing=share,
             z_loss=0.1,

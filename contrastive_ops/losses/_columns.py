@@ -65,10 +65,10 @@ def checked_row_negatives(function: str, query: Tensor, row_negatives: object) -
     return each
 
 
-def check_pairs(function: str, pairs: object) -> None:
+def check_pairs(function: str, pairs: object, name: str = "pairs") -> None:
     """`pairs` must be rules."""
     if pairs is not None and not isinstance(pairs, Pairs):
-        raise TypeError(f"{function}: pairs must be Pairs or None, got {type(pairs).__name__}")
+        raise TypeError(f"{function}: {name} must be Pairs or None, got {type(pairs).__name__}")
 
 
 def check_filters(
@@ -112,8 +112,11 @@ def scaled(scale: float | Tensor, rows: Tensor) -> Tensor:
 # ---- Label smoothing -----------------------------------------------------------------------------------------------
 
 
-def smoothing_share(function: str, label_smoothing: float | Tensor, x_name: str, x: Tensor) -> float | Tensor | None:
+def smoothing_share(
+    function: str, label_smoothing: float | Tensor, x_name: str, x: Tensor, smooth: str = "all"
+) -> float | Tensor | None:
     """Check `label_smoothing`: a number or (N,) numbers in [0, 1]. None where there is nothing to smooth."""
+    checks.check_choice(function, "smooth", smooth, ("all", "others"))
     if not isinstance(label_smoothing, Tensor):
         return checks.number(function, "label_smoothing", label_smoothing, "[0, 1]") or None
     if label_smoothing.numel() == 1:
@@ -124,6 +127,16 @@ def smoothing_share(function: str, label_smoothing: float | Tensor, x_name: str,
         if wrong.numel():
             raise ValueError(f"{function}: label_smoothing must be in [0, 1], got {float(wrong[0])}")
     return label_smoothing.to(checks.accumulator(x.dtype))
+
+
+def share_of_all(share: float | Tensor, smooth: str, count: int | Tensor) -> float | Tensor:
+    """The share that spread over all `count` columns gives what `share` gives over all but the target."""
+    if smooth == "all":
+        return share
+    if isinstance(count, Tensor):
+        others = count - 1
+        return share * torch.where(others > 0, count / others.clamp_min(1), 0.0)
+    return share * (count / (count - 1)) if count > 1 else share * 0.0
 
 
 def smoothing_folds(share: float | Tensor | None, pairs: Pairs | None) -> tuple[Fold, ...]:

@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..core import checks
 from ..core.folds import Fold
 from ..core.numerics import softplus
+from ..core.rules import Pairs
 from ..ops.similarity_reduce import merge_lse
 from ..reference.similarity_loss import usual_target
 from . import _arguments
-from ._columns import logit_sums, mean_logit, scaled, smoothing_folds, sum_and_count, wide
+from ._columns import (
+    logit_sums,
+    mean_logit,
+    partner_similarity,
+    scaled,
+    share_of_all,
+    smoothing_folds,
+    sum_and_count,
+    wide,
+)
+from ._hardness import Hardness
 from ._sweep import Sweep
 from .diagnostics import Ranking
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OwnColumns:
+    """Columns of each row alone, which no sweep sees.
+
+    Attributes:
+        similarity: (N, K).
+        bias: (N, K), added to their logits, or None.
+    """
+
+    similarity: Tensor
+    bias: Tensor | None = None
+
+    def logits(self, scale: float | Tensor, hardness: Hardness | None) -> Tensor:
+        """(N, K)."""
+        logits = scaled(scale, self.similarity)
+        logits = logits if self.bias is None else logits + self.bias
+        return logits if hardness is None else logits + hardness.strength * self.similarity.detach()
 
 
 def row_softmax(
@@ -24,10 +56,12 @@ def row_softmax(
     y: Tensor | None,
     *,
     target: Tensor | None,
-    own: Tensor | None = None,
+    own: OwnColumns | None = None,
     extra: Tensor | None = None,
     own_logit: Callable[[Tensor], Tensor] | None = None,
     share: float | Tensor | None = None,
+    smooth: str = "all",
+    hardness: Hardness | None = None,
     z_loss: float = 0.0,
     weight: Tensor | None = None,
     reduction: str,
@@ -40,10 +74,12 @@ def row_softmax(
         x: (N, D) the rows.
         y: (M, D) the columns; None compares the rows of x with each other, and rules then drop each from its own.
         target: (N,) int64. None: column i of row i; without y the other view of the sample.
-        own: (N, K) similarities of each row with more columns, which the sweep does not see.
+        own: columns of each row alone.
         extra: (N,) lse of still more logits of each row, for losses without smoothing and diagnostics; not with `own`.
         own_logit: what becomes of the targets' logits before they enter the softmax, such as a margin.
         share: of label smoothing, as `_columns.smoothing_share` returns it.
+        smooth: "all" or "others", over which columns it is spread.
+        hardness: of the negatives; not with a share.
         z_loss: factor of the squared lse of all columns.
         weight: (N,).
         reduction: "mean", "sum" or "none".
@@ -52,35 +88,84 @@ def row_softmax(
     Returns:
         The loss, or (loss, Diagnostics).
     """
-    columns, scale, unit = x if y is None else y, sweep.scale, sweep.unit
-    own_logits = None if own is None else scaled(scale, own)
+    columns, scale, unit, col_bias = x if y is None else y, sweep.scale, sweep.unit, sweep.col_bias
+    own_logits = None if own is None else own.logits(scale, hardness)
     extra = extra if own_logits is None else own_logits.logsumexp(1)
     of_smoothing = smoothing_folds(share, sweep.pairs)
-    if own_logit is None and not (z_loss or diagnostics or of_smoothing):
+    alone = own_logit is None and hardness is None and sweep.also is None
+    if alone and not (z_loss or diagnostics or of_smoothing):
         mean = None
         if share is not None:
-            sums = logit_sums(x, columns, scale, unit=unit, col_bias=sweep.col_bias)
+            sums = logit_sums(x, columns, scale, unit=unit, col_bias=col_bias)
             mean = mean_logit(sums, columns.shape[0], own_logits)
+            share = share_of_all(share, smooth, columns.shape[0] + (0 if own_logits is None else own_logits.shape[1]))
         return whole_softmax(
             sweep, "softmax", x, y, share, mean, weight, target=target, extra=extra, reduction=reduction
         )
     target = usual_target(x, y) if target is None else target
-    ranking, biased = None, sweep.col_bias is not None
+    ranking = None
     if diagnostics:
-        ranking = Ranking(x, columns, columns.detach()[target], sweep.pairs, own=own, unit=unit, biased=biased)
-    folds: tuple[str | Fold, ...] = ("logsumexp", *of_smoothing, *(ranking.folds if ranking else ()))
-    (others, *more), _, target_logit, *_ = sweep.fold(x, y, *folds, target=target)
+        similarity, more = None if own is None else own.similarity, sweep.also
+        biased, positive = col_bias is not None, columns.detach()[target]
+        ranking = Ranking(x, columns, positive, sweep.pairs, also=more, own=similarity, unit=unit, biased=biased)
+    folds = ("logsumexp" if hardness is None else hardness.fold(), *of_smoothing)
+    of_sets = ranking.folds if ranking else ()
+    (others, *found), ranks, target_logit = sweep.fold_rows(x, y, *folds, of_sets=of_sets, target=target)
+    others = others if hardness is None else hardness.of_rows(others)
     positive = target_logit if own_logit is None else own_logit(target_logit)
     losses = softplus((others if extra is None else merge_lse(others, extra)) - positive)
     of_z = z_loss * (positive + losses).square() if z_loss else 0.0
     if share is not None:
-        total, count = sum_and_count(
-            x, columns, scale, target_logit, more[: len(of_smoothing)], unit=unit, col_bias=sweep.col_bias
-        )
+        total, count = sum_and_count(x, columns, scale, target_logit, found, unit=unit, col_bias=col_bias)
         total = total if own_logit is None else total + (positive - target_logit)
+        share = share_of_all(share, smooth, count + (0 if own_logits is None else own_logits.shape[1]))
         losses = losses + share * (positive - mean_logit(total, count, own_logits))
     loss = _arguments.reduce_rows(losses + of_z, weight, reduction)
-    return (loss, ranking.read(more[len(of_smoothing) :])) if ranking else loss
+    return (loss, ranking.read(ranks)) if ranking else loss
+
+
+def given_softmax(
+    sweep: Sweep,
+    x: Tensor,
+    positive: Tensor,
+    y: Tensor,
+    positive_bias: Tensor | None,
+    *,
+    own: OwnColumns | None,
+    own_logit: Callable[[Tensor], Tensor] | None,
+    share: float | Tensor | None,
+    smooth: str,
+    hardness: Hardness | None,
+    z_loss: float,
+    weight: Tensor | None,
+    reduction: str,
+    diagnostics: bool,
+) -> Any:
+    """`row_softmax` where each row has its positive (N, D), the columns y and its own, and nothing of the batch."""
+    unit, rules = sweep.unit, Pairs() if sweep.pairs is None else sweep.pairs
+    similarity = partner_similarity(x, positive, unit)
+    logit = scaled(sweep.scale, similarity)
+    logit = logit if positive_bias is None else logit + positive_bias
+    logit = logit if own_logit is None else own_logit(logit)
+    ranking = None
+    if diagnostics:
+        known, biased = None if own is None else own.similarity, sweep.col_bias is not None
+        ranking = Ranking(x, y, positive, rules, own=known, unit=unit, biased=biased)
+    of_smoothing = () if share is None else (Fold("sum"), Fold("count"))
+    folds = ("logsumexp" if hardness is None else hardness.fold(), *of_smoothing)
+    (others, *sums), ranks, _ = sweep.fold_rows(x, y, *folds, of_sets=ranking.folds if ranking else ())
+    found = [others if hardness is None else hardness.of_rows(others)]
+    total, count = (logit + sums[0], sums[1] + 1) if sums else (logit, 1)
+    if own is not None:
+        own_logits = own.logits(sweep.scale, hardness)
+        found.append(own_logits.logsumexp(1))
+        total, count = total + own_logits.sum(1), count + own_logits.shape[1]
+    losses = softplus(merge_lse(*found) - logit)
+    of_z = z_loss * (logit + losses).square() if z_loss else 0.0
+    if share is not None:
+        losses = losses + share_of_all(share, smooth, count) * (logit - total / count)
+    loss = _arguments.reduce_rows(losses + of_z, weight, reduction)
+    return (loss, ranking.read(ranks)) if ranking else loss
 
 
 def both_softmaxes(
@@ -88,36 +173,51 @@ def both_softmaxes(
     x: Tensor,
     y: Tensor,
     *,
+    count: int | None = None,
     share: float | Tensor | None,
+    smooth: str = "all",
+    hardness: Hardness | None = None,
     weight: Tensor | None,
     reduction: str,
     diagnostics: bool,
+    row_bias: Tensor | None = None,
 ) -> Any:
-    """The mean of the cross-entropies of row i and of column i with their pair i; arguments as in `row_softmax`."""
-    scale, unit, col_bias = sweep.scale, sweep.unit, sweep.col_bias
-    of_smoothing = smoothing_folds(share, sweep.pairs)
-    if not (diagnostics or of_smoothing):
+    """The mean of the cross-entropies of row i and of column i with their pair i; arguments as in `row_softmax`.
+
+    `count`: how many rows and columns are pairs; those after them are negatives of the other side alone. There are some
+    among the columns where there are among the rows, and `sweep.pairs` are rules, perhaps none.
+    """
+    scale, unit, col_bias, pairs = sweep.scale, sweep.unit, sweep.col_bias, sweep.pairs
+    of_smoothing = smoothing_folds(share, pairs)
+    if hardness is None and count is None and not (diagnostics or of_smoothing):
         mean = None
         if share is not None:
             sides = wide(x, unit), wide(y, unit)  # once, or 16-bit gradients would be rounded once more
             both = logit_sums(*sides, scale, col_bias=col_bias)
             both = both + logit_sums(*sides, scale, of_columns=True, col_bias=col_bias)
             mean = both / (2 * x.shape[0])
+            share = share_of_all(share, smooth, x.shape[0])
         return whole_softmax(sweep, "softmax_both", x, y, share, mean, weight, reduction=reduction)
-    ranking = Ranking(x, y, y, sweep.pairs, both=True, unit=unit, biased=col_bias is not None) if diagnostics else None
-    folds: tuple[str | Fold, ...] = ("logsumexp", *of_smoothing, *(ranking.folds if ranking else ()))
-    folded = sweep.fold(x, y, *folds, dim=(0, 1), target=usual_target(x, y))
-    (rows, *of_rows), (cols, *of_cols), target_logit, *_ = folded
-    end = len(of_smoothing)
-    losses = (softplus(rows - target_logit) + softplus(cols - target_logit)) / 2
-    if share is not None:
-        row_mean, col_mean = (
-            mean_logit(*sum_and_count(x, y, scale, target_logit, folded[:end], of_columns, unit, col_bias))
-            for folded, of_columns in ((of_rows, False), (of_cols, True))
-        )
-        losses = losses + share * (target_logit - (row_mean + col_mean) / 2)
+    ranking, target = None, usual_target(x, y)
+    if count is not None:
+        target = target.clamp_max(count)  # of more rows a column that is nobody's either
+    if diagnostics:
+        biased = col_bias is not None or row_bias is not None
+        ranking = Ranking(x, y, y if count is None else y[:count], pairs, both=True, unit=unit, biased=biased)
+    folds: tuple[str | Fold, ...] = ("logsumexp" if hardness is None else hardness.fold(), *of_smoothing)
+    folds += ranking.folds if ranking else ()
+    rows, cols, target_logit, *_ = sweep.fold(x, y, *folds, dim=(0, 1), target=target, row_bias=row_bias)
+    target_logit, end = target_logit[:count], len(of_smoothing) + 1
+    found_of_both = [[each[:count] for each in found] for found in (rows, cols)]
+    losses = torch.zeros_like(target_logit)
+    for found, of_columns in zip(found_of_both, (False, True), strict=True):
+        others = found[0] if hardness is None else hardness.of_rows(found[0])
+        losses = losses + softplus(others - target_logit) / 2
+        if share is not None:
+            total, number = sum_and_count(x, y, scale, target_logit, found[1:end], of_columns, unit, col_bias)
+            losses = losses + share_of_all(share, smooth, number) / 2 * (target_logit - mean_logit(total, number))
     loss = _arguments.reduce_rows(losses, weight, reduction)
-    return (loss, ranking.read_both(of_rows[end:], of_cols[end:])) if ranking else loss
+    return (loss, ranking.read_both(*(found[end:] for found in found_of_both))) if ranking else loss
 
 
 def whole_softmax(

@@ -45,6 +45,41 @@ def within(function: str, name: str, pairs: Pairs | None, rows: Tensor, before: 
     return dataclasses.replace(found, same=(ids, columns))
 
 
+def of_blocks(
+    function: str,
+    rows: Tensor,
+    first: tuple[str, Pairs | None, int],
+    second: tuple[str, Pairs | None, int],
+) -> tuple[Pairs | None, Pairs | None]:
+    """The rules of a matrix whose columns are two blocks, and more rules where one set cannot say those of both.
+
+    Args:
+        function: the loss, for errors.
+        rows: a tensor with as many rows as the matrix.
+        first: the argument, its rules and the number of its columns.
+        second: the same of the columns that follow.
+    """
+    (name, pairs, size), (other_name, others, more) = first, second
+    if pairs is None and others is None:
+        return None, None
+    if others is None and pairs is not None and passes_padding(pairs):
+        return padded(pairs, 0, more), None
+    if pairs is None and others is not None and passes_padding(others):
+        return padded(others, size, 0), None
+    of_first = within(function, name, pairs, rows, 0, size, more)
+    of_second = within(function, other_name, others, rows, size, more, 0)
+    if of_first.guide is None or of_second.guide is None:
+        return of_first, of_second
+    if of_first.guide.gx is not of_second.guide.gx:
+        raise NotImplementedError(
+            f"{function}: {other_name}.guide must have the gx of {name}.guide, got another tensor\n"
+            "  one sweep has one guide"
+        )
+    columns = of_first.guide.gy + of_second.guide.gy  # type: ignore[operator]  # rows of 0 where the other has its own
+    first_guide, second_guide = (dataclasses.replace(each.guide, gy=columns) for each in (of_first, of_second))  # type: ignore[type-var]
+    return dataclasses.replace(of_first, guide=first_guide), dataclasses.replace(of_second, guide=second_guide)
+
+
 def refuse(function: str, name: str, pairs: Pairs | None, rules: dict[str, str]) -> None:
     """Raise for rules that a loss cannot have; each with the reason."""
     for rule, reason in rules.items():

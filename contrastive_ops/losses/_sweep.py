@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from ..core.folds import Fold, Folded
+from ..core.folds import Fold, Folded, as_fold
 from ..core.rules import Pairs
 from ..ops.similarity_loss import similarity_loss
-from ..ops.similarity_reduce import fold
+from ..ops.similarity_reduce import fold, merge_lse
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +22,7 @@ class Sweep:
         names: the loss, its rows and its columns, for errors.
         scale: float, 0-d or (N,).
         pairs: rules for the columns.
+        also: rules of more columns, where one set cannot say both; no pair obeys both. For `fold_rows`.
         col_bias: (M,), added to the logits of each column.
         unit: rows of both matrices count as if they had length 1; see `_arguments.in_sweep`.
         memory_budget: as in `similarity_reduce`.
@@ -34,6 +36,35 @@ class Sweep:
     unit: bool = False
     memory_budget: int | None = None
     backend: str = "auto"
+    also: Pairs | None = None
+
+    def fold_rows(
+        self, x: Tensor, y: Tensor | None, *reduce: str | Fold, of_sets: tuple[Fold, ...] = (), **options: Any
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Fold the rows over all columns that take part by either set of rules.
+
+        Args:
+            x: (N, D).
+            y: (M, D) or None.
+            reduce: folds without rules of their own.
+            of_sets: more folds, which have their own.
+            options: as in `similarity_reduce`.
+
+        Returns:
+            What `reduce` and what `of_sets` found, and the targets' logits.
+        """
+        if self.also is None:
+            found = self.fold(x, y, *reduce, *of_sets, **options)
+            return list(found.rows[: len(reduce)]), list(found.rows[len(reduce) :]), found.target
+        end, folds = len(reduce), [as_fold(self.names[0], each) for each in reduce]
+        found = self.fold(
+            x, y, *folds, *(dataclasses.replace(each, pairs=self.also) for each in folds), *of_sets, **options
+        )
+        merged = [
+            merge_lse(*both) if each.name == "logsumexp" else both[0] + both[1]
+            for each, both in zip(folds, zip(found.rows[:end], found.rows[end : 2 * end], strict=True), strict=True)
+        ]
+        return merged, list(found.rows[2 * end :]), found.target
 
     def fold(
         self, x: Tensor, y: Tensor | None = None, *reduce: str | Fold, dim: int | tuple[int, ...] = 1, **options: Any

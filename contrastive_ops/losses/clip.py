@@ -6,15 +6,20 @@ or kept: 8 N^2 D operations, 6 if kept.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+import torch
 from torch import Tensor
 
-from ..core.rules import Pairs
+from ..core import autocast, checks
+from ..core.rules import RULES, Pairs
 from . import _arguments
 from ._columns import check_filters, smoothing_share
 from ._eager import PARTNERS, eager_loss, is_off
+from ._hardness import checked_hardness
 from ._row_softmax import both_softmaxes
+from ._rules import refuse
 from ._sweep import Sweep
 from .diagnostics import Diagnostics
 
@@ -24,25 +29,45 @@ if TYPE_CHECKING:
 
 @overload
 def clip(
-    image: Tensor, text: Tensor, *, diagnostics: Literal[False] = ..., **options: Unpack[_arguments.FilteredOptions]
+    image: Tensor,
+    text: Tensor,
+    text_negatives: Tensor | None = ...,
+    image_negatives: Tensor | None = ...,
+    *,
+    smooth: str = ...,
+    hardness: float = ...,
+    diagnostics: Literal[False] = ...,
+    **options: Unpack[_arguments.FilteredOptions],
 ) -> Tensor: ...
 
 
 @overload
 def clip(
-    image: Tensor, text: Tensor, *, diagnostics: Literal[True], **options: Unpack[_arguments.FilteredOptions]
+    image: Tensor,
+    text: Tensor,
+    text_negatives: Tensor | None = ...,
+    image_negatives: Tensor | None = ...,
+    *,
+    smooth: str = ...,
+    hardness: float = ...,
+    diagnostics: Literal[True],
+    **options: Unpack[_arguments.FilteredOptions],
 ) -> tuple[Tensor, tuple[Diagnostics, Diagnostics]]: ...
 
 
 def clip(
     image: Tensor,
     text: Tensor,
+    text_negatives: Tensor | None = None,
+    image_negatives: Tensor | None = None,
     *,
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
     pairs: Pairs | None = None,
     col_bias: Tensor | None = None,
     label_smoothing: float | Tensor = 0.0,
+    smooth: str = "all",
+    hardness: float = 0.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
@@ -57,19 +82,27 @@ def clip(
         image, text = F.normalize(image), F.normalize(text)
         logits, labels = scale * image @ text.T, torch.arange(N)
         logits = logits.masked_fill(~keep, -torch.inf)                              # the rules of Pairs, not the target
-        (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        of_images = torch.cat([logits, scale * image @ F.normalize(text_negatives).T], 1)
+        of_texts = torch.cat([logits.T, scale * text @ F.normalize(image_negatives).T], 1)
+        (F.cross_entropy(of_images, labels) + F.cross_entropy(of_texts, labels)) / 2
 
     Args:
         image: (N, D) float32, bfloat16, float16 or float64.
         text: (N, D); row i belongs to row i of ``image``.
+        text_negatives: (K, D), more columns for every image, such as texts with a word changed (NegCLIP). Rows have no
+            ids: one that is given twice counts twice.
+        image_negatives: (K', D), more columns for every text.
         temperature: divides the cosines; float or 0-d tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead, for instance ``logit_scale.exp()``; not both.
         pairs: which images and texts are negatives of each other: ids of false negatives, bounds on the similarity, a
-            guide, ... An image and its own text always take part.
-        col_bias: (N,), added to the logits of each text; differentiable. The softmax of images over texts sees it, that
-            of texts over images does not.
+            guide, ... An image and its own text always take part. With negatives ``differ`` alone; they have no ids.
+        col_bias: (N,), or (N + K,) with ``text_negatives``, added to the logits of each text; differentiable. The
+            softmax of images over texts sees it, that of texts over images does not.
         label_smoothing: share of the target distribution that is spread evenly over all columns that take part; a
             float, or (N,) with a share for each pair, differentiable.
+        smooth: "all" columns share it, the target too, or the "others" alone.
+        hardness: bonus of each negative's logit, ``hardness`` times its similarity, which is not differentiated: what
+            is close counts more. Not with label smoothing, nor with a ``col_bias`` that requires a gradient.
         weight: (N,) weight of each pair; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first; O(N D). False where they have it already, or lengths shall count.
@@ -86,10 +119,13 @@ def clip(
         ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
 
     Note:
-        Memory O(N D) beside ``memory_budget``.
+        Memory O((N + K + K') D) beside ``memory_budget``. Negatives are more rows and columns of one sweep:
+        8 (N + K) (N + K') D.
 
     Source:
-        Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021.
+        Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021. Negatives of
+        images: Yuksekgonul et al., When and Why Vision-Language Models Behave like Bags-of-Words, 2023 (NegCLIP). The
+        bonus: Lan et al., LLaVE, 2025.
 
     Example:
         >>> image, text = torch.randn(8, 16), torch.randn(8, 16)
@@ -99,9 +135,9 @@ def clip(
         >>> torch.allclose(clip(image, text, scale=10.0), sum(both) / 2, rtol=1e-4)
         True
     """
-    name, plain = "clip", pairs is None and col_bias is None and diagnostics is False and is_off(label_smoothing)
+    name, plain = "clip", pairs is None and col_bias is None and text_negatives is None and image_negatives is None
     loss = None
-    if plain:
+    if plain and diagnostics is False and smooth == "all" and is_off(label_smoothing, hardness):
         loss = eager_loss(
             "softmax_both",
             PARTNERS,
@@ -129,9 +165,64 @@ def clip(
         normalize=normalize,
         partners=True,
     )
+    share = smoothing_share(name, _arguments.of_weighted(weight, label_smoothing), "image", image, smooth)
+    options: dict[str, Any] = {
+        "share": share,
+        "smooth": smooth,
+        "hardness": checked_hardness(name, hardness, scale, share, col_bias, both=True),
+        "weight": weight,
+        "reduction": reduction,
+        "diagnostics": diagnostics,
+    }
     unit = _arguments.in_sweep(normalize, image)
-    check_filters(name, pairs, col_bias, text.shape[0], "image", image)
-    share = smoothing_share(name, _arguments.of_weighted(weight, label_smoothing), "image", image)
     sweep = Sweep((name, "image", "text"), scale, pairs, col_bias, unit, memory_budget, backend)
-    options: dict[str, Any] = {"share": share, "weight": weight, "reduction": reduction, "diagnostics": diagnostics}
-    return both_softmaxes(sweep, image, text, **options)
+    if text_negatives is None and image_negatives is None:
+        check_filters(name, pairs, col_bias, text.shape[0], "image", image)
+        return both_softmaxes(sweep, image, text, **options)
+    return _with_negatives(sweep, image, text, text_negatives, image_negatives, normalize, **options)
+
+
+def _with_negatives(
+    sweep: Sweep,
+    image: Tensor,
+    text: Tensor,
+    text_negatives: Tensor | None,
+    image_negatives: Tensor | None,
+    normalize: bool,
+    **options: Any,
+) -> Any:
+    """Negatives are rows and columns after those of the pairs; those of a side that has none are none."""
+    name, count = "clip", image.shape[0]
+    sides, numbers = [], []
+    for given_name, side, given in (
+        ("image_negatives", image, image_negatives),
+        ("text_negatives", text, text_negatives),
+    ):
+        more = side[:0]
+        if given is not None:
+            (more,) = autocast.cast(given)
+            checks.check_matrices(name, "image", image, given_name, more)
+            (more,) = _arguments.unit_sides(normalize, more)
+        sides.append(torch.cat([side, more]))
+        numbers.append(more.shape[0])
+    check_filters(name, sweep.pairs, sweep.col_bias, count + numbers[1], "image", image)
+    refused = {rule.name: "negatives have no ids" for rule in RULES.values() if rule.name != "differ"}
+    refuse(name, "pairs", sweep.pairs, refused)
+    rules = Pairs()
+    if sweep.pairs is not None and sweep.pairs.differ is not None:
+        of_images, of_texts = (
+            torch.nn.functional.pad(
+                checks.check_index(name, f"pairs.differ of the {side}", ids, count, "image", image), (0, more), value=-1
+            )
+            for side, ids, more in zip(("rows", "columns"), sweep.pairs.differ, numbers, strict=True)
+        )
+        rules = Pairs(differ=(of_images, of_texts))
+    sweep = dataclasses.replace(sweep, pairs=rules)
+    if numbers[1] or not numbers[0]:
+        return both_softmaxes(sweep, *sides, count=count, **options)
+    # Rows without partners need a column that is nobody's: texts become the rows.
+    turned = None if rules.differ is None else (rules.differ[1], rules.differ[0])
+    bias = None if sweep.col_bias is None else sweep.col_bias.to(checks.accumulator(image.dtype))
+    sweep = dataclasses.replace(sweep, pairs=Pairs(differ=turned), col_bias=None)
+    found = both_softmaxes(sweep, *reversed(sides), count=count, row_bias=bias, **options)
+    return (found[0], found[1][::-1]) if options["diagnostics"] else found

@@ -41,8 +41,10 @@ class Ranking:
     Args:
         x: (N, D) the rows.
         y: (M, D) the columns.
-        positive: (N, D) the positive of each row, which is the target of the sweep.
+        positive: (N, D) the positive of each row, which is the target of the sweep; of the first N rows where there are
+            more, which are negatives alone.
         pairs: the rules of the loss. Pairs that `fill` keeps as a constant do not count.
+        also: rules of more columns, of which every pair obeys one of the two at most.
         own: (N, K) similarities of each row with columns that the sweep does not see.
         both: also rank along the columns, where row i and column i belong together.
         unit: rows count as if they had length 1.
@@ -56,6 +58,7 @@ class Ranking:
         positive: Tensor,
         pairs: Pairs | None = None,
         *,
+        also: Pairs | None = None,
         own: Tensor | None = None,
         both: bool = False,
         unit: bool = False,
@@ -63,28 +66,30 @@ class Ranking:
     ) -> None:
         with torch.no_grad(), autocast.disabled(x):
             x, y, positive = (wide(each.detach(), unit) for each in (x, y, positive))
-            self.positive = partner_similarity(x, positive)
+            more, x_of_pairs = (x.shape[0] - positive.shape[0], y.shape[0] - positive.shape[0]), x[: positive.shape[0]]
+            self.positive = partner_similarity(x_of_pairs, positive)
             # The positive comes from another order of summation than the sweep's inner products, so that equal
             # vectors may differ by rounding.
-            slack = 8 * torch.finfo(self.positive.dtype).eps * partner_similarity(x.abs(), positive.abs())
+            slack = 8 * torch.finfo(self.positive.dtype).eps * partner_similarity(x_of_pairs.abs(), positive.abs())
             self.bound = self.positive - slack
+            # Rows and columns that are no pairs have no positive, and nothing is above it.
+            pad = torch.nn.functional.pad
+            self._bounds = (
+                pad(self.bound, (0, more[0]), value=torch.inf),
+                pad(self.bound, (0, max(more[1], 0)), value=torch.inf),
+            )
         self.own = None if own is None else own.detach()
-        rules = Pairs() if pairs is None else dataclasses.replace(pairs, fill=None, log_weight=None)
-        self.folds: tuple[Fold, ...] = (_count_above(rules, self.bound),)
-        if both:
-            self.folds += (_count_above(rules, self.bound[None]),)
-        self._all_pairs: tuple[Tensor, Tensor] | None = None
-        if pairs is None:
-            self._all_pairs = self._sum_of_all(x, y)
-        else:
-            self.folds += (Fold("sum", scale=1.0, pairs=rules), Fold("count", scale=1.0, pairs=rules))
+        self._all_pairs = self._sum_of_all(x, y) if pairs is None else None
         self._biased = biased and pairs is not None
-        if self._biased:
-            self.folds += (Fold("sum", scale=0.0, pairs=rules),)  # the biases alone
+        self.folds = self._folds(pairs, both)
+        if also is not None:
+            self.folds += self._folds(also, both)
+        self._sets = 1 if also is None else 2
 
     def read(self, values: Sequence[Tensor], dim: int = 1) -> Diagnostics:
         """Return the measures from the results of `folds`, of the rows (dim=1) or of the columns (dim=0)."""
-        values = [each.detach() for each in values]
+        size = len(values) // self._sets
+        values = [torch.stack([each.detach() for each in values[at::size]]).sum(0) for at in range(size)]
         above, biases = values[1 - dim], values.pop().sum() if self._biased else 0.0
         total, count = (values[-2].sum() - biases, values[-1].sum()) if self._all_pairs is None else self._all_pairs
         if self.own is not None:
@@ -101,6 +106,17 @@ class Ranking:
     def read_both(self, rows: Sequence[Tensor], cols: Sequence[Tensor]) -> tuple[Diagnostics, Diagnostics]:
         """The measures of the rows and of the columns of a sweep of both."""
         return self.read(rows), self.read(cols, dim=0)
+
+    def _folds(self, pairs: Pairs | None, both: bool) -> tuple[Fold, ...]:
+        rules = Pairs() if pairs is None else dataclasses.replace(pairs, fill=None, log_weight=None)
+        folds: tuple[Fold, ...] = (_count_above(rules, self._bounds[0]),)
+        if both:
+            folds += (_count_above(rules, self._bounds[1][None]),)
+        if self._all_pairs is None:
+            folds += (Fold("sum", scale=1.0, pairs=rules), Fold("count", scale=1.0, pairs=rules))
+        if self._biased:
+            folds += (Fold("sum", scale=0.0, pairs=rules),)  # the biases alone
+        return folds
 
     def _sum_of_all(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Sum and number of all negatives where no rule drops any: linear in the similarities."""

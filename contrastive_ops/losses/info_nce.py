@@ -6,6 +6,7 @@ smoothing of filtered pairs and diagnostics need the folds, whose products are m
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -16,14 +17,19 @@ from ..core.rules import Pairs
 from . import _arguments
 from ._columns import (
     check_filters,
+    check_pairs,
     checked_own_target,
     checked_row_negatives,
     partner_similarity,
     scaled,
     smoothing_share,
+    wide,
 )
+from ._distances import take_rows
 from ._eager import COLUMNS, eager_loss, is_off
-from ._row_softmax import row_softmax
+from ._hardness import checked_hardness
+from ._row_softmax import OwnColumns, given_softmax, row_softmax
+from ._rules import of_blocks
 from ._sweep import Sweep
 from .diagnostics import Diagnostics
 
@@ -38,8 +44,13 @@ def info_nce(
     negatives: Tensor | None = ...,
     *,
     row_negatives: Tensor | None = ...,
+    row_negative_bias: float | Tensor | None = ...,
+    negative_pairs: Pairs | None = ...,
+    in_batch: bool = ...,
     target: Tensor | None = ...,
     margin: float = ...,
+    smooth: str = ...,
+    hardness: float = ...,
     z_loss: float = ...,
     diagnostics: Literal[False] = ...,
     **options: Unpack[_arguments.FilteredOptions],
@@ -53,8 +64,13 @@ def info_nce(
     negatives: Tensor | None = ...,
     *,
     row_negatives: Tensor | None = ...,
+    row_negative_bias: float | Tensor | None = ...,
+    negative_pairs: Pairs | None = ...,
+    in_batch: bool = ...,
     target: Tensor | None = ...,
     margin: float = ...,
+    smooth: str = ...,
+    hardness: float = ...,
     z_loss: float = ...,
     diagnostics: Literal[True],
     **options: Unpack[_arguments.FilteredOptions],
@@ -67,13 +83,18 @@ def info_nce(
     negatives: Tensor | None = None,
     *,
     row_negatives: Tensor | None = None,
+    row_negative_bias: float | Tensor | None = None,
+    in_batch: bool = True,
     target: Tensor | None = None,
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
     pairs: Pairs | None = None,
+    negative_pairs: Pairs | None = None,
     col_bias: Tensor | None = None,
     margin: float = 0.0,
     label_smoothing: float | Tensor = 0.0,
+    smooth: str = "all",
+    hardness: float = 0.0,
     z_loss: float = 0.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
@@ -87,10 +108,12 @@ def info_nce(
     Equivalent to::
 
         query, key, negatives, row_negatives = (F.normalize(each, dim=-1) for each in ...)
-        logits = query @ torch.cat([key, negatives]).T                              # (N, M + K)
-        logits = logits.masked_fill(~keep, -torch.inf)                              # the rules of Pairs, not the target
-        logits = torch.cat([logits, torch.einsum("nd,nkd->nk", query, row_negatives)], 1)
-        logits = (logits - margin * F.one_hot(target, logits.shape[1])) / temperature
+        s = query @ torch.cat([key, negatives]).T                                   # (N, M + K)
+        s = s.masked_fill(~keep, -torch.inf)                                        # the rules of both, not the target
+        s = torch.cat([s, torch.einsum("nd,nkd->nk", query, row_negatives)], 1)
+        is_target = F.one_hot(target, s.shape[1])
+        logits = (s - margin * is_target) / temperature + biases
+        logits = logits + hardness * s.detach() * (1 - is_target)
         loss = F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
         (loss + z_loss * logits.logsumexp(1) ** 2).mean()
 
@@ -99,16 +122,24 @@ def info_nce(
         key: (M, D); query i belongs to key ``target[i]``.
         negatives: (K, D), more columns for every query. Rows have no ids: one that is given twice counts twice.
         row_negatives: (N, D) or (N, K', D), more columns for each query alone; the same is true of them.
+        row_negative_bias: added to the logits of ``row_negatives``: a number, or (N,) or (N, K') numbers,
+            differentiable. SimCSE's weight of one's own hard negative.
+        in_batch: whether keys of other queries are negatives. False: of the batch each query meets its own key alone,
+            beside what is given as ``negatives`` and ``row_negatives``, and the batch costs nothing.
         target: (N,) int64 in [0, M). None: query i belongs to key i, and M >= N.
         temperature: divides the cosines; float, 0-d or (N,) tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead; not both.
-        pairs: which of the M + K columns are negatives of a query: ids of false negatives, bounds on the similarity, a
-            guide, ... The target always takes part, and so do ``row_negatives``.
+        pairs: which of the M keys are negatives of a query: ids of false negatives, bounds on the similarity, a guide,
+            ... The target always takes part, and so do ``row_negatives``.
+        negative_pairs: which of the K ``negatives`` are negatives of a query.
         col_bias: (M + K,), added to the logits of each column, positives included; differentiable. The logQ correction
             is minus the logarithm of how often a key is drawn. Not of ``row_negatives``.
         margin: subtracted from the similarity of each query with its key (additive margin).
         label_smoothing: share of the target distribution that is spread evenly over all columns that take part; a
             float, or (N,) with a share for each row, differentiable.
+        smooth: "all" columns share it, the target too, or the "others" alone.
+        hardness: bonus of each negative's logit, ``hardness`` times its similarity, which is not differentiated: what
+            is close counts more. Not with label smoothing, nor with a ``col_bias`` that requires a gradient.
         z_loss: factor of the squared logarithm of the softmax's denominator, which is added to the loss.
         diagnostics: also return `Diagnostics` (accuracy, ranks, mean similarities) from the same sweep.
         weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
@@ -141,9 +172,10 @@ def info_nce(
         >>> torch.allclose(loss, torch.nn.functional.cross_entropy(cosines / 0.1, torch.arange(8)), atol=1e-5)
         True
     """
-    plain = negatives is None and row_negatives is None and pairs is None and col_bias is None
+    plain = negatives is None and row_negatives is None and pairs is None and col_bias is None and in_batch is True
+    plain = plain and diagnostics is False and negative_pairs is None and row_negative_bias is None and smooth == "all"
     loss = None
-    if plain and diagnostics is False and is_off(margin, label_smoothing, z_loss):
+    if plain and is_off(margin, label_smoothing, hardness, z_loss):
         loss = eager_loss(
             "softmax",
             COLUMNS,
@@ -163,35 +195,119 @@ def info_nce(
         return loss
     name = "info_nce"
     _arguments.check_reduction(name, reduction)
-    margin = checks.number(name, "margin", margin, "[0, inf)")
-    z_loss = checks.number(name, "z_loss", z_loss, "[0, inf)")
+    margin, z_loss = (
+        checks.number(name, each, of, "[0, inf)") for each, of in (("margin", margin), ("z_loss", z_loss))
+    )
     query, key, negatives, row_negatives = autocast.cast(query, key, negatives, row_negatives)
     checks.check_matrices(name, "query", query, "key", key)
     if weight is not None:
         _arguments.check_weight(name, weight, query.shape[0], "query", query)
-        query, row_negatives, target = (_arguments.of_weighted(weight, each) for each in (query, row_negatives, target))
-        label_smoothing = _arguments.of_weighted(weight, label_smoothing)
+        of_rows = (query, row_negatives, target, row_negative_bias, label_smoothing)
+        of_rows = tuple(_arguments.of_weighted(weight, each) for each in of_rows)
+        query, row_negatives, target, row_negative_bias, label_smoothing = of_rows
         temperature, scale = (_arguments.of_weighted(weight, each, 1) for each in (temperature, scale))
     scale = _arguments.resolve_scale(name, temperature, scale, 0.07)
-    share = smoothing_share(name, label_smoothing, "query", query)
-    target = checked_own_target(name, target, query, key)
+    target, columns = checked_own_target(name, target, query, key), key
     if negatives is not None:
         checks.check_matrices(name, "query", query, "negatives", negatives)
-        key = torch.cat([key, negatives])
-    check_filters(name, pairs, col_bias, key.shape[0], "query", query)
-    if row_negatives is not None:
-        row_negatives = checked_row_negatives(name, query, row_negatives)
-    unit, (query, key) = _arguments.in_sweep(normalize, query), _arguments.unit_sides(normalize, query, key)
-    own = None
-    if row_negatives is not None:
-        own = partner_similarity(query, _arguments.unit_sides(normalize, row_negatives)[0], unit)
-    own_logit = (lambda logit: logit - scaled(scale, torch.full_like(logit, margin))) if margin else None
-    sweep = Sweep((name, "query", "key"), scale, pairs, col_bias, unit, memory_budget, backend)
+        columns = torch.cat([key, negatives])
+    rules = _rules_of_columns(in_batch, query, key, negatives, row_negatives, pairs, negative_pairs)
+    check_filters(name, None, col_bias, columns.shape[0], "query", query)
+    unit, (query, columns) = _arguments.in_sweep(normalize, query), _arguments.unit_sides(normalize, query, columns)
+    own = _own_columns(query, row_negatives, row_negative_bias, normalize)
+    share = smoothing_share(name, label_smoothing, "query", query, smooth)
+    sweep = Sweep((name, "query", "key"), scale, rules[0], col_bias, unit, memory_budget, backend, rules[1])
     options: dict[str, Any] = {
+        "own": own,
+        "own_logit": (lambda logit: logit - scaled(scale, torch.full_like(logit, margin))) if margin else None,
         "share": share,
+        "smooth": smooth,
+        "hardness": checked_hardness(name, hardness, scale, share, col_bias),
         "z_loss": z_loss,
         "weight": weight,
         "reduction": reduction,
         "diagnostics": diagnostics,
     }
-    return row_softmax(sweep, query, key, target=target, own=own, own_logit=own_logit, **options)
+    if in_batch:
+        return row_softmax(sweep, query, columns, target=target, **options)
+    return given_softmax(*_without_batch(sweep, query, columns, key.shape[0], target, weight), **options)
+
+
+def _rules_of_columns(
+    in_batch: bool,
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    row_negatives: Tensor | None,
+    pairs: Pairs | None,
+    negative_pairs: Pairs | None,
+) -> tuple[Pairs | None, Pairs | None]:
+    """The rules of the sweep's columns, in one set or in two."""
+    check_pairs("info_nce", pairs)
+    check_pairs("info_nce", negative_pairs, "negative_pairs")
+    checks.flag("info_nce", "in_batch", in_batch)
+    if negatives is None and negative_pairs is not None:
+        raise ValueError("info_nce: negatives must be given with negative_pairs, got None")
+    if in_batch:
+        of_keys, size = ("pairs", pairs, key.shape[0]), 0 if negatives is None else negatives.shape[0]
+        if negatives is None:
+            return pairs, None
+        return of_blocks("info_nce", query, of_keys, ("negative_pairs", negative_pairs, size))
+    if negatives is None and row_negatives is None:
+        raise ValueError("info_nce: negatives or row_negatives must be given with in_batch=False, got neither")
+    if pairs is not None:
+        raise ValueError(
+            "info_nce: pairs must be None with in_batch=False, where keys of other queries take no part, got Pairs\n"
+            "  use negative_pairs for what is given as negatives"
+        )
+    return negative_pairs, None
+
+
+def _own_columns(
+    query: Tensor, row_negatives: Tensor | None, bias: float | Tensor | None, normalize: bool
+) -> OwnColumns | None:
+    """The negatives of each row alone and their bias, checked; the query is as the sweep takes it."""
+    if row_negatives is None:
+        if bias is not None:
+            raise ValueError("info_nce: row_negatives must be given with row_negative_bias, got None")
+        return None
+    (each,) = _arguments.unit_sides(normalize, checked_row_negatives("info_nce", query, row_negatives))
+    found = partner_similarity(query, each, _arguments.in_sweep(normalize, query))
+    return OwnColumns(found, None if bias is None else _bias_of(found, bias, query))
+
+
+def _bias_of(similarity: Tensor, bias: float | Tensor, query: Tensor) -> Tensor:
+    """(N, K): the biases of each row's own columns."""
+    if not isinstance(bias, Tensor):
+        return similarity.new_full((), checks.number("info_nce", "row_negative_bias", bias, "[-inf, inf]"))
+    checks.check_tensor("info_nce", "row_negative_bias", bias)
+    if bias.numel() == 1:
+        return checks.one_number("info_nce", "row_negative_bias", bias, "query", query)
+    rows, each = similarity.shape
+    if bias.shape not in ((rows,), (rows, each)):
+        raise ValueError(
+            f"info_nce: row_negative_bias must be a number or have shape ({rows},) or ({rows}, {each}), "
+            f"got {checks.shape(bias)}"
+        )
+    checks.check_floating("info_nce", "row_negative_bias", bias)
+    checks.check_device("info_nce", "query", query, "row_negative_bias", bias)
+    bias = bias.to(similarity.dtype)
+    return bias[:, None] if bias.dim() == 1 else bias
+
+
+def _without_batch(
+    sweep: Sweep, query: Tensor, columns: Tensor, keys: int, target: Tensor | None, weight: Tensor | None
+) -> tuple[Sweep, Tensor, Tensor, Tensor, Tensor | None]:
+    """The sweep over what follows the keys, the queries, their positives, those columns, and the positives' biases.
+
+    The gradients of the positive and of the negatives nearly cancel: those of 16-bit rows meet in float32.
+    """
+    own = torch.arange(query.shape[0], device=query.device) if target is None else target
+    with autocast.disabled(query):
+        query, columns = wide(query, sweep.unit), wide(columns, sweep.unit)
+        positive, negatives = _arguments.of_weighted(weight, take_rows(columns[:keys], own)), columns[keys:]
+        biases = None if sweep.col_bias is None else sweep.col_bias.to(query.dtype)
+        of_positive = None if biases is None else take_rows(biases[:keys, None], own)[:, 0]
+        of_negatives = None if biases is None else biases[keys:]
+    sweep = dataclasses.replace(sweep, unit=False, col_bias=of_negatives)
+    return sweep, query, positive, negatives, of_positive

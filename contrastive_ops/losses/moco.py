@@ -29,6 +29,7 @@ def moco(
     *,
     labels: Tensor | None = ...,
     queue_labels: Tensor | None = ...,
+    smooth: str = ...,
     diagnostics: Literal[False] = ...,
     **options: Unpack[_arguments.FilteredOptions],
 ) -> Tensor: ...
@@ -42,6 +43,7 @@ def moco(
     *,
     labels: Tensor | None = ...,
     queue_labels: Tensor | None = ...,
+    smooth: str = ...,
     diagnostics: Literal[True],
     **options: Unpack[_arguments.FilteredOptions],
 ) -> tuple[Tensor, Diagnostics]: ...
@@ -59,6 +61,7 @@ def moco(
     pairs: Pairs | None = None,
     col_bias: Tensor | None = None,
     label_smoothing: float | Tensor = 0.0,
+    smooth: str = "all",
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
@@ -90,6 +93,7 @@ def moco(
         col_bias: (K,), added to the logits of each entry of the queue; differentiable.
         label_smoothing: share of the target distribution that is spread evenly over the own key and the entries that
             take part; a float, or (N,) with a share for each row, differentiable.
+        smooth: "all" columns share it, the own key too, or the "others" alone.
         weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first; O((N + K) D).
@@ -160,7 +164,8 @@ def moco(
         query,
         torch.cat([key, queue]),
         target=None,
-        share=smoothing_share(name, _arguments.of_weighted(weight, label_smoothing), "query", query),
+        share=smoothing_share(name, _arguments.of_weighted(weight, label_smoothing), "query", query, smooth),
+        smooth=smooth,
         weight=weight,
         reduction=reduction,
         diagnostics=diagnostics,

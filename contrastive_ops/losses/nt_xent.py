@@ -24,13 +24,23 @@ if TYPE_CHECKING:
 
 @overload
 def nt_xent(
-    z0: Tensor, z1: Tensor, *, diagnostics: Literal[False] = ..., **options: Unpack[_arguments.FilteredOptions]
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    smooth: str = ...,
+    diagnostics: Literal[False] = ...,
+    **options: Unpack[_arguments.FilteredOptions],
 ) -> Tensor: ...
 
 
 @overload
 def nt_xent(
-    z0: Tensor, z1: Tensor, *, diagnostics: Literal[True], **options: Unpack[_arguments.FilteredOptions]
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    smooth: str = ...,
+    diagnostics: Literal[True],
+    **options: Unpack[_arguments.FilteredOptions],
 ) -> tuple[Tensor, Diagnostics]: ...
 
 
@@ -43,6 +53,7 @@ def nt_xent(
     pairs: Pairs | None = None,
     col_bias: Tensor | None = None,
     label_smoothing: float | Tensor = 0.0,
+    smooth: str = "all",
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
@@ -69,6 +80,7 @@ def nt_xent(
         col_bias: (2 N,), added to the logits of each row as a column, positives included; differentiable.
         label_smoothing: share of the target distribution that is spread evenly over all columns that take part; a
             float, or (2 N,) with a share for each row, differentiable.
+        smooth: "all" columns share it, the other view too, or the "others" alone.
         weight: (N,) weight of each sample, or (2 N,) of each row; the mean divides by its sum. Differentiable.
             0 leaves it out.
         reduction: "mean", "sum" or "none".
@@ -98,7 +110,7 @@ def nt_xent(
     """
     name, plain = "nt_xent", pairs is None and col_bias is None and weight is None and diagnostics is False
     loss = None
-    if plain and is_off(label_smoothing):
+    if plain and smooth == "all" and is_off(label_smoothing):
         loss = eager_loss(
             "softmax",
             STACKED,
@@ -117,9 +129,10 @@ def nt_xent(
     shared: dict[str, Any] = {"temperature": temperature, "scale": scale, "reduction": reduction}
     shared |= {"normalize": normalize, "memory_budget": memory_budget, "backend": backend}
     views = stacked(name, z0, z1, 0.5, weight=weight, pairs=pairs, col_bias=col_bias, **shared)
-    share = smoothing_share(name, _arguments.of_weighted(views.weight, label_smoothing), "z0", views.z)
+    share = smoothing_share(name, _arguments.of_weighted(views.weight, label_smoothing), "z0", views.z, smooth)
     options: dict[str, Any] = {
         "share": share,
+        "smooth": smooth,
         "weight": views.weight,
         "reduction": reduction,
         "diagnostics": diagnostics,
