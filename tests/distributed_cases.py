@@ -129,7 +129,8 @@ def info_nce_everything(b):
 
 def info_nce_negatives(b):
     (q, qp), (k, kp), (h, hp) = b.rows("query", 16), b.rows("key", 16), b.rows("negatives", 16, repeats=2)
-    common = {"temperature": 0.2, "label_smoothing": 0.2}
+    rules = {"pairs": co.Pairs(below=0.3), "negative_pairs": co.Pairs(above=-0.4)}  # two sets in one sweep
+    common = {"temperature": 0.2, "label_smoothing": 0.2, **rules}
     return co.info_nce, (q, k, h, common), (qp, kp, hp, common)
 
 

@@ -19,7 +19,8 @@ from ..losses._columns import (
     scaled,
     smoothing_share,
 )
-from ..losses._row_softmax import row_softmax
+from ..losses._row_softmax import OwnColumns, row_softmax
+from ..losses.info_nce import rules_of_columns
 from ._agreement import Agreement
 from ._groups import Group, find_team, local_tensor
 from ._rows import local_reduction, rank_share
@@ -35,6 +36,7 @@ def info_nce(
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
     pairs: Pairs | None = None,
+    negative_pairs: Pairs | None = None,
     col_bias: Tensor | None = None,
     margin: float = 0.0,
     label_smoothing: float | Tensor = 0.0,
@@ -64,7 +66,8 @@ def info_nce(
         target: (N,) int64 in [0, M), counted on this rank. None: query i belongs to key i, and M >= N.
         temperature: as in `losses.info_nce`; scale too.
         scale: 1 / temperature instead; not both.
-        pairs: rules as in `clip`; the columns of a rank are its keys, then its negatives.
+        pairs: rules of this rank's keys, as in `clip`.
+        negative_pairs: rules of this rank's negatives, likewise.
         col_bias: (M + K,) of this rank's columns.
         margin: as in `losses.info_nce`; ``label_smoothing`` and ``z_loss`` too.
         label_smoothing: share of the target distribution that is spread over all columns.
@@ -95,6 +98,7 @@ def info_nce(
     common |= {"label_smoothing": label_smoothing, "z_loss": z_loss, "weight": weight, "reduction": reduction}
     if team is None:
         common |= {"row_negatives": row_negatives, "target": target, "pairs": pairs, "normalize": normalize}
+        common["negative_pairs"] = negative_pairs
         return losses.info_nce(query, key, negatives, memory_budget=memory_budget, backend=backend, **common)
     with Agreement(name, team, check) as agreed:
         _arguments.check_reduction(name, reduction)
@@ -112,7 +116,8 @@ def info_nce(
         target = checked_own_target(name, target, query, key)
         if negatives is not None:
             checks.check_matrices(name, "query", query, "negatives", negatives)
-            key = torch.cat([key, negatives])
+        pairs, also = rules_of_columns(True, query, key, negatives, row_negatives, pairs, negative_pairs)
+        key = key if negatives is None else torch.cat([key, negatives])
         check_filters(name, pairs, col_bias, key.shape[0], "query", query)
         if row_negatives is not None:
             row_negatives = checked_row_negatives(name, query, row_negatives)
@@ -121,7 +126,7 @@ def info_nce(
     own = None
     if row_negatives is not None:
         (row_negatives,) = _arguments.unit_sides(normalize, row_negatives)
-        own = partner_similarity(query, row_negatives, unit)
+        own = OwnColumns(partner_similarity(query, row_negatives, unit))
     query, key = agreed.with_gradients(query, key)
     sweep = agreed.sweep(
         schedule,
@@ -129,6 +134,7 @@ def info_nce(
         names=(name, "query", "key"),
         scale=scale,
         pairs=Pairs() if pairs is None and share is not None else pairs,
+        also=also,
         col_bias=col_bias,
         unit=unit,
         memory_budget=memory_budget,

@@ -211,7 +211,7 @@ def info_nce(
     if negatives is not None:
         checks.check_matrices(name, "query", query, "negatives", negatives)
         columns = torch.cat([key, negatives])
-    rules = _rules_of_columns(in_batch, query, key, negatives, row_negatives, pairs, negative_pairs)
+    rules = rules_of_columns(in_batch, query, key, negatives, row_negatives, pairs, negative_pairs)
     check_filters(name, None, col_bias, columns.shape[0], "query", query)
     unit, (query, columns) = _arguments.in_sweep(normalize, query), _arguments.unit_sides(normalize, query, columns)
     own = _own_columns(query, row_negatives, row_negative_bias, normalize)
@@ -233,7 +233,7 @@ def info_nce(
     return given_softmax(*_without_batch(sweep, query, columns, key.shape[0], target, weight), **options)
 
 
-def _rules_of_columns(
+def rules_of_columns(
     in_batch: bool,
     query: Tensor,
     key: Tensor,
