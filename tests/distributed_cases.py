@@ -188,6 +188,26 @@ def moco_parts(b):
     return co.losses.moco, (q, k, queue.double(), whole), (qp, kp, part, parts)
 
 
+def gte_joint(b):
+    (q, qp), (d, dp), (s, sp) = b.rows("query", 16), b.rows("document", 16), b.number("scale", 5.0)
+    return co.losses.gte, (q, d, {"scale": s}), (qp, dp, {"scale": sp})
+
+
+def gte_hard_negatives(b):
+    (q, qp), (d, dp), (h, hp) = b.rows("query", 16), b.rows("document", 16), b.rows("negatives", 2, 16)
+    (w, wp), (s, sp), (i, ip) = b.positive("weight"), b.positive("scale"), b.ids(5)
+    common = {"false_negative_margin": 0.2}
+    whole = {"weight": w, "scale": s, "pairs": co.Pairs(differ=(i, i)), **common}
+    part = {"weight": wp, "scale": sp, "pairs": co.Pairs(differ=(ip, ip)), **common}
+    return co.losses.gte, (q, d, h, whole), (qp, dp, hp, part)
+
+
+def gte_per_direction(b):
+    (q, qp), (d, dp) = b.rows("query", 16), b.rows("document", 16)
+    common = {"partition": "per_direction", "directions": ("query_to_doc", "doc_to_query"), "temperature": 0.2}
+    return co.losses.gte, (q, d, common), (qp, dp, common)
+
+
 CASES = {
     case.__name__: case
     for case in (
@@ -204,6 +224,9 @@ CASES = {
         sup_con_plain,
         sup_con_log_mean,
         sup_con_columns,
+        gte_joint,
+        gte_hard_negatives,
+        gte_per_direction,
         moco_shared,
         moco_parts,
     )

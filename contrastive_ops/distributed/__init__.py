@@ -11,9 +11,10 @@ which schedule to take when.
 
 from ..ops.similarity_reduce import merge_lse
 from .clip import clip
+from .gte import gte
 from .info_nce import info_nce
 from .moco import moco
-from .modules import CLIPLoss, InfoNCELoss, MoCoLoss, NTXentLoss, SigLIPLoss, SupConLoss
+from .modules import CLIPLoss, GTELoss, InfoNCELoss, MoCoLoss, NTXentLoss, SigLIPLoss, SupConLoss
 from .nt_xent import nt_xent
 from .siglip import siglip
 from .similarity_reduce import similarity_reduce
@@ -21,12 +22,14 @@ from .sup_con import sup_con
 
 __all__ = [
     "CLIPLoss",
+    "GTELoss",
     "InfoNCELoss",
     "MoCoLoss",
     "NTXentLoss",
     "SigLIPLoss",
     "SupConLoss",
     "clip",
+    "gte",
     "info_nce",
     "merge_lse",
     "moco",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .. import nn
 from .clip import clip
+from .gte import gte
 from .info_nce import info_nce
 from .moco import moco
 from .nt_xent import nt_xent
@@ -45,3 +46,9 @@ class MoCoLoss(nn.MoCoLoss):
     """`distributed.moco` as a module: ``MoCoLoss(0.07)(query, key, queue)``."""
 
     function = staticmethod(moco)  # type: ignore[assignment]
+
+
+class GTELoss(nn.GTELoss):
+    """`distributed.gte` as a module: ``GTELoss(0.05)(query, document, hard_negatives)``."""
+
+    function = staticmethod(gte)

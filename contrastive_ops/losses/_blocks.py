@@ -11,6 +11,7 @@ self-similarity matrix of all queries and documents, which is why one sweep of 4
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ class Blocks:
         unit: rows of the sides count as if they had length 1.
         memory_budget: as in `similarity_reduce`.
         backend: as in `similarity_reduce`.
+        sweep: what folds a block: `fold`, or a sweep of the rows of many processes.
     """
 
     names: tuple[str, str, str]
@@ -49,6 +51,7 @@ class Blocks:
     unit: bool
     memory_budget: int | None
     backend: str
+    sweep: Callable[..., Folded] = fold
 
     def others(
         self, directions: tuple[str, ...], owners: tuple[Tensor, Tensor] | None = None, hard_of_documents: bool = False
@@ -103,7 +106,7 @@ class Blocks:
         if both and self.bound is not None and y is not None:  # the last fold is for the columns, which have own bounds
             by_column = _padded(self.bound, y, torch.inf)[None]
             folds += (Fold("logsumexp", pairs=self._pairs(rows, cols, by_column, **rules)),)
-        return fold(
+        return self.sweep(
             x,
             y,
             reduce=folds,

@@ -97,6 +97,43 @@ def gte(
         >>> gte(query, document, directions=qwen3, false_negative_margin=0.1, reduction="none").shape
         torch.Size([6])
     """
+    blocks, owners = gte_blocks(
+        query,
+        document,
+        negatives,
+        partition=partition,
+        directions=directions,
+        false_negative_margin=false_negative_margin,
+        temperature=temperature,
+        scale=scale,
+        pairs=pairs,
+        weight=weight,
+        reduction=reduction,
+        normalize=normalize,
+        memory_budget=memory_budget,
+        backend=backend,
+    )
+    return _arguments.reduce_rows(gte_losses(blocks, owners, partition, directions), weight, reduction)
+
+
+def gte_blocks(
+    query: Tensor,
+    document: Tensor,
+    negatives: Tensor | None,
+    *,
+    partition: str,
+    directions: tuple[str, ...],
+    false_negative_margin: float | None,
+    temperature: float | Tensor | None,
+    scale: float | Tensor | None,
+    pairs: Pairs | None,
+    weight: Tensor | None,
+    reduction: str,
+    normalize: bool,
+    memory_budget: int | None,
+    backend: str,
+) -> tuple[Blocks, tuple[Tensor, Tensor] | None]:
+    """Check the arguments of `gte`; return its blocks, and the query of each document and of each hard negative."""
     name = "gte"
     _check_directions(name, partition, directions)
     if false_negative_margin is not None:
@@ -129,16 +166,21 @@ def gte(
         memory_budget=memory_budget,
         backend=backend,
     )
-    hard_of_documents = "h" in sides and "doc_to_doc" in directions
+    return blocks, owners
+
+
+def gte_losses(
+    blocks: Blocks, owners: tuple[Tensor, Tensor] | None, partition: str, directions: tuple[str, ...]
+) -> Tensor:
+    """(N,) the loss of each query and its document."""
+    hard_of_documents = "h" in blocks.sides and "doc_to_doc" in directions
     of_query, of_document, positive = blocks.others(directions, owners, hard_of_documents)
     if partition == "per_direction":
         parts = [part for part in (of_query, of_document) if part]
-        losses = torch.stack([softplus(merge_lse(*part) - positive) for part in parts]).mean(0)
-    else:
-        # Each rectangle holds the positive: log(c exp(p) + others) - p for c of them, without the cancellation.
-        count = math.log(2.0) if "doc_to_query" in directions else 0.0
-        losses = softplus(merge_lse(*of_query, *of_document) - positive - count) + count
-    return _arguments.reduce_rows(losses, weight, reduction)
+        return torch.stack([softplus(merge_lse(*part) - positive) for part in parts]).mean(0)
+    # Each rectangle holds the positive: log(c exp(p) + others) - p for c of them, without the cancellation.
+    count = math.log(2.0) if "doc_to_query" in directions else 0.0
+    return softplus(merge_lse(*of_query, *of_document) - positive - count) + count
 
 
 def gist(
