@@ -10,6 +10,7 @@ which schedule to take when.
 """
 
 from ..ops.similarity_reduce import merge_lse
+from .cached_step import cached_step
 from .clip import clip
 from .gte import gte
 from .info_nce import info_nce
@@ -28,6 +29,7 @@ __all__ = [
     "NTXentLoss",
     "SigLIPLoss",
     "SupConLoss",
+    "cached_step",
     "clip",
     "gte",
     "info_nce",
