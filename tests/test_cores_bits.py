@@ -45,7 +45,7 @@ def nothing_but_ties(k):
 def statistics(rules):
     x, y = integers(50, 24, torch.float32), integers(9001, 24, torch.float32, seed=1)
     found = select(x, y, 10, pairs=rules_of(50, 9001, rules, 3), count_above=torch.ones(50), backend="cpu")
-    return [found.values, found.indices, *found.statistics.values()]
+    return [found.top.values, found.top.indices, *found.statistics.values()]
 
 
 def experts(dtype):

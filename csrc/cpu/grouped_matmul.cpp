@@ -12,8 +12,9 @@ namespace contrastive_ops {
 namespace LEVEL {
 namespace {
 
-// Outputs of a task: enough that packing either side is cheap.
-constexpr int64_t kTaskRows = 512, kTaskCols = 2048;
+// Most outputs of a task, where packing either side is cheap, and as few as there may be where threads have no work
+// else.
+constexpr int64_t kTaskRows = 512, kTaskCols = 2048, kFewestRows = 64;
 // Units of depth that are packed at a time, and columns: with the rows they take half of a level-2 cache of 2 MiB.
 constexpr int64_t kUnits = 512, kPackedCols = 128;
 // Units of depth that are multiplied at a time: one panel of columns stays in the level-1 cache.
@@ -132,22 +133,29 @@ INLINE void finish_streams() {
 #endif
 }
 
-// Computes blocks in the memory of one thread. C: what is multiplied, T: the type of the matrices.
+struct BlockSize {
+  int64_t rows, cols;
+};
+
+// Computes blocks in the memory of one thread, on cache lines of its own. C: what is multiplied, T: the type of the
+// matrices.
 template <class C, class T>
-class BlockProduct {
+class alignas(64) BlockProduct {
  public:
   using A = typename C::Acc;
   using U = typename C::Unit;
 
-  void run(const Operand<T>& left, const Operand<T>& right, int64_t depth, const OutputBlock<T>& out) {
-    const int64_t units = minimum(depth_units<C>(depth), kUnits);
-    left_panels_.once(kTaskRows * kUnits);
+  // All blocks of a thread are within the same size.
+  void run(const Operand<T>& left, const Operand<T>& right, int64_t depth, const OutputBlock<T>& out,
+           const BlockSize& size) {
+    const int64_t units = minimum(depth_units<C>(depth), kUnits), task_rows = round_up(size.rows, kLaneGroup<C>);
+    left_panels_.once(task_rows * kUnits);
     right_panels_.once(kPackedCols * kUnits);
-    lane_sums_.once(kTaskCols);
+    lane_sums_.once(size.cols);
     // Sums wait for the next step of the depth; where there is one only, each panel of columns is written at once.
-    const int64_t panel = depth > kDepthStep ? kTaskRows * kCols<C> : 0;
-    (panel ? all_sums_ : panel_sums_).once(kTaskRows * (panel ? kTaskCols : kCols<C>));
-    if (out.lane_sums) memset(lane_sums_.get(), 0, sizeof(A) * kTaskCols);
+    const int64_t panel = depth > kDepthStep ? task_rows * kCols<C> : 0;
+    (panel ? all_sums_ : panel_sums_).once(task_rows * (panel ? round_up(size.cols, kCols<C>) : kCols<C>));
+    if (out.lane_sums) memset(lane_sums_.get(), 0, sizeof(A) * static_cast<size_t>(size.cols));
     int64_t k = 0;
     do {  // once without depth: results are what they begin with
       Step s{minimum(depth - k, kDepthStep), units, k == 0, false};
@@ -288,11 +296,17 @@ bool streams(int64_t outputs) {
   return outputs >= kStreamedBytes / static_cast<int64_t>(sizeof(T));
 }
 
-// Columns of a task: fewer where there would be too few tasks for all threads. Results do not depend on it.
-int64_t task_columns(int64_t row_blocks, int64_t columns, int threads) {
-  int64_t cols = kTaskCols;
-  while (cols > kPackedCols && row_blocks * ceil_divide(columns, cols) < 4 * threads) cols /= 2;
-  return cols;
+// Outputs of a task: fewer where there would be too few tasks for all threads, the longer side first, because each is
+// packed once for every block along the other. Results do not depend on it.
+template <class CountRowBlocks>
+BlockSize block_size(int64_t columns, int threads, CountRowBlocks row_blocks) {
+  BlockSize size{kTaskRows, kTaskCols};
+  while (row_blocks(size.rows) * ceil_divide(columns, size.cols) < 4 * threads) {
+    const bool few_rows = size.rows <= kFewestRows, few_cols = size.cols <= kPackedCols;
+    if (few_rows && few_cols) break;
+    (few_rows || (!few_cols && minimum(size.cols, columns) >= size.rows) ? size.cols : size.rows) /= 2;
+  }
+  return size;
 }
 
 template <class C, class T>
@@ -304,11 +318,14 @@ void grouped_forward(const GroupedForward& p, const Parallel& parallel) {
   // Blocks of rows are numbered through the groups: group e has first_block[e] to first_block[e + 1].
   Buffer<int64_t> first_block(groups + 1);
   first_block.get()[0] = 0;
-  for (int64_t e = 0; e < groups; ++e) {
-    first_block.get()[e + 1] = first_block.get()[e] + ceil_divide(offsets[e + 1] - offsets[e], kTaskRows);
-  }
+  const BlockSize size = block_size(p.F, parallel.threads, [&](int64_t block_rows) {
+    for (int64_t e = 0; e < groups; ++e) {
+      first_block.get()[e + 1] = first_block.get()[e] + ceil_divide(offsets[e + 1] - offsets[e], block_rows);
+    }
+    return first_block.get()[groups];
+  });
   const int64_t row_blocks = first_block.get()[groups];
-  const int64_t task_cols = task_columns(row_blocks, p.F, parallel.threads), col_blocks = ceil_divide(p.F, task_cols);
+  const int64_t task_cols = size.cols, col_blocks = ceil_divide(p.F, task_cols);
 
   const std::unique_ptr<BlockProduct<C, T>[]> products(new BlockProduct<C, T>[parallel.threads]);
   const bool stream = streams<T>(p.rows.rows * p.F);
@@ -327,7 +344,7 @@ void grouped_forward(const GroupedForward& p, const Parallel& parallel) {
     b.data += e * p.b_group_stride;
     const T* bias = p.bias ? static_cast<const T*>(p.bias) + e * p.F + j : nullptr;
     T* to = out + (offsets[e] + begin) * p.F + j;
-    products[thread].run(a, b, p.D, {to, p.F, end - begin, minimum(task_cols, p.F - j), bias, nullptr, stream});
+    products[thread].run(a, b, p.D, {to, p.F, end - begin, minimum(task_cols, p.F - j), bias, nullptr, stream}, size);
   };
   run_parallel(parallel.run, row_blocks * col_blocks, task);
 
@@ -346,21 +363,23 @@ void grouped_outer(const GroupedOuter& p, const Parallel& parallel) {
   const int64_t* offsets = p.rows.offsets;
   const int64_t D = p.db ? p.D : 0;
   // Sums of g alone are those of a product without rows.
-  const int64_t row_blocks = maximum<int64_t>(ceil_divide(D, kTaskRows), 1);
-  const int64_t task_cols = task_columns(p.rows.groups * row_blocks, p.F, parallel.threads);
-  const int64_t col_blocks = ceil_divide(p.F, task_cols);
+  const auto blocks_of = [&](int64_t block_rows) { return maximum<int64_t>(ceil_divide(D, block_rows), 1); };
+  const BlockSize size =
+      block_size(p.F, parallel.threads, [&](int64_t block_rows) { return p.rows.groups * blocks_of(block_rows); });
+  const int64_t row_blocks = blocks_of(size.rows), task_cols = size.cols, col_blocks = ceil_divide(p.F, task_cols);
 
   const std::unique_ptr<BlockProduct<C, T>[]> products(new BlockProduct<C, T>[parallel.threads]);
   const bool stream = streams<T>(p.rows.groups * p.D * p.F);
   auto task = [&](int64_t index, int thread) {
     const int64_t e = index / (row_blocks * col_blocks), row_block = index / col_blocks % row_blocks;
-    const int64_t i = row_block * kTaskRows, j = index % col_blocks * task_cols;
+    const int64_t i = row_block * size.rows, j = index % col_blocks * task_cols;
     const Operand<T> a = lanes_are_columns<T>(p.a).from(i, offsets[e]);
     const Operand<T> g = lanes_are_columns<T>(p.g).from(j, offsets[e]);
     T* to = p.db ? static_cast<T*>(p.db) + (e * p.D + i) * p.F + j : nullptr;
     T* sums = p.dbias && row_block == 0 ? static_cast<T*>(p.dbias) + e * p.F + j : nullptr;
     products[thread].run(a, g, offsets[e + 1] - offsets[e],
-                         {to, p.F, minimum(kTaskRows, D - i), minimum(task_cols, p.F - j), nullptr, sums, stream});
+                         {to, p.F, minimum(size.rows, D - i), minimum(task_cols, p.F - j), nullptr, sums, stream},
+                         size);
   };
   run_parallel(parallel.run, p.rows.groups * row_blocks * col_blocks, task);
 }

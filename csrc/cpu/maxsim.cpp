@@ -18,6 +18,8 @@ namespace {
 constexpr int64_t kChunkTokens = 128, kChunkBytes = int64_t{256} << 10;
 // Query tokens of a task, and how many of such blocks are packed at a time.
 constexpr int64_t kQueryTokens = 2048, kQueryBlocks = 8;
+// Query tokens that one task packs.
+constexpr int64_t kPackedTokens = 256;
 
 bool live(const TokenSets& sets, int64_t token) { return !sets.mask || sets.mask[token]; }
 int64_t live_tokens(const TokenSets& sets, int64_t set) {
@@ -74,7 +76,8 @@ class QueryBlock {
       count += more;
     }
   }
-  void pack(const MaxSimProblem& p) {
+  // Lists them, and makes room for them.
+  void list(const MaxSimProblem& p) {
     int64_t* rows = rows_.at_least(count);
     Lane* lanes = lanes_.at_least(count);
     int64_t lane = 0;
@@ -89,8 +92,15 @@ class QueryBlock {
     }
     const int64_t units = depth_units<C>(p.D);
     panel_stride_ = kCols<C> * units;
-    U* panels = panels_.at_least(round_up(count, kLaneGroup<C>) * units);
-    pack_listed<C, Side::b, S>(panels, panel_stride_, p.queries, rows, count, p.D, gathered_);
+    panels_.at_least(round_up(count, kLaneGroup<C>) * units);
+  }
+  int64_t packings() const { return (count + kPackedTokens - 1) / kPackedTokens; }
+  void pack(const MaxSimProblem& p, int64_t index) {
+    static_assert(kPackedTokens % kLaneGroup<C> == 0 && kPackedTokens % kCols<C> == 0, "whole panels are packed");
+    const int64_t lane = index * kPackedTokens;
+    Growing<S> gathered;
+    pack_listed<C, Side::b, S>(panels_.get() + lane / kCols<C> * panel_stride_, panel_stride_, p.queries,
+                               rows_.get() + lane, minimum(kPackedTokens, count - lane), p.D, gathered);
   }
   int64_t panels() const { return (count + kCols<C> - 1) / kCols<C>; }
   const U* panel(int64_t index) const { return panels_.get() + index * panel_stride_; }
@@ -100,13 +110,12 @@ class QueryBlock {
   Growing<U> panels_;
   Growing<int64_t> rows_;
   Growing<Lane> lanes_;
-  Growing<S> gathered_;
   int64_t panel_stride_ = 0;
 };
 
 // Multiplies documents with a block of query tokens, in the memory of one thread.
 template <class C, class S>
-class DocumentSweep {
+class alignas(64) DocumentSweep {
  public:
   using A = typename C::Acc;
   using U = typename C::Unit;
@@ -253,7 +262,8 @@ template <class C, class S>
 void forward_all(const MaxSimProblem& p, const MaxSimForward& out, const Parallel& parallel) {
   const auto tokens_of = [&](int64_t j) { return p.documents.offsets[j + 1] - p.documents.offsets[j]; };
   Buffer<int64_t> cuts;
-  const int64_t ranges = cut(p.documents.sets, kTaskTokens, cuts, tokens_of, [](int64_t) { return false; });
+  const int64_t ranges = cut(p.documents.sets, tokens_of_a_task(p.documents.T, 4 * parallel.threads), cuts, tokens_of,
+                             [](int64_t) { return false; });
   const std::unique_ptr<QueryBlock<C, S>[]> blocks(new QueryBlock<C, S>[kQueryBlocks]);
   const std::unique_ptr<DocumentSweep<C, S>[]> sweeps(new DocumentSweep<C, S>[parallel.threads]);
   for (int64_t query = 0; query < p.queries.sets;) {
@@ -262,16 +272,25 @@ void forward_all(const MaxSimProblem& p, const MaxSimForward& out, const Paralle
       blocks[count].take(p, query, p.queries.sets);
       query = blocks[count].last;
     }
-    auto pack = [&](int64_t index, int) { blocks[index].pack(p); };
-    run_parallel(parallel.run, count, pack);
+    int64_t packings = 0;
+    for (int64_t b = 0; b < count; ++b) {
+      blocks[b].list(p);
+      packings += blocks[b].packings();
+    }
+    // Whoever multiplies needs all query tokens.
+    const int packed[] = {0};
+    const Stage stages[] = {{packings}, {ranges * count, packed, 1}};
     auto task = [&](int64_t index, int thread) {
+      for (int64_t b = 0; b < count; index -= blocks[b++].packings()) {
+        if (index < blocks[b].packings()) return blocks[b].pack(p, index);
+      }
       DocumentSweep<C, S>& sweep = sweeps[thread];
       sweep.begin(p, out, blocks[index % count]);
       const int64_t range = index / count;
       for (int64_t j = cuts.get()[range]; j < cuts.get()[range + 1]; ++j) sweep.add(j, j, j * p.queries.T);
       sweep.flush();
     };
-    run_parallel(parallel.run, ranges * count, task);
+    run_stages(parallel, 2, stages, task);
   }
 }
 
@@ -289,7 +308,8 @@ void forward_pairs(const MaxSimProblem& p, const MaxSimForward& out, const Paral
   auto task = [&](int64_t index, int thread) {
     const int64_t begin = cuts.get()[index], query = p.pair_queries[begin];
     blocks[thread].take(p, query, query + 1);
-    blocks[thread].pack(p);
+    blocks[thread].list(p);
+    for (int64_t k = 0; k < blocks[thread].packings(); ++k) blocks[thread].pack(p, k);
     sweeps[thread].begin(p, out, blocks[thread]);
     for (int64_t e = begin; e < cuts.get()[index + 1]; ++e) {
       sweeps[thread].add(p.pair_documents[e], e, e * p.longest_query);

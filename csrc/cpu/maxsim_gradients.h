@@ -10,8 +10,12 @@ namespace contrastive_ops {
 namespace LEVEL {
 namespace {
 
-// Tokens of a task.
+// Most tokens of a task; results do not depend on it.
 constexpr int64_t kTaskTokens = 1024;
+// As many that there is work for so many threads.
+int64_t tokens_of_a_task(int64_t tokens, int64_t threads) {
+  return maximum<int64_t>(minimum(kTaskTokens, tokens / threads), 1);
+}
 
 // Cuts [0, count) into tasks: calls size(index) for each, and ends a task where they add up to `enough` or where
 // `apart(index)` says that the next one must not follow. Returns the number of tasks; task t is [cuts[t], cuts[t + 1]).
@@ -61,8 +65,8 @@ void backward_queries(const MaxSimProblem& p, const MaxSimBackward& b, const Par
   }
   Buffer<int64_t> cuts;
   const auto tokens_of = [&](int64_t i) { return p.queries.offsets[i + 1] - p.queries.offsets[i]; };
-  const int64_t enough = minimum(kTaskTokens, p.queries.T / parallel.threads + 1);
-  const int64_t tasks = cut(p.queries.sets, enough, cuts, tokens_of, [](int64_t) { return false; });
+  const int64_t tasks = cut(p.queries.sets, tokens_of_a_task(p.queries.T, parallel.threads), cuts, tokens_of,
+                            [](int64_t) { return false; });
   auto task = [&](int64_t index, int) {
     for (int64_t j = 0; j < p.documents.sets; ++j) {
       for (int64_t i = cuts.get()[index]; i < cuts.get()[index + 1]; ++i) {
