@@ -33,13 +33,16 @@ from .matryoshka import matryoshka_clip, matryoshka_info_nce, matryoshka_nt_xent
 from .mined import mined_info_nce
 from .moco import moco
 from .multi_positive import multi_positive_info_nce, soft_info_nce, sup_con
+from .multi_similarity import multi_similarity
 from .negative_sampling import UnigramSampler, negative_sampling
 from .nt_xent import nt_xent
+from .pair_scores import angle, cosent, pair_mse
 from .preference import dpo, kl_estimate
 from .rank_distillation import listwise_distillation, margin_mse, pairwise_rank_distillation
 from .regularizers import alignment, sparsity, uniformity
 from .siglip import multi_positive_siglip, siglip
 from .sog_clr import RunningDenominator, sog_clr
+from .spectral import spectral_contrastive
 from .triplet import batch_hard_triplet, batch_semi_hard_triplet, contrastive, triplet
 from .whitening import group_whiten
 
@@ -51,6 +54,7 @@ __all__ = [
     "RunningDenominator",
     "UnigramSampler",
     "alignment",
+    "angle",
     "arc_face",
     "barlow_twins",
     "batch_hard_triplet",
@@ -59,6 +63,7 @@ __all__ = [
     "clip",
     "contrastive",
     "cos_face",
+    "cosent",
     "covariance_penalty",
     "dcl",
     "debiased",
@@ -88,9 +93,11 @@ __all__ = [
     "moco",
     "multi_positive_info_nce",
     "multi_positive_siglip",
+    "multi_similarity",
     "negative_sampling",
     "nt_xent",
     "pair_bce",
+    "pair_mse",
     "pairwise_rank_distillation",
     "siglip",
     "simctg",
@@ -98,6 +105,7 @@ __all__ = [
     "soft_info_nce",
     "sog_clr",
     "sparsity",
+    "spectral_contrastive",
     "sup_con",
     "triplet",
     "uniformity",

@@ -217,6 +217,38 @@ class PairBCELoss(BiasedLoss):
     default_bias = 0.0
 
 
+class PairMSELoss(Loss):
+    """`losses.pair_mse` as a module: ``PairMSELoss()(x, y, cosines)``."""
+
+    function = staticmethod(losses.pair_mse)
+
+
+class CoSENTLoss(ScaledLoss):
+    """`losses.cosent` as a module: ``CoSENTLoss()(x, y, scores)``."""
+
+    function = staticmethod(losses.cosent)
+    default_temperature = 0.05
+
+
+class AnglELoss(ScaledLoss):
+    """`losses.angle` as a module: ``AnglELoss()(x, y, scores)``."""
+
+    function = staticmethod(losses.angle)
+    default_temperature = 0.05
+
+
+class MultiSimilarityLoss(Loss):
+    """`losses.multi_similarity` as a module: ``MultiSimilarityLoss(beta=40.0)(embeddings, labels)``."""
+
+    function = staticmethod(losses.multi_similarity)
+
+
+class SpectralContrastiveLoss(Loss):
+    """`losses.spectral_contrastive` as a module: ``SpectralContrastiveLoss()(view0, view1)``."""
+
+    function = staticmethod(losses.spectral_contrastive)
+
+
 class TripletLoss(Loss):
     """`losses.triplet` as a module: ``TripletLoss(margin=1.0)(anchor, positive, negative)``."""
 

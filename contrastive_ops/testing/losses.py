@@ -361,6 +361,9 @@ LOSSES: dict[str, LossCase] = {
         arrange=_graded_lists,
     ),
     "pair_bce": LossCase(losses.pair_bce, {**_PAIR_LIST, **_SCALE, "bias": Draw.bias, **_WEIGHT}),
+    "pair_mse": LossCase(losses.pair_mse, {"x": Draw.matrix, "y": Draw.matrix, "labels": Draw.grades}),
+    "multi_similarity": LossCase(losses.multi_similarity, _LABELLED, {"beta": 10.0}),
+    "multi_similarity two-sided": LossCase(losses.multi_similarity, {**_TWO_SIDED, **_WEIGHT}, {"beta": 10.0}),
     "triplet": LossCase(losses.triplet, {**_TRIPLET, **_WEIGHT}),
     "batch_hard_triplet": LossCase(losses.batch_hard_triplet, _LABELLED),
     "batch_hard_triplet soft": LossCase(
