@@ -101,7 +101,7 @@ void weigh(const PrefixTile& tile, const PrefixView<A>& v, const LeftOut<A>& out
   }
 }
 
-template <class C, class S>
+template <class C>
 class PrefixGradients {
  public:
   using A = typename C::Acc;
@@ -110,7 +110,7 @@ class PrefixGradients {
   using U = typename K::Unit;
 
   PrefixGradients(const SimilarityPrefixProblem& problem, const SimilarityPrefixBackward& outputs,
-                  PrefixSweep<C, S>& sweep)
+                  PrefixSweep<C>& sweep)
       : p(problem), out(outputs), sweep_(sweep), rows_(round_up(sweep.chunk_rows, kTileRows)) {
     const int64_t fits = kPrefixWeights / maximum<int64_t>(rows_ * p.prefixes, 1) / kBlock * kBlock;
     super_ = minimum(maximum(fits, kBlock), round_up(maximum<int64_t>(p.M, 1), kBlock));
@@ -163,10 +163,9 @@ class PrefixGradients {
     if (p.self) {
       for (int64_t k = 0; k < p.prefixes * p.N; ++k) by_row_.get()[k] += by_col_.get()[k];
     }
-    subtract_lengths(static_cast<A*>(out.dx), static_cast<const S*>(p.x), p.x_stride, p.N, sweep_.x_lengths, by_row_);
+    subtract_lengths(static_cast<A*>(out.dx), sweep_.x(), p.x_stride, p.N, sweep_.x_lengths, by_row_);
     if (!p.self) {
-      subtract_lengths(static_cast<A*>(out.dy), static_cast<const S*>(p.y), p.y_stride, p.M, sweep_.y_lengths(),
-                       by_col_);
+      subtract_lengths(static_cast<A*>(out.dy), sweep_.y(), p.y_stride, p.M, sweep_.y_lengths(), by_col_);
     }
   }
 
@@ -314,7 +313,7 @@ class PrefixGradients {
     for (int64_t segment = 0; segment < p.prefixes; ++segment) {
       U* to = x_columns(segment);
       const int64_t width = sweep_.width(segment);
-      const S* from = static_cast<const S*>(p.x) + chunk.begin * p.x_stride + sweep_.begin(segment);
+      const StoredNumbers<C> from = sweep_.x() + (chunk.begin * p.x_stride + sweep_.begin(segment));
       sweep_.run((width + kLaneGroup<K> - 1) / kLaneGroup<K>, chunk.rows * width * kWorkOfMove,
                  [&](int64_t group, int) {
                    const int64_t d = group * kLaneGroup<K>;
@@ -350,8 +349,8 @@ class PrefixGradients {
       const int64_t at = sweep_.begin(strip.segment) + strip.d;
       for (int64_t j = begin; j < end; j += kDepthStep) {
         const int64_t depth = minimum(kDepthStep, end - j);
-        pack_columns<K, Side::b>(y_columns, kCols<K> * kDepthStep, static_cast<const S*>(p.y) + j * p.y_stride + at,
-                                 p.y_stride, strip.lanes, depth);
+        pack_columns<K, Side::b>(y_columns, kCols<K> * kDepthStep, sweep_.y() + (j * p.y_stride + at), p.y_stride,
+                                 strip.lanes, depth);
         multiply<K>(rows, strip.lanes, depth,
                     weight_panels_.get() + (strip.segment * rows_ + i) * super_ + (j - begin) * kRows<K>,
                     kRows<K> * super_, y_columns, kCols<K> * kDepthStep,
@@ -361,7 +360,7 @@ class PrefixGradients {
   }
 
   // d -= sum over prefixes of scale * sum * factor^3 * row: what the inverse lengths say, whose sums lack one factor.
-  void subtract_lengths(A* d, const S* rows, int64_t stride, int64_t count, const Lengths<A>& lengths,
+  void subtract_lengths(A* d, StoredNumbers<C> rows, int64_t stride, int64_t count, const Lengths<A>& lengths,
                         const Buffer<double>& sums) {
     const double scale = *static_cast<const A*>(p.scale);
     sweep_.run(d ? (count + kBlock - 1) / kBlock : 0, count * p.D * p.prefixes, [&](int64_t group, int) {
@@ -369,8 +368,8 @@ class PrefixGradients {
         double share = 0;
         for (int64_t s = p.prefixes - 1; s >= 0; --s) {
           share += scale * sums.get()[s * count + i] * lengths.inverse(s)[i] * lengths.slope(s)[i];
-          add_row(static_cast<A>(-share), rows + i * stride + sweep_.begin(s), sweep_.width(s),
-                  d + i * p.D + sweep_.begin(s));
+          add_row<A>(static_cast<A>(-share), rows + (i * stride + sweep_.begin(s)), sweep_.width(s),
+                     d + i * p.D + sweep_.begin(s));
         }
       }
     });
@@ -378,7 +377,7 @@ class PrefixGradients {
 
   const SimilarityPrefixProblem& p;
   const SimilarityPrefixBackward& out;
-  PrefixSweep<C, S>& sweep_;
+  PrefixSweep<C>& sweep_;
   const int64_t rows_;  // of a chunk, whole tiles
   int64_t super_ = 0;   // columns whose packed weights are kept at a time
   bool sums_ = false;

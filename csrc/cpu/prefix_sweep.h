@@ -37,8 +37,8 @@ double sum_of_squares(const S* row, int64_t size) {
 template <class A>
 class Lengths {
  public:
-  template <class S>
-  void measure(const SimilarityPrefixProblem& p, const S* rows, int64_t row_stride, int64_t count,
+  template <class C>
+  void measure(const SimilarityPrefixProblem& p, StoredNumbers<C> rows, int64_t row_stride, int64_t count,
                const Parallel& parallel) {
     stride_ = count + kBlock;  // blocks are read in whole vectors
     inverse_.allocate(p.prefixes * stride_);
@@ -50,7 +50,9 @@ class Lengths {
       for (int64_t i = group * kBlock; i < minimum(count, (group + 1) * kBlock); ++i) {
         double squared = 0;
         for (int64_t s = 0, begin = 0; s < p.prefixes; begin = p.dims[s++]) {
-          squared += sum_of_squares<A>(rows + i * row_stride + begin, p.dims[s] - begin);
+          (rows + (i * row_stride + begin)).visit([&](const auto* part) {
+            squared += sum_of_squares<A>(part, p.dims[s] - begin);
+          });
           const A length = static_cast<A>(sqrt(squared));
           const A inverse = 1 / (length > shortest ? length : shortest);
           inverse_.get()[s * stride_ + i] = inverse;
@@ -75,7 +77,7 @@ struct PrefixTile {
   bool mirrored;  // also stands for the elements below the diagonal
 };
 
-template <class C, class S>
+template <class C>
 class PrefixSweep {
  public:
   using A = typename C::Acc;
@@ -86,8 +88,8 @@ class PrefixSweep {
       : p(problem),
         parallel_(parallel),
         chunk_rows(minimum(problem.self ? kChunkRows / 2 : kChunkRows, round_up(problem.N, kTileRows))) {
-    x_lengths.measure(p, static_cast<const S*>(p.x), p.x_stride, p.N, parallel);
-    if (!p.self) y_lengths_.measure(p, static_cast<const S*>(p.y), p.y_stride, p.M, parallel);
+    x_lengths.measure(p, x(), p.x_stride, p.N, parallel);
+    if (!p.self) y_lengths_.measure(p, y(), p.y_stride, p.M, parallel);
     units_.allocate(p.prefixes + 1);
     units_.get()[0] = 0;
     for (int64_t s = 0; s < p.prefixes; ++s) units_.get()[s + 1] = units_.get()[s] + depth_units<C>(width(s));
@@ -112,6 +114,8 @@ class PrefixSweep {
   int64_t begin(int64_t segment) const { return segment == 0 ? 0 : p.dims[segment - 1]; }
   int64_t width(int64_t segment) const { return p.dims[segment] - begin(segment); }
   const Lengths<A>& y_lengths() const { return p.self ? x_lengths : y_lengths_; }
+  StoredNumbers<C> x() const { return {p.x, p.dtype}; }
+  StoredNumbers<C> y() const { return {p.y, p.dtype}; }
   // What an inner product is multiplied with: scaled(prefix)[i] * y_lengths().inverse(prefix)[j].
   const A* scaled(int64_t prefix) const { return scaled_.get() + prefix * (p.N + kBlock); }
   const I* row_ids() const { return ids_.rows(); }
@@ -224,8 +228,7 @@ class PrefixSweep {
       for (int64_t s = 0; s < p.prefixes; ++s) {
         const int64_t units = units_.get()[s + 1] - units_.get()[s];
         pack_rows<C, Side::a>(x_panels(s) + i * units, kRows<C> * units,
-                              static_cast<const S*>(p.x) + (chunk.begin + i) * p.x_stride + begin(s), p.x_stride, lanes,
-                              lanes, width(s));
+                              x() + ((chunk.begin + i) * p.x_stride + begin(s)), p.x_stride, lanes, lanes, width(s));
       }
     });
   }
@@ -233,7 +236,7 @@ class PrefixSweep {
 
   void pack_block(const Block& block, Scratch& s) {
     U* panels = s.y_panels.once(kBlock * units_.get()[p.prefixes]);
-    const S* rows = static_cast<const S*>(p.y) + block.j * p.y_stride;
+    const StoredNumbers<C> rows = y() + block.j * p.y_stride;
     for (int64_t segment = 0; segment < p.prefixes; ++segment) {
       const int64_t at = units_.get()[segment], units = units_.get()[segment + 1] - at;
       pack_rows<C, Side::b>(panels + kBlock * at, kCols<C> * units, rows + begin(segment), p.y_stride, block.cols,

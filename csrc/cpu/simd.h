@@ -1,6 +1,6 @@
 // Vectors of one SIMD level: element types, conversions, exp, transpose.
 //
-// Compiled once per level (level_*.cpp). Everything is in an unnamed namespace: a function that had external
+// Compiled once per level. Everything is in an unnamed namespace: a function that had external
 // linkage would become a weak symbol, and the linker could choose the AVX-512 one for a processor without it.
 // GCC and Clang vector extensions serve all levels from one source; only the bfloat16 dot needs intrinsics.
 #pragma once
@@ -86,12 +86,31 @@ INLINE Vec<T> greater(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 }
 
+// The lanes of a, and after them of b, that are numbered: Clang and GCC 12 have one word for it, GCC 11 another.
+template <class T, int... From>
+INLINE Vec<T> shuffled(Vec<T> a, Vec<T> b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, From...);
+#else
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  return __builtin_shuffle(a, b, Vec<Index>{From...});
+#endif
+}
+// Stores the lanes from First on, half of a vector.
+template <int First, class T, size_t... Lane>
+INLINE void store_half(T* to, Vec<T> v, std::index_sequence<Lane...>) {
+#if __has_builtin(__builtin_shufflevector)
+  const auto half = __builtin_shufflevector(v, v, (First + Lane)...);
+  memcpy(to, &half, sizeof(half));
+#else
+  memcpy(to, reinterpret_cast<const T*>(&v) + First, sizeof...(Lane) * sizeof(T));
+#endif
+}
+
 // Reductions over lanes halve the vector log2(lanes) times.
 template <int Step, class T, size_t... Lane>
 INLINE Vec<T> rotated(Vec<T> v, std::index_sequence<Lane...>) {
-  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  const Vec<Index> from = {static_cast<Index>((Lane + Step) % kLanes<T>)...};
-  return __builtin_shuffle(v, from);
+  return shuffled<T, (static_cast<int>(Lane) + Step) % kLanes<T>...>(v, v);
 }
 template <int Step = kLanes<float> / 2, class T, class Combine>
 INLINE Vec<T> across_lanes(Vec<T> v, Combine combine) {
@@ -267,14 +286,12 @@ INLINE void store_as(Half* to, Vec<float> v) {
 template <int Step, class T, size_t... Lane>
 INLINE void transpose_stage(Vec<T>* rows, std::index_sequence<Lane...>) {
   constexpr int L = kLanes<T>;
-  const Vec<T> low = {static_cast<T>((Lane & Step) ? L + Lane - Step : Lane)...};
-  const Vec<T> high = {static_cast<T>((Lane & Step) ? L + Lane : Lane + Step)...};
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) {
     if (i & Step) continue;
     const Vec<T> a = rows[i], b = rows[i + Step];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + Step] = __builtin_shuffle(a, b, high);
+    rows[i] = shuffled<T, static_cast<int>((Lane & Step) ? L + Lane - Step : Lane)...>(a, b);
+    rows[i + Step] = shuffled<T, static_cast<int>((Lane & Step) ? L + Lane : Lane + Step)...>(a, b);
   }
 }
 

@@ -13,11 +13,11 @@ namespace LEVEL {
 namespace {
 
 // Student and teacher on the same chunks and blocks.
-template <class C, class S>
+template <class C>
 class TwoSweeps {
  public:
   using A = typename C::Acc;
-  using Scratch = typename Sweep<C, S>::Scratch;
+  using Scratch = typename Sweep<C>::Scratch;
 
   TwoSweeps(const DistillProblem& problem, const Parallel& parallel)
       : p(problem), student(problem.student, parallel, Use::chunk), teacher_(problem.teacher, parallel, Use::chunk) {}
@@ -53,10 +53,10 @@ class TwoSweeps {
   }
 
   const DistillProblem& p;
-  Sweep<C, S> student;
+  Sweep<C> student;
 
  private:
-  static A* products(Sweep<C, S>& sweep, const Chunk& chunk, const Block& block, bool known, Scratch& s) {
+  static A* products(Sweep<C>& sweep, const Chunk& chunk, const Block& block, bool known, Scratch& s) {
     A *place = sweep.place(chunk, block), *dots = place ? place : sweep.block_buffer(s.dots);
     if (!known || !place) sweep.multiply_block(chunk, block, s, dots);
     return dots;
@@ -70,7 +70,7 @@ class TwoSweeps {
     }
   }
 
-  Sweep<C, S> teacher_;
+  Sweep<C> teacher_;
 };
 
 // ---- Forward ---------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ Lines<A> outputs_of(const DistillForward& out, int64_t lines, int64_t begin) {
   return Lines<A>{row(0), row(1), row(2), row(3), row(4), values}.at(begin);
 }
 
-template <class C, class S>
+template <class C>
 class Comparer {
  public:
   using A = typename C::Acc;
@@ -189,16 +189,16 @@ class Comparer {
   }
 
   const DistillProblem& p;
-  TwoSweeps<C, S> both_;
+  TwoSweeps<C> both_;
   Lines<A> rows_{}, cols_{};
   LineBuffer<A> parts_, lines_;  // parts: of each block and row of the chunk; lines: of all columns
   CountedLines<A> counted_;
   int64_t parts_of_chunk_ = 0;
 };
 
-template <class C, class S>
+template <class C>
 void distill_forward(const DistillProblem& p, const DistillForward& out, const Parallel& parallel) {
-  Comparer<C, S>(p, out, parallel).run();
+  Comparer<C>(p, out, parallel).run();
 }
 
 // ---- Backward --------------------------------------------------------------------------------------------
@@ -282,12 +282,12 @@ class DecidedEntries {
   Buffer<double> totals_;
 };
 
-template <class C, class S>
+template <class C>
 void distill_backward(const DistillProblem& p, const DistillBackward& b, const Parallel& parallel) {
   using A = typename C::Acc;
-  using Scratch = typename Sweep<C, S>::Scratch;
-  TwoSweeps<C, S> both(p, parallel);
-  Gradients<C, S> gradients(p.student, b.gradients, both.student);
+  using Scratch = typename Sweep<C>::Scratch;
+  TwoSweeps<C> both(p, parallel);
+  Gradients<C> gradients(p.student, b.gradients, both.student);
   const int64_t N = p.student.N, M = p.student.M, lines = N * p.rows + M * p.cols;
   LineBuffer<A> rows, cols;
   if (p.rows) prepare_lines<A>(b, lines, 0, N, rows);
@@ -329,13 +329,13 @@ void distill_backward(const DistillProblem& p, const DistillBackward& b, const P
 // ---- Types -----------------------------------------------------------------------------------------------
 
 void distill_forward_any(const DistillProblem& p, const DistillForward& out, const Parallel& parallel) {
-  for_type(
-      p.student.dtype, [&](auto c, auto s) { distill_forward<decltype(c), decltype(s)>(p, out, parallel); },
+  for_compute(
+      p.student.dtype, [&](auto c) { distill_forward<decltype(c)>(p, out, parallel); },
       [&] { level_avx512::similarity_distill().forward(p, out, parallel); });
 }
 void distill_backward_any(const DistillProblem& p, const DistillBackward& gradients, const Parallel& parallel) {
-  for_type(
-      p.student.dtype, [&](auto c, auto s) { distill_backward<decltype(c), decltype(s)>(p, gradients, parallel); },
+  for_compute(
+      p.student.dtype, [&](auto c) { distill_backward<decltype(c)>(p, gradients, parallel); },
       [&] { level_avx512::similarity_distill().backward(p, gradients, parallel); });
 }
 

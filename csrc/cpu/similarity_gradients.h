@@ -11,14 +11,14 @@ namespace LEVEL {
 namespace {
 
 // Forms the gradients of a chunk once the upstream gradients of its folds are known.
-template <class C, class S>
+template <class C>
 class Gradients {
  public:
   using A = typename C::Acc;
   using U = typename C::Unit;
-  using Scratch = typename Sweep<C, S>::Scratch;
+  using Scratch = typename Sweep<C>::Scratch;
 
-  Gradients(const SimilarityProblem& problem, const SimilarityBackward& outputs, Sweep<C, S>& sweep)
+  Gradients(const SimilarityProblem& problem, const SimilarityBackward& outputs, Sweep<C>& sweep)
       : p(problem),
         out(outputs),
         sweep_(sweep),
@@ -71,8 +71,8 @@ class Gradients {
         if (pairs.columns[k] < 0) continue;
         const int64_t i = pairs.rows[k], j = pairs.columns[k];
         const A weight = weight_of(k);
-        const S *x = static_cast<const S*>(p.x) + i * p.x_stride + d,
-                *y = static_cast<const S*>(p.y) + j * p.y_stride + d;
+        const auto x = StoredNumbers<C>(p.x, p.dtype) + (i * p.x_stride + d);
+        const auto y = StoredNumbers<C>(p.y, p.dtype) + (j * p.y_stride + d);
         products_.add_to_dx(i, d, [&](auto* to) { add_row(to, y, weight, depth); });
         products_.add_to_dy(j, d, [&](auto* to) { add_row(to, x, weight, depth); });
       }
@@ -226,12 +226,13 @@ class Gradients {
     };
     weigh(sums_.residual_rows, p.row_factor, p.col_factor, p.target, p.N, p.M);
     weigh(sums_.residual_columns, p.col_factor, p.row_factor, partner.get(), p.M, p.N);
-    give_back(static_cast<A*>(out.dx), p.N, p.target, static_cast<const S*>(p.y), p.y_stride, p.M, sums_.residual_rows);
-    give_back(dy(), p.M, partner.get(), static_cast<const S*>(p.x), p.x_stride, p.N, sums_.residual_columns);
+    give_back(static_cast<A*>(out.dx), p.N, p.target, StoredNumbers<C>(p.y, p.dtype), p.y_stride, p.M,
+              sums_.residual_rows);
+    give_back(dy(), p.M, partner.get(), StoredNumbers<C>(p.x, p.dtype), p.x_stride, p.N, sums_.residual_columns);
   }
 
-  void give_back(A* to, int64_t count, const int64_t* partner, const S* from, int64_t stride, int64_t from_count,
-                 const Buffer<double>& residual) {
+  void give_back(A* to, int64_t count, const int64_t* partner, StoredNumbers<C> from, int64_t stride,
+                 int64_t from_count, const Buffer<double>& residual) {
     sweep_.run(to ? (count + kBlock - 1) / kBlock : 0, count * p.D * kWorkOfMove, [&](int64_t group, int) {
       for (int64_t i = group * kBlock; i < minimum(count, (group + 1) * kBlock); ++i) {
         if (partner[i] < 0 || partner[i] >= from_count) continue;
@@ -241,6 +242,10 @@ class Gradients {
   }
   // to += weight * row
   template <class T>
+  static void add_row(T* to, StoredNumbers<C> row, A weight, int64_t count) {
+    row.visit([&](const auto* numbers) { add_row(to, numbers, weight, count); });
+  }
+  template <class T, class S>
   static void add_row(T* to, const S* row, A weight, int64_t count) {
     constexpr int W = kLanes<A>;
     int64_t d = 0;
@@ -261,9 +266,9 @@ class Gradients {
 
   const SimilarityProblem& p;
   const SimilarityBackward& out;
-  Sweep<C, S>& sweep_;
-  WeightProducts<C, S> products_;
-  GradientSums<C, S> sums_;
+  Sweep<C>& sweep_;
+  WeightProducts<C> products_;
+  GradientSums<C> sums_;
 };
 
 }  // namespace

@@ -8,8 +8,18 @@ namespace contrastive_ops {
 namespace LEVEL {
 namespace {
 
+// The rows of x, and those of y, which may be int8 codes.
+template <class C>
+StoredNumbers<C> x_of(const SimilarityProblem& p) {
+  return {p.x, p.dtype};
+}
+template <class C>
+StoredNumbers<C, true> y_of(const SimilarityProblem& p) {
+  return {p.y, p.dtype, p.code_scale != nullptr};
+}
+
 // Inner products and logits of the columns that single rows list.
-template <class C, class X, class Y>
+template <class C>
 class Lists {
  public:
   using A = typename C::Acc;
@@ -25,7 +35,7 @@ class Lists {
   void for_each_group(int64_t i, const int64_t* columns, int64_t count, int thread, Body body) {
     const int64_t units = depth_units<C>(p.D);
     U* panel = scratch_[thread].once(round_up(kRows<C>, kLaneGroup<C>) * units);
-    pack_rows<C, Side::a>(panel, kRows<C> * units, static_cast<const X*>(p.x) + i * p.x_stride, p.x_stride, 1, 1, p.D);
+    pack_rows<C, Side::a>(panel, kRows<C> * units, x_of<C>(p) + i * p.x_stride, p.x_stride, 1, 1, p.D);
     for (int64_t e = 0; e < count; e += W) {
       const int64_t lanes = minimum<int64_t>(W, count - e);
       alignas(64) A dots[W] = {};
@@ -33,12 +43,17 @@ class Lists {
         body(e, lanes, dots);
         continue;
       }
-      const Y *from[W], *next[W];
-      for (int64_t q = 0; q < W; ++q) {
-        from[q] = row_of_y(q < lanes ? columns[e + q] : -1);
-        next[q] = row_of_y(e + W + q < count ? columns[e + W + q] : -1);
-      }
-      products_with<C, 1>(panel, from, next, p.D, dots, W);
+      y_of<C>(p).visit([&](const auto* y) {
+        const auto row = [&](int64_t at) {
+          return y + (at < count ? maximum<int64_t>(columns[at], 0) : 0) * p.y_stride;
+        };
+        decltype(y) from[W], next[W];
+        for (int64_t q = 0; q < W; ++q) {
+          from[q] = row(e + q);
+          next[q] = row(e + W + q);
+        }
+        products_with<C, 1>(panel, from, next, p.D, dots, W);
+      });
       for (int64_t q = 0; p.code_scale && q < lanes; ++q) {
         dots[q] *= static_cast<const A*>(p.code_scale)[maximum<int64_t>(columns[e + q], 0)];
       }
@@ -73,9 +88,6 @@ class Lists {
   }
 
  private:
-  const Y* row_of_y(int64_t column) const {
-    return static_cast<const Y*>(p.y) + maximum<int64_t>(column, 0) * p.y_stride;
-  }
   static bool any_listed(const int64_t* columns, int64_t count) {
     bool any = false;
     for (int64_t q = 0; q < count; ++q) any |= columns[q] >= 0;
@@ -87,14 +99,14 @@ class Lists {
   std::unique_ptr<Buffer<U>[]> scratch_;
 };
 
-template <class C, class X, class Y>
+template <class C>
 void topk_at(const SimilarityProblem& p, const TopKAt& out, const Parallel& parallel) {
   using A = typename C::Acc;
   if (p.M == 0) {
     for (int64_t e = 0; e < p.N * out.listed; ++e) static_cast<A*>(out.values)[e] = -infinity<A>();
     return;
   }
-  Lists<C, X, Y> lists(p, parallel.threads);
+  Lists<C> lists(p, parallel.threads);
   auto task = [&](int64_t i, int thread) {
     const int64_t* columns = out.indices + i * out.listed;
     A* values = static_cast<A*>(out.values) + i * out.listed;
@@ -128,6 +140,11 @@ void add_row(A weight, const S* from, int64_t depth, A* to) {
   for (int64_t q = 0; k + q < depth; ++q) to[k + q] += last[q];
 }
 
+template <class A, class C, bool codes>
+void add_row(A weight, StoredNumbers<C, codes> from, int64_t depth, A* to) {
+  from.visit([&](const auto* numbers) { add_row(weight, numbers, depth, to); });
+}
+
 // Entries of all lists by column, in the order of rows within a column: who adds to a row of dy, in a fixed order.
 class ByColumn {
  public:
@@ -154,12 +171,12 @@ class ByColumn {
   Buffer<int64_t> begin_, entries_;
 };
 
-template <class C, class X, class Y>
+template <class C>
 void topk_backward(const SimilarityProblem& p, const TopKBackward& b, const Parallel& parallel) {
   using A = typename C::Acc;
   const SimilaritySet& set = p.sets[0];
   if (p.M == 0) return;
-  Lists<C, X, Y> lists(p, parallel.threads);
+  Lists<C> lists(p, parallel.threads);
   const A* d_values = static_cast<const A*>(b.d_values);
   const bool by_column = b.dy || b.dcol_bias || (b.dscale && set.scale_of == ScaleOf::columns);
   Buffer<A> edots(b.dscale ? p.N * b.listed : 0);  // derivative by the logit times the inner product
@@ -176,7 +193,7 @@ void topk_backward(const SimilarityProblem& p, const TopKBackward& b, const Para
       if (columns[e] < 0) continue;
       sum += d[e];
       if (!b.dx) continue;
-      add_row(d[e] * inner_scale(i, columns[e]), static_cast<const Y*>(p.y) + columns[e] * p.y_stride, p.D,
+      add_row(d[e] * inner_scale(i, columns[e]), y_of<C>(p) + columns[e] * p.y_stride, p.D,
               static_cast<A*>(b.dx) + i * p.D);
     }
     if (b.drow_bias) static_cast<A*>(b.drow_bias)[i] = sum;
@@ -219,9 +236,10 @@ void topk_backward(const SimilarityProblem& p, const TopKBackward& b, const Para
         bias += e;
         if (b.dscale && set.scale_of == ScaleOf::columns) scale += edots.get()[entry];
         if (!dy) return;
-        const X* row = static_cast<const X*>(p.x) + i * p.x_stride;
         const A weight = e * inner_scale(i, j);
-        sums ? add_long_row(weight, row, p.D, sums) : add_row(weight, row, p.D, dy);
+        (x_of<C>(p) + i * p.x_stride).visit([&](const auto* row) {
+          sums ? add_long_row(weight, row, p.D, sums) : add_row(weight, row, p.D, dy);
+        });
       });
       for (int64_t k = 0; sums && k < p.D; ++k) dy[k] = static_cast<A>(sums[k]);
       if (b.dcol_bias) static_cast<A*>(b.dcol_bias)[j] = static_cast<A>(bias);

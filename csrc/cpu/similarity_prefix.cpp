@@ -10,12 +10,12 @@ namespace contrastive_ops {
 namespace LEVEL {
 namespace {
 
-template <class C, class S>
+template <class C>
 class PrefixFolds {
  public:
   using A = typename C::Acc;
 
-  PrefixFolds(const SimilarityPrefixProblem& problem, const SimilarityPrefixForward& outputs, PrefixSweep<C, S>& sweep)
+  PrefixFolds(const SimilarityPrefixProblem& problem, const SimilarityPrefixForward& outputs, PrefixSweep<C>& sweep)
       : p(problem), out(outputs), sweep_(sweep) {
     rows_.reset(new FoldState<A>[p.prefixes]);
     cols_.reset(new FoldState<A>[p.prefixes]);
@@ -71,36 +71,36 @@ class PrefixFolds {
 
   const SimilarityPrefixProblem& p;
   const SimilarityPrefixForward& out;
-  PrefixSweep<C, S>& sweep_;
+  PrefixSweep<C>& sweep_;
   std::unique_ptr<FoldState<A>[]> rows_, cols_;  // per prefix
 };
 
-template <class C, class S>
+template <class C>
 void prefix_forward(const SimilarityPrefixProblem& p, const SimilarityPrefixForward& out, const Parallel& parallel) {
-  PrefixSweep<C, S> sweep(p, parallel);
-  PrefixFolds<C, S> folds(p, out, sweep);
+  PrefixSweep<C> sweep(p, parallel);
+  PrefixFolds<C> folds(p, out, sweep);
   sweep.for_each_chunk([&](const Chunk& chunk) { folds.add_chunk(chunk); });
   folds.finish();
 }
 
-template <class C, class S>
+template <class C>
 void prefix_backward(const SimilarityPrefixProblem& p, const SimilarityPrefixBackward& b, const Parallel& parallel) {
-  PrefixSweep<C, S> sweep(p, parallel);
-  PrefixGradients<C, S> gradients(p, b, sweep);
+  PrefixSweep<C> sweep(p, parallel);
+  PrefixGradients<C> gradients(p, b, sweep);
   sweep.for_each_chunk([&](const Chunk& chunk) { gradients.add_chunk(chunk); });
   gradients.finish();
 }
 
 void prefix_forward_any(const SimilarityPrefixProblem& p, const SimilarityPrefixForward& out,
                         const Parallel& parallel) {
-  for_type(
-      p.dtype, [&](auto c, auto s) { prefix_forward<decltype(c), decltype(s)>(p, out, parallel); },
+  for_compute(
+      p.dtype, [&](auto c) { prefix_forward<decltype(c)>(p, out, parallel); },
       [&] { level_avx512::similarity_prefix().forward(p, out, parallel); });
 }
 void prefix_backward_any(const SimilarityPrefixProblem& p, const SimilarityPrefixBackward& gradients,
                          const Parallel& parallel) {
-  for_type(
-      p.dtype, [&](auto c, auto s) { prefix_backward<decltype(c), decltype(s)>(p, gradients, parallel); },
+  for_compute(
+      p.dtype, [&](auto c) { prefix_backward<decltype(c)>(p, gradients, parallel); },
       [&] { level_avx512::similarity_prefix().backward(p, gradients, parallel); });
 }
 

@@ -27,13 +27,13 @@ struct Step {
   int64_t end() const { return minimum(chunk.j_begin + last * chunk.block_columns, chunk.j_end); }
 };
 
-template <class C, class S>
+template <class C>
 class WeightProducts {
  public:
   using A = typename C::Acc;
   using U = typename C::Unit;
 
-  WeightProducts(const SimilarityProblem& problem, const SimilarityBackward& out, Sweep<C, S>& sweep)
+  WeightProducts(const SimilarityProblem& problem, const SimilarityBackward& out, Sweep<C>& sweep)
       : p(problem),
         sweep_(sweep),
         dx_(static_cast<A*>(out.dx)),
@@ -80,7 +80,7 @@ class WeightProducts {
     if (index < packs_of_x(step)) return pack_x(step.chunk, index);
     const int64_t depth = (index - packs_of_x(step)) * sweep_.block_columns, j = step.begin() + depth;
     pack_columns<C, Side::b>(y_columns_.get() + depth / C::kDepth * kCols<C>, kCols<C> * column_units_,
-                             static_cast<const S*>(p.y) + j * p.y_stride, p.y_stride, p.D,
+                             StoredNumbers<C>(p.y, p.dtype) + j * p.y_stride, p.y_stride, p.D,
                              minimum(sweep_.block_columns, step.end() - j));
   }
   // The weights of a tile.
@@ -161,7 +161,7 @@ class WeightProducts {
   void pack_x(const Chunk& chunk, int64_t group) {
     const int64_t d = group * kLaneGroup<C>;
     pack_columns<C, Side::b>(x_columns_.get() + d * row_units_, kCols<C> * row_units_,
-                             static_cast<const S*>(p.x) + chunk.begin * p.x_stride + d, p.x_stride,
+                             StoredNumbers<C>(p.x, p.dtype) + (chunk.begin * p.x_stride + d), p.x_stride,
                              minimum<int64_t>(kLaneGroup<C>, p.D - d), chunk.rows);
   }
 
@@ -203,7 +203,7 @@ class WeightProducts {
   }
 
   const SimilarityProblem& p;
-  Sweep<C, S>& sweep_;
+  Sweep<C>& sweep_;
   A *const dx_, *const dy_;
   const int64_t row_width_, row_units_;  // rows of a task of dx; the depth of weights by columns
   int64_t step_blocks_ = 0, column_units_ = 0;

@@ -12,11 +12,11 @@ namespace contrastive_ops {
 namespace LEVEL {
 namespace {
 
-template <class C, class S>
+template <class C>
 void forward(const SimilarityProblem& p, const SimilarityForward& out, const Parallel& parallel) {
   using A = typename C::Acc;
-  using Scratch = typename Sweep<C, S>::Scratch;
-  Sweep<C, S> sweep(p, parallel, Use::folds);
+  using Scratch = typename Sweep<C>::Scratch;
+  Sweep<C> sweep(p, parallel, Use::folds);
   std::unique_ptr<FoldState<A>[]> folds(new FoldState<A>[p.fold_count]);
   for (int f = 0; f < p.fold_count; ++f) sweep.start_fold(folds[f], p.folds[f], out.values[f], out.argmax[f]);
   A* target_logit = static_cast<A*>(out.target_logit);
@@ -64,11 +64,11 @@ void forward(const SimilarityProblem& p, const SimilarityForward& out, const Par
 
 // ---- Backward ----------------------------------------------------------------------------------------------------
 
-template <class C, class S>
+template <class C>
 void backward(const SimilarityProblem& p, const SimilarityBackward& b, const Parallel& parallel) {
   using A = typename C::Acc;
-  Sweep<C, S> sweep(p, parallel, Use::gradients);
-  Gradients<C, S> gradients(p, b, sweep);
+  Sweep<C> sweep(p, parallel, Use::gradients);
+  Gradients<C> gradients(p, b, sweep);
   for (int f = 0; f < p.fold_count; ++f) {
     const SimilarityFold& fold = p.folds[f];
     gradients.upstream[f].set_all(fold.kind, fold.cols ? p.M : p.N, b.values[f], b.d_values[f], b.argmax[f]);
@@ -94,12 +94,12 @@ void add_row(const SimilarityTotal& t, int64_t i, A fold, Upstream<A>& upstream,
   if (t.dextra) static_cast<A*>(t.dextra)[i] = static_cast<A>(factor * row.extra);
 }
 
-template <class C, class S>
+template <class C>
 void total(const SimilarityProblem& p, const SimilarityTotal& t, const Parallel& parallel) {
   using A = typename C::Acc;
-  using Scratch = typename Sweep<C, S>::Scratch;
-  Sweep<C, S> sweep(p, parallel, Use::total);
-  Gradients<C, S> gradients(p, t.gradients, sweep);
+  using Scratch = typename Sweep<C>::Scratch;
+  Sweep<C> sweep(p, parallel, Use::total);
+  Gradients<C> gradients(p, t.gradients, sweep);
   const FoldKind kind = p.folds[0].kind;
   gradients.upstream[0].allocate(kind, p.N);
   Buffer<A> values(p.N), d_target(p.N);
@@ -129,18 +129,18 @@ void total(const SimilarityProblem& p, const SimilarityTotal& t, const Parallel&
 // ---- Types -------------------------------------------------------------------------------------------------
 
 void forward_any(const SimilarityProblem& p, const SimilarityForward& out, const Parallel& parallel) {
-  for_type(
-      p.dtype, [&](auto c, auto s) { forward<decltype(c), decltype(s)>(p, out, parallel); },
+  for_compute(
+      p.dtype, [&](auto c) { forward<decltype(c)>(p, out, parallel); },
       [&] { level_avx512::similarity_reduce().forward(p, out, parallel); });
 }
 void backward_any(const SimilarityProblem& p, const SimilarityBackward& gradients, const Parallel& parallel) {
-  for_type(
-      p.dtype, [&](auto c, auto s) { backward<decltype(c), decltype(s)>(p, gradients, parallel); },
+  for_compute(
+      p.dtype, [&](auto c) { backward<decltype(c)>(p, gradients, parallel); },
       [&] { level_avx512::similarity_reduce().backward(p, gradients, parallel); });
 }
 void total_any(const SimilarityProblem& p, const SimilarityTotal& out, const Parallel& parallel) {
-  for_type(
-      p.dtype, [&](auto c, auto s) { total<decltype(c), decltype(s)>(p, out, parallel); },
+  for_compute(
+      p.dtype, [&](auto c) { total<decltype(c)>(p, out, parallel); },
       [&] { level_avx512::similarity_reduce().total(p, out, parallel); });
 }
 

@@ -49,13 +49,13 @@ inline void zero(Buffer<double>& buffer, int64_t size) {
 }
 
 // All sums of a backward pass.
-template <class C, class S>
+template <class C>
 class GradientSums {
  public:
   using A = typename C::Acc;
   static constexpr bool kRounds = C::kDepth == 2;
 
-  GradientSums(const SimilarityProblem& problem, const SimilarityBackward& outputs, Sweep<C, S>& sweep,
+  GradientSums(const SimilarityProblem& problem, const SimilarityBackward& outputs, Sweep<C>& sweep,
                int64_t step_blocks)
       : p(problem), out(outputs), sweep_(sweep) {
     sets_.reset(new SetSums[p.set_count]);
@@ -214,7 +214,7 @@ class GradientSums {
 
   const SimilarityProblem& p;
   const SimilarityBackward& out;
-  Sweep<C, S>& sweep_;
+  Sweep<C>& sweep_;
   std::unique_ptr<SetSums[]> sets_;
   TileSums<A> residuals_;
   Buffer<double> drow_bias_, dcol_bias_;

@@ -10,7 +10,7 @@ namespace contrastive_ops {
 namespace LEVEL {
 namespace {
 
-template <class C, class S>
+template <class C>
 class Sweep : public Views<typename C::Acc> {
  public:
   using A = typename C::Acc;
@@ -46,7 +46,8 @@ class Sweep : public Views<typename C::Acc> {
       guide_panels_.once(round_up(chunk_rows, kLaneGroup<G>) * depth_units<G>(p.guide_depth));
       const int64_t groups = (chunk.rows + kLaneGroup<G> - 1) / kLaneGroup<G>;
       run(groups, chunk.rows * p.guide_depth * kWorkOfMove, [&](int64_t group, int) {
-        pack<G, Side::a, A>(group, p.guide_x, chunk.begin, chunk.rows, p.guide_depth, p.guide_depth, guide_panels_);
+        pack<G, Side::a>(group, static_cast<const A*>(p.guide_x), chunk.begin, chunk.rows, p.guide_depth, p.guide_depth,
+                         guide_panels_);
       });
     }
     if (known && keeps(chunk)) return;
@@ -58,9 +59,9 @@ class Sweep : public Views<typename C::Acc> {
     const int64_t rows = chunk.rows + (packs_y ? p.M : 0);
     run(groups + groups_of_y, rows * p.D * kWorkOfMove, [&](int64_t index, int) {
       if (index < groups) {
-        pack<C, Side::a, S>(index, p.x, chunk.begin, chunk.rows, p.x_stride, p.D, x_panels_);
+        pack<C, Side::a>(index, StoredNumbers<C>(p.x, p.dtype), chunk.begin, chunk.rows, p.x_stride, p.D, x_panels_);
       } else {
-        pack<C, Side::b, S>(index - groups, p.y, 0, p.M, p.y_stride, p.D, y_panels_);
+        pack<C, Side::b>(index - groups, StoredNumbers<C>(p.y, p.dtype), 0, p.M, p.y_stride, p.D, y_panels_);
       }
     });
   }
@@ -108,7 +109,8 @@ class Sweep : public Views<typename C::Acc> {
 
   // Inner products of the block's columns with the chunk's rows, complete in depth.
   void multiply_block(const Chunk& chunk, const Block& block, Scratch& s, A* dots) {
-    products<C, S>(chunk, block, x_panels_, y_panels_.get(), p.y, p.y_stride, p.D, s.y_panel, dots);
+    products<C>(chunk, block, x_panels_, y_panels_.get(), StoredNumbers<C>(p.y, p.dtype), p.y_stride, p.D, s.y_panel,
+                dots);
     if (p.row_factor) multiply_by_factors(block, dots);
   }
   // What the inner products of a block, and so their derivatives, are multiplied by.
@@ -127,7 +129,8 @@ class Sweep : public Views<typename C::Acc> {
   const A* guide_block(const Chunk& chunk, const Block& block, Scratch& s) {
     if (!this->guided) return nullptr;
     A* guide = block_buffer(s.guide);
-    products<G, A>(chunk, block, guide_panels_, nullptr, p.guide_y, p.guide_depth, p.guide_depth, s.guide_panel, guide);
+    products<G>(chunk, block, guide_panels_, nullptr, static_cast<const A*>(p.guide_y), p.guide_depth, p.guide_depth,
+                s.guide_panel, guide);
     return guide;
   }
 
@@ -285,19 +288,19 @@ class Sweep : public Views<typename C::Acc> {
   }
 
   // Group `group` of kLaneGroup rows out of `count` of a matrix, packed as panels.
-  template <class K, Side side, class T>
-  static void pack(int64_t group, const void* from, int64_t begin, int64_t count, int64_t stride, int64_t depth,
+  template <class K, Side side, class Numbers>
+  static void pack(int64_t group, Numbers from, int64_t begin, int64_t count, int64_t stride, int64_t depth,
                    Buffer<typename K::Unit>& panels) {
     constexpr int lanes_of_a_panel = kPanelLanes<K, side>;
     const int64_t units = depth_units<K>(depth), i = group * kLaneGroup<K>;
     const int64_t lanes = minimum<int64_t>(kLaneGroup<K>, count - i);
-    pack_rows<K, side>(panels.get() + i * units, lanes_of_a_panel * units,
-                       static_cast<const T*>(from) + (begin + i) * stride, stride, lanes, kLaneGroup<K>, depth);
+    pack_rows<K, side>(panels.get() + i * units, lanes_of_a_panel * units, from + (begin + i) * stride, stride, lanes,
+                       kLaneGroup<K>, depth);
   }
   // `packed`: all rows of y as panels, or null.
-  template <class K, class T>
+  template <class K, class Numbers>
   void products(const Chunk& chunk, const Block& block, const Buffer<typename K::Unit>& x,
-                const typename K::Unit* packed, const void* y, int64_t stride, int64_t depth,
+                const typename K::Unit* packed, Numbers y, int64_t stride, int64_t depth,
                 Buffer<typename K::Unit>& scratch, A* dots) {
     const int64_t units = depth_units<K>(depth);
     const int64_t rows = minimum(round_up(block.rows, kRows<C>), padded_rows(chunk) - block.row);
@@ -307,8 +310,8 @@ class Sweep : public Views<typename C::Acc> {
       const auto* panel = packed + (block.j + j) * units;
       if (!packed) {
         auto* own = scratch.once(kCols<K> * units);
-        const T* from = static_cast<const T*>(y) + (block.j + j) * stride;
-        pack_rows<K, Side::b>(own, 0, from, stride, minimum<int64_t>(kCols<K>, block.cols - j), kCols<K>, depth);
+        pack_rows<K, Side::b>(own, 0, y + (block.j + j) * stride, stride, minimum<int64_t>(kCols<K>, block.cols - j),
+                              kCols<K>, depth);
         panel = own;
       }
       multiply<K>(rows, kCols<K>, units, rows_of_x, kRows<K> * units, panel, 0, dots + j, kBlock, false);

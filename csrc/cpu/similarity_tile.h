@@ -67,6 +67,52 @@ void for_type(DType dtype, Call call, Below below) {
 #endif
 }
 
+// Calls call(C()) with what numbers of a dtype are multiplied as; below() as in for_type.
+template <class Call, class Below>
+void for_compute(DType dtype, Call call, Below below) {
+#ifdef HAS_BF16_DOT
+  dtype == DType::bfloat16 ? call(ComputeBFloat16()) : below();
+#else
+  dtype == DType::float64 ? call(ComputeDouble()) : call(ComputeFloat());
+#endif
+}
+
+// Where numbers are that are multiplied as C; `codes`: they may be int8. Their type is known at run time alone: what
+// sweeps over a matrix is compiled once for each C, not for each type, which would take twice as long to compile, and
+// what reads numbers asks for their type once a call.
+template <class C, bool codes = false>
+class StoredNumbers {
+ public:
+  StoredNumbers(const void* data, DType dtype, bool coded = false)
+      : data_(static_cast<const char*>(data)), dtype_(dtype), coded_(coded) {}
+  StoredNumbers operator+(int64_t count) const { return {data_ + count * size(), dtype_, coded_}; }
+  // Calls call(pointer) with a pointer of the type.
+  template <class Call>
+  INLINE void visit(Call call) const {
+    if constexpr (codes && sizeof(typename C::Unit) == 4) {
+      if (coded_) return call(reinterpret_cast<const int8_t*>(data_));
+    }
+    if constexpr (sizeof(typename C::Unit) == 8) {
+      call(reinterpret_cast<const double*>(data_));
+    } else if constexpr (C::kDepth == 2) {
+      call(reinterpret_cast<const BFloat16*>(data_));
+    } else if (dtype_ == DType::float32) {
+      call(reinterpret_cast<const float*>(data_));
+    } else if (dtype_ == DType::bfloat16) {
+      call(reinterpret_cast<const BFloat16*>(data_));
+    } else {
+      call(reinterpret_cast<const Half*>(data_));
+    }
+  }
+
+ private:
+  int64_t size() const { return coded_ ? 1 : dtype_ == DType::float64 ? 8 : dtype_ == DType::float32 ? 4 : 2; }
+
+  const char* data_;
+  DType dtype_;
+  bool coded_;
+};
+
 // A number as it is multiplied: packing rounds float32 to bfloat16 for the pairs.
 template <class C>
 INLINE Vec<typename C::Acc> rounded(Vec<typename C::Acc> v) {
@@ -142,12 +188,6 @@ INLINE Vec<uint32_t> units_across(ComputeBFloat16, const float* from, const floa
 
 // ---- Packing ---------------------------------------------------------------------------------------------
 
-template <int First, class U, size_t... Lane>
-INLINE void store_lanes(U* to, Vec<U> units, std::index_sequence<Lane...>) {
-  const auto part = __builtin_shufflevector(units, units, (First + Lane)...);
-  memcpy(to, &part, sizeof(part));
-}
-
 // Stores one vector of lanes at `depth` of the panel, or of the two panels, that they belong to.
 template <class C, int Lanes>
 INLINE void store_group(typename C::Unit* to, int64_t panel_stride, int64_t group, int64_t depth,
@@ -159,8 +199,8 @@ INLINE void store_group(typename C::Unit* to, int64_t panel_stride, int64_t grou
   U* at = to + lane / Lanes * panel_stride + depth * Lanes + lane % Lanes;
   if constexpr (width == 2 * Lanes) {
     constexpr auto half = std::make_index_sequence<Lanes>{};
-    store_lanes<0>(at, units, half);
-    store_lanes<Lanes>(at + panel_stride, units, half);
+    store_half<0>(at, units, half);
+    store_half<Lanes>(at + panel_stride, units, half);
   } else {
     store(at, units);
   }
@@ -232,6 +272,12 @@ void pack_rows(typename C::Unit* to, int64_t panel_stride, const S* from, int64_
   pack_rows<C, side>(to, panel_stride, EvenRows<S>{from, stride}, lanes, filled_lanes, depth);
 }
 
+template <class C, Side side, class K, bool codes>
+void pack_rows(typename C::Unit* to, int64_t panel_stride, StoredNumbers<K, codes> from, int64_t stride, int64_t lanes,
+               int64_t filled_lanes, int64_t depth) {
+  from.visit([&](const auto* rows) { pack_rows<C, side>(to, panel_stride, rows, stride, lanes, filled_lanes, depth); });
+}
+
 // Packs lanes that are columns of the source (depth runs down the rows): a copy.
 template <class C, Side side, class Rows>
 void pack_columns(typename C::Unit* to, int64_t panel_stride, const Rows& row, int64_t lanes, int64_t depth) {
@@ -274,6 +320,12 @@ template <class C, Side side, class S>
 void pack_columns(typename C::Unit* to, int64_t panel_stride, const S* from, int64_t stride, int64_t lanes,
                   int64_t depth) {
   pack_columns<C, side>(to, panel_stride, EvenRows<S>{from, stride}, lanes, depth);
+}
+
+template <class C, Side side, class K>
+void pack_columns(typename C::Unit* to, int64_t panel_stride, StoredNumbers<K> from, int64_t stride, int64_t lanes,
+                  int64_t depth) {
+  from.visit([&](const auto* rows) { pack_columns<C, side>(to, panel_stride, rows, stride, lanes, depth); });
 }
 
 // ---- The tile ----------------------------------------------------------------------------------------------

@@ -31,8 +31,7 @@ struct TopKBlock {
   int64_t j, cols, local;
 };
 
-// C: what is multiplied, X and Y: the types of the rows of x and y.
-template <class C, class X, class Y>
+template <class C>
 class TopK {
  public:
   using A = typename C::Acc;
@@ -130,16 +129,16 @@ class TopK {
     const bool few = t.rows <= kFewRows;
     s.selection.start(t.rows, out.k, out.floor ? static_cast<const A*>(out.floor) + t.begin : nullptr);
     for (int64_t i = 0; pass > 0 && i < t.rows; ++i) s.selection.begin_at(i, reached_.get()[t.begin + i]);
-    pack_x<C, X>(t, p.x, p.x_stride, p.D, s.x_panels);
-    if (views_.guided) pack_x<G, A>(t, p.guide_x, p.guide_depth, p.guide_depth, s.guide_x_panels);
+    pack_x<C>(t, x_of<C>(p), p.x_stride, p.D, s.x_panels);
+    if (views_.guided) pack_x<G>(t, static_cast<const A*>(p.guide_x), p.guide_depth, p.guide_depth, s.guide_x_panels);
     for (int64_t at = t.from; at < t.to; ++at) {
       const TopKBlock b = block_of(t, at);
       const int64_t j = b.j, cols = b.cols;
-      const Y* y = static_cast<const Y*>(p.y) + j * p.y_stride;
-      if (!few) pack_y<C, Y>(y, p.y_stride, cols, p.D, s.y_panels);
+      const auto y = y_of<C>(p) + j * p.y_stride;
+      if (!few) pack_y<C>(y, p.y_stride, cols, p.D, s.y_panels);
       if (views_.guided) {
         const A* guide = static_cast<const A*>(p.guide_y) + j * p.guide_depth;
-        pack_y<G, A>(guide, p.guide_depth, cols, p.guide_depth, s.guide_y_panels);
+        pack_y<G>(guide, p.guide_depth, cols, p.guide_depth, s.guide_y_panels);
       }
       views_.set_view(t.begin, j, cols, 0, false, s.view);
       const bool counts_other = out.statistics && p.set_count > 1;
@@ -149,7 +148,8 @@ class TopK {
         const int64_t rows = minimum<int64_t>(kRows<C>, t.rows - i);
         for (int64_t r = 0; r < rows; ++r) s.selection.prefetch(i + r);
         if (few) {
-          products_of_few(t.rows, y, cols, s.x_panels.get(), panel.dots);
+          y.visit(
+              [&](const auto* rows_of_y) { products_of_few(t.rows, rows_of_y, cols, s.x_panels.get(), panel.dots); });
         } else {
           products<C>(i, cols, p.D, s.x_panels, s.y_panels, panel.dots);
         }
@@ -169,15 +169,14 @@ class TopK {
 
   // ---- Products ---------------------------------------------------------------------------------------------------
 
-  template <class K, class T>
-  void pack_x(const TopKTask& t, const void* from, int64_t stride, int64_t depth, Buffer<typename K::Unit>& panels) {
+  template <class K, class Numbers>
+  void pack_x(const TopKTask& t, Numbers from, int64_t stride, int64_t depth, Buffer<typename K::Unit>& panels) {
     const int64_t units = depth_units<K>(depth);
     auto* to = panels.once(round_up(cuts_.most_rows(), kLaneGroup<K>) * units);
-    const T* first = static_cast<const T*>(from) + t.begin * stride;
-    pack_rows<K, Side::a>(to, kRows<K> * units, first, stride, t.rows, t.rows, depth);
+    pack_rows<K, Side::a>(to, kRows<K> * units, from + t.begin * stride, stride, t.rows, t.rows, depth);
   }
-  template <class K, class T>
-  void pack_y(const T* from, int64_t stride, int64_t cols, int64_t depth, Buffer<typename K::Unit>& panels) {
+  template <class K, class Numbers>
+  void pack_y(Numbers from, int64_t stride, int64_t cols, int64_t depth, Buffer<typename K::Unit>& panels) {
     const int64_t units = depth_units<K>(depth);
     auto* to = panels.once(kBlock * units);
     for (int64_t j = 0; j < cols; j += kCols<K>) {
@@ -192,6 +191,7 @@ class TopK {
     multiply<K>(kRows<C>, round_up(cols, kCols<K>), units, x.get() + i * units, kRows<K> * units, y.get(),
                 kCols<K> * units, to, kBlock, false);
   }
+  template <class Y>
   void products_of_few(int64_t rows, const Y* y, int64_t cols, const U* panel, A* to) const {
     constexpr int W = kLanes<A>;
     for (int64_t j = 0; j < cols; j += W) {
@@ -423,9 +423,9 @@ class TopK {
   Buffer<int64_t> part_counts_, part_statistics_;
 };
 
-template <class C, class X, class Y>
+template <class C>
 void topk_forward(const SimilarityProblem& p, const TopKForward& out, const Parallel& parallel) {
-  TopK<C, X, Y>(p, out, parallel).run();
+  TopK<C>(p, out, parallel).run();
 }
 
 template <class A>
@@ -462,26 +462,19 @@ void topk_order(const TopKOrder& o, const Parallel& parallel) {
 
 // ---- Types -------------------------------------------------------------------------------------------------------
 
-// Calls call(C(), X(), Y()): rows of y may be int8 codes where those of x are bfloat16.
-template <class Call, class Below>
-void for_types(const SimilarityProblem& p, Call call, Below below) {
-  if (p.code_scale) return call(ComputeForBFloat16(), BFloat16(), int8_t());
-  for_type(p.dtype, [&](auto c, auto s) { call(c, s, s); }, below);
-}
-
 void topk_forward_any(const SimilarityProblem& p, const TopKForward& out, const Parallel& parallel) {
-  for_types(
-      p, [&](auto c, auto x, auto y) { topk_forward<decltype(c), decltype(x), decltype(y)>(p, out, parallel); },
+  for_compute(
+      p.dtype, [&](auto c) { topk_forward<decltype(c)>(p, out, parallel); },
       [&] { level_avx512::similarity_topk().forward(p, out, parallel); });
 }
 void topk_at_any(const SimilarityProblem& p, const TopKAt& out, const Parallel& parallel) {
-  for_types(
-      p, [&](auto c, auto x, auto y) { topk_at<decltype(c), decltype(x), decltype(y)>(p, out, parallel); },
+  for_compute(
+      p.dtype, [&](auto c) { topk_at<decltype(c)>(p, out, parallel); },
       [&] { level_avx512::similarity_topk().at(p, out, parallel); });
 }
 void topk_backward_any(const SimilarityProblem& p, const TopKBackward& gradients, const Parallel& parallel) {
-  for_types(
-      p, [&](auto c, auto x, auto y) { topk_backward<decltype(c), decltype(x), decltype(y)>(p, gradients, parallel); },
+  for_compute(
+      p.dtype, [&](auto c) { topk_backward<decltype(c)>(p, gradients, parallel); },
       [&] { level_avx512::similarity_topk().backward(p, gradients, parallel); });
 }
 

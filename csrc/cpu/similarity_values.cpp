@@ -27,11 +27,11 @@ SimilarityProblem of_values(const ValuesProblem& p, const void* d_sums) {
 }
 
 // The chunks of the logits: inner products, kept for backward or held while the chunk lasts, and the softmax of rows.
-template <class C, class S>
+template <class C>
 class Softmax {
  public:
   using A = typename C::Acc;
-  using Scratch = typename Sweep<C, S>::Scratch;
+  using Scratch = typename Sweep<C>::Scratch;
 
   Softmax(const SimilarityProblem& problem, const Parallel& parallel) : sweep(problem, parallel, Use::softmax) {
     lines_.allocate(FoldKind::logsumexp, problem.N);
@@ -50,7 +50,7 @@ class Softmax {
     weights(FoldKind::logsumexp, s.view, rows, false, false, e, e, block.rows, block.cols);
   }
 
-  Sweep<C, S> sweep;
+  Sweep<C> sweep;
 
  private:
   Upstream<A> lines_;
@@ -83,16 +83,16 @@ void normalize(const A* parts, int64_t step, const Chunk& chunk, int64_t depth, 
   }
 }
 
-template <class C, class S>
+template <class C>
 void values_forward(const ValuesProblem& p, const ValuesForward& out, const Parallel& parallel) {
   using A = typename C::Acc;
-  using Scratch = typename Sweep<C, S>::Scratch;
-  Softmax<C, S> softmax(p.logits, parallel);
-  Sweep<C, S>& sweep = softmax.sweep;
+  using Scratch = typename Sweep<C>::Scratch;
+  Softmax<C> softmax(p.logits, parallel);
+  Sweep<C>& sweep = softmax.sweep;
   const SimilarityProblem values = of_values(p, nullptr);
   SimilarityBackward sums{};
   sums.dx = out.sums;
-  Gradients<C, S> weighted(values, sums, sweep);
+  Gradients<C> weighted(values, sums, sweep);
   FoldState<A> fold;
   sweep.start_fold(fold, p.logits.folds[0], out.lse, nullptr);
   Buffer<A> parts(sweep.most_blocks() * sweep.chunk_rows);
@@ -191,18 +191,18 @@ void find_means(const ValuesProblem& p, const ValuesBackward& b, A* means) {
   }
 }
 
-template <class C, class S>
+template <class C>
 void values_backward(const ValuesProblem& p, const ValuesBackward& b, const Parallel& parallel) {
   using A = typename C::Acc;
-  using Scratch = typename Sweep<C, S>::Scratch;
+  using Scratch = typename Sweep<C>::Scratch;
   const SimilarityProblem values = of_values(p, b.d_sums);
-  Softmax<C, S> softmax(p.logits, parallel);
+  Softmax<C> softmax(p.logits, parallel);
   softmax.know(0, p.logits.N, static_cast<const A*>(b.lse));
-  Sweep<C, S> upstream(values, parallel, Use::softmax);
-  Gradients<C, S> gradients(p.logits, b.gradients, softmax.sweep);
+  Sweep<C> upstream(values, parallel, Use::softmax);
+  Gradients<C> gradients(p.logits, b.gradients, softmax.sweep);
   SimilarityBackward outputs{};
   outputs.dy = b.d_values;
-  Gradients<C, S> by_values(values, outputs, softmax.sweep);
+  Gradients<C> by_values(values, outputs, softmax.sweep);
   Buffer<A> means(p.logits.N + kBlock);
   find_means<A>(p, b, means.get());
   const SimilarityBackward& g = b.gradients;
@@ -238,13 +238,13 @@ void values_backward(const ValuesProblem& p, const ValuesBackward& b, const Para
 // ---- Types -------------------------------------------------------------------------------------------------
 
 void values_forward_any(const ValuesProblem& p, const ValuesForward& out, const Parallel& parallel) {
-  for_type(
-      p.logits.dtype, [&](auto c, auto s) { values_forward<decltype(c), decltype(s)>(p, out, parallel); },
+  for_compute(
+      p.logits.dtype, [&](auto c) { values_forward<decltype(c)>(p, out, parallel); },
       [&] { level_avx512::similarity_values().forward(p, out, parallel); });
 }
 void values_backward_any(const ValuesProblem& p, const ValuesBackward& gradients, const Parallel& parallel) {
-  for_type(
-      p.logits.dtype, [&](auto c, auto s) { values_backward<decltype(c), decltype(s)>(p, gradients, parallel); },
+  for_compute(
+      p.logits.dtype, [&](auto c) { values_backward<decltype(c)>(p, gradients, parallel); },
       [&] { level_avx512::similarity_values().backward(p, gradients, parallel); });
 }
 
