@@ -37,11 +37,12 @@ import setup_cuda  # noqa: E402
 from setup_cpu import (  # noqa: E402
     COMMON_FLAGS,
     NAME_HEADERS,
-    build_object,
     compiler_version,
+    extension_objects,
     find_compiler,
     level_macros,
     levels,
+    library_objects,
     say_first_error,
     x86_macro,
 )
@@ -154,7 +155,7 @@ def make_libraries(plan: Plan) -> list[tuple[str, dict]]:
     """One static library per SIMD level, the choice between them, their memory, and the CUDA kernels."""
     once = ("csrc/cpu/capability.cpp", "csrc/cpu/scratch.cpp")
     stems = [path for path in sources("csrc/cpu/*.cpp") if path not in once]
-    flags = [*COMMON_FLAGS, "-std=c++17", *NAME_HEADERS]
+    flags = [*COMMON_FLAGS, *NAME_HEADERS]
     # The linker reads archives once and in this order: who calls comes before who is called.
     libraries = [
         (
@@ -181,8 +182,12 @@ def make_eager() -> list[Extension]:
     """The module with torch headers, which is for one torch; everything works without it."""
     if not (ROOT / EAGER).exists():
         return []
-    flags = [*COMMON_FLAGS, "-std=c++20", *NAME_HEADERS]
-    options = {"extra_compile_args": flags, "language": "c++", "optional": True, **torch_arguments("_eager")}
+    options = {
+        "extra_compile_args": [*COMMON_FLAGS, *NAME_HEADERS],
+        "language": "c++",
+        "optional": True,
+        **torch_arguments("_eager"),
+    }
     return [Extension("contrastive_ops._eager", [EAGER, "csrc/similarity_loss.cpp"], **options)]
 
 
@@ -193,7 +198,7 @@ def make_extension(plan: Plan) -> Extension:
         "contrastive_ops._C",
         sources=[*own, *cuda.pop("sources", [])],
         define_macros=[*plan.macros, *cuda.pop("define_macros", [])],
-        extra_compile_args=[*COMMON_FLAGS, "-std=c++17", *NAME_HEADERS],
+        extra_compile_args=[*COMMON_FLAGS, *NAME_HEADERS],
         libraries=["dl"] if sys.platform == "linux" else [],
         language="c++",
         **cuda,
@@ -241,12 +246,16 @@ class BuildClib(build_clib):
     def build_libraries(self, libraries) -> None:
         say_first_error(self.compiler, PLAN.compiler)
         with ThreadPoolExecutor(jobs()) as pool:
-            # The slowest first.
+            # The slowest first, and files of the extensions among them, or one of these would be left over.
             kernels = [
                 pool.submit(self.build_kernels, s, i) for n, i in libraries if n == CUDA_LIBRARY for s in i["sources"]
             ]
+            python = self.get_finalized_command("build_ext").include_dirs
+            for extension in reversed(self.distribution.ext_modules):
+                for item in extension_objects(extension, python):
+                    item.start(pool, self, PLAN.compiler)
             cpu = {
-                name: [pool.submit(self.build_object, name, source, info) for source in info["sources"]]
+                name: [item.start(pool, self, PLAN.compiler) for item in library_objects(name, info)]
                 for name, info in libraries
                 if name != CUDA_LIBRARY
             }
@@ -267,12 +276,6 @@ class BuildClib(build_clib):
         # ar adds to an archive that exists, which may hold objects of sources that are gone.
         Path(self.build_clib, self.compiler.library_filename(name)).unlink(missing_ok=True)
         self.compiler.create_static_lib(objects, name, output_dir=self.build_clib, debug=self.debug)
-
-    def build_object(self, library: str, source: str, info: dict) -> str:
-        """Compiles one file of one SIMD level; returns the object."""
-        return build_object(
-            self, PLAN.compiler, library, source, info["cflags"], info["macros"], self.include_dirs or []
-        )
 
     def build_kernels(self, source: str, info: dict) -> str:
         """Compiles one CUDA file; returns the object."""
@@ -320,13 +323,8 @@ class BuildExt(build_ext):
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
-        includes = [*ext.include_dirs, *self.include_dirs]
-        arguments = (ext.extra_compile_args, ext.define_macros, includes)
-        folder = "eager" if ext.name.endswith("_eager") else "bindings"  # one file is compiled for both
-        with ThreadPoolExecutor(jobs()) as pool:
-            made = [
-                pool.submit(build_object, self, PLAN.compiler, folder, source, *arguments) for source in ext.sources
-            ]
+        with ThreadPoolExecutor(jobs()) as pool:  # for what BuildClib has not started
+            made = [item.start(pool, self, PLAN.compiler) for item in extension_objects(ext, self.include_dirs)]
             ext.extra_objects = [done.result() for done in made]
         ext.sources, whole = [], ext.sources
         super().build_extension(ext)

@@ -10,11 +10,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
 
+from setuptools import Extension
 from setuptools.errors import ExecError
 
 X86_LEVELS: dict[str, list[str]] = {
-    "default": ["-O2"],  # for processors of before 2013: compiled in two thirds of the time
+    "default": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
 }
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
@@ -30,9 +33,10 @@ LEVEL_MACROS: dict[str, list[tuple[str, str]]] = {
     "amx": [("VECTOR_BYTES", "64"), ("HAS_BF16_DOT", "1"), ("HAS_AMX", "1")],
 }
 
+# What is hot is written in vectors and unrolled by pragmas: -O3 compiles a third longer and makes nothing faster.
 # -fno-lto and -g0 overrule what the interpreter was built with. Link-time optimisation would merge
 # the levels again and let AVX-512 code into functions that every processor runs.
-COMMON_FLAGS = ["-O3", "-fno-math-errno", "-fvisibility=hidden", "-fPIC", "-Wall"]
+COMMON_FLAGS = ["-std=c++20", "-O2", "-fno-math-errno", "-fvisibility=hidden", "-fPIC", "-Wall"]
 COMMON_FLAGS += ["-g0", "-fno-lto"]
 
 
@@ -135,23 +139,48 @@ def remember_command(target: str, command: list[str]) -> None:
         file.write(f"{shlex.join(command)}\n{rule}")
 
 
-def build_object(
-    command, compiler: str, folder: str, source: str, flags: list[str], macros: list, includes: list[str]
-) -> str:
-    """Compiles one file, unless its object is newer than all that it was made of; returns the object."""
-    folder = os.path.join(command.build_temp, folder)
-    target = os.path.join(folder, os.path.splitext(source)[0] + ".o")
-    said = [
-        compiler,
-        *flags,
-        *(f"-D{name}={value}" for name, value in macros),
-        *(f"-I{path}" for path in includes),
-    ]
-    if not is_current(target, said):
-        keywords = {"macros": macros, "extra_preargs": flags, "debug": command.debug}
-        command.compiler.compile([source], output_dir=folder, include_dirs=includes, **keywords)
-        remember_command(target, said)
-    return target
+@dataclass(frozen=True)
+class Object:
+    """A C++ file and how it is compiled; each is compiled once, whoever asks for it first."""
+
+    folder: str  # in that of the build, because some files are compiled more than once
+    source: str
+    flags: tuple[str, ...]
+    macros: tuple[tuple[str, str], ...]
+    includes: tuple[str, ...] = ()
+
+    def start(self, pool: Executor, command, compiler: str) -> Future[str]:
+        """Has the pool compile the file; the result is the path of the object."""
+        if self not in STARTED or STARTED[self].cancelled():
+            STARTED[self] = pool.submit(self.compile, command, compiler)
+        return STARTED[self]
+
+    def compile(self, command, compiler: str) -> str:
+        """Compiles the file, unless its object is newer than all that it was made of."""
+        folder = os.path.join(command.build_temp, self.folder)
+        target = os.path.join(folder, os.path.splitext(self.source)[0] + ".o")
+        macros = (f"-D{name}={value}" for name, value in self.macros)
+        said = [compiler, *self.flags, *macros, *(f"-I{path}" for path in self.includes)]
+        if not is_current(target, said):
+            options = {"macros": list(self.macros), "extra_preargs": list(self.flags), "debug": command.debug}
+            command.compiler.compile([self.source], output_dir=folder, include_dirs=list(self.includes), **options)
+            remember_command(target, said)
+        return target
+
+
+STARTED: dict[Object, Future[str]] = {}
+
+
+def library_objects(library: str, info: dict) -> list[Object]:
+    """What a static library is made of."""
+    return [Object(library, source, tuple(info["cflags"]), tuple(info["macros"])) for source in info["sources"]]
+
+
+def extension_objects(extension: Extension, python: list[str]) -> list[Object]:
+    """What an extension is made of beside the libraries; `python`: where its headers are."""
+    folder = "eager" if extension.name.endswith("_eager") else "bindings"  # one file is compiled for both
+    how = (tuple(extension.extra_compile_args), tuple(extension.define_macros), (*extension.include_dirs, *python))
+    return [Object(folder, source, *how) for source in extension.sources]
 
 
 def x86_macro() -> list[tuple[str, str]]:
