@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +36,6 @@ import setup_cuda  # noqa: E402
 from setup_cpu import (  # noqa: E402
     COMMON_FLAGS,
     NAME_HEADERS,
-    compiler_version,
     extension_objects,
     find_compiler,
     level_macros,
@@ -46,7 +44,7 @@ from setup_cpu import (  # noqa: E402
     say_first_error,
     x86_macro,
 )
-from setup_says import choice, fail, warn_cpu_only, warn_pure_python  # noqa: E402
+from setup_says import checkout, choice, compilers, fail, fixes, warn_cpu_only, warn_pure_python  # noqa: E402
 from setup_torch import NoTorch, advice, import_torch, torch_arguments  # noqa: E402
 
 MIN_SETUPTOOLS = 77  # the first that reads the license expression in pyproject.toml
@@ -54,9 +52,6 @@ REPORT = "_build_report.json"  # read when the package is imported: pip hides bu
 
 CUDA_LIBRARY = "contrastive_ops_cuda"
 EAGER = "csrc/eager.cpp"  # the one file with torch headers
-
-# The package is not imported: that would need torch, and an extension.
-sources_digest = runpy.run_path(str(ROOT / "contrastive_ops" / "_checkout.py"))["sources_digest"]
 
 
 if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
@@ -93,7 +88,7 @@ class Plan:
             "summary": self.summary,
             "why_no_extension": self.reason,
             "why_no_cuda": self.why_no_cuda,
-            "sources": sources_digest(ROOT),
+            "sources": checkout.sources_digest(ROOT),
         }
 
 
@@ -104,7 +99,7 @@ def find_cuda(torch, compiler: list[str]) -> setup_cuda.Nvcc:
     if sys.platform != "linux":
         raise setup_cuda.NoCuda(f"CUDA kernels are built on Linux, got {sys.platform}")
     if torch.version.cuda is None:
-        raise setup_cuda.NoCuda(f"torch {torch.__version__} is not built with CUDA; install one that is")
+        raise setup_cuda.NoCuda(f"torch {torch.__version__} {setup_cuda.what_torch_is_for(torch.version)}")
     codes = setup_cuda.architectures()
     toolkit = setup_cuda.find_toolkit(torch.version.cuda)
     threads = min(len(codes), max(1, jobs() // len(sources("csrc/cuda/*.cu"))))
@@ -125,7 +120,8 @@ def make_plan() -> Plan:
     if WANT_EXT == "0":
         return Plan(reason="CONTRASTIVE_OPS_EXT=0 was set when the package was built")
     if sys.platform not in ("linux", "darwin"):
-        return Plan(reason=f"the extension supports Linux and macOS, got {sys.platform}")
+        hint = "; Windows has a Linux of its own, WSL" if sys.platform == "win32" else ""
+        return Plan(reason=f"the extension is built on Linux and macOS, got {sys.platform}{hint}")
     if not (ROOT / "csrc" / "bindings.cpp").exists():
         return Plan(reason="csrc/bindings.cpp is missing from the source folder")
     compiler = find_compiler()
@@ -133,7 +129,7 @@ def make_plan() -> Plan:
         looked = os.environ.get("CXX") or "c++, g++ and clang++"
         return Plan(reason=f"no C++ compiler was found (looked for {looked})")
     torch = import_torch()
-    name = compiler_version(compiler)
+    name = compilers.version(compiler) or compiler[0]
     plan = Plan(compiler=name, cpu=f"CPU extension with levels {', '.join(levels())}; {name}", macros=x86_macro())
     try:
         plan.cuda = find_cuda(torch, compiler)
@@ -252,14 +248,16 @@ class BuildClib(build_clib):
             ]
             python = self.get_finalized_command("build_ext").include_dirs
             for extension in reversed(self.distribution.ext_modules):
-                for item in extension_objects(extension, python):
-                    item.start(pool, self, PLAN.compiler)
+                objects = [item.start(pool, self, PLAN.compiler) for item in extension_objects(extension, python)]
+                required = [] if extension.optional else objects
             cpu = {
                 name: [item.start(pool, self, PLAN.compiler) for item in library_objects(name, info)]
                 for name, info in libraries
                 if name != CUDA_LIBRARY
             }
             try:
+                for done in required:
+                    done.result()  # without the headers of Python there is no use in the rest
                 for name, objects in cpu.items():
                     self.archive(name, [done.result() for done in objects])
                 made = [done.result() for done in kernels]
@@ -342,7 +340,7 @@ def give_up(command: setuptools.Command, error: BaseException) -> None:
         raise error  # has said everything
     reason = f"the compilation failed: {str(error).strip().splitlines()[-1]}"
     if WANT_EXT == "1" or WANT_CUDA == "1":
-        fail(f"{reason}\n  see the compiler's message above, or set CONTRASTIVE_OPS_EXT=auto")
+        fail(f"{reason}\n{fixes(reason)}  see the compiler's message above, or set CONTRASTIVE_OPS_EXT=auto")
     PLAN.reason, PLAN.why_no_cuda = reason, None
     command.distribution.ext_modules = []
     command.distribution.libraries = []
@@ -372,7 +370,7 @@ def build_arguments() -> dict:
         )
     if WANT_EXT == "1":
         fail(
-            f"CONTRASTIVE_OPS_EXT=1 must be able to build the extension, but {PLAN.reason}\n"
+            f"CONTRASTIVE_OPS_EXT=1 must be able to build the extension, but {PLAN.reason}\n{fixes(PLAN.reason)}"
             "  remove the cause, or unset CONTRASTIVE_OPS_EXT to install pure Python"
         )
     if WANT_EXT == "0":

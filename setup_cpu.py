@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from setuptools import Extension
 from setuptools.errors import ExecError
 
+from setup_says import compilers
+
 X86_LEVELS: dict[str, list[str]] = {
     "default": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -33,11 +35,13 @@ LEVEL_MACROS: dict[str, list[tuple[str, str]]] = {
     "amx": [("VECTOR_BYTES", "64"), ("HAS_BF16_DOT", "1"), ("HAS_AMX", "1")],
 }
 
-# What is hot is written in vectors and unrolled by pragmas: -O3 compiles a third longer and makes nothing faster.
+# What is hot is written in vectors and unrolled by pragmas: -O3 compiles a third longer and makes the rest no faster.
 # -fno-lto and -g0 overrule what the interpreter was built with. Link-time optimisation would merge
 # the levels again and let AVX-512 code into functions that every processor runs.
 COMMON_FLAGS = ["-std=c++20", "-O2", "-fno-math-errno", "-fvisibility=hidden", "-fPIC", "-Wall"]
 COMMON_FLAGS += ["-g0", "-fno-lto"]
+# But the selection of the largest, whose rows are loops of few steps, loses 3% without it.
+STEM_FLAGS = {"csrc/cpu/similarity_topk.cpp": ("-O3",)}
 
 
 def find_compiler() -> list[str] | None:
@@ -46,7 +50,8 @@ def find_compiler() -> list[str] | None:
     names = [chosen] if chosen else [sysconfig.get_config_var("CXX"), "c++", "g++", "clang++"]
     for name in filter(None, names):
         command = shlex.split(name)
-        if shutil.which(command[0]):
+        # The c++ of a Mac without its tools is there, and fails.
+        if shutil.which(command[0]) and compilers.version(command):
             os.environ["CXX"] = name
             c_compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
             if not shutil.which(c_compiler[0]):  # a relocated interpreter names its own toolchain
@@ -54,14 +59,6 @@ def find_compiler() -> list[str] | None:
                 os.environ.setdefault("LDCXXSHARED", f"{name} -shared")
             return command
     return None
-
-
-def compiler_version(command: list[str]) -> str:
-    try:
-        run = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
-        return run.stdout.splitlines()[0].strip()
-    except (OSError, IndexError):
-        return command[0]
 
 
 def say_first_error(compiler, name: str) -> None:
@@ -173,7 +170,8 @@ STARTED: dict[Object, Future[str]] = {}
 
 def library_objects(library: str, info: dict) -> list[Object]:
     """What a static library is made of."""
-    return [Object(library, source, tuple(info["cflags"]), tuple(info["macros"])) for source in info["sources"]]
+    flags, macros = tuple(info["cflags"]), tuple(info["macros"])
+    return [Object(library, path, (*flags, *STEM_FLAGS.get(path, ())), macros) for path in info["sources"]]
 
 
 def extension_objects(extension: Extension, python: list[str]) -> list[Object]:

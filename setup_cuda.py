@@ -47,6 +47,15 @@ class Toolkit:
 # ---- Which toolkit
 
 
+def what_torch_is_for(version) -> str:
+    """What a torch is built for that is not built for CUDA, and what that means; `version` is torch.version."""
+    if getattr(version, "hip", None):
+        return 'is built for AMD GPUs (ROCm), where backend "triton" serves; the CUDA kernels are for NVIDIA\'s'
+    if getattr(version, "xpu", None):
+        return "is built for Intel GPUs (XPU), for which there are no kernels; the reference runs on them"
+    return "is not built with CUDA; install one that is"
+
+
 def find_toolkit(needed: str) -> Toolkit:
     """The toolkit of CUDA_HOME, else of the nvcc on PATH, else of the usual folder.
 

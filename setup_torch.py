@@ -8,6 +8,8 @@ import subprocess
 import sys
 from types import ModuleType
 
+from setup_says import compilers
+
 MIN_TORCH = (2, 6)
 
 # What an interpreter finds when nobody has changed its paths.
@@ -81,6 +83,11 @@ def torch_arguments(name: str) -> dict[str, list]:
 def advice() -> str:
     """What to do where there is no torch."""
     oldest = ".".join(map(str, MIN_TORCH))
+    if compilers.is_musl():
+        return (
+            "  torch has no wheels for musl, the C library of Alpine: take an image with glibc (python:3.12-slim)\n"
+            "  CONTRASTIVE_OPS_EXT=0 installs without the extension, which needs a torch all the same"
+        )
     return (
         f'  run: {sys.executable} -m pip install "torch>={oldest}", and then the same command again\n'
         "  where the build gets an environment of its own (uv, build), let it see yours:\n"

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 import contrastive_ops
-from contrastive_ops import _checkout
+from contrastive_ops import _checkout, _compilers
 
 PACKAGE = Path(__file__).resolve().parent
 CHECKED_BUILD = "CONTRASTIVE_OPS_EXT=1"  # a build that fails says so
@@ -119,11 +118,7 @@ def _fix_commands() -> list[str]:
     """The commands that build the extension in this environment."""
     from contrastive_ops.core import extension
 
-    commands = []
-    if not any(shutil.which(name) for name in (os.environ.get("CXX"), "c++", "g++") if name):
-        commands.append("install a C++ compiler, for example: apt-get install g++")
-    if " rejected " in (extension.reason() or ""):
-        commands.append("name another C++ compiler with CXX=..., for example g++ 12 or newer")
+    commands, other = _compilers.remedies(extension.reason() or "")
     source = _source()
     if source is None:
         return [*commands, f"install it again from the folder of its source code, with {CHECKED_BUILD}"]
@@ -131,7 +126,8 @@ def _fix_commands() -> list[str]:
     isolation = "--no-build-isolation " if _has_setuptools() else ""
     python = shlex.quote(sys.executable or "python")
     install = f"-m pip install {isolation}--no-deps --no-cache-dir --force-reinstall {source}"
-    return [*commands, f"{CHECKED_BUILD} {python} {install}"]
+    compiler = f"CXX={other} " if other else ""
+    return [*commands, f"{compiler}{CHECKED_BUILD} {python} {install}"]
 
 
 def _has_setuptools() -> bool:

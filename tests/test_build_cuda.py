@@ -339,11 +339,33 @@ def test_make_gpu_gets_a_package_beside_the_checkout(build: Build, monkeypatch, 
     assert json.loads((site / "_build_report.json").read_text())["summary"].endswith(" for sm_90a")
 
 
-def test_torch_without_cuda_gets_the_cpu_extension(build: Build) -> None:
-    done = build.run("torch.version.cuda = None; torch.__version__ = '2.14.1+cpu'")
+@pytest.mark.parametrize(
+    ("name", "kind", "why"),
+    [
+        ("2.14.1+cpu", "pass", "is not built with CUDA; install one that is"),
+        (
+            "2.14.1+rocm7.0",
+            "torch.version.hip = '7.0'",
+            'is built for AMD GPUs (ROCm), where backend "triton" serves; the CUDA kernels are for NVIDIA\'s',
+        ),
+        (
+            "2.14.1+xpu",
+            "torch.version.xpu = '2025'",
+            "is built for Intel GPUs (XPU), for which there are no kernels; the reference runs on them",
+        ),
+    ],
+)
+def test_torch_without_cuda_gets_the_cpu_extension(build: Build, name: str, kind: str, why: str) -> None:
+    done = build.run(f"torch.version.cuda = None; torch.__version__ = '{name}'; {kind}")
     assert done.returncode == 0, done.stderr
     assert build.compiled() == [] and not build.is_linked_with_kernels()
-    assert build.report()["why_no_cuda"] == "torch 2.14.1+cpu is not built with CUDA; install one that is"
+    assert build.report()["why_no_cuda"] == f"torch {name} {why}"
+
+
+def test_windows_is_pure_python_and_says_where_else(build: Build) -> None:
+    done = build.run("import sys; sys.platform = 'win32'")
+    assert done.returncode == 0, done.stderr
+    assert "the extension is built on Linux and macOS, got win32; Windows has a Linux of its own, WSL" in done.stderr
 
 
 def test_a_toolkit_that_does_not_fit_is_left_alone_or_an_error(build: Build) -> None:
