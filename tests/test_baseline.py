@@ -1,0 +1,85 @@
+"""What every processor runs has instructions of every processor; what every Linux loads has symbols of an old one."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from contrastive_ops.core import eager, extension
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")
+
+# Mnemonics of what came after x86-64: SSE3, SSSE3, SSE4, AVX and all that is encoded like it, and of single bits.
+# tzcnt is not among them: its encoding is that of bsf with a prefix that old processors pass over.
+NEWER = re.compile(
+    r"""v(?!err|erw|mcall)\w+ | k(mov|or|and|xor|not|shift|test|unpck|add)\w* | \w*xsave\w*
+    | addsubp[sd] | hadd\w+ | hsub\w+ | lddqu | movddup | movs[hl]dup | fisttp\w*
+    | pshufb | phadd\w+ | phsub\w+ | pmaddubsw | pmulhrsw | psign\w | pabs\w | palignr
+    | pmulld | pmuldq | dpp[sd] | mpsadbw | p?blend\w+ | p(min|max)(sb|uw|ud|sd) | round[ps][sd] | insertps | extractps
+    | pinsr[bdq] | pextr[bdq] | pmov[sz]x\w+ | ptest | pcmpeqq | packusdw | movntdqa | phminposuw
+    | pcmp[ei]str\w+ | pcmpgtq | crc32\w* | popcnt\w* | lzcnt\w* | andn | bextr | bls\w+ | bzhi | mulx | pdep | pext
+    | rorx | sarx | shlx | shrx | adcx | ad[od]x | movbe\w* | aes\w+ | pclmul\w+ | sha\d\w+ | tdp\w+ | tile\w+""",
+    re.VERBOSE,
+)
+# Newer versions of what glibc has always had: a build on an older system takes the older one. The last is asked for by
+# the headers of libstdc++, and only where glibc has it.
+ALWAYS_THERE = {"exp", "log", "pow", "dlopen", "dlsym", "dlclose", "dlerror", "__libc_single_threaded"}
+OLDEST_GLIBC = (2, 28)  # that of manylinux_2_28
+
+
+def tool(*command: object) -> str:
+    if shutil.which(str(command[0])) is None:
+        pytest.skip(f"needs {command[0]}")
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+
+def objects(*libraries: str) -> list[Path]:
+    """What `make install` has left of these parts of the extension."""
+    found = [path for name in libraries for path in sorted((ROOT / "build").glob(f"editable.*/{name}/**/*.o"))]
+    if not found:
+        pytest.skip("needs the objects of `make install`")
+    return found
+
+
+def newer_instructions(path: Path) -> set[str]:
+    """Instructions of an object that processors of before SSE3 do not have."""
+    prefixes = "lock|repz?|repnz|data16|bnd|notrack"
+    listing = tool("objdump", "-d", "--no-show-raw-insn", path)
+    lines = re.findall(rf"^\s+[0-9a-f]+:\t(?:(?:{prefixes}) )*(\w+)(.*)$", listing, re.MULTILINE)
+    assert lines, path
+    return {name for name, operands in lines if NEWER.fullmatch(name) or re.search(r"%[yz]mm|%k[0-7]", operands)}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="knows the instructions of x86-64")
+def test_only_the_levels_have_instructions_of_newer_processors() -> None:
+    once = ("contrastive_ops_capability", "contrastive_ops_scratch", "bindings", "eager")
+    common = objects("contrastive_ops_default", *once)
+    found = {path.name: newer_instructions(path) for path in common}
+    assert not any(found.values()), {name: new for name, new in found.items() if new}
+    # The same eyes see them where they are.
+    for level in ("avx2", "avx512"):
+        assert all(newer_instructions(path) for path in objects(f"contrastive_ops_{level}"))
+
+
+def modules() -> list[str]:
+    module = extension.load()
+    if module is None:
+        pytest.skip("needs the extension")
+    loaded = [str(module.__file__)]
+    return [*loaded, *(str(path) for path in Path(loaded[0]).parent.glob("_eager*.so") if eager.reason() is None)]
+
+
+def test_symbols_of_the_system_are_old() -> None:
+    for module in modules():
+        symbols = re.findall(r"\(GLIBC_(\d+)\.(\d+)[\d.]*\)\s+(\S+)", tool("objdump", "-T", module))
+        assert symbols, module
+        new = {name for major, minor, name in symbols if (int(major), int(minor)) > OLDEST_GLIBC}
+        assert new <= ALWAYS_THERE, (module, new - ALWAYS_THERE)
