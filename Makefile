@@ -95,6 +95,9 @@ bench-peers: install $(VENV)/.peers ## the same against the packages in requirem
 gpu: ## on a machine with an NVIDIA GPU: build, tests, compute-sanitizer and benchmarks in nine minutes, no network
 	$(if $(findstring file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHON)),$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
+matrix: $(VENV)/.dev ## the extension with every compiler and Python of this machine: build, check, tests of the primitives
+	$(RUN) .ci/matrix.py $(ARGS)
+
 clean: ## remove build products and caches, keep .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	rm -f contrastive_ops/_C*.so contrastive_ops/_build_report.json $(VENV)/.install
