@@ -260,8 +260,8 @@ class Build:
         return sorted(word for line in lines for word in line.split() if word.endswith(".cu"))
 
     def line(self, part: str) -> str:
-        """The one command of the C++ compiler that has this part."""
-        (found,) = (line for line in self.log.read_text().splitlines() if part in line)
+        """The last command of the C++ compiler that has this part: nvcc may fail when a file was compiled already."""
+        *_, found = (line for line in self.log.read_text().splitlines() if part in line)
         return found
 
     def report(self) -> dict[str, str | None]:
