@@ -248,7 +248,10 @@ class TopK {
     const bool bounded = s.view.below.i != nullptr;
     // A row would take in the first columns as they come, and drop most of them again.
     if (b.local == 0 && b.cols == kBlock && first_block_decides()) {
-      for (int64_t r = 0; r < rows; ++r) s.selection.begin_at(i + r, reached_by_enough(l + r * kBlock));
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t enough = enough_of(t.begin + i + r);
+        if (enough <= kMostParts) s.selection.begin_at(i + r, reached_by(enough, l + r * kBlock));
+      }
     }
     for (int64_t r = 0; r < rows; ++r) {
       bounded ? select_row<true>(t, i + r, r, b, l + r * kBlock, panel, s)
@@ -256,26 +259,27 @@ class TopK {
     }
   }
 
-  // A row's columns of which one may be dropped, and the k best of the others.
-  int64_t enough() const { return out.k + p.sets[0].has_diagonal; }
-  // Whether what a block's logits say of the threshold is true: no rule drops more than the diagonal, and k is small.
-  bool first_block_decides() const {
+  // The k best of a row, and as many columns as it may name and drop.
+  int64_t enough_of(int64_t owner) const {
     const SimilaritySet& set = p.sets[0];
-    return !out.floor && enough() <= kMostParts && !views_.rules[0].looks() && !set.exclude_indptr;
+    const int64_t* lists = set.exclude_indptr;
+    return out.k + set.has_diagonal + (lists ? lists[owner + 1] - lists[owner] : 0);
   }
+  // Whether what a block's logits say of the threshold is true: only columns that a row names are dropped.
+  bool first_block_decides() const { return !out.floor && !views_.rules[0].looks(); }
   // A number that `enough` of a block's columns reach: the maxima of that many parts or more, in order.
-  A reached_by_enough(const A* row) const {
+  static A reached_by(int64_t enough, const A* row) {
     constexpr int W = kLanes<A>;
     alignas(64) A best[kMostParts];
     int vectors = 1;
-    while (vectors * W < enough()) vectors *= 2;
+    while (vectors * W < enough) vectors *= 2;
     const int64_t width = kBlock / W / vectors;
     for (int v = 0; v < vectors; ++v) {
       Vec<A> top = broadcast(-infinity<A>());  // first, because NaN is passed over only beside a number
       for (int64_t u = v * width; u < (v + 1) * width; ++u) top = greater<A>(load(row + u * W), top);
       store(best + v * W, top);
     }
-    A* last = best + enough() - 1;
+    A* last = best + enough - 1;
     std::nth_element(best, last, best + vectors * W, [](A a, A b) { return a > b; });
     return *last;
   }
