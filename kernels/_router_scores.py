@@ -117,7 +117,7 @@ def _best(keys):
 
 
 @triton.jit
-def _of_best_groups(
+def _keep_best_groups(
     keys, expert, MEMBERS: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, GROUP_SCORE: tl.constexpr,
     G_PAD: tl.constexpr, BLOCK_T: tl.constexpr
 ):  # fmt: skip
@@ -275,7 +275,7 @@ def scores_kernel(
             # Logits are in the order of their scores, and have not been rounded once more.
             keys = _keys(noisy, gate if bias is not None or GROUPS > 1 else None, bias, blocked, expert, E)
             if GROUPS > 1:
-                keys = _of_best_groups(keys, expert, MEMBERS, GROUPS, KEPT, GROUP_SCORE, G_PAD, BLOCK_T)
+                keys = _keep_best_groups(keys, expert, MEMBERS, GROUPS, KEPT, GROUP_SCORE, G_PAD, BLOCK_T)
         picks = tl.full([BLOCK_T, K_PAD], -1, tl.int32)
         weights = tl.zeros([BLOCK_T, K_PAD], tl.float32)
         times = tl.zeros([BLOCK_T, E_PAD], tl.int32)

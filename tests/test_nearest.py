@@ -182,6 +182,13 @@ def test_traced():
     torch.testing.assert_close(got, expected)
 
 
+def test_autocast_rounds_rows_and_not_distances(backend):
+    x, y = torch.randn(20, 8), torch.randn(90, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = nearest(x, y, 3, backend)
+    same(found, nearest(x.bfloat16(), y.bfloat16(), 3, backend))
+
+
 def test_statistics_and_floors(backend):
     x, y = torch.randn(20, 8) + 40, torch.randn(300, 8) + 40
     distances = listed_distances(x, y, torch.arange(300).expand(20, 300))

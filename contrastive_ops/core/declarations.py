@@ -73,12 +73,12 @@ class Declaration:
 
 def declare(declaration: Declaration, backends: Mapping[str, Backend], name: str = "forward") -> None:
     """Define ``<stem>_<name>``, and its derivative with the first of a stem."""
-    pair = _Operators(declaration, of_backend(backends, name), f"{declaration.stem}_backward")
+    pair = _Operators(declaration, backend_function(backends, name), f"{declaration.stem}_backward")
     schema = f"({declaration.takes}, str backend) -> ({declaration.returns})"
     define(f"{declaration.stem}_{name}", schema, pair.forward, pair.forward_fake, pair.setup, pair.derivative)
     if name == "forward":
         derivative = _Derivative(pair)
-        function = of_backend(backends, "backward")
+        function = backend_function(backends, "backward")
 
         def backward(*arguments: Any) -> Any:
             return function(*declaration.cleaned(pair.reads, arguments, True))
@@ -86,7 +86,7 @@ def declare(declaration: Declaration, backends: Mapping[str, Backend], name: str
         define(pair.backward, derivative.schema, backward, derivative.fake, derivative.setup, derivative.derivative)
 
 
-def of_backend(backends: Mapping[str, Backend], name: str) -> Callable[..., Any]:
+def backend_function(backends: Mapping[str, Backend], name: str) -> Callable[..., Any]:
     """The function `name` of the backend that the last argument names, outside of any autocast region."""
 
     def function(*arguments: Any) -> Any:

@@ -38,7 +38,7 @@ def gradients(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
-    each: LogitSet,
+    logit_set: LogitSet,
     indices: Tensor,
     d_values: Tensor,
     needs: int,
@@ -51,7 +51,7 @@ def gradients(
         x: (N, D).
         y: (M, D), in any dtype that `sum_lists` reads.
         scale: of all sets.
-        each: the set that the logits are of.
+        logit_set: the set that the logits are of.
         indices: (N, listed), -1 for none.
         d_values: (N, listed).
         needs: a bit for each gradient.
@@ -69,9 +69,9 @@ def gradients(
     of_columns = Lists(begins, by_column // max(listed, 1), by_column)
     column = indices.clamp_min(0)
     e = d_values.float().masked_fill(indices < 0, 0.0)
-    weight = e * _of_pairs(scale, each.scale_of, column)
-    if Slot.CODE_SCALE in each.data:
-        weight = weight * each.data[Slot.CODE_SCALE][column]
+    weight = e * _pair_scales(scale, logit_set.scale_of, column)
+    if Slot.CODE_SCALE in logit_set.data:
+        weight = weight * logit_set.data[Slot.CODE_SCALE][column]
 
     def summed(lists: Lists, weights: Tensor, rows: Tensor | None = None) -> Tensor:
         return sum_lists(lists, lists.ordered(weights), rows)
@@ -79,9 +79,9 @@ def gradients(
     dscale = torch.zeros_like(scale)
     if wants[2] and indices.numel():
         e_dots = e * dots()
-        if each.scale_of == ScaleOf.COLUMNS:
+        if logit_set.scale_of == ScaleOf.COLUMNS:
             dscale[:columns] = summed(of_columns, e_dots)
-        elif each.scale_of == ScaleOf.ROWS:
+        elif logit_set.scale_of == ScaleOf.ROWS:
             dscale[:rows] = e_dots.sum(1)
         else:
             dscale[:1] = e_dots.sum()
@@ -95,7 +95,7 @@ def gradients(
     )
 
 
-def _of_pairs(scale: Tensor, scale_of: ScaleOf, column: Tensor) -> Tensor:
+def _pair_scales(scale: Tensor, scale_of: ScaleOf, column: Tensor) -> Tensor:
     """The scale of each listed pair, so shaped that it can be multiplied. That of other sets stands behind."""
     if scale_of == ScaleOf.COLUMNS:
         return scale[column].float()

@@ -99,7 +99,7 @@ def search(
     file = None if checkpoint is None else _Checkpoint(checkpoint, state, view)
     resumed = state.covered
     if view is None:
-        blocks = _of_parts(parts, query, resumed, step)  # type: ignore[arg-type]
+        blocks = _blocks_of_parts(parts, query, resumed, step)  # type: ignore[arg-type]
     else:
         blocks = read_ahead(_unseen(view, 0, resumed, step))
     done = sum(end - begin for begin, end in resumed)
@@ -124,7 +124,7 @@ def _unseen(corpus: Corpus, base: int, seen: list[Range], step: int) -> Blocks:
             yield first, corpus.block(first - base, min(first + step, end) - base)
 
 
-def _of_parts(parts: Iterable[Any], query: Tensor, seen: list[Range], step: int) -> Blocks:
+def _blocks_of_parts(parts: Iterable[Any], query: Tensor, seen: list[Range], step: int) -> Blocks:
     """Blocks of what was not seen of parts that come one after another, or with their first rows."""
     begin = last = 0
     for item in parts:

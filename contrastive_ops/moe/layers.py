@@ -75,15 +75,15 @@ class _Layer(nn.Module):
         shape = tokens.shape[:-1]
         # Not -1, which is ambiguous where there are no tokens.
         flat, name = tokens.reshape(math.prod(shape), tokens.shape[-1]), type(self).__name__
-        valid = _of_tokens(name, "valid", valid, shape)
+        valid = _token_label(name, "valid", valid, shape)
         flat = flat if valid is None else left_out(flat, valid)
         if allowed is not None:
             last = allowed.shape[-1:] if allowed.dtype == torch.bool or self.gate.k > 1 else ()
-            allowed = _of_tokens(name, "allowed", allowed, shape, last)
+            allowed = _token_label(name, "allowed", allowed, shape, last)
         routing = self.route(
             flat,
             {
-                "segments": _of_tokens(name, "segments", segments, shape),
+                "segments": _token_label(name, "segments", segments, shape),
                 "num_segments": num_segments,
                 "valid": valid,
                 "allowed": allowed,
@@ -100,7 +100,7 @@ class _Layer(nn.Module):
         return out.view(*shape, out.shape[1]), routing
 
 
-def _of_tokens(
+def _token_label(
     function: str, name: str, label: Tensor | None, shape: torch.Size, last: Sequence[int] = ()
 ) -> Tensor | None:
     """A label of tokens or of whole sequences as one of each token: (T, *last)."""

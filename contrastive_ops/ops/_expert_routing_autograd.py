@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core import autocast
 from ..core.backends import Backend
 from ..core.checks import accumulator
-from ..core.declarations import of_backend
+from ..core.declarations import backend_function
 from ..core.derivatives import alias, grad
 from ..core.operators import call, define
 from ..core.routing import ScoreSpec, SlotSpec
@@ -65,7 +65,7 @@ def register(backends: Mapping[str, Backend]) -> None:
         ("combine", _COMBINE, _combine_fake, _moved_setup, _combine_derivative),
         ("dots", _DOTS, _dots_fake, _dots_setup, _dots_derivative),
     ):
-        define(f"expert_routing_{name}", schema, of_backend(backends, name), fake, setup, derivative)
+        define(f"expert_routing_{name}", schema, backend_function(backends, name), fake, setup, derivative)
 
 
 class InParts:

@@ -40,7 +40,7 @@ def register(backends: Mapping[str, Backend]) -> None:
     def nearest_columns(*arguments: Any) -> tuple[Tensor, ...]:
         *problem, k, floor, count_above, backend = arguments
         with torch.no_grad(), autocast.disabled(problem[0]):
-            return _nearest(Problem(backends[backend].functions(), *problem), k, floor, count_above)
+            return _nearest(Search(backends[backend].functions(), *problem), k, floor, count_above)
 
     define(
         "nearest_columns",
@@ -105,7 +105,7 @@ def logits_at(arguments: tuple[Any, ...], indices: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class Search:
     """What the operator takes; the bounds of the rules are on minus the squared distance."""
 
     functions: Any
@@ -121,7 +121,7 @@ class Problem:
     def layout(self) -> Layout:
         return Layout.decode(self.pair_data, self.spec)
 
-    def of_rows(self, rows: Tensor) -> Problem:
+    def take_rows(self, rows: Tensor) -> Search:
         """The same for some of the rows."""
         layout, columns = self.layout, self.y.shape[0]
         slices = layout.scale_slices(self.x.shape[0], columns)
@@ -129,15 +129,15 @@ class Problem:
             self.scale[own][rows] if each.scale_of == ScaleOf.ROWS else self.scale[own]
             for each, own in zip(layout.sets, slices, strict=True)
         ]
-        sets = tuple(_set_of_rows(each, rows, columns) for each in layout.sets)
+        sets = tuple(_rows_of_set(each, rows, columns) for each in layout.sets)
         bias = None if self.row_bias is None else self.row_bias[rows]
         encoded = Layout(sets, ()).encode()
-        return Problem(self.functions, self.x[rows], self.y, torch.cat(scales), bias, self.col_bias, *encoded)
+        return Search(self.functions, self.x[rows], self.y, torch.cat(scales), bias, self.col_bias, *encoded)
 
 
-def _set_of_rows(each: LogitSet, rows: Tensor, columns: int) -> LogitSet:
-    of_rows = {slot for rule in RULES.values() for slot in rule.rows}
-    data = {slot: tensor[rows] if slot in of_rows else tensor for slot, tensor in each.data.items()}
+def _rows_of_set(each: LogitSet, rows: Tensor, columns: int) -> LogitSet:
+    row_slots = {slot for rule in RULES.values() for slot in rule.rows}
+    data = {slot: tensor[rows] if slot in row_slots else tensor for slot, tensor in each.data.items()}
     lists = (data[Slot.EXCLUDE_INDPTR], data[Slot.EXCLUDE_INDICES]) if Slot.EXCLUDE_INDPTR in data else None
     lists = None if lists is None else lists_of_rows(*lists, rows)
     if each.diagonal is not None:
@@ -151,7 +151,7 @@ def _set_of_rows(each: LogitSet, rows: Tensor, columns: int) -> LogitSet:
 class _Pass:
     """A first pass over all columns, from one origin, and what is known after it."""
 
-    problem: Problem
+    problem: Search
     origin: Tensor
     width: int
 
@@ -198,14 +198,14 @@ class _Pass:
         listed, column = candidates >= 0, candidates.clamp_min(0)
         dots = distances(p.x, p.y, candidates)
         logits = logits_of_listed(
-            self.set, slice(None), dots, self._own_scale(), p.row_bias, p.col_bias, column, listed
+            self.set, slice(None), dots, self._scale_column(), p.row_bias, p.col_bias, column, listed
         )
         places = Places((slice(None), None), column, dots)
         for rule in self.bounds:
             logits = logits.masked_fill(rule.mask(self.set.data, places), -torch.inf)
         return logits
 
-    def _own_scale(self) -> Tensor:
+    def _scale_column(self) -> Tensor:
         return self.scale[:, None] if self.set.scale_of == ScaleOf.ROWS else self.problem.scale[:1]
 
     def _margin(self, squared: Tensor, similarity: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ class _Pass:
         return all(bool((side / unit).frac().eq(0).all()) for side in (p.x, p.y))
 
 
-def _nearest(problem: Problem, k: int, floor: Tensor | None, count_above: Tensor | None) -> tuple[Tensor, ...]:
+def _nearest(problem: Search, k: int, floor: Tensor | None, count_above: Tensor | None) -> tuple[Tensor, ...]:
     x, y = problem.x, problem.y
     if not x.shape[0] or not y.shape[0]:
         values, indices, *numbers = _nearest_fake(x, k, floor, count_above, "")
@@ -266,7 +266,7 @@ def _nearest(problem: Problem, k: int, floor: Tensor | None, count_above: Tensor
         left = (~certified).nonzero().squeeze(1)
         while len(left):
             group, origin, width = _next(x, left, lengths, widths)
-            searched = _Pass(problem.of_rows(group), origin, width)
+            searched = _Pass(problem.take_rows(group), origin, width)
             of_group = [None if each is None else each[group] for each in (floor, count_above)]
             values[group], indices[group], found, counted = searched.search(k, *of_group)
             if count_above is not None:

@@ -157,7 +157,7 @@ class RouterProblem:
             raise ValueError(f"{function}: losses must differ, got {[loss.name for loss in wanted]}")
         if valid is not None:  # what padding has for a segment and for experts is not looked at
             _check_like(function, "valid", valid, torch.bool, (tokens,), logits)
-            segments, allowed = (_of_valid(each, valid) for each in (segments, allowed))
+            segments, allowed = (_without_padding(each, valid) for each in (segments, allowed))
         if segments is not None:
             segments = checks.as_index(function, "segments", segments)
         count = _segments(function, segments, num_segments, logits)
@@ -225,7 +225,7 @@ def _check_like(
     checks.check_device(function, "logits", logits, name, tensor)
 
 
-def _of_valid(label: Tensor | None, valid: Tensor) -> Tensor | None:
+def _without_padding(label: Tensor | None, valid: Tensor) -> Tensor | None:
     """A label of tokens with 0 for padding, if it fits; what does not is left to the checks."""
     fits = isinstance(label, Tensor) and label.shape[:1] == valid.shape and label.device == valid.device
     return left_out(label, valid) if fits and isinstance(label, Tensor) else label

@@ -82,7 +82,7 @@ def row_losses(kind: str, folds: Sequence[Tensor], target: Tensor, terms: Terms)
         return folds[0] + softplus(-target)
     spread, count = softplus(folds[1] - target), _number(terms, target)
     inner = spread - (folds[2] - (count - 1) * target) / count if kind == "mean_log" else count.log()
-    return _of_positives(softplus(folds[0] - target - spread) + inner, terms)
+    return _where_positive(softplus(folds[0] - target - spread) + inner, terms)
 
 
 def row_slopes(kind: str, folds: Sequence[Tensor], target: Tensor, terms: Terms) -> Slopes:
@@ -100,7 +100,7 @@ def row_slopes(kind: str, folds: Sequence[Tensor], target: Tensor, terms: Terms)
         slopes = [outer, share * (1 - outer), -1 / count, (count - 1) / count - share - outer * (1 - share)]
     else:
         slopes = [outer, -outer * share, -outer * (1 - share)]
-    *by_folds, by_target = (_of_positives(each, terms) for each in slopes)
+    *by_folds, by_target = (_where_positive(each, terms) for each in slopes)
     return Slopes(tuple(by_folds), by_target)
 
 
@@ -136,7 +136,7 @@ def _number(terms: Terms, like: Tensor) -> Tensor:
     return torch.ones_like(like) if terms.count is None else terms.count.to(like.dtype).clamp_min(1.0)
 
 
-def _of_positives(values: Tensor, terms: Terms) -> Tensor:
+def _where_positive(values: Tensor, terms: Terms) -> Tensor:
     return values if terms.count is None else torch.where(terms.count > 0, values, 0.0)
 
 

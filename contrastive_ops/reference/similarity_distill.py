@@ -75,7 +75,7 @@ def _js(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (p + q) / 2 * torch.where(near, small * _series(_MIXTURE, small), far)
 
 
-def _of_mixture(log_p: Tensor, log_q: Tensor) -> Tensor:
+def _half_log_share(log_p: Tensor, log_q: Tensor) -> Tensor:
     """log(q / m) / 2, 0 where q is 0."""
     p, q = log_p.exp(), log_q.exp()
     excess = torch.expm1(log_q - log_p)
@@ -106,7 +106,7 @@ def _divergence_slope(kind: str, log_p: Tensor, log_q: Tensor, mean: Tensor) -> 
     q = log_q.exp()
     if kind in ("kl", "ce"):
         return _difference(log_p, log_q)
-    of_pair = _of_mixture(log_p, log_q) if kind == "js" else log_q - log_p
+    of_pair = _half_log_share(log_p, log_q) if kind == "js" else log_q - log_p
     return torch.where(q == 0, 0.0, q * (of_pair - mean))
 
 
@@ -295,7 +295,7 @@ def _line_values(
     value = _divergence(p.kind, log_p, log_q).sum(dim)
     if p.kind != "js":
         return value, torch.zeros_like(value)
-    return value, (log_q.exp() * _of_mixture(log_p, log_q)).sum(dim)
+    return value, (log_q.exp() * _half_log_share(log_p, log_q)).sum(dim)
 
 
 def _column_lines(p: _Problem) -> tuple[_Line, _Line]:

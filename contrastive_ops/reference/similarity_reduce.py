@@ -153,20 +153,20 @@ def _scaled(values: Tensor, factor: Tensor) -> Tensor:
 
 
 def _weights(
-    each: SetOfChunk,
+    chunk: SetOfChunk,
     folds: list[tuple[SetFold, Tensor, Tensor, Tensor]],
     d_target: Tensor | None,
     d_linear: Tensor | None,
 ) -> Tensor:
     """The derivative of the total by the logits of a set."""
-    logits, part = each.without_left_out(overwrite=may_overwrite()), each.rows
+    logits, part = chunk.without_left_out(overwrite=may_overwrite()), chunk.rows
     slopes = [_slope(fold, logits, part, value, winner, d_value) for fold, value, winner, d_value in folds]
     e = sum(slopes[1:], slopes[0]) if slopes else torch.zeros_like(logits)
-    e = each.without_left_out(e, 0.0, may_overwrite())
-    if d_target is not None and each.target is not None:
-        e = e.scatter_add(1, each.target[part, None], d_target[part, None])
+    e = chunk.without_left_out(e, 0.0, may_overwrite())
+    if d_target is not None and chunk.target is not None:
+        e = e.scatter_add(1, chunk.target[part, None], d_target[part, None])
     if d_linear is not None:
-        e = each.add_linear(e, d_linear[part])
+        e = chunk.add_linear(e, d_linear[part])
     return e
 
 

@@ -117,7 +117,7 @@ def merge(values: Tensor, indices: Tensor, other_values: Tensor, other_indices: 
 
 
 def logits_of_listed(
-    each: LogitSet,
+    logit_set: LogitSet,
     rows: slice,
     dots: Tensor,
     scale: Tensor,
@@ -129,7 +129,7 @@ def logits_of_listed(
     """(rows, P) logits of similarities `dots` with the columns `column`, -inf where there is none."""
     of_rows = None if row_bias is None else row_bias[rows, None]
     of_columns = None if col_bias is None else segment_rows(col_bias, column.flatten()).view(column.shape)
-    logits = add_class_weights(affine(dots, scale, of_rows, of_columns), each, (rows, None), column)
+    logits = add_class_weights(affine(dots, scale, of_rows, of_columns), logit_set, (rows, None), column)
     return logits.masked_fill(~listed, -torch.inf)
 
 
