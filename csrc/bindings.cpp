@@ -111,6 +111,7 @@ PyObject* read_tensors_by(PyObject*, PyObject* exchange) {
   use(similarity_distill_backward)     \
   use(similarity_distill_forward)      \
   use(similarity_loss_forward)         \
+  use(similarity_loss_scale)           \
   use(similarity_prefix_backward)      \
   use(similarity_prefix_forward)       \
   use(similarity_reduce_backward)      \

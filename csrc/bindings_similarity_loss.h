@@ -82,5 +82,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   return std::tuple_cat(std::tuple(result, needs == 0 ? empty({0}, p.type()) : folds, slopes, kept), gradients.all());
 }
 
+// gradient * factor, in tasks.
+template <class A>
+void multiply_in_tasks(const A* from, A factor, int64_t count, A* to) {
+  constexpr int64_t kPart = int64_t{1} << 16;
+  struct Product {
+    const A* from;
+    A factor, *to;
+    int64_t count;
+  } product{from, factor, to, count};
+  const auto multiply = [](void* context, int64_t part, int) {
+    const Product& all = *static_cast<Product*>(context);
+    const int64_t end = part * kPart + kPart < all.count ? part * kPart + kPart : all.count;
+    for (int64_t k = part * kPart; k < end; ++k) all.to[k] = all.from[k] * all.factor;
+  };
+  parallel().run((count + kPart - 1) / kPart, multiply, &product);
+}
+
+Tensor similarity_loss_scale(const Tensor& gradient, double factor) {
+  const bool wide = gradient.type == Type::float64;
+  CHECK_TYPE(wide || gradient.type == Type::float32, "gradient must be float32 or float64, got ", gradient.type);
+  check_on_cpu(gradient, "gradient");
+  const Tensor from = gradient.contiguous(), out = empty(gradient.shape(), gradient.type);
+  const WithoutGil without_gil;
+  wide ? multiply_in_tasks(from.as<double>(), factor, from.numel(), out.as<double>())
+       : multiply_in_tasks(from.as<float>(), static_cast<float>(factor), from.numel(), out.as<float>());
+  return out;
+}
+
 }  // namespace
 }  // namespace contrastive_ops

@@ -73,7 +73,14 @@ using Owner = NodeOwner<decltype(torch::autograd::Edge::function)>;
 
 // ``gradient * factor``, or the gradient itself where it may be given away.
 Tensor times(const Tensor& gradient, const Tensor& factor, bool give) {
-  return !gradient.defined() || give ? gradient : at::mul(gradient, factor);
+  if (!gradient.defined() || give) return gradient;
+  if (gradient.dim() != 2 || is_one_range(gradient)) return at::mul(gradient, factor);
+  const Tensor out = empty_rows(gradient, gradient.size(1), gradient.scalar_type());
+  for_row_ranges(gradient.size(0), gradient.size(1), [&](auto part) {
+    Tensor to = part(out);
+    at::mul_out(to, part(gradient), factor);
+  });
+  return out;
 }
 
 Tensor ordered_sum(const Tensor& values) {  // as core/ordered.py

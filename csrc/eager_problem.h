@@ -8,6 +8,7 @@
 #include <array>
 #include <memory>
 
+#include "huge_pages.h"
 #include "kernels.h"
 #include "similarity_loss.h"
 
@@ -66,8 +67,15 @@ Tensor inverse_lengths(const Tensor& x) {
   return at::linalg_vector_norm(x, 2, at::IntArrayRef{-1}, true).clamp_min_(1e-12).reciprocal_();
 }
 
+// Of the CPU, uninitialised.
+Tensor empty_of(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  Tensor fresh = at::empty(sizes, options);
+  use_huge_pages(fresh.data_ptr(), fresh.nbytes());
+  return fresh;
+}
+
 Tensor empty_rows(const Tensor& like, int64_t columns, at::ScalarType type) {
-  return at::empty({like.size(0), columns}, like.options().dtype(type));
+  return empty_of({like.size(0), columns}, like.options().dtype(type));
 }
 
 bool is_one_range(const Tensor& x) { return rows_of_a_range(x.size(0), x.size(1)) >= x.size(0); }
@@ -99,7 +107,7 @@ Tensor stack(const Tensor& first, const Tensor& second, bool unit, Tensor& inver
     return unit ? at::cat({unit_of(first, inverse_first), unit_of(second, inverse_second)}) : at::cat({first, second});
   }
   const int64_t rows = first.size(0), columns = first.size(1);
-  const Tensor all = at::empty({rows + second.size(0), columns}, first.options());
+  const Tensor all = empty_of({rows + second.size(0), columns}, first.options());
   const auto write = [&](const Tensor& from, const Tensor& to, Tensor& inverse) {
     if (unit) return write_unit_rows(from, to, inverse);
     for_row_ranges(from.size(0), columns, [&](auto part) { part(to).copy_(part(from)); });
@@ -232,7 +240,7 @@ struct Problem {
     read_sets(o, in);
   }
 
-  Tensor empty(int64_t size) const { return at::empty({size}, x.options().dtype(type)); }
+  Tensor empty(int64_t size) const { return empty_of({size}, x.options().dtype(type)); }
 
  private:
   void read_scale(const Options& o, const Tensor& tensor) {
@@ -307,8 +315,8 @@ struct Gradients {
 
   Gradients(const Problem& p, bool x, bool y, bool scale, bool bias) {
     const auto options = p.x.options().dtype(p.type);
-    if (x) raw.dx = (dx = at::empty({p.raw.N, p.raw.D}, options)).data_ptr();
-    if (y && !p.raw.self) raw.dy = (dy = at::empty({p.raw.M, p.raw.D}, options)).data_ptr();
+    if (x) raw.dx = (dx = empty_of({p.raw.N, p.raw.D}, options)).data_ptr();
+    if (y && !p.raw.self) raw.dy = (dy = empty_of({p.raw.M, p.raw.D}, options)).data_ptr();
     if (scale) {
       dscale = at::empty({p.raw.set_count}, options);
       for (int set = 0; set < p.raw.set_count; ++set) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "huge_pages.h"
 #include "threads.h"
 
 namespace contrastive_ops {
@@ -168,7 +169,9 @@ Tensor Tensor::transposed() const {
 }
 
 Tensor empty(const Shape& shape, Type type) {
-  return Tensor(torch.exchange ? exchanged_empty(shape, type) : called_empty(shape, type));
+  Tensor tensor(torch.exchange ? exchanged_empty(shape, type) : called_empty(shape, type));
+  use_huge_pages(tensor.data, static_cast<size_t>(tensor.numel() * bytes_of(type)));
+  return tensor;
 }
 
 Tensor zeros(const Shape& shape, Type type) {

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import autocast, unit_lengths
+from ..core import autocast, extension, unit_lengths
 from ..core.backends import Backend
 from ..core.checks import accumulator, check_index_values, may_read
 from ..core.derivatives import alias, grad, gradient_shapes, to_inputs
@@ -123,7 +123,7 @@ def _gradients(
     if not swept:
         return (None,) * 5, of_terms
     if one_pass:
-        gradients = formed if give else [each * d_loss for each in formed]
+        gradients = formed if give else [times(each, d_loss) for each in formed]
         return to_inputs(problem, gradients, swept), of_terms
     d_folds, d_target = scaled[sum(given) * rows :].split([folds.shape[0], rows])
     target = usual_target(x, y) if problem[_TARGET] is None else problem[_TARGET]
@@ -133,6 +133,20 @@ def _gradients(
         *again, folds, no_winners, d_folds, d_target, None, kept, swept, ctx.backend
     )
     return to_inputs(problem, gradients, swept), of_terms
+
+
+# From here on a product is worth tasks of our own: torch's take whole passes over fresh memory.
+_WORTH_TASKS = 1 << 20
+
+
+def times(gradient: Tensor, d_loss: Tensor) -> Tensor:
+    """``gradient * d_loss``, in tasks where it is large and on the CPU."""
+    kernels = extension.load() if gradient.numel() >= _WORTH_TASKS and gradient.device.type == "cpu" else None
+    plain = type(gradient) is Tensor and type(d_loss) is Tensor and not torch._C._len_torch_dispatch_stack()
+    if kernels is None or not plain or d_loss.dim() or not may_read(d_loss):
+        return gradient * d_loss
+    scaled: Tensor = kernels.similarity_loss_scale(gradient, d_loss.item())
+    return scaled
 
 
 def may_give(d_loss: Tensor) -> bool:

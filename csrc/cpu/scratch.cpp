@@ -9,6 +9,8 @@
 
 #include <atomic>
 
+#include "../huge_pages.h"
+
 namespace contrastive_ops {
 namespace {
 
@@ -83,6 +85,7 @@ void* take_scratch(size_t bytes) {
   }
   void* fresh = nullptr;
   if (posix_memalign(&fresh, kLine, bytes) != 0) return nullptr;
+  use_huge_pages(fresh, bytes);
   Block* block = static_cast<Block*>(fresh);
   *block = {nullptr, bytes, size};
   return data_of(block);

@@ -22,7 +22,7 @@ class Sweep : public Views<typename C::Acc> {
     holds_ = use == Use::total || use == Use::softmax;
   }
 
-  struct Scratch {
+  struct alignas(64) Scratch {  // those of threads on cache lines of their own
     Buffer<A> dots, l, e, g, guide;
     Buffer<U> y_panel;
     Buffer<typename G::Unit> guide_panel;
