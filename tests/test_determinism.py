@@ -12,7 +12,7 @@ from pairwise import pairwise
 from similarity_cases import KINDS, RULES, Inputs, flat, winners
 from similarity_topk_cases import integers, rules_of
 
-from contrastive_ops import clip, info_nce, nt_xent, similarity_reduce, similarity_topk
+from contrastive_ops import clip, info_nce, linear_cross_entropy, nt_xent, similarity_reduce, similarity_topk
 from contrastive_ops.core import extension
 from contrastive_ops.testing import clustered_pairs, relative_error
 
@@ -109,6 +109,21 @@ def test_losses_have_the_bits_of_one_thread(name, dtype, threads):
         results.append(run(LOSSES[name], dtype, "cpu", 1100, 200))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(extension.load() is None, reason="needs the C++ extension")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_large_gradients_are_multiplied_as_torch_does(dtype, threads):
+    """By the upstream gradient, in tasks: the head of a large softmax, whose loss is divided after its sweep."""
+    hidden, head = torch.randn(40, 64, dtype=dtype), torch.randn(20_000, 64, dtype=dtype)
+    labels, found = torch.randint(0, 20_000, (40,)), []
+    for count, factor in ((1, 1.0), (1, 0.3), (7, 0.3)):
+        threads(count)
+        leaf = head.clone().requires_grad_()
+        loss = linear_cross_entropy(hidden, leaf, labels, reduction="sum", backend="cpu")
+        found += torch.autograd.grad(loss, leaf, torch.tensor(factor, dtype=loss.dtype))
+    once, scaled, by_many = found
+    assert torch.equal(scaled, once * torch.tensor(0.3, dtype=dtype)) and torch.equal(scaled, by_many)
 
 
 CHILD = """
