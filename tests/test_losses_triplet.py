@@ -394,7 +394,7 @@ CASES = [
     (
         lambda: triplet(X, X, Y),
         ValueError,
-        "triplet: negative must have the same shape as anchor, got anchor (4, 3) and",
+        "triplet: negative must have shape (4, 3) or (4, K, 3), got (5, 3)",
     ),
     (
         lambda: triplet(X, Y, X),
@@ -407,7 +407,7 @@ CASES = [
     (
         lambda: triplet(X, X, X, distance="l1"),
         ValueError,
-        "triplet: distance must be one of 'euclidean', 'sqeuclidean', 'cosine', got 'l1'",
+        "triplet: distance must be one of 'euclidean', 'sqeuclidean', 'cosine', 'dot', got 'l1'",
     ),
     (lambda: triplet(X, X, X, weight=-torch.ones(4)), ValueError, "triplet: weight must not be negative, got -1.0"),
     (
@@ -471,3 +471,27 @@ CASES = [
 def test_bad_input(call, error, message):
     with pytest.raises(error, match="^" + re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "sqeuclidean", "cosine", "dot"])
+@pytest.mark.parametrize("hardest", [False, True])
+@pytest.mark.parametrize("count", [None, 0, 1, 3])
+def test_several_negatives_of_a_triplet(distance, hardest, count):
+    anchor, positive = (torch.randn(7, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    negative = torch.randn(7, *(() if count is None else (count,)), 5, dtype=torch.float64, requires_grad=True)
+
+    def between(a, b):
+        if distance == "euclidean":
+            return (a - b + 1e-6).norm(dim=-1)
+        if distance == "sqeuclidean":
+            return (a - b).square().sum(-1)
+        return 1 - F.cosine_similarity(a, b, dim=-1) if distance == "cosine" else -(a * b).sum(-1)
+
+    each = negative.view(7, -1, 5) if count != 0 else negative
+    hinges = (between(anchor, positive)[:, None] - between(anchor[:, None], each) + 0.3).relu()
+    truth = (hinges.amax(1) if hardest and count != 0 else hinges.sum(1)).mean()
+    value = triplet(anchor, positive, negative, margin=0.3, distance=distance, hardest=hardest)
+    torch.testing.assert_close(value, truth)
+    leaves = [anchor, positive, negative]
+    for a, b in zip(*(torch.autograd.grad(v, leaves) for v in (value, truth)), strict=True):
+        torch.testing.assert_close(a, b)

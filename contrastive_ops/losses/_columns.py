@@ -46,22 +46,24 @@ def checked_own_target(function: str, target: Tensor | None, query: Tensor, key:
     return checked_target(function, "target", target, "query", query, key.shape[0])
 
 
-def checked_row_negatives(function: str, query: Tensor, row_negatives: object) -> Tensor:
+def checked_row_negatives(
+    function: str, query: Tensor, row_negatives: object, x_name: str = "query", name: str = "row_negatives"
+) -> Tensor:
     """`row_negatives`, which must be (N, D) or (N, K, D), of the query's dtype and device, as (N, K, D)."""
-    row_negatives = checks.check_tensor(function, "row_negatives", row_negatives)
+    row_negatives = checks.check_tensor(function, name, row_negatives)
     each = row_negatives[:, None] if row_negatives.dim() == 2 else row_negatives
     if each.dim() != 3 or each.shape[::2] != query.shape:
         rows, depth = query.shape
         raise ValueError(
-            f"{function}: row_negatives must have shape ({rows}, {depth}) or ({rows}, K, {depth}), "
+            f"{function}: {name} must have shape ({rows}, {depth}) or ({rows}, K, {depth}), "
             f"got {checks.shape(row_negatives)}"
         )
     if row_negatives.dtype != query.dtype:
         raise TypeError(
-            f"{function}: row_negatives must have the same dtype as query, "
-            f"got query {query.dtype} and row_negatives {row_negatives.dtype}"
+            f"{function}: {name} must have the same dtype as {x_name}, "
+            f"got {x_name} {query.dtype} and {name} {row_negatives.dtype}"
         )
-    checks.check_device(function, "query", query, "row_negatives", row_negatives)
+    checks.check_device(function, x_name, query, name, row_negatives)
     return each
 
 

@@ -174,7 +174,7 @@ def info_nce(
     """
     plain = negatives is None and row_negatives is None and pairs is None and col_bias is None and in_batch is True
     plain = plain and diagnostics is False and negative_pairs is None and row_negative_bias is None and smooth == "all"
-    loss = None
+    name, loss = "info_nce", None
     if plain and is_off(margin, label_smoothing, hardness, z_loss):
         loss = eager_loss(
             "softmax",
@@ -193,7 +193,6 @@ def info_nce(
         )
     if loss is not None:
         return loss
-    name = "info_nce"
     _arguments.check_reduction(name, reduction)
     margin, z_loss = (
         checks.number(name, each, of, "[0, inf)") for each, of in (("margin", margin), ("z_loss", z_loss))
@@ -230,7 +229,8 @@ def info_nce(
     }
     if in_batch:
         return row_softmax(sweep, query, columns, target=target, **options)
-    return given_softmax(*_without_batch(sweep, query, columns, key.shape[0], target, weight), **options)
+    with autocast.disabled(query):  # the gradients of a row meet in float32
+        return given_softmax(*_without_batch(sweep, query, columns, key.shape[0], target, weight), **options)
 
 
 def rules_of_columns(
@@ -303,11 +303,10 @@ def _without_batch(
     The gradients of the positive and of the negatives nearly cancel: those of 16-bit rows meet in float32.
     """
     own = torch.arange(query.shape[0], device=query.device) if target is None else target
-    with autocast.disabled(query):
-        query, columns = wide(query, sweep.unit), wide(columns, sweep.unit)
-        positive, negatives = _arguments.of_weighted(weight, take_rows(columns[:keys], own)), columns[keys:]
-        biases = None if sweep.col_bias is None else sweep.col_bias.to(query.dtype)
-        of_positive = None if biases is None else take_rows(biases[:keys, None], own)[:, 0]
-        of_negatives = None if biases is None else biases[keys:]
+    query, columns = wide(query, sweep.unit), wide(columns, sweep.unit)
+    positive, negatives = _arguments.of_weighted(weight, take_rows(columns[:keys], own)), columns[keys:]
+    biases = None if sweep.col_bias is None else sweep.col_bias.to(query.dtype)
+    of_positive = None if biases is None else take_rows(biases[:keys, None], own)[:, 0]
+    of_negatives = None if biases is None else biases[keys:]
     sweep = dataclasses.replace(sweep, unit=False, col_bias=of_negatives)
     return sweep, query, positive, negatives, of_positive

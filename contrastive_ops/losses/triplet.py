@@ -14,6 +14,7 @@ from ..core import autocast, checks
 from ..core.numerics import softplus
 from ..core.rules import Pairs
 from . import _arguments
+from ._columns import checked_row_negatives, wide
 from ._distances import DISTANCES, Points, distance_between, farthest_and_nearest, points, semi_hard_negative
 
 # What torch adds to each difference; it decides the gradient at distance 0.
@@ -27,6 +28,7 @@ def triplet(
     *,
     margin: float = 1.0,
     distance: str = "euclidean",
+    hardest: bool = False,
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -35,14 +37,16 @@ def triplet(
     Equivalent to::
 
         d = F.pairwise_distance         # "cosine": 1 - F.cosine_similarity; "sqeuclidean": ((a - b) ** 2).sum(1)
+                                        # "dot": -(a * b).sum(1)
         F.relu(d(anchor, positive) - d(anchor, negative) + margin).mean()
 
     Args:
         anchor: (N, D) float32, bfloat16, float16 or float64.
         positive: (N, D).
-        negative: (N, D).
+        negative: (N, D), or (N, K, D) with K negatives of each triplet, whose hinges are summed.
         margin: by how much the negative must be farther than the positive; a number >= 0.
-        distance: "euclidean", "sqeuclidean" or "cosine".
+        distance: "euclidean", "sqeuclidean", "cosine" or "dot", minus the inner product.
+        hardest: of K negatives take the one with the largest hinge alone.
         weight: (N,) weight >= 0 of each triplet; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
 
@@ -53,8 +57,8 @@ def triplet(
         ValueError, TypeError: arguments that do not fit.
 
     Note:
-        Memory and work O(N D). The Euclidean distance adds 1e-6 to each difference, as torch does, so that its gradient
-        at distance 0 is finite and that of `torch.nn.functional.triplet_margin_loss`.
+        Memory and work O(N K D). The Euclidean distance adds 1e-6 to each difference, as torch does, so that its
+        gradient at distance 0 is finite and that of `torch.nn.functional.triplet_margin_loss`.
 
     Source:
         Schroff et al., FaceNet: A Unified Embedding for Face Recognition and Clustering, 2015.
@@ -68,19 +72,38 @@ def triplet(
     name = "triplet"
     _arguments.check_reduction(name, reduction)
     margin = checks.number(name, "margin", margin, "[0, inf)")
-    checks.check_choice(name, "distance", distance, DISTANCES)
+    checks.check_choice(name, "distance", distance, (*DISTANCES, "dot"))
+    checks.flag(name, "hardest", hardest)
     anchor, positive, negative = autocast.cast(anchor, positive, negative)
-    for other_name, other in (("positive", positive), ("negative", negative)):
-        checks.check_matrices(name, "anchor", anchor, other_name, other)
-        _arguments.check_partners(name, "anchor", anchor, other_name, other)
+    checks.check_matrices(name, "anchor", anchor, "positive", positive)
+    _arguments.check_partners(name, "anchor", anchor, "positive", positive)
+    negative = checked_row_negatives(name, anchor, negative, "anchor", "negative")
     if weight is not None:
         _arguments.check_weight(name, weight, anchor.shape[0], "anchor", anchor)
         anchor, positive, negative = (_arguments.of_weighted(weight, each) for each in (anchor, positive, negative))
-    # One copy of the anchors, so that their two gradients are added before they are rounded.
+    hinges = (_farther(anchor, positive, negative, distance) + margin).relu()
+    losses = hinges.amax(1) if hardest and hinges.shape[1] else hinges.sum(1)
+    return _arguments.reduce_rows(losses, weight, reduction)
+
+
+def _farther(anchor: Tensor, positive: Tensor, negative: Tensor, distance: str) -> Tensor:
+    """(N, K) by how much the positive is farther than each negative (N, K, D)."""
+    rows, each, depth = negative.shape
+    if distance == "dot":
+        with autocast.disabled(anchor):
+            a, p, n = wide(anchor), wide(positive), wide(negative)
+            return torch.einsum("nd,nkd->nk", a, n - p[:, None])
+    # One copy of the anchors, so that their gradients are added before they are rounded.
     of_anchor = points(anchor, distance)
     near = distance_between(of_anchor, points(positive, distance), distance, TORCH_EPS)
-    far = distance_between(of_anchor, points(negative, distance), distance, TORCH_EPS)
-    return _arguments.reduce_rows((near - far + margin).relu(), weight, reduction)
+    repeated = Points(*(None if part is None else _repeated(part, each) for part in of_anchor))  # type: ignore[arg-type]
+    far = distance_between(repeated, points(negative.reshape(-1, depth), distance), distance, TORCH_EPS)
+    return near[:, None] - far.view(rows, each)
+
+
+def _repeated(part: Tensor, times: int) -> Tensor:
+    """Each entry several times, one after another; the gradient is summed in order."""
+    return part[:, None].expand(-1, times, *part.shape[1:]).flatten(0, 1)
 
 
 def batch_hard_triplet(

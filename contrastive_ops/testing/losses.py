@@ -174,6 +174,26 @@ LOSSES: dict[str, LossCase] = {
     "info_nce z_loss": LossCase(losses.info_nce, {**_QUERY_KEY, **_SCALE}, {"z_loss": 0.1, "margin": 0.2}),
     "info_nce smoothing": LossCase(losses.info_nce, {**_QUERY_KEY, **_SCALE, "label_smoothing": Draw.share, **_WEIGHT}),
     "info_nce diagnostics": LossCase(losses.info_nce, {**_QUERY_KEY, **_SCALE}, {"diagnostics": True}),
+    "info_nce given": LossCase(
+        losses.info_nce,
+        {
+            **_QUERY_KEY,
+            "negatives": Draw.columns,
+            "row_negatives": Draw.of_each_row,
+            "row_negative_bias": Draw.share,
+            **_SCALE,
+            **_WEIGHT,
+        },
+        {"in_batch": False},
+    ),
+    "info_nce hardness": LossCase(
+        losses.info_nce, {**_QUERY_KEY, "negatives": Draw.columns, **_SCALE}, {"hardness": 2.0}
+    ),
+    "info_nce two sets of rules": LossCase(
+        losses.info_nce,
+        {**_QUERY_KEY, "negatives": Draw.columns, **_SCALE},
+        {"pairs": Pairs(below=0.9), "negative_pairs": Pairs(above=-0.9), "label_smoothing": 0.1, "smooth": "others"},
+    ),
     "clip": LossCase(losses.clip, {**_IMAGE_TEXT, **_SCALE}),
     "clip smoothing": LossCase(losses.clip, {**_IMAGE_TEXT, **_SCALE, **_WEIGHT}, {"label_smoothing": 0.1}),
     "clip pairs": LossCase(
@@ -181,6 +201,11 @@ LOSSES: dict[str, LossCase] = {
         {**_IMAGE_TEXT, **_SCALE, "ids": Draw.labels, "label_smoothing": Draw.share},
         {"diagnostics": True},
         arrange=_rules,
+    ),
+    "clip negatives": LossCase(
+        losses.clip,
+        {**_IMAGE_TEXT, "text_negatives": Draw.columns, "image_negatives": Draw.columns, **_SCALE, **_WEIGHT},
+        {"diagnostics": True},
     ),
     "nt_xent": LossCase(losses.nt_xent, _VIEWS, copies=2),
     "nt_xent pairs": LossCase(
