@@ -15,6 +15,9 @@ namespace {
 // Most outputs of a task, where packing either side is cheap, and as few as there may be where threads have no work
 // else.
 constexpr int64_t kTaskRows = 512, kTaskCols = 2048, kFewestRows = 64;
+// More threads than so many have blocks of fewer columns, for the memory of them all.
+constexpr int kFewThreads = 8;
+constexpr int64_t kTaskColsOfMany = 512;
 // Units of depth that are packed at a time, and columns: with the rows they take half of a level-2 cache of 2 MiB.
 constexpr int64_t kUnits = 512, kPackedCols = 128;
 // Units of depth that are multiplied at a time: one panel of columns stays in the level-1 cache.
@@ -300,7 +303,7 @@ bool streams(int64_t outputs) {
 // packed once for every block along the other. Results do not depend on it.
 template <class CountRowBlocks>
 BlockSize block_size(int64_t columns, int threads, CountRowBlocks row_blocks) {
-  BlockSize size{kTaskRows, kTaskCols};
+  BlockSize size{kTaskRows, threads > kFewThreads ? kTaskColsOfMany : kTaskCols};
   while (row_blocks(size.rows) * ceil_divide(columns, size.cols) < 4 * threads) {
     const bool few_rows = size.rows <= kFewestRows, few_cols = size.cols <= kPackedCols;
     if (few_rows && few_cols) break;
