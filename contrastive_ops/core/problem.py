@@ -76,7 +76,7 @@ class Layout:
         for each in self.sets:
             has_diagonal = each.diagonal is not None
             spec += [int(each.scale_of), int(each.negate), int(has_diagonal), each.diagonal or 0, len(each.data)]
-            spec += map(int, each.data)
+            spec += [int(slot) for slot in each.data]
             pair_data += each.data.values()
         for fold in self.folds:
             spec += [fold.set, list(FOLDS).index(fold.kind), int(fold.cols)]
