@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python
@@ -20,7 +21,7 @@ BUILD_INPUTS := $(wildcard setup*.py) pyproject.toml $(shell find csrc -type f 2
 CPP_FILES := $(shell find csrc tests/cuda_host -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
 .DEFAULT_GOAL := help
-.PHONY: help install peers demo limoe limoe-ablation simclr moe-embeddings distill test lint format bench cores bench-peers gpu clean
+.PHONY: help install peers demo limoe limoe-ablation simclr distributed moe-embeddings distill test lint format bench cores bench-peers gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +62,9 @@ limoe-ablation: install ## the same with each combination of balance losses, ove
 
 simclr: install ## train with NT-Xent and SupCon on digits, and probe the features
 	$(RUN) examples/simclr_digits.py $(ARGS)
+
+distributed: install ## train the docstring search on PROCESSES (2) processes; the curve is that of one
+	$(BIN)/torchrun --nproc-per-node $(PROCESSES) examples/train_distributed.py $(ARGS)
 
 moe-embeddings: install ## tune one embedding model for many domains, with an expert for each
 	$(RUN) examples/moe_embeddings.py $(ARGS)
