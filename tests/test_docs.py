@@ -40,7 +40,15 @@ def test_readme_replacement_gives_the_same_loss():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/integrations.md", "benchmarks/README.md"]
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/design.md",
+        "docs/distributed.md",
+        "docs/integrations.md",
+        "benchmarks/README.md",
+    ],
 )
 def test_links_and_files_exist(page):
     """Relative links, and paths in code spans that look like files of the tree."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core import checks
 from ..core.rules import RULES, Pairs, given, resolve
 from ._collectives import gather_rows
-from ._groups import Shards, Team
+from ._groups import Shards, Team, eager
 from ._sweep import GATHERED_BYTES, SCHEDULES, ShardedSweep
 
 
@@ -111,6 +111,7 @@ def _shown(value: Any) -> str:
     return "a tensor" if isinstance(value, Tensor) else checks.shown(value)
 
 
+@eager
 def _gathered(numbers: list[Any], team: Team) -> list[list[int]]:
     """The numbers of each rank; on the CPU where the group can, so that no GPU is waited for."""
     kinds = {device.type for device in team.group._device_types}

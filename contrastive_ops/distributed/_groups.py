@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +17,19 @@ from ..core import checks
 
 # A process group, a DeviceMesh of one dimension, or None for all processes.
 Group: TypeAlias = Any
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def eager(function: F) -> F:
+    """`torch.compiler.disable`, which imports torch._dynamo, only where that is there already."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        outside = torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+        return outside(*arguments)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return call  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

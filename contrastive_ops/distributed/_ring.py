@@ -15,12 +15,13 @@ from torch import Tensor
 from ..core import autocast, checks
 from ..core.folds import Folded
 from ._collectives import finish_hop, start_hop
-from ._groups import Shards
+from ._groups import Shards, eager
 
 # (owner of the block, x, block of y, other tensors by name) -> the folds of the block
 Block: TypeAlias = Callable[[int, Tensor, Tensor, dict[str, Tensor]], Folded]
 
 
+@eager
 def ring(
     block: Block, x: Tensor, y: Tensor, tensors: dict[str, Tensor], columns: Shards, counts: tuple[int, int]
 ) -> Folded:
