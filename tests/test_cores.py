@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cores
+from benchmarks import cores, cores_plot
 from contrastive_ops import grouped_matmul, similarity_topk
 from contrastive_ops.core import extension
 
@@ -115,3 +115,13 @@ def test_stages_wait_for_each_other(tmp_path, sanitizer):
     assert done.returncode == 0, done.stderr
     done = subprocess.run([str(program)], capture_output=True, text=True, env={**os.environ, "OMP_DYNAMIC": "false"})
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr + done.stdout
+
+
+def test_the_picture_is_of_the_newest_run():
+    def row(run, cores_, ms):
+        named = {"provider": f"{cores_} virtual cores", "kind": "modelled", "status": "ok", "min_ms": ms}
+        return {"run": run, "case": "cores-x", "op": "x", "shapes": "8x8", **named}
+
+    rows = [row("1", 1, "9"), row("1", 2, "9"), row("2", 1, "8"), row("2", 2, "4")]
+    found = cores_plot.curves(rows)
+    assert {count: each["min_ms"] for count, each in found["cores-x"].items()} == {1: "8", 2: "4"}

@@ -1,0 +1,74 @@
+"""Draws the modelled speed-up against cores, from the newest rows of benchmarks.cores.
+
+python -m benchmarks.cores --save && python -m benchmarks.cores_plot --out docs/images/cores.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import results
+from benchmarks.results import Row
+
+SUFFIX = " virtual cores"
+
+
+def curves(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
+    """By case, the rows of its newest run by their number of cores."""
+    found: dict[str, dict[int, Row]] = {}
+    for case in sorted({row["case"] for row in rows if row["kind"] == "modelled"}):
+        newest = results.newest(rows, case, "min_ms", [f"1{SUFFIX}"])
+        if newest is not None:
+            found[case] = {int(name.removesuffix(SUFFIX)): row for name, row in newest.items() if name.endswith(SUFFIX)}
+    return found
+
+
+def draw(found: Mapping[str, Mapping[int, Row]], path: Path) -> None:
+    """Writes the figure; the suffix of the path chooses SVG or PNG."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    axes = figure.subplots()
+    most = max(max(curve) for curve in found.values())
+    axes.plot([1, most], [1, most], color="#c0c4cc", linestyle="--", linewidth=1, label="as many times as cores")
+    for curve in found.values():
+        cores = sorted(curve)
+        first = curve[cores[0]]
+        speed = [float(first["min_ms"]) / float(curve[count]["min_ms"]) for count in cores]
+        axes.plot(cores, speed, marker="o", markersize=3, label=f"{first['op']} {first['shapes']}")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(ticks := [2**power for power in range(most.bit_length())], [str(tick) for tick in ticks])
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xlabel("virtual cores")
+    axes.set_ylabel("speed-up of a step over one core, MODELLED")
+    axes.legend(fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    row = next(iter(next(iter(found.values())).values()))
+    axes.set_title(f"modelled on one core of {row['device']}, {row['capability']}; not measured", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A fixed salt and no date: the same rows give the same file.
+    with rc_context({"svg.hashsalt": "contrastive_ops", "svg.fonttype": "none"}):
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(path, dpi=150, facecolor="white", metadata=metadata)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cores_plot", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("cores.svg"), help="SVG or PNG")
+    args = parser.parse_args(arguments)
+    found = curves(results.read())
+    if not found:
+        print("nothing modelled yet; run python -m benchmarks.cores --save")
+        return 1
+    draw(found, args.out)
+    print(f"wrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
