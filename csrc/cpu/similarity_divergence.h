@@ -87,7 +87,7 @@ INLINE Vec<A> excess(Vec<A> d) {
 template <class A>
 INLINE Vec<A> log_of_ratios(Vec<A> others, Vec<A> count) {
   const Vec<A> u = others + (count - A(1));
-  return (u < broadcast(A(1))) & (count > Vec<A>{}) ? log_one_plus(u) : logarithm_or_zero<A>(u + A(1));
+  return ((u < broadcast(A(1))) & (count > Vec<A>{})) ? log_one_plus(u) : logarithm_or_zero<A>(u + A(1));
 }
 
 // ---- One pair --------------------------------------------------------------------------------------------
