@@ -43,10 +43,12 @@ const Kernels* kernels = nullptr;
 // Rows that one task takes of those that operations of torch are called on. An operation on a range has the bits of
 // that on all rows, so ranges may follow the threads: of one thread they are as large as a level-2 cache.
 int64_t rows_of_a_range(int64_t rows, int64_t columns) {
-  constexpr int64_t kWorthTasks = int64_t{1} << 16, kMostNumbers = int64_t{1} << 17;
+  constexpr int64_t kWorthTasks = int64_t{1} << 16, kMostNumbers = int64_t{1} << 17, kLeastNumbers = int64_t{1} << 14;
   if (rows * columns < kWorthTasks) return rows;
   const int64_t threads = kernels->parallel().threads, most = std::max<int64_t>(kMostNumbers / columns, 8);
-  return std::max<int64_t>(std::min(threads > 1 ? (rows + 4 * threads - 1) / (4 * threads) : rows, most), 8);
+  // Less than that takes as long as the calls of a range.
+  const int64_t least = std::max<int64_t>(kLeastNumbers / columns, 8);
+  return std::max(std::min(threads > 1 ? (rows + 4 * threads - 1) / (4 * threads) : rows, most), least);
 }
 
 // Calls body(part) for ranges of rows, in tasks; part(t) are those rows of a tensor.
