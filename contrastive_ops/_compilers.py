@@ -46,7 +46,7 @@ def is_too_old(said: str) -> bool:
 
 def installed() -> Iterator[tuple[str, str]]:
     """Each C++ compiler on PATH that is new enough, by its name, and what it says that it is."""
-    names = set()
+    names: set[str] = set()
     for folder in os.environ.get("PATH", "").split(os.pathsep):
         try:
             names.update(name for name in os.listdir(folder or ".") if re.fullmatch(r"(clang|g|c)\+\+(-\d+)?", name))
