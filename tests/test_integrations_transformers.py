@@ -101,6 +101,7 @@ def test_ranking_losses(model, columns):
         check_same(name, model, columns, directions=directions)
     check_same(name, model, columns, directions=DIRECTIONS[1], partition_mode="per_direction")
     check_same(name, model, columns, scale=0.1, similarity_fct=util.dot_score)
+    check_same(name, model, columns, hardness_mode="all_negatives", hardness_strength=5.0)
     check_same("CachedMultipleNegativesRankingLoss", model, columns, mini_batch_size=4)
     check_same("CachedMultipleNegativesRankingLoss", model, columns, mini_batch_size=5, directions=ALL)
 

@@ -54,7 +54,7 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
             directions than the default the original runs.
         directions: any of them.
         partition_mode: "joint" or "per_direction".
-        hardness_mode: None; the original runs with any other.
+        hardness_mode: None, or "all_negatives" with the default direction on one rank; the original runs with others.
         hardness_strength: of it.
     """
 
@@ -62,10 +62,15 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
         """Say which option has no fused form; empty where all have one."""
         if self.similarity_fct not in NORMALIZED:
             return f"similarity_fct={util.similarity_fct_name(self.similarity_fct)}"
-        if self.hardness_mode is not None and self.hardness_strength > 0:
+        default = set(self.directions) == {"query_to_doc"}
+        if self._hardness() and (self.hardness_mode != "all_negatives" or not default or _gathers(self)):
             return f"hardness_mode={self.hardness_mode!r}"
-        across = _gathers(self) and set(self.directions) != {"query_to_doc"}
+        across = _gathers(self) and not default
         return "gather_across_devices=True with these directions" if across else ""
+
+    def _hardness(self) -> float:
+        """The factor of the bonus of close negatives."""
+        return 0.0 if self.hardness_mode is None else float(self.hardness_strength)
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None) -> Tensor:
         """Return the loss of queries, positives and any number of negatives, (N, D) each; `labels` are not used."""
@@ -79,8 +84,10 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
         normalize = NORMALIZED[self.similarity_fct]
         if set(self.directions) == {"query_to_doc"}:
             others = torch.cat(negatives) if negatives else None
-            function = distributed.info_nce if self.gather_across_devices else info_nce
-            return function(query, document, others, scale=self.scale, normalize=normalize)
+            if _gathers(self):
+                return distributed.info_nce(query, document, others, scale=self.scale, normalize=normalize)
+            hardness = self._hardness()
+            return info_nce(query, document, others, scale=self.scale, hardness=hardness, normalize=normalize)
         return gte(
             query,
             document,
@@ -227,7 +234,7 @@ class MatryoshkaLoss(losses.MatryoshkaLoss):
         """Return the weighted sum of the losses of all dimensions, or of `n_dims_per_step` random ones."""
         columns, inner = list(sentence_features), self.loss
         fused = isinstance(inner, MultipleNegativesRankingLoss) and not inner.unfused() and len(columns) > 1
-        fused = fused and not _gathers(inner)
+        fused = fused and not _gathers(inner) and not inner._hardness()
         if not fused or set(inner.directions) != {"query_to_doc"} or not NORMALIZED[inner.similarity_fct]:
             loss: Tensor = super().forward(columns, labels)
             return loss
