@@ -251,6 +251,22 @@ for _name in ("barlow_twins", "vicreg", "alignment"):
     claim(_name)(lambda backend, name=_name: _of_features(getattr(losses, name), 2))
 
 
+for _name in ("cosent", "angle"):  # a matrix of all pairs of scores would take 64 GB
+    claim(_name)(lambda backend, name=_name: _ranked(getattr(losses, name)))
+
+
+def _ranked(function: Any) -> Any:
+    x, y, labels = leaf(MANY, 2), leaf(MANY, 2), torch.rand(MANY)
+    return lambda: function(x, y, labels), 2 * size([x, y, labels])
+
+
+@claim("spectral_contrastive")
+def _spectral(backend: str) -> Any:
+    """All pairs would take 64 GB."""
+    x, y = leaf(MANY, 8), leaf(MANY, 8)
+    return lambda: losses.spectral_contrastive(x, y), 2 * size([x, y])
+
+
 def _of_features(function: Any, sides: int) -> Any:
     x = [leaf(3, DEEP) for _ in range(sides)]
     return lambda: function(*x), 2 * size(x)

@@ -11,7 +11,7 @@ from contrastive_ops.testing import LOSSES
 
 EMBEDDINGS = {"matrix", "columns", "of_each_row", "queue", "guide", "guide_columns", "teacher"}
 EMBEDDINGS |= {"tokens", "more_tokens", "lists_of_tokens"}
-AS_THEY_ARE = {"pair_bce", "distance_distillation"}
+AS_THEY_ARE = {"pair_bce", "distance_distillation", "spectral_contrastive"}
 
 
 def default(function):

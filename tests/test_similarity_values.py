@@ -314,10 +314,10 @@ print(resident_bytes("VmHWM") - base)
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's resettable peak")
 def test_peak_resident_set():
-    """The matrix would take 381 MiB; the inner products of 512 rows take 20 and the three gradients 3.7."""
+    """The matrix would take 381 MiB; the inner products of 512 rows take 20, weights 16 and the three gradients 3.7."""
     done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)
     forward_peak, backward_peak = (int(line) / 2**20 for line in done.stdout.split())
-    assert forward_peak <= 48 and backward_peak <= 56, (forward_peak, backward_peak)
+    assert forward_peak <= 48 and backward_peak <= 64, (forward_peak, backward_peak)
 
 
 # ---- Registration ----------------------------------------------------------------------------------------------------

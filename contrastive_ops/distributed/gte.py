@@ -12,7 +12,7 @@ from ..core.folds import Fold, Folded
 from ..core.rules import Pairs
 from ..losses import _arguments
 from ..losses._blocks import DIRECTIONS
-from ..losses.gist import gte_blocks, gte_losses
+from ..losses._gte import gte_blocks, gte_losses
 from ._agreement import Agreement
 from ._groups import Group, find_team, local_tensor
 from ._rows import local_reduction, rank_share

@@ -88,7 +88,7 @@ def triplet(
 
 def _farther(anchor: Tensor, positive: Tensor, negative: Tensor, distance: str) -> Tensor:
     """(N, K) by how much the positive is farther than each negative (N, K, D)."""
-    rows, each, depth = negative.shape
+    rows, each, _ = negative.shape
     if distance == "dot":
         with autocast.disabled(anchor):
             a, p, n = wide(anchor), wide(positive), wide(negative)
@@ -97,7 +97,7 @@ def _farther(anchor: Tensor, positive: Tensor, negative: Tensor, distance: str) 
     of_anchor = points(anchor, distance)
     near = distance_between(of_anchor, points(positive, distance), distance, TORCH_EPS)
     repeated = Points(*(None if part is None else _repeated(part, each) for part in of_anchor))  # type: ignore[arg-type]
-    far = distance_between(repeated, points(negative.reshape(-1, depth), distance), distance, TORCH_EPS)
+    far = distance_between(repeated, points(negative.flatten(0, 1), distance), distance, TORCH_EPS)
     return near[:, None] - far.view(rows, each)
 
 
