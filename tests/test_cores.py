@@ -63,7 +63,7 @@ def test_as_many_threads_as_virtual_cores(virtual_cores):
         virtual_cores(count)
         similarity_topk(x, y, 5, backend="cpu")
         counts.append(virtual_cores(0)[0][0])
-    assert counts[0] < 8 <= counts[1]
+    assert 8 <= counts[0] < counts[1]  # of which most pack the columns
 
 
 @COMPILED
