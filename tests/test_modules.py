@@ -13,7 +13,7 @@ import torch
 from test_nn import IDS, OTHERS
 
 import contrastive_ops
-from contrastive_ops import nn
+from contrastive_ops import distributed, nn
 from contrastive_ops.losses.decorrelation import RunningCovariance
 from contrastive_ops.losses.negative_sampling import UnigramSampler
 from contrastive_ops.mining import MemoryBank
@@ -47,6 +47,8 @@ INPUTS = {module: inputs for module, inputs, _ in OTHERS} | {
     ExpertChoice: lambda a, b: (a,),
     SoftMoE: lambda a, b: (a[None],),
 }
+# Without a process group those of `distributed` are the same.
+INPUTS |= {getattr(distributed, m.__name__): inputs for m, inputs in INPUTS.items() if hasattr(distributed, m.__name__)}
 
 
 def subclasses(kind):
@@ -64,7 +66,7 @@ def is_made(module):
     return own and not abstract and module.__name__ not in ("State", "Scalars")
 
 
-MODULES = sorted({m for m in subclasses(torch.nn.Module) if is_made(m)}, key=lambda m: m.__name__)
+MODULES = sorted({m for m in subclasses(torch.nn.Module) if is_made(m)}, key=lambda m: (m.__name__, m.__module__))
 LOSSES = [m for m in MODULES if issubclass(m, nn.Loss)]
 SCALED = [m for m in LOSSES if issubclass(m, nn.ScaledLoss)]
 
