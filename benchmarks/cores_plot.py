@@ -15,10 +15,11 @@ from benchmarks.results import Row
 SUFFIX = " virtual cores"
 
 
-def curves(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
-    """By case, the rows of its newest run by their number of cores."""
+def curves(rows: Sequence[Row], size: str = "large") -> dict[str, dict[int, Row]]:
+    """By case of a size, the rows of its newest run by their number of cores."""
     found: dict[str, dict[int, Row]] = {}
-    for case in sorted({row["case"] for row in rows if row["kind"] == "modelled"}):
+    cases = {row["case"] for row in rows if row["kind"] == "modelled" and row["case"].endswith(f"-{size}")}
+    for case in sorted(cases):
         newest = results.newest(rows, case, "min_ms", [f"1{SUFFIX}"])
         if newest is not None:
             found[case] = {int(name.removesuffix(SUFFIX)): row for name, row in newest.items() if name.endswith(SUFFIX)}
@@ -30,11 +31,12 @@ def draw(found: Mapping[str, Mapping[int, Row]], path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
+    figure = Figure(figsize=(9.0, 4.8), layout="constrained")
     axes = figure.subplots()
     most = max(max(curve) for curve in found.values())
     axes.plot([1, most], [1, most], color="#c0c4cc", linestyle="--", linewidth=1, label="as many times as cores")
-    for curve in found.values():
+    # The fastest first, so that the legend has the order of the curves.
+    for curve in sorted(found.values(), key=lambda curve: float(curve[most]["min_ms"]) / float(curve[1]["min_ms"])):
         cores = sorted(curve)
         first = curve[cores[0]]
         speed = [float(first["min_ms"]) / float(curve[count]["min_ms"]) for count in cores]
@@ -45,7 +47,7 @@ def draw(found: Mapping[str, Mapping[int, Row]], path: Path) -> None:
     axes.set_yticks(ticks, [str(tick) for tick in ticks])
     axes.set_xlabel("virtual cores")
     axes.set_ylabel("speed-up of a step over one core, MODELLED")
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     row = next(iter(next(iter(found.values())).values()))
     axes.set_title(f"modelled on one core of {row['device']}, {row['capability']}; not measured", fontsize=9)
