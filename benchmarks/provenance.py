@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 # Written by the suite itself: a run must not call the tree dirty because the last one had results.
-GENERATED = ("benchmarks/results", "README.md")
+GENERATED = ("benchmarks/results", "README.md", "docs")
 
 
 def _cpu_fields() -> dict[str, str]:

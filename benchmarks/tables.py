@@ -1,6 +1,6 @@
-"""Writes the README's benchmark tables from the CSV files; no number in them is typed.
+"""Writes the benchmark tables of the README and of docs/ from the CSV files; no number in them is typed.
 
-    python -m benchmarks.tables            rewrite the tables of README.md
+    python -m benchmarks.tables            rewrite the tables of every page
     python -m benchmarks.tables --check    exit 1 if they are not what the CSV files say
 
 A table stands between ``<!-- benchmark:NAME -->`` and ``<!-- /benchmark -->``. NAME is ``targets``,
@@ -23,7 +23,8 @@ from benchmarks import report, results, tables_examples, targets
 from benchmarks.registry import DTYPE_NAMES, OURS, Case, Target, all_cases
 from benchmarks.results import Row
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
 DEMO = Path(__file__).resolve().parent / "results" / "demo.json"
 MARKERS = re.compile(r"(<!-- benchmark:([\w-]+) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
 NOTHING = "Not measured yet.\n"
@@ -194,7 +195,7 @@ def headline(demo: dict[str, Any]) -> str:
     speed = demo["ms_min"]["pytorch"] / demo["ms_min"]["contrastive_ops"]
     batches = {name: found["batch"] for name, found in demo["largest"].items()}
     return (
-        f"On {demo['threads']} CPU cores, in the demo below: a loss layer **{speed:.1f} times as fast**, and a batch "
+        f"On {demo['threads']} CPU cores, in `make demo`: a loss layer **{speed:.1f} times as fast**, and a batch "
         f"of {batches['pytorch']:,} pairs that fills {demo['limit_mib'] // 1024} GiB grows to "
         f"{'at least ' if demo['largest']['contrastive_ops']['at_least'] else ''}{batches['contrastive_ops']:,}.\n"
     )
@@ -239,17 +240,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only say whether they are current")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--page", type=Path, nargs="+", default=PAGES)
     args = parser.parse_args(arguments)
-    old = args.readme.read_text()
-    new = updated(old, results.read())
-    if new == old:
-        return 0
-    if args.check:
-        print(f"{args.readme.name}: tables out of date; run python -m benchmarks.tables")
-        return 1
-    args.readme.write_text(new)
-    return 0
+    rows, out_of_date = results.read(), 0
+    for page in args.page:
+        old = page.read_text()
+        new = updated(old, rows)
+        if new == old:
+            continue
+        if args.check:
+            print(f"{page.name}: tables out of date; run python -m benchmarks.tables")
+            out_of_date = 1
+        else:
+            page.write_text(new)
+    return out_of_date
 
 
 if __name__ == "__main__":

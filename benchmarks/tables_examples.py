@@ -1,4 +1,4 @@
-"""The README's tables of what the examples measured, from the JSON files that they wrote.
+"""The tables, in docs/examples.md, of what the examples measured, from the JSON files that they wrote.
 
 make limoe-ablation ARGS="--json benchmarks/results/limoe.json"
 make simclr ARGS="--seed 0 --json benchmarks/results/simclr-0.json"

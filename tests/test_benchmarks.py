@@ -692,16 +692,17 @@ def test_bad_markers_are_refused(text: str):
 def test_check_finds_a_table_out_of_date(tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("<!-- benchmark:clip -->\nold\n<!-- /benchmark -->\n")
-    command = ["--readme", str(readme)]
+    command = ["--page", str(readme)]
     assert tables.main([*command, "--check"]) == 1
     assert "out of date" in capsys.readouterr().out
     assert tables.main(command) == 0
     assert tables.main([*command, "--check"]) == 0
 
 
-def test_readme_tables_are_what_the_csv_files_say():
-    if not tables.README.exists() or "<!-- benchmark:" not in tables.README.read_text():
-        pytest.skip("the README has no benchmark tables")
+def test_tables_are_what_the_csv_files_say():
+    if not (tables.ROOT / "README.md").exists():
+        pytest.skip("needs the source checkout")
+    assert sum(page.read_text().count("<!-- benchmark:") for page in tables.PAGES) > 20
     assert tables.main(["--check"]) == 0, "run python -m benchmarks.tables"
 
 

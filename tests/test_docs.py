@@ -1,5 +1,6 @@
-"""What the documentation shows runs: doctests of the public functions, code blocks of the README."""
+"""What the documentation shows runs: doctests of the public functions, code blocks of the pages."""
 
+import ast
 import doctest
 import importlib
 import pathlib
@@ -24,13 +25,28 @@ def test_doctests(name):
     assert found.attempted > 0 and found.failed == 0
 
 
-def readme_blocks():
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks/README.md"} - {ROOT / "CHANGELOG.md"})
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES if "```python" in page.read_text()])
+def test_blocks_are_python_and_import_what_exists(page):
+    for block in blocks(page):
+        tree = ast.parse(block)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "contrastive_ops":
+                if "integrations" in node.module:
+                    pytest.importorskip(node.module.split(".")[2])
+                for name in node.names:
+                    assert hasattr(importlib.import_module(node.module), name.name), (node.module, name.name)
 
 
 def test_readme_replacement_gives_the_same_loss():
     """The two code blocks under "Replace this by this"."""
-    before, after = readme_blocks()[:2]
+    before, after = blocks("README.md")[:2]
     values = {"torch": torch, "F": torch.nn.functional, "logit_scale": torch.tensor(1.5)}
     values |= {name: torch.randn(10, 8) for name in ("image", "text")}
     exec(before, values)
@@ -39,17 +55,7 @@ def test_readme_replacement_gives_the_same_loss():
     torch.testing.assert_close(values["loss"], expected)
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md",
-        "CONTRIBUTING.md",
-        "docs/design.md",
-        "docs/distributed.md",
-        "docs/integrations.md",
-        "benchmarks/README.md",
-    ],
-)
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES])
 def test_links_and_files_exist(page):
     """Relative links, and paths in code spans that look like files of the tree."""
     path = ROOT / page
@@ -65,33 +71,24 @@ def test_links_and_files_exist(page):
         assert every(file.exists() for file in files), name
 
 
-def test_integrations_page_names_what_there_is():
-    """Every import line of docs/integrations.md, where the other package is installed."""
-    page = (ROOT / "docs/integrations.md").read_text()
-    found = re.findall(r"from (contrastive_ops\.integrations\.(\w+)) import (?:\(.*\n)?([^()]*?)(?:\)|\n)", page)
-    assert len(found) == 4
-    for module, package, names in found:
-        pytest.importorskip(package)
-        for name in re.findall(r"\w+", names):
-            assert hasattr(importlib.import_module(module), name), (module, name)
-
-
-def test_readme_mining_runs():
-    """The block under "Hard negatives that never starve"."""
+@pytest.mark.parametrize("page", ["README.md", "docs/mining.md"])
+def test_mining_runs(page):
+    """The block of the page that mines."""
     values = {"query": torch.randn(4, 8), "corpus": torch.randn(30, 8), "positives": torch.arange(4)}
     values |= {"queries": list("abcd"), "documents": [str(row) for row in range(30)]}
-    exec(readme_blocks()[2], values)
+    exec(next(block for block in blocks(page) if "mine_hard_negatives" in block), values)
     mined = values["mined"]
     assert mined.indices.shape == (4, 5)
     assert set(mined.format("triplet", values["queries"], values["documents"])) == {"anchor", "positive", "negative"}
 
 
-def test_readme_routing_runs():
-    """The block under "Experts that keep every modality alive"."""
+@pytest.mark.parametrize("page", ["README.md", "docs/experts.md"])
+def test_routing_runs(page):
+    """The block of the page that routes."""
     logits = torch.randn(40, 32, requires_grad=True)
     values = {"logits": logits, "tokens": torch.randn(40, 8), "is_text": torch.arange(40) % 2}
     values |= {"up": torch.randn(32, 8, 16), "down": torch.randn(32, 16, 8)}
-    exec(readme_blocks()[3], values)
+    exec(next(block for block in blocks(page) if "route(" in block), values)
     assert values["out"].shape == (40, 8)
     (values["routing"].loss + values["out"].sum()).backward()
     assert logits.grad.isfinite().all() and values["routing"].metrics["success_rate"].shape == (2,)
