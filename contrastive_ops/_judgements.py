@@ -19,6 +19,8 @@ RELEVANT = (
     "(indptr, indices) or (indptr, indices, grades), a list of documents or a dict {document: grade} for each query, "
     "or a dict {query: {document: grade}}"
 )
+# Entries of lists that are sorted at once.
+LIST_ELEMENTS = 1 << 19
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
@@ -34,6 +36,42 @@ class Judged(NamedTuple):
     query: Tensor
     document: Tensor
     grade: Tensor
+
+
+class Hits(NamedTuple):
+    """Where the documents of a positive grade stand in the lists of what was found, by ascending rank.
+
+    Attributes:
+        rank: (N, H) float64, from 1; infinite behind the last one.
+        grade: (N, H) float64, 0 behind the last one.
+    """
+
+    rank: Tensor
+    grade: Tensor
+
+    @classmethod
+    def of(cls, found: Tensor, judged: Judged) -> Hits:
+        """Look for what is relevant in (N, K) lists, which become sets, some of them at a time."""
+        relevant = judged.grade > 0
+        query, document, grade = (each[relevant] for each in judged)
+        rank = torch.zeros_like(document)
+        N, K = found.shape
+        step = max(1, LIST_ELEMENTS // max(K, 1))
+        for begin in range(0, N if K else 0, step):
+            end = min(begin + step, N)
+            first, last = torch.searchsorted(query, torch.tensor([begin, end], device=query.device)).tolist()
+            part = slice(first, last)
+            rank[part] = _ranks_of(found[begin:end], query[part] - begin, document[part])
+        there = rank > 0
+        query, rank, grade = query[there], rank[there], grade[there]
+        order = pair_order(query, rank)
+        query, rank, grade = query[order], rank[order], grade[order]
+        counts = torch.bincount(query, minlength=N)
+        place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
+        width = int(counts.max()) if N else 0
+        ranks, grades = grade.new_full((N, width), torch.inf), grade.new_zeros((N, width))
+        ranks[query, place], grades[query, place] = rank.double(), grade
+        return cls(ranks, grades)
 
 
 class Ids:
@@ -71,14 +109,15 @@ class Ids:
         return number
 
 
-def parse(function: str, found: object, relevant: object, documents: object) -> tuple[Tensor, Judged]:
-    """Return (N, K) int64 documents, each once in a row, and what was judged.
+def parse(function: str, found: object, relevant: object, documents: object, ties: str) -> tuple[Tensor, Judged]:
+    """Return (N, K) int64 documents as they were found, and what was judged.
 
     Args:
         function: the function to name in errors.
         found: see `retrieval_metrics`.
         relevant: see `retrieval_metrics`.
         documents: see `retrieval_metrics`.
+        ties: see `retrieval_metrics`.
     """
     ids = Ids(function)
     if isinstance(found, TopK):
@@ -86,7 +125,12 @@ def parse(function: str, found: object, relevant: object, documents: object) -> 
     rows: dict[Hashable, int] | None = None
     if isinstance(found, Mapping):
         rows = {query: row for row, query in enumerate(found)}
-        found = [_ranked(function, each) for each in found.values()]
+        found = [_ranked(function, each, ties) for each in found.values()]
+    elif ties != "listed":
+        raise ValueError(
+            f'{function}: ties must be "listed" where found has no scores, got {ties!r}\n'
+            "  give found as {query: {document: score}}"
+        )
     if isinstance(documents, Mapping):
         found, documents = _named(function, found, documents), None
     if isinstance(found, Sequence) and not isinstance(found, (str, bytes)):
@@ -102,7 +146,7 @@ def parse(function: str, found: object, relevant: object, documents: object) -> 
     if documents is not None:
         chunk_of = as_ids(function, "documents", documents).to(indices.device)
         indices = documents_of(function, "found", indices, chunk_of)
-    return collapse(indices), _judged(function, relevant, indices, rows, ids)
+    return indices, _judged(function, relevant, indices, rows, ids)
 
 
 def as_ids(function: str, name: str, ids: object) -> Tensor:
@@ -131,13 +175,18 @@ def _tensor(values: object) -> object:
     return values
 
 
-def _ranked(function: str, scores: object) -> list[Any]:
+def _ranked(function: str, scores: object, ties: str) -> list[Any]:
     """The documents of one query, the best first: from {document: score}, or in order already."""
     if isinstance(scores, Mapping):
         by_score = {document: float(score) for document, score in scores.items()}
         if any(math.isnan(score) for score in by_score.values()):
             raise ValueError(f"{function}: found must have scores that are numbers, got nan")
-        return sorted(by_score, key=lambda document: -by_score[document])
+        names = list(by_score)
+        if ties == "trec_eval":
+            names.sort(key=str, reverse=True)
+            rounded = torch.tensor([by_score[each] for each in names], dtype=torch.float64).float().tolist()
+            by_score = dict(zip(names, rounded, strict=True))
+        return sorted(names, key=lambda document: -by_score[document])
     return list(_each(function, "found", [scores])[0])
 
 
@@ -270,3 +319,22 @@ def _is_matrix(relevant: object) -> bool:
 def _described(value: object) -> str:
     shape = getattr(value, "shape", None)
     return type(value).__name__ if shape is None else f"{type(value).__name__} of shape {tuple(shape)}"
+
+
+def _ranks_of(found: Tensor, row: Tensor, document: Tensor) -> Tensor:
+    """(P,) the rank of each document in the list of its row, from 1; 0 where it was not found."""
+    ascending, order = found.sort(dim=1)
+    # Lists that repeat an entry, or have none before one, are made sets; others are that already.
+    repeats = ((ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] != NONE)).any(1)
+    gaps = ((found[:, :-1] == NONE) & (found[:, 1:] != NONE)).any(1)
+    wrong = (repeats | gaps).nonzero()[:, 0]
+    if len(wrong):
+        ascending[wrong], order[wrong] = collapse(found[wrong]).sort(dim=1)
+    width = found.shape[1]
+    below = torch.full_like(row, -1)  # the last entry that is smaller, by halving what is left
+    for bit in reversed(range(width.bit_length())):
+        place = below + (1 << bit)
+        smaller = ascending[row, place.clamp_max(width - 1)] < document
+        below = torch.where((place < width) & smaller, place, below)
+    at = (below + 1).clamp_max(width - 1)
+    return torch.where(ascending[row, at] == document, order[row, at] + 1, 0)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._judgements import parse
+from ._judgements import Hits, parse
 from .core import autocast, checks
-from .core.lists import NONE, first_of_each, grades_at, ranks
+from .core.lists import NONE, first_of_each, ranks
 from .core.ordered import in_float64, segment_rows, segment_sums, wide_dtype
 from .core.unit_rows import unit_rows
 from .losses.decorrelation import effective_rank
@@ -20,6 +20,7 @@ from .ops.similarity_topk import TopK
 __all__ = ["effective_rank", "hubness", "isotropy", "retrieval_metrics"]
 
 GAINS = ("linear", "exponential")
+TIES = ("listed", "trec_eval")
 # Judgements that are ranked at once.
 LIST_ELEMENTS = 1 << 20
 
@@ -140,6 +141,7 @@ def retrieval_metrics(
     k: Sequence[int] = (1, 5, 10),
     persistence: Sequence[float] = (0.8,),
     gain: str = "linear",
+    ties: str = "listed",
 ) -> dict[str, Tensor]:
     """Measures of a ranking: NDCG, MRR, recall, precision, hit rate, average precision, ERR and RBP of each query.
 
@@ -162,12 +164,15 @@ def retrieval_metrics(
         relevant: (indptr, indices) or (indptr, indices, grades): query i's relevant documents are
             ``indices[indptr[i]:indptr[i + 1]]``, in any order. Or a list of documents, or a dict {document: grade}, for
             each query; or a matrix with -1 for none. Or a dict {query: {document: grade}}, where a query is a row of
-            `found`, or one of its keys. Grades are finite, of any dtype, and not negative; 1 where there are none.
+            `found`, or one of its keys; those of queries that were not searched for are not looked at. Grades are
+            finite, of any dtype, and not negative; 1 where there are none.
         documents: the document of each chunk where `found` has chunks: (M,) int64, or a dict. `relevant` names
             documents; a document is found where the first of its chunks is. See `contrastive_ops.mining.collapse`.
         k: cut-offs, at least 1. Beyond what was found nothing is relevant.
         persistence: p of rank-biased precision, in (0, 1).
         gain: "linear", the grade itself; or "exponential", 2^grade - 1.
+        ties: of documents with equal scores in a dict {document: score}. "listed": the first of the dict comes first;
+            or "trec_eval": the last by name, of scores that are rounded to float32, as in pytrec_eval.
 
     Returns:
         The measures by name ("ndcg@10", "rbp@0.8", ...), each (N,) float64, in the order of `found`. NaN for a query
@@ -177,7 +182,8 @@ def retrieval_metrics(
         ValueError, TypeError: arguments that do not fit.
 
     Note:
-        Ids are any int64 but -1, and in lists and dicts also strings. Memory O(N K + the number of judgements).
+        Ids are any int64 but -1, and in lists and dicts also strings. Memory O(N K + the number of judgements). Equal
+        to trec_eval's P, recall, success, map_cut, ndcg_cut and, where K is the cut-off, recip_rank.
 
     Source:
         Järvelin and Kekäläinen, Cumulated Gain-Based Evaluation of IR Techniques, 2002; Chapelle et al., Expected
@@ -194,27 +200,27 @@ def retrieval_metrics(
     """
     name = "retrieval_metrics"
     checks.check_choice(name, "gain", gain, GAINS)
+    checks.check_choice(name, "ties", ties, TIES)
     k = [checks.integer(name, "k", cut, 1) for cut in checks.listed(name, "k", k)]
     persistence = checks.listed(name, "persistence", persistence)
     persistence = [checks.number(name, "persistence", p, "(0, 1)") for p in persistence]
-    indices, judged = parse(name, found, relevant, documents)
+    indices, judged = parse(name, found, relevant, documents, ties)
     N = len(indices)
-    grades = grades_at(judged.query, judged.document, judged.grade, indices)
+    rank, grades = Hits.of(indices, judged)
     number = torch.bincount(judged.query[judged.grade > 0], minlength=N)
     # Measures are ratios, and so the largest grade is taken out before a power is formed: 2^grade overflows.
     largest = judged.grade.new_zeros(N).scatter_reduce(0, judged.query, judged.grade, "amax")[:, None]
     ideal = _best_sums(judged.query, _gain(judged.grade, largest[judged.query, 0], gain), N, k)
-    gained = _discounted(_gain(grades, largest, gain))
+    gained = _gain(grades, largest, gain) / (rank + 1).log2()
     measures: dict[str, Tensor] = {}
     for cut in k:
-        measures |= _of_hits((grades[:, :cut] > 0).double(), number, cut)
-        measures[f"ndcg@{cut}"] = gained[:, :cut].sum(1) / ideal[cut]
+        measures |= _of_hits(rank, number, cut)
+        measures[f"ndcg@{cut}"] = gained.masked_fill(rank > cut, 0.0).sum(1) / ideal[cut]
     top = judged.grade.max() if judged.grade.numel() else judged.grade.new_zeros(())
     satisfied = _gain(grades, top, "exponential")
     seen_on = torch.cat([satisfied.new_ones((N, 1)), (1 - satisfied).cumprod(1)], 1)[:, :-1]
-    rank = _ranks(satisfied)
     for cut in k:
-        measures[f"err@{cut}"] = (satisfied * seen_on / rank)[:, :cut].sum(1)
+        measures[f"err@{cut}"] = (satisfied * seen_on / rank).masked_fill(rank > cut, 0.0).sum(1)
     for p in persistence:
         share = grades / torch.where(top > 0, top, 1.0)
         measures[f"rbp@{p:g}"] = (1 - p) * (p ** (rank - 1) * share).sum(1)
@@ -230,25 +236,21 @@ def _indices(function: str, name: str, found: object) -> Tensor:
     return indices
 
 
-def _of_hits(hit: Tensor, number: Tensor, cut: int) -> dict[str, Tensor]:
-    """The measures that do not know grades, of the (N, K) hits up to a cut-off."""
-    rank, total = _ranks(hit), hit.sum(1)
-    reciprocal = torch.cat([hit.new_zeros((len(hit), 1)), hit / rank], 1)
+def _of_hits(rank: Tensor, number: Tensor, cut: int) -> dict[str, Tensor]:
+    """The measures that do not know grades, up to a cut-off, of the (N, H) ranks of what is relevant, ascending."""
+    there = rank <= cut
+    total = there.double().sum(1)
     return {
         f"precision@{cut}": total / cut,
         f"recall@{cut}": total / number,
         f"hit@{cut}": (total > 0).double(),
-        f"mrr@{cut}": reciprocal.amax(1),
-        f"map@{cut}": (hit * hit.cumsum(1) / rank).sum(1) / number,
+        f"mrr@{cut}": (1 / rank[:, :1]).masked_fill(~there[:, :1], 0.0).sum(1),
+        f"map@{cut}": (_places(rank) / rank).masked_fill(~there, 0.0).sum(1) / number,
     }
 
 
-def _ranks(lists: Tensor) -> Tensor:
+def _places(lists: Tensor) -> Tensor:
     return torch.arange(1, lists.shape[1] + 1, device=lists.device, dtype=torch.float64)
-
-
-def _discounted(gains: Tensor) -> Tensor:
-    return gains / (_ranks(gains) + 1).log2()
 
 
 def _best_sums(query: Tensor, gains: Tensor, rows: int, k: Sequence[int]) -> dict[int, Tensor]:
@@ -268,7 +270,7 @@ def _best_sums(query: Tensor, gains: Tensor, rows: int, k: Sequence[int]) -> dic
         there = place < counts[which, None]
         entry = (begins[which, None] + place).masked_fill(~there, 0)
         best = gains[entry].masked_fill(~there, 0.0).sort(dim=1, descending=True).values if width else there.double()
-        discounted = _discounted(best)
+        discounted = best / (_places(best) + 1).log2()
         for cut, total in sums.items():
             total[which] = discounted[:, :cut].sum(1)
         done += len(which)

@@ -86,18 +86,3 @@ def ranks(*ids: Tensor) -> list[Tensor]:
     among = torch.cat([each.reshape(-1) for each in ids]).unique(return_inverse=True)[1]
     parts = among.split([each.numel() for each in ids])
     return [part.view(each.shape) for part, each in zip(parts, ids, strict=True)]
-
-
-def grades_at(row: Tensor, index: Tensor, grade: Tensor, lists: Tensor) -> Tensor:
-    """(N, K) the grade of each entry (i, id) of lists among distinct pairs (row, index), 0 where there is none.
-
-    Ranks are numbers of things in memory, so that a rank of a pair is exact: none exceeds 2^63.
-    """
-    if not index.numel() or not lists.numel():
-        return grade.new_zeros(lists.shape)
-    index, wanted = ranks(index, lists)
-    width = int(torch.maximum(index.max(), wanted.max())) + 1
-    key, order = (row * width + index).sort()
-    place = torch.arange(lists.shape[0], device=lists.device)[:, None] * width + wanted
-    at = torch.searchsorted(key, place).clamp_max(key.shape[0] - 1)
-    return torch.where((key[at] == place) & (lists != NONE), grade[order][at], 0.0)
