@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._correlations import auc, cka, spearman
 from ._judgements import Hits, parse
+from ._pair_recall import pair_recall, table
 from .core import autocast, checks
 from .core.lists import NONE, first_of_each, ranks
 from .core.ordered import in_float64, segment_rows, segment_sums, wide_dtype
@@ -17,7 +19,17 @@ from .core.unit_rows import unit_rows
 from .losses.decorrelation import effective_rank
 from .ops.similarity_topk import TopK
 
-__all__ = ["effective_rank", "hubness", "isotropy", "retrieval_metrics"]
+__all__ = [
+    "auc",
+    "cka",
+    "effective_rank",
+    "hubness",
+    "isotropy",
+    "pair_recall",
+    "retrieval_metrics",
+    "spearman",
+    "table",
+]
 
 GAINS = ("linear", "exponential")
 TIES = ("listed", "trec_eval")

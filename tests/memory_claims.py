@@ -278,6 +278,21 @@ def _groups(backend: str) -> Any:
     return lambda: losses.group_whiten(x, 1 << 10), 2 * size(x) + numbers((1 << 28) >> 10)
 
 
+@claim("cka")
+def _kernels(backend: str) -> Any:
+    """Kernels of all rows would take 64 GB each."""
+    x, y = torch.randn(MANY, 8), torch.randn(MANY, 8)
+    return lambda: metrics.cka(x, y), 4 * size([x, y])  # in float64
+
+
+@claim("pair_recall")
+def _pair_recall(backend: str) -> Any:
+    """All similarities would take 780 MB."""
+    x, y = torch.randn(6_000, 4), torch.randn(MANY // 4, 4)
+    labels = torch.arange(6_000), torch.arange(MANY // 4) % 6_000
+    return lambda: metrics.pair_recall(x, y, *labels, backend=backend), 2 * size([x, y, labels])
+
+
 claim("uniformity")(lambda backend: _spread(1, MANY, backend))
 claim("uniformity")(lambda backend: _spread(6_000, 1, backend))
 

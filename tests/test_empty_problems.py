@@ -131,6 +131,12 @@ def measured(queries, k, documents):
     return ops.metrics.retrieval_metrics(found, (indptr, indices, torch.ones(len(indices))), k=(1,))
 
 
+def paired(n, m, d, backend):
+    return torch.tensor(
+        list(ops.metrics.pair_recall(fixed(n, d), fixed(m, d), ids(n), ids(m), backend=backend).values())
+    )
+
+
 def searched(batch, candidates, length, d):
     cache = decoding.ContrastiveCache(fixed(batch, length, d))
     given = fixed(batch, candidates, d), fixed(batch, candidates)
@@ -307,6 +313,11 @@ CALLS = {
         lambda n, k, columns: metrics.hubness(ids(n, k, below=columns), columns),
     ),
     "retrieval_metrics": ({"queries": 3, "k": 2, "documents": 5}, measured),
+    "spearman": ({"n": 3}, lambda n: metrics.spearman(fixed(n), fixed(n))),
+    "auc": ({"n": 3}, lambda n: metrics.auc(fixed(n), torch.arange(n) % 2)),
+    "cka": ({"n": 3, "d": 4, "e": 2}, lambda n, d, e: metrics.cka(fixed(n, d), fixed(n, e))),
+    "pair_recall": ({"n": 3, "m": 4, "d": 2}, paired),
+    "table": ({"n": 3}, lambda n: torch.tensor(len(metrics.table({"a": {"ndcg@10": fixed(n)}})))),
     "contrastive_search": ({"batch": 2, "candidates": 3, "length": 4, "d": 5}, searched),
     "batch_semi_hard_triplet": (
         {"n": 3, "d": 4},

@@ -298,6 +298,9 @@ IDS = {
     "simctg": lambda ids, backend: losses.simctg(Q, ids[:BATCH], backend=backend),
     "vse": lambda ids, backend: losses.vse(Q, V, labels=ids[:BATCH], hardest=True, backend=backend),
     "isotropy": lambda ids, backend: metrics.isotropy(Q, ids[:BATCH]),
+    "pair_recall": lambda ids, backend: torch.tensor(
+        list(metrics.pair_recall(Q, K, ids[:BATCH], ids, backend=backend).values())
+    ),
     "MemoryBank": lambda ids, backend: _bank_of(ids).topk(
         Q, 6, ids=ids[:BATCH], labels=ids.flip(0)[:BATCH], backend=backend
     )[:3],
