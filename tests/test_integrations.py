@@ -174,7 +174,7 @@ def test_what_is_not_fused_runs_the_original_and_says_so_once():
         warnings.simplefilter("always")
         values = [loss(x, labels), loss(x, labels)]
     assert [str(warning.message) for warning in seen] == [
-        "SupConLoss: distance=LpDistance has no fused form; the original loss runs"
+        "SupConLoss: distance=LpDistance has no fused form; the original runs"
     ]
     expected = ours.losses.SupConLoss(0.5, distance=ours.distances.LpDistance())(x, labels)
     assert values[0] == values[1] == expected

@@ -17,6 +17,7 @@ from sentence_transformers import (  # noqa: E402
 )
 from sentence_transformers.sentence_transformer import losses  # noqa: E402
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer  # noqa: E402
+from sentence_transformers.sparse_encoder import losses as sparse  # noqa: E402
 
 import contrastive_ops.integrations.transformers as experts  # noqa: E402
 from contrastive_ops.integrations import _originals  # noqa: E402
@@ -142,7 +143,70 @@ def test_what_is_not_fused_runs_the_original_and_says_so(model):
     with pytest.warns(UserWarning, match="hardness_mode='hard_negatives'"):
         options = {"hardness_mode": "hard_negatives", "hardness_strength": 3.0}
         check_same("MultipleNegativesRankingLoss", model, 3, **options)
-    assert ours.CoSENTLoss is losses.CoSENTLoss
+    with pytest.warns(UserWarning, match="CoSENTLoss: similarity_fct=pairwise_euclidean_sim"):
+        ours.CoSENTLoss(model, similarity_fct=util.pairwise_euclidean_sim).compute_loss_from_embeddings(
+            [torch.ones(3, 4), torch.zeros(3, 4)], torch.arange(3)
+        )
+    assert ours.OnlineContrastiveLoss is losses.OnlineContrastiveLoss
+    assert ours.SparseTripletLoss is sparse.SparseTripletLoss
+    with pytest.raises(AttributeError, match="no attribute 'no_such_loss'"):
+        _ = ours.no_such_loss
+
+
+COSINE, DOT = {"similarity_fct": util.pairwise_cos_sim}, {"similarity_fct": util.pairwise_dot_score}
+PAIR_LOSSES = [  # name, columns, labels of each row, options
+    ("CoSENTLoss", 2, (), {}),
+    ("CoSENTLoss", 2, (), {"scale": 3.0} | DOT),
+    ("AnglELoss", 2, (), {}),
+    ("AnglELoss", 4, (), {}),
+    ("MarginMSELoss", 3, (), {}),
+    ("MarginMSELoss", 5, (3,), COSINE),
+    ("MarginMSELoss", 5, (4,), {}),
+    ("DistillKLDivLoss", 4, (3,), {}),
+    ("DistillKLDivLoss", 4, (3,), {"student_temperature": 0.5, "teacher_temperature": 2.0} | COSINE),
+    ("SparseCoSENTLoss", 2, (), {}),
+    ("SparseAnglELoss", 2, (), {}),
+    ("SparseMarginMSELoss", 3, (2,), {}),
+    ("SparseDistillKLDivLoss", 3, (2,), {}),
+    ("SparseMultipleNegativesRankingLoss", 3, None, {"scale": 0.3}),
+]
+
+
+@pytest.mark.parametrize(("name", "columns", "shape", "options"), PAIR_LOSSES)
+def test_losses_of_pairs_and_of_lists(name, columns, shape, options):
+    """From embeddings, as Matryoshka and SPLADE losses call them."""
+    labels = None if shape is None else torch.rand(9, *shape).mul(8).round() / 8  # some labels are equal
+    found = []
+    for module in (ours, sparse if name.startswith("Sparse") else losses):
+        torch.manual_seed(1)
+        embeddings = [torch.randn(9, 12, requires_grad=True) for _ in range(columns)]
+        loss = getattr(module, name)(torch.nn.Module(), **options)
+        for _ in range(2):  # the first of DistillKLDivLoss looks at the teacher
+            value = loss.compute_loss_from_embeddings(embeddings, labels)
+        value.backward()
+        found.append((value.detach(), *(each.grad for each in embeddings), loss.get_config_dict()))
+    assert type(loss) is not getattr(ours, name) and issubclass(getattr(ours, name), type(loss))
+    assert found[0][-1] == found[1][-1]
+    for mine, theirs in zip(found[0][:-1], found[1][:-1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [None, 5])
+def test_splade_losses(threshold):
+    found = []
+    for module in (ours, sparse):
+        torch.manual_seed(1)
+        embeddings = [torch.randn(7, 20).relu().requires_grad_() for _ in range(2)]
+        inner = module.SparseMultipleNegativesRankingLoss(torch.nn.Module(), scale=0.3)
+        thresholds = {"document_regularizer_threshold": 9, "query_regularizer_threshold": threshold}
+        loss = module.SpladeLoss(torch.nn.Module(), inner, 0.1, 0.2, **thresholds)
+        regularizers = loss.document_regularizer, loss.query_regularizer
+        assert all(type(each) is module.FlopsLoss for each in regularizers)
+        values = [each.compute_loss_from_embeddings(embeddings[0]) for each in regularizers]
+        sum([loss.loss.compute_loss_from_embeddings(embeddings, None), *values]).backward()
+        found.append([*(value.detach() for value in values), *(each.grad for each in embeddings)])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_a_trainer_follows_the_curve_of_the_original(folder):

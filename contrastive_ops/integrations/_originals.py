@@ -21,11 +21,11 @@ def third_party(module: str, install: str) -> Any:
         ) from error
 
 
-def runs_original(loss: object, reason: str) -> None:
-    """Say once for each class and reason that the code of the other package runs."""
-    _warn_once(type(loss).__name__, reason)
+def runs_original(what: object, reason: str) -> None:
+    """Say once for each class, or function of a name, and reason that the code of the other package runs."""
+    _warn_once(what if isinstance(what, str) else type(what).__name__, reason)
 
 
 @functools.cache
 def _warn_once(name: str, reason: str) -> None:
-    warnings.warn(f"{name}: {reason} has no fused form; the original loss runs", stacklevel=4)
+    warnings.warn(f"{name}: {reason} has no fused form; the original runs", stacklevel=4)

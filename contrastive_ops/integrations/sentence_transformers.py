@@ -22,12 +22,59 @@ from torch import Tensor
 from .. import distributed
 from ..losses import gist, gte, info_nce, matryoshka_info_nce
 from ._originals import runs_original, third_party
+from ._sentence_transformers_pairs import (
+    INSTALL,
+    AnglELoss,
+    CoSENTLoss,
+    DistillKLDivLoss,
+    FlopsLoss,
+    MarginMSELoss,
+    SparseAnglELoss,
+    SparseCoSENTLoss,
+    SparseDistillKLDivLoss,
+    SparseMarginMSELoss,
+    SpladeLoss,
+    losses,
+    sparse,
+    util,
+)
+from ._sentence_transformers_search import (
+    InformationRetrievalEvaluator,
+    NanoBEIREvaluator,
+    evaluation,
+    mine_hard_negatives,
+    paraphrase_mining,
+    paraphrase_mining_embeddings,
+    semantic_search,
+)
 
-INSTALL = "'sentence-transformers>=6'"
-third_party("sentence_transformers", INSTALL)
-losses = third_party("sentence_transformers.sentence_transformer.losses", INSTALL)
+__all__ = [
+    "AnglELoss",
+    "CachedGISTEmbedLoss",
+    "CachedMultipleNegativesRankingLoss",
+    "CoSENTLoss",
+    "DistillKLDivLoss",
+    "FlopsLoss",
+    "GISTEmbedLoss",
+    "InformationRetrievalEvaluator",
+    "MarginMSELoss",
+    "Matryoshka2dLoss",
+    "MatryoshkaLoss",
+    "MultipleNegativesRankingLoss",
+    "NanoBEIREvaluator",
+    "SparseAnglELoss",
+    "SparseCoSENTLoss",
+    "SparseDistillKLDivLoss",
+    "SparseMarginMSELoss",
+    "SparseMultipleNegativesRankingLoss",
+    "SpladeLoss",
+    "mine_hard_negatives",
+    "paraphrase_mining",
+    "paraphrase_mining_embeddings",
+    "semantic_search",
+]
+
 embed_columns = third_party("sentence_transformers.base.losses.merged_forward", INSTALL).embed_columns
-util = third_party("sentence_transformers.util", INSTALL)
 
 # Similarities that are inner products, and whether of rows of length 1.
 NORMALIZED = {util.cos_sim: True, util.dot_score: False}
@@ -97,6 +144,10 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
             scale=self.scale,
             normalize=normalize,
         )
+
+
+class SparseMultipleNegativesRankingLoss(sparse.SparseMultipleNegativesRankingLoss, MultipleNegativesRankingLoss):
+    """`SparseMultipleNegativesRankingLoss` on `MultipleNegativesRankingLoss` of this module."""
 
 
 class CachedMultipleNegativesRankingLoss(losses.CachedMultipleNegativesRankingLoss):
@@ -268,4 +319,7 @@ class Matryoshka2dLoss(losses.Matryoshka2dLoss):
 
 
 def __getattr__(name: str) -> Any:
-    return getattr(losses, name)
+    for namespace in (losses, sparse, evaluation, util):
+        if hasattr(namespace, name):
+            return getattr(namespace, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
