@@ -10,6 +10,7 @@ which schedule to take when.
 """
 
 from ..ops.similarity_reduce import merge_lse
+from ._experts import spread_parameters
 from .cached_step import cached_step
 from .clip import clip
 from .gte import gte
@@ -17,6 +18,7 @@ from .info_nce import info_nce
 from .moco import moco
 from .modules import CLIPLoss, GTELoss, InfoNCELoss, MoCoLoss, NTXentLoss, SigLIPLoss, SupConLoss
 from .nt_xent import nt_xent
+from .route import route
 from .siglip import siglip
 from .similarity_reduce import similarity_reduce
 from .sup_con import sup_con
@@ -36,7 +38,9 @@ __all__ = [
     "merge_lse",
     "moco",
     "nt_xent",
+    "route",
     "siglip",
     "similarity_reduce",
+    "spread_parameters",
     "sup_con",
 ]

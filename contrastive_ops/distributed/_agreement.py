@@ -65,7 +65,7 @@ class Agreement:
         """(rows, columns, x needs a gradient, y needs one) of each rank."""
         text = self.text if error is None else f"{type(error).__name__}: {error}"
         here = [error is not None, zlib.crc32(text.encode()), *self.sizes, *self.learns]
-        found = _gathered(here, self.team)
+        found = gathered_numbers(here, self.team)
         if len({tuple(each[:2]) for each in found}) > 1:
             self._refuse(text, [bool(each[0]) for each in found], error)
         return [tuple(each[2:]) for each in found]
@@ -112,7 +112,7 @@ def _shown(value: Any) -> str:
 
 
 @eager
-def _gathered(numbers: list[Any], team: Team) -> list[list[int]]:
+def gathered_numbers(numbers: list[Any], team: Team) -> list[list[int]]:
     """The numbers of each rank; on the CPU where the group can, so that no GPU is waited for."""
     kinds = {device.type for device in team.group._device_types}
     device = "cpu" if "cpu" in kinds else next(iter(kinds))

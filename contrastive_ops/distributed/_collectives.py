@@ -30,7 +30,14 @@ def sum_to_owners(x: Tensor, shards: Shards) -> Tensor:
 
 def send_to_owners(values: Tensor, shards: Shards) -> Tensor:
     """(ranks, local rows, ...) what each rank has for the rows of this one; `values` (all rows, ...) are for all."""
-    return _SendToOwners.apply(values, shards)
+    ranks, rows = shards.team.size, shards.local
+    arrived = exchange_rows(values, [rows] * ranks, shards.sizes, shards.team)
+    return arrived.view(ranks, rows, *values.shape[1:])
+
+
+def exchange_rows(x: Tensor, received: Sequence[int], sent: Sequence[int], team: Team) -> Tensor:
+    """(sum of `received`, ...) rows from all ranks in their order; x (sum of `sent`, ...) has those for all ranks."""
+    return _Exchange.apply(x, tuple(received), tuple(sent), team)
 
 
 def start_hop(x: Tensor, team: Team, sizes: tuple[int, int]) -> Tensor:
@@ -90,26 +97,16 @@ class _SumToOwners(torch.autograd.Function):
         return gather_rows(gradient, ctx.shards), None
 
 
-class _SendToOwners(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, shards: Shards) -> Tensor:
-        ctx.shards = shards
-        return _to_owners(values.detach(), shards)
+    def forward(ctx: Any, x: Tensor, received: tuple[int, ...], sent: tuple[int, ...], team: Team) -> Tensor:
+        ctx.sizes, ctx.team = (received, sent), team
+        return _exchange(x.detach(), received, sent, team)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _ReturnToSenders.apply(gradient, ctx.shards), None
-
-
-class _ReturnToSenders(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, parts: Tensor, shards: Shards) -> Tensor:
-        ctx.shards = shards
-        return _exchange(parts.detach().flatten(0, 1), shards.sizes, [shards.local] * shards.team.size, shards.team)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return send_to_owners(gradient, ctx.shards), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        received, sent = ctx.sizes
+        return exchange_rows(gradient, sent, received, ctx.team), None, None, None
 
 
 # ---- Without ---------------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def find_team(function: str, group: Group, *tensors: Any) -> Team | None:
 
 def local_tensor(x: Any) -> Any:
     """The rows of a DTensor that this process holds; anything else as it is."""
-    return x.to_local() if _is_dtensor(x) else x
+    return x.to_local() if is_dtensor(x) else x
 
 
 def _process_group(function: str, group: Group) -> dist.ProcessGroup:
@@ -123,7 +123,7 @@ def _process_group(function: str, group: Group) -> dist.ProcessGroup:
     return group
 
 
-def _is_dtensor(x: Any) -> bool:
+def is_dtensor(x: Any) -> bool:
     plain = type(x) is Tensor or type(x) is torch.nn.Parameter
     return not plain and isinstance(x, Tensor) and any(kind.__name__ == "DTensor" for kind in type(x).__mro__)
 
@@ -131,7 +131,7 @@ def _is_dtensor(x: Any) -> bool:
 def _mesh_of(function: str, tensors: tuple[Any, ...]) -> Group:
     """The mesh dimension over which the rows of DTensors are spread; None where there are none."""
     found = None
-    for tensor in filter(_is_dtensor, tensors):
+    for tensor in filter(is_dtensor, tensors):
         placements = tensor.placements
         spread = [dim for dim, placement in enumerate(placements) if placement.is_shard(0)]
         others = [placement for placement in placements if not placement.is_shard(0) and not placement.is_replicate()]

@@ -31,13 +31,14 @@ class _Layer(nn.Module):
         shared: int = 0,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        **spread: Any,
     ) -> None:
         super().__init__()
         experts, dim = gate.weight.shape
         shared = checks.integer(type(self).__name__, "shared", shared, 0)
         options: dict[str, Any] = {"gated": gated, "activation": activation, "bias": bias, "device": device}
         self.gate = gate
-        self.experts = Experts(dim, hidden, experts, dtype=dtype, **options)
+        self.experts = Experts(dim, hidden, experts, dtype=dtype, **options, **spread)
         self.shared_experts = Experts(dim, hidden * shared, 1, dtype=dtype, **options) if shared else None
 
     def reset_parameters(self) -> None:
@@ -71,26 +72,9 @@ class _Layer(nn.Module):
             generator: as in `route`.
             backend: as in `route`.
         """
-        checks.check_floating(type(self).__name__, "tokens", tokens)
+        labels = {"segments": segments, "num_segments": num_segments, "valid": valid, "allowed": allowed}
+        flat, valid, routing = self._routed(tokens, {**labels, "generator": generator, "backend": backend})
         shape = tokens.shape[:-1]
-        # Not -1, which is ambiguous where there are no tokens.
-        flat, name = tokens.reshape(math.prod(shape), tokens.shape[-1]), type(self).__name__
-        valid = _token_label(name, "valid", valid, shape)
-        flat = flat if valid is None else left_out(flat, valid)
-        if allowed is not None:
-            last = allowed.shape[-1:] if allowed.dtype == torch.bool or self.gate.k > 1 else ()
-            allowed = _token_label(name, "allowed", allowed, shape, last)
-        routing = self.route(
-            flat,
-            {
-                "segments": _token_label(name, "segments", segments, shape),
-                "num_segments": num_segments,
-                "valid": valid,
-                "allowed": allowed,
-                "generator": generator,
-                "backend": backend,
-            },
-        )
         rows = self.experts(flat, routing, backend)
         out = combine(rows, routing, backend=backend)
         if self.shared_experts is not None:
@@ -98,6 +82,26 @@ class _Layer(nn.Module):
             shared = self.shared_experts(flat, everything, backend)
             out = out + (shared if valid is None else shared.masked_fill(~valid[:, None], 0.0))
         return out.view(*shape, out.shape[1]), routing
+
+    def _routed(self, tokens: Tensor, labels: dict[str, Any]) -> tuple[Tensor, Tensor | None, Routing]:
+        """Tokens (T, D), which of them count, and where they go."""
+        flat, labels = self._flat(tokens, labels)
+        return flat, labels["valid"], self.route(flat, labels)
+
+    def _flat(self, tokens: Tensor, labels: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Tokens (T, D) and a label of each."""
+        name = type(self).__name__
+        checks.check_floating(name, "tokens", tokens)
+        shape = tokens.shape[:-1]
+        # Not -1, which is ambiguous where there are no tokens.
+        flat = tokens.reshape(math.prod(shape), tokens.shape[-1])
+        valid, allowed = _token_label(name, "valid", labels["valid"], shape), labels["allowed"]
+        flat = flat if valid is None else left_out(flat, valid)
+        if allowed is not None:
+            last = allowed.shape[-1:] if allowed.dtype == torch.bool or self.gate.k > 1 else ()
+            allowed = _token_label(name, "allowed", allowed, shape, last)
+        segments = _token_label(name, "segments", labels["segments"], shape)
+        return flat, {**labels, "segments": segments, "valid": valid, "allowed": allowed}
 
 
 def _token_label(
@@ -127,8 +131,20 @@ class SparseMoE(_Layer):
         bias: as in `Experts`.
         shared: every token also passes through a network as large as this many experts.
         router: keyword arguments of `Router`: capacity, priority, gating, losses, balance, ...
+        group: spread the experts over its ranks, each of which gives tokens of its own: a ProcessGroup or a DeviceMesh
+            of one dimension. Output, losses, metrics and gradients are those of one process with the tokens of all
+            ranks. None: no other process is asked.
+        capacity_over: with `group`: experts take tokens of the whole "group", of which those with the highest gates go
+            first wherever they are, as in V-MoE; or of each "rank", whose capacity is that of its tokens alone.
+        average: as in `Experts`; `check` too.
+        check: compare what all ranks call before anything travels.
 
     Note:
+        With `group`, ``routing`` has the choices of this rank's tokens, and losses and metrics of the tokens of all
+        ranks, from sums of all. ``num_segments`` must be given with segments. The gate is on all ranks and must have
+        the same weights; DDP or FSDP average its gradients. They must leave the experts alone, whose parameters are
+        DTensors: docs/distributed.md. Each rank must draw other noise: seed them differently, or give a generator.
+
         Gates are the router's probabilities, not renormalised: with k = 1 that alone gives the router a gradient. Ask
         for ``router={"gating": Gating(renormalize=True)}`` where a checkpoint expects it, as Mixtral's do, whose
         ``block_sparse_moe`` state loads as it is. Memory: rows of the chosen experts only, (T k, F); tokens are read
@@ -155,16 +171,38 @@ class SparseMoE(_Layer):
         k: int = 1,
         *,
         router: Mapping[str, Any] | None = None,
+        group: Any = None,
+        capacity_over: str = "group",
+        average: bool = True,
+        check: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
         gate = Router(dim, experts, k, device=device, dtype=dtype, **(router or {}))
-        super().__init__(gate, hidden, device=device, dtype=dtype, **options)
+        spread = {"group": group, "average": average, "check": check}
+        super().__init__(gate, hidden, device=device, dtype=dtype, **options, **spread)
+        checks.check_choice("SparseMoE", "capacity_over", capacity_over, ("group", "rank"))
+        self.capacity_over = capacity_over
 
     def route(self, tokens: Tensor, labels: dict[str, Any]) -> Routing:
         """Tokens choose experts."""
         return self.gate(tokens, **labels)
+
+    def _routed(self, tokens: Tensor, labels: dict[str, Any]) -> tuple[Tensor, Tensor | None, Routing]:
+        spread = self.experts.spread
+        if spread is None:
+            return super()._routed(tokens, labels)
+        from ..distributed.route import route_agreed
+
+        def asked() -> tuple[Tensor, dict[str, Any]]:
+            flat.append(self._flat(tokens, labels))
+            given = {"priority": self.gate.priority, **self.gate.options(), **flat[0][1]}
+            return self.gate.scored(*flat[0]), given
+
+        flat: list[tuple[Tensor, dict[str, Any]]] = []
+        routing = route_agreed("SparseMoE", spread.team, asked, self.gate.k, self.capacity_over, spread.check)
+        return flat[0][0], flat[0][1]["valid"], routing
 
 
 class ExpertChoice(_Layer):
@@ -200,6 +238,8 @@ class ExpertChoice(_Layer):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
+        if "group" in options:
+            raise TypeError("ExpertChoice: group must not be given: experts choose among the tokens of one process")
         gate = Router(dim, experts, capacity=capacity, device=device, dtype=dtype, **(router or {}))
         if gate.balance is not None:
             raise ValueError(f"ExpertChoice: router must have no balance, got {gate.balance!r}: experts are balanced")

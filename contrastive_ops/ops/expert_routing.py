@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -238,27 +239,11 @@ def route(
         (torch.Size([12, 2]), torch.Size([3]), torch.Size([3]))
     """
     function = "route"
-    checks.check_matrix(function, "logits", logits)
-    k = checks.integer(function, "k", k, 1)
-    checks.check_choice(function, "priority", priority, PRIORITIES)
-    tokens, experts = logits.shape
-    if k > experts:
-        raise ValueError(f"{function}: k must be at most the number of experts, got k={k} and {experts} experts")
-    if gating is not DEFAULT:
-        check_gating(function, gating)
-        gating = gating.checked(function, k, experts, logits)
-    limits = as_capacity(function, capacity)
-    taken, group = limits.slots(function, tokens, experts, k)
-    problem = RouterProblem.of(
-        function, logits, k, gating, segments, num_segments, valid, allowed, losses, generator, noise
-    )
-    if problem.asks("load") and (gating.noise_std == 0 or gating.bias is not None or gating.expert_groups > 1):
-        raise ValueError(
-            f'{function}: losses must not have "load" without noise, or with a bias or groups of experts, got '
-            f"noise_std={gating.noise_std}: it is the chance to be chosen when the noise is drawn again"
-        )
+    asked = (k, priority, gating, segments, num_segments, valid, allowed, losses, generator, noise)
+    k, limits, problem = router_problem(function, logits, capacity, *asked)
+    taken, group = limits.slots(function, *logits.shape, k)
     backend = choose(function, BACKENDS, logits, backend)
-    places = [experts, group, taken, int(limits.padded), problem.segments]
+    places = [logits.shape[1], group, taken, int(limits.padded), problem.segments]
     by_gate = priority == "gate" and taken >= 0
     encoded = encode(problem.losses)
     arguments = problem.arguments(k)
@@ -268,6 +253,35 @@ def route(
     first = first if by_gate else None
     found = call.expert_routing_slots(chosen, first, problem.segment, places, backend)
     return routing_in_parts(problem, chosen, gates, scores, found)
+
+
+def router_problem(
+    function: str,
+    logits: Tensor,
+    capacity: int | float | Capacity | None,
+    k: int,
+    priority: str,
+    gating: Gating,
+    *labels: Any,
+) -> tuple[int, Capacity, RouterProblem]:
+    """The arguments of `route`, checked: k, what experts take, and the rest."""
+    checks.check_matrix(function, "logits", logits)
+    k = checks.integer(function, "k", k, 1)
+    checks.check_choice(function, "priority", priority, PRIORITIES)
+    experts = logits.shape[1]
+    if k > experts:
+        raise ValueError(f"{function}: k must be at most the number of experts, got k={k} and {experts} experts")
+    if gating is not DEFAULT:
+        check_gating(function, gating)
+        gating = gating.checked(function, k, experts, logits)
+    limits = as_capacity(function, capacity)
+    problem = RouterProblem.of(function, logits, k, gating, *labels)
+    if problem.asks("load") and (gating.noise_std == 0 or gating.bias is not None or gating.expert_groups > 1):
+        raise ValueError(
+            f'{function}: losses must not have "load" without noise, or with a bias or groups of experts, got '
+            f"noise_std={gating.noise_std}: it is the chance to be chosen when the noise is drawn again"
+        )
+    return k, limits, problem
 
 
 def as_routing(problem: RouterProblem, outputs: Sequence[Tensor], served: Tensor | None = None) -> Routing:
