@@ -293,6 +293,15 @@ def _pair_recall(backend: str) -> Any:
     return lambda: metrics.pair_recall(x, y, *labels, backend=backend), 2 * size([x, y, labels])
 
 
+claim("sinkhorn")(lambda backend: _plan(1, 1 << 23))
+claim("sinkhorn")(lambda backend: _plan(1 << 12, 1 << 11))
+
+
+def _plan(rows: int, columns: int) -> Any:
+    scores = torch.randn(rows, columns)
+    return lambda: ops.sinkhorn(scores), size(scores) + numbers(columns)
+
+
 claim("uniformity")(lambda backend: _spread(1, MANY, backend))
 claim("uniformity")(lambda backend: _spread(6_000, 1, backend))
 

@@ -194,3 +194,30 @@ def test_a_killed_rank_ends_the_others(schedule):
         group.close()
     assert second == "ended"
     assert all("one of them has ended, raised an error or does not take part" in text for text in (first, third))
+
+
+def balanced(rank, size):
+    """Sinkhorn over the rows of all ranks, of which the last has none."""
+    from contrastive_ops.losses import RunningCentre, dino
+    from contrastive_ops.ops import sinkhorn
+
+    generator, world = torch.Generator().manual_seed(1), torch.distributed.group.WORLD
+    rows, prototypes = torch.randn(9, 5, generator=generator), torch.randn(4, 5, generator=generator)
+    own, scores = (slice(0, 6), slice(6, 9), slice(9, 9))[rank], rows @ prototypes.T
+    for epsilon in (0.5, 0.004):  # the second one is balanced by logarithms
+        together = sinkhorn(scores, epsilon=epsilon)[own]
+        torch.testing.assert_close(sinkhorn(scores[own], epsilon=epsilon, group=world), together, rtol=1e-3, atol=1e-3)
+    options = {"assignment": "sinkhorn", "reduction": "none", "teacher_temperature": 0.3}
+    together = dino(rows, prototypes, rows.flip(1), **options)[own]
+    torch.testing.assert_close(dino(rows[own], prototypes, rows.flip(1)[own], group=world, **options), together)
+    alone, of_all = RunningCentre(4), RunningCentre(4)
+    alone(rows, prototypes)
+    of_all(rows[own], prototypes, group=world)
+    torch.testing.assert_close(of_all.centre, alone.centre)
+    scores[7] = -torch.inf
+    with pytest.raises(ValueError, match="must not be -inf in all of a row"):
+        sinkhorn(scores[own], group=world)
+
+
+def test_sinkhorn_of_all_ranks():
+    ranks(3).run(balanced)

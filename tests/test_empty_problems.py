@@ -273,6 +273,11 @@ CALLS = {
     ),
     "MemoryBank": ({"filled": 3, "n": 2, "d": 4}, banked),
     "UnigramSampler": ({"n": 4, "v": 5}, lambda n, v: ops.losses.UnigramSampler(torch.ones(v))(ids(n, below=v), 2)),
+    "RunningCentre": (
+        {"n": 3, "k": 4, "d": 2},
+        lambda n, k, d: ops.losses.RunningCentre(max(k, 1))(fixed(n, d), fixed(max(k, 1), d)),
+    ),
+    "sinkhorn": ({"b": 2, "n": 3, "k": 4}, lambda b, n, k: ops.sinkhorn(fixed(b, n, k))),
     "RunningDenominator": ({"n": 3}, running_denominator),
     "RunningCovariance": ({"n": 3, "d": 2}, lambda n, d: ops.losses.RunningCovariance(d)(rows(n, d))),
     "linear_log_prob": ({"n": 3, "v": 5, "d": 4}, language),

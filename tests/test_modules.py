@@ -16,6 +16,7 @@ import contrastive_ops
 from contrastive_ops import distributed, nn
 from contrastive_ops.losses.decorrelation import RunningCovariance
 from contrastive_ops.losses.negative_sampling import UnigramSampler
+from contrastive_ops.losses.self_distillation import RunningCentre
 from contrastive_ops.mining import MemoryBank
 from contrastive_ops.moe import ExpertChoice, Experts, Router, SoftMoE, SparseMoE
 
@@ -28,6 +29,7 @@ ARGUMENTS = {
     nn.MatryoshkaCLIPLoss: ((), {"dims": (4, 8)}),
     nn.MatryoshkaNTXentLoss: ((), {"dims": (4, 8)}),
     nn.RunningDenominator: ((10,), {}),
+    RunningCentre: ((8,), {}),
     RunningCovariance: ((8,), {}),
     UnigramSampler: ((COUNTS,), {}),
     MemoryBank: ((16, 8), {}),

@@ -18,13 +18,14 @@ from torch import nn
 import contrastive_ops
 from contrastive_ops import moe
 from contrastive_ops.core.state import State
-from contrastive_ops.losses import RunningCovariance, RunningDenominator, UnigramSampler, sog_clr
+from contrastive_ops.losses import RunningCentre, RunningCovariance, RunningDenominator, UnigramSampler, sog_clr
 from contrastive_ops.mining import MemoryBank
 from contrastive_ops.moe.router import balanced_bias
 
 MAKE = {
     "MemoryBank": lambda: MemoryBank(6, 4),
     "Router": lambda: moe.Router(4, 3, balance="sign"),
+    "RunningCentre": lambda: RunningCentre(4),
     "RunningCovariance": lambda: RunningCovariance(4),
     "RunningDenominator": lambda: RunningDenominator(5),
     "UnigramSampler": lambda: UnigramSampler(torch.tensor([5, 3, 2])),
@@ -207,7 +208,12 @@ def router(module, value):
     return module.update_bias(torch.tensor([1.0, value, 2.0]))
 
 
+def centre(module, value):
+    module(torch.full((3, 2), value), torch.randn(4, 2))
+
+
 BATCHES = {
+    "RunningCentre": centre,
     "RunningCovariance": covariance,
     "RunningDenominator": denominator,
     "MemoryBank": bank,

@@ -39,7 +39,8 @@ from .nt_xent import nt_xent
 from .pair_scores import angle, cosent, pair_mse
 from .preference import dpo, kl_estimate
 from .rank_distillation import listwise_distillation, margin_mse, pairwise_rank_distillation
-from .regularizers import alignment, sparsity, uniformity
+from .regularizers import alignment, koleo, sparsity, uniformity
+from .self_distillation import RunningCentre, dino, swav
 from .siglip import multi_positive_siglip, siglip
 from .sog_clr import RunningDenominator, sog_clr
 from .spectral import spectral_contrastive
@@ -50,6 +51,7 @@ __all__ = [
     "CrossEntropy",
     "Diagnostics",
     "LogProb",
+    "RunningCentre",
     "RunningCovariance",
     "RunningDenominator",
     "UnigramSampler",
@@ -67,6 +69,7 @@ __all__ = [
     "covariance_penalty",
     "dcl",
     "debiased",
+    "dino",
     "distance_distillation",
     "dpo",
     "effective_rank",
@@ -78,6 +81,7 @@ __all__ = [
     "hn_nce",
     "info_nce",
     "kl_estimate",
+    "koleo",
     "late_interaction",
     "linear_cross_entropy",
     "linear_kl",
@@ -107,6 +111,7 @@ __all__ = [
     "sparsity",
     "spectral_contrastive",
     "sup_con",
+    "swav",
     "triplet",
     "uniformity",
     "variance_hinge",

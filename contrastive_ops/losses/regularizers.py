@@ -1,4 +1,4 @@
-"""Regularisers of embeddings by distances and by rows: alignment, uniformity, sparsity."""
+"""Regularisers of embeddings by distances and by rows: alignment, uniformity, KoLeo, sparsity."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from ..core.ordered import ordered_logsumexp
 from ..core.rules import Pairs
 from ..core.unit_rows import unit_rows
 from ..ops.similarity_reduce import fold, merge_lse
+from ..ops.similarity_topk import similarity_topk
 from . import _arguments
+from ._distances import distance_between, points
 
 SPARSITIES = ("flops", "l1")
+# Cosines above which rounding could take another row for the nearest one: half a squared distance is 1 - cosine.
+_NEAR = 1 - 1e-3
 
 
 def alignment(
@@ -166,6 +170,84 @@ def _potential_of_lengths(x: Tensor, t: float) -> Tensor:
     """What each row adds to -t times a squared distance beside the inner product."""
     with autocast.disabled(x):
         return -t * x.square().sum(1)
+
+
+def koleo(
+    x: Tensor,
+    *,
+    eps: float = 1e-8,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """KoLeo: minus the logarithm of each row's distance from its nearest neighbour, which spreads a batch out.
+
+    Equivalent to::
+
+        x = F.normalize(x)
+        distance = torch.cdist(x, x).fill_diagonal_(torch.inf).amin(1)
+        -(distance + eps).log().mean()
+
+    Args:
+        x: (N, D) float32, bfloat16, float16 or float64.
+        eps: added to the distances; a number > 0.
+        weight: (N,) weight >= 0 of each row; the mean divides by its sum. Differentiable. 0 leaves it out, though not
+            as a neighbour of others.
+        reduction: "mean", "sum" or "none".
+        normalize: scale all rows to length 1 first, as DINOv2 does.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs). Rows that are equal have loss
+        -log(eps) and gradient 0, a row alone has loss and gradient 0, and the mean of no rows is NaN. The gradient goes
+        to both rows of a distance; which row is the nearest is not differentiated.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `similarity_topk`.
+
+    Note:
+        Memory O(N D), in one sweep over half of the pairs: N^2 D operations. Distances are those of differences, and
+        rows that are nearly equal to another are compared with all by them.
+
+    Source:
+        Sablayrolles et al., Spreading Vectors for Similarity Search, 2019; Oquab et al., DINOv2, 2023.
+
+    Example:
+        >>> koleo(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]))             # all at sqrt(2) from the nearest
+        tensor(-0.3466)
+    """
+    name = "koleo"
+    eps = checks.number(name, "eps", eps, "(0, inf)")
+    _arguments.check_reduction(name, reduction)
+    (x,) = autocast.cast(x)
+    checks.check_matrix(name, "x", x)
+    if weight is not None:
+        _arguments.check_weight(name, weight, x.shape[0], "x", x)
+    with autocast.disabled(x):
+        rows = x.to(checks.accumulator(x.dtype))
+        rows = unit_rows(rows) if normalize else rows
+        nearest = _nearest_rows(rows.detach(), normalize, backend)
+        all_rows = points(rows, "euclidean")
+        distance = distance_between(all_rows, all_rows.take(nearest), "euclidean")
+        losses = torch.where(nearest >= 0, -(distance + eps).log(), 0.0)
+    return _arguments.reduce_rows(losses, weight, reduction)
+
+
+def _nearest_rows(x: Tensor, unit: bool, backend: str) -> Tensor:
+    """(N,) the nearest other row of each, -1 where there is none."""
+    alone = Pairs(diagonal=0)
+    if not unit or not checks.may_read(x, waits=True):
+        return similarity_topk(x, k=1, metric="sqeuclidean", pairs=alone, backend=backend).indices[:, 0]
+    # The largest cosine of a self-similarity takes half of the products of a search.
+    found = fold(x, reduce=("max",), pairs=alone, names=("koleo", "x", "x"), backend=backend)
+    nearest = found.row_argmax[0].clone()
+    close = (found.rows[0] > _NEAR).nonzero()[:, 0]
+    if len(close):
+        own = torch.arange(len(close) + 1, device=x.device), close
+        again = similarity_topk(x[close], x, 1, metric="sqeuclidean", pairs=Pairs(exclude=own), backend=backend)
+        nearest[close] = again.indices[:, 0]
+    return nearest
 
 
 def sparsity(x: Tensor, *, kind: str = "flops") -> Tensor:

@@ -297,6 +297,26 @@ class AlignmentLoss(Loss):
     function = staticmethod(losses.alignment)
 
 
+class KoLeoLoss(Loss):
+    """`losses.koleo` as a module: ``KoLeoLoss()(embeddings)``."""
+
+    function = staticmethod(losses.koleo)
+
+
+class DINOLoss(ScaledLoss):
+    """`losses.dino` as a module: ``DINOLoss()(student, prototypes, teacher, teacher_prototypes, centre=centre)``."""
+
+    function = staticmethod(losses.dino)
+    default_temperature = 0.1
+
+
+class SwAVLoss(ScaledLoss):
+    """`losses.swav` as a module: ``SwAVLoss()(view0, view1, prototypes)``."""
+
+    function = staticmethod(losses.swav)
+    default_temperature = 0.1
+
+
 class DPOLoss(Loss):
     """`losses.dpo` as a module: ``DPOLoss(beta=0.1)(chosen, rejected, ref_chosen, ref_rejected)``."""
 

@@ -15,6 +15,7 @@ from .similarity_prefix import PrefixFolds, similarity_prefix
 from .similarity_reduce import merge_lse, similarity_reduce
 from .similarity_topk import TopK, similarity_topk
 from .similarity_values import similarity_values
+from .sinkhorn import sinkhorn
 from .token_sets import TokenSets
 from .xtr import xtr
 
@@ -44,6 +45,7 @@ __all__ = [
     "similarity_reduce",
     "similarity_topk",
     "similarity_values",
+    "sinkhorn",
     "stream_rows",
     "xtr",
 ]

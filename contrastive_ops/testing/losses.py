@@ -154,6 +154,9 @@ _LISTS = {"scores": Draw.list_scores, "teacher_scores": Draw.teacher_scores}
 _MASKED_LISTS = {**_LISTS, "mask": Draw.list_mask, **_WEIGHT}
 _TOKEN_LABELS = {"hidden": Draw.matrix, "head": Draw.columns, "labels": Draw.column}
 _TAUGHT = {"x": Draw.matrix, "y": Draw.matrix, "teacher_x": Draw.teacher, "teacher_y": Draw.teacher}
+_DINO = {"student": Draw.matrix, "prototypes": Draw.columns, "teacher": Draw.teacher}
+_SWAV = {"x": Draw.matrix, "y": Draw.matrix, "prototypes": Draw.columns}
+_SOFT = {"teacher_temperature": 0.3}
 _PAIR_LIST = {"x": Draw.columns, "y": Draw.columns, "rows": Draw.own, "cols": Draw.column, "labels": Draw.grades}
 
 # The entry with the name of its function is the one that tests take where one is enough.
@@ -408,6 +411,14 @@ LOSSES: dict[str, LossCase] = {
     "simctg": LossCase(
         losses.simctg, {"x": Draw.matrix, "segments": Draw.labels}, {"margin": 1.0}, mean=_mean_over_positives
     ),
+    "koleo": LossCase(losses.koleo, {"x": Draw.matrix}),
+    "koleo weight": LossCase(losses.koleo, {"x": Draw.matrix, **_WEIGHT}),
+    "dino": LossCase(losses.dino, {**_DINO, "teacher_prototypes": Draw.queue, **_SCALE}),
+    "dino sinkhorn": LossCase(
+        losses.dino, {**_DINO, "scale": Draw.scale_of_rows, **_WEIGHT}, {"assignment": "sinkhorn", **_SOFT}
+    ),
+    "swav": LossCase(losses.swav, {**_SWAV, **_SCALE}, {"epsilon": 0.3}),
+    "swav queue": LossCase(losses.swav, {**_SWAV, "queue": Draw.queue, **_WEIGHT}, {"epsilon": 0.3}),
     "alignment": LossCase(losses.alignment, {"x": Draw.matrix, "y": Draw.matrix, **_WEIGHT}, {"power": 1.5}),
     "dpo": LossCase(
         losses.dpo,
