@@ -66,7 +66,7 @@ def contrastive_search(
         Su et al., A Contrastive Framework for Neural Text Generation, 2022; Su and Collier, Contrastive Search Is What
         You Need For Neural Text Generation, 2023.
 
-    Example:
+    Examples:
         >>> context = torch.eye(3)[None, :2]                                  # two tokens so far
         >>> candidates = torch.eye(3)[None, 1:]                               # the likelier one repeats the second
         >>> contrastive_search(candidates, torch.tensor([[0.6, 0.4]]), context).chosen
@@ -108,7 +108,7 @@ class ContrastiveCache:
         context: (B, L, D) hidden states of the prompt.
         mask: (B, L) bool, False for padding.
 
-    Example:
+    Examples:
         >>> cache = ContrastiveCache(torch.randn(2, 5, 8))
         >>> choice = contrastive_search(torch.randn(2, 4, 8), torch.rand(2, 4), cache)
         >>> cache.append(torch.randn(2, 8))

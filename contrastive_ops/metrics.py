@@ -63,7 +63,7 @@ def isotropy(x: Tensor, segments: Tensor | None = None, num_segments: int | None
     Source:
         Su and Collier, Contrastive Search Is What You Need For Neural Text Generation, 2023.
 
-    Example:
+    Examples:
         >>> isotropy(torch.eye(4)), isotropy(torch.ones(4, 4))
         (tensor(1.), tensor(0.))
     """
@@ -133,7 +133,7 @@ def hubness(neighbours: Tensor | TopK, columns: int) -> Tensor:
     Source:
         Radovanovic et al., Hubs in Space: Popular Nearest Neighbors in High-Dimensional Data, 2010.
 
-    Example:
+    Examples:
         >>> round(float(hubness(torch.tensor([[0], [0], [0], [1]]), columns=3)), 3)
         0.382
     """
@@ -201,7 +201,7 @@ def retrieval_metrics(
         Järvelin and Kekäläinen, Cumulated Gain-Based Evaluation of IR Techniques, 2002; Chapelle et al., Expected
         Reciprocal Rank for Graded Relevance, 2009; Moffat and Zobel, Rank-Biased Precision, 2008.
 
-    Example:
+    Examples:
         >>> found = torch.tensor([[3, 1, 0], [2, 0, 1]])
         >>> measures = retrieval_metrics(found, [[1], [2]], k=(1, 3))
         >>> measures["recall@1"].tolist(), measures["mrr@3"].tolist()

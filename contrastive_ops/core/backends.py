@@ -112,7 +112,7 @@ def enrol(primitive: str, table: Mapping[str, Backend]) -> Mapping[str, Backend]
 def backends() -> dict[str, dict[str, str | None]]:
     """Return, for each primitive, its backends with None where one can run on a device of this machine, else why not.
 
-    Example:
+    Examples:
         >>> backends()["similarity_topk"]["reference"] is None
         True
     """

@@ -63,7 +63,7 @@ def first_of_each(lists: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: not an int64 matrix.
 
-    Example:
+    Examples:
         >>> first_of_each(torch.tensor([[7, 3, 7, -1]]))
         tensor([[ True,  True, False, False]])
     """

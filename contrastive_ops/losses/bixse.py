@@ -84,7 +84,7 @@ def bixse(
         ``softplus(l) - grade * l`` on the labelled pair and ``softplus(l)`` on in-batch pairs. Scale and bias are
         those of SigLIP here.
 
-    Example:
+    Examples:
         >>> query, key = torch.randn(4, 16), torch.randn(6, 16)
         >>> loss = bixse(query, key, torch.tensor([1.0, 0.7, 0.0, 0.3]))
         >>> indptr, listed = torch.tensor([0, 2, 2, 3, 4]), torch.tensor([0, 5, 2, 3])
@@ -187,7 +187,7 @@ def pair_bce(
         Mikolov et al., Distributed Representations of Words and Phrases and their Compositionality, 2013 (negative
         sampling), for labels of 0 and 1.
 
-    Example:
+    Examples:
         >>> x, y = torch.randn(4, 16), torch.randn(6, 16)
         >>> rows, cols = torch.tensor([0, 0, 3]), torch.tensor([5, 1, 1])
         >>> pair_bce(x, y, rows, cols, torch.tensor([1.0, 0.0, 0.2]), reduction="none").shape

@@ -127,7 +127,7 @@ def clip(
         images: Yuksekgonul et al., When and Why Vision-Language Models Behave like Bags-of-Words, 2023 (NegCLIP). The
         bonus: Lan et al., LLaVE, 2025.
 
-    Example:
+    Examples:
         >>> image, text = torch.randn(8, 16), torch.randn(8, 16)
         >>> cosines = torch.nn.functional.normalize(image) @ torch.nn.functional.normalize(text).T
         >>> labels = torch.arange(8)

@@ -104,7 +104,7 @@ def dcl(
     Source:
         Yeh et al., Decoupled Contrastive Learning, 2022, equation 6.
 
-    Example:
+    Examples:
         >>> z0, z1 = torch.randn(8, 16), torch.randn(8, 16)
         >>> float(dcl(z0, z1)) < float(dcl(z0, -z0))
         True

@@ -44,7 +44,7 @@ def variance_hinge(x: Tensor, *, std: float = 1.0, eps: float = 1e-4) -> Tensor:
     Source:
         Bardes et al., VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning, 2022.
 
-    Example:
+    Examples:
         >>> variance_hinge(torch.zeros(4, 3))
         tensor(0.9900)
     """
@@ -81,7 +81,7 @@ def covariance_penalty(x: Tensor) -> Tensor:
     Source:
         Bardes et al., VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning, 2022.
 
-    Example:
+    Examples:
         >>> covariance_penalty(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
         tensor(4.)
     """
@@ -130,7 +130,7 @@ def vicreg(
     Source:
         Bardes et al., VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised Learning, 2022.
 
-    Example:
+    Examples:
         >>> vicreg(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
     """
@@ -169,7 +169,7 @@ def barlow_twins(x: Tensor, y: Tensor, *, off_diagonal: float = 0.0051) -> Tenso
     Source:
         Zbontar et al., Barlow Twins: Self-Supervised Learning via Redundancy Reduction, 2021.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[1.0, -1.0], [1.0, 1.0], [-1.0, -1.0], [-1.0, 1.0]])
         >>> bool(barlow_twins(x, x) < 1e-8)                                   # two features without correlation
         True
@@ -268,7 +268,7 @@ def log_det(x: Tensor, *, eps: float = 1e-6, covariance: bool = False) -> Tensor
         Ozsoy et al., Self-Supervised Learning with an Information Maximization Criterion, 2022; Yu et al., Learning
         Diverse and Discriminative Representations via the Principle of Maximal Coding Rate Reduction, 2020.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[1.0, -1.0], [1.0, 1.0], [-1.0, -1.0], [-1.0, 1.0]])
         >>> round(float(log_det(x)), 4) + 0.0                                 # its covariance is the identity
         0.0
@@ -320,7 +320,7 @@ def effective_rank(x: Tensor, *, centre: bool = False) -> Tensor:
         Roy and Vetterli, The Effective Rank: A Measure of Effective Dimensionality, 2007 (of singular values; here the
         eigenvalues of the Gram matrix, which make it the exponential of the von Neumann entropy).
 
-    Example:
+    Examples:
         >>> round(float(effective_rank(torch.eye(5))), 4), round(float(effective_rank(torch.ones(5, 3))), 4)
         (5.0, 1.0)
     """

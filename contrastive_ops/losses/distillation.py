@@ -84,7 +84,7 @@ def similarity_distillation(
         `DistillClipLoss` of open_clip is ``divergence="ce", symmetric=True``. Without y: Koohpayegani et al., CompRess:
         Self-Supervised Learning by Compressing Representations, 2020.
 
-    Example:
+    Examples:
         >>> image, text = torch.randn(8, 16), torch.randn(8, 16)
         >>> teacher = image + 0.1 * torch.randn(8, 16)
         >>> same = similarity_distillation(image, text, image, text, symmetric=True)
@@ -189,7 +189,7 @@ def distance_distillation(
         Park et al., Relational Knowledge Distillation, 2019 (the distance-wise loss); Hu et al., ProCLIP: Progressive
         Vision-Language Alignment via LLM-based Embedder, 2025 (structure alignment: ``relative=False``).
 
-    Example:
+    Examples:
         >>> x = torch.randn(8, 16)
         >>> float(distance_distillation(x, 3.0 * x)) < 1e-6
         True

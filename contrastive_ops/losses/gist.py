@@ -87,7 +87,7 @@ def gte(
         Li et al., Towards General Text Embeddings with Multi-stage Contrastive Learning, 2023; the mask: Zhang et al.,
         Qwen3 Embedding, 2025, with directions ("query_to_doc", "query_to_query", "doc_to_doc").
 
-    Example:
+    Examples:
         >>> query, document = torch.randn(6, 16), torch.randn(6, 16)
         >>> gte(query, document, torch.randn(6, 2, 16), temperature=0.05).shape
         torch.Size([])
@@ -188,7 +188,7 @@ def gist(
     Source:
         Solatorio, GISTEmbed: Guided In-sample Selection of Training Negatives for Text Embedding Fine-tuning, 2024.
 
-    Example:
+    Examples:
         >>> query, key, guide_query, guide_key = torch.randn(4, 6, 16).unbind()
         >>> gist(query, key, guide_query, guide_key, margin_strategy="relative", margin=0.05).shape
         torch.Size([])

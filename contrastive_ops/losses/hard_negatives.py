@@ -102,7 +102,7 @@ def debiased(
     Source:
         Chuang et al., Debiased Contrastive Learning, 2020, with one positive (M = 1).
 
-    Example:
+    Examples:
         >>> z0 = torch.randn(8, 16)
         >>> z1 = z0 + 0.1 * torch.randn(8, 16)
         >>> bool(debiased(z0, z1, tau_plus=0.2) < debiased(z0, z1, tau_plus=0.0))
@@ -212,7 +212,7 @@ def hcl(
     Source:
         Robinson et al., Contrastive Learning with Hard Negative Samples, 2021.
 
-    Example:
+    Examples:
         >>> z0, z1 = torch.randn(8, 16), torch.randn(8, 16)
         >>> bool(hcl(z0, z1, beta=2.0) > hcl(z0, z1, beta=0.0))
         True

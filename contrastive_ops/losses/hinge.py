@@ -77,7 +77,7 @@ def vse(
         Kiros et al., Unifying Visual-Semantic Embeddings with Multimodal Neural Language Models, 2014; Faghri et al.,
         VSE++: Improving Visual-Semantic Embeddings with Hard Negatives, 2018.
 
-    Example:
+    Examples:
         >>> image, text = torch.randn(8, 16), torch.randn(8, 16)
         >>> bool(vse(image, text, hardest=True) <= vse(image, text))
         True
@@ -162,7 +162,7 @@ def energy_hinge(
         Jiang et al., Improved Universal Sentence Embeddings with Prompt-based Contrastive Learning and Energy-based
         Learning, 2022 (PromCSE): ``relu(margin + max over negatives of cos - cos of the pair)``, added to InfoNCE.
 
-    Example:
+    Examples:
         >>> query, key, negatives = torch.randn(4, 16), torch.randn(4, 16), torch.randn(9, 16)
         >>> energy_hinge(query, key, negatives, reduction="none").shape
         torch.Size([4])
@@ -242,7 +242,7 @@ def simctg(
     Source:
         Su et al., A Contrastive Framework for Neural Text Generation, 2022.
 
-    Example:
+    Examples:
         Two sequences of four and three tokens, the second padded:
 
         >>> tokens, mask = torch.randn(2, 4, 16), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])

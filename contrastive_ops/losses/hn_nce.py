@@ -105,7 +105,7 @@ def hn_nce(
     Source:
         Radenovic et al., Filtering, Distillation, and Hard Negatives for Vision-Language Pre-Training, 2023.
 
-    Example:
+    Examples:
         >>> from contrastive_ops import clip
         >>> image, text = torch.randn(8, 16), torch.randn(8, 16)
         >>> torch.allclose(hn_nce(image, text, alpha=1.0, beta=0.0), clip(image, text), rtol=1e-4)

@@ -165,7 +165,7 @@ def info_nce(
         van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018. The margin: Yang et al.,
         Improving Multilingual Sentence Embedding using Bi-directional Dual Encoder with Additive Margin Softmax, 2019.
 
-    Example:
+    Examples:
         >>> query, key = torch.randn(8, 16), torch.randn(8, 16)
         >>> loss = info_nce(query, key, temperature=0.1)
         >>> cosines = torch.nn.functional.normalize(query) @ torch.nn.functional.normalize(key).T

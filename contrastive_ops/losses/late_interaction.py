@@ -78,7 +78,7 @@ def late_interaction(
         Santhanam et al., ColBERTv2: Effective and Efficient Retrieval via Lightweight Late Interaction, 2022; the loss
         is `Contrastive` of PyLate. `retrieved`: see `xtr`.
 
-    Example:
+    Examples:
         >>> from contrastive_ops.losses import late_interaction
         >>> from contrastive_ops.ops import TokenSets, maxsim
         >>> queries, documents = torch.randn(4, 3, 8), TokenSets(torch.randn(4, 9, 8), torch.rand(4, 9) < 0.8)

@@ -143,7 +143,7 @@ def linear_log_prob(
     Source:
         Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2024.
 
-    Example:
+    Examples:
         >>> hidden, head = torch.randn(2, 5, 16), torch.nn.Linear(16, 100)
         >>> labels = torch.randint(100, (2, 5))
         >>> labels[1, 3:] = -100                                              # the second sequence has three tokens
@@ -276,7 +276,7 @@ def linear_cross_entropy(
         Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models, 2024. The z-loss: Chowdhery et al., PaLM,
         2022. Options and their meaning as in ``torch.nn.functional.linear_cross_entropy`` of torch 2.13.
 
-    Example:
+    Examples:
         >>> hidden, head, labels = torch.randn(2, 5, 16), torch.nn.Linear(16, 100), torch.randint(100, (2, 5))
         >>> loss = linear_cross_entropy(hidden, head.weight, labels, bias=head.bias, label_smoothing=0.1)
         >>> truth = torch.nn.functional.cross_entropy(head(hidden).mT, labels, label_smoothing=0.1)
@@ -355,7 +355,7 @@ def linear_kl(
     Source:
         The reverse divergence: Gu et al., MiniLLM, 2023; its estimates from samples alone: `kl_estimate`.
 
-    Example:
+    Examples:
         >>> policy, reference = torch.nn.Linear(16, 100), torch.nn.Linear(16, 100)
         >>> hidden = torch.randn(2, 5, 16)
         >>> linear_kl(hidden, policy.weight, hidden, reference.weight).shape

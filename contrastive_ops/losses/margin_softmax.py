@@ -62,7 +62,7 @@ def cos_face(
     Source:
         Wang et al., CosFace: Large Margin Cosine Loss for Deep Face Recognition, 2018.
 
-    Example:
+    Examples:
         >>> x, prototypes, labels = torch.randn(6, 16), torch.randn(4, 16), torch.tensor([0, 1, 2, 3, 0, 1])
         >>> cos_face(x, prototypes, labels, scale=16.0).shape
         torch.Size([])
@@ -141,7 +141,7 @@ def arc_face(
     Source:
         Deng et al., ArcFace: Additive Angular Margin Loss for Deep Face Recognition, 2019.
 
-    Example:
+    Examples:
         >>> x, prototypes, labels = torch.randn(6, 16), torch.randn(4, 16), torch.tensor([0, 1, 2, 3, 0, 1])
         >>> arc_face(x, prototypes, labels, margin=0.3, scale=16.0, reduction="none").shape
         torch.Size([6])
@@ -213,7 +213,7 @@ def margin_softmax(
     Source:
         As `cos_face` and `arc_face`.
 
-    Example:
+    Examples:
         >>> x, prototypes, labels = torch.randn(6, 16), torch.randn(4, 16), torch.tensor([0, 1, 2, 3, 0, 1])
         >>> loss = margin_softmax(x, prototypes, labels, margin=0.2, kind="cosface", scale=16.0)
         >>> torch.equal(loss, cos_face(x, prototypes, labels, margin=0.2, scale=16.0))

@@ -78,7 +78,7 @@ def matryoshka_info_nce(
     Source:
         Kusupati et al., Matryoshka Representation Learning, 2022.
 
-    Example:
+    Examples:
         >>> from contrastive_ops import info_nce
         >>> query, key = torch.randn(8, 16), torch.randn(8, 16)
         >>> loss = matryoshka_info_nce(query, key, dims=(4, 16), dim_weights=(0.5, 1.0))
@@ -164,7 +164,7 @@ def matryoshka_clip(
         Kusupati et al., Matryoshka Representation Learning, 2022; the loss: Radford et al., Learning Transferable
         Visual Models From Natural Language Supervision, 2021.
 
-    Example:
+    Examples:
         >>> from contrastive_ops import clip
         >>> image, text = torch.randn(8, 16), torch.randn(8, 16)
         >>> loss = matryoshka_clip(image, text, dims=(4, 16))
@@ -245,7 +245,7 @@ def matryoshka_nt_xent(
         Kusupati et al., Matryoshka Representation Learning, 2022; the loss: Chen et al., A Simple Framework for
         Contrastive Learning of Visual Representations, 2020.
 
-    Example:
+    Examples:
         >>> z0, z1 = torch.randn(4, 16), torch.randn(4, 16)
         >>> matryoshka_nt_xent(z0, z1, dims=(8, 16), reduction="none").shape
         torch.Size([8])

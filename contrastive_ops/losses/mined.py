@@ -91,7 +91,7 @@ def mined_info_nce(
         Karpukhin et al., Dense Passage Retrieval for Open-Domain Question Answering, 2020, for hard and in-batch
         negatives in one softmax.
 
-    Example:
+    Examples:
         >>> query, positive, corpus = torch.randn(4, 16), torch.randn(4, 16), torch.randn(100, 16)
         >>> own = torch.tensor([3, 14, 15, 92])                                     # the row of each query's document
         >>> mined_info_nce(query, positive, corpus, 10, pairs=Pairs(exclude=(torch.arange(5), own))).shape

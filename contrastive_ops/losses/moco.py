@@ -117,7 +117,7 @@ def moco(
     Source:
         He et al., Momentum Contrast for Unsupervised Visual Representation Learning, 2020.
 
-    Example:
+    Examples:
         >>> query, key, queue = torch.randn(6, 16), torch.randn(6, 16), torch.randn(64, 16)
         >>> loss, measures = moco(query, key, queue, diagnostics=True)
         >>> measures.rank.shape

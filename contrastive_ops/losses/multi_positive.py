@@ -89,7 +89,7 @@ def sup_con(
     Source:
         Khosla et al., Supervised Contrastive Learning, 2020, equations 2 and 3.
 
-    Example:
+    Examples:
         >>> x, labels = torch.randn(6, 8), torch.tensor([0, 1, 0, 1, 2, -1])
         >>> (sup_con(x, labels, reduction="none") > 0).tolist()
         [True, True, True, True, False, False]
@@ -215,7 +215,7 @@ def multi_positive_info_nce(
         Sohn, Improved Deep Metric Learning with Multi-class N-pair Loss Objective, 2016, for one positive;
         pytorch-metric-learning, NTXentLoss, for several.
 
-    Example:
+    Examples:
         >>> x, labels = torch.randn(6, 8), torch.tensor([0, 1, 0, 1, 2, -1])
         >>> (multi_positive_info_nce(x, labels, reduction="none") > 0).tolist()
         [True, True, True, True, False, False]
@@ -308,7 +308,7 @@ def soft_info_nce(
         Szegedy et al., Rethinking the Inception Architecture for Computer Vision, 2016, for soft targets and
         smoothing; van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018.
 
-    Example:
+    Examples:
         >>> query, key = torch.randn(2, 8), torch.randn(4, 8)
         >>> shares = torch.tensor([[0.5, 0.0, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0]])
         >>> targets = torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1]), torch.tensor([0.5, 0.5, 1.0])

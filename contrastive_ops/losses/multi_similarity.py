@@ -69,7 +69,7 @@ def multi_similarity(
         Wang et al., Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning, 2019, without its
         mining; equal to ``MultiSimilarityLoss`` of pytorch-metric-learning.
 
-    Example:
+    Examples:
         >>> x, labels = torch.randn(6, 8), torch.tensor([0, 1, 0, 1, 2, -1])
         >>> multi_similarity(x, labels, reduction="none").shape
         torch.Size([6])

@@ -28,7 +28,7 @@ class UnigramSampler(State):
     Source:
         Mikolov et al., Distributed Representations of Words and Phrases and their Compositionality, 2013.
 
-    Example:
+    Examples:
         >>> sampler = UnigramSampler(torch.tensor([100, 10, 0, 1]))
         >>> negatives = sampler(torch.tensor([0, 1]), 5)
         >>> negatives.shape, bool((negatives != 2).all()), bool((negatives != torch.tensor([[0], [1]])).all())
@@ -131,7 +131,7 @@ def negative_sampling(
         Mikolov et al., Distributed Representations of Words and Phrases and their Compositionality, 2013; Gutmann and
         Hyvärinen, Noise-Contrastive Estimation, 2010.
 
-    Example:
+    Examples:
         >>> center, table = torch.zeros(2, 4), torch.zeros(9, 4)
         >>> negative_sampling(center, table, torch.tensor([1, 2]), torch.tensor([[3, 4], [5, -1]]), reduction="none")
         tensor([2.0794, 1.3863])

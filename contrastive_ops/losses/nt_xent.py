@@ -103,7 +103,7 @@ def nt_xent(
     Source:
         Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, 2020.
 
-    Example:
+    Examples:
         >>> z0, z1 = torch.randn(4, 16), torch.randn(4, 16)
         >>> nt_xent(z0, z1, reduction="none").shape
         torch.Size([8])

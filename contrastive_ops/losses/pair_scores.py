@@ -47,7 +47,7 @@ def pair_mse(
     Source:
         Reimers and Gurevych, Sentence-BERT, 2019: ``CosineSimilarityLoss`` of sentence-transformers.
 
-    Example:
+    Examples:
         >>> x = torch.randn(4, 8)
         >>> float(pair_mse(x, 2 * x, torch.ones(4))) < 1e-10
         True
@@ -108,7 +108,7 @@ def cosent(
         Huang et al., CoSENT: Consistent Sentence Embedding via Similarity Ranking, 2024; equal to ``CoSENTLoss`` of
         sentence-transformers.
 
-    Example:
+    Examples:
         >>> x = torch.randn(3, 8)
         >>> float(cosent(x, x, torch.tensor([0.1, 0.5, 0.5])) > 0)
         1.0
@@ -154,7 +154,7 @@ def angle(
     Source:
         Li and Li, AnglE-optimized Text Embeddings, 2023; equal to ``AnglELoss`` of sentence-transformers.
 
-    Example:
+    Examples:
         >>> x, y = torch.randn(3, 8), torch.randn(3, 8)
         >>> angle(x, y, torch.tensor([0.1, 0.5, 0.9])).shape
         torch.Size([])

@@ -63,7 +63,7 @@ def dpo(
         Rafailov et al., Direct Preference Optimization, 2023; Azar et al., A General Theoretical Paradigm to Understand
         Learning from Human Preferences, 2023 (IPO); Zhao et al., SLiC-HF, 2023; Meng et al., SimPO, 2024.
 
-    Example:
+    Examples:
         >>> dpo(torch.tensor([-4.0]), torch.tensor([-9.0]), torch.tensor([-5.0]), torch.tensor([-8.0]), beta=1.0)
         tensor(0.1269)
     """
@@ -139,7 +139,7 @@ def kl_estimate(log_prob: Tensor, reference_log_prob: Tensor, *, kind: str = "k3
     Source:
         Schulman, Approximating KL Divergence, 2020; k3 is the penalty of GRPO (Shao et al., DeepSeekMath, 2024).
 
-    Example:
+    Examples:
         >>> kl_estimate(torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.5]))
         tensor([0.1065, 0.1487])
     """

@@ -58,7 +58,7 @@ def margin_mse(
         Hofstätter et al., Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge Distillation,
         2020.
 
-    Example:
+    Examples:
         >>> margin_mse(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[9.0, 7.0, 5.0]]))
         tensor(4.5000)
     """
@@ -117,7 +117,7 @@ def listwise_distillation(
         Learning to Rank: From Pairwise Approach to Listwise Approach, 2007 (ListNet); Xia et al., Listwise Approach to
         Learning to Rank: Theory and Algorithm, 2008 (ListMLE).
 
-    Example:
+    Examples:
         >>> scores, teacher = torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([[4.0, 2.0, -torch.inf]])
         >>> listwise_distillation(scores, teacher)
         tensor(0.8287)
@@ -190,7 +190,7 @@ def pairwise_rank_distillation(
         2010; Zeng et al., Curriculum Learning for Dense Retrieval Distillation, 2022, and, with it, Zamani and
         Bendersky, Multivariate Representation Learning for Information Retrieval, 2023.
 
-    Example:
+    Examples:
         >>> pairwise_rank_distillation(torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([[0.9, 0.5, 0.1]]))
         tensor(0.5845)
     """

@@ -59,7 +59,7 @@ def alignment(
         Wang and Isola, Understanding Contrastive Representation Learning through Alignment and Uniformity on the
         Hypersphere, 2020.
 
-    Example:
+    Examples:
         >>> x = torch.randn(4, 8)
         >>> alignment(x, 2 * x)
         tensor(0.)
@@ -130,7 +130,7 @@ def uniformity(
         Wang and Isola, Understanding Contrastive Representation Learning through Alignment and Uniformity on the
         Hypersphere, 2020; the queue: the authors' MoCo experiments.
 
-    Example:
+    Examples:
         >>> x = torch.eye(4)
         >>> uniformity(x)                                                     # all squared distances are 2
         tensor(-4.)
@@ -276,7 +276,7 @@ def sparsity(x: Tensor, *, kind: str = "flops") -> Tensor:
         Formal et al., SPLADE: Sparse Lexical and Expansion Model for First Stage Ranking, 2021; Paria et al.,
         Minimizing FLOPs to Learn Efficient Sparse Representations, 2020.
 
-    Example:
+    Examples:
         >>> x = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
         >>> sparsity(x), sparsity(x, kind="l1")
         (tensor(1.), tensor(1.))

@@ -108,7 +108,7 @@ def siglip(
     Source:
         Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023; equal to open_clip's ``SigLipLoss``.
 
-    Example:
+    Examples:
         >>> image, text = torch.randn(8, 16), torch.randn(8, 16)
         >>> cosines = torch.nn.functional.normalize(image) @ torch.nn.functional.normalize(text).T
         >>> sign = 2 * torch.eye(8) - 1
@@ -225,7 +225,7 @@ def multi_positive_siglip(
     Source:
         Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023, with the sign +1 for every pair of one id.
 
-    Example:
+    Examples:
         >>> x, y = torch.randn(6, 16), torch.randn(4, 16)
         >>> labels, col_labels = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 1, 1, 3])
         >>> multi_positive_siglip(x, y, labels, col_labels, reduction="none").shape

@@ -54,7 +54,7 @@ class RunningDenominator(State):
         process has its own. It may stay on another device than the batch; then the rows of each batch are copied.
         A denominator that is not finite, of a batch that overflowed, is not stored.
 
-    Example:
+    Examples:
         >>> state = RunningDenominator(1000, gamma=0.5)
         >>> log_u = state(torch.tensor([3, 7]), torch.zeros(2, 2))
         >>> int(state.log_u.isfinite().sum())
@@ -205,7 +205,7 @@ def sog_clr(
         Yuan et al., Provable Stochastic Optimization for Global Contrastive Learning, 2022;
         Wei et al., FastCLIP, 2024.
 
-    Example:
+    Examples:
         >>> image, text, state = torch.randn(4, 8), torch.randn(4, 8), RunningDenominator(100)
         >>> loss = sog_clr(image, text, torch.tensor([3, 14, 15, 92]), state)
         >>> int(state.log_u.isfinite().sum())

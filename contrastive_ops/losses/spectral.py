@@ -37,7 +37,7 @@ def spectral_contrastive(x: Tensor, y: Tensor, *, normalize: bool = False) -> Te
     Source:
         HaoChen et al., Provable Guarantees for Self-Supervised Deep Learning with Spectral Contrastive Loss, 2021.
 
-    Example:
+    Examples:
         >>> x = torch.eye(4)
         >>> float(spectral_contrastive(x, x))
         -2.0

@@ -63,7 +63,7 @@ def triplet(
     Source:
         Schroff et al., FaceNet: A Unified Embedding for Face Recognition and Clustering, 2015.
 
-    Example:
+    Examples:
         >>> anchor, positive, negative = torch.randn(3, 8, 16)
         >>> truth = torch.nn.functional.triplet_margin_loss(anchor, positive, negative)
         >>> torch.allclose(triplet(anchor, positive, negative), truth)
@@ -159,7 +159,7 @@ def batch_hard_triplet(
         ``BatchHardTripletLoss`` and ``BatchHardSoftMarginTripletLoss`` are equal where every label occurs twice and two
         labels occur; they count rows without a positive, with a distance of 0.
 
-    Example:
+    Examples:
         >>> x, labels = torch.randn(6, 16), torch.tensor([0, 0, 1, 1, 2, 3])
         >>> batch_hard_triplet(x, labels, margin=0.5, reduction="none")[4:]
         tensor([0., 0.])
@@ -235,7 +235,7 @@ def batch_semi_hard_triplet(
         Schroff et al., FaceNet: A Unified Embedding for Face Recognition and Clustering, 2015, with the fallback of
         TensorFlow's ``triplet_semihard_loss`` where no negative is farther than the positive.
 
-    Example:
+    Examples:
         >>> x, y, labels = torch.randn(6, 16), torch.randn(6, 16), torch.arange(6)
         >>> batch_semi_hard_triplet(x, labels, y, labels, reduction="none").shape
         torch.Size([6])
@@ -297,7 +297,7 @@ def contrastive(
         Hadsell et al., Dimensionality Reduction by Learning an Invariant Mapping, 2006; equal to sentence-transformers'
         ``ContrastiveLoss``.
 
-    Example:
+    Examples:
         >>> x, y = torch.randn(4, 16), torch.randn(4, 16)
         >>> loss = contrastive(x, y, torch.tensor([1, 0, 0, 1]))
         >>> bool(loss >= 0)

@@ -68,7 +68,7 @@ def group_whiten(
         Zhuo et al., WhitenedCSE: Whitening-based Contrastive Learning of Sentence Embeddings, 2023, which has no eps;
         Huang et al., Iterative Normalization: Beyond Standardization towards Efficient Whitening, 2019.
 
-    Example:
+    Examples:
         >>> white = group_whiten(torch.randn(64, 8, dtype=torch.float64), groups=2, eps=1e-12)
         >>> bool(torch.allclose(white[:, :4].T.cov(correction=0), torch.eye(4, dtype=torch.float64)))
         True

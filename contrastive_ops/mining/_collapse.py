@@ -33,7 +33,7 @@ def collapse(found: Found, documents: Tensor | None = None) -> Found:
     Raises:
         ValueError, TypeError: arguments that do not fit.
 
-    Example:
+    Examples:
         >>> collapse(torch.tensor([[4, 0, 5, 2]]), documents=torch.tensor([7, 7, 8, 8, 9, 9]))
         tensor([[ 9,  7,  8, -1]])
     """

@@ -44,7 +44,7 @@ class NegativeRules:
         near_duplicate: documents that are more similar than this to a positive of the query, or to a negative that was
             taken before, are skipped. In units of the metric.
 
-    Example:
+    Examples:
         >>> NegativeRules(relative_margin=0.05, rank_window=(10, 100)).rank_basis
         'surviving'
     """

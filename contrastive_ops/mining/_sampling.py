@@ -48,7 +48,7 @@ class Sampling:
         Zhou et al., SimANS: Simple Ambiguous Negatives Sampling for Dense Text Retrieval, 2022. Kool et al., Stochastic
         Beams and Where to Find Them, 2019, for drawing without replacement by Gumbel numbers.
 
-    Example:
+    Examples:
         >>> Sampling("softmax", seed=1, temperature=0.02).strategy
         'softmax'
     """

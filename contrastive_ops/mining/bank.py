@@ -70,7 +70,7 @@ class MemoryBank(State):
         He et al., Momentum Contrast for Unsupervised Visual Representation Learning, 2020;
         Wang et al., Cross-Batch Memory for Embedding Learning, 2020.
 
-    Example:
+    Examples:
         >>> from contrastive_ops.losses import moco
         >>> bank = MemoryBank(capacity=256, dim=16)
         >>> for step in range(3):

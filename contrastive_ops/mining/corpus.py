@@ -46,7 +46,7 @@ class Corpus:
         page in the resident set of the process but for the time of a copy, and one that was cut short after it was
         mapped is an error, not a signal that ends the process.
 
-    Example:
+    Examples:
         >>> corpus = Corpus(torch.arange(12.0).view(6, 2))
         >>> [begin for begin, _ in corpus.blocks(4)], corpus.take(torch.tensor([5, 0]))
         ([0, 4], tensor([[10., 11.],

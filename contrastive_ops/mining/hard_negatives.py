@@ -88,7 +88,7 @@ class HardNegatives:
         Raises:
             ValueError: an unknown format, texts that are too few.
 
-        Example:
+        Examples:
             >>> mined = mine_hard_negatives(torch.eye(3), torch.eye(3), torch.arange(3), 2)
             >>> mined.format("n-tuple")
             {'anchor': [0, 1, 2], 'positive': [0, 1, 2], 'negative_1': [1, 0, 0], 'negative_2': [2, 2, 1]}
@@ -173,7 +173,7 @@ def mine_hard_negatives(
         Moreira et al., NV-Retriever: Improving Text Embedding Models with Effective Hard-Negative Mining, 2024, for the
         margins.
 
-    Example:
+    Examples:
         >>> query, corpus = torch.randn(4, 16), torch.randn(200, 16)
         >>> rules = NegativeRules(relative_margin=0.05)
         >>> mined = mine_hard_negatives(query, corpus, torch.tensor([7, 50, 3, 9]), 5, rules=rules)

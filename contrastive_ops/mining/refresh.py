@@ -30,7 +30,7 @@ class RefreshSchedule:
     Source:
         Xiong et al., Approximate Nearest Neighbor Negative Contrastive Learning for Dense Text Retrieval, 2021.
 
-    Example:
+    Examples:
         >>> schedule = RefreshSchedule(100, parts=2)
         >>> for step in range(250):
         ...     if schedule.due(step):
@@ -133,7 +133,7 @@ def still_exact(
     Raises:
         ValueError, TypeError: arguments that do not fit.
 
-    Example:
+    Examples:
         >>> from contrastive_ops import similarity_topk
         >>> corpus = torch.nn.functional.normalize(torch.randn(100, 16), dim=1)
         >>> top = similarity_topk(corpus, corpus, 2)                    # each row finds itself, k = 1

@@ -60,7 +60,7 @@ class TopKState:
         float32 (float64 for float64), without gradients; an autocast region has no effect. Where inner products round,
         equal results for all orders need a backend whose inner products do not depend on the block; "cpu" is one.
 
-    Example:
+    Examples:
         >>> query, corpus = torch.randn(4, 8), torch.randn(100, 8)
         >>> halves = TopKState(query, 5), TopKState(query, 5)
         >>> halves[0].update(corpus[:50], 0)

@@ -80,7 +80,7 @@ def search(
         is read by the calling thread. A checkpoint is the size of the lists, 12 bytes an entry in float32; it knows
         query and rules by a hash of their bytes, and a corpus by its shape and a sample of rows.
 
-    Example:
+    Examples:
         >>> blocks = (torch.randn(1000, 16) for _ in range(5))
         >>> found = search(torch.randn(3, 16), blocks, 10, metric="cosine")
         >>> found.values.shape, bool((found.indices < 5000).all())

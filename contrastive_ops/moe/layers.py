@@ -153,7 +153,7 @@ class SparseMoE(_Layer):
         Causal models: with a capacity, ``priority="gate"``, the default, lets a later token take the place of an
         earlier one, so that outputs depend on what comes after; see `route` for what does not.
 
-    Example:
+    Examples:
         >>> from contrastive_ops.ops import RouterLoss
         >>> losses = [RouterLoss("local_entropy", 0.04), RouterLoss("global_entropy", 0.04, threshold=1.0)]
         >>> layer = SparseMoE(16, 32, experts=4, router={"capacity": 1.25, "losses": losses})
@@ -220,7 +220,7 @@ class ExpertChoice(_Layer):
         Not for causal models: whether an expert takes a token depends on the tokens after it. Take `SparseMoE` without
         a capacity or with ``router={"priority": "position"}``.
 
-    Example:
+    Examples:
         >>> out, routing = ExpertChoice(16, 32, experts=4, capacity=1.0)(torch.randn(2, 10, 16))
         >>> routing.offsets.diff()
         tensor([5, 5, 5, 5])

@@ -46,7 +46,7 @@ def balanced_bias(bias: Tensor, choices: Tensor, rate: float = 1e-3, rule: str =
     Source:
         Wang et al., Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, 2024, for "sign".
 
-    Example:
+    Examples:
         >>> balanced_bias(torch.zeros(3), torch.tensor([9, 3, 0]), rate=0.1)
         tensor([-0.1000,  0.1000,  0.1000])
     """

@@ -37,7 +37,7 @@ class SoftMoE(Scalars):
     Source:
         Puigcerver et al., From Sparse to Soft Mixtures of Experts, 2023.
 
-    Example:
+    Examples:
         >>> SoftMoE(16, 32, experts=4, slots=2)(torch.randn(3, 10, 16)).shape
         torch.Size([3, 10, 16])
     """

@@ -51,7 +51,7 @@ class Coarse:
             candidates, and `TopK.certified` tells.
         rounded: the rounded rows; made from the corpus at each call where it is None. See `of`.
 
-    Example:
+    Examples:
         >>> from contrastive_ops import similarity_topk
         >>> corpus = torch.nn.functional.normalize(torch.randn(1000, 64), dim=1)
         >>> coarse = Coarse.of(corpus, torch.int8)             # 64 kB in place of 256

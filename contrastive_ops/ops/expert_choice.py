@@ -64,7 +64,7 @@ def expert_choice(
     Source:
         Zhou et al., Mixture-of-Experts with Expert Choice Routing, 2022.
 
-    Example:
+    Examples:
         >>> routing = expert_choice(torch.randn(12, 4), capacity=1.0)
         >>> routing.offsets.tolist()
         [0, 3, 6, 9, 12]

@@ -130,7 +130,7 @@ class Routing:
         Raises:
             ValueError, TypeError: shapes and dtypes that do not fit.
 
-        Example:
+        Examples:
             >>> experts, gates = torch.tensor([[1, 0], [2, 1]]), torch.full((2, 2), 0.5)
             >>> routing = Routing.from_choices(experts, gates, 3)
             >>> routing.offsets.tolist(), routing.order.tolist()
@@ -231,7 +231,7 @@ def route(
         load; Mustafa et al., Multimodal Contrastive Learning with LIMoE, 2022, for the entropy losses; Fedus et al.,
         Switch Transformers, 2022; Zoph et al., ST-MoE, 2022, for the z-loss.
 
-    Example:
+    Examples:
         >>> logits, is_text = torch.randn(12, 4), torch.arange(12) % 3
         >>> losses = ["importance", RouterLoss("global_entropy", weight=[0.0, 0.1, 0.1], threshold=1.0)]
         >>> routing = route(logits, 2, capacity=1.25, segments=is_text, num_segments=3, losses=losses)
@@ -334,7 +334,7 @@ def dispatch(tokens: Tensor, routing: Routing, *, backend: str = "auto") -> Tens
     Note:
         Reads and writes each row once; the gradient of a token is summed in the order of its choices, in float32.
 
-    Example:
+    Examples:
         >>> tokens, routing = torch.randn(12, 8), route(torch.randn(12, 4), 2)
         >>> torch.equal(dispatch(tokens, routing)[routing.slots[5, 1]], tokens[5])
         True
@@ -367,7 +367,7 @@ def combine(rows: Tensor, routing: Routing, *, backend: str = "auto") -> Tensor:
     Note:
         Reads each row once and writes each token once; never a (T, k, D) tensor. Rows of no token are not read.
 
-    Example:
+    Examples:
         >>> tokens, routing = torch.randn(12, 8), route(torch.randn(12, 4), 2)
         >>> out = combine(dispatch(tokens, routing), routing)
         >>> torch.allclose(out, tokens * routing.gates.sum(1, keepdim=True), atol=1e-6)

@@ -83,7 +83,7 @@ def grouped_matmul(
         per thread, never the dispatched rows of a routing; kept for backward are `a` where `b` needs a gradient, so
         tokens and not rows, and `b` where `a` does.
 
-    Example:
+    Examples:
         >>> tokens, experts = torch.randn(10, 8), torch.randn(3, 8, 16)
         >>> out = grouped_matmul(tokens, experts, torch.tensor([0, 4, 4, 9]))      # 4, 0 and 5 rows; row 9 is padding
         >>> out.shape, bool((out[9] == 0).all())

@@ -109,7 +109,7 @@ def maxsim(
         BERT, 2020. The mean: Lee et al., Toward Interpretable Semantic Textual Similarity via Optimal Transport-based
         Contrastive Sentence Learning, 2022.
 
-    Example:
+    Examples:
         >>> from contrastive_ops.ops import TokenSets, maxsim
         >>> queries, documents = torch.randn(2, 4, 8), torch.randn(3, 9, 8)
         >>> mask = torch.arange(9) < torch.tensor([[9], [5], [0]])
@@ -157,7 +157,7 @@ def maxsim_pairs(
     Note:
         Backward reads 4 P L k bytes, where L is the length of the longest query.
 
-    Example:
+    Examples:
         >>> from contrastive_ops.ops import maxsim, maxsim_pairs
         >>> queries, candidates = torch.randn(2, 4, 8), torch.randn(2, 5, 9, 8)
         >>> maxsim_pairs(queries, candidates).shape

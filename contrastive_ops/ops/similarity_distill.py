@@ -168,7 +168,7 @@ def similarity_distill(
         forward ("js": two) and one backward, with both products in each. Results are bitwise the same for any number
         of threads. Differentiable twice; the second derivative runs on the reference backend.
 
-    Example:
+    Examples:
         >>> x, y, tx, ty = torch.randn(6, 8), torch.randn(5, 8), torch.randn(6, 3), torch.randn(5, 3)
         >>> kl = similarity_distill(x, y, tx, ty, scale=2.0)
         >>> p, q = (tx @ ty.T).log_softmax(1), (2.0 * x @ y.T).log_softmax(1)

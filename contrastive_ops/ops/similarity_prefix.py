@@ -178,7 +178,7 @@ def similarity_prefix(
     Source:
         Kusupati et al., Matryoshka Representation Learning, 2022.
 
-    Example:
+    Examples:
         >>> x, y = torch.randn(6, 8), torch.randn(5, 8)
         >>> folds = similarity_prefix(x, y, dims=(2, 8), scale=2.0)
         >>> torch.allclose(folds.rows[0], (2.0 * x[:, :2] @ y[:, :2].T).logsumexp(1), atol=1e-5)

@@ -247,7 +247,7 @@ def similarity_reduce(
         to a lower precision than float32. Results are bitwise the same for any number of threads. Differentiable
         twice; the second derivative runs on the reference backend.
 
-    Example:
+    Examples:
         >>> x, y = torch.randn(6, 8), torch.randn(5, 8)
         >>> lse = similarity_reduce(x, y, scale=2.0)
         >>> torch.allclose(lse, (2.0 * x @ y.T).logsumexp(1), atol=1e-5)

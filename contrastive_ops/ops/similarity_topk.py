@@ -183,7 +183,7 @@ def similarity_topk(
         twice; which columns were selected is not. Backward costs O(N k D). A rule that drops nearly everything costs no
         more than one that drops nothing.
 
-    Example:
+    Examples:
         >>> query, corpus = torch.randn(2, 8), torch.randn(50, 8)
         >>> listed = torch.tensor([0, 1, 2]), torch.tensor([7, 9])          # row 0 excludes column 7, row 1 column 9
         >>> found = similarity_topk(query, corpus, 5, metric="cosine", pairs=Pairs(exclude=listed, below=0.9))

@@ -117,7 +117,7 @@ def similarity_values(
         The soft assignment with which a vector quantizer is trained: Agustsson et al., Soft-to-Hard Vector Quantization
         for End-to-End Learning Compressible Representations, 2017.
 
-    Example:
+    Examples:
         >>> x, codebook = torch.randn(5, 4), torch.randn(7, 4)
         >>> assigned = (2.0 * x @ codebook.T).softmax(1) @ codebook
         >>> torch.allclose(similarity_values(x, codebook, scale=2.0), assigned, atol=1e-5)

@@ -30,7 +30,7 @@ class TokenSets:
         offsets: (B + 1,) int64, ascending within [0, T]: set b is the tokens offsets[b] to offsets[b + 1]. Tokens
             outside of all sets are never read.
 
-    Example:
+    Examples:
         >>> from contrastive_ops.ops import TokenSets, maxsim
         >>> mask = torch.tensor([[True, True, False], [True, False, False]])
         >>> padded = TokenSets(torch.randn(2, 3, 8), mask)

@@ -63,7 +63,7 @@ def xtr(
     Source:
         Lee et al., Rethinking the Role of Token Retrieval in Multi-Vector Retrieval, 2023.
 
-    Example:
+    Examples:
         >>> from contrastive_ops.ops import maxsim, xtr
         >>> queries, documents = torch.randn(2, 4, 8), torch.randn(3, 9, 8)
         >>> torch.allclose(xtr(queries, documents, k=27), maxsim(queries, documents, reduce="mean"), atol=1e-5)

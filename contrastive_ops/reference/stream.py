@@ -65,7 +65,7 @@ def stream_rows(
         with gradients, 2 N M D without. Any device; differentiable as often as `fn` is. Random numbers that `fn` draws
         follow from one number that the call takes from torch's default generator.
 
-    Example:
+    Examples:
         A hinge against the 90th percentile of each row's logits, which is no fold:
 
         >>> query, key = torch.randn(6, 4), torch.randn(6, 4)
