@@ -10,6 +10,7 @@ which schedule to take when.
 """
 
 from ..ops.similarity_reduce import merge_lse
+from ._bank import unique_ids
 from ._experts import spread_parameters
 from .cached_step import cached_step
 from .clip import clip
@@ -43,4 +44,5 @@ __all__ = [
     "similarity_reduce",
     "spread_parameters",
     "sup_con",
+    "unique_ids",
 ]

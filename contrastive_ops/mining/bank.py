@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,8 +63,7 @@ class MemoryBank(State):
         The rows follow a cast of the module as its weights do, ids and counters stay int64. `entries` returns views
         where it can, so that a large bank is not copied at each step; therefore call `enqueue` after ``backward()``, as
         autograd refuses to go through rows that were overwritten. Call `enqueue` outside of a compiled region. They are
-        no buffers: under DistributedDataParallel each rank has its own. Gather the rows of all ranks before you enqueue
-        them where the banks must agree.
+        no buffers: under DistributedDataParallel each rank has its own. With ``enqueue(..., group=...)`` they agree.
 
     Source:
         He et al., Momentum Contrast for Unsupervised Visual Representation Learning, 2020;
@@ -126,7 +125,9 @@ class MemoryBank(State):
         return self.step - self.born[: len(self)]
 
     @torch.no_grad()
-    def enqueue(self, rows: Tensor, ids: Tensor | None = None, labels: Tensor | None = None) -> None:
+    def enqueue(
+        self, rows: Tensor, ids: Tensor | None = None, labels: Tensor | None = None, *, group: Any = None
+    ) -> None:
         """Store a batch in place of the oldest entries.
 
         Args:
@@ -137,11 +138,18 @@ class MemoryBank(State):
             ids: (N,) int64, the sample of each row. None: -1. A sample that is enqueued again has two entries, of
                 different age, until the older one is replaced.
             labels: (N,) int64, the class of each row. None: -1.
+            group: store the rows of all ranks, one rank after another, so that banks that are equal stay equal. A
+                ProcessGroup or a DeviceMesh of one dimension. Ids must then differ over ranks, as
+                `distributed.unique_ids` makes them. None: this rank's alone.
 
         Raises:
-            ValueError, TypeError: arguments that do not fit.
+            ValueError, TypeError: arguments that do not fit, with `group` on all ranks.
         """
         name = "MemoryBank.enqueue"
+        if group is not None:
+            from ..distributed._bank import of_all_ranks
+
+            rows, ids, labels = of_all_ranks(name, rows, ids, labels, group)
         checks.check_matrix(name, "rows", rows)
         if rows.shape[1] != self.rows.shape[1]:
             raise ValueError(

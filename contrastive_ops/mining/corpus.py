@@ -6,12 +6,16 @@ import contextlib
 import mmap
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..core import checks
+from ._ranges import Range, missing
+
+if TYPE_CHECKING:
+    from .state import TopKState
 
 # Bytes of a block that is read, searched and forgotten; large enough that a block costs more to search than to begin.
 BLOCK_BYTES = 64 << 20
@@ -63,6 +67,23 @@ class Corpus:
         self.dtype: torch.dtype = probe.dtype
         self.device: torch.device = probe.device if device is None else device
 
+    # What a corpus does that several processes have: see `PartedCorpus`.
+    place = (0, 1)
+
+    def reading(self) -> contextlib.AbstractContextManager[object]:
+        """A region that reads what this process has."""
+        return contextlib.nullcontext()
+
+    def compare(self, *arguments: object) -> None:
+        """All processes must be given the same."""
+
+    def seen_by_all(self, seen: list[Range]) -> list[Range]:
+        """The ranges that this process or another has seen."""
+        return seen
+
+    def complete(self, state: TopKState) -> None:
+        """Add what other processes saw."""
+
     def block(self, begin: int, end: int) -> Tensor:
         """Rows [begin, end): (end - begin, D)."""
         return self._read(begin, end).to(self.device)
@@ -71,6 +92,12 @@ class Corpus:
         """(index of the first row, rows) of one block after another."""
         for begin in range(0, self.rows, block_rows):
             yield begin, self.block(begin, min(begin + block_rows, self.rows))
+
+    def unseen(self, seen: list[Range], step: int, base: int = 0) -> Generator[tuple[int, Tensor]]:
+        """Blocks of what was not seen of rows that begin at `base`; nothing else is read."""
+        for begin, end in missing(seen, base, base + self.rows):
+            for first in range(begin, end, step):
+                yield first, self.block(first - base, min(first + step, end) - base)
 
     def take(self, index: Tensor) -> Tensor:
         """The rows that `index` (int64, of any shape) names: (*index.shape, D).

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,10 @@ from ._rules import NegativeRules, Selection, dropped_positives, selection
 from ._sampling import Sampling, check_ids, keys, order_of
 from .corpus import Corpus, as_corpus, read_ahead, rows_in_block
 from .state import TopKState
-from .streaming import Progress, reporter
+from .streaming import Checkpoint, Progress, reporter, sample
+
+if TYPE_CHECKING:
+    from ..distributed._groups import Team
 
 FUNCTION = "mine_hard_negatives"
 # Entries of the lists of candidates that are worked on at once.
@@ -118,8 +123,10 @@ def mine_hard_negatives(
     metric: str = "cosine",
     pairs: Pairs | None = None,
     block_rows: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress = False,
     backend: str = "auto",
+    group: Any = None,
 ) -> HardNegatives:
     """Find documents that score high for a query and are no positives of it.
 
@@ -139,8 +146,8 @@ def mine_hard_negatives(
     Args:
         query: (N, D) float32, bfloat16, float16 or float64.
         corpus: (M, D) of the same dtype, in memory or not: a tensor, a numpy array or memmap, a safetensors slice, or
-            any object with a shape of two numbers and [a:b] slicing. Read once, and once more for each round in which
-            near-duplicates used up the candidates of a query.
+            any object with a shape of two numbers and [a:b] slicing. Or a list of (first row, such rows), as files have
+            them. Read once, and once more for each round in which near-duplicates used up the candidates of a query.
         positives: (N,) int64, or (N, P) with -1 for none, or (indptr (N + 1,), indices) with a list for each query.
             They are no candidates, and margins refer to their scores. One that is listed twice counts once.
         num_negatives: n, negatives of a query. Where the rules, the window or the corpus leave fewer, the list of that
@@ -150,21 +157,31 @@ def mine_hard_negatives(
         metric: "cosine", "dot" or "sqeuclidean", as in `similarity_topk`.
         pairs: more rules, with columns numbered over the whole corpus; all but `log_weight` and `fill`.
         block_rows: rows of the corpus that are read at once; by default about 64 MiB.
+        checkpoint: a file that the first pass writes every few seconds and when it ends, from which a call with the
+            same arguments goes on, on any number of ranks; see `search`. Each rank writes its own: the same path, with
+            ".1", ".2", ... behind it from the second rank on.
         progress: True shows a bar for each pass where tqdm is installed; or a function of (rows done, rows of the
-            corpus) that is called after each block.
+            corpus) that is called after each block that this process has read.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
+        group: search a corpus that is spread over the ranks of a ProcessGroup or a DeviceMesh of one dimension. Then
+            `corpus` is what this rank has of it: one shard after another in the order of the ranks, or a list of (first
+            row, rows) that says where each part belongs. All else is the same on all ranks, with rows numbered over
+            the whole corpus: queries, positives, rules. None: no other process is asked.
 
     Returns:
-        `HardNegatives`. A document whose score is NaN is no negative. Where a positive's score is NaN, margins keep
-        nothing.
+        `HardNegatives`, on every rank those that one process finds in the whole corpus, to the bit. A document whose
+        score is NaN is no negative. Where a positive's score is NaN, margins keep nothing.
 
     Raises:
         ValueError: shapes or values that do not fit; a positive that does not exist; a query without a positive where a
             margin or "simans" needs one.
         TypeError: dtypes that do not fit, a corpus of another kind.
         NotImplementedError: an explicit backend that cannot run these inputs.
+        RuntimeError: another rank has ended, or does not take part before the group's timeout, in which each must have
+            searched its part. What one rank raises, or has else than the others, is raised on every rank.
 
     Note:
+        Between ranks travel the rows of positives and near-duplicates, and 24 N K bytes of lists for each rank.
         Memory: O(N K) for lists of K, the end of the rank window, and two blocks of the corpus with copies. Work:
         2 N M D, whatever the rules drop; statistics are counted in the same pass. `near_duplicate` adds O(N n K D), and
         reads the candidates' rows of the corpus again.
@@ -188,9 +205,16 @@ def mine_hard_negatives(
         block_rows = checks.integer(FUNCTION, "block_rows", block_rows, 1)
     rules = NegativeRules() if rules is None else rules
     sampling = Sampling() if sampling is None else sampling
+    team = None
+    if group is not None:
+        from ..distributed._groups import find_team
+
+        team = find_team(FUNCTION, group)
     with torch.no_grad(), autocast.disabled(query):
         query = query.detach()
-        view = as_corpus(FUNCTION, corpus, query)
+        view = _view(corpus, query, team)
+        if team is not None:
+            view.compare(query, positives, num_negatives, rules, sampling, metric, pairs)
         listed = parse(FUNCTION, positives, query, view.rows)
         _check_positives(listed, rules, sampling)
         sampling = replace(sampling, ids=check_ids(FUNCTION, sampling, query, view.rows))
@@ -199,7 +223,19 @@ def mine_hard_negatives(
         selected = selection(FUNCTION, rules, pairs, listed, positive, view.rows)
         step = rows_in_block(query.shape[1], query.dtype) if block_rows is None else block_rows
         miner = _Miner(
-            query, view, listed, positive, rules, sampling, selected, num_negatives, metric, step, progress, backend
+            query,
+            view,
+            listed,
+            positive,
+            rules,
+            sampling,
+            selected,
+            num_negatives,
+            metric,
+            step,
+            checkpoint,
+            progress,
+            backend,
         )
         # What is a positive itself must not count as above it because two roundings of one score differ.
         slack = torch.zeros_like(positive).scatter_reduce(0, listed.row, scored.slack, "amax")
@@ -215,6 +251,15 @@ def mine_hard_negatives(
     return HardNegatives(
         indices, values, (indices >= 0).sum(1), (listed.indptr, listed.column), scored.values, statistics
     )
+
+
+def _view(corpus: object, query: Tensor, team: Team | None) -> Corpus:
+    """The whole corpus, wherever its rows are."""
+    if team is None and not isinstance(corpus, list):
+        return as_corpus(FUNCTION, corpus, query)
+    from ._ranks import PartedCorpus
+
+    return PartedCorpus(FUNCTION, corpus, query, team)
 
 
 def _check_positives(positives: Positives, rules: NegativeRules, sampling: Sampling) -> None:
@@ -245,6 +290,7 @@ class _Miner:
     wanted: int
     metric: str
     block_rows: int
+    checkpoint: str | os.PathLike[str] | None
     progress: Progress
     backend: str
 
@@ -288,12 +334,25 @@ class _Miner:
             count_pairs=None if count_above is None else kept,
             backend=self.backend,
         )
-        with contextlib.ExitStack() as stack:
-            report = stack.enter_context(reporter(self.progress, 0, self.corpus.rows, FUNCTION))
-            blocks = stack.enter_context(contextlib.closing(read_ahead(self.corpus.blocks(self.block_rows))))
+        file = None
+        if rows is None and self.checkpoint is not None:
+            known = sample(self.corpus)
+            with self.corpus.reading():
+                file = Checkpoint(FUNCTION, self.checkpoint, state, known, *self.corpus.place)
+        seen = self.corpus.seen_by_all(state.covered)
+        done = sum(end - begin for begin, end in seen)
+        with self.corpus.reading(), contextlib.ExitStack() as stack:
+            if file is not None:
+                stack.callback(file.write)
+            report = stack.enter_context(reporter(self.progress, done, self.corpus.rows, FUNCTION))
+            blocks = stack.enter_context(contextlib.closing(read_ahead(self.corpus.unseen(seen, self.block_rows))))
             for begin, block in blocks:
                 state.update(block, begin)
-                report(begin + len(block), self.corpus.rows)
+                done += len(block)
+                if file is not None:
+                    file.write_now_and_then()
+                report(done, self.corpus.rows)
+        self.corpus.complete(state)
         return state.finalize(), state.statistics
 
     def _choose(self, rows: Tensor, top: TopK, first: int) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
+import copy
 import dataclasses
-import hashlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +12,10 @@ from torch import Tensor
 from ..core import autocast, checks
 from ..core.problem import Problem
 from ..core.rule_slices import columns_named, columns_of
-from ..core.rules import STATISTICS, Guide, Pairs, Slot, resolve
+from ..core.rules import STATISTICS, Pairs, Slot, resolve
 from ..ops.similarity_topk import TopK, merge, metric_rows, select
-
-Range = tuple[int, int]
-# The end of a range is a number of int64, as the indices in it are.
-LAST = torch.iinfo(torch.int64).max
+from ._fingerprint import bytes_of, fingerprint
+from ._ranges import LAST, Range, missing
 
 
 class _Found(NamedTuple):
@@ -185,6 +181,45 @@ class TopKState:
         self._found = _Found(top.values, top.indices, covered, statistics)
         return self
 
+    @torch.no_grad()
+    def all_merge(self, group: Any = None) -> TopKState:
+        """Add what the states of all processes saw, each of other rows; return this state, now the same on all of them.
+
+        Args:
+            group: a ProcessGroup, a DeviceMesh of one dimension, or None for all processes. Without any others, nothing
+                happens.
+
+        Returns:
+            This state. Each rank merges the lists of some queries, so that time and memory are those of one more list.
+
+        Raises:
+            ValueError: on every rank: states of different problems, or rows that two of them saw.
+            RuntimeError: a rank has ended, or does not take part before the group's timeout.
+        """
+        from ..distributed._groups import find_team
+
+        function = f"{self._function}.all_merge"
+        team = find_team(function, group)
+        if team is None:
+            return self
+        from ._ranks import merge_over_ranks, told_by_all
+
+        every = told_by_all(team, (self._described(), self._found.covered))
+        for rank, (described, _) in enumerate(every):
+            differ = [name for name, value in every[0][0].items() if described[name] != value]
+            if differ:
+                raise ValueError(
+                    f"{function}: the states of all ranks must be of one problem, got rank 0 and rank {rank} that "
+                    f"differ in {', '.join(differ)}"
+                )
+        own = self._found
+        others = [ranges for rank, (_, ranges) in enumerate(every) if rank != team.rank]
+        covered = self._with(tuple(each for ranges in others for each in ranges))
+        top = TopK(own.values, own.indices, own.indices.new_zeros(len(own.indices)))
+        top, statistics = merge_over_ranks(team, top, own.statistics, self._backend)
+        self._found = _Found(top.values, top.indices, covered, statistics)
+        return self
+
     def finalize(self) -> TopK:
         """The lists so far; the state can go on. The tensors are those of the state: copy them to change them.
 
@@ -233,6 +268,14 @@ class TopKState:
             {name: state["statistics"][name].to(device) for name in found.statistics},
         )
 
+    def begun_anew(self) -> TopKState:
+        """A state of the same problem that has seen nothing."""
+        other, found = copy.copy(self), self._found
+        statistics = {name: torch.zeros_like(each) for name, each in found.statistics.items()}
+        lists = torch.full_like(found.values, -torch.inf), torch.full_like(found.indices, -1)
+        other._found = _Found(*lists, (), statistics)
+        return other
+
     def _described(self) -> dict[str, Any]:
         """What two states must agree in, for a file: the query and the rules by their bytes."""
         if self._problem is None:
@@ -275,7 +318,7 @@ class TopKState:
             raise ValueError(f"{function}: both states must have the same rows, got {self.rows} and {other.rows}")
         same = self._given.data_ptr() == other._given.data_ptr() and self._given.stride() == other._given.stride()
         # As bytes, because NaN is not equal to itself.
-        if not same and not torch.equal(_bytes(self._given), _bytes(other._given)):
+        if not same and not torch.equal(bytes_of(self._given), bytes_of(other._given)):
             raise ValueError(f"{function}: both states must be of the same query, got two that differ")
 
     def _with(self, ranges: tuple[Range, ...], rows: int | None = None) -> tuple[Range, ...]:
@@ -310,44 +353,6 @@ class TopKState:
         # An equal score comes first where its column does, so only a later block can do without it.
         later = base_index >= found.covered[-1][1]
         return last if later else last.nextafter(torch.full_like(last, -torch.inf))
-
-
-def missing(covered: tuple[Range, ...] | list[Range], begin: int, end: int) -> Iterator[Range]:
-    """The parts of [begin, end) that no range covers."""
-    for first, last in covered:
-        if begin < min(first, end):
-            yield begin, min(first, end)
-        begin = max(begin, last)
-    if begin < end:
-        yield begin, end
-
-
-def fingerprint(*things: object) -> str:
-    """A hash of the bytes of tensors, alone or in Pairs, and of other arguments."""
-    digest = hashlib.blake2b(digest_size=16)
-
-    def add(thing: object) -> None:
-        if isinstance(thing, (Pairs, Guide)):
-            for field in dataclasses.fields(thing):
-                add(getattr(thing, field.name))
-        elif isinstance(thing, tuple):
-            digest.update(f"{len(thing)} ".encode())
-            for each in thing:
-                add(each)
-        elif isinstance(thing, Tensor):
-            digest.update(f"{thing.dtype} {tuple(thing.shape)} ".encode())
-            data = _bytes(thing.detach().cpu())
-            digest.update((ctypes.c_ubyte * data.numel()).from_address(data.data_ptr()))
-        else:
-            digest.update(f"{thing!r} ".encode())
-
-    add(things)
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    # A tensor of one number is contiguous whatever its strides are, but not for a view as bytes.
-    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _resolved(function: str, pairs: Pairs | None, query: Tensor, rows: int | None) -> tuple[Pairs | None, int | None]:

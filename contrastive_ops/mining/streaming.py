@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -15,8 +16,10 @@ from ..core import checks
 from ..core.rule_slices import columns_named
 from ..core.rules import Pairs
 from ..ops.similarity_topk import TopK
+from ._fingerprint import fingerprint
+from ._ranges import Range, covers
 from .corpus import Corpus, as_corpus, has_shape, read_ahead, rows_in_block
-from .state import Range, TopKState, fingerprint, missing
+from .state import TopKState
 
 # Between two writes of a checkpoint, which is as large as the lists.
 CHECKPOINT_SECONDS = 10.0
@@ -96,12 +99,13 @@ def search(
     view = None if isinstance(parts, Iterable) else as_corpus(name, corpus, query)
     rows = columns_named(pairs) if view is None else view.rows
     state = _State(query, k, metric=metric, pairs=pairs, rows=rows, backend=backend)
-    file = None if checkpoint is None else _Checkpoint(checkpoint, state, view)
+    known = "blocks" if view is None or checkpoint is None else sample(view)
+    file = None if checkpoint is None else Checkpoint(name, checkpoint, state, known)
     resumed = state.covered
     if view is None:
         blocks = _blocks_of_parts(parts, query, resumed, step)  # type: ignore[arg-type]
     else:
-        blocks = read_ahead(_unseen(view, 0, resumed, step))
+        blocks = read_ahead(view.unseen(resumed, step))
     done = sum(end - begin for begin, end in resumed)
     with contextlib.ExitStack() as stack:
         if file is not None:
@@ -117,13 +121,6 @@ def search(
     return state.finalize()
 
 
-def _unseen(corpus: Corpus, base: int, seen: list[Range], step: int) -> Blocks:
-    """Blocks of what was not seen of rows that begin at `base`; nothing else is read."""
-    for begin, end in missing(seen, base, base + corpus.rows):
-        for first in range(begin, end, step):
-            yield first, corpus.block(first - base, min(first + step, end) - base)
-
-
 def _blocks_of_parts(parts: Iterable[Any], query: Tensor, seen: list[Range], step: int) -> Blocks:
     """Blocks of what was not seen of parts that come one after another, or with their first rows."""
     begin = last = 0
@@ -131,7 +128,7 @@ def _blocks_of_parts(parts: Iterable[Any], query: Tensor, seen: list[Range], ste
         begin, part = item if isinstance(item, tuple) and len(item) == 2 else (begin, item)
         begin = checks.integer("search", "index of the first row of a block", begin, 0)
         corpus = as_corpus("search", part, query)
-        yield from _unseen(corpus, begin, seen, step)
+        yield from corpus.unseen(seen, step, begin)
         begin += corpus.rows
         last = max(last, begin)
     if seen and last < seen[-1][1]:
@@ -141,24 +138,56 @@ def _blocks_of_parts(parts: Iterable[Any], query: Tensor, seen: list[Range], ste
         )
 
 
-class _Checkpoint:
-    """The file that a state is saved in; written whole or not at all."""
+class Checkpoint:
+    """The file that a state is saved in; written whole or not at all.
 
-    def __init__(self, path: str | os.PathLike[str], state: TopKState, corpus: Corpus | None) -> None:
-        self.path, self.state = os.path.abspath(os.fspath(path)), state
-        if not os.path.isdir(os.path.dirname(self.path)):
-            raise ValueError(f"search: checkpoint must be in a folder that exists, got {path}")
-        self.corpus = "blocks" if corpus is None else _sample(corpus)
+    Of several processes each has a file of its own, with its rank at the end but for the first; what is found of more
+    processes than there are is read by one of those that are.
+
+    Args:
+        function: the function to name in errors.
+        path: of the file.
+        state: goes on from the file, and is written.
+        corpus: what `sample` says of it.
+        rank: of this process.
+        ranks: how many there are.
+    """
+
+    def __init__(
+        self,
+        function: str,
+        path: str | os.PathLike[str],
+        state: TopKState,
+        corpus: str,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        whole = os.path.abspath(os.fspath(path))
+        if not os.path.isdir(os.path.dirname(whole)):
+            raise ValueError(f"{function}: checkpoint must be in a folder that exists, got {path}")
+        self.function, self.state = function, state
+        self.path = f"{whole}.{rank}" if rank else whole
+        numbers = (each.removeprefix(f"{whole}.") for each in glob.glob(f"{glob.escape(whole)}.*"))
+        more = sorted(int(number) for number in numbers if number.isdecimal())
+        self.others = [f"{whole}.{number}" for number in more if number >= ranks and number % ranks == rank]
+        self.corpus = corpus
         self.written = time.monotonic()
         if os.path.exists(self.path):
-            self._load()
-        self.covered = state.covered
+            self._load(self.path, state)
+        for other in self.others:
+            part = state.begun_anew()
+            self._load(other, part)
+            if not covers(state.covered, part.covered):  # as it is where a process ended between its two steps below
+                state.merge(part)
+        self.covered = [] if self.others else state.covered
 
     def write_now_and_then(self) -> None:
+        """Write, if it was long ago."""
         if time.monotonic() - self.written >= CHECKPOINT_SECONDS:
             self.write()
 
     def write(self) -> None:
+        """Write what the state has seen since."""
         if self.state.covered == self.covered:
             return
         saved = {"state": self.state.state_dict(), "corpus": self.corpus}
@@ -173,26 +202,31 @@ class _Checkpoint:
             with contextlib.suppress(OSError):
                 os.remove(part)
             raise
+        for other in self.others:
+            os.remove(other)
+        self.others = []
         self.covered, self.written = self.state.covered, time.monotonic()
 
-    def _load(self) -> None:
-        advice = f"\n  delete {self.path} to search anew"
+    def _load(self, path: str, state: TopKState) -> None:
+        advice = f"\n  delete {path} to search anew"
         try:
-            saved: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-            state, corpus = saved["state"], saved["corpus"]
+            saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            found, corpus = saved["state"], saved["corpus"]
         except OSError:
             raise
         except Exception as error:
-            raise ValueError(f"search: checkpoint must be a file that search wrote, got {error}{advice}") from error
+            raise ValueError(
+                f"{self.function}: checkpoint must be a file that {self.function} wrote, got {error}{advice}"
+            ) from error
         try:
-            self.state.load_state_dict(state)
+            state.load_state_dict(found)
         except ValueError as error:
             raise ValueError(f"{error}{advice}") from None
         if corpus != self.corpus:
-            raise ValueError(f"search: checkpoint must be of the same corpus, got one with other rows{advice}")
+            raise ValueError(f"{self.function}: checkpoint must be of the same corpus, got one with other rows{advice}")
 
 
-def _sample(corpus: Corpus) -> str:
+def sample(corpus: Corpus) -> str:
     """A hash of some rows, first and last among them."""
     count = min(SAMPLED_ROWS, corpus.rows)
     return fingerprint(corpus.take(torch.linspace(0, corpus.rows - 1, count, dtype=torch.float64).round().long()))
