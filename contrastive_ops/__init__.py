@@ -10,7 +10,8 @@ pairs take part, `Fold` what a row or column becomes.
 
 Here are the names that most programs need. All losses are in `losses` and, as modules, in `nn`, all primitives in
 `ops`, and the rest in `mining`, `moe`, `metrics` and `decoding`; `testing` is for tests. What `losses`, `ops` and
-`mining` list can be imported from here, too. `distributed` has losses of the batch of many processes.
+`mining` list can be imported from here, too. `distributed` has losses of the batch of many processes, and `recipes`
+objectives of papers.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from .mining import mine_hard_negatives
 from .ops import Fold, Pairs, route, similarity_reduce, similarity_topk
 
 if TYPE_CHECKING:
-    from . import distributed, testing
+    from . import distributed, recipes, testing
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "nn",
     "nt_xent",
     "ops",
+    "recipes",
     "route",
     "siglip",
     "similarity_reduce",
@@ -55,8 +57,8 @@ flops.register_when_imported()
 
 
 def __getattr__(name: str) -> Any:
-    """`testing` and `distributed`, which few programs need, and what namespaces list, without their names."""
-    if name in ("distributed", "testing"):
+    """What few programs need of the namespaces, and what the others list, without their names."""
+    if name in ("distributed", "recipes", "testing"):
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")

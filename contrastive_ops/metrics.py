@@ -12,6 +12,7 @@ from torch import Tensor
 from ._correlations import auc, cka, spearman
 from ._judgements import Hits, parse
 from ._pair_recall import pair_recall, table
+from ._similarity_metrics import contrast_accuracy, iso_score, similarity_histogram
 from .core import autocast, checks
 from .core.lists import NONE, first_of_each, ranks
 from .core.ordered import in_float64, segment_rows, segment_sums, wide_dtype
@@ -22,11 +23,14 @@ from .ops.similarity_topk import TopK
 __all__ = [
     "auc",
     "cka",
+    "contrast_accuracy",
     "effective_rank",
     "hubness",
+    "iso_score",
     "isotropy",
     "pair_recall",
     "retrieval_metrics",
+    "similarity_histogram",
     "spearman",
     "table",
 ]
@@ -58,7 +62,8 @@ def isotropy(x: Tensor, segments: Tensor | None = None, num_segments: int | None
         ValueError, TypeError: arguments that do not fit.
 
     Note:
-        O(N D): the sum of all inner products is the squared length of the sum of the rows.
+        O(N D): the sum of all inner products is the squared length of the sum of the rows. A measure without a
+        gradient; `losses.uniformity` spreads rows.
 
     Source:
         Su and Collier, Contrastive Search Is What You Need For Neural Text Generation, 2023.

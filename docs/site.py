@@ -17,7 +17,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "benchmarks/README.md": "measuring.md",
 }
-NAMESPACES = ("losses", "nn", "ops", "mining", "moe", "metrics", "decoding", "distributed")
+NAMESPACES = ("losses", "nn", "ops", "mining", "moe", "metrics", "decoding", "distributed", "recipes")
 
 
 def _api(namespace: str, known: set[object]) -> str:

@@ -313,6 +313,12 @@ CALLS = {
     "log_det": ({"n": 9, "d": 4}, lambda n, d: ops.losses.log_det(rows(n, d))),
     "effective_rank": ({"n": 9, "d": 4}, lambda n, d: ops.losses.effective_rank(rows(n, d), centre=True)),
     "isotropy": ({"n": 9, "d": 4}, lambda n, d: metrics.isotropy(rows(n, d), ids(n, below=2))),
+    "similarity_histogram": (
+        {"n": 3, "m": 4, "d": 5},
+        lambda n, m, d: metrics.similarity_histogram(rows(n, d), rows(m, d)),
+    ),
+    "iso_score": ({}, lambda: metrics.iso_score(rows(4, 3))),
+    "contrast_accuracy": ({"n": 3}, lambda n: metrics.contrast_accuracy(rows(n, 2, 2))),
     "hubness": (
         {"n": 4, "k": 2, "columns": 5},
         lambda n, k, columns: metrics.hubness(ids(n, k, below=columns), columns),

@@ -12,7 +12,7 @@ import contrastive_ops
 
 LOSSES = {"clip", "siglip", "info_nce", "nt_xent", "sup_con", "triplet"}
 FUNCTIONS = {"similarity_reduce", "similarity_topk", "mine_hard_negatives", "route"}
-NAMESPACES = {"losses", "ops", "mining", "moe", "nn", "metrics", "decoding", "testing", "distributed"}
+NAMESPACES = {"losses", "ops", "mining", "moe", "nn", "metrics", "decoding", "testing", "distributed", "recipes"}
 
 
 def test_top_level():
@@ -37,7 +37,7 @@ def test_functions_are_those_of_their_namespaces():
 def test_what_is_for_tests_is_imported_when_it_is_asked_for():
     program = """
 import sys, contrastive_ops
-for name in ("contrastive_ops.testing", "contrastive_ops.distributed", "torch._dynamo"):
+for name in ("contrastive_ops.testing", "contrastive_ops.distributed", "contrastive_ops.recipes", "torch._dynamo"):
     assert name not in sys.modules
 assert contrastive_ops.testing.LOSSES and contrastive_ops.distributed.clip
 """

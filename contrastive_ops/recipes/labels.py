@@ -1,0 +1,220 @@
+"""Recipes of labels: classes, scores, items and private negatives."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, mse_loss, one_hot
+
+from ..core import checks
+from ..core.ordered import ordered_sum
+from ..losses import contrastive, info_nce, triplet
+from ..losses._columns import wide
+from ..ops import Pairs, similarity_topk, stream_rows
+from ..ops.similarity_reduce import fold
+
+
+def fedsa_margin(anchors: Tensor) -> Tensor:
+    """FedSA's margin: how far anchors are from the nearest other one, on average; no gradient.
+
+    Equivalent to::
+
+        (torch.cdist(anchors, anchors) + torch.inf * torch.eye(C)).amin(1).mean()       # inf * 0 is 0 here
+
+    Args:
+        anchors: (C, D), or the means of the classes of a client; the larger of both is taken.
+
+    Source:
+        Sun et al., FedSA, 2025 (S002); released code. Another reading of the paper averages over all pairs.
+    """
+    anchors = anchors.detach()
+    near = similarity_topk(anchors, anchors, 1, metric="sqeuclidean", pairs=Pairs(diagonal=0))
+    return near.values.neg().clamp_min(0).sqrt().mean()
+
+
+def fedsa(x: Tensor, labels: Tensor, anchors: Tensor, margin: float | Tensor) -> Tensor:
+    """FedSA: rows move to their class's anchor, which must be nearer than the others by a margin.
+
+    Equivalent to::
+
+        d = (x[:, None] - anchors).norm(dim=2)
+        F.mse_loss(x, anchors[labels]) + F.cross_entropy(-(d + margin * F.one_hot(labels, C)), labels)
+
+    Args:
+        x: (N, D) rows of a client.
+        anchors: (C, D); they follow the means of classes, not gradients.
+        margin: see `fedsa_margin`.
+        labels: (N,) int64 in [0, C).
+
+    Source:
+        Sun et al., FedSA, 2025 (S002); released code. The classifier's cross-entropy on anchors is
+        ``linear_cross_entropy(anchors, head, torch.arange(C), bias=bias)``.
+    """
+    lengths, of_anchors = wide(x).square().sum(1), wide(anchors).square().sum(1)
+
+    def losses(dots: Tensor, rows: slice) -> Tensor:
+        distance = (lengths[rows, None] - 2 * dots + of_anchors).clamp_min(1e-12).sqrt()
+        own = one_hot(labels[rows], anchors.shape[0])
+        return cross_entropy(-(distance + margin * own), labels[rows], reduction="none")
+
+    return mse_loss(x, anchors[labels]) + stream_rows(losses, x, anchors).mean()
+
+
+def cosine_contrastive(x: Tensor, labels: Tensor, partner: Tensor | None = None, *, margin: float = 1.0) -> Tensor:
+    """COSINE's regulariser: rows of one pseudo-label attract, others keep a distance.
+
+    Equivalent to::
+
+        d = (x[:, None] - x).square().sum(2) / D
+        torch.where(labels[:, None] == labels, d**2, (margin - d).relu() ** 2).sum()
+        d = ((x - x[partner]).square().sum(1) / D).sqrt()                                   # partner: as released
+        torch.where(labels == labels[partner], d**2, (margin - d).relu() ** 2).sum() / (2 * N)
+
+    Args:
+        x: (N, D) rows whose pseudo-label is confident.
+        labels: (N,) int64 pseudo-labels.
+        partner: (N,) a random permutation, for the released code's loss of one pair a row; None for all pairs.
+        margin: of the hinge.
+
+    Source:
+        Yu et al., Fine-Tuning Pre-trained Language Model with Weak Supervision, 2021 (S010).
+    """
+    depth = x.shape[1]
+    if partner is not None:
+        x, same = x / depth**0.5, (labels == labels[partner]).to(torch.float32)
+        return contrastive(x, x[partner], same, margin=margin, distance="euclidean")
+    lengths = wide(x).square().sum(1)
+
+    def losses(dots: Tensor, rows: slice) -> Tensor:
+        distance = (lengths[rows, None] - 2 * dots + lengths) / depth
+        same = labels[rows, None] == labels
+        return torch.where(same, distance, (margin - distance).relu()).square().sum(1)
+
+    return ordered_sum(stream_rows(losses, x))
+
+
+def supremix(
+    x: Tensor, labels: Tensor, shares: Tensor, *, window: float = math.inf, temperature: float = 0.3
+) -> Tensor:
+    """SupReMix: supervised contrastive regression, with mixtures of rows as negatives and as positives.
+
+    Equivalent to::
+
+        for i in range(N):
+            s, constant = u[i] @ u.T / temperature, u[i] @ u.detach().T / temperature           # unit rows
+            real = [s[j] + log(abs(y[i] - y[j]) + 1) for j != i]
+            mixed = [c * constant[i] + (1 - c) * constant[j] + log((1 - c) * abs(y[i] - y[j]) + 1)
+                     for j if y[j] != y[i]]                                                     # c = shares[i, j]
+            of_two = [a * constant[j] + (1 - a) * constant[k] for y[j] < y[i] < y[k]]
+                                                                                # a y[j] + (1 - a) y[k] = y[i]
+            positives = [s[j] for j != i if y[j] == y[i]] + of_two
+            loss[i] = logsumexp(real + mixed + of_two) - mean(positives)
+
+    Args:
+        x: (N, D) views of all samples.
+        labels: (N,) real numbers.
+        shares: (N, N) of the anchor in each mixed negative: draws of Beta(2, 8).
+        window: how far labels of a mixed positive may be from the anchor's; 5 in the released script.
+        temperature: divides the cosines.
+
+    Source:
+        Wu et al., Mixup Your Own Pairs, 2023 (S093). The released code shifts real and mixed logits by maxima of their
+        own; this is the formula. Memory of a chunk: N^2 for each of its rows.
+    """
+    u, size, y = wide(x, True), x.shape[0], labels.to(torch.promote_types(x.dtype, torch.float32))
+
+    def losses(dots: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        logits, constant = (dots / temperature).split(size, 1)
+        gap, share = y[rows, None] - y, shares[rows]
+        itself = torch.zeros_like(logits, dtype=torch.bool)
+        itself[:, rows].fill_diagonal_(True)
+        real = (logits + gap.abs().log1p()).masked_fill(itself, -torch.inf)
+        mixed = share * constant[itself][:, None] + (1 - share) * constant + ((1 - share) * gap.abs()).log1p()
+        # A pair of rows on both sides of the anchor, (rows, N, N).
+        low, high = (gap > 0) & (gap <= window), (gap < 0) & (-gap <= window)
+        between = low[:, :, None] & high[:, None, :]
+        part = (-gap[:, None, :] / (gap[:, :, None] - gap[:, None, :])).masked_fill(~between, 0.5)
+        of_two = part * constant[:, :, None] + (1 - part) * constant[:, None, :]
+        columns = [real, mixed.masked_fill(gap == 0, -torch.inf), of_two.masked_fill(~between, -torch.inf).flatten(1)]
+        same = (gap == 0) & ~itself
+        count = same.sum(1) + between.sum((1, 2))
+        total = (logits * same).sum(1) + (of_two * between).sum((1, 2))
+        return torch.cat(columns, 1).logsumexp(1) - total / count.clamp_min(1), count
+
+    chunk = max(1, (1 << 20) // max(size, 1) ** 2)
+    rows, counts = stream_rows(losses, u, torch.cat([u, u.detach()]), chunk_rows=chunk)
+    return rows[counts > 0].mean()
+
+
+def unisrec(sequence: Tensor, item: Tensor, items: Tensor, *, temperature: float = 0.07) -> Tensor:
+    """UniSRec's pre-training: sequences must find their next item; the same item of another row has logit 0.
+
+    Equivalent to::
+
+        s = F.normalize(sequence) @ F.normalize(item).T / temperature
+        same = (items[:, None] == items) & ~torch.eye(N, dtype=torch.bool)
+        F.cross_entropy(s.masked_fill(same, 0.0), torch.arange(N))                  # 0, not -inf
+
+    Args:
+        sequence: (N, D); an item may be another view of the sequence.
+        item: as `sequence`.
+        items: (N,) int64, the next item's id.
+        temperature: divides the cosines.
+
+    Source:
+        Hou et al., UniSRec, 2022, in the released code of BLaIR, 2024 (S118).
+    """
+    return info_nce(sequence, item, pairs=Pairs(differ=(items, items), fill=0.0), temperature=temperature)
+
+
+def mclrec_regularizer(x: Tensor, y: Tensor) -> Tensor:
+    """MCLRec's regulariser: hinges of positives over the hardest negative, and of all negatives below both.
+
+    Equivalent to::
+
+        z = torch.cat([x, y])                                       # raw inner products of 2 N rows
+        p, n = positives (2N,), negatives (2N, 2N - 2)
+        hardest = n.amax(1)
+        (p - hardest).relu().mean() + (torch.maximum(p, hardest)[:, None] - n).relu().mean()
+
+    Args:
+        x: (N, D) two views of the sequences.
+        y: as `x`.
+
+    Source:
+        Qin et al., Meta-optimized Contrastive Learning for Sequential Recommendation, 2023 (S058); released code,
+        margins of rows. No hinge of the second kind is ever closed, so row sums are enough.
+    """
+    z, size = torch.cat([x, y]), x.shape[0]
+    partner = torch.arange(2 * size, device=z.device).roll(size)
+    found = fold(z, reduce=("max", "sum"), target=partner, pairs=Pairs(diagonal=0))
+    (hardest, total), own = found.rows, found.target
+    highest = torch.maximum(own, hardest).mean()
+    return (own - hardest).relu().mean() + highest - ordered_sum(total) / (2 * size * (2 * size - 2))
+
+
+def curl(x: Tensor, positive: Tensor, negatives: Tensor, *, loss: str = "logistic") -> Tensor:
+    """CURL's losses of k private negatives; raw inner products.
+
+    Equivalent to::
+
+        v = (x * positive).sum(1, keepdim=True) - torch.einsum("nd,nkd->nk", x, negatives)
+        torch.log2(1 + (-v).exp().sum(1)).mean()                    # "logistic"
+        (1 - v.amin(1)).relu().mean()                               # "hinge"
+
+    Args:
+        x: (N, D).
+        positive: as `x`.
+        negatives: (N, K, D). Blocks: give means of b positives and of b negatives.
+        loss: "logistic" or "hinge".
+
+    Source:
+        Arora et al., A Theoretical Analysis of Contrastive Unsupervised Representation Learning, 2019 (S042).
+    """
+    checks.check_choice("curl", "loss", loss, ("logistic", "hinge"))
+    if loss == "hinge":
+        return triplet(x, positive, negatives, margin=1.0, distance="dot", hardest=True)
+    given = info_nce(x, positive, row_negatives=negatives, in_batch=False, temperature=1.0, normalize=False)
+    return given / math.log(2)
