@@ -120,6 +120,11 @@ def mnr_plus_dense(x, y):
     return (info(x @ y.T, t.argmax(1)) + info(y @ x.T, t.argmax(0))) / 2
 
 
+def mutual_information(logits, segments):
+    joint = torch.stack([logits.softmax(1)[segments == each].sum(0) for each in (0, 1)]) / 20
+    return (joint * (joint / (joint.sum(1, keepdim=True) * joint.sum(0))).log()).sum()
+
+
 def switch_dense(logits):
     p = logits.softmax(1)
     return 5 * (torch.bincount(p.argmax(1), minlength=5) / 20 * p.mean(0)).sum()
@@ -343,6 +348,8 @@ ROWS = [
      "targets that are the largest of another Gram matrix; experts by domain", "CODE", [
         ("mnr_plus(x, y)",
          "mnr_plus_dense(x, y)"),
+        ("route(logits, 1, segments=modality, num_segments=2, losses=[RouterLoss('global_entropy', pooled=True), RouterLoss('global_entropy', [-0.7, -0.3])]).loss",
+         "-mutual_information(logits, modality)"),
         ("route(logits, 1, losses=['switch']).loss",
          "switch_dense(logits)"),
     ]),

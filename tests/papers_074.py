@@ -226,7 +226,7 @@ ROWS = [
          "(info(cos(x, y, z) / 0.05) + info(cos(y, x, queue) / 0.05)) / 2"),
         ("confit(x, y, z, queue, weight=0.3)",
          "0.3 * info(cos(x, y, z) / 0.05) + 0.7 * info(cos(y, x, queue) / 0.05)"),
-        ("mine_hard_negatives(fixed, corpus, positives, 3, rules=runner_up_rules(60, 0.1, 0.15)).scores",
+        ("mine_hard_negatives(fixed, corpus, positives, 3, rules=runner_up_rules(0.1, 0.15)).scores",
          "ranked(fixed, corpus, positives, 6, 9)"),
     ]),
     ("S091", "BiXSE: Improving Dense Retrieval via Probabilistic Graded Relevance Distillation",

@@ -224,7 +224,7 @@ BAD = {
     "noise is a number": ({"noise": 1.0, "gating": NOISY}, TypeError, "noise must be a tensor, got float"),
     "noise of integers": ({"noise": LOGITS.long(), "gating": NOISY}, TypeError, "noise must be float"),
     "unknown loss": ({"losses": ["entropy"]}, ValueError, "RouterLoss: name must be one of"),
-    "a loss twice": ({"losses": ["z", "z"]}, ValueError, "losses must differ"),
+    "a loss twice": ({"losses": ["z", "z"]}, ValueError, "losses must differ in name or in pooled"),
     "losses are a name": ({"losses": "z"}, TypeError, "losses must be a list of names and RouterLoss"),
     "losses of numbers": ({"losses": [1.0]}, TypeError, "losses must be names and RouterLoss, got float"),
     "load without noise": ({"losses": ["load"]}, ValueError, 'losses must not have "load" without noise'),

@@ -636,6 +636,13 @@ def mine(positives=None, n=3, query=None, **options):
         (lambda: mine(pairs="all"), TypeError, "pairs must be Pairs or None, got str"),
         (lambda: NegativeRules(rank_window=(-1, 5)), ValueError, "rank_window[0] must be at least 0, got -1"),
         (lambda: NegativeRules(rank_window=(5, 5)), ValueError, "rank_window[1] must be at least 6, got 5"),
+        (
+            lambda: NegativeRules(rank_window=(0.4, 0.2)),
+            ValueError,
+            "rank_window must be two rising shares, got 0.4 and",
+        ),
+        (lambda: NegativeRules(rank_window=(0.4, 2.0)), ValueError, "rank_window[1] must be in [0, 1], got 2.0"),
+        (lambda: NegativeRules(rank_window=(0.4, None)), TypeError, "rank_window[1] must be a number, got None"),
         (lambda: NegativeRules(rank_window=5), TypeError, "rank_window must be (first, end), got 5"),
         (
             lambda: NegativeRules(positive_score="median"),

@@ -38,7 +38,7 @@ class NegativeRules:
         positive_score: which score margins refer to where a query has several positives: "min", "max" or "mean".
         rank_window: (first, end) ranks that negatives come from, from 0 for the best. end None: first + num_negatives
             where the best are taken, first + 10 * num_negatives where negatives are drawn; with `near_duplicate` the
-            window then grows until there are enough, unless ranks are raw.
+            window then grows until there are enough, unless ranks are raw. Two floats are shares of the corpus.
         rank_basis: "surviving": ranks among the documents that pass all rules. "raw": ranks among all documents that
             are no positive and pass `pairs`; the other rules then apply inside the window, which may leave few.
         near_duplicate: documents that are more similar than this to a positive of the query, or to a negative that was
@@ -54,7 +54,7 @@ class NegativeRules:
     min_score: float | None = None
     max_score: float | None = None
     positive_score: str = "min"
-    rank_window: tuple[int, int | None] = (0, None)
+    rank_window: tuple[int, int | None] | tuple[float, float] = (0, None)
     rank_basis: str = "surviving"
     near_duplicate: float | None = None
 
@@ -69,9 +69,24 @@ class NegativeRules:
         window = self.rank_window
         if not isinstance(window, tuple) or len(window) != 2:
             raise TypeError(f"NegativeRules: rank_window must be (first, end), got {checks.shown(window)}")
+        if isinstance(window[0], float) or isinstance(window[1], float):
+            low = checks.number("NegativeRules", "rank_window[0]", window[0], "[0, 1]")
+            high = checks.number("NegativeRules", "rank_window[1]", window[1], "[0, 1]")
+            if not low < high:
+                raise ValueError(f"NegativeRules: rank_window must be two rising shares, got {low} and {high}")
+            object.__setattr__(self, "rank_window", (low, high))
+            return
         first = checks.integer("NegativeRules", "rank_window[0]", window[0], 0)
         end = None if window[1] is None else checks.integer("NegativeRules", "rank_window[1]", window[1], first + 1)
         object.__setattr__(self, "rank_window", (first, end))
+
+    def window(self, rows: int) -> tuple[int, int | None]:
+        """The ranks, of a corpus of this many rows; at least one."""
+        first, end = self.rank_window
+        if isinstance(end, float):
+            first = min(int(first * rows), max(rows - 1, 0))
+            return first, max(int(end * rows), first + 1)
+        return int(first), end
 
     @property
     def needs_positive(self) -> bool:

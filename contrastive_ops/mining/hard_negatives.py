@@ -296,7 +296,7 @@ class _Miner:
 
     def run(self, count_above: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the negatives, their scores, and numbers over all columns."""
-        first, end = self.rules.rank_window
+        first, end = self.rules.window(self.corpus.rows)
         best, alone = self.sampling.strategy == "top", self.rules.near_duplicate is None
         grows = end is None and not alone and self.rules.rank_basis == "surviving"
         width = self.wanted if best else 10 * self.wanted

@@ -19,6 +19,7 @@ from ..reference import expert_routing as reference
 from ._expert_routing_autograd import InParts, register
 from .gating import Capacity, Gating, RouterProblem, as_capacity, check_gating
 from .router_losses import RouterLoss, Statistics, encode, summary
+from .router_losses import keys as loss_keys
 
 # One hop to every implementation; each offers route, route_backward, scores, scores_backward, slots, dispatch, combine
 # and dots.
@@ -66,7 +67,8 @@ class Routing:
         slots: (T, k) int64 the row of the dispatched tokens that each choice has; -1 where it is dropped.
         order: (R,) int64 the choice ``token * k + j`` that each row has; -1 where it is empty.
         offsets: (E + 1,) int64: expert e has the rows from ``offsets[e]`` to ``offsets[e + 1]``.
-        losses: of each `RouterLoss` by name, (S,), or (1,) where it is pooled. Differentiable.
+        losses: of each `RouterLoss` by name, (S,), or (1,) where it is pooled, as "pooled NAME" where the same is
+            wanted by segment, too. Differentiable.
         loss: 0-d, their weighted total.
         sums: and `counts`, numbers over the tokens of each segment that `metrics` are made of.
         counts: see `sums`.
@@ -292,7 +294,7 @@ def as_routing(problem: RouterProblem, outputs: Sequence[Tensor], served: Tensor
     losses: dict[str, Tensor] = {}
     if problem.losses:
         parts = values.split([1 if loss.pooled else problem.segments for loss in problem.losses])
-        losses = {loss.name: part for loss, part in zip(problem.losses, parts, strict=True)}
+        losses = dict(zip(loss_keys(problem.losses), parts, strict=True))
         must_reach(problem.function, (*parts, total))
     return Routing(experts, gates, slots, order, offsets, losses, total, sums, counts, served)
 

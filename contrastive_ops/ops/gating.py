@@ -153,8 +153,10 @@ class RouterProblem:
         """Check the arguments, and draw the noise."""
         tokens = logits.shape[0]
         wanted = described(function, losses)
-        if len({loss.name for loss in wanted}) < len(wanted):
-            raise ValueError(f"{function}: losses must differ, got {[loss.name for loss in wanted]}")
+        if len({(loss.name, loss.pooled) for loss in wanted}) < len(wanted):
+            raise ValueError(
+                f"{function}: losses must differ in name or in pooled, got {[loss.name for loss in wanted]}"
+            )
         if valid is not None:  # what padding has for a segment and for experts is not looked at
             _check_like(function, "valid", valid, torch.bool, (tokens,), logits)
             segments, allowed = (_without_padding(each, valid) for each in (segments, allowed))

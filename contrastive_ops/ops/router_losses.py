@@ -38,7 +38,9 @@ class RouterLoss:
         threshold: for "global_entropy": max(0, threshold + loss), which is 0 from an entropy of `threshold` on: log(S)
             asks a segment to use at least S experts. One number, or one for each segment.
         pooled: over all tokens, whatever their segments, with one weight and a value of shape (1,). LIMoE has
-            importance and load so, which cannot see a segment of few tokens, beside entropies of each modality.
+            importance and load so, which cannot see a segment of few tokens, beside entropies of each modality. One
+            name may be wanted pooled and by segment: "global_entropy" pooled, less that of segments weighted by their
+            share of the tokens, is minus the mutual information of segments and experts.
     """
 
     name: str
@@ -69,6 +71,12 @@ class RouterLoss:
 
 # By name, as users ask for most of them.
 PLAIN = {name: RouterLoss(name) for name in LOSSES}
+
+
+def keys(wanted: Sequence[RouterLoss]) -> list[str]:
+    """What results call each loss: its name, with "pooled " before it where the same is wanted by segment, too."""
+    by_segment = {loss.name for loss in wanted if not loss.pooled}
+    return [f"pooled {loss.name}" if loss.pooled and loss.name in by_segment else loss.name for loss in wanted]
 
 
 class LossSpec(NamedTuple):

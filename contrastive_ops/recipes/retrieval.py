@@ -178,18 +178,17 @@ def confit(
     return weight * of_resumes + (1 - weight) * info_nce(job, resume, resume_negatives, temperature=temperature)
 
 
-def runner_up_rules(columns: int, low: float = 0.03, high: float = 0.04) -> NegativeRules:
+def runner_up_rules(low: float = 0.03, high: float = 0.04) -> NegativeRules:
     """ConFit v2's runner-ups: what ranks between two shares of a corpus; for `mining.mine_hard_negatives`.
 
     Args:
-        columns: rows of the corpus.
         low: shares; the best 3 to 4 % in the paper.
         high: as `low`.
 
     Source:
         Yu et al., ConFit v2, 2025 (S090). Ranks here are of what is not labelled; the released code counts positives.
     """
-    return NegativeRules(rank_window=(int(low * columns), int(high * columns)), rank_basis="raw")
+    return NegativeRules(rank_window=(low, high), rank_basis="raw")
 
 
 def clp(
