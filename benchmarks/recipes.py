@@ -23,8 +23,9 @@ from torch import Tensor
 from benchmarks import provenance, results
 from benchmarks.measure import Timing
 from benchmarks.registry import OURS
-from contrastive_ops import Fold, Pairs, recipes, similarity_reduce
+from contrastive_ops import Pairs, recipes
 from contrastive_ops.ops import maxsim
+from contrastive_ops.ops.similarity_reduce import fold as sweep
 
 FOLDS = "folds"
 ROWS, DEPTH = 2048, 256
@@ -47,12 +48,15 @@ def inputs(rows: int) -> dict[str, Tensor]:
     return found
 
 
-def fold(x: Tensor, y: Tensor | None = None, *, reduce: str | Fold = "logsumexp", both: bool = False) -> Tensor:
-    """One sweep, and a gradient for every row (and column)."""
-    if not both:
-        return similarity_reduce(x, y, reduce=reduce, scale=20.0).sum()  # type: ignore[union-attr]
-    found = similarity_reduce(x, y, reduce=reduce, scale=20.0, dim=(0, 1))
-    return found.rows.sum() + found.cols.sum()  # type: ignore[union-attr]
+def fold(x: Tensor, y: Tensor | None = None, *, reduce: str = "logsumexp", pairs: Pairs | None = None) -> Tensor:
+    """One sweep, and a gradient for every row."""
+    return sweep(x, y, reduce=(reduce,), scale=20.0, pairs=pairs).rows[0].sum()
+
+
+def both_ways(x: Tensor, y: Tensor) -> Tensor:
+    """One sweep of rows and columns."""
+    found = sweep(x, y, scale=20.0, dim=(0, 1))
+    return found.rows[0].sum() + found.cols[0].sum()
 
 
 def steps(t: dict[str, Tensor]) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
@@ -64,8 +68,8 @@ def steps(t: dict[str, Tensor]) -> dict[str, tuple[Callable[[], Tensor], Callabl
     def two() -> Tensor:
         return fold(x, torch.cat([y, z]))
 
-    def same(reduce: str) -> Tensor:
-        return similarity_reduce(x, y, reduce=Fold(reduce, pairs=Pairs(diagonal=0, same=(labels, labels)))).sum()  # type: ignore[union-attr]
+    def near() -> Tensor:
+        return fold(x, y, reduce="sum_relu", pairs=Pairs(diagonal=0, same=(labels, labels)))
 
     return {
         "simcse": (lambda: recipes.simcse(x, y), lambda: fold(x, y)),
@@ -79,7 +83,7 @@ def steps(t: dict[str, Tensor]) -> dict[str, tuple[Callable[[], Tensor], Callabl
         "quick_thought": (lambda: recipes.quick_thought(x, y), lambda: fold(x, y)),
         "cluster_ns": (
             lambda: recipes.cluster_ns(x, y, queue[:128]),
-            lambda: two() + same("sum_relu") + same("sum_relu"),
+            lambda: two() + near() + near(),
         ),
         "consert": (lambda: recipes.consert(x, y), lambda: fold(torch.cat([x, y]))),
         "whitened_cse": (lambda: recipes.whitened_cse(x, y, z, groups=32), lambda: fold(x, y) + fold(x, z)),
@@ -92,7 +96,7 @@ def steps(t: dict[str, Tensor]) -> dict[str, tuple[Callable[[], Tensor], Callabl
         "pair": (lambda: recipes.pair(x, y, z), lambda: two() + fold(y, torch.cat([x, z]))),
         "confit": (
             lambda: recipes.confit(x, y, z, private[:, 0]),
-            lambda: fold(x, y, both=True) + fold(x, z) + fold(y, private[:, 0]),
+            lambda: both_ways(x, y) + fold(x, z) + fold(y, private[:, 0]),
         ),
         "mnr_plus": (lambda: recipes.mnr_plus(x, y), lambda: fold(x, y) + fold(y, x) + fold(x.detach(), y)),
         "splade": (lambda: recipes.splade(x.abs(), y.abs(), z.abs()), lambda: fold(x, y)),
