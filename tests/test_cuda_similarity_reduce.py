@@ -21,7 +21,7 @@ from similarity_cases import KINDS, RULES, exact, flat, gradients_of, leaves, ma
 from contrastive_ops import Fold, Pairs, clip, info_nce, nt_xent, siglip, similarity_reduce, sup_con
 from contrastive_ops.core import cuda_kernels
 from contrastive_ops.core.backends import choose
-from contrastive_ops.core.problem import Layout, LogitSet, SetFold
+from contrastive_ops.core.problem import Layout, LogitSet, Problem, SetFold
 from contrastive_ops.cuda import _chunks, _pairs, _products, _weights
 from contrastive_ops.cuda import similarity_reduce as launchers
 from contrastive_ops.losses import gte
@@ -500,10 +500,14 @@ def test_losses_of_one_direction(monkeypatch, kind, has_extra, rule, held):
         "extra": inputs.leaf(20) if has_extra else None,
     }
     target, doubled = inputs.target(), exact(options)
-    totals = [
-        similarity_loss(**each, kind=kind, target=target, reduction="sum", backend=backend)
-        for each, backend in ((options, "cuda"), (doubled, "reference"))
-    ]
+
+    def total(given, backend):
+        taken = (given[name] for name in ("x", "y", "row_bias"))
+        problem = Problem.of(("similarity_loss", "x", "y"), *taken, target=target)
+        rest = {name: value for name, value in given.items() if name not in ("x", "y", "row_bias")}
+        return similarity_loss(problem, kind=kind, reduction="sum", backend=backend, **rest)
+
+    totals = [total(each, backend) for each, backend in ((options, "cuda"), (doubled, "reference"))]
     assert relative_error(*totals) <= FLOAT32_ERROR
     expected = torch.autograd.grad(totals[1], leaves(doubled))
     for got, each in zip(torch.autograd.grad(totals[0], leaves(options)), expected, strict=True):

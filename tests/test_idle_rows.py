@@ -23,6 +23,7 @@ from idle_rows_cases import (
 )
 
 from contrastive_ops import Fold, Pairs, info_nce, similarity_reduce, similarity_topk
+from contrastive_ops.core.problem import Problem
 from contrastive_ops.ops import similarity_distill, similarity_prefix, similarity_values
 from contrastive_ops.ops.similarity_loss import similarity_loss
 from contrastive_ops.ops.similarity_reduce import fold
@@ -46,7 +47,8 @@ def test_self_similarity(dtype, unit, bad, backend):
     pairs = Pairs(same=(ids, ids), diagonal=0)
 
     def loss(x, pairs=pairs):
-        return finite_sum(fold(x, reduce=("logsumexp",), pairs=pairs, unit=unit, backend=backend).rows[0])
+        problem = Problem.of(("fold", "x", "x"), x, None)
+        return finite_sum(fold(problem, pairs=pairs, unit=unit, backend=backend).rows[0])
 
     truth, got = gradients(loss, [x]), gradients(loss, [put(x, ROW, bad)])
     torch.testing.assert_close(got, truth)
@@ -72,8 +74,12 @@ def test_kept_products_change_nothing(rule, bad, budget, backend):
 def test_similarity_loss(rule, bad, kind, backend):
     """Rows take part with their targets; column 3 is nobody's."""
     target, weight = torch.tensor([0, 1, 0, 1, 2, 4, 0]), torch.ones(N)
-    options = {"scale": 0.5, "target": target, "pairs": rules_of(rule), "weight": weight, "backend": backend}
-    check(lambda x, y: similarity_loss(x, y, kind=kind, reduction="sum", **options), bad, row=False)
+    options = {"scale": 0.5, "pairs": rules_of(rule), "weight": weight, "reduction": "sum", "backend": backend}
+
+    def loss(x, y):
+        return similarity_loss(Problem.of(("similarity_loss", "x", "y"), x, y, target=target), kind=kind, **options)
+
+    check(loss, bad, row=False)
 
 
 @pytest.mark.parametrize(("rule", "bad"), cases_without("fill"), ids=str)

@@ -8,7 +8,7 @@ from pairwise import pairwise
 
 from contrastive_ops import Fold, Pairs, clip, info_nce, nt_xent, siglip, similarity_reduce, sup_con
 from contrastive_ops.core import triton_kernels
-from contrastive_ops.core.problem import Layout, LogitSet, SetFold
+from contrastive_ops.core.problem import Layout, LogitSet, Problem, SetFold
 from contrastive_ops.ops.similarity_loss import similarity_loss
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, TOLERANCE, clustered_pairs, relative_error
 
@@ -405,10 +405,14 @@ def test_losses_of_one_direction(kind, has_extra):
         "extra": inputs.leaf(35) if has_extra else None,
     }
     target, doubled = inputs.target(), exact(options)
-    totals = [
-        similarity_loss(**each, kind=kind, target=target, reduction="sum", backend=backend)
-        for each, backend in ((options, "triton"), (doubled, "reference"))
-    ]
+
+    def total(given, backend):
+        taken = (given[name] for name in ("x", "y", "row_bias"))
+        problem = Problem.of(("similarity_loss", "x", "y"), *taken, target=target)
+        rest = {name: value for name, value in given.items() if name not in ("x", "y", "row_bias")}
+        return similarity_loss(problem, kind=kind, reduction="sum", backend=backend, **rest)
+
+    totals = [total(each, backend) for each, backend in ((options, "triton"), (doubled, "reference"))]
     assert relative_error(*totals) <= FLOAT32_ERROR
     expected = torch.autograd.grad(totals[1], leaves(doubled))
     for got, each in zip(torch.autograd.grad(totals[0], leaves(options)), expected, strict=True):

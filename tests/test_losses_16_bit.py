@@ -11,6 +11,7 @@ import torch
 from pairwise import pairwise
 
 from contrastive_ops import Fold, Pairs, info_nce
+from contrastive_ops.core.problem import Problem
 from contrastive_ops.ops.similarity_loss import similarity_loss
 from contrastive_ops.ops.similarity_reduce import fold
 from contrastive_ops.testing import relative_error
@@ -67,20 +68,25 @@ def folded(case, x, y, **options):
     N, M = len(x), len(y)
     ids, of_rows = (torch.arange(N) // 3, torch.arange(M) // 3), torch.linspace(1, 20, N)
     target = torch.arange(N)
+
+    def problem(y, target, row_bias=None):
+        return Problem.of((case, "x", "y"), x, y, row_bias, target=target)
+
     if case == "both sides":
-        return fold(x, y, dim=(0, 1), scale=of_rows, col_scale=torch.linspace(2, 9, M), target=target, **options)
+        both = {"dim": (0, 1), "scale": of_rows, "col_scale": torch.linspace(2, 9, M)}
+        return fold(problem(y, target), **both, **options)
     if case == "rules":
         near = Fold("sum_softplus", pairs=Pairs(differ=ids, below=0.4))
         folds = ("logsumexp", near, Fold("max", negate=True))
-        return fold(x, y, reduce=folds, scale=of_rows, target=target, row_bias=of_rows / 9, **options)
+        return fold(problem(y, target, of_rows / 9), reduce=folds, scale=of_rows, **options)
     if case == "lists":
         lists = (torch.arange(N + 1), target, of_rows)
-        return fold(x, y, scale=9.0, target=target.flip(0), linear=lists, **options)
+        return fold(problem(y, target.flip(0)), scale=9.0, linear=lists, **options)
     if case == "itself":
         same = Fold("sum", pairs=Pairs(same=(ids[0], ids[0]), diagonal=0))
-        return fold(x, None, reduce=("logsumexp", same), scale=9.0, target=target.roll(3), **options)
+        return fold(problem(None, target.roll(3)), reduce=("logsumexp", same), scale=9.0, **options)
     reduction = "none" if case == "rows of a loss" else "sum"
-    return (similarity_loss(x, y, scale=9.0, target=target, weight=of_rows, reduction=reduction, **options),)
+    return (similarity_loss(problem(y, target), scale=9.0, weight=of_rows, reduction=reduction, **options),)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

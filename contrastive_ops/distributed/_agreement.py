@@ -86,12 +86,14 @@ class Agreement:
             f"got rank 0 {texts[0]} and rank {other} {texts[other]}"
         )
 
-    def sweep(self, schedule: str, x: Tensor, **shared: Any) -> ShardedSweep:
-        """How rows and columns meet; "auto" gathers what is not too large for that."""
+    def sweep(
+        self, schedule: str, x: Tensor, names: tuple[str, str, str], scale: float | Tensor, **shared: Any
+    ) -> ShardedSweep:
+        """How rows and columns meet; "auto" gathers what is not too large for that. Names and the rest: `Sweep`."""
         if schedule == "auto":
             gathered = self.columns.total * x.shape[1] * 2 * x.dtype.itemsize  # with the gradient
             schedule = "ring" if gathered > GATHERED_BYTES else "gather"
-        return ShardedSweep(**shared, rows=self.rows, columns=self.columns, schedule=schedule)
+        return ShardedSweep(names, scale, **shared, rows=self.rows, columns=self.columns, schedule=schedule)
 
     def with_gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Both; one without a gradient, of which another rank needs one, takes part in backward nevertheless."""

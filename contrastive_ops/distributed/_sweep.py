@@ -19,6 +19,7 @@ from torch import Tensor
 from ..core.fold_kinds import FOLDS
 from ..core.folds import Fold, Folded, as_fold
 from ..core.numerics import merge_lse
+from ..core.problem import Problem
 from ..core.rule_slices import columns_of
 from ..core.rules import Pairs, given
 from ..losses._sweep import Sweep
@@ -59,7 +60,7 @@ class ShardedSweep(Sweep):
         """
         y = x if y is None else y
         given: dict[str, Any] = dict.fromkeys(("target", "row_bias", "col_scale"))
-        given.update(self._shared(), dim=dim, **options)
+        given.update(self._shared(), col_bias=self.col_bias, dim=dim, **options)
         known: dict[int, Pairs | None] = {}
         folds = tuple(as_fold(self.names[0], request) for request in reduce)
         given["reduce"] = tuple(replace(fold, pairs=self.global_pairs(fold.pairs, known)) for fold in folds)
@@ -78,11 +79,12 @@ class ShardedSweep(Sweep):
         target = options.pop("target", None)
         target = usual_target(x, y) if target is None else target
         if self.schedule == "gather" and kind != "softmax_both":
-            given = {**self._shared(), **options, "target": target + self.columns.offset}
+            given = {**self._shared(), **options}
             for name in ("pairs", "positives"):
                 given[name] = self.global_pairs(given.get(name))
-            given["col_bias"] = self.gathered(given["col_bias"])
-            return similarity_loss(x, self.gathered(x if y is None else y), kind=kind, **given)
+            given |= {"target": target + self.columns.offset, "col_bias": self.gathered(self.col_bias)}
+            problem = self._taken(x, self.gathered(x if y is None else y), given)
+            return similarity_loss(problem, kind=kind, **given)
         reduction = options.pop("reduction")
         terms = Terms(**{name: options.pop(name, None) for name in ("weight", "extra", "target_weight")})
         both = kind == "softmax_both"
@@ -112,7 +114,11 @@ class ShardedSweep(Sweep):
     def _gather(self, x: Tensor, y: Tensor, options: dict[str, Any]) -> Folded:
         target = options["target"]
         options = {**options, "target": None if target is None else target + self.columns.offset}
-        return fold(x, gather_rows(y, self.columns), **options)
+        return fold(self._taken(x, gather_rows(y, self.columns), options), **options)
+
+    def _taken(self, x: Tensor, y: Tensor, options: dict[str, Any]) -> Problem:
+        """The matrices with the biases and the target, which are taken out of the options."""
+        return Problem.of(self.names, x, y, *(options.pop(each, None) for each in ("row_bias", "col_bias", "target")))
 
     def _ring(self, x: Tensor, y: Tensor, options: dict[str, Any]) -> Folded:
         """Backward differentiates by `tensors` beside x and y, which each block takes in place of the options."""
@@ -121,10 +127,11 @@ class ShardedSweep(Sweep):
         tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
 
         def block(owner: int, x: Tensor, y: Tensor, here: dict[str, Tensor]) -> Folded:
-            return fold(x, y, **self._of_block(owner, {**options, **here}))
+            given = self._of_block(owner, {**options, **here})
+            return fold(self._taken(x, y, given), **given)
 
         folds = len(options["reduce"])
-        by_rows, by_cols = directions(options["names"][0], options["dim"])
+        by_rows, by_cols = directions(self.names[0], options["dim"])
         folded = ring(block, x, y, tensors, self.columns, (folds * by_rows, folds * by_cols))
         return merged_rows(folded, [each.name for each in options["reduce"]])
 

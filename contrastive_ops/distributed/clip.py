@@ -113,8 +113,8 @@ def clip(
     sweep = agreed.sweep(
         schedule,
         text,
-        names=(name, "image", "text"),
-        scale=scale,
+        (name, "image", "text"),
+        scale,
         pairs=Pairs() if pairs is None and share is not None else pairs,  # means of logits are folds
         col_bias=col_bias,
         unit=_arguments.in_sweep(normalize, image),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import losses
 from ..core.folds import Fold, Folded
+from ..core.problem import Problem
 from ..core.rules import Pairs
 from ..losses import _arguments
 from ..losses._blocks import DIRECTIONS
@@ -85,14 +86,13 @@ def gte(
         of_all = {"schedule": schedule, "average": average, "negatives": negatives}
         agreed.compare(blocks.sides["q"], blocks.sides["d"], pairs, **of_all, **blocks_of, **options)
 
-    def sweep(x: Tensor, y: Tensor | None, *, reduce: tuple[str | Fold, ...], **given: Any) -> Folded:
+    def sweep(problem: Problem, *, reduce: tuple[str | Fold, ...], scale: Tensor, **given: Any) -> Folded:
         """Some sides of all ranks against others, whose sizes are exchanged."""
         with Agreement(name, team, check) as here:
-            columns = x if y is None else y
-            here.compare(x, columns)
-        x, columns = here.with_gradients(x, columns)
-        shared = {"names": given.pop("names"), "scale": given.pop("scale")}
-        return here.sweep(schedule, columns, **shared).fold(x, columns, *reduce, **given)
+            here.compare(problem.x, problem.columns)
+        x, columns = here.with_gradients(problem.x, problem.columns)
+        here_and_there = here.sweep(schedule, columns, problem.names, scale)
+        return here_and_there.fold(x, columns, *reduce, target=problem.target, **given)
 
     if owners is not None:  # queries of other ranks are others
         owners = owners[0] + agreed.rows.offset, owners[1] + agreed.rows.offset

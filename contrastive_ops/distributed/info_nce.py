@@ -131,8 +131,8 @@ def info_nce(
     sweep = agreed.sweep(
         schedule,
         key,
-        names=(name, "query", "key"),
-        scale=scale,
+        (name, "query", "key"),
+        scale,
         pairs=Pairs() if pairs is None and share is not None else pairs,
         also=also,
         col_bias=col_bias,

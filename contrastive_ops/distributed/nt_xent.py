@@ -77,8 +77,8 @@ def nt_xent(
     sweep = agreed.sweep(
         schedule,
         z,
-        names=(name, "z0", "z1"),
-        scale=scale,
+        (name, "z0", "z1"),
+        scale,
         pairs=Pairs(diagonal=0),
         unit=_arguments.in_sweep(normalize, z),
         memory_budget=memory_budget,

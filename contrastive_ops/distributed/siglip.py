@@ -103,8 +103,8 @@ def siglip(
     sweep = agreed.sweep(
         schedule,
         text,
-        names=(name, "image", "text"),
-        scale=scale,
+        (name, "image", "text"),
+        scale,
         pairs=pairs,
         col_bias=col_bias,
         unit=_arguments.in_sweep(normalize, image),

@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from ..core import autocast, checks
-from ..core.folds import Fold, Folded, Reduced, as_fold
+from ..core.folds import Fold, Reduced, as_fold
 from ..core.rules import Pairs
-from ..ops.similarity_reduce import directions, fold
+from ..losses._sweep import Sweep
+from ..ops.similarity_reduce import as_asked_for
 from ._agreement import Agreement
 from ._groups import Group, find_team, local_tensor
 
@@ -74,7 +75,8 @@ def similarity_reduce(
     shared |= {"memory_budget": memory_budget, "backend": backend}
     folds = reduce if isinstance(reduce, tuple) else (reduce,)
     if team is None:
-        return _as_asked_for(fold(x, y, reduce=folds, **options, **shared), reduce, dim, target)
+        folded = Sweep((name, "x", "y"), **shared).fold(x, y, *folds, **options)
+        return as_asked_for(folded, reduce, dim, target)
     with Agreement(name, team, check) as agreed:
         x, y = autocast.cast(x, y)
         columns = x if y is None else y
@@ -88,22 +90,5 @@ def similarity_reduce(
         kinds = [as_fold(name, request).name for request in folds]
         agreed.compare(x, columns, pairs, reduce=kinds, schedule=schedule, scale=scale, **options)
     x, columns = agreed.with_gradients(x, columns)
-    sweep = agreed.sweep(schedule, columns, names=(name, "x", "y"), **shared)
-    return _as_asked_for(sweep.fold(x, columns, *folds, **options), reduce, dim, target)
-
-
-def _as_asked_for(folded: Folded, reduce: Any, dim: int | tuple[int, ...], target: Tensor | None) -> Reduced:
-    """A value for one fold, a tuple for a tuple; None for what was not asked for, or has no winner."""
-    by_rows, by_cols = directions("similarity_reduce", dim)
-    has_max = any(winners.numel() for winners in (*folded.row_argmax, *folded.col_argmax))
-
-    def shown(values: tuple[Tensor, ...], wanted: bool) -> Any:
-        return None if not wanted else values if isinstance(reduce, tuple) else values[0]
-
-    return Reduced(
-        rows=shown(folded.rows, by_rows),
-        cols=shown(folded.cols, by_cols),
-        target=None if target is None else folded.target,
-        row_argmax=shown(folded.row_argmax, by_rows and has_max),
-        col_argmax=shown(folded.col_argmax, by_cols and has_max),
-    )
+    sweep = agreed.sweep(schedule, columns, (name, "x", "y"), **shared)
+    return as_asked_for(sweep.fold(x, columns, *folds, **options), reduce, dim, target)

@@ -95,8 +95,8 @@ def sup_con(
     sweep = agreed.sweep(
         schedule,
         columns,
-        names=(name, "x", "y"),
-        scale=scale,
+        (name, "x", "y"),
+        scale,
         pairs=of_others,
         col_bias=col_bias,
         unit=_arguments.in_sweep(normalize, x),

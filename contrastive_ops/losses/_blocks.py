@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.folds import Fold, Folded
+from ..core.problem import Problem
 from ..core.rules import Guide, Pairs
 from ..ops.similarity_reduce import fold
 
@@ -107,17 +108,14 @@ class Blocks:
             by_column = _padded(self.bound, y, torch.inf)[None]
             folds += (Fold("logsumexp", pairs=self._pairs(rows, cols, by_column, **rules)),)
         return self.sweep(
-            x,
-            y,
+            Problem.of(self.names, x, y, target=target),
             reduce=folds,
             dim=(0, 1) if both else 1,
             scale=self._of_rows(self.scale, rows),
             col_scale=_padded(self.scale, y, 1.0) if y is not None and both and self.scale.dim() else None,
-            target=target,
             pairs=self._pairs(rows, cols, by_row, **rules),
             unit=self.unit,
             memory_budget=self.memory_budget,
-            names=self.names,
             backend=self.backend,
         )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..core import autocast
 from ..core.derivatives import alias, grad
 from ..core.ordered import repeated
+from ..core.problem import Problem
 from ..core.rules import Pairs
 from ..ops.similarity_loss import similarity_loss
 from ..reference.row_losses import KINDS, REDUCTIONS
@@ -51,28 +52,29 @@ def gradients_again(
         unit = x is not None and in_sweep(call.normalize, x)
         sides = unit_sides(call.normalize, *(each for each in (x, y) if each is not None))
         x, y = (*sides, None)[:2]
-        options: dict[str, Any] = {"target": target, "unit": unit}
+        rules: dict[str, Any] = {}
         if form == STACKED:
-            x, y, options = torch.cat(sides), None, {"unit": unit, "pairs": Pairs(diagonal=0)}
+            x, y, rules = torch.cat(sides), None, {"pairs": Pairs(diagonal=0)}
         elif form == LABELLED:
             ids = (labels, labels if col_labels is None else col_labels)
             diagonal = 0 if y is None else None
             target, count = one_positive(*(labels, col_labels))  # type: ignore[arg-type]
             rules = {"pairs": Pairs(diagonal=diagonal, differ=ids), "positives": Pairs(diagonal=diagonal, same=ids)}  # type: ignore[arg-type]
-            options = {"target": target, "unit": unit, "count": count, **rules}
+            rules["count"] = count
+        row_bias = None
         if kind == "sigmoid":
             one = d_loss.new_full((), call.bias_number) if bias is None else bias.reshape(())
-            options["row_bias"] = repeated(one, x.shape[0])
+            row_bias = repeated(one, x.shape[0])
         loss = similarity_loss(
-            x,
-            y,
+            Problem.of(("similarity_loss", "x", "y"), x, y, row_bias, target=target),
             kind=kind,
             scale=scale,
             weight=weight,
             reduction=REDUCTIONS[call.reduction],
+            unit=unit,
             memory_budget=call.memory_budget,
             backend=backend,
-            **options,
+            **rules,
         )
         wanted = [each for each in leaves if each is not None and each.requires_grad]
         found = iter(grad([loss], wanted, [d_loss]))

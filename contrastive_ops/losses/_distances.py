@@ -10,6 +10,7 @@ from torch import Tensor
 from ..core import autocast, checks
 from ..core.folds import Fold
 from ..core.offsets import from_common_row
+from ..core.problem import Problem
 from ..core.rules import Pairs
 from ..core.unit_rows import unit_rows
 from ..ops.similarity_reduce import fold
@@ -86,15 +87,8 @@ def farthest_and_nearest(
             # |y|^2 - 2 <x, y> orders each row's columns as the distance does.
             x, y = from_common_row(x, y)
             scale, col_bias = 2.0, -(x if y is None else y).square().sum(1)
-        folded = fold(
-            x,
-            y,
-            reduce=(Fold("max", pairs=farthest, negate=True), Fold("max", pairs=nearest)),
-            scale=scale,
-            col_bias=col_bias,
-            names=names,
-            backend=backend,
-        )
+        folds = (Fold("max", pairs=farthest, negate=True), Fold("max", pairs=nearest))
+        folded = fold(Problem.of(names, x, y, None, col_bias), reduce=folds, scale=scale, backend=backend)
     return folded.row_argmax[0], folded.row_argmax[1]
 
 
@@ -134,7 +128,7 @@ def semi_hard_negative(
         bound = (x * positive).sum(1) - slack
         farther = Fold("max", pairs=Pairs(differ=negatives, below=bound))
         farthest = Fold("max", pairs=Pairs(differ=negatives), negate=True)
-        folded = fold(x, y, reduce=(farther, farthest), names=names, backend=backend)
+        folded = fold(Problem.of(names, x, y), reduce=(farther, farthest), backend=backend)
     return torch.where(folded.row_argmax[0] >= 0, folded.row_argmax[0], folded.row_argmax[1])
 
 

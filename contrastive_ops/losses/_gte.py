@@ -56,9 +56,9 @@ def gte_blocks(
     if false_negative_margin is not None:
         bound = partner_similarity(query.detach(), document.detach(), unit) + false_negative_margin
     blocks = Blocks(
-        names=(name, "query", "document"),
-        sides=sides,
-        scale=checks.scale_tensor(name, scale, "query", query),
+        (name, "query", "document"),
+        sides,
+        checks.scale_tensor(name, scale, "query", query),
         bound=bound,
         guides=None,
         ids=ids_of_samples(name, pairs, query),

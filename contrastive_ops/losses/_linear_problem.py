@@ -12,6 +12,7 @@ from ..core import autocast, checks
 from ..core.masks import left_out
 from ..core.numerics import softplus
 from ..core.ordered import ordered_sum
+from ..core.problem import Problem
 from ..ops.similarity_loss import similarity_loss
 from ..ops.similarity_reduce import fold, needs_gradient
 from . import _arguments
@@ -102,30 +103,21 @@ class Head:
         """The sum of the cross entropies, with gradients from the forward pass."""
         of_lse, of_own, evenly = self._smoothed(options)
         total = similarity_loss(
-            self.rows,
-            self.weight,
-            col_bias=self.bias,
-            target=self.target,
+            self._problem(),
             weight=self.share if of_lse is None else self.share * of_lse,
             target_weight=None if of_own is None else self.share * of_own,
             reduction="sum",
-            names=self.names,
             backend=backend,
         )
         return total if evenly is None else total - ordered_sum(self.share * evenly)
 
     def _folded(self, memory_budget: int | None, backend: str) -> tuple[Tensor, Tensor]:
         """The logsumexp over the other classes, and the logit of the label."""
-        folded = fold(
-            self.rows,
-            self.weight,
-            col_bias=self.bias,
-            target=self.target,
-            memory_budget=memory_budget,
-            names=self.names,
-            backend=backend,
-        )
+        folded = fold(self._problem(), memory_budget=memory_budget, backend=backend)
         return folded.rows[0], folded.target
+
+    def _problem(self) -> Problem:
+        return Problem.of(self.names, self.rows, self.weight, None, self.bias, self.target)
 
     def _smoothed(self, options: Options) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """A loss as a * (lse - own logit) + b * own logit - c: a, b and c of each row; None for 1, 0 and 0.
@@ -146,7 +138,7 @@ class Head:
         return own * (1 - options.label_smoothing) + even, even, evenly
 
 
-class Problem:
+class LargeSoftmax:
     """A large softmax with its labels, or several over the same rows.
 
     Attributes:

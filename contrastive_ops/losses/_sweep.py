@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..core.folds import Fold, Folded, as_fold
+from ..core.problem import Problem
 from ..core.rules import Pairs
 from ..ops.similarity_loss import similarity_loss
 from ..ops.similarity_reduce import fold, merge_lse
@@ -70,19 +71,21 @@ class Sweep:
         self, x: Tensor, y: Tensor | None = None, *reduce: str | Fold, dim: int | tuple[int, ...] = 1, **options: Any
     ) -> Folded:
         """Fold the rows (and columns) of x against y, or of x against itself; `options` as in `similarity_reduce`."""
-        return fold(x, y, reduce=reduce, dim=dim, **self._shared(), **options)
+        return fold(self._problem(x, y, options), reduce=reduce, dim=dim, **self._shared(), **options)
 
     def loss(self, kind: str, x: Tensor, y: Tensor | None, **options: Any) -> Tensor:
-        """The loss of this kind as one operator; `options` as in `similarity_loss`."""
-        return similarity_loss(x, y, kind=kind, **self._shared(), **options)
+        """The loss of this kind as one operator; `options` as in `similarity_loss`, ``target`` and ``row_bias``."""
+        return similarity_loss(self._problem(x, y, options), kind=kind, **self._shared(), **options)
+
+    def _problem(self, x: Tensor, y: Tensor | None, options: dict[str, Any]) -> Problem:
+        """The matrices with what `options` has for their rows, which is taken out of it."""
+        return Problem.of(self.names, x, y, options.pop("row_bias", None), self.col_bias, options.pop("target", None))
 
     def _shared(self) -> dict[str, Any]:
         return {
             "scale": self.scale,
             "pairs": self.pairs,
-            "col_bias": self.col_bias,
             "unit": self.unit,
             "memory_budget": self.memory_budget,
-            "names": self.names,
             "backend": self.backend,
         }

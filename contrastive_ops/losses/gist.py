@@ -215,9 +215,9 @@ def gist(
     guides = {side: _guide(name, *given[side], sides[side], given["q"][1], normalize) for side in sides}
     positive = partner_similarity(guides["q"], guides["d"])
     blocks = Blocks(
-        names=(name, "query", "key"),
-        sides=sides,
-        scale=checks.scale_tensor(name, scale, "query", query),
+        (name, "query", "key"),
+        sides,
+        checks.scale_tensor(name, scale, "query", query),
         bound=positive - (margin if margin_strategy == "absolute" else positive.abs() * margin),
         guides=guides,
         ids=ids_of_samples(name, pairs, query),

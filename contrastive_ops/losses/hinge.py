@@ -21,9 +21,11 @@ from torch import Tensor
 from ..core import autocast, checks
 from ..core.folds import Fold
 from ..core.masks import left_out
+from ..core.problem import Problem
 from ..core.rules import Pairs
 from ..core.unit_rows import unit_rows
 from ..ops.similarity_reduce import fold
+from ..reference.similarity_loss import usual_target
 from . import _arguments
 from ._columns import partner_similarity
 from ._distances import take_rows
@@ -82,15 +84,16 @@ def vse(
         >>> bool(vse(image, text, hardest=True) <= vse(image, text))
         True
     """
-    name, names = "vse", ("vse", "image", "text")
-    image, text = _partners(name, names[1:], image, text, margin, weight, reduction, normalize)
+    name = "vse"
+    image, text = _partners(name, ("image", "text"), image, text, margin, weight, reduction, normalize)
     if labels is not None:
         labels = checks.check_index(name, "labels", labels, image.shape[0], "image", image)
     differ = None if labels is None else (labels, labels)
     if hardest:
         pairs = Pairs(diagonal=0, differ=differ)
         with torch.no_grad(), autocast.disabled(image):
-            found = fold(image, text, reduce=("max",), dim=(0, 1), pairs=pairs, names=names, backend=backend)
+            problem = Problem.of((name, "image", "text"), image, text)
+            found = fold(problem, reduce=("max",), dim=(0, 1), pairs=pairs, backend=backend)
         image, text = _accumulated(image), _accumulated(text)
         losses = _against(image, text, text, found.row_argmax[0], margin)
         losses = losses + _against(text, image, image, found.col_argmax[0], margin)
@@ -99,14 +102,11 @@ def vse(
     of_rows, of_cols = Pairs(above=bound, differ=differ), Pairs(above=bound[None], differ=differ)
     with autocast.disabled(image):
         folded = fold(
-            image,
-            text,
+            Problem.of((name, "image", "text"), image, text, target=usual_target(image, text)),
             reduce=(Fold("sum"), Fold("count"), Fold("sum", pairs=of_cols), Fold("count", pairs=of_cols)),
             dim=(0, 1),
-            target=torch.arange(image.shape[0], device=image.device),
             pairs=of_rows,
             memory_budget=memory_budget,
-            names=names,
             backend=backend,
         )
     losses = _hinge(folded.rows[0], folded.rows[1], folded.target, margin)
@@ -167,27 +167,25 @@ def energy_hinge(
         >>> energy_hinge(query, key, negatives, reduction="none").shape
         torch.Size([4])
     """
-    name, names = "energy_hinge", ("energy_hinge", "query", "key")
+    name = "energy_hinge"
     query, key, negatives = autocast.cast(query, key, negatives)
     if negatives is not None:
         checks.check_matrices(name, "query", query, "negatives", negatives)
-    query, key = _partners(name, names[1:], query, key, margin, weight, reduction, normalize, anchors=1)
+    query, key = _partners(name, ("query", "key"), query, key, margin, weight, reduction, normalize, anchors=1)
     columns = key if negatives is None else torch.cat([key, _rows(negatives, normalize)])
     if hardest:
         with torch.no_grad(), autocast.disabled(query):
-            found = fold(query, columns, reduce=("max",), pairs=Pairs(diagonal=0), names=names, backend=backend)
+            problem = Problem.of((name, "query", "key"), query, columns)
+            found = fold(problem, reduce=("max",), pairs=Pairs(diagonal=0), backend=backend)
         query, columns = _accumulated(query), _accumulated(columns)
         losses = _against(query, columns[: key.shape[0]], columns, found.row_argmax[0], margin)
         return _arguments.reduce_rows(losses, weight, reduction)
     with autocast.disabled(query):
         folded = fold(
-            query,
-            columns,
+            Problem.of((name, "query", "key"), query, columns, target=usual_target(query, columns)),
             reduce=("sum", "count"),
-            target=torch.arange(query.shape[0], device=query.device),
             pairs=Pairs(above=_violation(query, key, margin)),
             memory_budget=memory_budget,
-            names=names,
             backend=backend,
         )
     losses = _hinge(folded.rows[0], folded.rows[1], folded.target, margin)
@@ -269,12 +267,10 @@ def simctg(
     own = x.new_ones(x.shape[:1], dtype=checks.accumulator(x.dtype)) if normalize else partner_similarity(x, x)
     with autocast.disabled(x):
         (sums, counts), *_ = fold(
-            _rows(x, normalize),
+            Problem.of((name, "x", "x"), _rows(x, normalize), None, margin - own),
             reduce=("sum_relu", "count"),
-            row_bias=margin - own,
             pairs=Pairs(same=(segments, segments), diagonal=0),
             memory_budget=memory_budget,
-            names=(name, "x", "x"),
             backend=backend,
         )
     losses, counted = sums / counts.clamp_min(1), counts > 0

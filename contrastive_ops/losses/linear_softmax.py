@@ -21,8 +21,8 @@ from ..core.results import named
 from . import _arguments
 from ._linear_chunks import statistics
 from ._linear_problem import (
+    LargeSoftmax,
     Options,
-    Problem,
     cap_of,
     check_entries,
     checked,
@@ -153,7 +153,7 @@ def linear_log_prob(
     name = "linear_log_prob"
     cap = cap_of(name, "softcap", softcap)
     checks.flag(name, "entropy", entropy)
-    problem = Problem(name, hidden, head, labels, bias, ignore_index)
+    problem = LargeSoftmax(name, hidden, head, labels, bias, ignore_index)
     with autocast.disabled(hidden):
         if entropy:
             both = [softmax.log_prob_and_entropy(cap) for softmax in problem.heads]
@@ -291,7 +291,7 @@ def linear_cross_entropy(
         checks.number(name, "z_loss", z_loss, "[0, inf)"),
         cap_of(name, "softcap", softcap),
     )
-    problem = Problem(name, hidden, head, labels, bias, ignore_index, weight, class_weight)
+    problem = LargeSoftmax(name, hidden, head, labels, bias, ignore_index, weight, class_weight)
     if weight is not None and reduction == "mean":
         flat = weight.reshape(-1)
         _arguments.check_weight(name, flat, flat.shape[0], "hidden", hidden, "weight")

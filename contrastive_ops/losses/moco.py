@@ -151,8 +151,8 @@ def moco(
     # The keys join the sweep although each is a column for its own query alone: the positive and the negatives close to
     # it nearly cancel in the gradient, which must therefore be summed before it is rounded to 16 bits.
     sweep = Sweep(
-        names=(name, "query", "key and queue"),
-        scale=scale,
+        (name, "query", "key and queue"),
+        scale,
         pairs=within(name, "pairs", pairs, query, count, entries, 0),
         col_bias=None if col_bias is None else torch.cat([col_bias.new_zeros(count), col_bias]),
         unit=_arguments.in_sweep(normalize, query),

@@ -16,8 +16,6 @@ from ..core.folds import Fold
 from ..core.numerics import softplus
 from ..core.ordered import segment_sums
 from ..core.rules import Pairs
-from ..ops.similarity_loss import similarity_loss
-from ..ops.similarity_reduce import fold
 from . import _arguments, _columns
 from ._eager import LABELLED, eager_loss
 from ._labels import labelled, one_positive, other_labels
@@ -129,23 +127,9 @@ def sup_con(
     if target is None:  # no columns
         nothing = _columns.logit_sums(x, x[:0] if y is None else y, scale, unit=unit)
         return _arguments.mean_over(nothing, positive_count > 0, weight, reduction)
-    return similarity_loss(
-        x,
-        y,
-        kind=positives,
-        scale=scale,
-        col_bias=col_bias,
-        target=target,
-        pairs=of_others,
-        positives=of_same,
-        weight=weight,
-        count=positive_count,
-        reduction=reduction,
-        unit=unit,
-        memory_budget=memory_budget,
-        names=(name, "x", "y"),
-        backend=backend,
-    )
+    sweep = Sweep((name, "x", "y"), scale, of_others, col_bias, unit, memory_budget, backend)
+    given: dict[str, Any] = {"target": target, "positives": of_same, "weight": weight, "count": positive_count}
+    return sweep.loss(positives, x, y, reduction=reduction, **given)
 
 
 def multi_positive_info_nce(
@@ -226,22 +210,16 @@ def multi_positive_info_nce(
         name, x, labels, y, col_labels, temperature, scale, 0.07, reduction, weight, normalize
     )
     of_others = other_labels(name, pairs, of_others, y is None)
-    sweep: dict[str, Any] = {
-        "scale": scale,
-        "col_bias": col_bias,
-        "memory_budget": memory_budget,
-        "names": (name, "x", "y"),
-        "backend": backend,
-    }
+    sweep = Sweep((name, "x", "y"), scale, of_others, col_bias, False, memory_budget, backend)
     with autocast.disabled(x):
         # The gradients of the two sweeps largely cancel near convergence: they must meet before they are rounded.
         unit = _arguments.in_sweep(normalize, x)
         x, y = _columns.wide(x, unit), None if y is None else _columns.wide(y, unit)
-        (others,), *_ = fold(x, y, pairs=of_others, **sweep)
+        (others,), *_ = sweep.fold(x, y, "logsumexp")
         alone = others == -torch.inf  # no negatives: the loss is 0, and an infinite bias would be NaN times 0
-        folds = (Fold("sum_softplus", negate=True), Fold("count"))
+        folds = (Fold("sum_softplus", negate=True, pairs=of_same), Fold("count", pairs=of_same))
         bias = -others.masked_fill(alone, 0.0)
-        (total, count), *_ = fold(x, y, reduce=folds, row_bias=bias, pairs=of_same, **sweep)
+        (total, count), *_ = sweep.fold(x, y, *folds, row_bias=bias)
     rows = torch.where(alone, 0.0, total / count.clamp_min(1.0))
     if mean_over == "pairs" and reduction == "mean":
         weight = count if weight is None else count * weight.to(count.dtype)

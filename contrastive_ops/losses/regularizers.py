@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core import autocast, checks
 from ..core.offsets import from_common_row
 from ..core.ordered import ordered_logsumexp
+from ..core.problem import Problem
 from ..core.rules import Pairs
 from ..core.unit_rows import unit_rows
 from ..ops.similarity_reduce import fold, merge_lse
@@ -154,12 +155,12 @@ def uniformity(
     lengths = None if normalize else _potential_of_lengths(x, t)
     options: dict[str, Any] = {"scale": 2.0 * t, "unit": unit, "memory_budget": memory_budget, "backend": backend}
     names = (name, "x", "queue")
-    (of_rows,), *_ = fold(x, row_bias=lengths, col_bias=lengths, pairs=Pairs(diagonal=0), names=names, **options)
+    (of_rows,), *_ = fold(Problem.of(names, x, None, lengths, lengths), pairs=Pairs(diagonal=0), **options)
     rows = of_rows.new_full((), x.shape[0])
     total, count = ordered_logsumexp(of_rows), rows * (rows - 1)
     if queue is not None:
         of_queue = None if normalize else _potential_of_lengths(queue, t)
-        (across,), *_ = fold(x, queue, row_bias=lengths, col_bias=of_queue, names=names, **options)
+        (across,), *_ = fold(Problem.of(names, x, queue, lengths, of_queue), **options)
         # Pairs of x are counted twice, from either side.
         total = merge_lse(total - math.log(2.0), ordered_logsumexp(across))
         count = count / 2 + rows * queue.shape[0]

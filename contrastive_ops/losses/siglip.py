@@ -15,7 +15,6 @@ from ..core.folds import Fold
 from ..core.numerics import softplus
 from ..core.ordered import repeated
 from ..core.rules import Pairs
-from ..ops.similarity_reduce import fold
 from ..reference.similarity_loss import usual_target
 from . import _arguments
 from ._binary import one_grade, shared_bias
@@ -251,19 +250,9 @@ def multi_positive_siglip(
     folds: tuple[Fold, ...] = (Fold("sum_softplus", pairs=same, negate=True), Fold("sum_softplus", pairs=differ))
     if balanced:
         folds += (Fold("count", pairs=same, negate=True), Fold("count", pairs=differ))
-    row_bias, names = repeated(shared_bias(name, bias, x), x.shape[0]), (name, "x", "y")
-    (pulled, pushed, *counts), *_ = fold(
-        x,
-        y,
-        reduce=folds,
-        scale=scale,
-        row_bias=row_bias,
-        col_bias=col_bias,
-        unit=_arguments.in_sweep(normalize, x),
-        memory_budget=memory_budget,
-        names=names,
-        backend=backend,
-    )
+    sweep = Sweep((name, "x", "y"), scale, None, col_bias, _arguments.in_sweep(normalize, x), memory_budget, backend)
+    row_bias = repeated(shared_bias(name, bias, x), x.shape[0])
+    (pulled, pushed, *counts), *_ = sweep.fold(x, y, *folds, row_bias=row_bias)
     if balanced:
         pulled, pushed = pulled / counts[0].clamp_min(1), pushed / counts[1].clamp_min(1)
     return _arguments.reduce_rows(pulled + pushed, weight, reduction)

@@ -69,14 +69,10 @@ register(BACKENDS)
 
 
 def similarity_loss(
-    x: Tensor,
-    y: Tensor | None = None,
+    problem: Problem,
     *,
     kind: str = "softmax",
     scale: float | Tensor = 1.0,
-    row_bias: Tensor | None = None,
-    col_bias: Tensor | None = None,
-    target: Tensor | None = None,
     pairs: Pairs | None = None,
     positives: Pairs | None = None,
     weight: Tensor | None = None,
@@ -86,15 +82,13 @@ def similarity_loss(
     reduction: str = "mean",
     unit: bool = False,
     memory_budget: int | None = None,
-    names: tuple[str, str, str] = ("similarity_loss", "x", "y"),
     backend: str = "auto",
 ) -> Tensor:
     """The loss of the rows of a similarity matrix that is never stored, in one operator.
 
     Equivalent to::
 
-        given = {"scale": scale, "row_bias": row_bias, "col_bias": col_bias, "target": target, "pairs": pairs}
-        reduced = similarity_reduce(x, y, reduce=FOLDS[kind], **given)
+        reduced = fold(problem, reduce=FOLDS[kind], scale=scale, pairs=pairs)
         losses = row_losses(kind, reduced, extra, count)              # reference/row_losses.py has the formulas
         losses = weight * losses + target_weight * reduced.target
         losses.sum() / weight.sum()                                   # "mean", of the rows with a positive
@@ -103,15 +97,11 @@ def similarity_loss(
     losses, which check what belongs to them; not part of the public surface.
 
     Args:
-        x: (N, D).
-        y: (M, D); None compares the rows of x with each other.
+        problem: (N, D) and (M, D) or None, biases, and a target for each row. Without targets: column i of row i; of
+            two stacked views (y is None) the other view of the sample.
         kind: "softmax", "softmax_both" (of rows and columns; N = M, and the target is the diagonal), "sigmoid",
             "mean_log" or "log_mean" (several positives).
-        scale: as in `similarity_reduce`, as the biases are.
-        row_bias: (N,).
-        col_bias: (M,).
-        target: (N,) int64. None: column i of row i; of two stacked views (y is None) the
-            other view of the sample.
+        scale: as in `similarity_reduce`.
         pairs: which pairs take part.
         positives: the positives of the kinds with several; `pairs` are the others.
         weight: (N,) of each row's loss. Differentiable. None: 1, which is not made.
@@ -121,14 +111,12 @@ def similarity_loss(
         reduction: "mean" (divides by the sum of the weights of the rows that count), "sum" or "none".
         unit: as in `fold`.
         memory_budget: as in `similarity_reduce`.
-        names: the function and the arguments to name in errors.
         backend: as in `similarity_reduce`.
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in the accumulation dtype.
     """
-    problem = Problem.of(names, x, y, row_bias, col_bias, target)
-    x, y = problem.x, problem.y
+    function, x, y = problem.names[0], problem.x, problem.y
     sets = LogitSets(problem, unit)
     sets.add(scale, pairs)
     if positives is not None:
@@ -139,13 +127,13 @@ def similarity_loss(
     )
     arguments = sets.arguments()
     needs = needed(*arguments, weight, extra, target_weight)
-    chosen = choose(names[0], BACKENDS, x, backend, layout)
+    chosen = choose(function, BACKENDS, x, backend, layout)
     kept = 0
     if needs & reference.SWEPT and not reference.in_one_pass(kind, reduction, y is None, needs):
-        budget = budget_bytes(names[0], memory_budget, x.device.type)
+        budget = budget_bytes(function, memory_budget, x.device.type)
         kept = kept_size(x, y, budget, chosen) if BACKENDS[chosen].keeps else 0
     elif memory_budget is not None:
-        budget_bytes(names[0], memory_budget, x.device.type)
+        budget_bytes(function, memory_budget, x.device.type)
     terms = (weight, extra, target_weight, count)
     given = (*arguments, problem.target, *layout.encode())
     loss: Tensor = call.similarity_loss(*given, *terms, kind, reduction, needs, kept, chosen)[0]

@@ -260,25 +260,33 @@ def similarity_reduce(
     name = "similarity_reduce"
     requests = reduce if isinstance(reduce, tuple) else (reduce,)
     folded = fold(
-        x,
-        y,
+        Problem.of((name, "x", "y"), x, y, row_bias, col_bias, target),
         reduce=requests,
         dim=dim,
         scale=scale,
         col_scale=col_scale,
-        row_bias=row_bias,
-        col_bias=col_bias,
-        target=target,
         linear=linear,
         pairs=pairs,
         memory_budget=memory_budget,
         backend=backend,
     )
-    one = not isinstance(reduce, tuple)
-    has_max = any(as_fold(name, each).name == "max" for each in requests)
-    if one and isinstance(dim, int) and target is None and linear is None and not has_max:
+    values_alone = isinstance(dim, int) and target is None and linear is None
+    if values_alone and not isinstance(reduce, tuple) and as_fold(name, reduce).name != "max":
         return (folded.rows if dim == 1 else folded.cols)[0]
+    return as_asked_for(folded, reduce, dim, target, linear)
+
+
+def as_asked_for(
+    folded: Folded,
+    reduce: str | Fold | tuple[str | Fold, ...],
+    dim: int | tuple[int, ...],
+    target: Tensor | None,
+    linear: tuple[Tensor, ...] | None = None,
+) -> Reduced:
+    """A value for one fold, a tuple for a tuple; None for what was not asked for, or has no winner."""
+    name, one = "similarity_reduce", not isinstance(reduce, tuple)
     by_rows, by_cols = directions(name, dim)
+    has_max = any(as_fold(name, each).name == "max" for each in (reduce if isinstance(reduce, tuple) else (reduce,)))
 
     def shown(values: tuple[Tensor, ...], wanted: bool) -> Any:
         return None if not wanted else values[0] if one else values
@@ -294,40 +302,35 @@ def similarity_reduce(
 
 
 def fold(
-    x: Tensor,
-    y: Tensor | None = None,
+    problem: Problem,
     *,
     reduce: tuple[str | Fold, ...] = ("logsumexp",),
     dim: int | tuple[int, ...] = 1,
     scale: float | Tensor = 1.0,
     col_scale: float | Tensor | None = None,
-    row_bias: Tensor | None = None,
-    col_bias: Tensor | None = None,
-    target: Tensor | None = None,
     linear: tuple[Tensor, ...] | None = None,
     pairs: Pairs | None = None,
     memory_budget: int | None = None,
     unit: bool = False,
-    names: tuple[str, str, str] = ("similarity_reduce", "x", "y"),
     backend: str = "auto",
 ) -> Folded:
-    """`similarity_reduce` for losses: arguments as there, and `names` to name in errors: the loss, its x, its y.
+    """`similarity_reduce` of matrices, biases and a target that were checked; the other arguments as there.
 
     `unit`: rows of x and y count as if they had length 1. 16-bit rows are not rounded again for it.
 
     Returns:
         One entry per fold of `reduce`, whatever `dim` is; empty where not asked for.
     """
-    by_rows, by_cols = directions(names[0], dim)
+    function, x, y = problem.names[0], problem.x, problem.y
+    by_rows, by_cols = directions(function, dim)
     if not reduce:
-        raise ValueError(f"{names[0]}: reduce must name at least one fold, got ()")
-    problem = Problem.of(names, x, y, row_bias, col_bias, target)
+        raise ValueError(f"{function}: reduce must name at least one fold, got ()")
     sets = LogitSets(problem, unit)
-    if target is not None or linear is not None:
+    if problem.target is not None or linear is not None:
         sets.add(scale, pairs, linear=linear)  # the first set is that of the targets and of the lists
     folds = []
     for request in reduce:
-        each = as_fold(names[0], request)
+        each = as_fold(function, request)
         own_scale = scale if each.scale is None else each.scale
         own_pairs = pairs if each.pairs is None else each.pairs
         if by_rows:
@@ -336,10 +339,10 @@ def fold(
             folds.append(SetFold(sets.add(col_scale, own_pairs, each.negate, of_columns=True), each.name, cols=True))
         elif by_cols:
             folds.append(SetFold(sets.add(own_scale, own_pairs, each.negate), each.name, cols=True))
-    layout, x, y = sets.layout(*folds), problem.x, problem.y
+    layout = sets.layout(*folds)
     arguments = (*sets.arguments(), problem.target, *layout.encode())
-    chosen = choose(names[0], BACKENDS, x, backend, layout)
-    budget = budget_bytes(names[0], memory_budget, x.device.type)
+    chosen = choose(function, BACKENDS, x, backend, layout)
+    budget = budget_bytes(function, memory_budget, x.device.type)
     keeps = needs_gradient(*arguments) and BACKENDS[chosen].keeps
     kept = kept_size(x, y, budget, chosen) if keeps else 0
     values, argmax, target_logit, linear_sum, _ = call.similarity_reduce_forward(*arguments, kept, chosen)
