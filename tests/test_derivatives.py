@@ -11,6 +11,7 @@ from contrastive_ops import Pairs, route, similarity_reduce, similarity_topk
 from contrastive_ops.core.ordered import ordered_logsumexp
 from contrastive_ops.core.unit_rows import unit_rows
 from contrastive_ops.moe import ExpertChoice, SoftMoE, SparseMoE
+from contrastive_ops.nn import CLIPLoss
 from contrastive_ops.ops import (
     combine,
     dispatch,
@@ -35,6 +36,11 @@ def _layer(layer):
     return lambda x: layer(x)[0] if not isinstance(layer, SoftMoE) else layer(x)
 
 
+def _with_y(loss):
+    loss = loss.double().requires_grad_(False)
+    return lambda x: loss(x, Y)
+
+
 # Every primitive, as a function of a matrix (6, 5).
 FUNCTIONS = {
     "similarity_reduce": lambda x: similarity_reduce(x, Y, dim=(0, 1)).rows,
@@ -56,6 +62,8 @@ FUNCTIONS = {
     "SparseMoE": _layer(SparseMoE(5, 4, experts=3, k=2)),
     "ExpertChoice": _layer(ExpertChoice(5, 4, experts=3)),
     "SoftMoE": _layer(SoftMoE(5, 4, experts=3)),
+    "a learned scale": _with_y(CLIPLoss()),
+    "a learned scale at its bound": _with_y(CLIPLoss(0.01)),
 }
 
 

@@ -35,14 +35,25 @@ def bounded(value: Tensor, bound: float) -> Tensor:
 
 
 class _Bounded(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, value: Tensor, bound: float) -> Tensor:
-        ctx.save_for_backward(value)
-        ctx.bound = bound
+    def forward(value: Tensor, bound: float) -> Tensor:
         return value.clamp(max=bound)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        value, ctx.bound = inputs
+        ctx.save_for_backward(value)
+        ctx.save_for_forward(value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (value,) = ctx.saved_tensors
         # A descent step against a negative gradient leads further up.
         return gradient.masked_fill((value >= ctx.bound) & (gradient < 0), 0.0), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        (value,) = ctx.saved_tensors
+        return tangent.masked_fill(value >= ctx.bound, 0.0)
