@@ -106,6 +106,12 @@ def test_lightly(dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the original: it copies a tensor by torch.tensor
         check_same(ours.DCLWLoss(sigma=0.7), original.DCLWLoss(sigma=0.7), *views)
+    views = views + 0.5 * views.flip(0)
+    check_same(ours.VICRegLoss(9.0, 8.0, 2.0), original.VICRegLoss(9.0, 8.0, 2.0), *views)
+    check_same(ours.BarlowTwinsLoss(0.1), original.BarlowTwinsLoss(0.1), *views, tolerance=2e-4)  # its eps
+    with pytest.warns(UserWarning, match=r"VICRegLoss: eps=0.01 has no fused form"):
+        _originals._warn_once.cache_clear()
+        check_same(ours.VICRegLoss(eps=0.01), original.VICRegLoss(eps=0.01), *views)
 
 
 def test_lightly_keeps_the_same_memory_bank():
@@ -194,7 +200,7 @@ def test_classes_are_those_of_the_package_and_the_rest_is_passed_on(name):
         arguments = made.get(attribute, ())
         assert issubclass(loss, theirs) and loss.__name__ == theirs.__name__
         assert loss(*arguments).state_dict().keys() == theirs(*arguments).state_dict().keys()
-    other = {"open_clip": "gather_features", "lightly": "DINOLoss", "pytorch_metric_learning": "TripletMarginLoss"}
+    other = {"open_clip": "gather_features", "lightly": "DINOLoss", "pytorch_metric_learning": "CircleLoss"}
     assert getattr(ours, other[name]) is getattr(original, other[name])
     with pytest.raises(AttributeError):
         _ = ours.no_such_loss

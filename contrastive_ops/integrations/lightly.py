@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import distributed
-from ..losses import dcl, moco, nt_xent
+from ..losses import barlow_twins, dcl, moco, nt_xent, vicreg
 from ._originals import runs_original, third_party
 
 lightly = third_party("lightly.loss", "lightly")
@@ -78,8 +78,7 @@ class DCLLoss(lightly.DCLLoss):
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """Return the mean loss of (N, D) and (N, D) projections."""
         sigma, known = _sigma(self.weight_fn)
-        apart = self.gather_distributed and torch.distributed.is_initialized()
-        if not known or (apart and torch.distributed.get_world_size() > 1):
+        if not known or _several_ranks(self):
             runs_original(self, "gather_distributed" if known else "weight_fn")
             loss: Tensor = super().forward(out0, out1)
             return loss
@@ -88,6 +87,53 @@ class DCLLoss(lightly.DCLLoss):
 
 class DCLWLoss(lightly.DCLWLoss, DCLLoss):
     """`lightly.loss.DCLWLoss`: `DCLLoss` of this module with von Mises-Fisher weights of the positives."""
+
+
+def _several_ranks(loss: Any) -> bool:
+    """Whether a loss is asked to gather over more than one rank."""
+    apart = loss.gather_distributed and torch.distributed.is_initialized()
+    return apart and torch.distributed.get_world_size() > 1
+
+
+class VICRegLoss(lightly.VICRegLoss):
+    """`lightly.loss.VICRegLoss`; see `contrastive_ops.losses.vicreg`.
+
+    Args:
+        *args: as of the original.
+        **kwargs: the same; the original runs with another `eps` than 1e-4, over ranks, and with more than two
+            dimensions.
+    """
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        """Return the loss of (N, D) and (N, D) projections."""
+        reason = "gather_distributed" if _several_ranks(self) else "" if self.eps == 1e-4 else f"eps={self.eps}"
+        reason = f"projections of {z_a.dim()} dimensions" if z_a.dim() != 2 else reason
+        if reason or len(z_a) < 2 or z_a.shape != z_b.shape:
+            if reason:
+                runs_original(self, reason)
+            loss: Tensor = super().forward(z_a, z_b)
+            return loss
+        return vicreg(z_a, z_b, invariance=self.lambda_param, variance=self.mu_param, covariance=self.nu_param)
+
+
+class BarlowTwinsLoss(lightly.BarlowTwinsLoss):
+    """`lightly.loss.BarlowTwinsLoss`; see `contrastive_ops.losses.barlow_twins`.
+
+    The original adds 1e-5 to variances.
+
+    Args:
+        *args: as of the original.
+        **kwargs: the same; the original runs over ranks.
+    """
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        """Return the loss of (N, D) and (N, D) projections."""
+        if _several_ranks(self) or len(z_a) < 2:
+            if len(z_a) > 1:
+                runs_original(self, "gather_distributed")
+            loss: Tensor = super().forward(z_a, z_b)
+            return loss
+        return barlow_twins(z_a, z_b, off_diagonal=self.lambda_param)
 
 
 def _sigma(weight_fn: Any) -> tuple[float | None, bool]:
