@@ -169,7 +169,9 @@ def _backends() -> dict[str, str]:
     for name in dict.fromkeys(name for table in tables.values() for name in table):
         reasons = dict.fromkeys(table[name] or "available" for table in tables.values() if name in table)
         without = [primitive for primitive, table in tables.items() if name not in table]
+        named = [primitive for primitive, table in backends.by_name().items() if name in table]
         found[name] = "; ".join(reasons) + (f" (has no {', '.join(without)})" if without else "")
+        found[name] += f" (by name only, not by 'auto': {', '.join(named)})" if named else ""
     return found
 
 

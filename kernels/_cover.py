@@ -37,3 +37,12 @@ def pairwise_cover(choices: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, A
 def _gain(missing: set[tuple[str, int, str, int]], row: Mapping[str, int], name: str, index: int) -> int:
     """How many missing pairs a value adds to a row."""
     return sum((a, i, name, index) in missing or (name, index, a, i) in missing for a, i in row.items())
+
+
+def spread(number: int) -> Combine:
+    """One combination: of every name its value of this number, so that some numbers together have each value."""
+
+    def combine(choices: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+        yield {name: values[number % len(values)] for name, values in choices.items()}
+
+    return combine

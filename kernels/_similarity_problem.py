@@ -48,8 +48,8 @@ class Problem:
         arch: str,
     ) -> Problem:
         """The first arguments of every operator."""
-        rows = _dense_rows(x)
-        columns = rows if y is None else _dense_rows(y)
+        rows = dense_rows(x)
+        columns = rows if y is None else dense_rows(y)
         layout = Layout.decode(pair_data, spec)
         pairs = _pairs.arguments(layout, len(rows), len(columns), scale, row_bias, col_bias, target)
         return cls(rows, columns, y is None, layout, pairs, arch)
@@ -106,6 +106,6 @@ class Problem:
         return {"x": self.x, "y": self.y, "x_stride": self.x.stride(0), "y_stride": self.y.stride(0)}
 
 
-def _dense_rows(x: Tensor) -> Tensor:
+def dense_rows(x: Tensor) -> Tensor:
     """The same rows with their numbers side by side."""
     return x.detach() if x.stride(1) == 1 or x.shape[1] <= 1 else x.detach().contiguous()

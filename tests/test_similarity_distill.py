@@ -479,7 +479,7 @@ def test_meta_tensors():
         ({"dim": 2}, ValueError, r"dim must be 0, 1 or \(0, 1\), got 2"),
         ({"memory_budget": -1}, ValueError, "memory_budget must be at least 0"),
         ({"pairs": Pairs(fill=0.0)}, NotImplementedError, "pairs.fill must be None"),
-        ({"backend": "triton"}, ValueError, "backend must be one of 'auto', 'reference', 'cpu', got 'triton'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'reference', 'cpu', 'triton', got 'cuda'"),
     ],
 )
 def test_errors(change, error, message):

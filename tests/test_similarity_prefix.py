@@ -402,7 +402,7 @@ def test_wrong_dims(dims, error, message):
         ({"target": torch.tensor([0, 1, 4])}, ValueError, r"target must be in \[0, 4\), got 4"),
         ({"target": torch.tensor([0, 1])}, ValueError, r"target must have shape \(3,\), got \(2,\)"),
         ({"pairs": Pairs(below=0.5)}, ValueError, "pairs must have no rules but diagonal and differ, got below"),
-        ({"backend": "triton"}, ValueError, "backend must be one of 'auto', 'reference', 'cpu', got 'triton'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of 'auto', 'reference', 'cpu', 'triton', got 'cuda'"),
     ],
 )
 def test_wrong_arguments(options, error, message):

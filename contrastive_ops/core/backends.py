@@ -30,6 +30,7 @@ class Backend:
         unsupported: reasons why these inputs cannot run; alone chooses, refuses and explains.
         keeps: whether forward can keep inner products, so that backward need not compute them again.
         no_room: reasons why the sets and folds of a call (a `Layout`) cannot run.
+        by_name: why "auto" leaves it out, or None: it runs where it is named, and nowhere else.
     """
 
     source: str
@@ -37,7 +38,11 @@ class Backend:
     unsupported: Callable[[Tensor], list[str]]
     keeps: bool = False
     no_room: Callable[[Any], list[str]] = lambda layout: []
+    by_name: str | None = None
 
+
+# Kernels are tested interpreted, compiled for devices or run on the processor; what no device has run is no default.
+NEVER_ON_A_DEVICE = "taken by name only: these kernels have not run on a device yet"
 
 # In order of preference per device type. That of GPUs was measured on an H200, where CUDA kernels took 0.2 to 1.0 of
 # the time of the Triton ones in every primitive that has both (benchmarks/results/kernel-notes.md).
@@ -81,7 +86,8 @@ def choose(function: str, table: Mapping[str, Backend], x: Tensor, backend: str,
     for name in ORDER.get(x.device.type, ("reference",)):
         if name not in table:
             continue
-        reasons = _reasons(table[name], x, layout)
+        by_name = table[name].by_name
+        reasons = _reasons(table[name], x, layout) if by_name is None else [by_name]
         if not reasons:
             # A logger would break a traced graph, and tracing runs once anyway.
             if name == "reference" and refused and not torch.compiler.is_compiling():
@@ -112,6 +118,8 @@ def enrol(primitive: str, table: Mapping[str, Backend]) -> Mapping[str, Backend]
 def backends() -> dict[str, dict[str, str | None]]:
     """Return, for each primitive, its backends with None where one can run on a device of this machine, else why not.
 
+    One that can run and that "auto" leaves out is none that cannot: `by_name` lists those.
+
     Examples:
         >>> backends()["similarity_topk"]["reference"] is None
         True
@@ -124,3 +132,16 @@ def backends() -> dict[str, dict[str, str | None]]:
         return "; ".join(fewest) or None
 
     return {primitive: {name: why(backend) for name, backend in table.items()} for primitive, table in _TABLES.items()}
+
+
+def by_name() -> dict[str, dict[str, str]]:
+    """Return, for each primitive, the backends that "auto" leaves out, and why.
+
+    Examples:
+        >>> list(by_name()["similarity_values"])
+        ['triton']
+    """
+    return {
+        primitive: {name: backend.by_name for name, backend in table.items() if backend.by_name is not None}
+        for primitive, table in _TABLES.items()
+    }

@@ -48,5 +48,10 @@ def weight_norm(
         bound = bound + d_linear.abs().amax() * weight * data[Slot.LINEAR_INDPTR].diff().amax()
     if scale.numel():
         bound = bound * scale.detach().abs().amax() * (2.0 if itself else 1.0)
+    return power_below(bound)
+
+
+def power_below(bound: Tensor) -> Tensor:
+    """A power of two that brings numbers up to `bound` just below what float16 holds; 1 for 0 and for no number."""
     exponent = (14.0 - bound.log2()).floor().clamp(-100.0, 100.0)
     return torch.where(bound.isfinite() & (bound > 0), exponent, 0.0).exp2()

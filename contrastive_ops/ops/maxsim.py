@@ -7,8 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ..core import checks, extension
-from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core import checks, extension, triton_kernels
+from ..core.backends import NEVER_ON_A_DEVICE, Backend, choose, enrol, unsupported_by_cpu
 from ..core.declarations import Declaration, Named, Shapes, declare
 from ..core.operators import call
 from ..reference import maxsim as reference
@@ -27,6 +27,12 @@ BACKENDS = enrol(
             source="csrc/cpu/maxsim.cpp",
             functions=functools.cache(lambda: extension.functions("maxsim")),
             unsupported=unsupported_by_cpu,
+        ),
+        "triton": Backend(
+            source="kernels/maxsim.py",
+            functions=functools.cache(lambda: triton_kernels.functions("maxsim")),
+            unsupported=triton_kernels.unsupported,
+            by_name=NEVER_ON_A_DEVICE,
         ),
     },
 )
@@ -83,7 +89,7 @@ def maxsim(
         k: sum over the k best document tokens of each query token; over all of them in a document of fewer.
         reduce: over the tokens of a query: "sum", or "mean" over those that take part. A symmetric score is the mean of
             ``maxsim(x, y, reduce="mean")`` and ``maxsim(y, x, reduce="mean").T``.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". An explicit backend runs or raises.
+        backend: "auto", "reference", "cpu" or "triton", which "auto" does not take. An explicit backend runs or raises.
 
     Returns:
         (N, M) in float32 (float64 for float64 inputs). A document without tokens (no length, or all masked) has score

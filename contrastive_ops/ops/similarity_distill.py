@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, TypedDict, overload
 
 from torch import Tensor
 
-from ..core import autocast, checks, extension
-from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core import autocast, checks, extension, triton_kernels
+from ..core.backends import NEVER_ON_A_DEVICE, Backend, choose, enrol, unsupported_by_cpu
 from ..core.declarations import Declaration, Named, Shapes, declare
 from ..core.folds import Reduced
 from ..core.operators import call
@@ -35,6 +35,12 @@ BACKENDS = enrol(
             functions=functools.cache(lambda: extension.functions("similarity_distill")),
             unsupported=unsupported_by_cpu,
             keeps=True,
+        ),
+        "triton": Backend(
+            source="kernels/similarity_distill.py",
+            functions=functools.cache(lambda: triton_kernels.functions("similarity_distill")),
+            unsupported=triton_kernels.unsupported,
+            by_name=NEVER_ON_A_DEVICE,
         ),
     },
 )
@@ -148,7 +154,7 @@ def similarity_distill(
         pairs: which pairs take part, for student and teacher alike. `log_weight` and `fill` are refused.
         memory_budget: bytes of inner products of both to keep between forward and backward, so that backward need not
             compute them again; 0 keeps none. None: 128 MiB. Does not change results. Of use to "cpu".
-        backend: "auto", "reference" or "cpu". An explicit backend runs or raises.
+        backend: "auto", "reference", "cpu" or "triton", which "auto" does not take. An explicit backend runs or raises.
 
     Returns:
         (N,) for ``dim=1``, (M,) for ``dim=0``, a `Reduced` with ``rows`` and ``cols`` for both; float32 (float64 for

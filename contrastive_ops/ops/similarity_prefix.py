@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core import checks, extension
-from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core import checks, extension, triton_kernels
+from ..core.backends import NEVER_ON_A_DEVICE, Backend, choose, enrol, unsupported_by_cpu
 from ..core.declarations import Declaration, Named, Shapes, declare
 from ..core.operators import call
 from ..core.problem import Layout, LogitSet, Problem
@@ -34,6 +34,12 @@ BACKENDS = enrol(
             source="csrc/cpu/similarity_prefix.cpp",
             functions=functools.cache(lambda: extension.functions("similarity_prefix")),
             unsupported=unsupported_by_cpu,
+        ),
+        "triton": Backend(
+            source="kernels/similarity_prefix.py",
+            functions=functools.cache(lambda: triton_kernels.functions("similarity_prefix")),
+            unsupported=triton_kernels.unsupported,
+            by_name=NEVER_ON_A_DEVICE,
         ),
     },
 )
@@ -152,7 +158,7 @@ def similarity_prefix(
         target: (N,) int64, one column per row that is left out of every fold; its logits are returned, as by
             `similarity_reduce`.
         pairs: which pairs take part in the folds: the rules ``diagonal`` and ``differ`` of `Pairs`.
-        backend: "auto", "reference" or "cpu". An explicit backend runs or raises.
+        backend: "auto", "reference", "cpu" or "triton", which "auto" does not take. An explicit backend runs or raises.
 
     Returns:
         `PrefixFolds` in float32 (float64 for float64 inputs). A row or column in which no pair takes part gives -inf

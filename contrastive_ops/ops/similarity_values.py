@@ -6,8 +6,8 @@ import functools
 
 from torch import Tensor
 
-from ..core import autocast, checks, extension
-from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core import autocast, checks, extension, triton_kernels
+from ..core.backends import NEVER_ON_A_DEVICE, Backend, choose, enrol, unsupported_by_cpu
 from ..core.declarations import Declaration, Named, declare
 from ..core.operators import call
 from ..core.problem import LogitSets, Problem, SetFold
@@ -30,6 +30,12 @@ BACKENDS = enrol(
             functions=functools.cache(lambda: extension.functions("similarity_values")),
             unsupported=unsupported_by_cpu,
             keeps=True,
+        ),
+        "triton": Backend(
+            source="kernels/similarity_values.py",
+            functions=functools.cache(lambda: triton_kernels.functions("similarity_values")),
+            unsupported=triton_kernels.unsupported,
+            by_name=NEVER_ON_A_DEVICE,
         ),
     },
 )
@@ -91,7 +97,7 @@ def similarity_values(
         pairs: which pairs take part. `fill` is refused.
         memory_budget: bytes of inner products to keep between forward and backward, so that backward need not compute
             them again; 0 keeps none. None: 128 MiB. Does not change results. Of use to "cpu".
-        backend: "auto", "reference" or "cpu". An explicit backend runs or raises.
+        backend: "auto", "reference", "cpu" or "triton", which "auto" does not take. An explicit backend runs or raises.
 
     Returns:
         (N, V) float32 (float64 for float64 inputs). A row in which no pair takes part is 0 with gradient 0. NaN

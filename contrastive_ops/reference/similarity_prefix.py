@@ -174,8 +174,8 @@ def backward(
         dy[:, :end] += dy_part
         by_col += by_col_part
     if normalize:
-        dx = dx - _weighted_prefixes(m.x, m.segments, scale * by_row * m.x_slope)
-        dy = dy - _weighted_prefixes(m.y, m.segments, scale * by_col * m.y_slope)
+        dx = dx - weighted_prefixes(m.x, m.segments, scale * by_row * m.x_slope)
+        dy = dy - weighted_prefixes(m.y, m.segments, scale * by_col * m.y_slope)
     if y is None:
         dx, dy = dx + dy, dy[:0]
     return (
@@ -185,7 +185,7 @@ def backward(
     )
 
 
-def _weighted_prefixes(x: Tensor, parts: list[slice], share: Tensor) -> Tensor:
+def weighted_prefixes(x: Tensor, parts: list[slice], share: Tensor) -> Tensor:
     """The sum over prefixes of share (P, N) times the prefix of each row."""
     from_here_on = share.flip(0).cumsum(0).flip(0)
     total = torch.zeros_like(x)
