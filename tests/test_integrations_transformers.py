@@ -1,5 +1,6 @@
 """Adapters of sentence-transformers and transformers against the classes that they replace, on models of a few rows."""
 
+import importlib
 import itertools
 import random
 
@@ -283,6 +284,60 @@ def test_experts_of_transformers(name):
     assert mine.keys() == theirs.keys() and any("experts" in key for key in mine)
     for key, gradient in mine.items():
         torch.testing.assert_close(gradient, theirs[key], rtol=1e-4, atol=1e-6)
+
+
+BLOCKS = {  # configuration, and the names of a layer in checkpoints
+    "Mixtral": ({"num_local_experts": 6}, "block_sparse_moe.", ("w1", "w3", "w2")),
+    "Qwen3Moe": ({"num_experts": 6, "moe_intermediate_size": 24, "norm_topk_prob": True}, "mlp.", None),
+    "Olmoe": ({"num_experts": 6}, "mlp.", ("gate_proj", "up_proj", "down_proj")),
+    "DeepseekV3": (
+        {"n_routed_experts": 8, "moe_intermediate_size": 24, "n_group": 4, "topk_group": 2, "n_shared_experts": 2},
+        "mlp.",
+        ("gate_proj", "up_proj", "down_proj"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_layers_of_checkpoints(name):
+    """From one tensor of all experts, as transformers has them, and from a matrix of each, as files do."""
+    more, prefix, names = BLOCKS[name]
+    config = getattr(transformers, f"{name}Config")(**SMALL, **more)
+    module = getattr(
+        transformers.models, {"Qwen3Moe": "qwen3_moe", "DeepseekV3": "deepseek_v3"}.get(name, name.lower())
+    )
+    kind = "DeepseekV3MoE" if name == "DeepseekV3" else f"{name}SparseMoeBlock"
+    modeling = importlib.import_module(f"{module.__name__}.modeling_{module.__name__.rpartition('.')[2]}")
+    block = getattr(modeling, kind)(config)
+    with torch.no_grad():
+        for tensor in (*block.parameters(), *block.buffers()):
+            tensor.normal_(std=0.3)
+    state = block.state_dict()
+    forms = [state]
+    if names:
+        gate, up = state["experts.gate_up_proj"].chunk(2, 1)
+        apart = {key: value for key, value in state.items() if not key.startswith("experts.")}
+        for matrices, key in zip((gate, up, state["experts.down_proj"]), names, strict=True):
+            apart |= {f"experts.{e}.{key}.weight": matrix for e, matrix in enumerate(matrices)}
+        forms.append(apart)
+    tokens = torch.randn(2, 9, 32)
+    for form in forms:
+        whole = {f"model.layers.1.{prefix}{key}": value for key, value in form.items()} | {"lm_head.weight": tokens}
+        layer = experts.sparse_moe(config, whole, f"model.layers.1.{prefix}", router={"losses": ["switch"]})
+        out, routing = layer(tokens)
+        torch.testing.assert_close(out, block(tokens), rtol=1e-4, atol=1e-5)
+        assert routing.loss is not None
+
+
+def test_layers_that_have_no_such_form():
+    config = transformers.Qwen2MoeConfig(**SMALL, num_experts=4, moe_intermediate_size=24)
+    state = {"experts.down_proj": torch.empty(0), "shared_expert_gate.weight": torch.empty(0)}
+    with pytest.raises(NotImplementedError, match="state must have no shared_expert_gate, got one"):
+        experts.sparse_moe(config, state)
+    with pytest.raises(ValueError, match="must have weights of experts with the prefix, got none with 'mlp.'"):
+        experts.sparse_moe(config, state, "mlp.")
+    with pytest.raises(ValueError, match="config must be of one of mixtral, .*, got 'bert'"):
+        experts.sparse_moe(transformers.BertConfig(), state)
 
 
 @pytest.mark.parametrize("name", ["CLIP", "Siglip"])

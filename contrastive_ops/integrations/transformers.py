@@ -10,18 +10,23 @@ Weights, router, balance loss and checkpoints stay the model's.
     trainer = Trainer(model=model, compute_loss_func=contrastive_loss(model), ...)
 
 takes the features of a `CLIPModel` or `SiglipModel` and leaves out the model's own loss.
+
+    layer = sparse_moe(config, state_dict, prefix="model.layers.0.mlp.")
+
+is a `SparseMoE` of its own with the weights of a checkpoint's mixture layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..losses import clip, siglip
-from ..ops import Routing, combine, grouped_matmul
+from ..moe import SparseMoE
+from ..ops import Gating, Routing, combine, grouped_matmul
 from ._originals import third_party
 
 INSTALL = "'transformers>=5'"
@@ -57,6 +62,71 @@ def _layer(experts: Any, name: str, routing: Any) -> tuple[Tensor, Any, Tensor |
 
 
 moe.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+# What checkpoints have beside gate and experts: our names, and theirs.
+RENAMED = {"gate.e_score_correction_bias": "gate.expert_bias"}
+LAYERS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3")
+
+
+def sparse_moe(config: Any, state: Mapping[str, Tensor], prefix: str = "", **options: Any) -> SparseMoE:
+    """A `SparseMoE` with the weights and the gating of a mixture layer of a checkpoint.
+
+    Equivalent to the layer's block in transformers, of which it returns the output and the `Routing`.
+
+    Args:
+        config: of a model whose `model_type` is mixtral, qwen2_moe, qwen3_moe, olmoe or deepseek_v3.
+        state: the layer's weights, or those of the whole model. Experts may be apart (``experts.0.w1.weight``, ``w3``,
+            ``w2``; ``experts.0.gate_proj.weight``, ``up_proj``, ``down_proj``) or in one tensor
+            (``experts.gate_up_proj``, ``experts.down_proj``).
+        prefix: of the layer's names, such as "model.layers.0.block_sparse_moe.".
+        **options: more arguments of `SparseMoE`; `dtype` is that of the experts by default. ``router`` adds to the
+            gating, such as ``router={"losses": ["switch"]}``.
+
+    Returns:
+        `SparseMoE`. A `routed_scaling_factor` is in the experts' second matrices; DeepSeek's correction of scores is
+        the router's `expert_bias`, which `update_bias` moves on.
+
+    Raises:
+        ValueError: a model of another type; no weights with this prefix.
+        NotImplementedError: shared experts with a gate of their own, as Qwen2's models have.
+        RuntimeError: weights that are missing or do not fit, as from `load_state_dict`.
+    """
+    kind = config.model_type
+    if kind not in LAYERS:
+        raise ValueError(f"sparse_moe: config must be of one of {', '.join(LAYERS)}, got {kind!r}")
+    layer = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+    if not any(name.startswith("experts.") for name in layer):
+        raise ValueError(f"sparse_moe: state must have weights of experts with the prefix, got none with {prefix!r}")
+    if any(name.startswith("shared_expert_gate") for name in layer):
+        raise NotImplementedError(
+            "sparse_moe: state must have no shared_expert_gate, got one\n"
+            '  use experts_implementation="contrastive_ops", which keeps the block'
+        )
+    layer = {RENAMED.get(name, name): value for name, value in layer.items()}
+    gating: dict[str, Any] = {"renormalize": kind == "mixtral" or config.norm_topk_prob}
+    router, shared = dict(options.pop("router", {})), 0
+    if kind == "deepseek_v3":
+        gating |= {"score": "sigmoid", "expert_groups": config.n_group, "kept_groups": config.topk_group}
+        router, shared = {"balance": "sign"} | router, config.n_shared_experts
+        for name in [name for name in layer if name.startswith("experts.") and "down_proj" in name]:
+            layer[name] = layer[name] * config.routed_scaling_factor
+    experts, hidden = layer["gate.weight"].shape[0], getattr(config, "moe_intermediate_size", config.intermediate_size)
+    activation = {"activation": third_party("transformers.activations", INSTALL).ACT2FN[config.hidden_act]}
+    options = {"dtype": next(value.dtype for name, value in layer.items() if name.startswith("experts."))} | options
+    found = SparseMoE(
+        config.hidden_size,
+        hidden,
+        experts,
+        config.num_experts_per_tok,
+        gated=True,
+        shared=shared,
+        router=router | {"gating": Gating(**gating)},
+        **activation,
+        **options,
+    )
+    found.load_state_dict(layer)
+    return found
 
 
 def contrastive_loss(model: torch.nn.Module) -> Callable[..., Tensor]:
