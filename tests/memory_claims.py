@@ -260,6 +260,15 @@ def _ranked(function: Any) -> Any:
     return lambda: function(x, y, labels), 2 * size([x, y, labels])
 
 
+for _name in ("batch_contrastive", "lifted_structure"):  # all pairs of MANY / 8 rows would take 1 GB
+    claim(_name)(lambda backend, name=_name: _of_all_pairs(getattr(losses, name)))
+
+
+def _of_all_pairs(function: Any) -> Any:
+    x, labels = leaf(MANY // 8, 4), torch.arange(MANY // 8) // 8
+    return lambda: function(x, labels), 2 * size([x, labels])
+
+
 @claim("spectral_contrastive")
 def _spectral(backend: str) -> Any:
     """All pairs would take 64 GB."""

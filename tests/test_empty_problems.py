@@ -304,6 +304,8 @@ CALLS = {
     ),
     "cosent": ({"n": 3, "d": 4}, lambda n, d: ops.losses.cosent(rows(n, d), rows(n, d), fixed(n))),
     "angle": ({"n": 3, "d": 4}, lambda n, d: ops.losses.angle(rows(n, 2 * d), rows(n, 2 * d), fixed(n))),
+    "batch_contrastive": ({"n": 4, "d": 3}, lambda n, d: ops.losses.batch_contrastive(rows(n, d), ids(n, below=2))),
+    "lifted_structure": ({"n": 4, "d": 3}, lambda n, d: ops.losses.lifted_structure(rows(n, d), ids(n, below=2))),
     "spectral_contrastive": ({"n": 3, "d": 4}, lambda n, d: ops.losses.spectral_contrastive(rows(n, d), rows(n, d))),
     "group_whiten": ({"n": 9, "d": 4}, lambda n, d: ops.losses.group_whiten(rows(n, d), 1)),
     "variance_hinge": ({"n": 9, "d": 4}, lambda n, d: ops.losses.variance_hinge(rows(n, d))),

@@ -63,6 +63,8 @@ OTHERS = [
     (nn.CoSENTLoss, lambda a, b: (a, b, torch.linspace(0, 1, 6)), {}),
     (nn.AnglELoss, lambda a, b: (a, b, torch.linspace(0, 1, 6)), {}),
     (nn.MultiSimilarityLoss, lambda a, b: (a, IDS), {"alpha": 1.0}),
+    (nn.BatchContrastiveLoss, lambda a, b: (a, IDS), {"squared": True}),
+    (nn.LiftedStructureLoss, lambda a, b: (a, IDS), {"margin": 0.5}),
     (nn.SpectralContrastiveLoss, lambda a, b: (a, b), {"normalize": True}),
     (nn.TripletLoss, lambda a, b: (a, b, a - b), {"margin": 0.3}),
     (nn.BatchHardTripletLoss, lambda a, b: (a, IDS), {"soft": True}),

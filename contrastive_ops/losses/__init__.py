@@ -7,6 +7,7 @@ a batch, or both sides of it in losses of two directions, stays a candidate of t
 both.
 """
 
+from .all_pairs import batch_contrastive, lifted_structure
 from .bixse import bixse, pair_bce
 from .clip import clip
 from .dcl import dcl
@@ -59,6 +60,7 @@ __all__ = [
     "angle",
     "arc_face",
     "barlow_twins",
+    "batch_contrastive",
     "batch_hard_triplet",
     "batch_semi_hard_triplet",
     "bixse",
@@ -83,6 +85,7 @@ __all__ = [
     "kl_estimate",
     "koleo",
     "late_interaction",
+    "lifted_structure",
     "linear_cross_entropy",
     "linear_kl",
     "linear_log_prob",

@@ -243,6 +243,18 @@ class MultiSimilarityLoss(Loss):
     function = staticmethod(losses.multi_similarity)
 
 
+class BatchContrastiveLoss(Loss):
+    """`losses.batch_contrastive` as a module: ``BatchContrastiveLoss()(embeddings, labels)``."""
+
+    function = staticmethod(losses.batch_contrastive)
+
+
+class LiftedStructureLoss(Loss):
+    """`losses.lifted_structure` as a module: ``LiftedStructureLoss()(embeddings, labels)``."""
+
+    function = staticmethod(losses.lifted_structure)
+
+
 class SpectralContrastiveLoss(Loss):
     """`losses.spectral_contrastive` as a module: ``SpectralContrastiveLoss()(view0, view1)``."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.numerics import merge_lse, softplus
-from ..losses import alignment, clip, info_nce, listwise_distillation, moco, pairwise_rank_distillation
+from ..losses import alignment, info_nce, listwise_distillation, pairwise_rank_distillation
 from ..losses._columns import wide
 from ..mining import NegativeRules
 from ..ops import Pairs, TopK, similarity_topk
@@ -74,7 +74,8 @@ def contriever(query: Tensor, key: Tensor, queue: Tensor, *, label_smoothing: fl
         Izacard et al., Unsupervised Dense Information Retrieval with Contrastive Learning, 2022 (S105); released code.
         Fine-tuning is ``info_nce(query, positives, negatives, temperature=0.05, normalize=False)``.
     """
-    return moco(query, key, queue, temperature=0.05, normalize=False, label_smoothing=label_smoothing)
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "normalize": False}
+    return info_nce(query, key, queue.detach(), in_batch=False, temperature=0.05, **options)
 
 
 def simlm(
@@ -166,14 +167,12 @@ def confit(
         job: as `resume`.
         job_negatives: (K, D) and (K', D); mined with `runner_up_rules`.
         resume_negatives: as `job_negatives`.
-        weight: of the first direction; 0.5 is one sweep of `losses.clip`.
+        weight: of the first direction. Of 0.5 it is ``clip(resume, job, job_negatives, resume_negatives)``.
         temperature: divides the cosines.
 
     Source:
         Yu et al., ConFit v2, 2025 (S090); released code.
     """
-    if weight == 0.5:
-        return clip(resume, job, job_negatives, resume_negatives, temperature=temperature)
     of_resumes = info_nce(resume, job, job_negatives, temperature=temperature)
     return weight * of_resumes + (1 - weight) * info_nce(job, resume, resume_negatives, temperature=temperature)
 
