@@ -5,8 +5,8 @@
 
 A step is forward and backward in float32 at N=2048, D=256, in CPU time of one thread, which a busy machine leaves alone
 to 3%. Both sides take turns, ratios are of minima. The other side is `similarity_reduce` of the same matrices, sums of
-its rows, one call for each sweep that the formula asks for, searches and whitening: what nobody does without. Recipes whose released code was
-read should take at most 1.3 times as long.
+its rows, one call for each sweep that the formula asks for, searches and whitening: what nobody does without. Recipes
+whose released code was read should take at most 1.3 times as long.
 """
 
 from __future__ import annotations
