@@ -25,8 +25,8 @@ from benchmarks.measure import Timing
 from benchmarks.registry import OURS
 from contrastive_ops import Pairs, recipes, similarity_topk
 from contrastive_ops.losses import group_whiten
+from contrastive_ops.losses._sweep import Sweep
 from contrastive_ops.ops import maxsim
-from contrastive_ops.ops.similarity_reduce import fold as sweep
 
 FOLDS = "folds"
 ROWS, DEPTH = 2048, 256
@@ -51,12 +51,12 @@ def inputs(rows: int) -> dict[str, Tensor]:
 
 def fold(x: Tensor, y: Tensor | None = None, *, reduce: str = "logsumexp", pairs: Pairs | None = None) -> Tensor:
     """One sweep, and a gradient for every row."""
-    return sweep(x, y, reduce=(reduce,), scale=20.0, pairs=pairs).rows[0].sum()
+    return Sweep(("fold", "x", "y"), 20.0, pairs).fold(x, y, reduce).rows[0].sum()
 
 
 def both_ways(x: Tensor, y: Tensor) -> Tensor:
     """One sweep of rows and columns."""
-    found = sweep(x, y, scale=20.0, dim=(0, 1))
+    found = Sweep(("fold", "x", "y"), 20.0).fold(x, y, "logsumexp", dim=(0, 1))
     return found.rows[0].sum() + found.cols[0].sum()
 
 

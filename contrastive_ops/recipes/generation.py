@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..losses._columns import wide
+from ..losses._sweep import Sweep
 from ..ops import Pairs, TopK, similarity_topk
-from ..ops.similarity_reduce import fold
 
 
 @torch.no_grad()
@@ -44,7 +44,8 @@ def consensus(candidates: Tensor) -> Tensor:
     Source:
         Crowd sampling as used by VTechAGP, 2024 (S108), whose scores are not known exactly.
     """
-    (sums,) = fold(wide(candidates, True), reduce=("sum",), pairs=Pairs(diagonal=0)).rows
+    sweep = Sweep(("consensus", "candidates", "candidates"), 1.0, Pairs(diagonal=0))
+    (sums,) = sweep.fold(wide(candidates, True), None, "sum").rows
     return sums.argmax()
 
 
@@ -72,5 +73,6 @@ def token_differences(
         Vamvas and Sennrich, Towards Unsupervised Recognition of Semantic Differences in Related Documents, 2023 (S068).
     """
     pairs = None if documents is None or other_documents is None else Pairs(same=(documents, other_documents))
-    found = fold(wide(x, True), wide(y, True), reduce=("max",), dim=(0, 1), pairs=pairs)
+    sweep = Sweep(("token_differences", "x", "y"), 1.0, pairs)
+    found = sweep.fold(wide(x, True), wide(y, True), "max", dim=(0, 1))
     return 1 - found.rows[0], 1 - found.cols[0]

@@ -12,8 +12,8 @@ from ..core import checks
 from ..core.ordered import ordered_sum
 from ..losses import contrastive, info_nce, triplet
 from ..losses._columns import wide
+from ..losses._sweep import Sweep
 from ..ops import Pairs, similarity_topk, stream_rows
-from ..ops.similarity_reduce import fold
 
 
 def fedsa_margin(anchors: Tensor) -> Tensor:
@@ -189,7 +189,8 @@ def mclrec_regularizer(x: Tensor, y: Tensor) -> Tensor:
     """
     z, size = torch.cat([x, y]), x.shape[0]
     partner = torch.arange(2 * size, device=z.device).roll(size)
-    found = fold(z, reduce=("max", "sum"), target=partner, pairs=Pairs(diagonal=0))
+    sweep = Sweep(("mclrec_regularizer", "x", "y"), 1.0, Pairs(diagonal=0))
+    found = sweep.fold(z, None, "max", "sum", target=partner)
     (hardest, total), own = found.rows, found.target
     highest = torch.maximum(own, hardest).mean()
     return (own - hardest).relu().mean() + highest - ordered_sum(total) / (2 * size * (2 * size - 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from ..core import checks
 from ..core.numerics import merge_lse, softplus
 from ..losses import alignment, info_nce, listwise_distillation, pairwise_rank_distillation
 from ..losses._columns import wide
+from ..losses._sweep import Sweep
 from ..mining import NegativeRules
 from ..ops import Pairs, TopK, similarity_topk
-from ..ops.similarity_reduce import fold
 
 
 def dpr(query: Tensor, passages: Tensor, *, group: int = 1, pairs: Pairs | None = None) -> Tensor:
@@ -111,11 +112,12 @@ def simlm(
     rows, scale = query.shape[0], 1 / temperature
     both = wide(torch.cat([query, passages[:, 0]]), True)
     partner = torch.arange(2 * rows, device=query.device).roll(rows)
-    among = fold(both, scale=scale, target=partner, pairs=Pairs(diagonal=0))
+    sweep = Sweep(("simlm", "query", "passages"), scale, Pairs(diagonal=0))
+    among = sweep.fold(both, None, "logsumexp", target=partner)
     parts = list(among.rows[0].split(rows))
     if passages.shape[1] > 1:
         hard = wide(passages[:, 1:].flatten(0, 1), True)
-        parts += fold(both[:rows], hard, scale=scale).rows
+        parts += dataclasses.replace(sweep, pairs=None).fold(both[:rows], hard, "logsumexp").rows
     loss = softplus(merge_lse(*parts) - among.target[:rows]).mean()
     if teacher_scores is None:
         return loss
@@ -244,7 +246,7 @@ def mnr_plus(x: Tensor, y: Tensor) -> Tensor:
     """
     both = torch.cat([x, y], 1).detach()
     of_rows = similarity_topk(both, both, 1, scale=0.5).indices[:, 0]
-    bias = -fold(both, scale=0.5).rows[0]
+    bias = -Sweep(("mnr_plus", "x", "y"), 0.5).fold(both, None, "logsumexp").rows[0]
     of_cols = similarity_topk(both, both, 1, scale=0.5, col_bias=bias).indices[:, 0]
     options: dict[str, Any] = {"temperature": 1.0, "normalize": False}
     return (info_nce(x, y, target=of_rows, **options) + info_nce(y, x, target=of_cols, **options)) / 2

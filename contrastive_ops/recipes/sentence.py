@@ -11,8 +11,8 @@ from torch.nn.functional import normalize
 from ..core import checks
 from ..losses import energy_hinge, group_whiten, info_nce, multi_positive_info_nce, nt_xent, soft_info_nce
 from ..losses._columns import wide
+from ..losses._sweep import Sweep
 from ..ops import Fold, Guide, Pairs, similarity_topk, stream_rows
-from ..ops.similarity_reduce import fold
 
 
 def simcse(
@@ -337,8 +337,9 @@ def cluster_ns(
     loss = info_nce(x, y, centroids[nearest[:, 1]], temperature=temperature)
     cluster, own = nearest[:, 0], (a * b).sum(1)
     same, size = Pairs(diagonal=0, same=(cluster, cluster)), a.shape[0]
-    (above,) = fold(a, b, reduce=("sum_relu",), row_bias=alpha - own, pairs=same).rows
-    (below,) = fold(a, b, reduce=(Fold("sum_relu", negate=True),), row_bias=beta - own, pairs=same).rows
+    sweep = Sweep(("cluster_ns", "x", "y"), 1.0, same)
+    (above,) = sweep.fold(a, b, "sum_relu", row_bias=alpha - own).rows
+    (below,) = sweep.fold(a, b, Fold("sum_relu", negate=True), row_bias=beta - own).rows
     members = torch.bincount(cluster, minlength=centroids.shape[0])
     outside = size**2 - (members * (members - 1)).sum()
     return loss + weight * (above.sum() + below.sum() + alpha * outside) / size**2
