@@ -188,6 +188,60 @@ def moco_parts(b):
     return co.losses.moco, (q, k, queue.double(), whole), (qp, kp, part, parts)
 
 
+def lists(b):
+    """Lists of columns of all ranks that rows leave out, whole and of this rank."""
+    columns = (torch.arange(b.total) * 3 + 1) % max(b.total, 1)
+    whole, part = b.fixed(columns)
+    return (torch.arange(b.total + 1), whole), (torch.arange(len(part) + 1), part)
+
+
+def clip_hard(b):
+    (x, xp), (y, yp), (s, sp), (e, ep) = b.rows("image", 16), b.rows("text", 16), b.number("scale", 9.0), lists(b)
+    whole, part = ({"hardness": 0.5, "pairs": co.Pairs(exclude=each)} for each in (e, ep))
+    return co.clip, (x, y, {"scale": s, **whole}), (xp, yp, {"scale": sp, **part})
+
+
+def info_nce_hard(b):
+    (q, qp), (k, kp), (r, rp) = b.rows("query", 16), b.rows("key", 16), b.rows("row_negatives", 2, 16)
+    (o, op), common = b.positive("row_negative_bias"), {"hardness": 2.0, "temperature": 0.2}
+    whole, part = ({"row_negatives": n, "row_negative_bias": c, **common} for n, c in ((r, o), (rp, op)))
+    return co.info_nce, (q, k, whole), (qp, kp, part)
+
+
+def info_nce_without_batch(b):
+    (q, qp), (k, kp), (h, hp) = b.rows("query", 16), b.rows("key", 16), b.rows("negatives", 16)
+    (w, wp), common = b.positive("weight"), {"label_smoothing": 0.2, "smooth": "others", "in_batch": False}
+    common |= {"temperature": 0.2, "negative_pairs": co.Pairs(below=0.3)}
+    return co.info_nce, (q, k, h, {"weight": w, **common}), (qp, kp, hp, {"weight": wp, **common})
+
+
+def nt_xent_everything(b):
+    (x, xp), (y, yp), (w, wp), (i, ip) = b.rows("z0", 16), b.rows("z1", 16), b.positive("weight"), b.ids(5)
+    biases = [b.positive("bias0"), b.positive("bias1")]
+    whole, part = (torch.cat([pair[place] for pair in biases]) for place in (0, 1))
+    common = {"label_smoothing": 0.1, "smooth": "others", "temperature": 0.3}
+    rules, own = (co.Pairs(differ=(each.repeat(2), each.repeat(2)), above=-0.4) for each in (i, ip))
+    return (
+        co.nt_xent,
+        (x, y, {"weight": w, "col_bias": whole, "pairs": rules, **common}),
+        (xp, yp, {"weight": wp, "col_bias": part, "pairs": own, **common}),
+    )
+
+
+def sup_con_rules(b):
+    (x, xp), (i, ip), (e, ep) = b.rows("x", 16), b.ids(4), lists(b)
+    whole, part = ({"pairs": co.Pairs(exclude=each, below=0.4), "temperature": 0.3} for each in (e, ep))
+    return co.sup_con, (x, i, whole), (xp, ip, part)
+
+
+def moco_everything(b):
+    (q, qp), (k, kp), (c, cp) = b.rows("query", 16), b.rows("key", 16), b.positive("col_bias")
+    queue, part = b.fixed(torch.randn(b.total, 16, generator=b.generator))
+    common = {"label_smoothing": 0.1, "smooth": "others", "pairs": co.Pairs(below=0.3), "temperature": 0.2}
+    whole, parts = {"col_bias": c, **common}, {"col_bias": cp, "shared_queue": False, **common}
+    return co.losses.moco, (q, k, queue.double(), whole), (qp, kp, part, parts)
+
+
 def gte_joint(b):
     (q, qp), (d, dp), (s, sp) = b.rows("query", 16), b.rows("document", 16), b.number("scale", 5.0)
     return co.losses.gte, (q, d, {"scale": s}), (qp, dp, {"scale": sp})
@@ -215,20 +269,26 @@ CASES = {
         clip_rules,
         clip_smoothed,
         clip_smoothed_everywhere,
+        clip_hard,
         info_nce_plain,
         info_nce_everything,
         info_nce_negatives,
+        info_nce_hard,
+        info_nce_without_batch,
         siglip_plain,
         siglip_rules,
         nt_xent_plain,
+        nt_xent_everything,
         sup_con_plain,
         sup_con_log_mean,
         sup_con_columns,
+        sup_con_rules,
         gte_joint,
         gte_hard_negatives,
         gte_per_direction,
         moco_shared,
         moco_parts,
+        moco_everything,
     )
 }
 
@@ -245,3 +305,26 @@ def errors(rank, size, name, dtype, schedule):
     gradients = [torch.autograd.grad(each, leaves, retain_graph=True) for each in (share, again)]
     same = torch.equal(share, again) and all(torch.equal(*each) for each in zip(*gradients, strict=True))
     return b.errors(function(*whole, **options), share), same
+
+
+def measures(rank, size):
+    """Diagnostics over ranks: the ranks of this one's rows, and means over those of all."""
+    found = []
+    for name in ("clip_plain", "clip_rules", "info_nce_negatives", "siglip_rules", "nt_xent_plain", *MOCO):
+        for schedule in ("gather", "ring"):
+            b = Batch(rank, SIZES[size])
+            function, (*whole, options), (*part, part_options) = CASES[name](b)
+            _, truth = function(*whole, **options, diagnostics=True)
+            options = {**part_options, "schedule": schedule, "diagnostics": True}
+            _, shown = getattr(distributed, function.__name__)(*part, **options)
+            pairs = zip(shown, truth, strict=True) if isinstance(truth[0], tuple) else [(shown, truth)]
+            for mine, of_all in pairs:
+                here = slice(b.begin, b.begin + SIZES[size][rank])
+                ranks = of_all.rank.view(-1, b.total)[:, here].flatten()  # of both views
+                same = torch.equal(mine.rank, ranks)
+                errors = [abs(float(mine[place]) - float(of_all[place])) for place in (0, 2, 3)]
+                found.append((name, schedule, same, max(errors)))
+    return found
+
+
+MOCO = ("moco_shared", "moco_everything")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from distributed_cases import CASES, errors
+from distributed_cases import CASES, errors, measures
 from ranks import ranks
 
 
@@ -14,3 +14,10 @@ def test_values_and_gradients(name, schedule, size):
         assert same
         worst = max(found, key=found.get)
         assert found[worst] < 1e-6, (worst, found[worst])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_diagnostics(size):
+    for found in ranks(size).run(measures):
+        for name, schedule, same, error in found:
+            assert same and error < 1e-6, (name, schedule, error)

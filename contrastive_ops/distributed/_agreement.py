@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.rules import RULES, Pairs, given, resolve
+from ..losses._sweep import Sweep
 from ._collectives import gather_rows
 from ._groups import Shards, Team, eager
 from ._sweep import GATHERED_BYTES, SCHEDULES, ShardedSweep
@@ -94,6 +96,13 @@ class Agreement:
             gathered = self.columns.total * x.shape[1] * 2 * x.dtype.itemsize  # with the gradient
             schedule = "ring" if gathered > GATHERED_BYTES else "gather"
         return ShardedSweep(names, scale, **shared, rows=self.rows, columns=self.columns, schedule=schedule)
+
+    def spread(self, sweep: Sweep, schedule: str, columns: Tensor, filtered: bool) -> ShardedSweep:
+        """The sweep of one process over all ranks. `filtered`: with rules, even if none, so that nothing is no fold."""
+        shared = {field.name: getattr(sweep, field.name) for field in dataclasses.fields(Sweep)}
+        if filtered and sweep.pairs is None:
+            shared["pairs"] = Pairs()
+        return self.sweep(schedule, columns, **shared)
 
     def with_gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Both; one without a gradient, of which another rank needs one, takes part in backward nevertheless."""

@@ -40,6 +40,11 @@ def exchange_rows(x: Tensor, received: Sequence[int], sent: Sequence[int], team:
     return _Exchange.apply(x, tuple(received), tuple(sent), team)
 
 
+def sum_over_ranks(values: Tensor, team: Team) -> Tensor:
+    """The sum of what each rank has, in the order of the ranks; on all of them."""
+    return gather_rows(values[None], Shards(team, (1,) * team.size)).sum(0)
+
+
 def start_hop(x: Tensor, team: Team, sizes: tuple[int, int]) -> Tensor:
     """Send `x` to the next rank and receive what the last one sends; `finish_hop` waits for it.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core.ordered import ordered_sum
-from ._collectives import gather_rows
+from ._collectives import sum_over_ranks
 from ._groups import Shards, Team
 
 
@@ -50,6 +50,5 @@ def _size_of_all(team: Team, like: Tensor, weight: Tensor | None, counted: Tenso
     else:
         used = weight != 0 if counted is None else counted & (weight != 0)
         share = torch.where(used, weight.to(like.dtype), 0.0)
-    every = gather_rows(ordered_sum(share).reshape(1), Shards(team, (1,) * team.size))
-    size = every.sum()
+    size = sum_over_ranks(ordered_sum(share), team)
     return torch.where(size == 0, 1.0, size)

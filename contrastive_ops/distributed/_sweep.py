@@ -28,7 +28,7 @@ from ..ops.similarity_reduce import directions, fold
 from ..reference.row_losses import FOLDS as FOLDS_OF_ROWS
 from ..reference.row_losses import Terms, reduced, row_losses
 from ..reference.similarity_loss import usual_target
-from ._collectives import gather_rows, send_to_owners
+from ._collectives import gather_rows, send_to_owners, sum_over_ranks
 from ._groups import Shards
 from ._ring import ring
 
@@ -91,6 +91,10 @@ class ShardedSweep(Sweep):
         folded = self.fold(x, y, FOLDS_OF_ROWS[kind][0].kind, dim=(0, 1) if both else 1, target=target, **options)
         losses = row_losses(kind, (*folded.rows, *folded.cols), folded.target, terms)
         return reduced(losses, folded.target, terms, reduction)
+
+    def sums_of_all(self, sums: Tensor) -> Tensor:
+        """See `Sweep.sums_of_all`."""
+        return sum_over_ranks(sums, self.rows.team)
 
     def gathered(self, values: Any) -> Any:
         """The values of all columns, where there is one for each."""

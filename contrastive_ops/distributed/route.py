@@ -16,7 +16,7 @@ from ..ops import Capacity, Gating, RouterLoss, Routing
 from ..ops.expert_routing import BACKENDS, DEFAULT, router_problem, routing_in_parts
 from ..ops.gating import RouterProblem
 from ._agreement import Agreement
-from ._collectives import gather_rows
+from ._collectives import gather_rows, sum_over_ranks
 from ._groups import Group, Shards, Team, find_team, local_tensor
 
 CAPACITY_OVER = ("group", "rank")
@@ -127,7 +127,7 @@ def route_agreed(
         backend = choose(function, BACKENDS, logits, given["backend"])
         chosen, gates, first, *scores = call.expert_routing_scores(*problem.arguments(k), backend)
         if capacity_over == "rank":
-            taken, size = limits.slots(function, *logits.shape, k)
+            taken, size = limits.slots(function, logits.shape[0], logits.shape[1], k)
     if capacity_over == "group":
         taken, size = limits.slots(function, agreed.rows.total, logits.shape[1], k)
     places = [logits.shape[1], size if taken >= 0 else logits.shape[0], taken, int(limits.padded), problem.segments]
@@ -159,8 +159,7 @@ def _sums_of_all(parts: Sequence[Tensor], team: Team) -> list[Tensor]:
     found = list(parts)
     for floating in (True, False):
         which = [place for place, part in enumerate(parts) if part.is_floating_point() == floating]
-        flat = torch.cat([parts[place].flatten() for place in which])
-        every = gather_rows(flat[None], Shards(team, (1,) * team.size))
-        for place, part in zip(which, every.sum(0).split([parts[place].numel() for place in which]), strict=True):
+        total = sum_over_ranks(torch.cat([parts[place].flatten() for place in which]), team)
+        for place, part in zip(which, total.split([parts[place].numel() for place in which]), strict=True):
             found[place] = part.view_as(parts[place])
     return found

@@ -14,33 +14,18 @@ from ..core.numerics import softplus
 from ..core.rules import Pairs
 from ..losses import _arguments
 from ..losses._columns import check_filters
-from ..losses._labels import labelled, one_positive
+from ..losses._labels import labelled, one_positive, other_labels
+from ..losses.multi_positive import TEMPERATURE
 from ._agreement import Agreement
 from ._collectives import gather_rows
-from ._groups import Group, find_team, local_tensor
+from ._losses import over_ranks, team_of
 from ._rows import local_reduction, rank_share
 from ._sweep import ShardedSweep
 
 
+@over_ranks(losses.sup_con)
 def sup_con(
-    x: Tensor,
-    labels: Tensor,
-    y: Tensor | None = None,
-    col_labels: Tensor | None = None,
-    *,
-    positives: str = "mean_log",
-    temperature: float | Tensor | None = None,
-    scale: float | Tensor | None = None,
-    col_bias: Tensor | None = None,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    normalize: bool = True,
-    memory_budget: int | None = None,
-    backend: str = "auto",
-    group: Group = None,
-    schedule: str = "auto",
-    average: bool = True,
-    check: bool = True,
+    x: Tensor, labels: Tensor, y: Tensor | None = None, col_labels: Tensor | None = None, **options: Any
 ) -> Tensor:
     """`losses.sup_con` of the rows of all ranks: the positives of a row are on any of them.
 
@@ -53,19 +38,7 @@ def sup_con(
         labels: (N,) int64; the labels of all ranks are compared. -1 is no label.
         y: (M, D), this rank's part of the columns to compare with; None compares the rows of all ranks.
         col_labels: (M,) int64, the labels of y; given together with it.
-        positives: "mean_log" or "log_mean", as in `losses.sup_con`.
-        temperature: as in `losses.sup_con`, the same on all ranks; scale too.
-        scale: 1 / temperature instead; not both.
-        col_bias: (M,), or (N,) without y, of this rank's columns.
-        weight: (N,) of this rank's rows; the mean divides by the sum over the rows of all ranks that count.
-        reduction: "mean" or "sum" over the rows of all ranks, or "none": the losses of this rank's.
-        normalize: scale all rows to length 1 first.
-        memory_budget: as in `losses.sup_con`; of "ring" for each block.
-        backend: as in `losses.sup_con`.
-        group: as in `clip`; ``schedule``, ``average`` and ``check`` too.
-        schedule: "auto", "gather" or "ring".
-        average: for gradients that are averaged over ranks afterwards, as DDP and FSDP do.
-        check: compare shapes, dtypes and options of all ranks first.
+        options: as in `losses.sup_con`, and group, schedule, average and check; see `clip`.
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs).
@@ -77,20 +50,23 @@ def sup_con(
         8 N_local M_all D operations, 6 if kept.
     """
     name = "sup_con"
-    team = find_team(name, group, x, y)
-    x, y = local_tensor(x), local_tensor(y)
-    common: dict[str, Any] = {"positives": positives, "temperature": temperature, "scale": scale}
-    common |= {"col_bias": col_bias, "weight": weight, "reduction": reduction, "normalize": normalize}
+    team, (x, y) = team_of(name, (x, y), options)
+    schedule, average, check = (options.pop(each) for each in ("schedule", "average", "check"))
     if team is None:
-        return losses.sup_con(x, labels, y, col_labels, memory_budget=memory_budget, backend=backend, **common)
+        found: Tensor = losses.sup_con(x, labels, y, col_labels, **options)
+        return found
+    pairs, weight, reduction, normalize = (options[each] for each in ("pairs", "weight", "reduction", "normalize"))
     with Agreement(name, team, check) as agreed:
-        checks.check_choice(name, "positives", positives, ("mean_log", "log_mean"))
+        checks.check_choice(name, "positives", options["positives"], ("mean_log", "log_mean"))
+        scaling = options["temperature"], options["scale"], TEMPERATURE
         x, y, scale, of_others, of_same = labelled(
-            name, x, labels, y, col_labels, temperature, scale, 0.1, reduction, weight, normalize
+            name, x, labels, y, col_labels, *scaling, reduction, weight, normalize
         )
+        of_others = other_labels(name, pairs, of_others, y is None)
         columns = x if y is None else y
-        check_filters(name, None, col_bias, columns.shape[0], "x", x)
-        agreed.compare(x, columns, schedule=schedule, average=average, **common)
+        check_filters(name, None, options["col_bias"], columns.shape[0], "x", x)
+        shown = {each: value for each, value in options.items() if each != "pairs"}
+        agreed.compare(x, columns, of_others, schedule=schedule, average=average, **shown)
     x, columns = agreed.with_gradients(x, columns)
     sweep = agreed.sweep(
         schedule,
@@ -98,13 +74,14 @@ def sup_con(
         (name, "x", "y"),
         scale,
         pairs=of_others,
-        col_bias=col_bias,
+        col_bias=options["col_bias"],
         unit=_arguments.in_sweep(normalize, x),
-        memory_budget=memory_budget,
-        backend=backend,
+        memory_budget=options["memory_budget"],
+        backend=options["backend"],
     )
     target, count = _positives(sweep, checks.as_index(name, "labels", labels), col_labels)
-    loss = _rows(sweep, positives, x, columns, of_same, target, count, weight, local_reduction(reduction))
+    part = local_reduction(reduction)
+    loss = _rows(sweep, options["positives"], x, columns, of_same, target, count, weight, part)
     return rank_share(loss, agreed.rows, weight, reduction, average, counted=count > 0)
 
 

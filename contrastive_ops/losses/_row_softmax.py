@@ -107,7 +107,8 @@ def row_softmax(
     if diagnostics:
         similarity, more = None if own is None else own.similarity, sweep.also
         biased, positive = col_bias is not None, columns.detach()[target]
-        ranking = Ranking(x, columns, positive, sweep.pairs, also=more, own=similarity, unit=unit, biased=biased)
+        known: dict[str, Any] = {"also": more, "own": similarity, "sums_of_all": sweep.sums_of_all}
+        ranking = Ranking(x, columns, positive, sweep.pairs, unit=unit, biased=biased, **known)
     folds = ("logsumexp" if hardness is None else hardness.fold(), *of_smoothing)
     of_sets = ranking.folds if ranking else ()
     (others, *found), ranks, target_logit = sweep.fold_rows(x, y, *folds, of_sets=of_sets, target=target)
@@ -150,7 +151,8 @@ def given_softmax(
     ranking = None
     if diagnostics:
         known, biased = None if own is None else own.similarity, sweep.col_bias is not None
-        ranking = Ranking(x, y, positive, rules, own=known, unit=unit, biased=biased)
+        of_all = sweep.sums_of_all
+        ranking = Ranking(x, y, positive, rules, own=known, unit=unit, biased=biased, sums_of_all=of_all)
     of_smoothing = () if share is None else (Fold("sum"), Fold("count"))
     folds = ("logsumexp" if hardness is None else hardness.fold(), *of_smoothing)
     (others, *sums), ranks, _ = sweep.fold_rows(x, y, *folds, of_sets=ranking.folds if ranking else ())
@@ -203,7 +205,8 @@ def both_softmaxes(
         target = target.clamp_max(count)  # of more rows a column that is nobody's either
     if diagnostics:
         biased = col_bias is not None or row_bias is not None
-        ranking = Ranking(x, y, y if count is None else y[:count], pairs, both=True, unit=unit, biased=biased)
+        partners, of_all = y if count is None else y[:count], sweep.sums_of_all
+        ranking = Ranking(x, y, partners, pairs, both=True, unit=unit, biased=biased, sums_of_all=of_all)
     folds: tuple[str | Fold, ...] = ("logsumexp" if hardness is None else hardness.fold(), *of_smoothing)
     folds += ranking.folds if ranking else ()
     rows, cols, target_logit, *_ = sweep.fold(x, y, *folds, dim=(0, 1), target=target, row_bias=row_bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,10 @@ class Sweep:
         """The matrices with what `options` has for their rows, which is taken out of it."""
         return Problem.of(self.names, x, y, options.pop("row_bias", None), self.col_bias, options.pop("target", None))
 
+    def sums_of_all(self, sums: Tensor) -> Tensor:
+        """Sums over the rows here as those over all rows there are."""
+        return sums
+
     def _shared(self) -> dict[str, Any]:
         return {
             "scale": self.scale,
@@ -89,3 +94,26 @@ class Sweep:
             "memory_budget": self.memory_budget,
             "backend": self.backend,
         }
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A loss whose arguments are checked, and whose sweep may be replaced by one over many processes.
+
+    Attributes:
+        function: of (sweep, x, y) and options.
+        sweep: what it sweeps with.
+        x: (N, D) the rows.
+        y: (M, D) the columns, or None.
+        options: of the function; "weight" and "reduction" are among them.
+    """
+
+    function: Callable[..., Any]
+    sweep: Sweep
+    x: Tensor
+    y: Tensor | None
+    options: dict[str, Any]
+
+    def loss(self) -> Any:
+        """What the loss function returns."""
+        return self.function(self.sweep, self.x, self.y, **self.options)

@@ -20,7 +20,7 @@ from ._eager import PARTNERS, eager_loss, is_off
 from ._hardness import checked_hardness
 from ._row_softmax import both_softmaxes
 from ._rules import refuse
-from ._sweep import Sweep
+from ._sweep import Prepared, Sweep
 from .diagnostics import Diagnostics
 
 if TYPE_CHECKING:
@@ -154,6 +154,37 @@ def clip(
         )
     if loss is not None:
         return loss
+    given: dict[str, Any] = {"temperature": temperature, "scale": scale, "pairs": pairs, "col_bias": col_bias}
+    given |= {"label_smoothing": label_smoothing, "smooth": smooth, "hardness": hardness, "weight": weight}
+    given |= {"reduction": reduction, "normalize": normalize, "diagnostics": diagnostics}
+    problem = prepared_clip(image, text, **given, memory_budget=memory_budget, backend=backend)
+    if text_negatives is None and image_negatives is None:
+        check_filters(name, pairs, col_bias, problem.x.shape[0], "image", problem.x)
+        return problem.loss()
+    sides = problem.sweep, problem.x, problem.y
+    return _with_negatives(*sides, text_negatives, image_negatives, normalize, **problem.options)  # type: ignore[arg-type]
+
+
+def prepared_clip(
+    image: Tensor,
+    text: Tensor,
+    *,
+    temperature: float | Tensor | None,
+    scale: float | Tensor | None,
+    pairs: Pairs | None,
+    col_bias: Tensor | None,
+    label_smoothing: float | Tensor,
+    smooth: str,
+    hardness: float,
+    weight: Tensor | None,
+    reduction: str,
+    normalize: bool,
+    diagnostics: bool,
+    memory_budget: int | None,
+    backend: str,
+) -> Prepared:
+    """`clip` of the pairs alone, checked but for its rules and biases; all of its options are given."""
+    name = "clip"
     image, text, scale = _arguments.two_sides(
         name,
         (("image", image), ("text", text)),
@@ -176,10 +207,7 @@ def clip(
     }
     unit = _arguments.in_sweep(normalize, image)
     sweep = Sweep((name, "image", "text"), scale, pairs, col_bias, unit, memory_budget, backend)
-    if text_negatives is None and image_negatives is None:
-        check_filters(name, pairs, col_bias, text.shape[0], "image", image)
-        return both_softmaxes(sweep, image, text, **options)
-    return _with_negatives(sweep, image, text, text_negatives, image_negatives, normalize, **options)
+    return Prepared(both_softmaxes, sweep, image, text, options)
 
 
 def _with_negatives(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,6 +49,7 @@ class Ranking:
         both: also rank along the columns, where row i and column i belong together.
         unit: rows count as if they had length 1.
         biased: whether the sweep adds biases to its logits, which are no part of a similarity.
+        sums_of_all: of `Sweep`.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class Ranking:
         both: bool = False,
         unit: bool = False,
         biased: bool = False,
+        sums_of_all: Callable[[Tensor], Tensor] = lambda sums: sums,
     ) -> None:
+        self._sums_of_all = sums_of_all
         with torch.no_grad(), autocast.disabled(x):
             x, y, positive = (wide(each.detach(), unit) for each in (x, y, positive))
             more, x_of_pairs = (x.shape[0] - positive.shape[0], y.shape[0] - positive.shape[0]), x[: positive.shape[0]]
@@ -96,10 +99,13 @@ class Ranking:
             above = above + (self.own >= self.bound[:, None]).sum(1)
             total, count = total + self.own.sum(), count + self.own.numel()
         rank = above.to(torch.int64) + 1
+        rows = torch.full_like(total, rank.numel())
+        sums = torch.stack([(rank == 1).sum().to(total.dtype), self.positive.sum().to(total.dtype), total, count, rows])
+        first, positive, total, count, rows = self._sums_of_all(sums).unbind()
         return Diagnostics(
-            accuracy=(rank == 1).to(total.dtype).mean(),
+            accuracy=first / rows,
             rank=rank,
-            positive_similarity=self.positive.mean(),
+            positive_similarity=positive / rows,
             negative_similarity=torch.where(count > 0, total / count, torch.nan),
         )
 

@@ -30,7 +30,7 @@ from ._eager import COLUMNS, eager_loss, is_off
 from ._hardness import checked_hardness
 from ._row_softmax import OwnColumns, given_softmax, row_softmax
 from ._rules import of_blocks
-from ._sweep import Sweep
+from ._sweep import Prepared, Sweep
 from .diagnostics import Diagnostics
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def info_nce(
     """
     plain = negatives is None and row_negatives is None and pairs is None and col_bias is None and in_batch is True
     plain = plain and diagnostics is False and negative_pairs is None and row_negative_bias is None and smooth == "all"
-    name, loss = "info_nce", None
+    loss = None
     if plain and is_off(margin, label_smoothing, hardness, z_loss):
         loss = eager_loss(
             "softmax",
@@ -193,6 +193,42 @@ def info_nce(
         )
     if loss is not None:
         return loss
+    given: dict[str, Any] = {"row_negatives": row_negatives, "row_negative_bias": row_negative_bias}
+    given |= {"in_batch": in_batch, "target": target, "temperature": temperature, "scale": scale, "pairs": pairs}
+    given |= {"negative_pairs": negative_pairs, "col_bias": col_bias, "margin": margin, "smooth": smooth}
+    given |= {"label_smoothing": label_smoothing, "hardness": hardness, "z_loss": z_loss, "weight": weight}
+    given |= {"reduction": reduction, "normalize": normalize, "diagnostics": diagnostics}
+    return prepared_info_nce(query, key, negatives, **given, memory_budget=memory_budget, backend=backend).loss()
+
+
+def prepared_info_nce(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    *,
+    row_negatives: Tensor | None,
+    row_negative_bias: float | Tensor | None,
+    in_batch: bool,
+    target: Tensor | None,
+    temperature: float | Tensor | None,
+    scale: float | Tensor | None,
+    pairs: Pairs | None,
+    negative_pairs: Pairs | None,
+    col_bias: Tensor | None,
+    margin: float,
+    label_smoothing: float | Tensor,
+    smooth: str,
+    hardness: float,
+    z_loss: float,
+    weight: Tensor | None,
+    reduction: str,
+    normalize: bool,
+    diagnostics: bool,
+    memory_budget: int | None,
+    backend: str,
+) -> Prepared:
+    """`info_nce`, checked; all of its options are given."""
+    name = "info_nce"
     _arguments.check_reduction(name, reduction)
     margin, z_loss = (
         checks.number(name, each, of, "[0, inf)") for each, of in (("margin", margin), ("z_loss", z_loss))
@@ -228,9 +264,18 @@ def info_nce(
         "diagnostics": diagnostics,
     }
     if in_batch:
-        return row_softmax(sweep, query, columns, target=target, **options)
-    with autocast.disabled(query):  # the gradients of a row meet in float32
-        return given_softmax(*_without_batch(sweep, query, columns, key.shape[0], target, weight), **options)
+        return Prepared(row_softmax, sweep, query, columns, {**options, "target": target})
+    with autocast.disabled(query):
+        sweep, query, *given, biases = _without_batch(sweep, query, columns, key.shape[0], target, weight)
+    options |= {"positive": given[0], "positive_bias": biases}
+    return Prepared(_given, sweep, query, given[1], options)
+
+
+def _given(
+    sweep: Sweep, x: Tensor, y: Tensor, *, positive: Tensor, positive_bias: Tensor | None, **options: Any
+) -> Any:
+    with autocast.disabled(x):  # the gradients of a row meet in float32
+        return given_softmax(sweep, x, positive, y, positive_bias, **options)
 
 
 def rules_of_columns(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from . import _arguments
 from ._columns import check_filters, smoothing_share
 from ._row_softmax import row_softmax
 from ._rules import refuse, within
-from ._sweep import Sweep
+from ._sweep import Prepared, Sweep
 from .diagnostics import Diagnostics
 
 if TYPE_CHECKING:
@@ -123,6 +123,33 @@ def moco(
         >>> measures.rank.shape
         torch.Size([6])
     """
+    given: dict[str, Any] = {"labels": labels, "queue_labels": queue_labels, "temperature": temperature, "scale": scale}
+    given |= {"pairs": pairs, "col_bias": col_bias, "label_smoothing": label_smoothing, "smooth": smooth}
+    given |= {"weight": weight, "reduction": reduction, "normalize": normalize, "diagnostics": diagnostics}
+    return prepared_moco(query, key, queue, **given, memory_budget=memory_budget, backend=backend).loss()
+
+
+def prepared_moco(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    *,
+    labels: Tensor | None,
+    queue_labels: Tensor | None,
+    temperature: float | Tensor | None,
+    scale: float | Tensor | None,
+    pairs: Pairs | None,
+    col_bias: Tensor | None,
+    label_smoothing: float | Tensor,
+    smooth: str,
+    weight: Tensor | None,
+    reduction: str,
+    normalize: bool,
+    diagnostics: bool,
+    memory_budget: int | None,
+    backend: str,
+) -> Prepared:
+    """`moco`, checked; all of its options are given."""
     name = "moco"
     query, key, scale = _arguments.two_sides(
         name,
@@ -159,14 +186,12 @@ def moco(
         memory_budget=memory_budget,
         backend=backend,
     )
-    return row_softmax(
-        sweep,
-        query,
-        torch.cat([key, queue]),
-        target=None,
-        share=smoothing_share(name, _arguments.of_weighted(weight, label_smoothing), "query", query, smooth),
-        smooth=smooth,
-        weight=weight,
-        reduction=reduction,
-        diagnostics=diagnostics,
-    )
+    options: dict[str, Any] = {
+        "target": None,
+        "share": smoothing_share(name, _arguments.of_weighted(weight, label_smoothing), "query", query, smooth),
+        "smooth": smooth,
+        "weight": weight,
+        "reduction": reduction,
+        "diagnostics": diagnostics,
+    }
+    return Prepared(row_softmax, sweep, query, torch.cat([key, queue]), options)

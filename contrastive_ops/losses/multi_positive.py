@@ -25,6 +25,10 @@ from ._sweep import Sweep
 TARGET_TOLERANCE = 1e-2
 
 
+# Of `sup_con`, by default.
+TEMPERATURE = 0.1
+
+
 def sup_con(
     x: Tensor,
     labels: Tensor,
@@ -105,7 +109,7 @@ def sup_con(
                 y,
                 temperature=temperature,
                 scale=scale,
-                default_temperature=0.1,
+                default_temperature=TEMPERATURE,
                 labels=labels,
                 col_labels=col_labels,
                 weight=weight,
@@ -119,7 +123,7 @@ def sup_con(
     ):
         return loss
     x, y, scale, of_others, of_same = labelled(
-        name, x, labels, y, col_labels, temperature, scale, 0.1, reduction, weight, normalize
+        name, x, labels, y, col_labels, temperature, scale, TEMPERATURE, reduction, weight, normalize
     )
     of_others = other_labels(name, pairs, of_others, y is None)
     target, positive_count = one_positive(labels, col_labels)

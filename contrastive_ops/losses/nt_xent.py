@@ -15,6 +15,7 @@ from . import _arguments
 from ._columns import smoothing_share
 from ._eager import STACKED, eager_loss, is_off
 from ._row_softmax import row_softmax
+from ._sweep import Prepared
 from ._views import stacked
 from .diagnostics import Diagnostics
 
@@ -108,7 +109,7 @@ def nt_xent(
         >>> nt_xent(z0, z1, reduction="none").shape
         torch.Size([8])
     """
-    name, plain = "nt_xent", pairs is None and col_bias is None and weight is None and diagnostics is False
+    plain = pairs is None and col_bias is None and weight is None and diagnostics is False
     loss = None
     if plain and smooth == "all" and is_off(label_smoothing):
         loss = eager_loss(
@@ -126,15 +127,31 @@ def nt_xent(
         )
     if loss is not None:
         return loss
-    shared: dict[str, Any] = {"temperature": temperature, "scale": scale, "reduction": reduction}
-    shared |= {"normalize": normalize, "memory_budget": memory_budget, "backend": backend}
-    views = stacked(name, z0, z1, 0.5, weight=weight, pairs=pairs, col_bias=col_bias, **shared)
+    given: dict[str, Any] = {"temperature": temperature, "scale": scale, "pairs": pairs, "col_bias": col_bias}
+    given |= {"label_smoothing": label_smoothing, "smooth": smooth, "weight": weight, "reduction": reduction}
+    given |= {"normalize": normalize, "diagnostics": diagnostics, "memory_budget": memory_budget, "backend": backend}
+    return prepared_nt_xent(z0, z1, **given).loss()
+
+
+def prepared_nt_xent(
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    label_smoothing: float | Tensor,
+    smooth: str,
+    diagnostics: bool,
+    **shared: Any,
+) -> Prepared:
+    """`nt_xent`, checked; all of its options are given."""
+    name = "nt_xent"
+    views = stacked(name, z0, z1, 0.5, **shared)
     share = smoothing_share(name, _arguments.of_weighted(views.weight, label_smoothing), "z0", views.z, smooth)
     options: dict[str, Any] = {
+        "target": None,
         "share": share,
         "smooth": smooth,
         "weight": views.weight,
-        "reduction": reduction,
+        "reduction": shared["reduction"],
         "diagnostics": diagnostics,
     }
-    return row_softmax(views.sweep, views.z, None, target=None, **options)
+    return Prepared(row_softmax, views.sweep, views.z, None, options)

@@ -6,7 +6,7 @@ are made again in backward, or kept (8 N M D, 6 if kept).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from ._binary import one_grade, shared_bias
 from ._columns import check_filters
 from ._eager import PARTNERS, eager_loss
 from ._labels import other_labels
-from ._sweep import Sweep
+from ._sweep import Prepared, Sweep
 from .diagnostics import Diagnostics, Ranking
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def siglip(
         >>> torch.allclose(siglip(image, text, scale=2.0, bias=-3.0), truth, rtol=1e-4)
         True
     """
-    name, loss = "siglip", None
+    loss = None
     if pairs is None and col_bias is None and diagnostics is False:
         loss = eager_loss(
             "sigmoid",
@@ -134,6 +134,30 @@ def siglip(
         )
     if loss is not None:
         return loss
+    given: dict[str, Any] = {"temperature": temperature, "scale": scale, "bias": bias, "pairs": pairs}
+    given |= {"col_bias": col_bias, "weight": weight, "reduction": reduction, "normalize": normalize}
+    given |= {"diagnostics": diagnostics, "memory_budget": memory_budget, "backend": backend}
+    return prepared_siglip(image, text, **given).loss()
+
+
+def prepared_siglip(
+    image: Tensor,
+    text: Tensor,
+    *,
+    temperature: float | Tensor | None,
+    scale: float | Tensor | None,
+    bias: float | Tensor,
+    pairs: Pairs | None,
+    col_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    normalize: bool,
+    diagnostics: bool,
+    memory_budget: int | None,
+    backend: str,
+) -> Prepared:
+    """`siglip`, checked; all of its options are given."""
+    name = "siglip"
     image, text, scale = _arguments.two_sides(
         name,
         (("image", image), ("text", text)),
@@ -150,12 +174,20 @@ def siglip(
     bias = repeated(shared_bias(name, bias, image), image.shape[0])
     unit = _arguments.in_sweep(normalize, image)
     sweep = Sweep((name, "image", "text"), scale, pairs, col_bias, unit, memory_budget, backend)
+    options = {"row_bias": bias, "weight": weight, "reduction": reduction, "diagnostics": diagnostics}
+    return Prepared(_sigmoids, sweep, image, text, options)
+
+
+def _sigmoids(
+    sweep: Sweep, x: Tensor, y: Tensor, *, row_bias: Tensor, weight: Tensor | None, reduction: str, diagnostics: bool
+) -> Any:
     if not diagnostics:
-        return one_grade(sweep, image, text, bias, None, None, weight, reduction)
-    ranking = Ranking(image, text, text, pairs, both=True, unit=unit, biased=True)
+        return one_grade(sweep, x, y, row_bias, None, None, weight, reduction)
+    of_all = sweep.sums_of_all
+    ranking = Ranking(x, y, y, sweep.pairs, both=True, unit=sweep.unit, biased=True, sums_of_all=of_all)
     folds: tuple[str | Fold, ...] = ("sum_softplus", *ranking.folds)
     (pushed, *rows), (_, *cols), own, *_ = sweep.fold(
-        image, text, *folds, dim=(0, 1), row_bias=bias, target=usual_target(image, text)
+        x, y, *folds, dim=(0, 1), row_bias=row_bias, target=usual_target(x, y)
     )
     return _arguments.reduce_rows(pushed + softplus(-own), weight, reduction), ranking.read_both(rows, cols)
 

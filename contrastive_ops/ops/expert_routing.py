@@ -243,7 +243,7 @@ def route(
     function = "route"
     asked = (k, priority, gating, segments, num_segments, valid, allowed, losses, generator, noise)
     k, limits, problem = router_problem(function, logits, capacity, *asked)
-    taken, group = limits.slots(function, *logits.shape, k)
+    taken, group = limits.slots(function, logits.shape[0], logits.shape[1], k)
     backend = choose(function, BACKENDS, logits, backend)
     places = [logits.shape[1], group, taken, int(limits.padded), problem.segments]
     by_gate = priority == "gate" and taken >= 0
