@@ -21,7 +21,7 @@ BUILD_INPUTS := $(wildcard setup*.py) pyproject.toml $(shell find csrc -type f 2
 CPP_FILES := $(shell find csrc tests/cuda_host -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
 .DEFAULT_GOAL := help
-.PHONY: help install peers demo limoe limoe-ablation simclr distributed moe-embeddings distill test docs lint format bench cores bench-peers gpu clean
+.PHONY: help install peers demo limoe limoe-ablation simclr distributed moe-embeddings distill test docs lint format bench cores processes bench-peers gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,6 +95,9 @@ bench: install ## the benchmark suite
 
 cores: install ## modelled speed-up on 2 to 128 cores; ARGS="--op clip --size large --regions 64", ARGS="--check"
 	$(RUN) -m benchmarks.cores $(ARGS)
+
+processes: install ## CLIP's loss over two processes beside open_clip's gather, and a model of 1 to 1,024; ARGS="--save"
+	$(RUN) -m benchmarks.processes --model $(ARGS)
 
 bench-peers: install $(VENV)/.peers ## the same against the packages in requirements/peers.txt
 	$(RUN) -m benchmarks.run --peers $(ARGS)

@@ -61,6 +61,16 @@ def wrong_shape(rank):
     distributed.clip(x, y[: 4 - rank])
 
 
+def float_labels_of_a_queue(rank):
+    x, y = _pair()
+    labels = torch.arange(4)
+    distributed.moco(x, y, x, labels=labels, queue_labels=labels.float() if rank else labels)
+
+
+def weight_of_another_rank(rank):
+    distributed.nt_xent(*_pair(), weight=torch.ones(4 + rank))
+
+
 DIFFERENCES = {
     other_dimension: ("D=8", "rank 1", "D=9"),
     other_dtype: ("float32", "rank 1", "float64"),
@@ -76,10 +86,20 @@ def test_a_difference_is_an_error_on_every_rank(call):
         assert text.startswith("ValueError") and all(words in text for words in DIFFERENCES[call]), text
 
 
-@pytest.mark.parametrize("call", [wrong_labels, wrong_shape], ids=lambda call: call.__name__)
+REFUSED = [wrong_labels, wrong_shape, float_labels_of_a_queue, weight_of_another_rank]
+
+
+@pytest.mark.parametrize("call", REFUSED, ids=lambda call: call.__name__)
 def test_what_one_rank_refuses_is_an_error_on_every_rank(call):
     first, second, _ = ranks(3).run(refused, call)
     assert "rank 1 raised" in first and second.split(": ", 1)[1] in first, (first, second)
+
+
+def test_options_that_there_are_not():
+    with pytest.raises(TypeError, match="clip: options must be among .*schedule.*, got labels"):
+        distributed.clip(*_pair(), labels=torch.arange(4))
+    with pytest.raises(TypeError, match="options must be among .*, got text_negatives"):
+        distributed.CLIPLoss(text_negatives=torch.randn(2, 8))
 
 
 def test_groups(tmp_path):
@@ -183,6 +203,25 @@ def dies(rank, size, schedule):
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     distributed.clip(x, y, schedule=schedule).backward()
+
+
+def raises(rank, size):
+    """Rank 1 raises between forward and backward; what the others are told, and when."""
+    x, y = (each.requires_grad_() for each in _pair())
+    loss = distributed.clip(x, y, schedule="ring")
+    if rank == 1:
+        raise KeyError("batch")
+    loss.backward()
+
+
+def test_a_rank_that_raises_ends_the_others_with_the_timeout():
+    group = Ranks(2, timeout=datetime.timedelta(seconds=3))
+    try:
+        (first, _), (second, _) = group.outcomes(raises)
+    finally:
+        group.close()
+    assert "KeyError" in second
+    assert "does not take part" in first and "rank 0" in first
 
 
 @pytest.mark.parametrize("schedule", ["gather", "ring"])
