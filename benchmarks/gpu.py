@@ -126,21 +126,22 @@ def pytest_command(files: Iterable[Path], *options: str) -> list[str]:
 
 
 def test_stages(why: dict[str, str | None]) -> list[Stage]:
-    """The tests of each backend's kernels, on the device; ``why``: for each backend, why it cannot run."""
+    """The tests of kernels on the device, first of those that no device has run; ``why`` a backend cannot run."""
+    first = {ROOT / "tests" / f"test_kernels_{name}.py" for name in ("stored", "maxsim")}
     files = {
-        "triton": set(ROOT.glob("tests/test_kernels_*.py")) - {ROOT / "tests" / "test_kernels_compile.py"},
+        "triton": {*ROOT.glob("tests/test_kernels_*.py")} - first - {ROOT / "tests" / "test_kernels_compile.py"},
         "cuda": {*ROOT.glob("tests/test_cuda_*.py"), ROOT / "tests" / "test_extension_cuda.py"},
     }
     missing = None if importlib.util.find_spec("pytest") else "pytest is not installed"
+    nobody = None if None in why.values() else "no backend can run"
+    stages = [
+        ("tests first run", first, 40, why["triton"]),
+        ("tests graphs", {ROOT / "tests" / "test_graphs.py"}, 20, nobody),
+        *((f"tests {name}", files[name], 90, why[name]) for name in BACKENDS),
+    ]
     return [
-        Stage(
-            f"tests {name}",
-            pytest_command(files[name]),
-            limit=120,
-            verdict=verdict_of_pytest,
-            skip=missing or why[name],
-        )
-        for name in BACKENDS
+        Stage(name, pytest_command(chosen), limit=limit, verdict=verdict_of_pytest, skip=missing or skip)
+        for name, chosen, limit, skip in stages
     ]
 
 

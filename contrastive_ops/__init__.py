@@ -11,13 +11,14 @@ pairs take part, `Fold` what a row or column becomes.
 Here are the names that most programs need. All losses are in `losses` and, as modules, in `nn`, all primitives in
 `ops`, and the rest in `mining`, `moe`, `metrics` and `decoding`; `testing` is for tests. What `losses`, `ops` and
 `mining` list can be imported from here, too. `distributed` has losses of the batch of many processes, and `recipes`
-objectives of papers.
+objectives of papers. `capture` makes a training step a CUDA graph.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from . import decoding, losses, metrics, mining, moe, nn, ops
 from .core import flops
+from .graphs import capture
 from .losses import clip, info_nce, nt_xent, siglip, sup_con, triplet
 from .mining import mine_hard_negatives
 from .ops import Fold, Pairs, route, similarity_reduce, similarity_topk
@@ -31,6 +32,7 @@ __all__ = [
     "Fold",
     "Pairs",
     "__version__",
+    "capture",
     "clip",
     "decoding",
     "distributed",

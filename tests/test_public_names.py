@@ -16,7 +16,7 @@ NAMESPACES = {"losses", "ops", "mining", "moe", "nn", "metrics", "decoding", "te
 
 
 def test_top_level():
-    assert set(contrastive_ops.__all__) == LOSSES | FUNCTIONS | NAMESPACES | {"Pairs", "Fold", "__version__"}
+    assert set(contrastive_ops.__all__) == LOSSES | FUNCTIONS | NAMESPACES | {"Pairs", "Fold", "capture", "__version__"}
     assert all(hasattr(contrastive_ops, name) for name in contrastive_ops.__all__)
 
 
