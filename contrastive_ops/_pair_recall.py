@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .core import autocast, checks
 from .core.folds import Fold
+from .core.problem import Problem
 from .core.rules import Pairs
 from .core.unit_rows import unit_rows
 from .ops.similarity_reduce import fold
@@ -100,13 +101,13 @@ def _ranks_of_partners(
     """The rank of the best partner of each row, and of each column, that has one, in float64."""
     with autocast.disabled(x):
         x, y = (unit_rows(each.detach().to(checks.accumulator(each.dtype))) for each in (x, y))
-        ids, of_both = (labels, col_labels), {"dim": (0, 1), "names": names, "backend": backend}
-        best = fold(x, y, reduce=(Fold("max", pairs=Pairs(same=ids)),), **of_both)  # type: ignore[arg-type]
+        ids, problem, both = (labels, col_labels), Problem.of(names, x, y), (0, 1)
+        best = fold(problem, reduce=(Fold("max", pairs=Pairs(same=ids)),), dim=both, backend=backend)
         # Equal rows may differ by the rounding of their inner products.
         slack = 8 * torch.finfo(x.dtype).eps
         of_rows, of_cols = (found[0] - slack for found in (best.rows, best.cols))
         bounds = (Pairs(differ=ids, above=of_rows), Pairs(differ=ids, above=of_cols[None]))
-        counts = fold(x, y, reduce=tuple(Fold("count", pairs=each) for each in bounds), **of_both)  # type: ignore[arg-type]
+        counts = fold(problem, reduce=tuple(Fold("count", pairs=each) for each in bounds), dim=both, backend=backend)
     above = counts.rows[0][of_rows > -torch.inf], counts.cols[1][of_cols > -torch.inf]
     return above[0].double() + 1, above[1].double() + 1
 

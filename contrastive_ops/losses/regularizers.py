@@ -241,7 +241,7 @@ def _nearest_rows(x: Tensor, unit: bool, backend: str) -> Tensor:
     if not unit or not checks.may_read(x, waits=True):
         return similarity_topk(x, k=1, metric="sqeuclidean", pairs=alone, backend=backend).indices[:, 0]
     # The largest cosine of a self-similarity takes half of the products of a search.
-    found = fold(x, reduce=("max",), pairs=alone, names=("koleo", "x", "x"), backend=backend)
+    found = fold(Problem.of(("koleo", "x", "x"), x, None), reduce=("max",), pairs=alone, backend=backend)
     nearest = found.row_argmax[0].clone()
     close = (found.rows[0] > _NEAR).nonzero()[:, 0]
     if len(close):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core import autocast, checks
 from ..core.numerics import chunks_of_rows
+from ..core.problem import Problem
 from .similarity_reduce import fold
 
 # Numbers that are multiplied and added up at once: few enough for a cache.
@@ -131,13 +132,13 @@ def column_potentials(
         found = _multiplied((x @ y.T).mul_(scale), 1.0, masses, iterations, ranks)
         if found is not None:
             return found[1]
-    options: dict[str, Any] = {"scale": scale, "names": names, "backend": backend}
+    options: dict[str, Any] = {"scale": scale, "backend": backend}
 
     def rows(v: Tensor) -> Tensor:
-        return fold(x, y, col_bias=v, **options).rows[0]
+        return fold(Problem.of(names, x, y, None, v), **options).rows[0]
 
     def columns(u: Tensor) -> Tensor:
-        return fold(x, y, row_bias=u, dim=0, **options).cols[0]
+        return fold(Problem.of(names, x, y, u), dim=0, **options).cols[0]
 
     return _potentials(rows, columns, masses, iterations, ranks)
 
