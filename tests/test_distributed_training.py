@@ -93,6 +93,31 @@ def test_checkpointing_and_accumulation():
     ranks(3).run(checkpoint_and_accumulate)
 
 
+def compiled(rank, size):
+    """Without the check "gather" is one graph; with it, and as a ring, a model is compiled around the exchange."""
+    import torch._dynamo
+
+    x, y = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+    layer = nn.Linear(8, 8)
+
+    def model(x, y, **options):
+        return distributed.clip(layer(x).tanh(), layer(y).tanh(), **options)
+
+    for options, whole in (({"check": False}, True), ({"schedule": "ring"}, False)):
+        torch._dynamo.reset()
+        function = functools.partial(model, **options)
+        found = torch.compile(function, backend="aot_eager", fullgraph=whole)(x, y)
+        truth = function(x, y)
+        torch.testing.assert_close(found, truth)
+        inputs = (x, y, *layer.parameters())
+        for one, other in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(truth, inputs), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_compiled():
+    ranks(2).run(compiled)
+
+
 def frozen_on_some(rank, size):
     """A rank whose rows need no gradient, such as an empty shard, takes part in backward."""
     rows = (4, 0, 3)[rank]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from types import TracebackType
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.rules import RULES, Pairs, given, resolve
-from ..losses._sweep import Sweep
+from ..losses._sweep import FIELDS, Sweep
 from ._collectives import gather_rows
 from ._groups import Shards, Team, eager
 from ._sweep import GATHERED_BYTES, SCHEDULES, ShardedSweep
@@ -99,7 +98,7 @@ class Agreement:
 
     def spread(self, sweep: Sweep, schedule: str, columns: Tensor, filtered: bool) -> ShardedSweep:
         """The sweep of one process over all ranks. `filtered`: with rules, even if none, so that nothing is no fold."""
-        shared = {field.name: getattr(sweep, field.name) for field in dataclasses.fields(Sweep)}
+        shared = {name: getattr(sweep, name) for name in FIELDS}
         if filtered and sweep.pairs is None:
             shared["pairs"] = Pairs()
         return self.sweep(schedule, columns, **shared)

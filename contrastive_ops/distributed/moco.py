@@ -12,7 +12,7 @@ from ..core import checks
 from ..core.rules import Pairs
 from ..losses import _arguments
 from ..losses._columns import check_pairs
-from ..losses._sweep import Sweep
+from ..losses._sweep import FIELDS
 from ..losses.diagnostics import Diagnostics
 from ..losses.moco import prepared_moco
 from ._agreement import Agreement
@@ -106,7 +106,7 @@ def moco(query: Tensor, key: Tensor, queue: Tensor, **options: Any) -> Any:
         if options["queue_labels"] is not None:
             options["queue_labels"] = gather_rows(options["queue_labels"], agreed.columns)
         problem = prepared_moco(query, key, gather_rows(queue.detach(), agreed.columns), **options)
-    fields = {field.name: getattr(problem.sweep, field.name) for field in dataclasses.fields(Sweep)}
+    fields = {each: getattr(problem.sweep, each) for each in FIELDS}
     sweep = MergedSweep(**fields, merge=lambda sums: sum_over_ranks(sums, team))
     if options["diagnostics"] and sweep.pairs is None:
         sweep = dataclasses.replace(sweep, pairs=Pairs())

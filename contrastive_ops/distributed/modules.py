@@ -15,7 +15,7 @@ from .sup_con import sup_con
 class CLIPLoss(nn.CLIPLoss):
     """`distributed.clip` as a module with a learnable temperature: ``CLIPLoss(group=mesh["dp"])(image, text)``."""
 
-    function = staticmethod(clip)
+    function = staticmethod(clip)  # type: ignore[assignment]
 
 
 class SigLIPLoss(nn.SigLIPLoss):

@@ -96,6 +96,10 @@ class Sweep:
         }
 
 
+# Of a `Sweep`; read here, because torch.compile does not trace how dataclasses tell them.
+FIELDS = tuple(field.name for field in dataclasses.fields(Sweep))
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """A loss whose arguments are checked, and whose sweep may be replaced by one over many processes.
