@@ -3,6 +3,7 @@
     make gpu                                     or: python -m benchmarks.gpu
     make gpu ARGS="--output folder"              logs, results and the summary (default: gpu-results)
     make gpu ARGS="--only tests --minutes 5"     the stages whose names contain a word; a limit for all together
+    make gpu ARGS="--rehearse"                   the same on a machine without a GPU, on what stands in for it
 
 It runs on the torch of this Python, installs nothing and needs no network: the package is built into
 ``build/gpu`` for the GPU that is here. Kernels of each backend are tested on the device. Each stage has a
@@ -21,9 +22,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.gpu_stages import Result, Stage, last_line, run_stages, verdict_of_pytest, verdict_of_sanitizer
+from benchmarks.gpu_stages import (
+    Result,
+    Stage,
+    last_line,
+    run_stages,
+    verdict_of_pytest,
+    verdict_of_sanitizer,
+    verdict_of_status,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "gpu"
@@ -136,8 +146,8 @@ def test_stages(why: dict[str, str | None]) -> list[Stage]:
     nobody = None if None in why.values() else "no backend can run"
     stages = [
         ("tests first run", first, 40, why["triton"]),
-        ("tests graphs", {ROOT / "tests" / "test_graphs.py"}, 20, nobody),
-        *((f"tests {name}", files[name], 90, why[name]) for name in BACKENDS),
+        ("tests graphs", {ROOT / "tests" / "test_graphs.py"}, 30, nobody),
+        *((f"tests {name}", files[name], 85, why[name]) for name in BACKENDS),
     ]
     return [
         Stage(name, pytest_command(chosen), limit=limit, verdict=verdict_of_pytest, skip=missing or skip)
@@ -171,6 +181,21 @@ def benchmark_stage(output: Path, why: dict[str, str | None]) -> Stage:
     command += ["--csv", str(output / "benchmarks.csv")]
     nobody = None if None in why.values() else "no backend can run"
     return Stage("benchmarks", command, limit=300, may_be_cut=True, skip=nobody)
+
+
+def rehearsed(stage: Stage) -> Stage:
+    """The stage on what stands in for the device: Triton's interpreter, the host twin of CUDA, the CPU's backends.
+
+    What takes longer there than its limit is cut, which is no failure.
+    """
+    command, verdict = list(stage.command), stage.verdict
+    if stage.name == "build":
+        command = [sys.executable, "-c", "import contrastive_ops; print(contrastive_ops.__version__)"]
+    elif stage.name.startswith("sanitizer"):
+        command, verdict = [sys.executable, "-m", "benchmarks.gpu_calls", "reference", "cpu"], verdict_of_status
+    elif stage.name == "benchmarks":
+        command[command.index("cuda")] = "cpu"
+    return replace(stage, command=command, verdict=verdict, skip=None, may_be_cut=True)
 
 
 # ---- The command
@@ -207,6 +232,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("gpu-results"), help="folder of logs and results")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all stages together (default: 9)")
     parser.add_argument("--only", help="the stages whose names contain this, after the build")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU, on what stands in for it")
     return parser.parse_args(arguments)
 
 
@@ -216,6 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     WORK.mkdir(parents=True, exist_ok=True)
     env = environment()
     facts = ask(ASK_DEVICE, env)
+    if args.rehearse:
+        env["TRITON_INTERPRET"] = "1"
+        facts |= {"gpu": "none: this is a rehearsal", "capability": [9, 0]}
     if not facts.get("gpu"):
         why = facts.get("error") or f"torch {facts['torch']} sees none"
         print(f"make gpu needs an NVIDIA GPU and a CUDA build of torch: {why}", file=sys.stderr)
@@ -227,19 +256,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(json.dumps(facts, indent=1), flush=True)
 
     def after_build() -> list[Stage]:
-        found = ask(ASK_BACKENDS, env)
+        found = {"why": dict.fromkeys(BACKENDS)} if args.rehearse else ask(ASK_BACKENDS, env)
         facts["backends"] = found
         failed = found.get("error")
         why = dict.fromkeys(BACKENDS, f"the package does not import: {failed}") if failed else found["why"]
         stages = [*test_stages(why), *sanitizer_stages(why), benchmark_stage(output, why)]
-        return [stage for stage in stages if args.only is None or args.only in stage.name]
+        chosen = [stage for stage in stages if args.only is None or args.only in stage.name]
+        return [rehearsed(stage) for stage in chosen] if args.rehearse else chosen
 
-    stages = [build_stage(facts["capability"])]
-    results = run_stages(stages, after_build, folder=output, cwd=WORK, env=env, seconds=60 * args.minutes - 10)
-    (output / "provenance.json").write_text(json.dumps(facts, indent=1) + "\n")
-    text = summary(results, facts, output)
-    (output / "summary.txt").write_text(text + "\n")
-    print(f"\n{text}", flush=True)
+    def report(results: Sequence[Result]) -> None:
+        """What is known so far: a run that is ended early leaves what it found."""
+        (output / "provenance.json").write_text(json.dumps(facts, indent=1) + "\n")
+        (output / "summary.txt").write_text(summary(results, facts, output) + "\n")
+
+    build = build_stage(facts["capability"])
+    stages = [rehearsed(build) if args.rehearse else build]
+    seconds = 60 * args.minutes - 10
+    results = run_stages(stages, after_build, folder=output, cwd=WORK, env=env, seconds=seconds, report=report)
+    print(f"\n{(output / 'summary.txt').read_text().rstrip()}", flush=True)
     return int(any(result.is_bad for result in results))
 
 

@@ -137,8 +137,12 @@ def run_stages(
     cwd: Path,
     env: Mapping[str, str],
     seconds: float,
+    report: Callable[[Sequence[Result]], None] = lambda results: None,
 ) -> list[Result]:
-    """Runs the first stages, then those that are known only after them, within ``seconds`` altogether."""
+    """Runs the first stages, then those that are known only after them, within ``seconds`` altogether.
+
+    ``report`` is given all results so far after each stage.
+    """
     end = time.monotonic() + seconds
     results: list[Result] = []
     for stages in (lambda: first, rest):
@@ -148,6 +152,7 @@ def run_stages(
             result = run_stage(stage, folder=folder, cwd=cwd, env=env, left=left)
             print(f"    {result.status} after {result.seconds:.1f} s: {result.note}", flush=True)
             results.append(result)
+            report(results)
             if stage.essential and result.is_bad:
                 return results
     return results

@@ -258,6 +258,36 @@ def test_only_chosen_stages_run_after_the_build(folders, monkeypatch) -> None:
     assert names == ["build", "benchmarks"]
 
 
+def test_each_result_is_there_before_the_next_stage(folders, monkeypatch) -> None:
+    fake_stages(monkeypatch, folders, "3 passed in 0.1s")
+    look = f"print('passed' in open({str(folders / 'summary.txt')!r}).read()); print('1 passed in 0.1s')"
+    monkeypatch.setattr(gpu, "test_stages", lambda why: [python("tests cuda", look, verdict=verdict_of_pytest)])
+    assert gpu.main(["--output", str(folders), "--only", "tests"]) == 0
+    assert (folders / "tests-cuda.log").read_text().splitlines()[1] == "True"
+    assert json.loads((folders / "provenance.json").read_text())["gpu"] == "a GPU"
+
+
+def test_a_rehearsal_runs_the_stages_without_a_gpu(folders, monkeypatch) -> None:
+    """The same plan, on what stands in for the device; no stage is left out."""
+    works = dict.fromkeys(gpu.BACKENDS)
+    plan = [gpu.build_stage((9, 0)), *gpu.test_stages(works), *gpu.sanitizer_stages(works)]
+    plan.append(gpu.benchmark_stage(folders, works))
+    for stage in plan:
+        found = gpu.rehearsed(stage)
+        assert (found.name, found.limit, found.skip, found.may_be_cut) == (stage.name, stage.limit, None, True)
+        assert "setup.py" not in str(found.command) and "compute-sanitizer" not in str(found.command)
+        assert not any(word == "cuda" for word in found.command)
+    monkeypatch.setattr(gpu, "ask", answers({"torch": "2.11.0", "gpu": None}))
+    monkeypatch.setattr(
+        gpu, "rehearsed", lambda stage: python(stage.name, "import os; print(os.environ['TRITON_INTERPRET'])")
+    )
+    assert gpu.main(["--output", str(folders), "--rehearse"]) == 0
+    lines = (folders / "summary.txt").read_text().splitlines()
+    assert "gpu: none: this is a rehearsal" in lines
+    assert [line.split("  ")[0] for line in lines[-len(plan) :]] == [stage.name for stage in plan]
+    assert (folders / "benchmarks.log").read_text().splitlines()[1] == "1"
+
+
 def test_questions_are_asked_of_another_process(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu, "WORK", tmp_path)
     env = dict(os.environ)
