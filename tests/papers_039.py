@@ -374,7 +374,7 @@ ROWS = [
     ]),
     ("S071", "Toward Interpretable Semantic Textual Similarity via Optimal Transport-based Contrastive Sentence Learning",
      "InfoNCE over the mean of both sides' MaxSim", "CODE", [
-        ("rcmd(F.normalize(some_tokens, dim=2), F.normalize(other_tokens, dim=2))",
+        ("rcmd(some_tokens, other_tokens)",
          "rcmd_dense(unit(some_tokens), unit(other_tokens))"),
     ]),
     ("S072", "Reducing Distraction in Long-Context Language Models by Focused Learning",

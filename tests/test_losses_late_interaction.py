@@ -91,6 +91,21 @@ def test_everything_at_once(reduce, reduction, backend):
     check(value, truth, [queries, documents, negatives, own, scale, weight])
 
 
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_symmetric_scores(reduce, backend):
+    queries, documents, negatives, mask = leaf(4, 3, 8), leaf(4, 5, 8), leaf(2, 6, 8), mask_of(4, 5)
+    query_mask, parts = mask_of(4, 3), []
+    for each, there in ((documents, mask), (negatives, torch.ones(2, 6, dtype=torch.bool))):
+        one = scores_of(queries, each, there, query_mask, reduce)
+        parts.append((one + scores_of(each, queries, query_mask, there, reduce).T) / 2)
+    truth = cross_entropy(torch.cat(parts, 1) / 0.3, torch.arange(4)).mean()
+    sets = TokenSets(queries, query_mask), TokenSets(documents, mask), negatives
+    options = {"reduce": reduce, "symmetric": True, "temperature": 0.3, "normalize": False}
+    check(late_interaction(*sets, backend=backend, **options), truth, [queries, documents, negatives])
+    with pytest.raises(ValueError, match="row_negatives and retrieved must be None with symmetric"):
+        late_interaction(*sets, retrieved=2, **options)
+
+
 def test_one_negative_of_each_query_needs_no_list(backend):
     queries, documents, own = torch.randn(4, 3, 8), torch.randn(4, 5, 8), torch.randn(4, 6, 8)
     value = late_interaction(queries, documents, row_negatives=own, backend=backend, normalize=False)

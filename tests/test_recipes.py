@@ -95,3 +95,73 @@ def test_recipes_are_short_and_say_where_they_come_from():
         assert "Source:" in text or name == "segment_mean", name
         body = source.split('"""')[2]
         assert len([line for line in body.splitlines() if line.strip()]) <= 24, name
+
+
+X, LABELS = torch.randn(6, 4), torch.arange(6) % 2
+BAD = {
+    "clhaif": (lambda: recipes.clhaif(X, X, X, torch.rand(6), smooth="none"), ValueError, "clhaif: smooth must be"),
+    "clhaif share": (
+        lambda: recipes.clhaif(X, X, X, torch.full((6,), 2.0), smooth="all"),
+        ValueError,
+        "info_nce: label_smoothing must",
+    ),
+    "quick_thought": (
+        lambda: recipes.quick_thought(X, X, width=0),
+        ValueError,
+        "quick_thought: width must be at least 1",
+    ),
+    "dclr_noise": (lambda: recipes.dclr_noise(X, X, X, steps=-1), ValueError, "dclr_noise: steps must be at least 0"),
+    "gcl": (lambda: recipes.gcl(X, X, torch.rand(6), mean_over="all"), ValueError, "gcl: mean_over must be one of"),
+    "positive_aware_rules": (
+        lambda: recipes.positive_aware_rules("top"),
+        ValueError,
+        "positive_aware_rules: kind must be",
+    ),
+    "runner_up_rules": (lambda: recipes.runner_up_rules(0.4, 0.3), ValueError, "rank_window must be two rising shares"),
+    "ance": (
+        lambda: recipes.ance(X, X, None),
+        ValueError,
+        "negatives or row_negatives must be given with in_batch=False",
+    ),
+    "ance block": (lambda: recipes.ance(X, X, X[:3]), ValueError, "row_negatives must have shape"),
+    "simcse block": (lambda: recipes.simcse(X, X, X[:3], hard_weight=0.5), ValueError, "row_negatives must have shape"),
+    "splade_head": (
+        lambda: recipes.splade_head(X[None], X, pooling="mean"),
+        ValueError,
+        "splade_head: pooling must be one of",
+    ),
+    "curl": (lambda: recipes.curl(X, X, X[:, None], loss="log"), ValueError, "curl: loss must be one of"),
+    "ranksyn_targets": (lambda: recipes.ranksyn_targets(X[0]), ValueError, "ranksyn_targets: similarity must"),
+    "unsee": (lambda: recipes.unsee(X, X, X, X, kind="simclr"), ValueError, "unsee: kind must be one of"),
+    "unsee states": (
+        lambda: recipes.unsee(X, X, X, X, kind="corinfomax"),
+        ValueError,
+        "unsee: states must be two RunningCovariance",
+    ),
+    "csr": (lambda: recipes.csr(X, torch.randn(8, 4), torch.zeros(8), X[0], k=3), ValueError, "csr: k must be"),
+    "laeo": (lambda: recipes.laeo(X, X, kind="mse"), ValueError, "laeo: kind must be one of"),
+    "bitext_margin": (lambda: recipes.bitext_margin(X, X, 7), ValueError, "k must be"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_values_where_nothing_is_there():
+    means, sizes = recipes.segment_mean(X, LABELS, 3)
+    assert sizes.tolist() == [3, 3, 0] and not means[2].any()
+    assert recipes.superflow(X, X, LABELS, LABELS + 2, 4).isnan()  # no superpixel has both
+    shares = torch.rand(6, 6)
+    assert recipes.supremix(X, torch.tensor([0.0, 1.0]).repeat(3), shares).isfinite()
+    assert recipes.supremix(X[:2], torch.tensor([0.0, 1.0]), shares[:2, :2]).isnan()  # no row has a positive
+    head = recipes.splade_head(X.view(2, 3, 4), X, mask=torch.tensor([[True] * 3, [False] * 3]))
+    assert head.shape == (2, 6) and not head[1].any()
+    left, right = recipes.token_differences(X, X, LABELS, torch.full((6,), 1))
+    assert (left == torch.inf).tolist() == (LABELS == 0).tolist() and right.isfinite().all()
+    words = torch.tensor([[0, -1], [2, 2]])
+    scores = recipes.coil_scores(X[:4].view(2, 2, 4), words, X[:4].view(2, 2, 4), torch.tensor([[-1, -1], [2, 0]]))
+    assert not scores[:, 0].any() and scores[:, 1].all()

@@ -7,6 +7,7 @@ kept, so that the loss over them is plain torch.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ def late_interaction(
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
     reduce: str = "sum",
+    symmetric: bool = False,
     retrieved: int | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
@@ -57,6 +59,8 @@ def late_interaction(
         temperature: divides the scores; float, 0-d or (N,) tensor, differentiable. Default 1.0.
         scale: 1 / temperature instead; not both.
         reduce: over the tokens of a query, as in `maxsim`: "sum", or "mean", whose scores have the size of one cosine.
+        symmetric: scores are the mean of MaxSim both ways, each reduced over the tokens of its own left side. A set
+            without tokens then resembles nothing. Not with `row_negatives` or `retrieved`.
         retrieved: None, or how many document tokens of the batch each query token retrieves: scores are those of `xtr`,
             with ``missing="skip"``. Not with `row_negatives`, which are not of the batch.
         weight: (N,) weight of each query; the mean divides by its sum. Differentiable. 0 leaves it out.
@@ -76,7 +80,8 @@ def late_interaction(
 
     Source:
         Santhanam et al., ColBERTv2: Effective and Efficient Retrieval via Lightweight Late Interaction, 2022; the loss
-        is `Contrastive` of PyLate. `retrieved`: see `xtr`.
+        is `Contrastive` of PyLate. `retrieved`: see `xtr`. `symmetric`: Lee et al., Toward Interpretable Semantic
+        Textual Similarity via Optimal Transport-based Contrastive Sentence Learning, 2022, with ``reduce="mean"``.
 
     Examples:
         >>> from contrastive_ops.losses import late_interaction
@@ -90,6 +95,9 @@ def late_interaction(
     name = "late_interaction"
     _arguments.check_reduction(name, reduction)
     checks.check_choice(name, "reduce", reduce, REDUCTIONS)
+    checks.flag(name, "symmetric", symmetric)
+    if symmetric and (row_negatives is not None or retrieved is not None):
+        raise ValueError(f"{name}: row_negatives and retrieved must be None with symmetric, got one of them")
     q, d, more, own = _sides(name, queries, documents, negatives, row_negatives)
     if weight is not None:
         _arguments.check_weight(name, weight, q.shape[0], "queries", q.tokens)
@@ -102,7 +110,12 @@ def late_interaction(
         q, d = _unit(q), _unit(d)
         more, own = (None if each is None else _unit(each) for each in (more, own))
     if retrieved is None:
-        parts = [scores_of(name, q, each, reduce=reduce, backend=backend) for each in (d, more) if each is not None]
+        options: dict[str, Any] = {"reduce": reduce, "backend": backend}
+        columns = [each for each in (d, more) if each is not None]
+        parts = [scores_of(name, q, each, **options) for each in columns]
+        if symmetric:
+            back = [scores_of(name, each, q, **options).T for each in columns]
+            parts = [(one + other) / 2 for one, other in zip(parts, back, strict=True)]
         if own is not None:
             pairs = own_pairs(name, q, own, "row_negatives")
             of_own = pair_scores(name, q, own, pairs, reduce=reduce, backend=backend).view(own.shape)

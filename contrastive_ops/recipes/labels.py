@@ -119,6 +119,9 @@ def supremix(
         window: how far labels of a mixed positive may be from the anchor's; 5 in the released script.
         temperature: divides the cosines.
 
+    Returns:
+        0-d; NaN where no row has a positive, a row of its label or two rows on both sides of it.
+
     Source:
         Wu et al., Mixup Your Own Pairs, 2023 (S093). The released code shifts real and mixed logits by maxima of their
         own; this is the formula. Memory of a chunk: N^2 for each of its rows.

@@ -301,12 +301,14 @@ def bitext_margin(x: Tensor, y: Tensor, k: int = 4) -> TopK:
     Args:
         x: (N, D) and (M, D) sentences of two languages; no gradients.
         y: as `x`.
-        k: neighbours.
+        k: neighbours; at most min(N, M).
 
     Source:
         Artetxe and Schwenk, Margin-based Parallel Corpus Mining, 2019, the evaluation of S059.
     """
     x, y = x.detach(), y.detach()
+    checks.check_matrices("bitext_margin", "x", x, "y", y)
+    k = checks.integer("bitext_margin", "k", k, 1, min(x.shape[0], y.shape[0]))
     of_x, of_y = similarity_topk(x, y, k, metric="cosine"), similarity_topk(y, x, k, metric="cosine")
     means = of_x.values.mean(1, keepdim=True) + of_y.values.mean(1)[of_x.indices]
     ratio, order = (2 * of_x.values / means).sort(dim=1, descending=True, stable=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from ..core import checks
-from ..losses import info_nce, listwise_distillation, sparsity
+from ..losses import info_nce, late_interaction, listwise_distillation, sparsity
 from ..ops import TokenSets, maxsim, maxsim_pairs, stream_rows
 
 
@@ -153,11 +152,12 @@ def rcmd(x: Tensor | TokenSets, y: Tensor | TokenSets, *, temperature: float = 0
 
     Equivalent to::
 
-        s = (maxsim(x, y, reduce="mean") + maxsim(y, x, reduce="mean").T) / 2       # of unit tokens
+        x, y = F.normalize(x, dim=2), F.normalize(y, dim=2)
+        s = (maxsim(x, y, reduce="mean") + maxsim(y, x, reduce="mean").T) / 2
         F.cross_entropy(s / temperature, torch.arange(N))
 
     Args:
-        x: (N, L, D) unit tokens or `TokenSets`.
+        x: (N, L, D) tokens or `TokenSets`.
         y: (M, L', D); the first N are the positives, the others hard negatives.
         temperature: divides the cosines.
 
@@ -165,8 +165,7 @@ def rcmd(x: Tensor | TokenSets, y: Tensor | TokenSets, *, temperature: float = 0
         Lee et al., Toward Interpretable Semantic Textual Similarity via Optimal Transport-based Contrastive Sentence
         Learning, 2022 (S071); released code.
     """
-    scores = (maxsim(x, y, reduce="mean") + maxsim(y, x, reduce="mean").T) / 2
-    return cross_entropy(scores / temperature, torch.arange(scores.shape[0], device=scores.device))
+    return late_interaction(x, y, reduce="mean", symmetric=True, temperature=temperature)
 
 
 def agrame(
