@@ -71,7 +71,7 @@ def capture(step: Callable[..., Any], *samples: Tensor) -> Callable[..., Any]:
     for position, sample in enumerate(samples):
         if sample.device.type != DEVICE:
             raise ValueError(f"{name}: samples must be on a CUDA device, got {sample.device} at position {position}")
-    graphed: Any = torch.cuda.make_graphed_callables(step, samples, allow_unused_input=True)  # type: ignore[arg-type]
+    graphed: Any = torch.cuda.make_graphed_callables(step, samples, allow_unused_input=True)
     kinds = [(sample.shape, sample.dtype, sample.device, sample.requires_grad) for sample in samples]
 
     def replay(*arguments: Tensor) -> Any:

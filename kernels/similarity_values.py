@@ -134,7 +134,8 @@ def forward(
     p = Problem.of(x, y, scale, row_bias, col_bias, None, pair_data, spec, arch_of(x))
     sums = x.new_zeros((len(x), values.shape[1]), dtype=torch.float32)
     lines, lse = _stored.no_lines(x, 1, len(x)), x.new_empty((len(x),), dtype=torch.float32)
-    dots, weights = _stored.room(p), p.x.new_empty(_stored.room(p).shape)
+    dots = _stored.room(p)
+    weights = p.x.new_empty(dots.shape)
     factor = _p_factor(x)
     for rows in _stored.chunks(p):
         chunk = _stored.Chunk(p, rows, _stored.inner_products(p.x[rows], p.y, dots))
