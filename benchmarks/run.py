@@ -7,6 +7,7 @@
     python -m benchmarks.run --quick             tiny shapes, written nowhere unless --csv is given
     python -m benchmarks.run --list              the cases, their providers and targets
     python -m benchmarks.run --overhead          what each loss adds to its sweeps (see overhead.py)
+    python -m benchmarks.run --adapters          classes of integrations against the originals (see adapters.py)
     python -m benchmarks.run --small             losses of few rows against plain torch (see small_batches.py)
     python -m benchmarks.run --recipes           recipes of papers against the folds they rest on (see recipes.py)
 
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import measure, memory, overhead, provenance, recipes, report, results, small_batches
+from benchmarks import adapters, measure, memory, overhead, provenance, recipes, report, results, small_batches
 from benchmarks.registry import FLOORS, Case, Inputs, Provider, Step, Truth, representatives, select
 from benchmarks.report import Measurement
 from benchmarks.truth import errors
@@ -193,6 +194,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     parser.add_argument("--optional", action="store_true", help="also torch.compile")
     parser.add_argument("--overhead", action="store_true", help="time losses against their sweeps")
+    parser.add_argument("--adapters", action="store_true", help="time classes of integrations against the originals")
     parser.add_argument("--small", action="store_true", help="time losses of few rows against plain torch")
     parser.add_argument("--recipes", action="store_true", help="time recipes of papers against their folds")
     parser.add_argument("--profile", action="store_true", help="with --overhead: where the rest goes")
@@ -230,6 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rounds = min(args.rounds, 2) if args.quick else args.rounds
     if args.overhead:
         return overhead.run(args.op, args.case, rounds=rounds, quick=args.quick, csv=args.csv, profiled=args.profile)
+    if args.adapters:
+        return adapters.run(args.op, rounds=rounds, quick=args.quick, csv=args.csv)
     if args.small:
         return small_batches.run(args.op, rounds=rounds, quick=args.quick, csv=args.csv)
     if args.recipes:

@@ -148,27 +148,19 @@ def test_what_is_not_fused_runs_the_original_and_says_so(model):
         ours.CoSENTLoss(model, similarity_fct=util.pairwise_euclidean_sim).compute_loss_from_embeddings(
             [torch.ones(3, 4), torch.zeros(3, 4)], torch.arange(3)
         )
+    for name in ("AnglELoss", "MarginMSELoss", "DistillKLDivLoss"):  # nothing of theirs is faster
+        assert getattr(ours, name) is getattr(losses, name)
     assert ours.OnlineContrastiveLoss is losses.OnlineContrastiveLoss
     assert ours.SparseTripletLoss is sparse.SparseTripletLoss
     with pytest.raises(AttributeError, match="no attribute 'no_such_loss'"):
         _ = ours.no_such_loss
 
 
-COSINE, DOT = {"similarity_fct": util.pairwise_cos_sim}, {"similarity_fct": util.pairwise_dot_score}
+DOT = {"similarity_fct": util.pairwise_dot_score}
 PAIR_LOSSES = [  # name, columns, labels of each row, options
     ("CoSENTLoss", 2, (), {}),
     ("CoSENTLoss", 2, (), {"scale": 3.0} | DOT),
-    ("AnglELoss", 2, (), {}),
-    ("AnglELoss", 4, (), {}),
-    ("MarginMSELoss", 3, (), {}),
-    ("MarginMSELoss", 5, (3,), COSINE),
-    ("MarginMSELoss", 5, (4,), {}),
-    ("DistillKLDivLoss", 4, (3,), {}),
-    ("DistillKLDivLoss", 4, (3,), {"student_temperature": 0.5, "teacher_temperature": 2.0} | COSINE),
     ("SparseCoSENTLoss", 2, (), {}),
-    ("SparseAnglELoss", 2, (), {}),
-    ("SparseMarginMSELoss", 3, (2,), {}),
-    ("SparseDistillKLDivLoss", 3, (2,), {}),
     ("SparseMultipleNegativesRankingLoss", 3, None, {"scale": 0.3}),
 ]
 
@@ -182,8 +174,7 @@ def test_losses_of_pairs_and_of_lists(name, columns, shape, options):
         torch.manual_seed(1)
         embeddings = [torch.randn(9, 12, requires_grad=True) for _ in range(columns)]
         loss = getattr(module, name)(torch.nn.Module(), **options)
-        for _ in range(2):  # the first of DistillKLDivLoss looks at the teacher
-            value = loss.compute_loss_from_embeddings(embeddings, labels)
+        value = loss.compute_loss_from_embeddings(embeddings, labels)
         value.backward()
         found.append((value.detach(), *(each.grad for each in embeddings), loss.get_config_dict()))
     assert type(loss) is not getattr(ours, name) and issubclass(getattr(ours, name), type(loss))
