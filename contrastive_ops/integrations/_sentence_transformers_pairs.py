@@ -1,7 +1,7 @@
 """sentence-transformers' loss of scored pairs, and what sparse encoders use.
 
-AnglELoss, MarginMSELoss and DistillKLDivLoss make no matrix of pairs, and nothing of theirs is faster here: they are the
-original classes.
+AnglELoss, MarginMSELoss and DistillKLDivLoss make no matrix of pairs, and nothing of theirs is faster here: these are
+the original classes.
 """
 
 from __future__ import annotations
