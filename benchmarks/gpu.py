@@ -195,6 +195,7 @@ def rehearsed(stage: Stage) -> Stage:
         command, verdict = [sys.executable, "-m", "benchmarks.gpu_calls", "reference", "cpu"], verdict_of_status
     elif stage.name == "benchmarks":
         command[command.index("cuda")] = "cpu"
+        command += ["--quick", "--no-memory", "--no-peers"]
     return replace(stage, command=command, verdict=verdict, skip=None, may_be_cut=True)
 
 

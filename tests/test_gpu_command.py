@@ -277,6 +277,7 @@ def test_a_rehearsal_runs_the_stages_without_a_gpu(folders, monkeypatch) -> None
         assert (found.name, found.limit, found.skip, found.may_be_cut) == (stage.name, stage.limit, None, True)
         assert "setup.py" not in str(found.command) and "compute-sanitizer" not in str(found.command)
         assert not any(word == "cuda" for word in found.command)
+        assert ("--quick" in found.command) == (stage.name == "benchmarks")
     monkeypatch.setattr(gpu, "ask", answers({"torch": "2.11.0", "gpu": None}))
     monkeypatch.setattr(
         gpu, "rehearsed", lambda stage: python(stage.name, "import os; print(os.environ['TRITON_INTERPRET'])")
