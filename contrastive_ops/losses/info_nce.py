@@ -242,13 +242,14 @@ def prepared_info_nce(
         query, row_negatives, target, row_negative_bias, label_smoothing = of_rows
         temperature, scale = (_arguments.of_weighted(weight, each, 1) for each in (temperature, scale))
     scale = _arguments.resolve_scale(name, temperature, scale, 0.07)
-    target, columns = checked_own_target(name, target, query, key), key
+    target = checked_own_target(name, target, query, key)
     if negatives is not None:
         checks.check_matrices(name, "query", query, "negatives", negatives)
-        columns = torch.cat([key, negatives])
     rules = rules_of_columns(in_batch, query, key, negatives, row_negatives, pairs, negative_pairs)
-    check_filters(name, None, col_bias, columns.shape[0], "query", query)
-    unit, (query, columns) = _arguments.in_sweep(normalize, query), _arguments.unit_sides(normalize, query, columns)
+    more = key[:0] if negatives is None else negatives
+    check_filters(name, None, col_bias, key.shape[0] + more.shape[0], "query", query)
+    unit, sides = _arguments.in_sweep(normalize, query), _arguments.unit_sides(normalize, query, key, more)
+    query, key, more = sides
     own = _own_columns(query, row_negatives, row_negative_bias, normalize)
     share = smoothing_share(name, label_smoothing, "query", query, smooth)
     sweep = Sweep((name, "query", "key"), scale, rules[0], col_bias, unit, memory_budget, backend, rules[1])
@@ -264,9 +265,10 @@ def prepared_info_nce(
         "diagnostics": diagnostics,
     }
     if in_batch:
+        columns = key if negatives is None else torch.cat([key, more])
         return Prepared(row_softmax, sweep, query, columns, {**options, "target": target})
     with autocast.disabled(query):
-        sweep, query, *given, biases = _without_batch(sweep, query, columns, key.shape[0], target, weight)
+        sweep, query, *given, biases = _without_batch(sweep, query, key, more, target, weight)
     options |= {"positive": given[0], "positive_bias": biases}
     return Prepared(_given, sweep, query, given[1], options)
 
@@ -341,15 +343,16 @@ def _bias_of(similarity: Tensor, bias: float | Tensor, query: Tensor) -> Tensor:
 
 
 def _without_batch(
-    sweep: Sweep, query: Tensor, columns: Tensor, keys: int, target: Tensor | None, weight: Tensor | None
+    sweep: Sweep, query: Tensor, key: Tensor, negatives: Tensor, target: Tensor | None, weight: Tensor | None
 ) -> tuple[Sweep, Tensor, Tensor, Tensor, Tensor | None]:
-    """The sweep over what follows the keys, the queries, their positives, those columns, and the positives' biases.
+    """The sweep over the negatives, the queries, their positives, those columns, and the positives' biases.
 
-    The gradients of the positive and of the negatives nearly cancel: those of 16-bit rows meet in float32.
+    The gradients of the positive and of the negatives nearly cancel: those of 16-bit rows meet in float32. Keys and
+    negatives stay apart, so that a queue without a gradient costs none.
     """
     own = torch.arange(query.shape[0], device=query.device) if target is None else target
-    query, columns = wide(query, sweep.unit), wide(columns, sweep.unit)
-    positive, negatives = _arguments.of_weighted(weight, take_rows(columns[:keys], own)), columns[keys:]
+    query, key, negatives = (wide(each, sweep.unit) for each in (query, key, negatives))
+    positive, keys = _arguments.of_weighted(weight, take_rows(key, own)), key.shape[0]
     biases = None if sweep.col_bias is None else sweep.col_bias.to(query.dtype)
     of_positive = None if biases is None else take_rows(biases[:keys, None], own)[:, 0]
     of_negatives = None if biases is None else biases[keys:]

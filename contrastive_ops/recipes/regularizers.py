@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from ..core import checks
-from ..losses import RunningCovariance, alignment, barlow_twins, log_det, nt_xent, uniformity, vicreg
+from ..core.numerics import softplus
+from ..losses import RunningCovariance, alignment, barlow_twins, log_det, uniformity, vicreg
+from ..losses._columns import wide
+from ..losses._sweep import Sweep
+from ..ops import Pairs
 
 
 def align_uniform(
@@ -118,4 +124,7 @@ def csr(
     values, places = codes.topk(4 * k, 1)
     few, many = (torch.zeros_like(codes).scatter(1, places[:, :n], values[:, :n]).relu() for n in (k, 4 * k))
     first, second = (mse_loss(z @ encoder + centre, x) for z in (few, many))
-    return first + second / 8 + contrast * nt_xent(few, few, temperature=temperature)
+    unit, sweep = wide(few, True), Sweep(("csr", "codes", "codes"), 1 / temperature, Pairs(diagonal=0))
+    (others,) = sweep.fold(unit, None, "logsumexp").rows  # each stands for two copies, one's own for the positive
+    own = unit.square().sum(1) / temperature
+    return first + second / 8 + contrast * softplus(others + math.log(2) - own).mean()
