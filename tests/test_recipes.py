@@ -163,5 +163,6 @@ def test_values_where_nothing_is_there():
     left, right = recipes.token_differences(X, X, LABELS, torch.full((6,), 1))
     assert (left == torch.inf).tolist() == (LABELS == 0).tolist() and right.isfinite().all()
     words = torch.tensor([[0, -1], [2, 2]])
-    scores = recipes.coil_scores(X[:4].view(2, 2, 4), words, X[:4].view(2, 2, 4), torch.tensor([[-1, -1], [2, 0]]))
+    rows = X[:4].abs().view(2, 2, 4)
+    scores = recipes.coil_scores(rows, words, rows, torch.tensor([[-1, -1], [2, 0]]))
     assert not scores[:, 0].any() and scores[:, 1].all()
