@@ -208,13 +208,18 @@ def check_lists(
     return indptr, indices, bool((place[1:] >= place[:-1]).all())
 
 
+# Kinds of tensors without numbers.
+_TRACED = ("FakeTensor", "FunctionalTensor")
+
+
 def may_read(tensor: Tensor, *, waits: bool = False) -> bool:
     """Whether a check may look at numbers: a traced or meta tensor has none, and a GPU would have to be waited for.
 
     A step of training that waits for the GPU lets it idle until the next kernel is started, and cannot be captured as a
     CUDA graph; so a check that `waits` is only for what would be wrong without a word, or out of bounds, otherwise.
     """
-    if torch.compiler.is_compiling() or tensor.device.type == "meta" or type(tensor).__name__ == "FakeTensor":
+    # torch 2.6 does not call it compiling where it traces a backward pass.
+    if torch.compiler.is_compiling() or tensor.device.type == "meta" or type(tensor).__name__ in _TRACED:
         return False
     if torch._C._are_functorch_transforms_active() and _in_vmap(tensor):
         return False

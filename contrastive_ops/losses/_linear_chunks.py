@@ -43,7 +43,8 @@ def statistics(problem: Rows) -> tuple[Tensor, Tensor]:
     for name in ("qx", "qy", "q_bias"):
         if (value := getattr(problem, name)) is not None:
             wide[name] = value.detach().to(dtype) if name == "q_bias" else value.detach()
-    first, second = call.linear_rows_forward(*problem._replace(**wide))
+    # Not by _replace, which torch 2.6 cannot trace under Python 3.10.
+    first, second = call.linear_rows_forward(*[wide.get(*field) for field in zip(Rows._fields, problem, strict=True)])
     return first, second
 
 

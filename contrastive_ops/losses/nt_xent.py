@@ -128,8 +128,8 @@ def nt_xent(
     if loss is not None:
         return loss
     given: dict[str, Any] = {"temperature": temperature, "scale": scale, "pairs": pairs, "col_bias": col_bias}
-    given |= {"label_smoothing": label_smoothing, "smooth": smooth, "weight": weight, "reduction": reduction}
-    given |= {"normalize": normalize, "diagnostics": diagnostics, "memory_budget": memory_budget, "backend": backend}
+    given.update(label_smoothing=label_smoothing, smooth=smooth, weight=weight, reduction=reduction)
+    given.update(normalize=normalize, diagnostics=diagnostics, memory_budget=memory_budget, backend=backend)
     return prepared_nt_xent(z0, z1, **given).loss()
 
 

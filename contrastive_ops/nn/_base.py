@@ -54,7 +54,7 @@ class Loss(nn.Module):
             raise TypeError(
                 f"{name}: tensors must be ({', '.join(self.taken)}), got {len(tensors)}; everything else goes by name"
             )
-        given = dict(zip(self.taken, tensors, strict=False))
+        given = dict(zip(self.taken[: len(tensors)], tensors, strict=True))
         for key in keywords:
             if key in given:
                 raise TypeError(f"{name}: {key} must be given once, got it by position and by name")

@@ -238,7 +238,7 @@ def prefix_folds(
 def check_dims(function: str, dims: Sequence[int], x_name: str, x: Tensor) -> list[int]:
     """`dims` must be lengths of prefixes of the rows of `x`, ascending."""
     found = [checks.integer(function, "dims", each, 1) for each in checks.listed(function, "dims", dims)]
-    if not found or any(a >= b for a, b in zip(found, found[1:], strict=False)):
+    if not found or any(a >= b for a, b in zip(found[:-1], found[1:], strict=True)):
         raise ValueError(
             f"{function}: dims must be one or more ascending lengths >= 1, got {tuple(found)}\n"
             "  sort them, and put weights of prefixes into the same order"
