@@ -64,9 +64,15 @@ def test_gradients(pairs, dim, chunks):
     sums_cases.check_gradients("cuda", DEVICE, LONG[dim], dim, pairs=pairs)
 
 
+# After so many steps the table of a warp goes into sums of float64: sooner where the warp has several tokens. Large
+# numbers fill the first table; one that went on would lose what comes then.
+STEPS = {True: {"first": 32, "then": 80, "square": 2.0}, False: {"first": 128, "then": 200, "square": 0.6}}
+
+
 # Experts, and how many tokens a block has at a time.
 @pytest.mark.parametrize("segments", [1, 2])
 @pytest.mark.parametrize("experts,at_once", [(3, 128), (60, 16), (600, 4), (1500, 1)])
 def test_routers(experts, at_once, segments, monkeypatch):
     monkeypatch.setattr(expert_routing, "PARTS", 1)
-    sums_cases.check_router(Subject("cuda", DEVICE).scores, DEVICE, experts, at_once, segments)
+    scores, several = Subject("cuda", DEVICE).scores, at_once > 4
+    sums_cases.check_router(scores, DEVICE, experts, at_once, segments, **STEPS[several])
