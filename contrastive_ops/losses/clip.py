@@ -155,8 +155,8 @@ def clip(
     if loss is not None:
         return loss
     given: dict[str, Any] = {"temperature": temperature, "scale": scale, "pairs": pairs, "col_bias": col_bias}
-    given |= {"label_smoothing": label_smoothing, "smooth": smooth, "hardness": hardness, "weight": weight}
-    given |= {"reduction": reduction, "normalize": normalize, "diagnostics": diagnostics}
+    given.update({"label_smoothing": label_smoothing, "smooth": smooth, "hardness": hardness, "weight": weight})
+    given.update({"reduction": reduction, "normalize": normalize, "diagnostics": diagnostics})
     problem = prepared_clip(image, text, **given, memory_budget=memory_budget, backend=backend)
     if text_negatives is None and image_negatives is None:
         check_filters(name, pairs, col_bias, problem.x.shape[0], "image", problem.x)

@@ -194,10 +194,10 @@ def info_nce(
     if loss is not None:
         return loss
     given: dict[str, Any] = {"row_negatives": row_negatives, "row_negative_bias": row_negative_bias}
-    given |= {"in_batch": in_batch, "target": target, "temperature": temperature, "scale": scale, "pairs": pairs}
-    given |= {"negative_pairs": negative_pairs, "col_bias": col_bias, "margin": margin, "smooth": smooth}
-    given |= {"label_smoothing": label_smoothing, "hardness": hardness, "z_loss": z_loss, "weight": weight}
-    given |= {"reduction": reduction, "normalize": normalize, "diagnostics": diagnostics}
+    given.update({"in_batch": in_batch, "target": target, "temperature": temperature, "scale": scale, "pairs": pairs})
+    given.update({"negative_pairs": negative_pairs, "col_bias": col_bias, "margin": margin, "smooth": smooth})
+    given.update({"label_smoothing": label_smoothing, "hardness": hardness, "z_loss": z_loss, "weight": weight})
+    given.update({"reduction": reduction, "normalize": normalize, "diagnostics": diagnostics})
     return prepared_info_nce(query, key, negatives, **given, memory_budget=memory_budget, backend=backend).loss()
 
 
@@ -269,7 +269,7 @@ def prepared_info_nce(
         return Prepared(row_softmax, sweep, query, columns, {**options, "target": target})
     with autocast.disabled(query):
         sweep, query, *given, biases = _without_batch(sweep, query, key, more, target, weight)
-    options |= {"positive": given[0], "positive_bias": biases}
+    options.update({"positive": given[0], "positive_bias": biases})
     return Prepared(_given, sweep, query, given[1], options)
 
 

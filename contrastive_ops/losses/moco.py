@@ -124,8 +124,8 @@ def moco(
         torch.Size([6])
     """
     given: dict[str, Any] = {"labels": labels, "queue_labels": queue_labels, "temperature": temperature, "scale": scale}
-    given |= {"pairs": pairs, "col_bias": col_bias, "label_smoothing": label_smoothing, "smooth": smooth}
-    given |= {"weight": weight, "reduction": reduction, "normalize": normalize, "diagnostics": diagnostics}
+    given.update({"pairs": pairs, "col_bias": col_bias, "label_smoothing": label_smoothing, "smooth": smooth})
+    given.update({"weight": weight, "reduction": reduction, "normalize": normalize, "diagnostics": diagnostics})
     return prepared_moco(query, key, queue, **given, memory_budget=memory_budget, backend=backend).loss()
 
 

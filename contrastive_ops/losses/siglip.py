@@ -135,8 +135,8 @@ def siglip(
     if loss is not None:
         return loss
     given: dict[str, Any] = {"temperature": temperature, "scale": scale, "bias": bias, "pairs": pairs}
-    given |= {"col_bias": col_bias, "weight": weight, "reduction": reduction, "normalize": normalize}
-    given |= {"diagnostics": diagnostics, "memory_budget": memory_budget, "backend": backend}
+    given.update({"col_bias": col_bias, "weight": weight, "reduction": reduction, "normalize": normalize})
+    given.update({"diagnostics": diagnostics, "memory_budget": memory_budget, "backend": backend})
     return prepared_siglip(image, text, **given).loss()
 
 
