@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import results
+from benchmarks.plot import save
 from benchmarks.results import Row
 
 SUFFIX = " virtual cores"
@@ -28,7 +29,6 @@ def curves(rows: Sequence[Row], size: str = "large") -> dict[str, dict[int, Row]
 
 def draw(found: Mapping[str, Mapping[int, Row]], path: Path) -> None:
     """Writes the figure; the suffix of the path chooses SVG or PNG."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 4.8), layout="constrained")
@@ -51,11 +51,7 @@ def draw(found: Mapping[str, Mapping[int, Row]], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     row = next(iter(next(iter(found.values())).values()))
     axes.set_title(f"modelled on one core of {row['device']}, {row['capability']}; not measured", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A fixed salt and no date: the same rows give the same file.
-    with rc_context({"svg.hashsalt": "contrastive_ops", "svg.fonttype": "none"}):
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, dpi=150, facecolor="white", metadata=metadata)
+    save(figure, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -77,10 +77,14 @@ def draw(found: Sequence[tuple[Case, Mapping[str, Row]]], path: Path) -> None:
         title=f"{row['device']}, {row['threads']} threads, torch {row['torch']}",
         title_fontsize=8,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A fixed salt and no date: the same rows give the same file.
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure so that the same rows give the same file: a fixed salt and no date."""
     from matplotlib import rc_context
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     with rc_context({"svg.hashsalt": "contrastive_ops", "svg.fonttype": "none"}):
         metadata = {"Date": None} if path.suffix == ".svg" else None
         figure.savefig(path, dpi=150, facecolor="white", metadata=metadata)

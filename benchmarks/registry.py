@@ -28,6 +28,7 @@ FAMILIES = (
     "cases_values",
     "cases_matryoshka",
     "cases_linear_log_prob",
+    "cases_scaling",
     "cases_gpu",
 )
 
