@@ -45,15 +45,9 @@ class _Bounded(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
         value, ctx.bound = inputs
         ctx.save_for_backward(value)
-        ctx.save_for_forward(value)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (value,) = ctx.saved_tensors
         # A descent step against a negative gradient leads further up.
         return gradient.masked_fill((value >= ctx.bound) & (gradient < 0), 0.0), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        (value,) = ctx.saved_tensors
-        return tangent.masked_fill(value >= ctx.bound, 0.0)
