@@ -157,8 +157,8 @@ def table(
         numbers = [float(text) for text in column if text not in ("-", "nan")]
         best = (min if name.endswith("rank") else max)(numbers, default=None)
         columns.append([f"**{text}**" if text not in ("-", "nan") and float(text) == best else text for text in column])
-    lines = [["", *names], *([system, *row] for system, row in zip(measures, zip(*columns, strict=True), strict=True))]
-    lines = [f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines]
+    rows = [["", *names], *([system, *row] for system, row in zip(measures, zip(*columns, strict=True), strict=True))]
+    lines = [f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows]
     return "\n".join([lines[0], "|" + "---|" * (1 + len(names)), *lines[1:]])
 
 
