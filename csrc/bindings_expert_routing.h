@@ -59,6 +59,10 @@ struct Router {
     raw.load = spec.data[7] != 0;
     CHECK_VALUE(raw.k >= 1 && raw.k <= E && raw.segments >= 1, "k must be in [1, ", E, "], got ", raw.k);
     CHECK_VALUE(raw.expert_groups >= 1 && E % raw.expert_groups == 0, "groups must divide the experts");
+    CHECK_VALUE(raw.kept_groups >= 1 && raw.kept_groups <= raw.expert_groups, "kept groups must be in [1, ",
+                raw.expert_groups, "], got ", raw.kept_groups);
+    CHECK_VALUE((spec.data[1] & ~int64_t{1}) == 0 && (spec.data[5] & ~int64_t{1}) == 0, "scores must be 0 or 1, got ",
+                spec.data[1], " and ", spec.data[5]);
     CHECK_VALUE(!raw.load || (noise.defined() && sigma > 0), "the load needs noise");
     raw.segment = segment.as<int64_t>();
     raw.valid = valid.as<bool>();

@@ -35,6 +35,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     int64_t needs, int64_t kept_size) {
   Problem p(x, y, scale, row_bias, col_bias, target, pair_data, spec);
   check_kind(p, kind);
+  CHECK_VALUE(reduction >= 0 && reduction <= static_cast<int64_t>(Reduction::none),
+              "reduction must be one of Reduction");
   const int64_t N = p.raw.N;
   const Tensor w = shaped(weight, {N}, p.type(), "weight"), e = shaped(extra, {N}, p.type(), "extra");
   const Tensor tw = shaped(target_weight, {N}, p.type(), "target_weight"), c = shaped(count, {N}, p.type(), "count");

@@ -103,7 +103,11 @@ struct Argument<double> {
 template <>
 struct Argument<bool> {
   bool value;
-  explicit Argument(PyObject* object) : value(PyObject_IsTrue(object) == 1) {}
+  explicit Argument(PyObject* object) {
+    const int truth = PyObject_IsTrue(object);
+    if (truth < 0) throw PythonError();  // of a tensor of several numbers, say
+    value = truth == 1;
+  }
 };
 template <>
 struct Argument<std::string> {

@@ -1,0 +1,132 @@
+"""Whether an answer is as near to the truth as the contract asks: one table of tolerances, `testing.TOLERANCE`.
+
+    |ours - truth| <= 2 |torch in the same precision - truth| + tolerance
+
+Torch is asked a few times, for numbers that differ in their last digit: one answer may be exact by chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from similarity_cases import leaves, mapped
+from torch import Tensor
+
+from contrastive_ops.testing import TOLERANCE
+
+DOUBLE = torch.float64
+# Gradients that are this small next to results over inputs are what rounding leaves of 0.
+SMALL = 0.1
+DRAWS = 3
+
+
+class Difference(AssertionError):
+    """An answer that is not the truth."""
+
+
+@dataclass
+class Call:
+    """One call with its inputs, and the same in plain torch.
+
+    Attributes:
+        inputs: tensors and numbers in dicts, tuples and dataclasses; `ours` and `dense` take them and return tensors.
+            Results of integers must be equal, the others near, as must their gradients.
+        finite: whether gradients are compared; not of numbers that are NaN or infinite.
+        size: of what results are differences of, where those may be small next to it.
+    """
+
+    inputs: Any
+    ours: Callable[[Any], Sequence[Tensor]]
+    dense: Callable[[Any], Sequence[Tensor]]
+    finite: bool = True
+    size: float = 0.0
+
+
+def converted(tree: Any, dtype: torch.dtype, digits: torch.Generator | None = None) -> Any:
+    """Leaves of another dtype; with `digits`, the last digit of float32 is drawn anew."""
+    known: dict[int, Tensor] = {}
+
+    def change(t: Tensor) -> Tensor:
+        if not t.is_floating_point():
+            return t
+        if id(t) not in known:
+            other = t.detach().to(dtype)
+            if digits is not None:
+                signs = torch.randint(-1, 2, t.shape, generator=digits).to(dtype)
+                other = other * (1 + signs * torch.finfo(torch.promote_types(t.dtype, torch.float32)).eps / 2)
+            known[id(t)] = other.requires_grad_(t.requires_grad)
+        return known[id(t)]
+
+    return mapped(tree, change)
+
+
+def _answers(function: Callable[[Any], Sequence[Tensor]], inputs: Any, finite: bool, seed: int) -> list[Tensor]:
+    """Results, then gradients for random weights of all that are finite."""
+    results = list(function(inputs))
+    wanted = leaves(inputs)
+    floating = [r for r in results if r.is_floating_point()]
+    if not (finite and wanted and any(r.requires_grad for r in floating)):
+        return [r.detach() for r in results] + [torch.zeros_like(t) for t in (wanted if finite else [])]
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros((), dtype=DOUBLE)
+    for r in floating:
+        weights = torch.randn(r.shape, generator=generator, dtype=DOUBLE)
+        total = total + (torch.where(r.isfinite(), r, 0.0).double() * weights).sum()
+    gradients = torch.autograd.grad(total, wanted, materialize_grads=True)
+    return [r.detach() for r in results] + list(gradients)
+
+
+def _distance(value: Tensor, truth: Tensor, floor: float) -> float:
+    """2-norm of the difference relative to the truth, or to `floor`; inf where they differ in what is not finite."""
+    value, truth = value.detach().double(), truth.detach().double()
+    finite = truth.isfinite()
+    if not torch.equal(value.isfinite(), finite):
+        return float("inf")
+    difference, size = (value - truth)[finite].norm().item(), max(truth[finite].norm().item(), floor)
+    return difference / size if size else difference
+
+
+def judge(call: Call, seed: int) -> None:
+    """Raise `Difference` where the call does not give what the dense formula gives."""
+    ours = _answers(call.ours, call.inputs, call.finite, seed)
+    truth = _answers(call.dense, converted(call.inputs, DOUBLE), call.finite, seed)
+    if len(ours) != len(truth):
+        raise Difference(f"{len(ours)} results and gradients instead of {len(truth)}")
+    count = len(truth) - (len(leaves(call.inputs)) if call.finite else 0)
+    size = max(_size(truth[:count]), call.size)
+    floors = [0.0] * count + [SMALL * size / max(_size([t]), 1e-300) for t in leaves(call.inputs)]
+    others: list[list[Tensor]] = []
+    for at, (value, expected, floor) in enumerate(zip(ours, truth, floors[: len(truth)], strict=True)):
+        what = f"result {at}" if at < count else f"gradient {at - count}"
+        if value.shape != expected.shape:
+            raise Difference(f"{what} has shape {tuple(value.shape)} instead of {tuple(expected.shape)}")
+        if not expected.is_floating_point():
+            if not torch.equal(value.long(), expected.long()):
+                raise Difference(f"{what} is {value.tolist()} instead of {expected.tolist()}")
+            continue
+        error = _distance(value, expected, floor)
+        if error <= TOLERANCE[value.dtype]:
+            continue
+        others = others or _in_torch(call, seed)
+        # A gradient is rounded to the inputs' precision, and so are what it is a sum of.
+        usual = max(_distance(other[at], expected, floor) for other in (others if at >= count else others[:DRAWS]))
+        if not error <= 2 * usual + TOLERANCE[value.dtype]:
+            raise Difference(f"{what} ({value.dtype}) is off by {error:.1e}, plain torch by {usual:.1e}")
+
+
+def _size(tensors: Sequence[Tensor]) -> float:
+    """2-norm of all finite numbers."""
+    return sum(t.detach().double().nan_to_num(0.0, 0.0, 0.0).square().sum().item() for t in tensors) ** 0.5
+
+
+def _in_torch(call: Call, seed: int) -> list[list[Tensor]]:
+    """What plain torch finds in the precision of sums, a few times, then in that of inputs of 16 bits."""
+    dtypes = {t.dtype for t in leaves(call.inputs)} or {DOUBLE}
+    dtype = DOUBLE if DOUBLE in dtypes else torch.float32
+    generator = torch.Generator().manual_seed(seed)
+    draws = [(dtype, None), *[(dtype, generator)] * (DRAWS - 1)]
+    draws += [(each, None) for each in dtypes if each.itemsize == 2]
+    return [_answers(call.dense, converted(call.inputs, each, g), call.finite, seed) for each, g in draws]

@@ -1,0 +1,11 @@
+"""Everything that the fuzzer calls."""
+
+from __future__ import annotations
+
+from .cases import Subject
+from .subjects_losses import Losses
+from .subjects_similarity import Distill, Prefix, Reduce, TopK, Values
+from .subjects_tokens import TOKENS
+
+ALL: tuple[Subject, ...] = (Reduce(), TopK(), Prefix(), Distill(), Values(), *TOKENS, Losses())
+SUBJECTS: dict[str, Subject] = {subject.name: subject for subject in ALL}

@@ -1,0 +1,70 @@
+"""The fuzzer: a fixed short run, that it finds and simplifies what is wrong, and raw calls of the extension.
+
+`make fuzz CASES=10000 SEED=...` is the long run; docs/reliability.md has what was run.
+"""
+
+import dataclasses
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fuzz import SUBJECTS, check, draw_case, run, shrunk
+from fuzz.cases import Case, attempt
+
+from contrastive_ops.core import extension
+
+HERE = Path(__file__).parent
+needs_extension = pytest.mark.skipif(extension.load() is None, reason=str(extension.why_missing()))
+
+
+@needs_extension
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_a_short_run(name):
+    counts, failed = run({name: SUBJECTS[name]}, 12 if name != "losses" else 30, seed=20261130)
+    assert not failed, "\n".join(f"{case.reproducer()}: {said}" for case, said in failed)
+    assert counts["refused"] < counts[name]
+
+
+class Off(type(SUBJECTS["grouped_matmul"])):
+    """The answer to a matrix of three and more columns is wrong in its last one."""
+
+    name = "grouped_matmul"
+
+    def build(self, **parameters):
+        call = super().build(**parameters)
+
+        def wrong(inputs):
+            (out,) = call.ours(inputs)
+            return [out + (torch.arange(out.shape[1]) >= 3) * 1e-3]
+
+        return dataclasses.replace(call, ours=wrong)
+
+
+def test_what_is_wrong_is_found_and_made_simple():
+    subject, rng = Off(), random.Random(3)
+    case = next(
+        case
+        for case in (draw_case({"grouped_matmul": subject}, rng, {"backend": "reference"}) for _ in range(50))
+        if attempt(case) not in (None, "refused")
+    )
+    simple, said = shrunk(case)
+    assert "result 0" in said and "is off by" in said
+    assert simple.parameters["f"] == 8 and simple.parameters["d"] == 1 and simple.parameters["sizes"] == (1,)
+    assert Case(SUBJECTS["grouped_matmul"], simple.parameters).reproducer().startswith("PYTHONPATH=tests python -c")
+    words = simple.reproducer().split("check(")[1].removesuffix(')"')
+    name, given = eval(f"(lambda name, **given: (name, given))({words})")
+    check(name, **given)  # the true subject is right
+
+
+@needs_extension
+def test_compiled_functions_refuse_anything():
+    """A part of the calls; `python -m fuzz.raw SEED 1` makes all of them."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-m", "fuzz.raw", "5", "0.05"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "calls" in done.stdout, done.stdout + done.stderr[-2000:]
