@@ -35,7 +35,7 @@ class Call:
         inputs: tensors and numbers in dicts, tuples and dataclasses; `ours` and `dense` take them and return tensors.
             Results of integers must be equal, the others near, as must their gradients.
         finite: whether gradients are compared; not of numbers that are NaN or infinite.
-        size: of what results are differences of, where those may be small next to it.
+        size: of what results are differences of, where those may be next to nothing.
     """
 
     inputs: Any
@@ -97,7 +97,7 @@ def judge(call: Call, seed: int) -> None:
         raise Difference(f"{len(ours)} results and gradients instead of {len(truth)}")
     count = len(truth) - (len(leaves(call.inputs)) if call.finite else 0)
     size = max(_size(truth[:count]), call.size)
-    floors = [0.0] * count + [SMALL * size / max(_size([t]), 1e-300) for t in leaves(call.inputs)]
+    floors = [1e-3 * call.size] * count + [SMALL * size / max(_size([t]), 1e-300) for t in leaves(call.inputs)]
     others: list[list[Tensor]] = []
     for at, (value, expected, floor) in enumerate(zip(ours, truth, floors[: len(truth)], strict=True)):
         what = f"result {at}" if at < count else f"gradient {at - count}"
@@ -124,7 +124,8 @@ def _size(tensors: Sequence[Tensor]) -> float:
 
 def _in_torch(call: Call, seed: int) -> list[list[Tensor]]:
     """What plain torch finds in the precision of sums, a few times, then in that of inputs of 16 bits."""
-    dtypes = {t.dtype for t in leaves(call.inputs)} or {DOUBLE}
+    dtypes: set[torch.dtype] = set()
+    mapped(call.inputs, lambda t: dtypes.add(t.dtype) if t.is_floating_point() else None)
     dtype = DOUBLE if DOUBLE in dtypes else torch.float32
     generator = torch.Generator().manual_seed(seed)
     draws = [(dtype, None), *[(dtype, generator)] * (DRAWS - 1)]

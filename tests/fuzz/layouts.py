@@ -24,7 +24,7 @@ class Numbers(Inputs):
     """`Inputs` of other kinds of numbers.
 
     "grid": quarters, whose products and sums are exact, so that equal scores and bounds are met; "normal"; "equal":
-    one number; "tiny": below the smallest normal float32 where they are multiplied; "broken": with NaN or infinity.
+    one number; "tiny": below the smallest normal float32 where they are multiplied; "broken": with a NaN.
     """
 
     def __init__(self, n: int, m: int, d: int, kind: str = "grid", **options: Any) -> None:
@@ -41,9 +41,8 @@ class Numbers(Inputs):
         grid = torch.randint(-8, 9, shape, generator=self.generator) / 4
         if self.kind == "tiny":
             return grid * 2.0**-70
-        if self.kind == "broken" and grid.numel():
-            at = torch.randint(grid.numel(), (1,), generator=self.generator)
-            grid.view(-1)[at] = (torch.nan, torch.inf, -torch.inf)[int(at) % 3]
+        if self.kind == "broken" and grid.numel():  # not -inf, which is a logit that takes no part
+            grid.view(-1)[torch.randint(grid.numel(), (1,), generator=self.generator)] = torch.nan
         return grid
 
 

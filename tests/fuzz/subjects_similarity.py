@@ -69,8 +69,8 @@ class Reduce(Subject):
         )
         made = Numbers(n, m, d, "grid" if numbers == "normal" and discontinuous else numbers,
                        itself=itself, dtype=kind, seed=seed)  # fmt: skip
-        if "target" in options and not made.m:
-            raise Refused
+        if ("target" in options and not made.m) or (dtype == "float16" and scale > 2):
+            raise Refused  # a target among no columns, and gradients that float16 has no number for
         if numbers in ("broken", "tiny") and (discontinuous or "linear" in options):
             raise Refused  # whether NaN is above a bound, and a weight of 0 times NaN
         given: dict[str, Any] = {"x": made.x, "y": made.y, "scale": scale}
@@ -204,8 +204,8 @@ class Prefix(Subject):
         if dims[-1] > d or (itself and dim != 1):
             raise Refused
         made = Numbers(n, m, d, numbers, itself=itself, dtype=kind, seed=seed)
-        if (target and not made.m) or (normalize and numbers == "grid"):
-            raise Refused  # a grid has rows of zeros, which have no direction
+        if (target and not made.m) or (normalize and (numbers == "grid" or dims[0] == 1)):
+            raise Refused  # rows of zeros have no direction, and those of one number no gradient
         given: dict[str, Any] = {"x": made.x, "y": made.y, "scale": _number(scale, kind)}
         given |= {"target": made.target()} if target else {}
         given |= {"pairs": made.pairs(*rules)} if rules else {}
@@ -306,7 +306,7 @@ class Values(Subject):
         "scale": One((1.0, 0.5, 4.0)),
         "col_bias": One((False, True)),
         "budget": BUDGET,
-        "numbers": One(("grid", "normal", "equal")),
+        "numbers": One(("grid", "normal")),
     }
 
     def build(self, *, seed, dtype, layout, needs, n, m, d, backend, itself, width, rules, scale, col_bias, budget,
