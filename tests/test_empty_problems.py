@@ -366,6 +366,7 @@ CALLS |= {
 }
 # What holds options or results, and what is neither a function of tensors.
 NO_PROBLEM = {
+    "capture",
     "Capacity",
     "Coarse",
     "ContrastiveCache",

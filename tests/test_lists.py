@@ -335,6 +335,8 @@ CHECKED = {
     "TopKState": "Pairs",
     "UnigramSampler": "words are rows of the counts",
     "gist": "Pairs",
+    "batch_contrastive": "Pairs, as in batch_hard_triplet",
+    "lifted_structure": "Pairs, as in batch_hard_triplet",
 }
 
 

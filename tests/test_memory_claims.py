@@ -28,6 +28,9 @@ SENTENCE = re.compile(r"\b[Mm]emory\b(?!_| bank|-mapped|, |\.$)|\bMiB\b")
 ELSEWHERE = {
     "stream_rows": "similarity_reduce and others on the reference backend, which are made of it",
     "MemoryBank.topk": "MemoryBank",
+    "TopKState.all_merge": "lists of (N, k) from each process, test_distributed_memory.py",
+    "capture": "the memory of a CUDA graph",
+    "similarity_histogram": "chunks of rows, as stream_rows",
     "nn": "modules hand their arguments to functions",
 }
 SQUARE = {case.function.__name__ for case in LOSSES.values()}
