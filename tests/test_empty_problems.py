@@ -352,7 +352,7 @@ CALLS |= {
     f"similarity_topk {metric}": (
         {"n": 3, "m": 4, "d": 5},
         lambda n, m, d, backend, metric=metric: ops.similarity_topk(
-            rows(n, d), rows(m, d), 2, metric=metric, backend=backend
+            rows(n, d), rows(m, d), 2, metric=metric, pairs=rules(n, m, d), backend=backend
         ),
     )
     for metric in ("cosine", "sqeuclidean")

@@ -51,6 +51,31 @@ def test_rows_without_a_certificate_are_searched_again(dtype):
     assert not torch.equal(kept.indices, exact.indices)  # so the second search was needed
 
 
+@pytest.mark.parametrize("where", ["row_bias", "col_bias", "log_weight"])
+@pytest.mark.parametrize("dtype", COARSE, ids=str)
+def test_a_certificate_knows_what_large_biases_take(dtype, where):
+    """Scores of 2^18 are 1/32 apart: columns that differ by less change places, or are equal, by rounding alone."""
+    x, y, options = unit_rows(200, 8), unit_rows(500, 8, 1), {}
+    if where == "log_weight":
+        kinds = torch.zeros(200, dtype=torch.int64), torch.zeros(500, dtype=torch.int64)
+        options["pairs"] = Pairs(log_weight=(torch.full((1, 1), 2.0**18), *kinds))
+    else:
+        options[where] = torch.full((200 if where == "row_bias" else 500,), 2.0**18)
+    exact = similarity_topk(x, y, 3, backend="cpu", **options)
+    found = similarity_topk(x, y, 3, coarse=Coarse(dtype, candidates=40, retry=False), backend="cpu", **options)
+    assert torch.equal(found.indices[found.certified], exact.indices[found.certified])
+    assert_exact(similarity_topk(x, y, 3, coarse=Coarse(dtype, candidates=40), backend="cpu", **options), exact)
+    small = {**options, where: options[where] / 2**18} if where != "log_weight" else {}
+    assert similarity_topk(x, y, 3, coarse=Coarse(dtype, candidates=40), backend="cpu", **small).certified.all()
+
+
+@pytest.mark.parametrize("dtype", COARSE, ids=str)
+def test_float64_rows_have_biases(dtype):
+    x, y = unit_rows(20, 8).double(), unit_rows(500, 8, 1).double()
+    options = {"row_bias": torch.randn(20, dtype=x.dtype), "col_bias": torch.randn(500), "backend": "cpu"}
+    assert_exact(similarity_topk(x, y, 3, coarse=dtype, **options), similarity_topk(x, y, 3, **options))
+
+
 @pytest.mark.parametrize("dtype", COARSE, ids=str)
 @pytest.mark.parametrize("seed", range(6))
 def test_a_certificate_is_never_wrong(seed, dtype):

@@ -119,6 +119,16 @@ def _doubt(x: Tensor, rounded: Tensor, corpus: RoundedRows) -> Tensor:
     return (lost * norm + length * (error + sums * (norm + error))) * (1 + 1e-4)
 
 
+def _added(*parts: Tensor | None) -> Tensor | float:
+    """(N,) or a number: what rounding takes where biases and weights of classes are added to logits, in both passes."""
+    most: Tensor | float = 0.0
+    for at, part in enumerate(parts):
+        if part is not None and part.numel():
+            size = part.detach().abs().nan_to_num(0.0, posinf=0.0)  # what is infinite stays so, and has no neighbour
+            most = most + (size if at == 0 else size.max())
+    return 4 * torch.finfo(torch.float32).eps * most
+
+
 def _relaxed(pairs: Pairs, data: Data, doubt: Tensor) -> Pairs:
     """The rules with bounds that no pair fails because of rounding; `data` are the bounds as backends take them."""
     most = doubt.max() if len(doubt) else doubt.new_zeros(())
@@ -168,8 +178,9 @@ def search(
     doubt = _doubt(left, rounded, corpus)
     bounds = {} if pairs is None else resolve("similarity_topk", pairs, x, y, bound_rules())
     usual = (2 if coarse.dtype == torch.bfloat16 else 8) * k + 64
+    biases = [None if bias is None else bias.to(torch.float32) for bias in (row_bias, col_bias)]
     first = select(
-        Problem(problem.names, rounded, corpus.rows, row_bias, col_bias),
+        Problem(problem.names, rounded, corpus.rows, *biases),
         max(k, coarse.candidates or usual),
         scale=scale,
         pairs=_relaxed(pairs, bounds, doubt) if pairs is not None and bounds else pairs,
@@ -177,7 +188,9 @@ def search(
         backend=backend,
     ).top
     size = scale.detach().abs() if isinstance(scale, Tensor) else abs(scale)
-    candidates, rest = _worth_computing(first.values, first.indices, k, size * doubt)
+    table = None if pairs is None or pairs.log_weight is None else pairs.log_weight[0]
+    doubt_of_logits = size * doubt + _added(row_bias, col_bias, table)
+    candidates, rest = _worth_computing(first.values, first.indices, k, doubt_of_logits)
     exact = logits_at(problem, candidates, scale=scale, pairs=pairs, metric=metric, backend=backend)
     if bounds:
         dots = logits_at(Problem(problem.names, x, y), candidates, metric=metric, backend=backend)
@@ -185,7 +198,7 @@ def search(
         for rule in (rule for rule in bound_rules() if rule.is_in(bounds)):
             exact = exact.masked_fill(rule.mask(bounds, places), -torch.inf)
     values, indices, _, _ = order(exact, candidates, k, backend)
-    certified = (rest + size * doubt < values[:, -1]) | (rest == -torch.inf)
+    certified = (rest + doubt_of_logits < values[:, -1]) | (rest == -torch.inf)
     if coarse.retry and not bool(certified.all()):
         rows = (~certified).nonzero().squeeze(1)
         again = select(

@@ -28,7 +28,8 @@ class One:
         return rng.choice(self.choices)
 
     def simpler(self, value: Any) -> Iterator[Any]:
-        yield from self.choices[: self.choices.index(value)]
+        if value in self.choices:  # else it was fixed for the whole run
+            yield from self.choices[: self.choices.index(value)]
 
     @property
     def first(self) -> Any:

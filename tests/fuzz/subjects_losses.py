@@ -126,4 +126,5 @@ class Losses(Subject):
                 return [case(g, reduction, "reference")]
 
         logits = float(drawn["scale"].detach().max()) if rows and "scale" in drawn else 1.0
+        logits *= 1 if reduction == "mean" else max(rows, 1) ** 0.5
         return Call(given, lambda g: [case(g, reduction, backend)], dense, size=logits)

@@ -13,7 +13,7 @@ from similarity_cases import KINDS, RULES, flat, winners
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from contrastive_ops import Fold, Pairs, similarity_reduce
+from contrastive_ops import Fold, similarity_reduce
 from contrastive_ops.mining import TopKState
 from contrastive_ops.ops import similarity_distill, similarity_prefix, similarity_topk, similarity_values
 from contrastive_ops.testing import dense_keep, dense_reduce
@@ -118,36 +118,43 @@ class TopK(Subject):
         "metric": One(("dot", "sqeuclidean", "cosine")),
         "blocks": One((0, 1, 2, 5)),
         "coarse": One((None, "bfloat16", "int8")),
+        "options": Some(("scale", "row_bias", "col_bias"), 3),
         "numbers": One(("grid", "equal", "normal")),
     }
 
     def build(self, *, seed, dtype, layout, needs, n, m, d, backend, k, itself, rules, metric, blocks, coarse,
-              numbers) -> Call:  # fmt: skip
+              options, numbers) -> Call:  # fmt: skip
         kind = DTYPES[dtype]
         made = Numbers(n, m, d, "normal" if metric == "cosine" else "grid" if rules else numbers, itself=itself,
                        dtype=kind, seed=seed)  # fmt: skip
         if (metric != "dot" and {"below", "above"} & set(rules)) or (metric == "cosine" and "log_weight" in rules):
             raise Refused
-        if metric == "cosine" and kind.itemsize == 2:
-            raise Refused  # unit rows are rounded
+        if (metric == "cosine" and kind.itemsize == 2) or (options and blocks):
+            raise Refused  # unit rows are rounded, and states have no scale
         given: dict[str, Any] = {"x": made.x, "y": made.y}
+        draws = {
+            "scale": lambda: (2.0 ** made.ids(n, 2)).requires_grad_(),
+            "row_bias": lambda: made.leaf(n),
+            "col_bias": lambda: made.leaf(made.m),
+        }
+        given |= {name: draws[name]() for name in options}
         if rules:
             given["pairs"] = made.pairs(*rules)
         given = needing(laid_out(_widened(given, kind) | {"x": made.x, "y": made.y}, layout), needs)
         exact = metric != "cosine" and made.kind != "normal"
-        options = {"k": k, "metric": metric, "backend": backend}
+        call = {"k": k, "metric": metric, "backend": backend}
 
         def ours(g: dict[str, Any]) -> list[Tensor]:
             if blocks:
-                found = _in_blocks(g, blocks, options)
+                found = _in_blocks(g, blocks, call)
             elif coarse:
-                found = similarity_topk(**g, **options, coarse=getattr(torch, coarse))
+                found = similarity_topk(**g, **call, coarse=getattr(torch, coarse))
             else:
-                found = similarity_topk(**g, **options)
+                found = similarity_topk(**g, **call)
             return [found.values, *([found.indices, found.counts] if exact else [])]
 
         def dense(g: dict[str, Any]) -> list[Tensor]:
-            values, indices, counts = _listed(g["x"], g.get("y"), g.get("pairs"), k, metric)
+            values, indices, counts = _listed(g, k, metric)
             return [values.detach() if blocks else values, *([indices, counts] if exact else [])]
 
         return Call(given, ours, dense, finite=not blocks)
@@ -164,11 +171,13 @@ def _in_blocks(g: dict[str, Any], blocks: int, options: dict[str, Any]) -> Any:
     return states[0].merge(states[1]).finalize()
 
 
-def _listed(x: Tensor, y: Tensor | None, pairs: Pairs | None, k: int, metric: str) -> tuple[Tensor, Tensor, Tensor]:
-    y = x if y is None else y
+def _listed(g: dict[str, Any], k: int, metric: str) -> tuple[Tensor, Tensor, Tensor]:
+    x, y, pairs = g["x"], g["x"] if g["y"] is None else g["y"], g.get("pairs")
     if metric == "cosine":
         x, y = normalize(x, dim=1), normalize(y, dim=1)
     scores = test_mining_state.similarities(x, y, metric)
+    scores = scores * g["scale"][:, None] if "scale" in g else scores
+    scores = scores + (g["row_bias"][:, None] if "row_bias" in g else 0.0) + g.get("col_bias", 0.0)
     keep = dense_keep(pairs, x, y)
     if pairs is not None and pairs.log_weight is not None:
         table, row, column = pairs.log_weight
@@ -204,7 +213,7 @@ class Prefix(Subject):
         if dims[-1] > d or (itself and dim != 1):
             raise Refused
         made = Numbers(n, m, d, numbers, itself=itself, dtype=kind, seed=seed)
-        if (target and not made.m) or (normalize and (numbers == "grid" or dims[0] == 1)):
+        if (target and not made.m) or (normalize and (numbers != "normal" or dims[0] == 1)):
             raise Refused  # rows of zeros have no direction, and those of one number no gradient
         given: dict[str, Any] = {"x": made.x, "y": made.y, "scale": _number(scale, kind)}
         given |= {"target": made.target()} if target else {}
@@ -290,7 +299,7 @@ class Distill(Subject):
                 found.append(torch.where(some.squeeze(direction), value, 0.0))
             return found
 
-        return Call(given, ours, dense)
+        return Call(given, ours, dense, size=1.0)  # of probabilities
 
 
 class Values(Subject):
