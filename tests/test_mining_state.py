@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from contrastive_ops import Pairs, similarity_topk
 from contrastive_ops.mining import TopKState, search, streaming
+from contrastive_ops.mining._fingerprint import fingerprint
 from contrastive_ops.mining.corpus import Corpus, as_corpus, read_ahead
 from contrastive_ops.mining.state import missing
 from contrastive_ops.ops import Guide
@@ -122,10 +123,11 @@ def test_any_partition_any_order_any_merges(backend, rule, data):
     assert state.covered == [(0, m)]
 
 
+@pytest.mark.parametrize("size", [2.0**-60, 1.0, 2.0**60])
 @pytest.mark.parametrize("order", ["rising", "falling", "mixed"])
-def test_ties_go_to_the_smaller_index_whatever_comes_first(backend, order):
-    """All scores are equal: a block with smaller indices must displace those that were kept."""
-    query, corpus = torch.ones(3, 4), torch.ones(30, 4)
+def test_ties_go_to_the_smaller_index_whatever_comes_first(backend, order, size):
+    """All scores are equal: a block with smaller indices must displace those that were kept, however large they are."""
+    query, corpus = torch.full((3, 4), size), torch.ones(30, 4)
     begins = {"rising": (0, 10, 20), "falling": (20, 10, 0), "mixed": (10, 20, 0)}[order]
     state = TopKState(query, 7, backend=backend)
     for begin in begins:
@@ -535,6 +537,7 @@ PROBLEMS = {
     "query": lambda: (QUERY.flip(0) + 1, ROWS, 5, {}),
     "rules": lambda: (QUERY, ROWS, 5, {"pairs": Pairs(below=1.0)}),
     "a corpus with other rows": lambda: (QUERY, ROWS + 1, 5, {}),
+    "a corpus with another last row": lambda: (QUERY, torch.cat([ROWS[:-1], ROWS[-1:] + 1]), 5, {}),
 }
 
 
@@ -548,6 +551,14 @@ def test_a_checkpoint_of_another_problem_is_refused(tmp_path, name):
         search(query, rows, k, checkpoint=file, **options)
     file.unlink()
     search(query, rows, k, checkpoint=file, **options)
+
+
+def test_fingerprints_know_dtypes_and_shapes():
+    """The same sixteen bytes."""
+    zeros = [torch.zeros(shape) for shape in ((4,), (2, 2), (4, 1), (1, 4))]
+    zeros += [torch.zeros(2, dtype=torch.float64), torch.zeros(4, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)]
+    assert len({fingerprint(Pairs(below=each)) for each in zeros[:5]} | {fingerprint(each) for each in zeros}) == 12
+    assert fingerprint(zeros[0], zeros[1]) != fingerprint((zeros[0],), zeros[1])
 
 
 def test_a_file_that_is_no_checkpoint(tmp_path):
