@@ -30,7 +30,7 @@ def spearman(x: Tensor, y: Tensor) -> Tensor:
     Source:
         Spearman, The Proof and Measurement of Association between Two Things, 1904.
 
-    Example:
+    Examples:
         >>> spearman(torch.tensor([0.1, 0.9, 0.5]), torch.tensor([0, 2, 2]))
         tensor(0.8660, dtype=torch.float64)
     """
@@ -70,7 +70,7 @@ def auc(scores: Tensor, labels: Tensor) -> Tensor:
     Source:
         Hanley and McNeil, The Meaning and Use of the Area under a Receiver Operating Characteristic Curve, 1982.
 
-    Example:
+    Examples:
         >>> auc(torch.tensor([0.9, 0.4, 0.4, 0.1]), torch.tensor([1, 1, 0, 0]))
         tensor(0.8750, dtype=torch.float64)
     """
@@ -116,7 +116,7 @@ def cka(x: Tensor, y: Tensor, *, debiased: bool = False) -> Tensor:
         Kornblith et al., Similarity of Neural Network Representations Revisited, 2019; without bias: Song et al.,
         Feature Selection via Dependence Maximization, 2012.
 
-    Example:
+    Examples:
         >>> x = torch.eye(4)
         >>> round(float(cka(x, 3 * x.flip(1) + 1)), 6)
         1.0

@@ -61,7 +61,7 @@ def pair_recall(
     Source:
         The protocol of Karpathy and Fei-Fei, Deep Visual-Semantic Alignments for Generating Image Descriptions, 2015.
 
-    Example:
+    Examples:
         >>> image = torch.eye(4)
         >>> text = torch.eye(4)[[0, 1, 3, 2]]
         >>> found = pair_recall(image, text, k=(1, 5))
@@ -134,7 +134,7 @@ def table(
     Raises:
         ValueError, TypeError: arguments that do not fit.
 
-    Example:
+    Examples:
         >>> found = {"bm25": {"ndcg@10": torch.tensor([0.4, 0.6])}, "dense": {"ndcg@10": torch.tensor([0.7, 0.7])}}
         >>> print(table(found))
         | | ndcg@10 |

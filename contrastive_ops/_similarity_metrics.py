@@ -41,7 +41,7 @@ def similarity_histogram(
     Note:
         Memory O((N + M) D) and one chunk of rows; 2 N M D operations.
 
-    Example:
+    Examples:
         >>> counts, edges = similarity_histogram(torch.eye(3), bins=4)
         >>> counts.tolist()
         [0, 0, 6, 0]
@@ -92,7 +92,7 @@ def iso_score(x: Tensor) -> Tensor:
     Source:
         Rudman et al., IsoScore: Measuring the Uniformity of Embedding Space Utilization, 2022.
 
-    Example:
+    Examples:
         >>> round(float(iso_score(torch.cat([torch.eye(4), -torch.eye(4)]))), 6)
         1.0
     """
@@ -130,7 +130,7 @@ def contrast_accuracy(scores: Tensor) -> Tensor:
     Source:
         Weller et al., NevIR: Negation in Neural Information Retrieval, 2024: pairwise accuracy.
 
-    Example:
+    Examples:
         >>> float(contrast_accuracy(torch.eye(2)[None]))
         1.0
     """

@@ -46,7 +46,7 @@ def unique_ids(ids: Tensor, *, group: Group = None) -> Tensor:
     Raises:
         TypeError: ids that are no integers.
 
-    Example:
+    Examples:
         >>> unique_ids(torch.tensor([0, 1, -1]))          # of one process: the same
         tensor([ 0,  1, -1])
     """

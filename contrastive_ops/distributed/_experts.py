@@ -128,7 +128,7 @@ def apply_experts(
 def spread_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of experts that are spread over ranks, by name: those that DDP and FSDP must leave alone.
 
-    Example:
+    Examples:
         >>> from contrastive_ops.moe import SparseMoE
         >>> spread_parameters(SparseMoE(8, 16, experts=4))                 # of one process: none
         {}

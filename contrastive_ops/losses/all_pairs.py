@@ -64,7 +64,7 @@ def batch_contrastive(
         Hadsell et al., Dimensionality Reduction by Learning an Invariant Mapping, 2006; equal to ``ContrastiveLoss`` of
         pytorch-metric-learning. Of given pairs: `contrastive`.
 
-    Example:
+    Examples:
         >>> x, labels = torch.randn(6, 8), torch.tensor([0, 1, 0, 1, 2, -1])
         >>> bool(batch_contrastive(x, labels) >= 0)
         True
@@ -122,7 +122,7 @@ def lifted_structure(
         Song et al., Deep Metric Learning via Lifted Structured Feature Embedding, 2016; equal to
         ``LiftedStructureLoss`` of pytorch-metric-learning.
 
-    Example:
+    Examples:
         >>> x, labels = torch.randn(6, 8), torch.tensor([0, 1, 0, 1, 2, -1])
         >>> bool(lifted_structure(x, labels) >= 0)
         True

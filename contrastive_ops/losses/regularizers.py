@@ -214,7 +214,7 @@ def koleo(
     Source:
         Sablayrolles et al., Spreading Vectors for Similarity Search, 2019; Oquab et al., DINOv2, 2023.
 
-    Example:
+    Examples:
         >>> koleo(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]))             # all at sqrt(2) from the nearest
         tensor(-0.3466)
     """

@@ -38,7 +38,7 @@ class RunningCentre(State):
     Source:
         Caron et al., Emerging Properties in Self-Supervised Vision Transformers, 2021.
 
-    Example:
+    Examples:
         >>> running, teacher, prototypes = RunningCentre(7), torch.randn(5, 4), torch.randn(7, 4)
         >>> bool((running(teacher, prototypes) == 0).all()), bool((running(teacher, prototypes) == 0).any())
         (True, False)
@@ -154,7 +154,7 @@ def dino(
         Caron et al., Emerging Properties in Self-Supervised Vision Transformers, 2021; Zhou et al., iBOT: Image BERT
         Pre-Training with Online Tokenizer, 2022; Oquab et al., DINOv2, 2023.
 
-    Example:
+    Examples:
         >>> student, teacher, prototypes = torch.randn(8, 16), torch.randn(8, 16), torch.randn(32, 16)
         >>> running = RunningCentre(32)
         >>> dino(student, prototypes, teacher, centre=running(teacher, prototypes)).shape
@@ -265,7 +265,7 @@ def swav(
     Source:
         Caron et al., Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, 2020.
 
-    Example:
+    Examples:
         >>> x, y, prototypes = torch.randn(8, 16), torch.randn(8, 16), torch.randn(4, 16)
         >>> swav(x, y, prototypes, reduction="none").shape
         torch.Size([8])

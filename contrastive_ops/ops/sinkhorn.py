@@ -74,7 +74,7 @@ def sinkhorn(
         Assignments, 2020; the router: Lewis et al., BASE Layers, 2021, with Clark et al., Unified Scaling Laws for
         Routed Language Models, 2022.
 
-    Example:
+    Examples:
         >>> plan = sinkhorn(torch.tensor([[2.0, 0.0], [2.0, 1.0], [2.0, 1.5], [2.0, 1.9]]), epsilon=0.1, iterations=50)
         >>> plan.sum(0).round(decimals=2), plan.argmax(1)
         (tensor([2., 2.]), tensor([0, 0, 1, 1]))
