@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from benchmarks.cases_softmax import clip_case
+from benchmarks.providers import MATMUL
 from benchmarks.registry import OURS, Case, register
 
 OP = "clip-scaling"
@@ -16,10 +17,10 @@ LONGEST = (16_384, 32_768)
 
 
 def curve_case(n: int) -> Case:
-    """CLIP's loss of n pairs, ours and dense."""
+    """CLIP's loss of n pairs: ours, dense, and the products alone."""
     like = clip_case(n, DEPTH, faster=1.0)
-    both = tuple(like.provider(name) for name in (OURS, PLAIN))
-    return replace(like, op=OP, providers=both, baseline=PLAIN, targets=())
+    others = tuple(like.provider(name) for name in (OURS, PLAIN, MATMUL))
+    return replace(like, op=OP, providers=others, baseline=PLAIN, targets=())
 
 
 def long_case(n: int) -> Case:
