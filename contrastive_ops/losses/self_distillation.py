@@ -99,7 +99,7 @@ def dino(
     iterations: int = 3,
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
-    teacher_temperature: float = 0.04,
+    teacher_temperature: float | Tensor = 0.04,
     group: Any = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
@@ -129,7 +129,7 @@ def dino(
         iterations: of Sinkhorn-Knopp.
         temperature: divides the student's cosines; float, 0-d or (N,) tensor, differentiable. Default 0.1.
         scale: 1 / temperature instead; not both.
-        teacher_temperature: divides the teacher's; a number > 0.
+        teacher_temperature: divides the teacher's; a number > 0, of which a tensor has no gradient.
         group: processes over whose rows "sinkhorn" balances; see `sinkhorn`.
         weight: (N,) weight of each row, such as 1 / the masked patches of its image; the mean divides by its sum.
             Differentiable. 0 leaves it out, also of Sinkhorn's shares.
@@ -164,7 +164,10 @@ def dino(
     """
     name = "dino"
     checks.check_choice(name, "assignment", assignment, ASSIGNMENTS)
-    teacher_temperature = checks.number(name, "teacher_temperature", teacher_temperature, "(0, inf)")
+    if isinstance(teacher_temperature, Tensor):
+        teacher_temperature = teacher_temperature.detach()  # a constant, as all of the teacher
+    finite = "(0, inf)" if assignment == "sinkhorn" else "(0, inf]"
+    teacher_temperature = checks.number(name, "teacher_temperature", teacher_temperature, finite)
     iterations = checks.integer(name, "iterations", iterations, 1)
     of_teacher = prototypes if teacher_prototypes is None else teacher_prototypes
     checks.check_matrices(name, "student", student, "prototypes", prototypes)
