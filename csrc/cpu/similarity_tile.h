@@ -344,21 +344,31 @@ INLINE void multiply_add(Vec<typename C::Acc>& sum, typename C::Unit a, Vec<type
 }
 
 #ifdef HAS_AMX
+// The headers of GCC say of the configuration that 8 of its 64 bytes are read, and of a load of a tile nothing, so what
+// is stored before may be stored after: every store that a tile instruction reads must come before one of these.
+INLINE void finish_stores() { __asm__ volatile("" ::: "memory"); }
+
+// All 8 registers with 16 rows of 64 bytes. A constant, because the stores of a local one were left until later.
+struct TileShapes {
+  uint8_t bytes[64] = {1};
+  constexpr TileShapes() {
+    for (int t = 0; t < 8; ++t) {
+      bytes[16 + 2 * t] = 64;
+      bytes[48 + t] = 16;
+    }
+  }
+};
+alignas(64) constexpr TileShapes kTileShapes;
+
 // The tile registers of this thread, all 16 lanes x 16 units, as long as this lives.
 struct TileRegisters {
-  TileRegisters() {
-    alignas(64) uint8_t shape[64] = {1};
-    for (int t = 0; t < 8; ++t) {
-      shape[16 + 2 * t] = 64;  // bytes of a row
-      shape[48 + t] = 16;      // rows
-    }
-    _tile_loadconfig(shape);
-  }
+  TileRegisters() { _tile_loadconfig(&kTileShapes); }
   ~TileRegisters() { _tile_release(); }
 };
 
 // 32 x 32 outputs; each step of 16 units is 4 KiB of loads for 64 cycles of products.
 INLINE void amx_tile(int64_t depth, const uint32_t* a, const uint32_t* b, float* c, int64_t ldc, bool add) {
+  finish_stores();
   const int64_t c_stride = ldc * static_cast<int64_t>(sizeof(float));
   if (add) {
     _tile_loadd(0, c, c_stride);
