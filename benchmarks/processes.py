@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -184,7 +185,7 @@ def modelled(rates: Rates, rows: int, depth: int) -> Iterator[tuple[int, float, 
 def _row(op: str, case: str, shapes: str, provider: str, kind: str, rounds: int, seconds: float) -> results.Row:
     return {
         "op": op, "case": case, "shapes": shapes, "dtype": "fp32", "provider": provider, "kind": kind,
-        "version": provenance.version("contrastive_ops"), "status": "ok",
+        "version": provenance.version("open_clip" if kind == "peer" else "contrastive_ops"), "status": "ok",
         "rounds": str(rounds), "min_ms": f"{1e3 * seconds:.4g}",
     }  # fmt: skip
 
@@ -227,29 +228,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype-bytes", type=int, default=4, help="of a number of the rows, with --rate (default: 4)")
     parser.add_argument("--save", action="store_true", help="append to results/<machine>-processes.csv")
     args = parser.parse_args(arguments)
-    local = args.rows // PROCESSES
     if args.rate:
         given = Rates(args.rate, args.bandwidth or math.inf, args.latency or 0.0, args.dtype_bytes)
-        print_modelled(given, local, args.depth)
+        print_modelled(given, args.rows // PROCESSES, args.depth)
         return 0
-    print(f"{provenance.device_name()}: {PROCESSES} processes of one thread, {args.rows} x {args.depth}, float32")
-    found = measure(args.rows, args.depth, args.rounds)
-    print_measured(found)
-    rates = rates_of(found, args.rows, args.depth)
-    if args.model:
-        print_modelled(rates, local, args.depth)
-    if args.save:
-        name, shapes = "distributed.clip", f"{args.rows}x{args.depth}"
-        rows = [_row(name, f"{name}-fp32", shapes, *each, args.rounds, found[each[0]]) for each in kinds(found)]
-        if args.model:
-            for ranks, gather, ring in modelled(rates, local, args.depth):
-                for schedule, seconds in (("gather", gather), ("ring", ring)):
-                    case, shape = f"{name}-modelled", f"{local}x{args.depth} a rank"
-                    rows.append(_row(name, case, shape, f"{schedule}, {ranks} ranks", "modelled", 0, seconds))
-        stamp = {"run": provenance.now(), **provenance.gather()}
-        path = results.file_of(f"{provenance.machine_kind()}-processes")
-        results.append(path, [{**row, **stamp} for row in rows])
+    path = stored_in() if args.save else None
+    compare(args.rows, args.depth, args.rounds, model=args.model, csv=path)
     return 0
+
+
+def stored_in() -> Path:
+    return results.file_of(f"{provenance.machine_kind()}-processes")
+
+
+def run(*, rounds: int, quick: bool = False, csv: Path | None = None) -> int:
+    """As a part of the suite: at two shapes, stored like its other parts; returns the exit status."""
+    if csv is None and not quick:
+        csv = stored_in()
+    for rows, depth in ((256, 64),) if quick else ((4096, 768), (8192, 512)):
+        compare(rows, depth, rounds, csv=csv)
+    return 0
+
+
+def compare(rows: int, depth: int, rounds: int, *, model: bool = False, csv: Path | None = None) -> None:
+    """Measures, prints, and appends to a file if there is one."""
+    print(f"{provenance.device_name()}: {PROCESSES} processes of one thread, {rows} x {depth}, float32", flush=True)
+    found = measure(rows, depth, rounds)
+    print_measured(found)
+    local, rates = rows // PROCESSES, rates_of(found, rows, depth)
+    if model:
+        print_modelled(rates, local, depth)
+    if csv is None:
+        return
+    name, shapes = "distributed.clip", f"{rows} x {depth}"
+    lines = [_row(name, f"{name}-fp32", shapes, *each, rounds, found[each[0]]) for each in kinds(found)]
+    for ranks, gather, ring in modelled(rates, local, depth) if model else ():
+        for schedule, seconds in (("gather", gather), ("ring", ring)):
+            case, shape = f"{name}-modelled", f"{local} x {depth} a rank"
+            lines.append(_row(name, case, shape, f"{schedule}, {ranks} ranks", "modelled", 0, seconds))
+    stamp = {"run": provenance.now(), **provenance.gather(), "threads": "1"}
+    results.append(csv, [{**row, **stamp} for row in lines])
 
 
 def kinds(found: dict[str, float]) -> Iterator[tuple[str, str]]:

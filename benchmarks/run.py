@@ -10,6 +10,7 @@
     python -m benchmarks.run --adapters          classes of integrations against the originals (see adapters.py)
     python -m benchmarks.run --small             losses of few rows against plain torch (see small_batches.py)
     python -m benchmarks.run --recipes           recipes of papers against the folds they rest on (see recipes.py)
+    python -m benchmarks.run --processes         clip over two processes beside open_clip (see processes.py)
 
 A provider that fails the check is named as wrong and not timed. The exit status is 1 if that, or an
 error, happens to this package, and with --peers also if a peer is not installed.
@@ -25,7 +26,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import adapters, measure, memory, overhead, provenance, recipes, report, results, small_batches
+from benchmarks import (
+    adapters,
+    measure,
+    memory,
+    overhead,
+    processes,
+    provenance,
+    recipes,
+    report,
+    results,
+    small_batches,
+)
 from benchmarks.registry import FLOORS, Case, Inputs, Provider, Step, Truth, representatives, select
 from benchmarks.report import Measurement
 from benchmarks.truth import errors
@@ -197,6 +209,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--adapters", action="store_true", help="time classes of integrations against the originals")
     parser.add_argument("--small", action="store_true", help="time losses of few rows against plain torch")
     parser.add_argument("--recipes", action="store_true", help="time recipes of papers against their folds")
+    parser.add_argument("--processes", action="store_true", help="time clip over two processes beside open_clip")
     parser.add_argument("--profile", action="store_true", help="with --overhead: where the rest goes")
     peers = parser.add_mutually_exclusive_group()
     peers.add_argument("--peers", action="store_true", help="a peer not installed is an error")
@@ -236,6 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return adapters.run(args.op, rounds=rounds, quick=args.quick, csv=args.csv)
     if args.small:
         return small_batches.run(args.op, rounds=rounds, quick=args.quick, csv=args.csv)
+    if args.processes:
+        return processes.run(rounds=rounds, quick=args.quick, csv=args.csv)
     if args.recipes:
         return recipes.run(args.op, rounds=rounds, quick=args.quick, csv=args.csv)
     try:

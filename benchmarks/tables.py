@@ -4,9 +4,9 @@
     python -m benchmarks.tables --check    exit 1 if they are not what the CSV files say
 
 A table stands between ``<!-- benchmark:NAME -->`` and ``<!-- /benchmark -->``. NAME is ``targets``,
-``memory``, an op of the registry (``clip``), or ``demo``, ``demo-mining`` and ``headline`` for what
-``make demo ARGS="--json benchmarks/results/demo.json --out docs/images"`` wrote; the other examples are in
-`tables_examples`.
+``memory``, an op of the registry (``clip``), one of `tables_pairs`, or ``demo``, ``demo-mining`` and
+``headline`` for what ``make demo ARGS="--json benchmarks/results/demo.json --out docs/images"`` wrote;
+the other examples are in `tables_examples`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report, results, tables_examples, targets
+from benchmarks import report, results, tables_examples, tables_pairs, targets
 from benchmarks.registry import DTYPE_NAMES, OURS, Case, Target, all_cases
 from benchmarks.results import Row
 
@@ -201,6 +201,11 @@ def headline(demo: dict[str, Any]) -> str:
     )
 
 
+def _other_table(table: tables_pairs.Table) -> str:
+    header, lines, used = table
+    return _markdown(header, lines, right_from=2) + _origin(used) if lines else NOTHING
+
+
 def tables(rows: Sequence[Row]) -> dict[str, Callable[[], str]]:
     """The known tables by name."""
     ops = dict.fromkeys((case.op, case.device) for case in all_cases().values())
@@ -215,6 +220,7 @@ def tables(rows: Sequence[Row]) -> dict[str, Callable[[], str]]:
         known["demo"] = lambda: demo_table(demo)
         known["demo-mining"] = lambda: demo_mining_table(demo)
         known["headline"] = lambda: headline(demo)
+    known |= {name: lambda table=table: _other_table(table()) for name, table in tables_pairs.tables(rows).items()}
     return known | tables_examples.tables()
 
 
