@@ -185,7 +185,7 @@ def modelled(rates: Rates, rows: int, depth: int) -> Iterator[tuple[int, float, 
 def _row(op: str, case: str, shapes: str, provider: str, kind: str, rounds: int, seconds: float) -> results.Row:
     return {
         "op": op, "case": case, "shapes": shapes, "dtype": "fp32", "provider": provider, "kind": kind,
-        "version": provenance.version("open_clip" if kind == "peer" else "contrastive_ops"), "status": "ok",
+        "version": provenance.version("open_clip_torch" if kind == "peer" else "contrastive_ops"), "status": "ok",
         "rounds": str(rounds), "min_ms": f"{1e3 * seconds:.4g}",
     }  # fmt: skip
 

@@ -14,22 +14,27 @@ class _InverseRoot(torch.autograd.Function):
     """(..., C, C) symmetric matrices to the power -1/2.
 
     The gradient by eigenvectors is infinite where two eigenvalues are equal; that of the matrix function is not: its
-    divided differences are those of s^(-1/2), which have a closed form.
+    divided differences are those of s^(-1/2), which have a closed form. Also returns what backward needs.
     """
 
     @staticmethod
-    def forward(ctx, matrix: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # LAPACK fails on NaN, which the batch has, or which is the mean of no rows.
         broken = ~matrix.isfinite().all(-1).all(-1)[..., None, None]
         values, vectors = torch.linalg.eigh(matrix.masked_fill(broken, 0.0))
         roots = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()
         vectors = vectors.masked_fill(broken, torch.nan)
+        return (vectors / roots[..., None, :]) @ vectors.mT, roots, vectors
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        _, roots, vectors = output
+        ctx.mark_non_differentiable(roots, vectors)
         ctx.save_for_backward(roots, vectors)
-        return (vectors / roots[..., None, :]) @ vectors.mT
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, d_root: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def backward(ctx, d_root: Tensor, *_: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         roots, vectors = ctx.saved_tensors
         inside = vectors.mT @ d_root @ vectors
         a, b = roots[..., :, None], roots[..., None, :]
@@ -86,6 +91,6 @@ def group_whiten(
         grouped = dealt.to(checks.accumulator(x.dtype)).view(N, groups, D // groups).transpose(0, 1)
         deviations = centred(grouped, 1)
         identity = torch.eye(D // groups, dtype=deviations.dtype, device=x.device)
-        root = _InverseRoot.apply(deviations.mT @ deviations / N + eps * identity)
+        root, _, _ = _InverseRoot.apply(deviations.mT @ deviations / N + eps * identity)
         white = (deviations @ root).transpose(0, 1).reshape(N, D)
         return (white if order is None else white[:, order.argsort()]).to(x.dtype)
