@@ -245,12 +245,15 @@ def run(*, rounds: int, quick: bool = False, csv: Path | None = None) -> int:
     """As a part of the suite: at two shapes, stored like its other parts; returns the exit status."""
     if csv is None and not quick:
         csv = stored_in()
+    began = provenance.now()
     for rows, depth in ((256, 64),) if quick else ((4096, 768), (8192, 512)):
-        compare(rows, depth, rounds, csv=csv)
+        compare(rows, depth, rounds, csv=csv, began=began)
     return 0
 
 
-def compare(rows: int, depth: int, rounds: int, *, model: bool = False, csv: Path | None = None) -> None:
+def compare(
+    rows: int, depth: int, rounds: int, *, model: bool = False, csv: Path | None = None, began: str | None = None
+) -> None:
     """Measures, prints, and appends to a file if there is one."""
     print(f"{provenance.device_name()}: {PROCESSES} processes of one thread, {rows} x {depth}, float32", flush=True)
     found = measure(rows, depth, rounds)
@@ -266,7 +269,7 @@ def compare(rows: int, depth: int, rounds: int, *, model: bool = False, csv: Pat
         for schedule, seconds in (("gather", gather), ("ring", ring)):
             case, shape = f"{name}-modelled", f"{local} x {depth} a rank"
             lines.append(_row(name, case, shape, f"{schedule}, {ranks} ranks", "modelled", 0, seconds))
-    stamp = {"run": provenance.now(), **provenance.gather(), "threads": "1"}
+    stamp = {"run": began or provenance.now(), **provenance.gather(), "threads": "1"}
     results.append(csv, [{**row, **stamp} for row in lines])
 
 

@@ -15,14 +15,13 @@ from benchmarks.results import Row
 Table = tuple[tuple[str, ...], list[list[str]], list[Row]]  # header, lines, the rows they come from
 
 
-def _newest(rows: Sequence[Row], prefix: str) -> dict[tuple[str, str], list[Row]]:
-    """The rows of each case and shape that begins so, of the newest run of each."""
-    runs: dict[tuple[str, str], dict[str, list[Row]]] = {}
+def _one_run(rows: Sequence[Row], prefix: str) -> dict[tuple[str, str], list[Row]]:
+    """The rows of each case and shape that begins so: of the run with the most of them, the newest of those."""
+    runs: dict[str, dict[tuple[str, str], list[Row]]] = {}
     for row in rows:
         if row["case"].startswith(prefix) and row["status"] == "ok" and row["min_ms"]:
-            case = runs.setdefault((row["case"], row["shapes"]), {})
-            case.setdefault(row["run"], []).append(row)
-    return {case: found[max(found)] for case, found in runs.items()}
+            runs.setdefault(row["run"], {}).setdefault((row["case"], row["shapes"]), []).append(row)
+    return max(runs.items(), key=lambda run: (len(run[1]), run[0]))[1] if runs else {}
 
 
 def _times(mine: Row, other: Row) -> list[str]:
@@ -33,7 +32,7 @@ def _times(mine: Row, other: Row) -> list[str]:
 def pairs(rows: Sequence[Row], prefix: str, header: tuple[str, ...]) -> Table:
     """A line for each case: ours, the other side, and ours over the other's."""
     lines, used = [], []
-    for (case, shapes), found in _newest(rows, prefix).items():
+    for (case, shapes), found in _one_run(rows, prefix).items():
         mine, *others = sorted(found, key=lambda row: row["provider"] != "contrastive_ops")
         if mine["provider"] != "contrastive_ops" or not others:
             continue
@@ -49,7 +48,7 @@ def pairs(rows: Sequence[Row], prefix: str, header: tuple[str, ...]) -> Table:
 def processes(rows: Sequence[Row]) -> Table:
     """Each provider of the two processes, and its time over that of ours."""
     lines, used = [], []
-    for (_, shapes), found in _newest(rows, "distributed.clip-fp32").items():
+    for (_, shapes), found in _one_run(rows, "distributed.clip-fp32").items():
         ours = next(row for row in found if row["provider"] == "contrastive_ops gather")
         for row in found:
             version = f" {row['version']}" if row["kind"] == "peer" else ""
