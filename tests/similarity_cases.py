@@ -9,7 +9,7 @@ from contrastive_ops import Pairs
 from contrastive_ops.ops import Guide
 
 KINDS = ("logsumexp", "max", "sum_softplus", "sum_relu", "sum", "count")
-RULES = ("diagonal", "differ", "same", "exclude", "below", "above", "guide", "log_weight", "fill")
+RULES = ("diagonal", "differ", "same", "exclude", "below", "above", "guide", "log_weight", "fill", "rows", "columns")
 
 
 class Inputs:
@@ -57,6 +57,8 @@ class Inputs:
             "guide": lambda: {"guide": self.guide()},
             "log_weight": lambda: {"log_weight": (self.random(3, 4), self.ids(n, 3), self.ids(m, 4))},
             "fill": lambda: {"diagonal": 0, "differ": (self.ids(n, 3), self.ids(m, 3)), "fill": 0.3},
+            "rows": lambda: {"rows": self.random(n) > -1},
+            "columns": lambda: {"columns": self.random(m) > -1},
         }
         return Pairs(**{key: value for name in names for key, value in rules[name]().items()})
 

@@ -7,9 +7,10 @@ import re
 import pytest
 import torch
 
-from contrastive_ops import Fold, Pairs, mine_hard_negatives, similarity_reduce, similarity_topk
+from contrastive_ops import Fold, Pairs, clip, mine_hard_negatives, similarity_reduce, similarity_topk
 from contrastive_ops.core import fold_kinds, problem, rule_slices, rules
 from contrastive_ops.core.rule_kinds import IdsRule, limit
+from contrastive_ops.losses import _rules
 from contrastive_ops.mining import TopKState
 
 N, M, D = 7, 11, 4
@@ -103,6 +104,64 @@ def test_rows_that_a_new_rule_leaves_out_reach_no_gradient(parity):
     rest = torch.arange(N) != 3
     dx, dy = torch.autograd.grad(found[rest].sum(), (x, y))
     assert bool(dy.isfinite().all()) and not bool(dx[3].any()) and bool(dx[rest].all())
+
+
+# ---- Masks, which are written into the ids of another rule -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("also", [{}, {"same": (torch.arange(N) % 2, torch.arange(M) % 2)}])
+def test_masks_drop_rows_and_columns_whatever_they_hold(also):
+    x, y = matrices()
+    rows, columns = torch.arange(N) != 2, torch.arange(M) % 4 != 1
+    keep = rows[:, None] & columns
+    keep &= (also["same"][0][:, None] == also["same"][1]) if also else True
+    x[2], y[1] = torch.nan, torch.inf
+    x.requires_grad_(), y.requires_grad_()
+    masked = [side.detach().clone().nan_to_num(0.0, posinf=0.0).requires_grad_() for side in (x, y)]
+    pairs = Pairs(rows=rows, columns=columns, **also)
+    for backend in ("reference", "auto"):
+        found = similarity_reduce(x, y, pairs=pairs, backend=backend)
+        truth = (masked[0] @ masked[1].T).masked_fill(~keep, -torch.inf).logsumexp(1)
+        torch.testing.assert_close(found, truth)
+        got = torch.autograd.grad(found[rows].sum(), (x, y))
+        for each, expected in zip(got, torch.autograd.grad(truth[rows].sum(), masked), strict=True):
+            torch.testing.assert_close(each, expected)
+    top = similarity_topk(x, y, 3, pairs=pairs)
+    assert bool(keep.gather(1, top.indices.clamp_min(0))[top.indices >= 0].all())
+    assert top.counts.tolist() == keep.sum(1).clamp_max(3).tolist()
+    mined = mine_hard_negatives(masked[0].detach(), y.detach().nan_to_num(posinf=50.0), torch.arange(N), 2, pairs=pairs)
+    assert bool(keep.gather(1, mined.indices.clamp_min(0))[mined.indices >= 0].all())
+
+
+def test_masks_go_with_rows_columns_and_padding():
+    pairs = Pairs(rows=torch.arange(N) > 1, columns=torch.arange(M) > 2)
+    some = rule_slices.rows_of(pairs, torch.tensor([5, 0]), M)
+    assert some.rows.tolist() == [True, False] and torch.equal(some.columns, pairs.columns)
+    assert rule_slices.columns_of(pairs, 2, 4).columns.tolist() == [False, True]
+    more = _rules.padded(pairs, 1, 2)
+    assert more.columns.tolist() == [True, *pairs.columns.tolist(), True, True] and torch.equal(more.rows, pairs.rows)
+    assert _rules.passes_padding(Pairs(columns=pairs.columns)) and not _rules.passes_padding(pairs)
+
+
+def test_masks_that_do_not_fit_are_refused():
+    x, y = matrices()
+    mask = torch.ones(M, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"similarity_reduce: pairs.rows must have shape \(7,\), got \(11,\)"):
+        similarity_reduce(x, y, pairs=Pairs(rows=mask))
+    with pytest.raises(TypeError, match="Pairs: columns must be a vector of bool, .* got .* of torch.int64"):
+        Pairs(columns=mask.long())
+    with pytest.raises(ValueError, match="Pairs: rows and columns must be None with fill"):
+        Pairs(columns=mask, fill=0.0)
+
+
+def test_masks_leave_padding_out_of_clip():
+    x, y = (torch.randn(N, D, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    real = torch.arange(N) < 5
+    found = clip(x, y, scale=3.0, pairs=Pairs(rows=real, columns=real), weight=real.double())
+    truth = clip(x[:5], y[:5], scale=3.0)
+    torch.testing.assert_close(found, truth)
+    for each, expected in zip(*(torch.autograd.grad(v, (x, y)) for v in (found, truth)), strict=True):
+        torch.testing.assert_close(each, expected)
 
 
 # ---- A fold that the package does not have ---------------------------------------------------------------------------

@@ -154,6 +154,38 @@ class DiagonalRule(Rule):
 
 
 @dataclass(frozen=True)
+class MaskRule(Rule):
+    """(N,) or (M,) bool, True where a row or a column takes part: written into the ids of `same` by `rules.resolve`."""
+
+    of_columns: bool = False
+
+    def check(self, value: Any) -> Tensor:
+        value = checks.check_tensor("Pairs", self.name, value)
+        if value.dtype != torch.bool or value.dim() != 1:
+            raise TypeError(
+                f"Pairs: {self.name} must be a vector of bool, True where one takes part, "
+                f"got {checks.shape(value)} of {value.dtype}"
+            )
+        return value
+
+    def encode(self, function: str, value: Tensor, x: Tensor, y: Tensor) -> dict[Slot, Tensor]:
+        size, name = (y if self.of_columns else x).shape[0], f"pairs.{self.name}"
+        if value.shape[0] != size:
+            raise ValueError(f"{function}: {name} must have shape ({size},), got {checks.shape(value)}")
+        checks.check_device(function, "x", x, name, value)
+        return {}
+
+    def map(self, value: Tensor, rows: Change, cols: Change) -> Tensor:
+        return (cols if self.of_columns else rows)(value).to(torch.bool)
+
+    def pad_cols(self, value: Tensor, before: int, after: int) -> Tensor:
+        return torch.nn.functional.pad(value, (before, after), value=True) if self.of_columns else value
+
+    def passes_padding(self, value: Tensor) -> bool:
+        return self.of_columns
+
+
+@dataclass(frozen=True)
 class IdsRule(Rule):
     """(row_ids, col_ids), of which -1 equals nothing."""
 

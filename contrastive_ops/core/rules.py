@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import checks
@@ -115,6 +116,8 @@ RULES: dict[str, Rule] = {
         GuideRule("guide", (Slot.GUIDE_X, Slot.GUIDE_BELOW_ROWS), (Slot.GUIDE_Y, Slot.GUIDE_BELOW_COLS)),
         kinds.ClassWeightRule("log_weight", (Slot.CLASS_ROWS,), (Slot.CLASS_COLS,), (Slot.LOG_WEIGHT,)),
         kinds.FillRule("fill", others=(Slot.FILL,)),
+        kinds.MaskRule("rows"),
+        kinds.MaskRule("columns", of_columns=True),
     )
 }
 
@@ -134,6 +137,7 @@ class Pairs:
         keep &= torch.arange(N)[:, None] + diagonal != torch.arange(M)      # diagonal
         equal = lambda r, c: (r[:, None] == c) & (r[:, None] != -1)
         keep &= ~equal(*differ) & equal(*same)                              # differ, same
+        keep &= rows[:, None] & columns                                     # rows, columns
         keep[row, column] = False                                           # exclude, for each column in the row's list
         keep &= ~(s > below[:, None]) & ~(s < above[:, None])               # below, above
         keep &= ~(gx @ gy.T > guide.below[:, None])                         # guide
@@ -157,6 +161,10 @@ class Pairs:
             logit, nothing for class -1.
         fill: the constant logit of dropped pairs, which then take part without a gradient (some papers' masks mean 0).
             None removes them.
+        rows: (N,) bool: False for rows that take part in no pair, such as padding. A loss still counts them, with 0 or
+            what their target gives: ``weight`` leaves them out of its mean. Not with ``fill``. What they drop is
+            counted as that of ``same``.
+        columns: (M,) bool: False for columns that take part in no pair but that of their target.
 
     Note:
         Bounds and the guide decide and are not differentiated. NaN similarities pass every bound, so that they
@@ -176,11 +184,18 @@ class Pairs:
     guide: Guide | None = None
     log_weight: tuple[Tensor, Tensor, Tensor] | None = None
     fill: float | None = None
+    rows: Tensor | None = None
+    columns: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check what does not depend on the matrices."""
         for rule, value in given(self):
             object.__setattr__(self, rule.name, rule.check(value))
+        if self.fill is not None and (self.rows is not None or self.columns is not None):
+            raise ValueError(
+                f"Pairs: rows and columns must be None with fill, got masks: fill={self.fill} would be the logit of "
+                "the pairs that they drop"
+            )
 
 
 def given(pairs: Pairs, rules: Iterable[Rule] | None = None) -> list[tuple[Rule, Any]]:
@@ -205,4 +220,11 @@ def resolve(
     data: dict[Slot, Tensor] = {}
     for rule, value in given(pairs, rules):
         data.update(rule.encode(function, value, x, y))
+    if pairs.rows is not None or pairs.columns is not None:
+        for slots, size, mask in (
+            (RULES["same"].rows, x.shape[0], pairs.rows),
+            (RULES["same"].cols, y.shape[0], pairs.columns),
+        ):
+            ids = data[slots[0]] if slots[0] in data else x.new_zeros((size,), dtype=torch.int64)
+            data[slots[0]] = ids if mask is None else ids.masked_fill(~mask, -1)  # which equals nothing
     return data

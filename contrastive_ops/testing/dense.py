@@ -25,6 +25,10 @@ def dense_keep(pairs: Pairs | None, x: Tensor, y: Tensor) -> Tensor:
         keep &= ~_equal(*pairs.differ)
     if pairs.same is not None:
         keep &= _equal(*pairs.same)
+    if pairs.rows is not None:
+        keep &= pairs.rows[:, None]
+    if pairs.columns is not None:
+        keep &= pairs.columns
     if pairs.exclude is not None:
         indptr, indices = pairs.exclude
         for row, (begin, end) in enumerate(zip(indptr[:-1], indptr[1:], strict=True)):
