@@ -26,7 +26,7 @@ from benchmarks.registry import OURS
 from contrastive_ops import Pairs, recipes, similarity_topk
 from contrastive_ops.losses import group_whiten
 from contrastive_ops.losses._sweep import Sweep
-from contrastive_ops.ops import maxsim
+from contrastive_ops.ops import Guide, maxsim
 
 FOLDS = "folds"
 ROWS, DEPTH = 2048, 256
@@ -65,6 +65,7 @@ def steps(t: dict[str, Tensor]) -> dict[str, tuple[Callable[[], Tensor], Callabl
     x, y, z, private, teacher, queue = (t[name] for name in ("x", "y", "z", "private", "teacher", "queue"))
     labels, scores, tokens, others = (t[name] for name in ("labels", "scores", "tokens", "others"))
     rows = x.shape[0]
+    guided = Pairs(guide=Guide(teacher, torch.cat([queue, torch.zeros_like(queue)]), below=0.9))
 
     def two() -> Tensor:
         return fold(x, torch.cat([y, z]))
@@ -107,7 +108,15 @@ def steps(t: dict[str, Tensor]) -> dict[str, tuple[Callable[[], Tensor], Callabl
         ),
         "consert": (lambda: recipes.consert(x, y), lambda: fold(torch.cat([x, y]))),
         "whitened_cse": (lambda: recipes.whitened_cse(x, y, z, groups=32), whitened),
-        "dclr released": (lambda: recipes.dclr(x, y, z, teacher, queue, released=True), two),
+        "dclr": (lambda: recipes.dclr(x, y, z, teacher, queue), lambda: fold(x, torch.cat([y, z]), pairs=guided)),
+        "dclr released": (
+            lambda: recipes.dclr(x, y, z, teacher, queue, released=True),
+            lambda: fold(x, torch.cat([y, z]), pairs=guided),
+        ),
+        "cosine_contrastive": (
+            lambda: recipes.cosine_contrastive(x, labels),
+            lambda: fold(x, reduce="sum_relu", pairs=Pairs(differ=(labels, labels))),
+        ),
         "contriever": (lambda: recipes.contriever(x, y, queue), lambda: fold(x, queue)),
         "simlm": (
             lambda: recipes.simlm(x, private[:, :2]),

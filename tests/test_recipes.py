@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from contrastive_ops import decoding, losses, metrics, mining, ops, recipes
+from contrastive_ops.testing.compare import check
 
 MODULES = (papers_shared, papers_001, papers_039, papers_074)
 SPACES = (losses, ops, mining, recipes)
@@ -166,3 +167,20 @@ def test_values_where_nothing_is_there():
     rows = X[:4].abs().view(2, 2, 4)
     scores = recipes.coil_scores(rows, words, rows, torch.tensor([[-1, -1], [2, 0]]))
     assert not scores[:, 0].any() and scores[:, 1].all()
+
+
+def test_sums_with_slopes_are_the_same_in_chunks(monkeypatch):
+    x, y, z = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (11, 11, 4))
+    guide, ids = torch.randn(2, 11, 3, dtype=torch.float64), torch.arange(11) % 3
+    monkeypatch.setattr("contrastive_ops.losses._one_pass.ELEMENTS", 22)
+    found = recipes.dclr(x, y, z, *guide, threshold=0.3, released=True, temperature=0.5)
+    s = F.normalize(x) @ F.normalize(torch.cat([y, z])).T / 0.5
+    similar = (F.normalize(guide[0]) @ F.normalize(guide[1]).T > 0.3).fill_diagonal_(False)
+    p = s.masked_fill(F.pad(similar, (0, 4)), 0.0).softmax(1)
+    check(found, F.binary_cross_entropy(p, torch.eye(11, 15, dtype=torch.float64)), [x, y, z])
+    found = recipes.cosine_contrastive(x, ids, margin=2.0)
+    d = (x[:, None] - x).square().sum(2) / 5
+    check(found, torch.where(ids[:, None] == ids, d**2, (2 - d).relu() ** 2).sum(), [x])
+    assert not recipes.cosine_contrastive(x.detach(), ids).requires_grad
+    with pytest.raises(NotImplementedError, match="cosine_contrastive: create_graph must be False"):
+        torch.autograd.grad(recipes.cosine_contrastive(x, ids), x, create_graph=True)

@@ -12,6 +12,7 @@ from ..core import checks
 from ..core.ordered import ordered_sum
 from ..losses import contrastive, info_nce, triplet
 from ..losses._columns import wide
+from ..losses._one_pass import Part, sum_of_pairs
 from ..losses._sweep import Sweep
 from ..ops import Pairs, similarity_topk, stream_rows
 
@@ -85,14 +86,13 @@ def cosine_contrastive(x: Tensor, labels: Tensor, partner: Tensor | None = None,
     if partner is not None:
         x, same = x / depth**0.5, (labels == labels[partner]).to(torch.float32)
         return contrastive(x, x[partner], same, margin=margin, distance="euclidean")
-    lengths = wide(x).square().sum(1)
 
-    def losses(dots: Tensor, rows: slice) -> Tensor:
-        distance = (lengths[rows, None] - 2 * dots + lengths) / depth
-        same = labels[rows, None] == labels
-        return torch.where(same, distance, (margin - distance).relu()).square().sum(1)
+    def hinges(distance: Tensor, rows: slice, columns: slice, needs: bool) -> Part:
+        same = labels[rows, None] == labels[columns]
+        open_ = torch.where(same, distance, (distance - margin).clamp_max_(0.0))
+        return Part(open_.square().sum(1), open_.mul_(2) if needs else None)
 
-    return ordered_sum(stream_rows(losses, x))
+    return sum_of_pairs("cosine_contrastive", hinges, wide(x) / depth**0.5)
 
 
 def supremix(

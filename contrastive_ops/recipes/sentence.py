@@ -11,8 +11,9 @@ from torch.nn.functional import normalize
 from ..core import checks
 from ..losses import energy_hinge, group_whiten, info_nce, multi_positive_info_nce, nt_xent, soft_info_nce
 from ..losses._columns import wide
+from ..losses._one_pass import Part, sum_of_rows
 from ..losses._sweep import Sweep
-from ..ops import Fold, Guide, Pairs, similarity_topk, stream_rows
+from ..ops import Fold, Guide, Pairs, similarity_topk
 
 
 def simcse(
@@ -164,15 +165,29 @@ def dclr(
     if not released:
         return info_nce(x, y, noise, pairs=Pairs(guide=Guide(a, b, below=threshold)), temperature=temperature)
 
-    def binary(dots: Tensor, rows: slice) -> Tensor:
-        is_own = torch.zeros_like(dots, dtype=torch.bool)
-        is_own[:, rows].fill_diagonal_(True)
-        similar = torch.nn.functional.pad(a[rows] @ b.T > threshold, (0, noise.shape[0]))
-        log_p = (dots / temperature).masked_fill(similar & ~is_own, 0.0).log_softmax(1)
-        others = torch.log1p(-log_p.masked_fill(is_own, -torch.inf).exp())
-        return -torch.where(is_own, log_p, others).mean(1)
+    size = y.shape[0] + noise.shape[0]
 
-    return stream_rows(binary, wide(x, True), wide(torch.cat([y, noise]), True)).mean()
+    def binary(logits: Tensor, rows: slice, _: slice, needs: bool) -> Part:
+        similar = a[rows] @ b.T > threshold
+        similar.diagonal(rows.start).fill_(False)
+        logits[:, : len(b)].masked_fill_(similar, 0.0)
+        own = logits.diagonal(rows.start).clone()
+        p, lse = logits.softmax(1), logits.logsumexp(1)
+        p.diagonal(rows.start).zero_()
+        rest = torch.neg(p, out=logits).log1p_().clamp_min_(-100.0)  # as torch's binary cross-entropy has it
+        losses = (lse - own - rest.sum(1)) / size
+        if not needs:
+            return Part(losses, None)
+        odds = torch.sub(1.0, p, out=logits).clamp_min_(1e-12).reciprocal_().mul_(p)
+        total = odds.sum(1, keepdim=True)
+        slopes = odds.addcmul_(p, 1 - total)
+        # One's own is 0 in both: its probability is in the sum, and the logarithm of it in the loss.
+        own_p = (own - lse).exp()
+        slopes.diagonal(rows.start).copy_(own_p * (1 - total[:, 0]) - 1)
+        slopes[:, : len(b)].masked_fill_(similar, 0.0)
+        return Part(losses, slopes.div_(size))
+
+    return sum_of_rows("dclr", binary, wide(x, True) / temperature, wide(torch.cat([y, noise]), True)) / x.shape[0]
 
 
 def dclr_noise(
