@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from contrastive_ops import Pairs, clip, info_nce, nt_xent
-from contrastive_ops.losses import mined_info_nce, moco
+from contrastive_ops.losses import gte, mined_info_nce, moco
+from contrastive_ops.ops.similarity_reduce import fold as ops_fold
 from contrastive_ops.testing import saved_bytes
 from contrastive_ops.testing.compare import check, leaf, number, reduced
 
@@ -63,6 +64,50 @@ def test_clip_with_negatives(backend, sides, smooth, ruled, normalize):
         others = keep.clone().fill_diagonal_(False)
         assert torch.equal(measures.rank, ((similarity >= similarity.diagonal()[:, None]) & others).sum(1) + 1)
         torch.testing.assert_close(measures.negative_similarity, similarity[others].mean())
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", ["below", "columns", "fill"])
+@pytest.mark.parametrize("hardness", [0.0, 2.0])
+def test_rules_of_the_pairs_leave_negatives_alone(backend, rule, hardness, dtype):
+    drawn = [torch.randn(size, D).to(dtype).requires_grad_() for size in (N, N, K, MORE)]
+    x, y, texts, images = (F.normalize(each.detach().double()).requires_grad_() for each in drawn)
+    mask = torch.arange(N) != 2
+    s = x @ y.T
+    keep = {"below": s <= 0.2, "columns": mask.expand(N, N), "fill": s <= 0.2}[rule] | torch.eye(N, dtype=torch.bool)
+    truth = 0.0
+    for of_pairs, of_more, taken in ((s, x @ texts.T, keep), (s.T, y @ images.T, keep.T)):
+        found = torch.cat([of_pairs, of_more], 1)
+        logits = harder(found, 3.0, hardness)
+        # In place of a dropped pair `fill` is a constant.
+        instead = 0.5 if rule == "fill" else -torch.inf
+        logits = torch.where(F.pad(taken, (0, of_more.shape[1]), value=True), logits, instead)
+        truth = truth + F.cross_entropy(logits, torch.arange(N)) / 2
+    pairs = {"below": Pairs(below=0.2), "columns": Pairs(columns=mask), "fill": Pairs(below=0.2, fill=0.5)}[rule]
+    value = clip(*drawn, scale=3.0, pairs=pairs, hardness=hardness, backend=backend)
+    tolerance = 1e-9 if dtype == DOUBLE else 1e-5
+    torch.testing.assert_close(value.double(), truth, rtol=tolerance, atol=0)
+    wanted = torch.autograd.grad(truth, (x, y, texts, images))
+    for each, gradient, unit in zip(drawn, wanted, (x, y, texts, images), strict=True):
+        (got,) = torch.autograd.grad(value, each, retain_graph=True)
+        gradient = gradient - (gradient * unit).sum(1, keepdim=True) * unit  # of the length
+        gradient = gradient / each.detach().double().norm(dim=1, keepdim=True)
+        error = (got.double() - gradient).norm() / gradient.norm()
+        assert error < (1e-9 if dtype == DOUBLE else 5e-3)
+
+
+def test_negatives_of_each_direction_are_sweeps_of_their_blocks_alone():
+    shapes = []
+    image, text, texts, images = (torch.randn(size, D, requires_grad=True) for size in (9, 9, 5, 4))
+
+    def fold(problem, **options):
+        shapes.append((problem.x.shape[0], problem.columns.shape[0]))
+        return ops_fold(problem, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("contrastive_ops.losses._sweep.fold", fold)
+        clip(image, text, texts, images)
+    assert shapes == [(9, 9), (9, 5), (9, 4)]
 
 
 def test_neg_clip_and_confit_are_two_losses_of_one_direction(backend):
@@ -198,6 +243,53 @@ def test_smooth_of_views_and_of_a_queue(backend):
     check(moco(a, b, queue, **given), truth, [a, b, share])
 
 
+def with_bonus(similarity, own, scale, strength):
+    """Logits of all pairs but the own ones with a bonus without a gradient; what is -inf stays."""
+    left_out = similarity == -torch.inf
+    finite = similarity.masked_fill(left_out, 0.0)
+    logits = scale * finite + (strength * finite.detach()).masked_fill(own, 0.0)
+    return logits.masked_fill(left_out, -torch.inf)
+
+
+@pytest.mark.parametrize("ruled", [False, True], ids=["all pairs", "ids"])
+def test_hardness_of_two_views(backend, ruled):
+    a, b, scale = leaf(N, D), leaf(N, D), number(1.4)
+    z, partner, ids = F.normalize(torch.cat([a, b])), torch.arange(2 * N).roll(N), IDS.repeat(2)
+    own, similarity = F.one_hot(partner, 2 * N).bool(), (z @ z.T).fill_diagonal_(-torch.inf)
+    if ruled:
+        similarity = similarity.masked_fill((ids[:, None] == ids) & (ids != -1) & ~own, -torch.inf)
+    pairs = Pairs(differ=(ids, ids)) if ruled else None
+    value = nt_xent(a, b, scale=scale, hardness=2.5, pairs=pairs, backend=backend)
+    check(value, F.cross_entropy(with_bonus(similarity, own, scale, 2.5), partner), [a, b, scale])
+
+
+@pytest.mark.parametrize("margin", [None, 0.3])
+@pytest.mark.parametrize("hard", [False, True], ids=["", "hard negatives"])
+@pytest.mark.parametrize("partition", ["joint", "per_direction"])
+def test_hardness_of_gte(backend, partition, hard, margin):
+    q, d, h, scale = leaf(N, D), leaf(N, D), leaf(N, 2, D), number(1.4)
+    x, y, z = F.normalize(q), F.normalize(d), F.normalize(h.flatten(0, 1))
+    eye = torch.eye(N, dtype=torch.bool)
+    of_others = torch.cat([eye, eye.repeat_interleave(2, 1)], 1) if hard else eye
+    more = (lambda s, r: torch.cat([s, r @ z.T], 1)) if hard else (lambda s, r: s)
+    blocks = [more(x @ y.T, x), y @ x.T]
+    if partition == "joint":
+        blocks[1:1] = [(x @ x.T).masked_fill(eye, -torch.inf)]
+        blocks += [more(y @ y.T, y).masked_fill(of_others, -torch.inf)]
+    own = [F.pad(eye, (0, block.shape[1] - N)) for block in blocks]
+    positive = (x * y).sum(1)
+    if margin is not None:
+        bound = positive.detach()[:, None] + margin
+        blocks = [block.masked_fill((block > bound) & ~e, -torch.inf) for block, e in zip(blocks, own, strict=True)]
+    logits = [with_bonus(block, e, scale, 2.5) for block, e in zip(blocks, own, strict=True)]
+    lse = [torch.cat(logits, 1).logsumexp(1)] if partition == "joint" else [each.logsumexp(1) for each in logits]
+    truth = sum((each - scale * positive).mean() for each in lse) / len(lse)
+    names = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc") if partition == "joint" else None
+    given = {"directions": names or ("query_to_doc", "doc_to_query"), "false_negative_margin": margin}
+    value = gte(q, d, h if hard else None, partition=partition, hardness=2.5, scale=scale, **given, backend=backend)
+    check(value, truth, [q, d, scale, *([h] if hard else [])])
+
+
 # ---- Rules of two blocks ---------------------------------------------------------------------------------------------
 
 RULES = {
@@ -257,8 +349,13 @@ WRONG = [
         lambda: info_nce(X, X, hardness=1.0, col_bias=torch.ones(4, requires_grad=True)),
         "info_nce: hardness must be 0 where col_bias requires a gradient",
     ),
+    (lambda: nt_xent(X, X, hardness=1.0, label_smoothing=0.1), "nt_xent: hardness must be 0 with label smoothing"),
+    (lambda: gte(X, X, hardness=1.0, scale=torch.ones(4)), "gte: hardness must be 0 with a scale for each row"),
     (lambda: clip(X, X, hardness=1.0, scale=torch.ones(4)), "clip: hardness must be 0 with a scale for each row"),
-    (lambda: clip(X, X, X, pairs=Pairs(below=0.1)), "clip: pairs.below must be None, got 0.1: negatives have no ids"),
+    (
+        lambda: clip(X, X, X, pairs=Pairs(below=0.1), label_smoothing=0.1),
+        "clip: pairs.below must be None, got 0.1: not with label smoothing, diagnostics",
+    ),
     (lambda: clip(X, X, X, col_bias=torch.ones(4)), "clip: col_bias must have shape (8,)"),
     (
         lambda: info_nce(X, X, X, pairs=Pairs(below=0.1, fill=0.0)),

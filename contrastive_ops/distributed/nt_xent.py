@@ -17,13 +17,25 @@ if TYPE_CHECKING:
 
 @overload
 def nt_xent(
-    z0: Tensor, z1: Tensor, *, smooth: str = ..., diagnostics: Literal[False] = ..., **options: Unpack[FilteredOptions]
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    smooth: str = ...,
+    hardness: float = ...,
+    diagnostics: Literal[False] = ...,
+    **options: Unpack[FilteredOptions],
 ) -> Tensor: ...
 
 
 @overload
 def nt_xent(
-    z0: Tensor, z1: Tensor, *, smooth: str = ..., diagnostics: Literal[True], **options: Unpack[FilteredOptions]
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    smooth: str = ...,
+    hardness: float = ...,
+    diagnostics: Literal[True],
+    **options: Unpack[FilteredOptions],
 ) -> tuple[Tensor, Diagnostics]: ...
 
 

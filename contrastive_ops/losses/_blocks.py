@@ -11,6 +11,7 @@ self-similarity matrix of all queries and documents, which is why one sweep of 4
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from ..core.folds import Fold, Folded
 from ..core.problem import Problem
 from ..core.rules import Guide, Pairs
 from ..ops.similarity_reduce import fold
+from ._hardness import Hardness
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 
@@ -40,6 +42,7 @@ class Blocks:
         unit: rows of the sides count as if they had length 1.
         memory_budget: as in `similarity_reduce`.
         backend: as in `similarity_reduce`.
+        hardness: of the negatives, or None.
         sweep: what folds a block: `fold`, or a sweep of the rows of many processes.
     """
 
@@ -52,6 +55,7 @@ class Blocks:
     unit: bool
     memory_budget: int | None
     backend: str
+    hardness: Hardness | None = None
     sweep: Callable[..., Folded] = fold
 
     def others(
@@ -103,11 +107,12 @@ class Blocks:
         """Fold the rows of some sides against others, and the columns where `both`."""
         x, y = self._stack(self.sides, rows), None if rows == cols else self._stack(self.sides, cols)
         by_row = self._of_rows(self.bound, rows)
-        folds: tuple[str | Fold, ...] = ("logsumexp",)
+        fold_of_all = Fold("logsumexp") if self.hardness is None else self.hardness.fold()
+        folds: tuple[Fold, ...] = (fold_of_all,)
         if both and self.bound is not None and y is not None:  # the last fold is for the columns, which have own bounds
             by_column = _padded(self.bound, y, torch.inf)[None]
-            folds += (Fold("logsumexp", pairs=self._pairs(rows, cols, by_column, **rules)),)
-        return self.sweep(
+            folds += (dataclasses.replace(fold_of_all, pairs=self._pairs(rows, cols, by_column, **rules)),)
+        folded = self.sweep(
             Problem.of(self.names, x, y, target=target),
             reduce=folds,
             dim=(0, 1) if both else 1,
@@ -118,6 +123,10 @@ class Blocks:
             memory_budget=self.memory_budget,
             backend=self.backend,
         )
+        if self.hardness is None:
+            return folded
+        of_rows, of_cols = (tuple(self.hardness.of_rows(each) for each in found) for found in folded[:2])
+        return folded._replace(rows=of_rows, cols=of_cols)
 
     @staticmethod
     def _of_rows(values: Any, rows: str) -> Any:

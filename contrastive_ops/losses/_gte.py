@@ -14,6 +14,7 @@ from ..ops.similarity_reduce import merge_lse
 from . import _arguments
 from ._blocks import DIRECTIONS, Blocks
 from ._columns import check_pairs, partner_similarity
+from ._hardness import checked_hardness
 
 
 def gte_blocks(
@@ -24,6 +25,7 @@ def gte_blocks(
     partition: str,
     directions: tuple[str, ...],
     false_negative_margin: float | None,
+    hardness: float,
     temperature: float | Tensor | None,
     scale: float | Tensor | None,
     pairs: Pairs | None,
@@ -65,6 +67,7 @@ def gte_blocks(
         unit=unit,
         memory_budget=memory_budget,
         backend=backend,
+        hardness=checked_hardness(name, hardness, scale, None, None, both=True),
     )
     return blocks, owners
 

@@ -13,7 +13,7 @@ from ..core import checks
 from ..core.folds import Fold
 from ..core.numerics import softplus
 from ..core.rules import Pairs
-from ..ops.similarity_reduce import merge_lse
+from ..ops.similarity_reduce import budget_bytes, merge_lse
 from ..reference.similarity_loss import usual_target
 from . import _arguments
 from ._columns import (
@@ -221,6 +221,46 @@ def both_softmaxes(
             losses = losses + share_of_all(share, smooth, number) / 2 * (target_logit - mean_logit(total, number))
     loss = _arguments.reduce_rows(losses, weight, reduction)
     return (loss, ranking.read_both(*(found[end:] for found in found_of_both))) if ranking else loss
+
+
+def softmaxes_of_blocks(
+    sweep: Sweep,
+    x: Tensor,
+    y: Tensor,
+    more_x: Tensor,
+    more_y: Tensor,
+    *,
+    hardness: Hardness | None,
+    weight: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """`both_softmaxes` with negatives more_x (K', D) of the columns and more_y (K, D) of the rows, in sweeps apart.
+
+    Rules are those of x and y. The biases of y and then of more_y are `sweep.col_bias`, as in one matrix of all.
+    """
+    name, count, bias = sweep.names[0], x.shape[0], sweep.col_bias
+    x, y, more_x, more_y = (wide(each, sweep.unit) for each in (x, y, more_x, more_y))
+    budget = budget_bytes(name, sweep.memory_budget, x.device.type)
+    blocks = [columns.shape[0] for columns in (y, more_y, more_x)]
+    parts = [budget * size // max(sum(blocks), 1) for size in blocks]
+    own = None if bias is None else bias[:count]
+    shared = dataclasses.replace(sweep, unit=False, col_bias=own, memory_budget=parts[0])
+    reduce = "logsumexp" if hardness is None else hardness.fold()
+    found = shared.fold(x, y, reduce, dim=(0, 1), target=usual_target(x, y))
+    of_rows, of_cols = [found.rows[0]], [found.cols[0]]
+    if blocks[1]:
+        of_more = None if bias is None else bias[count:]
+        given = dataclasses.replace(shared, pairs=None, col_bias=of_more, memory_budget=parts[1])
+        of_rows += given.fold(x, more_y, reduce).rows
+    if blocks[2]:
+        given = dataclasses.replace(shared, pairs=None, col_bias=None, memory_budget=parts[2])
+        of_cols += given.fold(y, more_x, reduce, row_bias=own).rows
+    losses = torch.zeros_like(found.target)
+    for each in (of_rows, of_cols):
+        others = merge_lse(*each)
+        others = others if hardness is None else hardness.of_rows(others)
+        losses = losses + softplus(others - found.target) / 2
+    return _arguments.reduce_rows(losses, weight, reduction)
 
 
 def whole_softmax(

@@ -23,6 +23,14 @@ def passes_padding(pairs: Pairs) -> bool:
     return all(rule.passes_padding(value) for rule, value in given(pairs))
 
 
+def _passes(pairs: Pairs, rows: int, before: int, size: int, after: int) -> bool:
+    """`passes_padding` where it is known how many rows and columns there are: a diagonal may stay in its block."""
+    diagonal = pairs.diagonal
+    if diagonal is not None and (diagonal >= 0 or not before) and (rows + diagonal <= size or not after):
+        pairs = dataclasses.replace(pairs, diagonal=None)
+    return passes_padding(pairs)
+
+
 def within(function: str, name: str, pairs: Pairs | None, rows: Tensor, before: int, size: int, after: int) -> Pairs:
     """The rules, and that only the `size` columns after `before` others take part.
 
@@ -62,9 +70,9 @@ def of_blocks(
     (name, pairs, size), (other_name, others, more) = first, second
     if pairs is None and others is None:
         return None, None
-    if others is None and pairs is not None and passes_padding(pairs):
+    if others is None and pairs is not None and _passes(pairs, rows.shape[0], 0, size, more):
         return padded(pairs, 0, more), None
-    if pairs is None and others is not None and passes_padding(others):
+    if pairs is None and others is not None and _passes(others, rows.shape[0], size, more, 0):
         return padded(others, size, 0), None
     of_first = within(function, name, pairs, rows, 0, size, more)
     of_second = within(function, other_name, others, rows, size, more, 0)

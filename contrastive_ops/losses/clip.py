@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..core import autocast, checks
 from ..core.rules import RULES, Pairs
+from ..core.rules import given as given_rules
 from . import _arguments
-from ._columns import check_filters, smoothing_share
+from ._columns import check_filters, check_pairs, smoothing_share
 from ._eager import PARTNERS, eager_loss, is_off
 from ._hardness import checked_hardness
-from ._row_softmax import both_softmaxes
+from ._row_softmax import both_softmaxes, softmaxes_of_blocks
 from ._rules import refuse
 from ._sweep import Prepared, Sweep
 from .diagnostics import Diagnostics
@@ -95,7 +96,8 @@ def clip(
         temperature: divides the cosines; float or 0-d tensor, differentiable. Default 0.07.
         scale: 1 / temperature instead, for instance ``logit_scale.exp()``; not both.
         pairs: which images and texts are negatives of each other: ids of false negatives, bounds on the similarity, a
-            guide, ... An image and its own text always take part. With negatives ``differ`` alone; they have no ids.
+            guide, ... An image and its own text always take part, and so do all negatives that are given; beside these
+            only ``differ`` goes with label smoothing and diagnostics.
         col_bias: (N,), or (N + K,) with ``text_negatives``, added to the logits of each text; differentiable. The
             softmax of images over texts sees it, that of texts over images does not.
         label_smoothing: share of the target distribution that is spread evenly over all columns that take part; a
@@ -119,8 +121,9 @@ def clip(
         ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
 
     Note:
-        Memory O((N + K + K') D) beside ``memory_budget``. Negatives are more rows and columns of one sweep:
-        8 (N + K) (N + K') D.
+        Memory O((N + K + K') D) beside ``memory_budget``. Negatives add a sweep for each direction that has some:
+        8 N (N + K + K') D, 6 if kept. Of 16 bits, with label smoothing and with diagnostics they are more rows and
+        columns of one sweep: 8 (N + K) (N + K') D.
 
     Source:
         Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021. Negatives of
@@ -219,9 +222,9 @@ def _with_negatives(
     normalize: bool,
     **options: Any,
 ) -> Any:
-    """Negatives are rows and columns after those of the pairs; those of a side that has none are none."""
+    """A sweep for each block, or one where a gradient of 16 bits would be rounded more than once."""
     name, count = "clip", image.shape[0]
-    sides, numbers = [], []
+    negatives = []
     for given_name, side, given in (
         ("image_negatives", image, image_negatives),
         ("text_negatives", text, text_negatives),
@@ -231,10 +234,30 @@ def _with_negatives(
             (more,) = autocast.cast(given)
             checks.check_matrices(name, "image", image, given_name, more)
             (more,) = _arguments.unit_sides(normalize, more)
-        sides.append(torch.cat([side, more]))
-        numbers.append(more.shape[0])
-    check_filters(name, sweep.pairs, sweep.col_bias, count + numbers[1], "image", image)
-    refused = {rule.name: "negatives have no ids" for rule in RULES.values() if rule.name != "differ"}
+        negatives.append(more)
+    numbers = [more.shape[0] for more in negatives]
+    check_filters(name, None, sweep.col_bias, count + numbers[1], "image", image)
+    check_pairs(name, sweep.pairs)
+    of_numbers = not (isinstance(sweep.scale, Tensor) and sweep.scale.dim())
+    simple = of_numbers and options["share"] is None and not options["diagnostics"]
+    if simple and (image.dtype == checks.accumulator(image.dtype) or _has_more_than_ids(sweep.pairs)):
+        del options["share"], options["smooth"], options["diagnostics"]
+        with autocast.disabled(image):
+            return softmaxes_of_blocks(sweep, image, text, *negatives, **options)
+    return _in_one_sweep(sweep, image, text, negatives, **options)
+
+
+def _has_more_than_ids(pairs: Pairs | None) -> bool:
+    return pairs is not None and any(rule.name != "differ" for rule, _ in given_rules(pairs))
+
+
+def _in_one_sweep(sweep: Sweep, image: Tensor, text: Tensor, negatives: list[Tensor], **options: Any) -> Any:
+    """Negatives are rows and columns after those of the pairs; those of a side that has none are none."""
+    name, count = "clip", image.shape[0]
+    sides = [torch.cat([side, more]) for side, more in zip((image, text), negatives, strict=True)]
+    numbers = [more.shape[0] for more in negatives]
+    reason = "not with label smoothing, diagnostics or a scale for each row, where negatives are given"
+    refused = {rule.name: reason for rule in RULES.values() if rule.name != "differ"}
     refuse(name, "pairs", sweep.pairs, refused)
     rules = Pairs()
     if sweep.pairs is not None and sweep.pairs.differ is not None:

@@ -23,6 +23,7 @@ def gte(
     partition: str = "joint",
     directions: tuple[str, ...] = DIRECTIONS,
     false_negative_margin: float | None = None,
+    hardness: float = 0.0,
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
     pairs: Pairs | None = None,
@@ -60,6 +61,8 @@ def gte(
         directions: which blocks take part; "query_to_doc" must, because it holds the positive.
         false_negative_margin: drop pairs of row i whose similarity exceeds that of (q_i, d_i) by more than this, in
             every block; Qwen3 takes 0.1. None drops nothing.
+        hardness: bonus of each negative's logit, ``hardness`` times its similarity, which is not differentiated: what
+            is close counts more. Not with a temperature for each row.
         temperature: divides the similarities; float, 0-d or (N,) tensor, differentiable. Default 0.01.
         scale: 1 / temperature instead; not both.
         pairs: ``Pairs(differ=(ids, ids))`` with (N,) ids of samples, the one rule that holds in all blocks: those of
@@ -102,6 +105,7 @@ def gte(
         partition=partition,
         directions=directions,
         false_negative_margin=false_negative_margin,
+        hardness=hardness,
         temperature=temperature,
         scale=scale,
         pairs=pairs,

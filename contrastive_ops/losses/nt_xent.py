@@ -14,6 +14,7 @@ from ..core.rules import Pairs
 from . import _arguments
 from ._columns import smoothing_share
 from ._eager import STACKED, eager_loss, is_off
+from ._hardness import checked_hardness
 from ._row_softmax import row_softmax
 from ._sweep import Prepared
 from ._views import stacked
@@ -29,6 +30,7 @@ def nt_xent(
     z1: Tensor,
     *,
     smooth: str = ...,
+    hardness: float = ...,
     diagnostics: Literal[False] = ...,
     **options: Unpack[_arguments.FilteredOptions],
 ) -> Tensor: ...
@@ -40,6 +42,7 @@ def nt_xent(
     z1: Tensor,
     *,
     smooth: str = ...,
+    hardness: float = ...,
     diagnostics: Literal[True],
     **options: Unpack[_arguments.FilteredOptions],
 ) -> tuple[Tensor, Diagnostics]: ...
@@ -55,6 +58,7 @@ def nt_xent(
     col_bias: Tensor | None = None,
     label_smoothing: float | Tensor = 0.0,
     smooth: str = "all",
+    hardness: float = 0.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
@@ -82,6 +86,8 @@ def nt_xent(
         label_smoothing: share of the target distribution that is spread evenly over all columns that take part; a
             float, or (2 N,) with a share for each row, differentiable.
         smooth: "all" columns share it, the other view too, or the "others" alone.
+        hardness: bonus of each negative's logit, ``hardness`` times its similarity, which is not differentiated: what
+            is close counts more. Not with label smoothing, nor with a ``col_bias`` that requires a gradient.
         weight: (N,) weight of each sample, or (2 N,) of each row; the mean divides by its sum. Differentiable.
             0 leaves it out.
         reduction: "mean", "sum" or "none".
@@ -111,7 +117,7 @@ def nt_xent(
     """
     plain = pairs is None and col_bias is None and weight is None and diagnostics is False
     loss = None
-    if plain and smooth == "all" and is_off(label_smoothing):
+    if plain and smooth == "all" and is_off(label_smoothing, hardness):
         loss = eager_loss(
             "softmax",
             STACKED,
@@ -128,7 +134,7 @@ def nt_xent(
     if loss is not None:
         return loss
     given: dict[str, Any] = {"temperature": temperature, "scale": scale, "pairs": pairs, "col_bias": col_bias}
-    given.update(label_smoothing=label_smoothing, smooth=smooth, weight=weight, reduction=reduction)
+    given.update(label_smoothing=label_smoothing, smooth=smooth, hardness=hardness, weight=weight, reduction=reduction)
     given.update(normalize=normalize, diagnostics=diagnostics, memory_budget=memory_budget, backend=backend)
     return prepared_nt_xent(z0, z1, **given).loss()
 
@@ -139,6 +145,7 @@ def prepared_nt_xent(
     *,
     label_smoothing: float | Tensor,
     smooth: str,
+    hardness: float,
     diagnostics: bool,
     **shared: Any,
 ) -> Prepared:
@@ -150,6 +157,7 @@ def prepared_nt_xent(
         "target": None,
         "share": share,
         "smooth": smooth,
+        "hardness": checked_hardness(name, hardness, views.sweep.scale, share, views.sweep.col_bias),
         "weight": views.weight,
         "reduction": shared["reduction"],
         "diagnostics": diagnostics,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.numerics import merge_lse, softplus
-from ..losses import alignment, info_nce, listwise_distillation, pairwise_rank_distillation
+from ..losses import alignment, clip, info_nce, listwise_distillation, pairwise_rank_distillation
 from ..losses._columns import wide
 from ..losses._sweep import Sweep
 from ..mining import NegativeRules
@@ -175,6 +175,8 @@ def confit(
     Source:
         Yu et al., ConFit v2, 2025 (S090); released code.
     """
+    if weight == 0.5:
+        return clip(resume, job, job_negatives, resume_negatives, temperature=temperature)
     of_resumes = info_nce(resume, job, job_negatives, temperature=temperature)
     return weight * of_resumes + (1 - weight) * info_nce(job, resume, resume_negatives, temperature=temperature)
 
