@@ -347,6 +347,10 @@ def test_a_token_that_is_given_no_expert_is_left_out(backend):
     routing = route(logits, allowed=given.masked_fill(left_out[:, None], -1), losses=LOSSES, backend=backend)
     same(routing, route(logits, allowed=given, valid=~left_out, losses=LOSSES, backend=backend))
     assert routing.metrics["tokens"].tolist() == [6]
+    valid = torch.arange(9) % 2 == 0
+    both = route(logits, allowed=given.masked_fill(left_out[:, None], -1), valid=valid, losses=LOSSES, backend=backend)
+    same(both, route(logits, allowed=given, valid=valid & ~left_out, losses=LOSSES, backend=backend))
+    assert both.metrics["tokens"].tolist() == [3]
 
 
 @pytest.mark.parametrize("priority", GOLDEN)

@@ -124,11 +124,11 @@ def test_any_partition_any_order_any_merges(backend, rule, data):
 
 
 @pytest.mark.parametrize("size", [2.0**-60, 1.0, 2.0**60])
-@pytest.mark.parametrize("order", ["rising", "falling", "mixed"])
+@pytest.mark.parametrize("order", ["rising", "falling", "mixed", "between"])
 def test_ties_go_to_the_smaller_index_whatever_comes_first(backend, order, size):
     """All scores are equal: a block with smaller indices must displace those that were kept, however large they are."""
     query, corpus = torch.full((3, 4), size), torch.ones(30, 4)
-    begins = {"rising": (0, 10, 20), "falling": (20, 10, 0), "mixed": (10, 20, 0)}[order]
+    begins = {"rising": (0, 10, 20), "falling": (20, 10, 0), "mixed": (10, 20, 0), "between": (0, 20, 10)}[order]
     state = TopKState(query, 7, backend=backend)
     for begin in begins:
         state.update(corpus[begin : begin + 10], begin)

@@ -69,6 +69,16 @@ def test_a_certificate_knows_what_large_biases_take(dtype, where):
     assert similarity_topk(x, y, 3, coarse=Coarse(dtype, candidates=40), backend="cpu", **small).certified.all()
 
 
+def test_a_certificate_knows_what_sums_take():
+    """Every score is the same number, by other sums: nothing tells which columns the full precision puts first."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(256, generator=generator).bfloat16().float()  # which the first pass does not round
+    y = torch.stack([numbers[torch.randperm(256, generator=generator)] for _ in range(600)])
+    x = torch.randn(100, 1, generator=generator).bfloat16().float().expand(100, 256)
+    coarse = Coarse(torch.bfloat16, candidates=20, retry=False)
+    assert not similarity_topk(x, y, 5, coarse=coarse, backend="cpu").certified.any()
+
+
 @pytest.mark.parametrize("dtype", COARSE, ids=str)
 def test_float64_rows_have_biases(dtype):
     x, y = unit_rows(20, 8).double(), unit_rows(500, 8, 1).double()

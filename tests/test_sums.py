@@ -17,6 +17,7 @@ from contrastive_ops.core.ordered import (
     long_product,
     ordered_logsumexp,
     ordered_sum,
+    repeated,
     segment_rows,
     segment_sums,
 )
@@ -54,6 +55,23 @@ def test_rows_are_added_to_rows_in_one_place():
 
 
 # ---- Helpers -------------------------------------------------------------------------------------------------------
+
+
+def test_long_sums_have_the_same_bits_for_any_number_of_threads():
+    """torch splits a sum of more than 32,768 numbers among its threads."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(100_003, generator=generator).exp().requires_grad_()
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 4):
+            torch.set_num_threads(count)
+            one = torch.ones((), requires_grad=True)
+            (gradient,) = torch.autograd.grad(repeated(one, len(values)), one, values.detach())
+            found.append([ordered_sum(values), ordered_logsumexp(values), gradient])
+    finally:
+        torch.set_num_threads(before)
+    for each in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(each, found[0], strict=True))
 
 
 def test_sums_of_segments():

@@ -137,6 +137,21 @@ def test_nan_stays_in_sight(backend):
     torch.testing.assert_close(packed_value, value, equal_nan=True)
 
 
+def test_what_is_missing_where_every_token_was_retrieved(backend):
+    """Products of -inf are products of tokens, as `maxsim` has them; documents without tokens have gradient zero."""
+    queries = torch.tensor([[[1.0, 0.0], [1e30, 0.0]]], requires_grad=True)
+    documents = torch.tensor([[[-1e30, 1.0], [-2e30, 1.0]], [[3.0, 1.0], [2.0, 0.0]], [[9.0, 0.0], [9.0, 9.0]]])
+    mask = torch.tensor([[True, True], [True, True], [False, False]])
+    for k in (4, 9):
+        value = xtr(queries, TokenSets(documents, mask), k, missing="impute", backend=backend)
+        assert torch.equal(value, maxsim(queries, TokenSets(documents, mask), reduce="mean", backend=backend))
+        assert value[0, 0] == value[0, 2] == -INF and value[0, 1] > 0
+        (gradient,) = torch.autograd.grad(value[0, 1], queries)
+        assert torch.equal(gradient, torch.tensor([[[1.5, 0.5], [1.5, 0.5]]]))
+    some = xtr(queries, TokenSets(documents, mask), 2, missing="impute", backend=backend)
+    assert some[0, 0] == (2 + 2e30) / 2  # the second of the two that each token retrieved
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_any_number_of_threads_gives_the_same_bits(layout):
     queries, documents = torch.randn(64, 32, 24, requires_grad=True), torch.randn(90, 40, 24, requires_grad=True)

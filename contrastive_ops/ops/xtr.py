@@ -89,9 +89,9 @@ def retrieved_scores(function: str, q: Packed, d: Packed, k: int, missing: str, 
     takes_part = (of_query >= 0)[:, None]
     counted = retrieved & takes_part
     if missing == "impute":
-        # Lists are filled up with -inf where there are fewer than k tokens; then every document has been retrieved.
-        least = top.values[:, -1:]
-        best = torch.where(retrieved, best, torch.where(least == -torch.inf, 0.0, least))
+        # Lists are filled up with -inf where there are fewer than k tokens; then what is missing has products of -inf,
+        # or no tokens.
+        best = torch.where(retrieved, best, top.values[:, -1:])
         counted = takes_part.expand_as(counted)
     total = _sum_over_queries(q, of_query, torch.where(counted, best, 0.0))
     if reduce == "mean":
