@@ -23,7 +23,7 @@ BUILD_INPUTS := $(wildcard setup*.py) pyproject.toml $(shell find csrc -type f 2
 CPP_FILES := $(shell find csrc tests/cuda_host -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
 .DEFAULT_GOAL := help
-.PHONY: help install peers demo limoe limoe-ablation simclr distributed moe-embeddings distill test fuzz docs lint format bench cores processes bench-peers gpu clean
+.PHONY: help install peers demo limoe limoe-ablation simclr distributed moe-embeddings distill test fuzz mutate docs lint format bench cores processes bench-peers gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ test: install ## the tests; ARGS="-k name -x", ARGS="tests/test_nn.py"
 
 fuzz: install ## random calls of everything against dense formulas: CASES (1000), SEED (0), ARGS="--subjects losses"
 	PYTHONPATH=tests $(RUN) -m fuzz --cases $(CASES) --seed $(SEED) $(ARGS)
+
+mutate: install ## plant small faults in a copy of the sources, and say which no test notices; ARGS="--kinds cuda --resume"
+	PYTHONPATH=tests $(RUN) -m faults $(ARGS)
 
 docs: install ## the documentation site, in build/site; a link or an argument that does not exist is an error
 	$(RUN) -m pip install --no-compile --disable-pip-version-check -q -r requirements/docs.txt

@@ -16,11 +16,11 @@ import struct
 import subprocess
 import sysconfig
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from builds.objects import Object, compile_all, run
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -60,19 +60,10 @@ def compile_program(sources: Sequence[Path], program: Path, flags: Sequence[str]
     Raises:
         RuntimeError: with the compiler's message.
     """
-    objects = [program.parent / f"{source.stem}.{source.suffix[1:]}.o" for source in sources]
-    includes = [f"-I{HERE}", f"-I{SOURCES}"]
-
-    def build(arguments: list[str]) -> None:
-        command = [_compiler() or "c++", *flags, *includes, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [["-x", "c++", "-c", str(source), "-o", str(to)] for source, to in zip(sources, objects, strict=True)]
-        list(pool.map(build, jobs))
-    build([*map(str, objects), "-o", str(program)])
+    command = (_compiler() or "c++", *flags, f"-I{HERE}", f"-I{SOURCES}")
+    folder = program.parent / "objects"
+    wanted = [Object(os.path.relpath(source, HERE), (*command, "-x", "c++")) for source in sources]
+    run([*command, *compile_all(wanted, folder, HERE), "-o", str(program)], HERE)
 
 
 def _made(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:

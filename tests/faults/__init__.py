@@ -1,0 +1,72 @@
+"""Small faults planted into a copy of the sources, one at a time: do the tests notice?
+
+`make mutate` applies each fault of `FAULTS`, builds what it concerns, and runs the tests that ought to notice. A fault
+that no test notices survives: somebody could make it by accident. Each is one line that is replaced; `test_faults.py`
+sees to it that every line is still there, once.
+
+Faults are in files by the code that they are in: `in_cpu.py` and `in_cpu_rules.py` (csrc, one SIMD level), `in_cuda.py`
+(csrc/cuda, executed on the host), `in_triton.py` (kernels, in the interpreter), `in_python.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A line that is replaced, and the tests that ought to notice.
+
+    Args:
+        name: what is wrong.
+        file: in the project.
+        old: a part of a line, or whole lines, that the file has once.
+        new: what stands there instead.
+        tests: files and options for pytest; options may contain spaces.
+        level: the SIMD level that it is in, where it is not in all.
+        stems: the C++ files whose objects the tests need; without, all that include the file.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    level: str | None = None
+    stems: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """In which language it is, and so what has to be built."""
+        if self.file.startswith("csrc/cuda/"):
+            return "cuda"
+        if self.file.startswith("csrc/"):
+            return "cpu"
+        return "triton" if self.file.startswith("kernels/") else "python"
+
+    @property
+    def digest(self) -> str:
+        """Changes with the fault and its tests."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:12]
+
+    def planted(self, text: str) -> str:
+        """The text of the file with the fault.
+
+        Raises:
+            ValueError: if the file does not have the old text exactly once.
+        """
+        found = text.count(self.old)
+        if found != 1 or self.old == self.new:
+            raise ValueError(f"{self.file}: {self.name}: {self.old!r} must be there once, got {found} times")
+        return text.replace(self.old, self.new)
+
+
+def all_faults() -> list[Fault]:
+    """Every fault of the project."""
+    from . import in_cpu, in_cuda, in_python, in_triton
+
+    return [*in_cpu.FAULTS, *in_cuda.FAULTS, *in_triton.FAULTS, *in_python.FAULTS]

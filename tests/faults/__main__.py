@@ -1,0 +1,215 @@
+"""`make mutate`: plants each fault in a copy of the sources, and says which of them no test notices.
+
+make mutate                                      all; those that were caught before, and are as they were, again
+make mutate ARGS="--kinds cuda triton"           cpu, cuda, triton, python
+make mutate ARGS="--only barrier 'tie order'"    those whose name or file has one of these words
+make mutate ARGS="--resume"                      but for those that an earlier run, of the same sources, has caught
+make mutate ARGS="--list"                        only names
+"""
+
+from __future__ import annotations
+
+import argparse
+import compileall
+import hashlib
+import json
+import os
+import py_compile
+import signal
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads OpenMP
+
+import builds
+import torch  # noqa: F401  (forks have it)
+from builds.objects import Object
+
+from . import ROOT, Fault, all_faults
+
+FOLDER = ROOT / "build" / "faults"
+TREE = FOLDER / "tree"
+KINDS = ("cpu", "cuda", "triton", "python")
+# What pytest returns: 0 all passed, 1 some failed, 2 a file does not import, 5 no test was selected.
+PASSED, FAILED, BROKEN, INTERNAL = 0, 1, 2, 3
+
+
+def parse() -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--seconds", type=float, default=600, help="of the tests of one fault; longer is a hang")
+    parser.add_argument("--save", type=Path, help="a file for the results")
+    return parser.parse_args()
+
+
+def run_tests(fault: Fault, level: str, seconds: float) -> tuple[int | None, str]:
+    """What pytest returns, None where it did not end in time, and the last of what it says.
+
+    In a fork of this process, which has imported torch and nothing of the package: that saves seconds of each.
+    """
+    log = FOLDER / "tests.log"
+    sys.stdout.flush()
+    process = os.fork()
+    if process == 0:
+        os.setsid()  # with the processes that tests start
+        with open(log, "wb") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        try:
+            os._exit(in_tree(fault, level))
+        finally:
+            os._exit(INTERNAL)
+    ends = time.monotonic() + seconds
+    while True:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended or time.monotonic() > ends:
+            break
+        time.sleep(0.05)
+    if not ended:
+        os.killpg(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    said = log.read_text(errors="replace")[-4000:]
+    return os.waitstatus_to_exitcode(status) if ended else None, said
+
+
+def in_tree(fault: Fault, level: str) -> int:
+    """Runs the tests of a fault in this process, with the package of the copy."""
+    import pytest
+
+    os.chdir(TREE)
+    os.environ["CONTRASTIVE_OPS_CPU_CAPABILITY"] = level
+    os.environ["PYTHONPATH"] = str(TREE)  # of processes that tests start
+    if fault.kind == "triton":
+        os.environ["TRITON_INTERPRET"] = "1"
+    for name in [name for name in sys.modules if name.split(".")[0] in ("builds", "faults")]:
+        del sys.modules[name]
+    sys.path[:] = [str(TREE), *(path for path in sys.path if path not in (str(ROOT), str(ROOT / "tests"), ""))]
+    return int(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *fault.tests]))
+
+
+def verdict(status: int | None, said: str) -> str:
+    """What became of a fault, from the end of its tests."""
+    if status is None:
+        return "caught: the tests do not end"
+    if status < 0:
+        return f"caught: the process ends by signal {-status}"
+    if status in (FAILED, BROKEN):
+        failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return f"caught: {failed[0].split(' - ')[0] if failed else 'an error'}"
+    return "survived" if status == PASSED else f"error: pytest returned {status}: {said[-300:]}"
+
+
+class Tree:
+    """The copy of the sources, and what is built of it."""
+
+    def __init__(self) -> None:
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        builds.copy_sources(TREE)
+        state = hashlib.sha256()
+        for place in ("contrastive_ops", "csrc", "kernels", "tests"):
+            for path in sorted((TREE / place).rglob("*.*")):
+                if path.suffix in (".py", ".h", ".cpp", ".cu"):
+                    state.update(path.relative_to(TREE).as_posix().encode() + path.read_bytes())
+        self.state = state.hexdigest()
+        self.passed: dict[str, str] = {}  # what the tests of a fault say without it
+        self.objects: dict[str, dict[Object, str]] = {}  # of a level, without a fault
+        # The hash of a source is looked at, not its time, which may be the same before and after a fault.
+        by_hash = py_compile.PycInvalidationMode.CHECKED_HASH
+        for place in ("contrastive_ops", "kernels", "tests"):
+            compileall.compile_dir(TREE / place, quiet=1, invalidation_mode=by_hash)
+
+    def build(self, level: str, stems: tuple[str, ...] = ()) -> None:
+        """The extension of the sources as they are now."""
+        made = builds.Build(TREE, FOLDER / "objects" / level, level).make(stems, self.objects.get(level))
+        self.objects.setdefault(level, made)
+
+    def passes(self, fault: Fault, level: str, seconds: float) -> str:
+        """Nothing if the tests of a fault pass without it, else what they say."""
+        key = repr((fault.kind == "triton", level, fault.tests))
+        if key not in self.passed:
+            status, said = run_tests(fault, level, seconds)
+            self.passed[key] = "" if status == PASSED else f"error: without the fault pytest returned {status}: {said}"
+        return self.passed[key]
+
+    def result(self, fault: Fault, seconds: float) -> str:
+        """What becomes of a fault."""
+        level = fault.level or builds.usual_level()
+        if not builds.runs(level):
+            return f"skipped: this processor has no {level}"
+        self.build(level)
+        without = self.passes(fault, level, seconds)
+        if without:
+            return without
+        path = TREE / fault.file
+        text = path.read_text()
+        path.write_text(fault.planted(text))
+        try:
+            if fault.kind == "cpu":
+                self.build(level, fault.stems)
+            return verdict(*run_tests(fault, level, seconds))
+        except RuntimeError as error:
+            return f"error: does not compile: {str(error)[-600:]}"
+        finally:
+            path.write_text(text)
+
+
+def save(path: Path, faults: list[Fault], results: dict[str, str], seconds: float) -> None:
+    """Write the results with where they come from."""
+    sys.path.append(str(ROOT))
+    from benchmarks import provenance
+
+    found = [results.get(fault.digest, "not run") for fault in faults]
+    counts = {word: sum(each.startswith(word) for each in found) for word in ("caught", "survived", "skipped", "error")}
+    kinds = {kind: sum(fault.kind == kind for fault in faults) for kind in KINDS}
+    rows = [
+        {"name": fault.name, "file": fault.file, "result": each.split(":")[0]}
+        for fault, each in zip(faults, found, strict=True)
+    ]
+    where = {**provenance.gather(), "capability": builds.usual_level()}
+    content = {"faults": len(faults), **counts, "kinds": kinds, "seconds": round(seconds), "provenance": where}
+    path.write_text(json.dumps({**content, "results": rows}, indent=1) + "\n")
+
+
+def main() -> int:
+    """Runs the chosen faults; 0 if all are caught."""
+    given = parse()
+    everything = all_faults()
+    chosen = [
+        fault
+        for fault in everything
+        if fault.kind in given.kinds and any(word in f"{fault.name} {fault.file}" for word in given.only)
+    ]
+    if given.list:
+        print(*(f"{fault.kind:7} {fault.file}: {fault.name}" for fault in chosen), sep="\n")
+        return 0
+    started, tree, kept = time.monotonic(), Tree(), FOLDER / "results.json"
+    known = json.loads(kept.read_text()) if kept.exists() and given.resume else {}
+    same = known.get("sources") == tree.state
+    results = {k: v for k, v in known.get("results", {}).items() if same and v.startswith("caught")}
+    tree.passed = {k: v for k, v in known.get("passed", {}).items() if same and not v}
+    for number, fault in enumerate(chosen, 1):
+        begun = time.monotonic()
+        if fault.digest not in results:
+            results[fault.digest] = tree.result(fault, given.seconds)
+            now = {"sources": tree.state, "passed": tree.passed, "results": results}
+            kept.write_text(json.dumps(now, indent=1))
+        spent = time.monotonic() - begun
+        print(f"{number}/{len(chosen)} {fault.file}: {fault.name}: {results[fault.digest]} ({spent:.0f} s)", flush=True)
+    found = [results[fault.digest] for fault in chosen]
+    caught = sum(each.startswith("caught") for each in found)
+    skipped = sum(each.startswith("skipped") for each in found)
+    print(f"{len(chosen)} faults: {caught} caught, {skipped} skipped, {len(chosen) - caught - skipped} not caught")
+    if given.save:
+        save(given.save, chosen, results, time.monotonic() - started)
+    return int(caught + skipped < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Faults of the CUDA kernels, which tests execute on the host."""
+
+from __future__ import annotations
+
+from . import Fault
+
+TOPK, REDUCE = "tests/test_cuda_similarity_topk.py", "tests/test_cuda_similarity_reduce.py"
+ROUTING = "tests/test_cuda_expert_routing.py"
+
+FAULTS = [
+    # ---- Top k -------------------------------------------------------------------------------------------------------
+    Fault(
+        "no barrier between reading a list and moving its entries",
+        "csrc/cuda/similarity_selection.h",
+        "    __syncthreads();  // keys are moved to where others have just been read\n",
+        "",
+        (TOPK, "-k", "lengths_of_lists or long_lists or when"),
+    ),
+    Fault(
+        "no barrier before the count of a list is read",
+        "csrc/cuda/similarity_topk.cu",
+        "    __syncthreads();  // the count is complete\n",
+        "",
+        (TOPK, "-k", "lengths_of_lists or long_lists or when"),
+    ),
+    Fault(
+        "a list that is cut down when there is no room any more",
+        "csrc/cuda/similarity_topk.cu",
+        "if (memory.count > capacity - kLeg) threshold",
+        "if (memory.count > capacity) threshold",
+        (TOPK, "-k", "lengths_of_lists or long_lists or any_order"),
+    ),
+    Fault(
+        "columns behind the strip that pass the filter",
+        "csrc/cuda/similarity_topk.cu",
+        "      if (at >= strip.end) break;\n",
+        "",
+        (TOPK, "-k", "shapes or several_lists"),
+    ),
+    Fault(
+        "a threshold that equal scores pass",
+        "csrc/cuda/similarity_topk.cu",
+        "if (!(score > threshold) || strip.dropped_at",
+        "if (!(score >= threshold) || strip.dropped_at",
+        (TOPK, "-k", "floor_is_exclusive"),
+    ),
+    Fault(
+        "a statistic of the warps that misses the last lanes",
+        "csrc/cuda/similarity_topk.cu",
+        "    own[higher] += logit > level[i];",
+        "    own[higher] += logit >= level[i];",
+        (TOPK, "-k", "statistics"),
+    ),
+    Fault(
+        "an order in which the larger index of a tie comes first",
+        "csrc/cuda/similarity_topk.cu",
+        "return rank != other.rank ? rank < other.rank : index > other.index;",
+        "return rank != other.rank ? rank < other.rank : index < other.index;",
+        (TOPK, "-k", "lists_are_merged or lists_of_any"),
+    ),
+    Fault(
+        "a digit of the k-th largest that forgets those above it",
+        "csrc/cuda/similarity_selection.h",
+        "    wanted -= memory.above;\n",
+        "",
+        (TOPK, "-k", "lengths_of_lists or long_lists"),
+    ),
+    # ---- Rules and folds ---------------------------------------------------------------------------------------------
+    Fault(
+        "a bound from above of columns that excludes its own value",
+        "csrc/cuda/similarity_pairs.h",
+        "return (by_row && number > by_row[i]) || (by_column && number > by_column[j]);",
+        "return (by_row && number > by_row[i]) || (by_column && number >= by_column[j]);",
+        (TOPK, "-k", "each_rule or include"),
+    ),
+    Fault(
+        "a negated set whose biases keep their sign",
+        "csrc/cuda/similarity_pairs.h",
+        "return set.negate ? logit - bias : logit + bias;",
+        "return logit + bias;",
+        (REDUCE, "-k", "negated"),
+    ),
+    Fault(
+        "a search in an ascending list that never finds its last entry",
+        "csrc/cuda/similarity_pairs.h",
+        "  while (begin < end) {\n",
+        "  while (begin + 1 < end) {\n",
+        (TOPK, "-k", "each_rule"),
+    ),
+    Fault(
+        "a running logsumexp that does not shift its sum",
+        "csrc/cuda/similarity_folds.h",
+        "b = z > a ? fmaf(b, e, 1.0f) : b + e;",
+        "b = z > a ? b + 1.0f : b + e;",
+        (REDUCE, "-k", "calls_without_rules or every_fold"),
+    ),
+    Fault(
+        "a tie of parts that goes to the later index",
+        "csrc/cuda/similarity_folds.h",
+        "return larger || (tie && j < i) ? y : x;",
+        "return larger || (tie && j > i) ? y : x;",
+        (REDUCE, "-k", "ties"),
+    ),
+    Fault(
+        "a fold of columns without a barrier between its warps",
+        "csrc/cuda/similarity_reduce.cu",
+        """  __syncthreads();
+  const int column = tile.across * kTileColumns + threadIdx.x;""",
+        "  const int column = tile.across * kTileColumns + threadIdx.x;",
+        (REDUCE, "-k", "every_fold or negated"),
+    ),
+    Fault(
+        "sums of columns that begin before their memory is free",
+        "csrc/cuda/similarity_sums.h",
+        """    to[int64_t{tile.down} * chunk.cols + column] = sum;
+  }
+  __syncthreads();
+""",
+        """    to[int64_t{tile.down} * chunk.cols + column] = sum;
+  }
+""",
+        (REDUCE, "-k", "negated or schedules"),
+    ),
+    Fault(
+        "the diagonal of a matrix with itself that counts twice",
+        "csrc/cuda/similarity_reduce.cu",
+        "if (!inside || (chunk.itself && j < i + mirrored)) continue;",
+        "if (!inside || (chunk.itself && j < i)) continue;",
+        (REDUCE, "-k", "itself or self_similarity_around"),
+    ),
+    Fault(
+        "an accumulator of a list in float32",
+        "csrc/cuda/similarity_reduce.cu",
+        "  double sum = 0.0;  // a list may be millions long",
+        "  float sum = 0.0f;  // a list may be millions long",
+        ("tests/test_cuda_sums.py", "-k", "lists"),
+    ),
+    Fault(
+        "what rounding took is not given back where rows are packs",
+        "csrc/cuda/similarity_gradients.cu",
+        "values.at[q] += weight * to_float(mate.at[q]);",
+        "values.at[q] += 0.0f * to_float(mate.at[q]);",
+        (REDUCE, "-k", "gradient_error"),
+    ),
+    Fault(
+        "a list that names a column twice and counts it once",
+        "csrc/cuda/similarity_gradients.cu",
+        "spread[(chunk.itself && j < owner ? plane : 0) + place] += d_linear[owner] * p.linear_weight[e];",
+        "spread[(chunk.itself && j < owner ? plane : 0) + place] = d_linear[owner] * p.linear_weight[e];",
+        (REDUCE, "-k", "twice"),
+    ),
+    # ---- Experts -----------------------------------------------------------------------------------------------------
+    Fault(
+        "an expert that takes one token beyond its capacity",
+        "csrc/cuda/expert_routing_slots.cu",
+        "if (!without_gaps && slot >= p.capacity) slot = -1;",
+        "if (!without_gaps && slot > p.capacity) slot = -1;",
+        (ROUTING, "-k", "slots_are_those or slots_of_several"),
+    ),
+    Fault(
+        "counts of earlier blocks that have their own in them",
+        "csrc/cuda/expert_routing_slots.cu",
+        "    before += other < slice ? of_other : 0;\n    total += of_other;",
+        "    before += other <= slice ? of_other : 0;\n    total += of_other;",
+        (ROUTING, "-k", "slots_of_several or slots_are_those"),
+    ),
+    Fault(
+        "lanes that do not wait for each other's next place",
+        "csrc/cuda/expert_routing_slots.cu",
+        """    __syncwarp();
+    if (expert >= 0 && peers.before == 0) *next += __popc(peers.all);""",
+        "    if (expert >= 0 && peers.before == 0) *next += __popc(peers.all);",
+        (ROUTING, "-k", "slots_are_those or slots_have"),
+    ),
+    Fault(
+        "a NaN that comes back where a choice was dropped",
+        "csrc/cuda/expert_routing.cu",
+        "        if (taken.slot[j] < 0) continue;  // whatever its gate is\n",
+        "",
+        (ROUTING, "-k", "nan_does_not or no_place"),
+    ),
+]
