@@ -86,6 +86,7 @@ def reduce_cases(backend, dtype):
 
 
 def topk_cases(backend, dtype):
+    wide = torch.promote_types(dtype, torch.float32)
     for n, m, d in SIZES:
         for k in (1, 4):
             options = {
@@ -94,8 +95,8 @@ def topk_cases(backend, dtype):
                 "row_bias": torch.randn(n),
                 "col_bias": torch.randn(m),
                 "pairs": rules_of(n, m, RULES, 2),
-                "floor": torch.full((n,), -50.0),
-                "count_above": torch.zeros(n),
+                "floor": torch.full((n,), -50.0, dtype=wide),
+                "count_above": torch.zeros(n, dtype=wide),
             }
 
             def call(k=k, **given):
