@@ -36,13 +36,13 @@ import setup_cuda  # noqa: E402
 from setup_cpu import (  # noqa: E402
     COMMON_FLAGS,
     NAME_HEADERS,
+    amx_macro,
     extension_objects,
     find_compiler,
     level_macros,
     levels,
     library_objects,
     say_first_error,
-    x86_macro,
 )
 from setup_says import checkout, choice, compilers, fail, fixes, warn_cpu_only, warn_pure_python  # noqa: E402
 from setup_torch import NoTorch, advice, import_torch, torch_arguments  # noqa: E402
@@ -130,7 +130,7 @@ def make_plan() -> Plan:
         return Plan(reason=f"no C++ compiler was found (looked for {looked})")
     torch = import_torch()
     name = compilers.version(compiler) or compiler[0]
-    plan = Plan(compiler=name, cpu=f"CPU extension with levels {', '.join(levels())}; {name}", macros=x86_macro())
+    plan = Plan(compiler=name, cpu=f"CPU extension with levels {', '.join(levels())}; {name}", macros=amx_macro())
     try:
         plan.cuda = find_cuda(torch, compiler)
     except setup_cuda.NoCuda as why:

@@ -26,14 +26,18 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 X86_LEVELS["avx512"] = [*X86_LEVELS["avx2"], *AVX512]
 X86_LEVELS["avx512_bf16"] = [*X86_LEVELS["avx512"], "-mavx512bf16"]
 X86_LEVELS["amx"] = [*X86_LEVELS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
-# What the sources are told about a level beside LEVEL, its namespace.
+# Every processor of this architecture has NEON.
+ARM_LEVELS: dict[str, list[str]] = {"neon": [], "neon_bf16": ["-march=armv8.2-a+bf16"]}
+# What the sources are told about a level beside LEVEL, its namespace. LEVEL_BELOW has what a level leaves to another.
 LEVEL_MACROS: dict[str, list[tuple[str, str]]] = {
     "default": [("VECTOR_BYTES", "16")],
     "avx2": [("VECTOR_BYTES", "32")],
     "avx512": [("VECTOR_BYTES", "64")],
-    "avx512_bf16": [("VECTOR_BYTES", "64"), ("HAS_BF16_DOT", "1")],
-    "amx": [("VECTOR_BYTES", "64"), ("HAS_BF16_DOT", "1"), ("HAS_AMX", "1")],
+    "avx512_bf16": [("VECTOR_BYTES", "64"), ("HAS_BF16_DOT", "1"), ("LEVEL_BELOW", "level_avx512")],
+    "neon": [("VECTOR_BYTES", "16")],
+    "neon_bf16": [("VECTOR_BYTES", "16"), ("HAS_BF16_DOT", "1"), ("LEVEL_BELOW", "level_neon")],
 }
+LEVEL_MACROS["amx"] = [*LEVEL_MACROS["avx512_bf16"], ("HAS_AMX", "1")]
 
 # What is hot is written in vectors and unrolled by pragmas: -O3 compiles a third longer and makes the rest no faster.
 # -fno-lto and -g0 overrule what the interpreter was built with. Link-time optimisation would merge
@@ -87,9 +91,9 @@ def first_error(output: str, status: int) -> str:
     return [*said, *lines, f"exit status {status}"][0]
 
 
-def is_x86() -> bool:
-    # The target of the build, not the machine: a macOS universal2 build must take the common path.
-    return sysconfig.get_platform().rpartition("-")[2] == "x86_64"
+def architecture() -> str:
+    """What is built for, which is not always this machine: x86_64, aarch64 or arm64, universal2 (both), or another."""
+    return sysconfig.get_platform().rpartition("-")[2]
 
 
 @functools.cache
@@ -100,9 +104,17 @@ def has_amx() -> bool:
 
 
 def levels() -> dict[str, list[str]]:
-    if not is_x86():
-        return {"default": []}
-    return {level: flags for level, flags in X86_LEVELS.items() if level != "amx" or has_amx()}
+    """The levels of a build and their flags; a level comes after that which has what it leaves to another."""
+    x86 = {level: flags for level, flags in X86_LEVELS.items() if level != "amx" or has_amx()}
+    match architecture():
+        case "x86_64":
+            return x86
+        case "aarch64" | "arm64":
+            return ARM_LEVELS
+        case "universal2":  # setuptools drops the architectures of the interpreter where flags name one
+            both = {"x86_64": x86, "arm64": ARM_LEVELS}
+            return {level: ["-arch", name, *flags] for name, some in both.items() for level, flags in some.items()}
+    return {"default": []}
 
 
 # Has the compiler write down the headers of an object. Not on macOS, where one command may be for two architectures.
@@ -181,7 +193,5 @@ def extension_objects(extension: Extension, python: list[str]) -> list[Object]:
     return [Object(folder, source, *how) for source in extension.sources]
 
 
-def x86_macro() -> list[tuple[str, str]]:
-    if not is_x86():
-        return []
-    return [("CONTRASTIVE_OPS_X86", "1"), *([("CONTRASTIVE_OPS_AMX", "1")] if has_amx() else [])]
+def amx_macro() -> list[tuple[str, str]]:
+    return [("CONTRASTIVE_OPS_AMX", "1")] if "amx" in levels() else []

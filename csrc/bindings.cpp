@@ -28,19 +28,11 @@ const CudaKernels* cuda_kernels() { return nullptr; }
 
 namespace {
 
-#ifdef CONTRASTIVE_OPS_AMX
-constexpr const char* kLevels = "default avx2 avx512 avx512_bf16 amx";
-#elif defined(CONTRASTIVE_OPS_X86)
-constexpr const char* kLevels = "default avx2 avx512 avx512_bf16";
-#else
-constexpr const char* kLevels = "default";
-#endif
-
 constexpr int64_t kMostVirtualCores = 1024;
 
 // Versions and options at build time, and whether torch's threads were found.
 PyObject* build_config(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s,s:s,s:s,s:s}", "compiler", __VERSION__, "cpu_levels", kLevels, "openmp",
+  return Py_BuildValue("{s:s,s:s,s:s,s:s}", "compiler", __VERSION__, "cpu_levels", capability_names().c_str(), "openmp",
                        has_threads() ? "yes" : "no", "cuda", CONTRASTIVE_OPS_CUDA);
 }
 

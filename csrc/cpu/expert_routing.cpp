@@ -10,7 +10,7 @@
 namespace contrastive_ops {
 namespace LEVEL {
 // Nothing here is a product of bfloat16 numbers.
-ExpertRouting expert_routing() { return level_avx512::expert_routing(); }
+ExpertRouting expert_routing() { return LEVEL_BELOW::expert_routing(); }
 }  // namespace LEVEL
 }  // namespace contrastive_ops
 #else

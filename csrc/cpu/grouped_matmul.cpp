@@ -390,12 +390,12 @@ void grouped_outer(const GroupedOuter& p, const Parallel& parallel) {
 void grouped_forward_any(const GroupedForward& p, const Parallel& parallel) {
   for_type(
       p.rows.dtype, [&](auto c, auto s) { grouped_forward<decltype(c), decltype(s)>(p, parallel); },
-      [&] { level_avx512::grouped_matmul().forward(p, parallel); });
+      [&] { LEVEL_BELOW::grouped_matmul().forward(p, parallel); });
 }
 void grouped_outer_any(const GroupedOuter& p, const Parallel& parallel) {
   for_type(
       p.rows.dtype, [&](auto c, auto s) { grouped_outer<decltype(c), decltype(s)>(p, parallel); },
-      [&] { level_avx512::grouped_matmul().outer(p, parallel); });
+      [&] { LEVEL_BELOW::grouped_matmul().outer(p, parallel); });
 }
 
 }  // namespace

@@ -327,12 +327,12 @@ void maxsim_forward(const MaxSimProblem& p, const MaxSimForward& out, const Para
 void maxsim_forward_any(const MaxSimProblem& p, const MaxSimForward& out, const Parallel& parallel) {
   for_type(
       p.dtype, [&](auto c, auto s) { maxsim_forward<decltype(c), decltype(s)>(p, out, parallel); },
-      [&] { level_avx512::maxsim().forward(p, out, parallel); });
+      [&] { LEVEL_BELOW::maxsim().forward(p, out, parallel); });
 }
 void maxsim_backward_any(const MaxSimProblem& p, const MaxSimBackward& gradients, const Parallel& parallel) {
   for_type(
       p.dtype, [&](auto c, auto s) { maxsim_backward<decltype(c), decltype(s)>(p, gradients, parallel); },
-      [&] { level_avx512::maxsim().backward(p, gradients, parallel); });
+      [&] { LEVEL_BELOW::maxsim().backward(p, gradients, parallel); });
 }
 
 }  // namespace

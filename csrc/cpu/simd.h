@@ -20,6 +20,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace contrastive_ops {
@@ -140,6 +142,9 @@ INLINE unsigned bits_of(Vec<I> condition) {
 #elif defined(__x86_64__)
   if constexpr (sizeof(I) == 4) return _mm_movemask_ps(bit_cast<__m128>(condition));
   return _mm_movemask_pd(bit_cast<__m128d>(condition));
+#elif defined(__aarch64__)
+  if constexpr (sizeof(I) == 4) return vaddvq_u32(bit_cast<uint32x4_t>(Vec<int32_t>(condition & Vec<I>{1, 2, 4, 8})));
+  return static_cast<unsigned>(vaddvq_u64(bit_cast<uint64x2_t>(condition & Vec<I>{1, 2})));
 #else
   unsigned bits = 0;
   for (int q = 0; q < kLanes<I>; ++q) bits |= (condition[q] & 1u) << q;

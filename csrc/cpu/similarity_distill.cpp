@@ -331,12 +331,12 @@ void distill_backward(const DistillProblem& p, const DistillBackward& b, const P
 void distill_forward_any(const DistillProblem& p, const DistillForward& out, const Parallel& parallel) {
   for_compute(
       p.student.dtype, [&](auto c) { distill_forward<decltype(c)>(p, out, parallel); },
-      [&] { level_avx512::similarity_distill().forward(p, out, parallel); });
+      [&] { LEVEL_BELOW::similarity_distill().forward(p, out, parallel); });
 }
 void distill_backward_any(const DistillProblem& p, const DistillBackward& gradients, const Parallel& parallel) {
   for_compute(
       p.student.dtype, [&](auto c) { distill_backward<decltype(c)>(p, gradients, parallel); },
-      [&] { level_avx512::similarity_distill().backward(p, gradients, parallel); });
+      [&] { LEVEL_BELOW::similarity_distill().backward(p, gradients, parallel); });
 }
 
 }  // namespace

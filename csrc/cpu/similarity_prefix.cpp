@@ -95,13 +95,13 @@ void prefix_forward_any(const SimilarityPrefixProblem& p, const SimilarityPrefix
                         const Parallel& parallel) {
   for_compute(
       p.dtype, [&](auto c) { prefix_forward<decltype(c)>(p, out, parallel); },
-      [&] { level_avx512::similarity_prefix().forward(p, out, parallel); });
+      [&] { LEVEL_BELOW::similarity_prefix().forward(p, out, parallel); });
 }
 void prefix_backward_any(const SimilarityPrefixProblem& p, const SimilarityPrefixBackward& gradients,
                          const Parallel& parallel) {
   for_compute(
       p.dtype, [&](auto c) { prefix_backward<decltype(c)>(p, gradients, parallel); },
-      [&] { level_avx512::similarity_prefix().backward(p, gradients, parallel); });
+      [&] { LEVEL_BELOW::similarity_prefix().backward(p, gradients, parallel); });
 }
 
 }  // namespace

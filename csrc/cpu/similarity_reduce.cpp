@@ -131,17 +131,17 @@ void total(const SimilarityProblem& p, const SimilarityTotal& t, const Parallel&
 void forward_any(const SimilarityProblem& p, const SimilarityForward& out, const Parallel& parallel) {
   for_compute(
       p.dtype, [&](auto c) { forward<decltype(c)>(p, out, parallel); },
-      [&] { level_avx512::similarity_reduce().forward(p, out, parallel); });
+      [&] { LEVEL_BELOW::similarity_reduce().forward(p, out, parallel); });
 }
 void backward_any(const SimilarityProblem& p, const SimilarityBackward& gradients, const Parallel& parallel) {
   for_compute(
       p.dtype, [&](auto c) { backward<decltype(c)>(p, gradients, parallel); },
-      [&] { level_avx512::similarity_reduce().backward(p, gradients, parallel); });
+      [&] { LEVEL_BELOW::similarity_reduce().backward(p, gradients, parallel); });
 }
 void total_any(const SimilarityProblem& p, const SimilarityTotal& out, const Parallel& parallel) {
   for_compute(
       p.dtype, [&](auto c) { total<decltype(c)>(p, out, parallel); },
-      [&] { level_avx512::similarity_reduce().total(p, out, parallel); });
+      [&] { LEVEL_BELOW::similarity_reduce().total(p, out, parallel); });
 }
 
 }  // namespace

@@ -23,6 +23,26 @@ INLINE void for_each_bit(unsigned bits, Body body) {
   for (; bits; bits &= bits - 1) body(__builtin_ctz(bits));
 }
 
+#if defined(__aarch64__)
+// For each set of lanes, the bytes of its lanes one after another: what a table look-up takes. The rest is the first.
+template <class A>
+struct CompressBytes {
+  constexpr CompressBytes() {
+    for (int bits = 0; bits < (1 << kLanes<A>); ++bits) {
+      size_t at = 0;
+      for (size_t q = 0; q < kLanes<A>; ++q) {
+        if ((bits >> q) & 1) {
+          for (size_t byte = 0; byte < sizeof(A); ++byte) of[bits][at++] = static_cast<uint8_t>(q * sizeof(A) + byte);
+        }
+      }
+    }
+  }
+  alignas(16) uint8_t of[1 << kLanes<A>][16] = {};
+};
+template <class A>
+constexpr CompressBytes<A> kCompressBytes{};
+#endif
+
 // Writes the lanes whose bit is set one after another; what follows them, up to a whole vector, is garbage.
 template <class A>
 INLINE void compress(A* values, Id<A>* columns, Vec<A> value, Vec<Id<A>> column, unsigned bits) {
@@ -35,6 +55,10 @@ INLINE void compress(A* values, Id<A>* columns, Vec<A> value, Vec<Id<A>> column,
     _mm512_storeu_pd(values, _mm512_maskz_compress_pd(bits, bit_cast<__m512d>(value)));
     _mm512_storeu_si512(columns, _mm512_maskz_compress_epi64(bits, bit_cast<__m512i>(column)));
   }
+#elif defined(__aarch64__)
+  const uint8x16_t bytes = vld1q_u8(kCompressBytes<A>.of[bits]);
+  store(values, bit_cast<Vec<A>>(vqtbl1q_u8(bit_cast<uint8x16_t>(value), bytes)));
+  store(columns, bit_cast<Vec<Id<A>>>(vqtbl1q_u8(bit_cast<uint8x16_t>(column), bytes)));
 #else
   int64_t at = 0;
   for_each_bit(bits, [&](int q) {

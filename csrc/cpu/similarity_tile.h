@@ -30,6 +30,27 @@ struct ComputeBFloat16 {  // pairs of bfloat16 numbers, products accumulated in 
   using Unit = uint32_t;
   static constexpr int kDepth = 2;
 };
+
+// float32 rounded to bfloat16, and what pairs of bfloat16 numbers add to float32 sums.
+#if defined(__aarch64__)
+INLINE HalfWidth to_bfloat16(Vec<float> v) { return bit_cast<HalfWidth>(vcvt_bf16_f32(bit_cast<float32x4_t>(v))); }
+INLINE Vec<uint32_t> to_bfloat16(Vec<float> first, Vec<float> second) {
+  const auto half = vcvtq_low_bf16_f32(bit_cast<float32x4_t>(first));
+  return bit_cast<Vec<uint32_t>>(vcvtq_high_bf16_f32(half, bit_cast<float32x4_t>(second)));
+}
+INLINE Vec<float> plus_dot(Vec<float> sum, Vec<uint32_t> a, Vec<uint32_t> b) {
+  return bit_cast<Vec<float>>(
+      vbfdotq_f32(bit_cast<float32x4_t>(sum), bit_cast<bfloat16x8_t>(a), bit_cast<bfloat16x8_t>(b)));
+}
+#else
+INLINE HalfWidth to_bfloat16(Vec<float> v) { return bit_cast<HalfWidth>(_mm512_cvtneps_pbh(v)); }
+INLINE Vec<uint32_t> to_bfloat16(Vec<float> first, Vec<float> second) {
+  return bit_cast<Vec<uint32_t>>(_mm512_cvtne2ps_pbh(second, first));
+}
+INLINE Vec<float> plus_dot(Vec<float> sum, Vec<uint32_t> a, Vec<uint32_t> b) {
+  return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
+}
+#endif
 #endif
 
 // Whether tiles are multiplied by AMX, whose registers hold 16 lanes of 16 units.
@@ -118,25 +139,35 @@ template <class C>
 INLINE Vec<typename C::Acc> rounded(Vec<typename C::Acc> v) {
 #ifdef HAS_BF16_DOT
   if constexpr (C::kDepth == 2) {
-    return bit_cast<Vec<float>>(Vec<uint32_t>(widen(bit_cast<HalfWidth>(_mm512_cvtneps_pbh(v))) << 16));
+    return bit_cast<Vec<float>>(Vec<uint32_t>(widen(to_bfloat16(v)) << 16));
   }
 #endif
   return v;
 }
 
-// 8 x 32 on AVX-512 (16 accumulators of 32 registers), 4 x 16 on AVX2, 4 x 8 on SSE2: enough independent sums to
-// hide the latency of a fused multiply-add, few enough loads to keep both multipliers busy.
+// 8 x 32 on AVX-512 and 8 x 8 on NEON (16 accumulators of 32 registers), 4 x 16 on AVX2, 4 x 8 on SSE2: enough
+// independent sums to hide the latency of a fused multiply-add, few enough loads to keep all multipliers busy.
 // 32 x 32 on AMX: four accumulators, so that each load is used twice.
+#if defined(__aarch64__)
+constexpr bool kMultipliesByLane = true;  // an instruction takes any lane of a vector as its factor
+#else
+constexpr bool kMultipliesByLane = false;
+#endif
 template <class C>
-constexpr int kRows = kTiled<C>            ? 32
-                      : VECTOR_BYTES == 64 ? 8
-                                           : 4;
+constexpr int kRows = kTiled<C>                                 ? 32
+                      : VECTOR_BYTES == 64 || kMultipliesByLane ? 8
+                                                                : 4;
 constexpr int kVectors = 2;
 template <class C>
 constexpr int kCols = kVectors * kLanes<typename C::Acc>;
 // Packing works on whole vectors of lanes, so panels are laid out for a multiple of both.
 template <class C>
-constexpr int kLaneGroup = kCols<C>;
+constexpr int kLaneGroup = kRows<C> > kCols<C> ? kRows<C> : kCols<C>;
+template <class C>
+constexpr bool kPanelsAreWhole =
+    kLaneGroup<C> % kRows<C> == 0 && kLaneGroup<C> % kCols<C> == 0 && kLaneGroup<C> % kLanes<typename C::Unit> == 0;
+static_assert(kPanelsAreWhole<ComputeFloat> && kPanelsAreWhole<ComputeDouble> && kPanelsAreWhole<ComputeForBFloat16>,
+              "what is packed group by group ends with a panel of either side");
 
 // The side of a product that a panel is for, and its lanes.
 enum class Side { a, b };
@@ -171,18 +202,17 @@ INLINE Vec<uint32_t> units_along(ComputeBFloat16, const BFloat16* from) {
   return pairs;
 }
 INLINE Vec<uint32_t> units_along(ComputeBFloat16, const float* from) {
-  return bit_cast<Vec<uint32_t>>(_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from)));
+  return to_bfloat16(load(from), load(from + kLanes<float>));
 }
 INLINE Vec<uint32_t> units_along(ComputeBFloat16, const int8_t* from) {  // exact: codes have seven bits
-  return bit_cast<Vec<uint32_t>>(_mm512_cvtne2ps_pbh(to_float(from + 16), to_float(from)));
+  return to_bfloat16(to_float(from), to_float(from + kLanes<float>));
 }
 INLINE Vec<uint32_t> pair(Vec<uint32_t> first, Vec<uint32_t> second) { return first | (second << 16); }
 INLINE Vec<uint32_t> units_across(ComputeBFloat16, const BFloat16* from, const BFloat16* next) {
   return pair(widen(load_half_width(from)), widen(load_half_width(next)));
 }
 INLINE Vec<uint32_t> units_across(ComputeBFloat16, const float* from, const float* next) {
-  const auto first = _mm512_cvtneps_pbh(_mm512_loadu_ps(from)), second = _mm512_cvtneps_pbh(_mm512_loadu_ps(next));
-  return pair(widen(bit_cast<HalfWidth>(first)), widen(bit_cast<HalfWidth>(second)));
+  return pair(widen(to_bfloat16(load(from))), widen(to_bfloat16(load(next))));
 }
 #endif
 
@@ -335,12 +365,57 @@ INLINE void multiply_add(Vec<typename C::Acc>& sum, typename C::Unit a, Vec<type
   using A = typename C::Acc;
 #ifdef HAS_BF16_DOT
   if constexpr (C::kDepth == 2) {
-    const auto left = bit_cast<__m512bh>(broadcast(a)), right = bit_cast<__m512bh>(b);
-    sum = _mm512_dpbf16_ps(sum, left, right);
+    sum = plus_dot(sum, broadcast(a), b);
     return;
   }
 #endif
   sum += bit_cast<A>(a) * bit_cast<Vec<A>>(b);
+}
+
+#if defined(__aarch64__)
+// The same with one lane of a vector as `a`, an operand of the instruction. The compilers know no better: GCC loads
+// each lane on its own, and Clang copies lanes to vectors.
+template <class C, int Lane>
+INLINE void multiply_add_lane(Vec<typename C::Acc>& sum, Vec<typename C::Unit> a, Vec<typename C::Unit> b) {
+  if constexpr (C::kDepth == 2) {
+    __asm__("bfdot %0.4s, %1.8h, %2.2h[%3]" : "+w"(sum) : "w"(b), "w"(a), "i"(Lane));
+  } else if constexpr (sizeof(typename C::Acc) == 4) {
+    __asm__("fmla %0.4s, %1.4s, %2.s[%3]" : "+w"(sum) : "w"(b), "w"(a), "i"(Lane));
+  } else {
+    __asm__("fmla %0.2d, %1.2d, %2.d[%3]" : "+w"(sum) : "w"(b), "w"(a), "i"(Lane));
+  }
+}
+template <class C, int... Row>
+INLINE void multiply_add_lanes(Vec<typename C::Acc> (*sums)[kVectors], const Vec<typename C::Unit>* rows,
+                               const Vec<typename C::Unit>* columns, std::integer_sequence<int, Row...>) {
+  constexpr int width = kLanes<typename C::Unit>;
+  static_assert(kVectors == 2, "one instruction for each");
+  ((multiply_add_lane<C, Row % width>(sums[Row][0], rows[Row / width], columns[0]),
+    multiply_add_lane<C, Row % width>(sums[Row][1], rows[Row / width], columns[1])),
+   ...);
+}
+#endif
+
+// Adds one step of the depth to the sums of a tile.
+template <class C>
+INLINE void add_step(Vec<typename C::Acc> (*sums)[kVectors], const typename C::Unit* a, const typename C::Unit* b) {
+  using U = typename C::Unit;
+  constexpr int width = kLanes<U>;
+  Vec<U> columns[kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) columns[v] = load(b + v * width);
+#if defined(__aarch64__)
+  Vec<U> rows[kRows<C> / width];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows<C> / width; ++i) rows[i] = load(a + i * width);
+  multiply_add_lanes<C>(sums, rows, columns, std::make_integer_sequence<int, kRows<C>>{});
+#else
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows<C>; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) multiply_add<C>(sums[i][v], a[i], columns[v]);
+  }
+#endif
 }
 
 #ifdef HAS_AMX
@@ -398,15 +473,19 @@ INLINE void amx_tile(int64_t depth, const uint32_t* a, const uint32_t* b, float*
 }
 #endif
 
+#if defined(__aarch64__)
+#define OWN_REGISTERS __attribute__((noinline))  // as part of another function it would keep addresses in memory
+#else
+#define OWN_REGISTERS
+#endif
 // kRows x kCols outputs over `depth` units; adds to C if `add`.
 template <class C>
-void tile(int64_t depth, const typename C::Unit* a, const typename C::Unit* b, typename C::Acc* c, int64_t ldc,
-          bool add) {
+OWN_REGISTERS void tile(int64_t depth, const typename C::Unit* a, const typename C::Unit* b, typename C::Acc* c,
+                        int64_t ldc, bool add) {
 #ifdef HAS_AMX
   if constexpr (kTiled<C>) return amx_tile(depth, a, b, c, ldc, add);
 #endif
   using A = typename C::Acc;
-  using U = typename C::Unit;
   constexpr int width = kLanes<A>;
   // The outputs are met once per depth loop and lie far apart: without the hint their misses end every tile.
 #pragma GCC unroll 16
@@ -420,15 +499,15 @@ void tile(int64_t depth, const typename C::Unit* a, const typename C::Unit* b, t
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[i][v] = Vec<A>{};
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<U> columns[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) columns[v] = load(b + k * kCols<C> + v * width);
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows<C>; ++i) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) multiply_add<C>(sums[i][v], a[k * kRows<C> + i], columns[v]);
+  int64_t k = 0;
+  if constexpr (kMultipliesByLane) {  // small tiles: two steps share what the loop itself costs
+    for (; k + 1 < depth; k += 2) {
+      add_step<C>(sums, a + k * kRows<C>, b + k * kCols<C>);
+      add_step<C>(sums, a + (k + 1) * kRows<C>, b + (k + 1) * kCols<C>);
     }
+    if (k < depth) add_step<C>(sums, a + k * kRows<C>, b + k * kCols<C>);
+  } else {
+    for (; k < depth; ++k) add_step<C>(sums, a + k * kRows<C>, b + k * kCols<C>);
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kRows<C>; ++i) {

@@ -469,17 +469,17 @@ void topk_order(const TopKOrder& o, const Parallel& parallel) {
 void topk_forward_any(const SimilarityProblem& p, const TopKForward& out, const Parallel& parallel) {
   for_compute(
       p.dtype, [&](auto c) { topk_forward<decltype(c)>(p, out, parallel); },
-      [&] { level_avx512::similarity_topk().forward(p, out, parallel); });
+      [&] { LEVEL_BELOW::similarity_topk().forward(p, out, parallel); });
 }
 void topk_at_any(const SimilarityProblem& p, const TopKAt& out, const Parallel& parallel) {
   for_compute(
       p.dtype, [&](auto c) { topk_at<decltype(c)>(p, out, parallel); },
-      [&] { level_avx512::similarity_topk().at(p, out, parallel); });
+      [&] { LEVEL_BELOW::similarity_topk().at(p, out, parallel); });
 }
 void topk_backward_any(const SimilarityProblem& p, const TopKBackward& gradients, const Parallel& parallel) {
   for_compute(
       p.dtype, [&](auto c) { topk_backward<decltype(c)>(p, gradients, parallel); },
-      [&] { level_avx512::similarity_topk().backward(p, gradients, parallel); });
+      [&] { LEVEL_BELOW::similarity_topk().backward(p, gradients, parallel); });
 }
 
 void topk_merge_any(const TopKMerge& m, const Parallel& parallel) {

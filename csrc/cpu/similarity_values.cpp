@@ -240,12 +240,12 @@ void values_backward(const ValuesProblem& p, const ValuesBackward& b, const Para
 void values_forward_any(const ValuesProblem& p, const ValuesForward& out, const Parallel& parallel) {
   for_compute(
       p.logits.dtype, [&](auto c) { values_forward<decltype(c)>(p, out, parallel); },
-      [&] { level_avx512::similarity_values().forward(p, out, parallel); });
+      [&] { LEVEL_BELOW::similarity_values().forward(p, out, parallel); });
 }
 void values_backward_any(const ValuesProblem& p, const ValuesBackward& gradients, const Parallel& parallel) {
   for_compute(
       p.logits.dtype, [&](auto c) { values_backward<decltype(c)>(p, gradients, parallel); },
-      [&] { level_avx512::similarity_values().backward(p, gradients, parallel); });
+      [&] { LEVEL_BELOW::similarity_values().backward(p, gradients, parallel); });
 }
 
 }  // namespace
