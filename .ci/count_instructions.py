@@ -1,18 +1,25 @@
-"""Counts the instructions of the main loops of a level for ARM: python .ci/count_instructions.py FILE.s...
+"""Counts the instructions of the main loops of the levels for ARM.
 
-A main loop is an innermost loop with at least 32 products of a vector and a lane (fmla or bfdot), two steps of a tile. How many
-instructions it has for each of them bounds its speed, because a core issues a fixed number a cycle; and a register that
-is kept in memory (a spill) is a load or a store on the stack. Prints a line for each loop; exits 1 where there is none,
-where one has more than 1.45 instructions a product, or a spill. The assembly is what GCC and Clang write with -S.
+    python .ci/count_instructions.py aarch64-linux-gnu-g++      what this compiler makes of a kernel at both levels
+    python .ci/count_instructions.py FILE.s...                  assembly that is there
+
+A main loop is an innermost loop with at least 32 products of a vector and a lane (fmla or bfdot), two steps of a tile.
+How many instructions it has for each of them bounds its speed, because a core issues a fixed number a cycle; and a
+register that is kept in memory (a spill) is a load or a store on the stack. Prints a line for each loop; exits 1 where
+there is none, where one has more than 1.45 instructions a product, or a spill.
 """
 
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+KERNEL = "csrc/cpu/grouped_matmul.cpp"  # has the tile of every dtype
 MOST_INSTRUCTIONS = 1.45
 LEAST_PRODUCTS = 32
 
@@ -33,10 +40,12 @@ class Loop:
 
     @property
     def ratio(self) -> float:
+        """Instructions a product."""
         return len(self.instructions) / len(self.products)
 
     @property
     def spills(self) -> int:
+        """Loads and stores on the stack."""
         return sum(name.startswith(("ld", "st")) and "[sp" in operands for name, operands in self.instructions)
 
     def __str__(self) -> str:
@@ -77,13 +86,36 @@ def loops(text: str) -> list[Loop]:
     return found
 
 
-def main(paths: list[str]) -> int:
-    """Prints the loops of all files; 0 where every file has one, and all are short."""
-    fine = bool(paths)
-    for path in paths:
-        counted = loops(Path(path).read_text())
-        print(path, *(f"  {loop}" for loop in counted or ["no loop of products"]), sep="\n")
-        fine &= bool(counted) and all(loop.ratio <= MOST_INSTRUCTIONS and not loop.spills for loop in counted)
+def assembly(compiler: str, source: str, level: str, folder: Path) -> Path:
+    """What a compiler for ARM makes of a kernel at a level, with the flags of a build."""
+    sys.path.insert(0, str(ROOT))
+    import setup_cpu
+
+    flags = [*setup_cpu.COMMON_FLAGS, *setup_cpu.ARM_LEVELS[level]]
+    macros = [f"-D{name}={value}" for name, value in setup_cpu.level_macros(level)]
+    target = folder / f"{Path(source).stem}-{level}.s"
+    subprocess.run([*compiler.split(), *flags, *macros, "-S", ROOT / source, "-o", target], check=True)
+    return target
+
+
+def report(path: Path) -> bool:
+    """Prints the loops of a file; whether it has one, and all are short."""
+    counted = loops(path.read_text())
+    print(path.name, *(f"  {loop}" for loop in counted or ["no loop of products"]), sep="\n")
+    return bool(counted) and all(loop.ratio <= MOST_INSTRUCTIONS and not loop.spills for loop in counted)
+
+
+def main(named: list[str]) -> int:
+    """Reports on files, or on what compilers make of the kernel; 0 where all is well."""
+    if not named:
+        sys.exit("count_instructions: names of .s files, or commands of compilers for ARM, must follow")
+    with tempfile.TemporaryDirectory() as folder:
+        fine = True
+        for name in named:
+            print(f"{name}:")
+            levels = () if name.endswith(".s") else ("neon", "neon_bf16")
+            for path in [assembly(name, KERNEL, level, Path(folder)) for level in levels] or [Path(name)]:
+                fine &= report(path)
     return 0 if fine else 1
 
 

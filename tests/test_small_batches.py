@@ -208,12 +208,12 @@ for rows, columns in ((1, 1), (5, 33), (129, 127), (64, 129)):
 """
 
 
-@pytest.mark.parametrize("level", ["default", "avx2", "avx512", "avx512_bf16", "amx"])
+@pytest.mark.parametrize("level", ["default", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16"])
 def test_every_level_of_this_processor(level):
     from contrastive_ops.core import extension
 
-    levels = ["default", "avx2", "avx512", "avx512_bf16", "amx"]
-    if levels.index(level) > levels.index(extension.load().cpu_capability_detected()):
+    levels = extension.load().build_config()["cpu_levels"].split()
+    if level not in levels[: levels.index(extension.load().cpu_capability_detected()) + 1]:
         pytest.skip(f"this processor has no {level}")
     code = CHILD.format(tests=os.path.dirname(__file__), level=level)
     environment = {**os.environ, "CONTRASTIVE_OPS_CPU_CAPABILITY": level}
