@@ -93,6 +93,21 @@ def test_low_precision_is_no_worse_than_torch(backend, dtype, self_similarity):
     check_against_truth(problem, backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("side", ["rows", "columns"])
+def test_residuals_of_rounded_weights_are_given_back(side, dtype, backend):
+    """Where all rows of the other side are one row, the weights of a row and its target cancel, however they round."""
+    size = 67  # 1 / 67 is rounded, each time in the same direction
+    own = torch.randn(size, 24).to(dtype).requires_grad_()
+    other = torch.randn(1, 24).to(dtype).expand(size, 24).contiguous()
+    target = torch.randperm(size)
+    x, y, dim = (own, other, 1) if side == "rows" else (other, own, 0)
+    found = similarity_reduce(x, y, dim=dim, target=target, backend=backend)
+    folds = found.rows if side == "rows" else found.cols[target]
+    (gradient,) = torch.autograd.grad((folds - found.target).sum(), own)
+    assert float(gradient.abs().max()) <= 1e-4 * float(other[0].abs().max())
+
+
 @pytest.mark.parametrize("per_row_scale,biases,target", list(itertools.product([False, True], repeat=3)))
 def test_options(backend, per_row_scale, biases, target):
     problem = sample_problem(70, 50, 20, per_row_scale=per_row_scale, biases=biases, target=target, dtype=torch.float64)

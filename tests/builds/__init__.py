@@ -63,6 +63,7 @@ class Build:
         level: the SIMD level.
         flags: for the compiler and the linker, after those of the package.
         eager: whether `_eager` is built too, which includes headers of torch.
+        sources: more files of the extension.
     """
 
     tree: Path
@@ -70,6 +71,7 @@ class Build:
     level: str = field(default_factory=usual_level)
     flags: tuple[str, ...] = ()
     eager: bool = True
+    sources: tuple[str, ...] = ()
 
     def make(self, stems: Sequence[str] = (), made: Mapping[Object, str] | None = None) -> dict[Object, str]:
         """Compile what has changed, and link.
@@ -138,7 +140,7 @@ class Build:
     def _of_c(self) -> list[Object]:
         command = self._command(sysconfig.get_path("include"))
         sources = sorted(path.relative_to(self.tree).as_posix() for path in (self.tree / "csrc").glob("*.cpp"))
-        found = [Object(source, command) for source in (*sources, *ONCE) if source not in NOT_OF_C]
+        found = [Object(source, command) for source in (*sources, *ONCE, *self.sources) if source not in NOT_OF_C]
         for level, stems in self._called_levels().items():
             macros = tuple(f"-D{name}={value}" for name, value in setup_cpu.level_macros(level))
             of_level = (*command, *setup_cpu.levels()[level], *macros)
@@ -168,10 +170,11 @@ def _compiler() -> tuple[str, ...]:
 
 
 @functools.cache
-def runs(level: str) -> bool:
-    """Whether this processor has a level. Asked in a process of its own, so that no extension is loaded here."""
+def runs(level: str, tree: Path) -> bool:
+    """Whether this processor has a level: asks the extension of a copy, in a process of its own."""
     ask = "from contrastive_ops.core import extension; print(extension.functions('cpu').capability_detected())"
-    done = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, capture_output=True, text=True, check=True)
+    kept = {**os.environ, "PYTHONPATH": str(tree)}
+    done = subprocess.run([sys.executable, "-c", ask], cwd=tree, env=kept, capture_output=True, text=True, check=True)
     known = list(setup_cpu.levels())
     return known.index(level) <= known.index(done.stdout.split()[-1])
 

@@ -141,9 +141,9 @@ class Tree:
     def result(self, fault: Fault, seconds: float) -> str:
         """What becomes of a fault."""
         level = fault.level or builds.usual_level()
-        if not builds.runs(level):
-            return f"skipped: this processor has no {level}"
         self.build(level)
+        if not builds.runs(level, TREE):
+            return f"skipped: this processor has no {level}"
         without = self.passes(fault, level, seconds)
         if without:
             return without

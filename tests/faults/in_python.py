@@ -174,7 +174,7 @@ FAULTS = [
         "contrastive_ops/losses/_hardness.py",
         "        return lse * share + (lse * (1 - share)).detach()\n",
         "        return lse\n",
-        ("tests/test_losses_hardness.py",),
+        ("tests/test_losses_negatives.py", "-k", "hardness_of"),
     ),
     Fault(
         "a capacity that is rounded down",
