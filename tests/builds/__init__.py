@@ -33,7 +33,8 @@ EAGER = ("csrc/eager.cpp", "csrc/similarity_loss.cpp")
 
 def usual_level() -> str:
     """A level that every machine of its kind has: faults and sanitizers are the same everywhere."""
-    return "avx2" if setup_cpu.is_x86() else "default"
+    known = list(setup_cpu.levels())
+    return "avx2" if "avx2" in known else known[0]
 
 
 def copy_sources(folder: Path, root: Path = ROOT) -> None:
@@ -117,10 +118,10 @@ class Build:
         """Which functions of which levels are called: those of this level, and of lower ones those that it names."""
         stems = {stem for _, stem in self._primitives()}
         found = {self.level: stems}
-        if self.level in ("avx512_bf16", "amx"):
-            text = "".join(path.read_text() for path in sorted((self.tree / "csrc" / "cpu").glob("[!c]*.cpp")))
-            for level, stem in re.findall(r"level_(\w+)::(\w+)\(\)", text):
-                found.setdefault(level, set()).add(stem)
+        below = dict(setup_cpu.LEVEL_MACROS[self.level]).get("LEVEL_BELOW")
+        if below is not None:
+            text = "".join(path.read_text() for path in sorted((self.tree / "csrc" / "cpu").glob("*.cpp")))
+            found[below.removeprefix("level_")] = set(re.findall(r"LEVEL_BELOW::(\w+)\(\)", text))
         return found
 
     def _primitives(self) -> list[tuple[str, str]]:
@@ -156,7 +157,7 @@ class Build:
     def _command(self, *includes: str, system: bool = False) -> tuple[str, ...]:
         """How files are compiled; headers of a system are not looked at when objects are to be renewed."""
         flags = ["-O1" if flag == "-O2" else flag for flag in setup_cpu.COMMON_FLAGS]
-        macros = [f"-D{name}={value}" for name, value in setup_cpu.x86_macro()]
+        macros = [f"-D{name}={value}" for name, value in setup_cpu.amx_macro()]
         places = [word for path in includes for word in (("-isystem", path) if system else (f"-I{path}",))]
         return (*_compiler(), *flags, *self.flags, *macros, *places)
 
