@@ -23,7 +23,7 @@ BUILD_INPUTS := $(wildcard setup*.py) pyproject.toml $(shell find csrc -type f 2
 CPP_FILES := $(shell find csrc tests/cuda_host -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
 .DEFAULT_GOAL := help
-.PHONY: help install peers demo limoe limoe-ablation simclr distributed moe-embeddings distill test fuzz mutate docs lint format bench cores processes bench-peers gpu clean
+.PHONY: help install peers demo limoe limoe-ablation simclr distributed moe-embeddings distill test fuzz mutate docs notebooks wheel lint format bench cores processes bench-peers gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,6 +86,22 @@ mutate: install ## plant small faults in a copy of the sources, and say which no
 docs: install ## the documentation site, in build/site; a link or an argument that does not exist is an error
 	$(RUN) -m pip install --no-compile --disable-pip-version-check -q -r requirements/docs.txt
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+notebooks: install ## run the notebooks of examples/notebooks and keep what they print and draw
+	$(RUN) -m pip install --no-compile --disable-pip-version-check -q -r requirements/notebooks.txt
+	$(BIN)/jupyter execute --inplace examples/notebooks/*.ipynb
+
+# For every torch, Python from 3.10 on and Linux from glibc 2.28 on, but for the module with torch's headers, which is for
+# the torch and the Python of .venv. The second is for machines that this one is not for, the third to compile there.
+wheel: $(VENV)/.dev ## what `pip install` takes from an index, in dist: a wheel, one without the extension, the sources
+	$(RUN) -m pip install --no-compile --disable-pip-version-check -q -r requirements/wheel.txt
+	rm -rf dist build/wheel build/lib*
+	CONTRASTIVE_OPS_WHEEL=1 CONTRASTIVE_OPS_EXT=1 CONTRASTIVE_OPS_CUDA=0 $(RUN) -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) --exclude "libc10.so" --exclude "libtorch*.so" -w dist build/wheel/*.whl
+	rm -rf build/lib*
+	CONTRASTIVE_OPS_EXT=0 $(RUN) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	$(RUN) -m build -q --sdist --no-isolation --outdir dist .
+	@ls -l dist
 
 lint: install ## ruff, mypy and clang-format, nothing is changed
 	$(BIN)/ruff check .

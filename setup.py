@@ -2,12 +2,14 @@
 
 The extension is ``csrc/*.cpp``, which know Python and no torch header, linked with static libraries, one per SIMD level
 and one of CUDA kernels, because setuptools knows one set of flags per extension only. So it loads with every torch of
-its Python. Two environment variables steer the build:
+its Python. Three environment variables steer the build:
 
     CONTRASTIVE_OPS_EXT   auto (default): build the extension, or install pure Python and warn where
                           there is no compiler for it; 1: fail if it cannot be built; 0: pure Python
     CONTRASTIVE_OPS_CUDA  auto (default): CUDA kernels where torch is a CUDA build and a toolkit of
                           its major version is found, else CPU only; 1: fail without them; 0: CPU only
+    CONTRASTIVE_OPS_WHEEL auto (default): for this machine; 1: one extension for every Python from 3.10 on and
+                          for every Linux from glibc 2.28 on (`make wheel`)
 
 CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LIST the GPUs (see ``setup_cuda.py``). The torch is that
 of the interpreter that gets the package, in an isolated build too (see ``setup_torch.py``).
@@ -35,23 +37,25 @@ sys.path.insert(0, str(ROOT))  # build front ends do not import from the source 
 import setup_cuda  # noqa: E402
 from setup_cpu import (  # noqa: E402
     COMMON_FLAGS,
+    LIMITED_API,
     NAME_HEADERS,
+    PORTABLE,
     amx_macro,
     extension_objects,
     find_compiler,
     level_macros,
     levels,
     library_objects,
+    portable_arguments,
     say_first_error,
 )
 from setup_says import checkout, choice, compilers, fail, fixes, warn_cpu_only, warn_pure_python  # noqa: E402
-from setup_torch import NoTorch, advice, import_torch, torch_arguments  # noqa: E402
+from setup_torch import EAGER, NoTorch, advice, import_torch, make_eager  # noqa: E402
 
 MIN_SETUPTOOLS = 77  # the first that reads the license expression in pyproject.toml
 REPORT = "_build_report.json"  # read when the package is imported: pip hides build output
 
 CUDA_LIBRARY = "contrastive_ops_cuda"
-EAGER = "csrc/eager.cpp"  # the one file with torch headers
 
 
 if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
@@ -62,6 +66,7 @@ if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
 
 WANT_EXT = choice("CONTRASTIVE_OPS_EXT", "unset it to build the extension wherever a compiler is found")
 WANT_CUDA = choice("CONTRASTIVE_OPS_CUDA", "unset it to build CUDA kernels where a toolkit is found")
+IS_WHEEL = choice("CONTRASTIVE_OPS_WHEEL", "unset it to build for this machine alone") == "1"
 
 
 @dataclass
@@ -74,6 +79,7 @@ class Plan:
     macros: list[tuple[str, str]] = field(default_factory=list)
     cuda: setup_cuda.Nvcc | None = None
     why_no_cuda: str | None = None
+    torch: str | None = None  # which one contrastive_ops._eager is for
 
     @property
     def summary(self) -> str:
@@ -88,6 +94,7 @@ class Plan:
             "summary": self.summary,
             "why_no_extension": self.reason,
             "why_no_cuda": self.why_no_cuda,
+            "torch": self.torch,
             "sources": checkout.sources_digest(ROOT),
         }
 
@@ -130,7 +137,8 @@ def make_plan() -> Plan:
         return Plan(reason=f"no C++ compiler was found (looked for {looked})")
     torch = import_torch()
     name = compilers.version(compiler) or compiler[0]
-    plan = Plan(compiler=name, cpu=f"CPU extension with levels {', '.join(levels())}; {name}", macros=amx_macro())
+    cpu = f"CPU extension with levels {', '.join(levels())}; {name}"
+    plan = Plan(compiler=name, cpu=cpu, macros=amx_macro(), torch=str(torch.__version__))
     try:
         plan.cuda = find_cuda(torch, compiler)
     except setup_cuda.NoCuda as why:
@@ -174,29 +182,19 @@ def make_libraries(plan: Plan) -> list[tuple[str, dict]]:
     return libraries
 
 
-def make_eager() -> list[Extension]:
-    """The module with torch headers, which is for one torch; everything works without it."""
-    if not (ROOT / EAGER).exists():
-        return []
-    options = {
-        "extra_compile_args": [*COMMON_FLAGS, *NAME_HEADERS],
-        "language": "c++",
-        "optional": True,
-        **torch_arguments("_eager"),
-    }
-    return [Extension("contrastive_ops._eager", [EAGER, "csrc/similarity_loss.cpp"], **options)]
-
-
 def make_extension(plan: Plan) -> Extension:
     cuda = plan.cuda.extension_arguments() if plan.cuda is not None else {}
-    own = [path for path in sources("csrc/*.cpp") if path not in ("csrc/bindings_cuda.cpp", EAGER)]
+    others = ("csrc/bindings_cuda.cpp", EAGER, *([] if IS_WHEEL else [PORTABLE]))
+    own = [path for path in sources("csrc/*.cpp") if path not in others]
     return Extension(
         "contrastive_ops._C",
         sources=[*own, *cuda.pop("sources", [])],
-        define_macros=[*plan.macros, *cuda.pop("define_macros", [])],
+        define_macros=[*plan.macros, *cuda.pop("define_macros", []), *LIMITED_API],
         extra_compile_args=[*COMMON_FLAGS, *NAME_HEADERS],
         libraries=["dl"] if sys.platform == "linux" else [],
         language="c++",
+        py_limited_api=IS_WHEEL and bool(LIMITED_API),
+        extra_link_args=[*(portable_arguments() if IS_WHEEL else []), *cuda.pop("extra_link_args", [])],
         **cuda,
     )
 
@@ -217,8 +215,8 @@ class BuildPy(build_py):
             folder = Path(self.build_lib, "contrastive_ops")
         if plan.reason is not None:
             # An extension left from an earlier build would be imported in spite of this one.
-            for name in ("_C", "_eager"):
-                (folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}").unlink(missing_ok=True)
+            for name in (*checkout.EXTENSIONS, checkout.EAGER):
+                (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REPORT).write_text(json.dumps(plan.report(), indent=1) + "\n")
 
@@ -230,7 +228,7 @@ class BuildClib(build_clib):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        if self.editable_mode:
+        if self.editable_mode or IS_WHEEL:
             self.build_temp = self.build_clib = persistent_build_folder()
 
     def run(self) -> None:
@@ -301,7 +299,7 @@ class BuildExt(build_ext):
     def finalize_options(self) -> None:
         super().finalize_options()
         self.force = True  # to link: setuptools knows no edited kernel
-        if self.editable_mode:
+        if self.editable_mode or IS_WHEEL:
             self.build_temp = persistent_build_folder()
 
     def run(self) -> None:
@@ -359,7 +357,7 @@ def build_arguments() -> dict:
     if PLAN.reason is None:
         print(f"contrastive_ops: building {PLAN.summary}", flush=True)
         return {
-            "ext_modules": [make_extension(PLAN), *make_eager()],
+            "ext_modules": [make_extension(PLAN), *make_eager(ROOT, IS_WHEEL)],
             "libraries": make_libraries(PLAN),
             "cmdclass": {**commands, "build_clib": BuildClib, "build_ext": BuildExt},
         }
@@ -390,5 +388,6 @@ setup(
         *(f"contrastive_ops.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"contrastive_ops.kernels": "kernels"},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if IS_WHEEL and WANT_EXT != "0" else {},
     **({} if METADATA_COMMANDS & set(sys.argv[1:]) else build_arguments()),
 )

@@ -44,8 +44,20 @@ LEVEL_MACROS["amx"] = [*LEVEL_MACROS["avx512_bf16"], ("HAS_AMX", "1")]
 # the levels again and let AVX-512 code into functions that every processor runs.
 COMMON_FLAGS = ["-std=c++20", "-O2", "-fno-math-errno", "-fvisibility=hidden", "-fPIC", "-Wall"]
 COMMON_FLAGS += ["-g0", "-fno-lto"]
+# One build for all Pythons from 3.10 on, but those without a lock, whose objects are others.
+LIMITED_API = [] if sysconfig.get_config_var("Py_GIL_DISABLED") else [("Py_LIMITED_API", "0x030A0000")]
 # But the selection of the largest, whose rows are loops of few steps, loses 3% without it.
 STEM_FLAGS = {"csrc/cpu/similarity_topk.cpp": ("-O3",)}
+
+
+# What a wheel is linked with for the sake of an older glibc, and how.
+PORTABLE = "csrc/portable.cpp"
+WRAPPED = ("exp", "log", "pow", "dlopen", "dlsym")
+
+
+def portable_arguments() -> list[str]:
+    """Flags of the linker, for extensions that have PORTABLE among their sources."""
+    return [f"-Wl,--wrap={name}" for name in WRAPPED] if sys.platform == "linux" and architecture() == "x86_64" else []
 
 
 def find_compiler() -> list[str] | None:

@@ -6,11 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
+from setuptools import Extension
+
+from setup_cpu import COMMON_FLAGS, NAME_HEADERS, PORTABLE, portable_arguments
 from setup_says import compilers
 
 MIN_TORCH = (2, 6)
+EAGER = "csrc/eager.cpp"  # the one file with torch headers
 
 # What an interpreter finds when nobody has changed its paths.
 ASK = """
@@ -78,6 +83,21 @@ def torch_arguments(name: str) -> dict[str, list]:
             ("_GLIBCXX_USE_CXX11_ABI", str(int(new_abi))),
         ],
     }
+
+
+def make_eager(root: Path, is_wheel: bool) -> list[Extension]:
+    """The module with torch headers, which is for one torch; everything works without it."""
+    if not (root / EAGER).exists():
+        return []
+    options = {
+        "extra_compile_args": [*COMMON_FLAGS, *NAME_HEADERS],
+        "extra_link_args": portable_arguments() if is_wheel else [],
+        "language": "c++",
+        "optional": True,
+        **torch_arguments("_eager"),
+    }
+    own = [EAGER, "csrc/similarity_loss.cpp", *([PORTABLE] if is_wheel else [])]
+    return [Extension("contrastive_ops._eager", own, **options)]
 
 
 def advice() -> str:

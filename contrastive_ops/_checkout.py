@@ -21,7 +21,9 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 PACKAGE = Path(__file__).resolve().parent
-EXTENSION = f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+# Of this Python, and of every Python: what wheels have.
+EXTENSIONS = (f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}", "_C.abi3.so")
+EXTENSION = EXTENSIONS[0]
 EAGER = EXTENSION.replace("_C", "_eager", 1)
 REPORT = "_build_report.json"
 
@@ -30,6 +32,12 @@ def source_folder() -> Path | None:
     """The folder that this package can be built from, if it lies in one."""
     root = PACKAGE.parent
     return root if (root / "setup.py").exists() and (root / "csrc").is_dir() else None
+
+
+def extension_file(folder: Path) -> Path | None:
+    """The extension that this Python loads from a folder of this package, if there is one."""
+    loads = [name for name in EXTENSIONS if name.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))]
+    return next((folder / name for name in loads if (folder / name).exists()), None)
 
 
 def sources_digest(root: Path) -> str:
@@ -97,16 +105,16 @@ def borrow_extension() -> tuple[ModuleType | None, str]:
     root = source_folder()
     digest = sources_digest(root) if root is not None else None
     for folder in installed_copies() if root is not None else ():
-        said = report(folder)
-        if not (folder / EXTENSION).exists():
+        said, file = report(folder), extension_file(folder)
+        if file is None:
             reasons.append(said.get("why_no_extension") or f"{folder} has no {EXTENSION}")
         elif said.get("sources") != digest:
-            reasons.append(f"{folder / EXTENSION} was built from other C++ sources than those in {root}")
+            reasons.append(f"{file} was built from other C++ sources than those in {root}")
         else:
             try:
-                return load("contrastive_ops._C", folder / EXTENSION), f"the extension is {folder / EXTENSION}"
+                return load("contrastive_ops._C", file), f"the extension is {file}"
             except ImportError as error:
-                reasons.append(f"{folder / EXTENSION} does not load: {error}")
+                reasons.append(f"{file} does not load: {error}")
     if not reasons and root is not None:
         reasons.append(f"{root} holds source code, and nothing was built or installed from it")
     elif not reasons:

@@ -144,9 +144,7 @@ void use_running_torch() {
   Py_XDECREF(exchange);
   use_torch(torch.get(), found.get());
   const Reference file = Reference::own(PyObject_GetAttrString(torch.get(), "__file__"));
-  const char* text = PyUnicode_AsUTF8(file.get());
-  if (text == nullptr) throw PythonError();
-  const std::string path(text);
+  const std::string path(text_of(file.get()));
 #ifdef __APPLE__
   const char* library = "lib/libtorch_cpu.dylib";
 #else

@@ -33,6 +33,15 @@ inline int64_t integer_of(PyObject* object) {
   return number;
 }
 
+inline std::vector<Reference> items_of(PyObject* object) {
+  const Reference tuple = Reference::own(PySequence_Tuple(object));
+  std::vector<Reference> items(static_cast<size_t>(PyTuple_Size(tuple.get())));
+  for (size_t k = 0; k < items.size(); ++k) {
+    items[k] = Reference::to(PyTuple_GetItem(tuple.get(), static_cast<Py_ssize_t>(k)));
+  }
+  return items;
+}
+
 // Holds an argument while the function runs.
 template <class T>
 struct Argument;
@@ -50,10 +59,7 @@ template <>
 struct Argument<TensorList> {
   TensorList value;
   explicit Argument(PyObject* object) {
-    const Reference list = Reference::own(PySequence_Fast(object, "an argument must be a list of tensors"));
-    for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(list.get()); ++k) {
-      value.add(Tensor(Reference::to(PySequence_Fast_GET_ITEM(list.get(), k))).contiguous());
-    }
+    for (const Reference& item : items_of(object)) value.add(Tensor(item).contiguous());
   }
 };
 template <>
@@ -61,10 +67,7 @@ struct Argument<Integers> {
   std::vector<int64_t> numbers;
   Integers value;
   explicit Argument(PyObject* object) {
-    const Reference list = Reference::own(PySequence_Fast(object, "an argument must be a list of integers"));
-    for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(list.get()); ++k) {
-      numbers.push_back(integer_of(PySequence_Fast_GET_ITEM(list.get(), k)));
-    }
+    for (const Reference& item : items_of(object)) numbers.push_back(integer_of(item.get()));
     value = {numbers.data(), static_cast<int64_t>(numbers.size())};
   }
 };
@@ -73,9 +76,8 @@ struct Argument<Doubles> {
   std::vector<double> numbers;
   Doubles value;
   explicit Argument(PyObject* object) {
-    const Reference list = Reference::own(PySequence_Fast(object, "an argument must be a list of numbers"));
-    for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(list.get()); ++k) {
-      numbers.push_back(PyFloat_AsDouble(PySequence_Fast_GET_ITEM(list.get(), k)));
+    for (const Reference& item : items_of(object)) {
+      numbers.push_back(PyFloat_AsDouble(item.get()));
       if (numbers.back() == -1.0 && PyErr_Occurred()) throw PythonError();
     }
     value = {numbers.data(), static_cast<int64_t>(numbers.size())};
@@ -112,11 +114,7 @@ struct Argument<bool> {
 template <>
 struct Argument<std::string> {
   std::string value;
-  explicit Argument(PyObject* object) {
-    const char* text = PyUnicode_AsUTF8(object);
-    if (text == nullptr) throw PythonError();
-    value = text;
-  }
+  explicit Argument(PyObject* object) : value(text_of(object)) {}
 };
 
 // ---- Results --------------------------------------------------------------------------------------------------------

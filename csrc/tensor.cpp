@@ -54,17 +54,24 @@ struct Torch {
   PyObject* dtypes[kTypes] = {};
   PyObject* empty = nullptr;
   PyObject* cpu = nullptr;
-  PyObject *data_ptr, *shape, *stride, *dtype, *is_cpu, *is_cuda, *get_device, *contiguous, *to, *transpose,
-      *empty_keywords;
+  PyObject *name, *data_ptr, *shape, *stride, *dtype, *is_cpu, *is_cuda, *get_device, *contiguous, *to, *transpose;
 } torch;
 
 Reference attribute(PyObject* object, PyObject* name) { return Reference::own(PyObject_GetAttr(object, name)); }
-Reference call(PyObject* object, PyObject* name) { return Reference::own(PyObject_CallMethodNoArgs(object, name)); }
+template <class... T>
+Reference call(PyObject* object, PyObject* name, T... arguments) {
+  return Reference::own(PyObject_CallMethodObjArgs(object, name, arguments..., nullptr));
+}
 
 int64_t integer(PyObject* object) {
   const int64_t number = PyLong_AsLongLong(object);
   if (number == -1 && PyErr_Occurred()) throw PythonError();
   return number;
+}
+
+std::string type_name(PyObject* object) {
+  const Reference name = attribute(reinterpret_cast<PyObject*>(Py_TYPE(object)), torch.name);
+  return text_of(name.get());
 }
 
 void check_dims(int64_t dims) {
@@ -134,17 +141,19 @@ Reference exchanged_empty(const Shape& shape, Type type) {
 
 Reference called_empty(const Shape& shape, Type type) {
   const Reference sizes = Reference::own(PyTuple_New(shape.dims));
-  for (int d = 0; d < shape.dims; ++d) PyTuple_SET_ITEM(sizes.get(), d, PyLong_FromLongLong(shape.sizes[d]));
+  for (int d = 0; d < shape.dims; ++d) PyTuple_SetItem(sizes.get(), d, PyLong_FromLongLong(shape.sizes[d]));
   // The device is named because torch.set_default_device may have named another.
-  PyObject* arguments[] = {sizes.get(), torch.dtypes[static_cast<int>(type)], torch.cpu};
-  return Reference::own(PyObject_Vectorcall(torch.empty, arguments, 1, torch.empty_keywords));
+  PyObject* dtype = torch.dtypes[static_cast<int>(type)];
+  const Reference keywords = Reference::own(Py_BuildValue("{s:O,s:O}", "dtype", dtype, "device", torch.cpu));
+  const Reference arguments = Reference::own(PyTuple_Pack(1, sizes.get()));
+  return Reference::own(PyObject_Call(torch.empty, arguments.get(), keywords.get()));
 }
 
 }  // namespace
 
 Tensor::Tensor(Reference object) : object_(std::move(object)) {
   CHECK_TYPE(PyObject_TypeCheck(object_.get(), torch.tensor), "an argument must be a tensor, got ",
-             Py_TYPE(object_.get())->tp_name);
+             type_name(object_.get()));
   if (torch.exchange) {
     read_exchanged(object_.get(), *this);
   } else {
@@ -158,14 +167,12 @@ Tensor Tensor::contiguous() const {
 
 Tensor Tensor::to(Type wanted) const {
   if (type == wanted) return *this;
-  PyObject* arguments[] = {object(), torch.dtypes[static_cast<int>(wanted)]};
-  return Tensor(Reference::own(PyObject_VectorcallMethod(torch.to, arguments, 2, nullptr)));
+  return Tensor(call(object(), torch.to, torch.dtypes[static_cast<int>(wanted)]));
 }
 
 Tensor Tensor::transposed() const {
   const Reference one = Reference::own(PyLong_FromLong(1)), two = Reference::own(PyLong_FromLong(2));
-  PyObject* arguments[] = {object(), one.get(), two.get()};
-  return Tensor(Reference::own(PyObject_VectorcallMethod(torch.transpose, arguments, 3, nullptr)));
+  return Tensor(call(object(), torch.transpose, one.get(), two.get()));
 }
 
 Tensor empty(const Shape& shape, Type type) {
@@ -208,7 +215,7 @@ int64_t current_stream(int device) {
     return Reference::own(PyObject_GetAttrString(module.get(), "_cuda_getCurrentRawStream")).release();
   }();
   const Reference number = Reference::own(PyLong_FromLong(device));
-  return integer(Reference::own(PyObject_CallOneArg(find, number.get())).get());
+  return integer(Reference::own(PyObject_CallFunctionObjArgs(find, number.get(), nullptr)).get());
 }
 
 void use_torch(PyObject* module, PyObject* exchange) {
@@ -221,11 +228,11 @@ void use_torch(PyObject* module, PyObject* exchange) {
   for (int type = 0; type < kTypes; ++type) found.dtypes[type] = named(module, name_of(static_cast<Type>(type)));
   found.empty = named(module, "empty");
   found.cpu = Reference::own(PyObject_CallMethod(module, "device", "s", "cpu")).release();
+  found.name = interned("__name__");
   found.data_ptr = interned("data_ptr"), found.shape = interned("shape"), found.stride = interned("stride");
   found.dtype = interned("dtype"), found.is_cpu = interned("is_cpu"), found.is_cuda = interned("is_cuda");
   found.get_device = interned("get_device"), found.contiguous = interned("contiguous"), found.to = interned("to");
   found.transpose = interned("transpose");
-  found.empty_keywords = Reference::own(Py_BuildValue("(ss)", "dtype", "device")).release();
   if (PyCapsule_IsValid(exchange, "dlpack_exchange_api")) {
     const auto* api = static_cast<const DLPackExchange*>(PyCapsule_GetPointer(exchange, "dlpack_exchange_api"));
     if (api->major == 1) found.exchange = api;

@@ -1,5 +1,7 @@
 // TensorList of Python without a torch header, so that one build serves every torch: read and made through the C
 // functions of DLPack that torch 2.10 and newer offer for their tensors, or through attributes and methods.
+//
+// What is used of Python is of its limited interface (Py_LIMITED_API, setup.py), so that it also serves every Python.
 #pragma once
 
 #include <Python.h>
@@ -42,6 +44,13 @@ class Reference {
  private:
   PyObject* object_ = nullptr;
 };
+
+// The text of a str.
+inline const char* text_of(PyObject* object) {
+  const char* text = PyUnicode_AsUTF8AndSize(object, nullptr);
+  if (text == nullptr) throw PythonError();
+  return text;
+}
 
 // A tensor with the object that keeps its memory; without one it is none.
 class Tensor : public Array {

@@ -9,6 +9,9 @@
 #include <atomic>
 #include <exception>
 #include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <utility>
 
@@ -34,6 +37,33 @@ void pause() {
 #endif
 }
 
+// What a thread has caught, by its kind and words: std::exception_ptr would ask for the libstdc++ of GCC 11.
+class Caught {
+ public:
+  // Within a handler.
+  void keep() {
+    try {
+      throw;
+    } catch (const std::bad_alloc&) {
+      kind_ = Kind::memory;
+    } catch (const std::invalid_argument& error) {
+      kind_ = Kind::value, words_ = error.what();
+    } catch (const std::exception& error) {
+      kind_ = Kind::other, words_ = error.what();
+    }
+  }
+  void raise_again() const {
+    if (kind_ == Kind::memory) throw std::bad_alloc();
+    if (kind_ == Kind::value) throw std::invalid_argument(words_);
+    if (kind_ == Kind::other) throw std::runtime_error(words_);
+  }
+
+ private:
+  enum class Kind { none, memory, value, other };
+  Kind kind_ = Kind::none;
+  std::string words_;
+};
+
 struct Work {
   int stage_count;
   const Stage* stages;
@@ -44,7 +74,7 @@ struct Work {
   std::atomic<int64_t> next{0};
   std::atomic<int> workers{0};
   std::atomic<bool> failed{false};
-  std::exception_ptr error{};
+  Caught error{};
 
   // Indices are handed out one by one: tasks differ in length, and every task owns its outputs, so who runs which task
   // does not change a result.
@@ -60,7 +90,7 @@ struct Work {
         if (left) left[stage].tasks.fetch_sub(1, std::memory_order_release);
       }
     } catch (...) {
-      if (!failed.exchange(true)) error = std::current_exception();
+      if (!failed.exchange(true)) error.keep();
     }
   }
 
@@ -146,7 +176,7 @@ void run_stages(int stage_count, const Stage* stages, Parallel::Task task, void*
     for (int s = 0; s < stage_count; ++s) work.left[static_cast<size_t>(s)].tasks = stages[s].tasks;
   }
   runtime.start([](void* data) { static_cast<Work*>(data)->run(); }, &work, static_cast<unsigned>(workers), 0);
-  if (work.error) std::rethrow_exception(work.error);
+  work.error.raise_again();
 }
 
 void run_tasks(int64_t count, Parallel::Task task, void* context) {

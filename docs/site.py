@@ -5,12 +5,17 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+
+import errors  # noqa: E402
+
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -59,6 +64,7 @@ def on_files(files: Files, config: Any) -> Files:
     for source, name in PAGES.items():
         text = _inside((ROOT / source).read_text(), (ROOT / source).parent)
         files.append(File.generated(config, name, content=text))
+    files.append(File.generated(config, "errors.md", content=errors.page()))
     known: set[object] = set()
     for namespace in NAMESPACES:
         files.append(File.generated(config, f"api/{namespace}.md", content=_api(namespace, known)))

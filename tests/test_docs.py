@@ -3,11 +3,15 @@
 import ast
 import doctest
 import importlib
+import importlib.util
 import pathlib
 import re
+import sys
 
 import pytest
 import torch
+
+import contrastive_ops
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "contrastive_ops"
@@ -43,6 +47,67 @@ def test_blocks_are_python_and_import_what_exists(page):
                     pytest.importorskip(node.module.split(".")[2])
                 for name in node.names:
                     assert hasattr(importlib.import_module(node.module), name.name), (node.module, name.name)
+
+
+# Blocks that show a trainer of another package, or names that a paragraph introduces: tests of these run the calls.
+FRAGMENTS = {"README.md", "docs/distributed.md", "docs/experts.md", "docs/integrations.md", "docs/mining.md"}
+
+
+@pytest.mark.parametrize(
+    "page", sorted({str(page.relative_to(ROOT)) for page in PAGES if "```python" in page.read_text()} - FRAGMENTS)
+)
+def test_blocks_run(page):
+    """One after the other, as a reader would; what they claim they assert."""
+    torch.manual_seed(0)
+    values = {}
+    for block in blocks(page):
+        exec(block, values)
+
+
+def script(name):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_drawings_are_those_of_the_script_and_each_primitive_has_a_page():
+    for path, text in script("drawings").files():
+        assert path.read_text() == text, f"run python docs/drawings.py: {path.name}"
+        stem = path.stem.removeprefix("primitive_")
+        page = (ROOT / "docs" / "primitives" / f"{stem}.md").read_text()
+        assert f"../images/{path.name}" in page
+        assert all(f"\n## {part}\n" in page for part in ("What it computes", "How", "Memory and work"))
+        assert f"({stem}.md)" in (ROOT / "docs" / "primitives" / "index.md").read_text()
+
+
+def test_page_of_errors_has_every_error():
+    """What is raised in the sources, counted without the page's own reading of them, and what calls say."""
+    errors = script("errors")
+    found, page = list(errors.errors()), errors.page()
+    text = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    assert len(found) == len(re.findall(r"^ +raise (?:\w+\.)*\w*Error\((?!\))", text, re.MULTILINE))
+    assert all(errors._cell(error.what) in page for error in found)
+    x = torch.zeros(4, 8)
+    for call in (
+        lambda: contrastive_ops.info_nce(x, torch.zeros(4, 9)),
+        lambda: contrastive_ops.info_nce(x, x.double()),
+        lambda: contrastive_ops.clip(x, x, temperature=-1.0),
+        lambda: contrastive_ops.clip(x, x, reduction="all"),
+        lambda: contrastive_ops.clip(x, x, scale=1.0, temperature=1.0),
+        lambda: contrastive_ops.similarity_topk(x, x, 0),
+        lambda: contrastive_ops.similarity_topk(x.long(), x, 1),
+        lambda: contrastive_ops.route(x, 0),
+        lambda: contrastive_ops.similarity_reduce(x, reduce="median"),
+        lambda: contrastive_ops.clip(x, x, backend="cuda"),
+    ):
+        with pytest.raises((ValueError, TypeError, NotImplementedError)) as raised:
+            call()
+        said = str(raised.value)
+        close = [error for error in found if error.kind == raised.type.__name__ and error.pattern().fullmatch(said)]
+        assert close, said
 
 
 def test_readme_replacement_gives_the_same_loss():

@@ -24,7 +24,11 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, extension.reason()
     file = Path(str(kernels.__file__)).parent / _checkout.EAGER
     if not file.exists():
-        return None, f"{file} was not built"
+        others = sorted(path.name for path in file.parent.glob("_eager.*"))
+        return None, f"{file} was not built" + (f", only {', '.join(others)}" if others else "")
+    made_for = extension.report().get("torch")  # of a wheel, say, which serves every torch but for this module
+    if made_for not in (None, str(torch.__version__)):
+        return None, f"{file} was built for torch {made_for}, and this is {torch.__version__}"
     try:
         module = _checkout.load("contrastive_ops._eager", file)
     except ImportError as error:

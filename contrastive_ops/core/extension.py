@@ -14,7 +14,7 @@ HOW_TO_FIX = "run `python -m contrastive_ops info`, which prints the command tha
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
-    if not (_checkout.PACKAGE / _checkout.EXTENSION).exists():
+    if _checkout.extension_file(_checkout.PACKAGE) is None:
         module, said = _checkout.borrow_extension()
         return module, said if module is None else None
     try:
