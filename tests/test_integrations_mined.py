@@ -146,6 +146,20 @@ def test_numbers_of_pairs_are_counted_where_they_are_asked_for():
     assert (mine.num_pos_pairs, mine.num_neg_pairs) == (theirs.num_pos_pairs, theirs.num_neg_pairs) != (0, 0)
 
 
+@pytest.mark.parametrize("collect_stats", [False, True])
+@pytest.mark.parametrize("name", ["MultiSimilarityMiner", "PairMarginMiner"])
+def test_miners_of_a_distance_are_the_originals(name, collect_stats):
+    """Their lists pass through what counts pairs, too."""
+    options = {"distance": distances.LpDistance(), "collect_stats": collect_stats}
+    options |= {"pos_margin": 0.5, "neg_margin": 1.2} if name == "PairMarginMiner" else {}
+    mine, theirs = (getattr(module, name)(**options) for module in (ours, miners))
+    for x, labels in batches(1):
+        with pytest.warns(UserWarning, match="distance=LpDistance has no fused form"):
+            found = mine(x, labels)
+        expected = theirs(x, labels)
+        assert type(found) is tuple and all(map(torch.equal, found, expected)) and len(found[0])
+
+
 @pytest.mark.parametrize("labels", [torch.zeros(6, dtype=torch.long), torch.arange(6)])
 def test_one_class_and_classes_of_one(labels):
     x = torch.randn(6, 4, requires_grad=True)

@@ -6,6 +6,7 @@ dimensions longer than the rest of a loss that is not its sweep.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def _derivative(ctx: Any, d_unit: Tensor | None, d_inverse: Tensor | None) -> Te
             d_unit = d_unit.to(inverse.dtype)
             along, beside = parts_of(d_unit, unit)
             dx = beside * inverse
-            if not may_read(along) or not bool(along.detach().sum().isfinite()):
+            if not may_read(along) or not math.isfinite(along.detach().sum().item()):
                 # A row that nothing depends on has no gradient, whatever it holds.
                 dx = left_out(dx, (d_unit != 0).any(-1))
         if d_inverse is not None:

@@ -136,7 +136,18 @@ def inside_number(bound: float, direction: float, dtype: torch.dtype) -> float:
     return float(_inside(torch.tensor(bound, dtype=dtype), direction))
 
 
-class MultiSimilarityMiner(miners.MultiSimilarityMiner):
+class _PairMiner:
+    """What the miners of pairs share."""
+
+    def output_assertion(self, output: Any) -> None:
+        """Count pairs where somebody asks for numbers."""
+        miner: Any = self
+        if miner.collect_stats or not isinstance(output, Picked):
+            original: Any = super()
+            original.output_assertion(output)
+
+
+class MultiSimilarityMiner(_PairMiner, miners.MultiSimilarityMiner):
     """`pytorch_metric_learning.miners.MultiSimilarityMiner`: two extrema of a row, and bounds, in place of sorting.
 
     Args:
@@ -157,13 +168,8 @@ class MultiSimilarityMiner(miners.MultiSimilarityMiner):
         picked.negatives = replace(picked.negatives, above=_inside(-farthest - self.epsilon, torch.inf))
         return picked
 
-    def output_assertion(self, output: Any) -> None:
-        """Count pairs where somebody asks for numbers."""
-        if self.collect_stats or not isinstance(output, Picked):
-            super().output_assertion(output)
 
-
-class PairMarginMiner(miners.PairMarginMiner):
+class PairMarginMiner(_PairMiner, miners.PairMarginMiner):
     """`pytorch_metric_learning.miners.PairMarginMiner`: two bounds in place of lists.
 
     Args:
@@ -171,8 +177,6 @@ class PairMarginMiner(miners.PairMarginMiner):
         neg_margin: negatives are at a smaller distance, or more similar.
         **kwargs: as of the original, which runs with a distance that is no inner product.
     """
-
-    output_assertion = MultiSimilarityMiner.output_assertion
 
     def mine(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Any:
         """Return the rules of the pairs."""

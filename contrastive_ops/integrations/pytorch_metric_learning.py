@@ -242,10 +242,13 @@ class ContrastiveLoss(_PairLoss, losses.ContrastiveLoss):
         of_all = [type(several[name]) is reducers.MeanReducer for name in ("pos_loss", "neg_loss")]
         if any(of_all):
             folds += [Fold("count", pairs=pairs) for pairs in (picked.positives, picked.negatives)]
-        near, near_count, far, far_count, *numbers = torch.stack(picked.fold(*folds).rows).sum(1)
-        values = {"pos_loss": low * near_count - near, "neg_loss": far - high * far_count}
-        for at, (name, violating) in enumerate(zip(values, (near_count, far_count), strict=True)):
-            values[name] = values[name] / (numbers[at] if of_all[at] else violating).clamp_min(1)
+        near, near_count, far, far_count, *numbers = picked.fold(*folds).rows
+        sides = (("pos_loss", near, near_count, low), ("neg_loss", far, far_count, high))
+        values = {}
+        for at, (name, total, violating, margin) in enumerate(sides):
+            count = violating.detach()
+            number = (numbers[at].detach() if of_all[at] else count).sum().clamp_min(1)
+            values[name] = torch.sub(total, count, alpha=margin).sum() / (number if at else -number)
         return _reduced(**values)
 
 

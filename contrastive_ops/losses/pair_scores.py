@@ -191,9 +191,8 @@ def _order(function: str, scores: Tensor, labels: Tensor, scale: float | Tensor,
     known = labels.detach().to(torch.uint8) if labels.dtype == torch.bool else labels.detach()
     ascending, order = known.sort(stable=True)
     logits = checks.one_number(function, "scale", scale, "x", x) * scores.index_select(0, order)
-    # lse of the scores of all pairs with a lower label; of none it is -inf.
-    lower = torch.cat([logits.new_full((1,), -torch.inf), logits.logcumsumexp(0)])
+    # lse of the scores of all pairs with a lower label. Of none it is a number so low that it adds nothing and has no
+    # gradient; -inf would have to be masked.
+    lower = torch.cat([logits.new_full((1,), torch.finfo(logits.dtype).min / 2), logits.logcumsumexp(0)])
     wrong = lower.index_select(0, torch.searchsorted(ascending, ascending)) - logits
-    nothing = (wrong == -torch.inf).all()
-    total = wrong.masked_fill(nothing, 0.0).logsumexp(0)
-    return softplus(total.masked_fill(nothing, -torch.inf))
+    return softplus(wrong.logsumexp(0))
