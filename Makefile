@@ -37,6 +37,7 @@ $(RUN):
 	  rm -rf $(VENV); exit 1; }
 
 $(VENV)/.dev: requirements/dev.txt | $(RUN)
+	@echo "contrastive_ops: downloading what requirements/dev.txt names, torch first of all"
 	$(RUN) -m pip install --no-compile --disable-pip-version-check -q -r requirements/dev.txt
 	@touch $@
 
@@ -46,7 +47,7 @@ $(VENV)/.peers: requirements/peers.txt $(VENV)/.dev
 
 # Never `build_ext --inplace`: it would leave the mapping of contrastive_ops.kernels out.
 $(VENV)/.install: $(BUILD_INPUTS) $(VENV)/.dev
-	$(RUN) -m pip install --no-build-isolation --no-deps --disable-pip-version-check -q -e .
+	@$(RUN) .ci/building.py $(RUN) -m pip install --no-build-isolation --no-deps --disable-pip-version-check -q -e .
 	@touch $@
 
 install: $(VENV)/.install ## the package and its tools, editable, in .venv

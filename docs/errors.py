@@ -67,14 +67,16 @@ def errors() -> Iterator[Error]:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", r"\|").replace("<", "&lt;").replace("\n", " ")
+    """The text as code, whose braces and underscores Markdown leaves alone."""
+    return f"`` {text} ``".replace("\n", " ") if text else ""
 
 
 def page() -> str:
     """Markdown: a table for each room of the package."""
     rooms: dict[str, list[Error]] = {}
     for error in errors():
-        rooms.setdefault(error.file.partition("/")[0].removesuffix(".py"), []).append(error)
+        folder = error.file.rpartition("/")[0].partition("/")[0]
+        rooms.setdefault(f"contrastive_ops.{folder}".rstrip("."), []).append(error)
     lines = [
         "# Every error",
         "",
@@ -82,7 +84,7 @@ def page() -> str:
         "public function that was called. [Troubleshooting](troubleshooting.md) has causes that are not in the words.",
     ]
     for room, found in rooms.items():
-        lines += ["", f"## {room}", "", "| error | text | what to do |", "|---|---|---|"]
+        lines += ["", f"## `{room}`", "", "| error | text | what to do |", "|---|---|---|"]
         lines += [f"| {e.kind} | {_cell(e.what)} | {_cell(e.advice)} |" for e in dict.fromkeys(found)]
     return "\n".join([*lines, ""])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import sys
 from dataclasses import dataclass
@@ -137,3 +138,15 @@ def test_without_torch_the_build_stops_and_says_what_to_do(links: Path, tmp_path
     assert f"built against it, but {at.python} has none\n" in output
     assert f'run: {at.python} -m pip install "torch>=2.6", and then the same command again' in output
     assert "Successfully installed" in at.shell("CONTRASTIVE_OPS_EXT=0 pip install --no-deps .")
+
+
+def test_a_build_says_how_far_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`make install`: the first line before anything is compiled, then the objects that were written since."""
+    (tmp_path / "earlier.o").write_text("")
+    os.utime(tmp_path / "earlier.o", (0, 0))
+    building = runpy.run_path(str(ROOT / ".ci" / "building.py"))["main"]
+    code = f"import sys, time; open({str(tmp_path / 'made.o')!r}, 'w').close(); time.sleep(0.5); sys.exit(3)"
+    assert building([sys.executable, "-S", "-c", code], tmp_path, every=0.3) == 3
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].startswith("contrastive_ops: building") and lines[-1].startswith("contrastive_ops: not built in ")
+    assert lines[1:-1] and lines[-2].endswith(" s, 1 files compiled")
