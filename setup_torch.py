@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import ModuleType
 
 from setuptools import Extension
 
-from setup_cpu import COMMON_FLAGS, NAME_HEADERS, PORTABLE, portable_arguments
+from setup_cpu import COMMON_FLAGS, NAME_HEADERS, PORTABLE, architecture, portable_arguments
 from setup_says import compilers
 
 MIN_TORCH = (2, 6)
@@ -87,7 +88,8 @@ def torch_arguments(name: str) -> dict[str, list]:
 
 def make_eager(root: Path, is_wheel: bool) -> list[Extension]:
     """The module with torch headers, which is for one torch; everything works without it."""
-    if not (root / EAGER).exists():
+    foreign = architecture() not in (platform.machine(), "universal2")  # its headers are of another torch
+    if foreign or not (root / EAGER).exists():
         return []
     options = {
         "extra_compile_args": [*COMMON_FLAGS, *NAME_HEADERS],

@@ -171,5 +171,10 @@ PyMODINIT_FUNC PyInit__C() {
   } catch (...) {
     return contrastive_ops::raise_caught();
   }
-  return PyModule_Create(&definition);
+  PyObject* module = PyModule_Create(&definition);
+#ifdef Py_GIL_DISABLED
+  // Memory that is kept between calls has a lock, and all else is written at import.
+  if (module != nullptr) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
+#endif
+  return module;
 }

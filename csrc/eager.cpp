@@ -389,6 +389,9 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_eager", nullptr, -1, function
 
 PyMODINIT_FUNC PyInit__eager() {
   PyObject* module = PyModule_Create(&contrastive_ops::definition);
+#ifdef Py_GIL_DISABLED
+  if (module != nullptr) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);  // `connect` is called at import
+#endif
   if (module != nullptr) PyModule_AddStringConstant(module, "torch", CONTRASTIVE_OPS_TORCH_VERSION);
   return module;
 }
