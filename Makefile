@@ -23,7 +23,7 @@ BUILD_INPUTS := $(wildcard setup*.py) pyproject.toml $(shell find csrc -type f 2
 CPP_FILES := $(shell find csrc tests/cuda_host -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
 .DEFAULT_GOAL := help
-.PHONY: help install peers demo limoe limoe-ablation simclr distributed moe-embeddings distill test fuzz mutate docs notebooks wheel lint format bench cores processes bench-peers gpu clean
+.PHONY: help install peers demo limoe limoe-ablation simclr distributed moe-embeddings distill test fuzz mutate docs notebooks wheel lint format bench cores processes bench-peers gpu matrix aarch64 clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -133,6 +133,9 @@ gpu: ## on a machine with an NVIDIA GPU: build, tests, compute-sanitizer and ben
 
 matrix: $(VENV)/.dev ## the extension with every compiler and Python of this machine: build, check, tests of the primitives
 	$(RUN) .ci/matrix.py $(ARGS)
+
+aarch64: $(VENV)/.dev ## the extension for 64-bit ARM, compiled across: main loops counted, check and tests in an emulator
+	$(RUN) .ci/aarch64.py $(ARGS)
 
 clean: ## remove build products and caches, keep .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -10,6 +10,9 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/version.h>
 
+#include <array>
+#include <atomic>
+
 #include "eager_problem.h"
 #include "kernels.h"
 
@@ -58,16 +61,16 @@ bool has_exact_products(at::ScalarType type) {
   }
 }
 
-// Asks Python once for each GPU.
+// Asks Python once for each GPU, or once in each thread that comes before an answer.
 bool runs_on(const c10::Device& device) {
-  static std::vector<int> known;
-  const size_t index = static_cast<size_t>(device.index());
-  if (known.size() <= index) known.resize(index + 1, -1);
-  if (known[index] < 0) {
+  enum Answer : char { kUnknown, kNo, kYes };
+  static std::array<std::atomic<Answer>, 128> known{};  // device.index() is an int8_t
+  std::atomic<Answer>& answer = known[static_cast<size_t>(device.index())];
+  if (answer == kUnknown) {
     const auto module = pybind11::module_::import("contrastive_ops.core.cuda_kernels");
-    known[index] = module.attr("runs_on")(static_cast<int>(index)).cast<bool>();
+    answer = module.attr("runs_on")(static_cast<int>(device.index())).cast<bool>() ? kYes : kNo;
   }
-  return known[index] == 1;
+  return answer == kYes;
 }
 
 bool fits_on_cuda(const Options& o, const Inputs& in) {

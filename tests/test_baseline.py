@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files
 
 # Mnemonics of what came after x86-64: SSE3, SSSE3, SSE4, AVX and all that is encoded like it, and of single bits.
 # tzcnt is not among them: its encoding is that of bsf with a prefix that old processors pass over.
-NEWER = re.compile(
+NEWER_X86 = re.compile(
     r"""v(?!err|erw|mcall)\w+ | k(mov|or|and|xor|not|shift|test|unpck|add)\w* | \w*xsave\w*
     | addsubp[sd] | hadd\w+ | hsub\w+ | lddqu | movddup | movs[hl]dup | fisttp\w*
     | pshufb | phadd\w+ | phsub\w+ | pmaddubsw | pmulhrsw | psign\w | pabs\w | palignr
@@ -29,6 +29,14 @@ NEWER = re.compile(
     | rorx | sarx | shlx | shrx | adcx | ad[od]x | movbe\w* | aes\w+ | pclmul\w+ | sha\d\w+ | tdp\w+ | tile\w+""",
     re.VERBOSE,
 )
+# The same for ARM: what came after Armv8.0, which are atomic operations, dot products, bfloat16, complex numbers, SVE.
+NEWER_ARM = re.compile(
+    r"""bf(dot|mmla|cvt|mla)\w* | (us|su|s|u)dot | (us|s|u)mmla | casp?[al]*[bh]? | swp[al]*[bh]?
+    | (ld|st)(add|clr|set|eor|[su]max|[su]min)[al]*[bh]? | ldapr\w* | fc(mla|add) | fmlal\w* | fmlsl\w* | fjcvtzs
+    | sqrdml[as]h | eor3 | rax1 | bcax | whilel\w* | ptrue | cnt[bhwd] | crc32\w*""",
+    re.VERBOSE,
+)
+WIDE_X86, WIDE_ARM = r"%[yz]mm|%k[0-7]", r"\bz\d+\.|\bp\d+/[mz]|\bza\b"
 # Newer versions of what glibc has always had: a build on an older system takes the older one. The last is asked for by
 # the headers of libstdc++, and only where glibc has it.
 ALWAYS_THERE = {"exp", "log", "pow", "dlopen", "dlsym", "dlclose", "dlerror", "__libc_single_threaded"}
@@ -49,22 +57,29 @@ def objects(*libraries: str) -> list[Path]:
     return found
 
 
-def newer_instructions(path: Path) -> set[str]:
-    """Instructions of an object that processors of before SSE3 do not have."""
+def newer_instructions(path: Path, machine: str = platform.machine()) -> set[str]:
+    """Instructions of an object that processors of before SSE3 do not have, or those of Armv8.0."""
     prefixes = "lock|repz?|repnz|data16|bnd|notrack"
-    listing = tool("objdump", "-d", "--no-show-raw-insn", path)
+    arm = machine == "aarch64"
+    objdump = "aarch64-linux-gnu-objdump" if arm and platform.machine() != machine else "objdump"
+    listing = tool(objdump, "-d", "--no-show-raw-insn", path)
     lines = re.findall(rf"^\s+[0-9a-f]+:\t(?:(?:{prefixes}) )*(\w+)(.*)$", listing, re.MULTILINE)
     assert lines, path
-    return {name for name, operands in lines if NEWER.fullmatch(name) or re.search(r"%[yz]mm|%k[0-7]", operands)}
+    newer, wide = (NEWER_ARM, WIDE_ARM) if arm else (NEWER_X86, WIDE_X86)
+    return {name for name, operands in lines if newer.fullmatch(name) or re.search(wide, operands)}
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="knows the instructions of x86-64")
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="knows two architectures")
 def test_only_the_levels_have_instructions_of_newer_processors() -> None:
     once = ("contrastive_ops_capability", "contrastive_ops_scratch", "bindings", "eager")
-    common = objects("contrastive_ops_default", *once)
+    arm = platform.machine() == "aarch64"
+    common = objects("contrastive_ops_neon" if arm else "contrastive_ops_default", *once)
     found = {path.name: newer_instructions(path) for path in common}
     assert not any(found.values()), {name: new for name, new in found.items() if new}
     # The same eyes see them where they are.
+    if arm:
+        assert any(newer_instructions(path) for path in objects("contrastive_ops_neon_bf16"))
+        return
     for level in ("avx2", "avx512"):
         assert all(newer_instructions(path) for path in objects(f"contrastive_ops_{level}"))
 
