@@ -1,13 +1,14 @@
 // similarity_topk on the CPU: select, logits of listed pairs, their gradients, merge.
 //
 // Compiled once per SIMD level. How the work is cut is in topk_cuts.h, which entries stay in
-// similarity_selection.h, listed pairs in similarity_lists.h, rules for pairs in similarity_pairs.h, the matmul in
-// similarity_tile.h.
+// similarity_selection.h, panels of rows and columns in topk_panels.h, listed pairs in similarity_lists.h, rules for
+// pairs in similarity_pairs.h, the matmul in similarity_tile.h.
 #include "../similarity_topk.h"
 
 #include "similarity_lists.h"
 #include "similarity_selection.h"
-#include "topk_cuts.h"
+#include "topk_merge.h"
+#include "topk_panels.h"
 
 namespace contrastive_ops {
 namespace LEVEL {
@@ -17,19 +18,8 @@ namespace {
 // all threads, or of one.
 constexpr int64_t kTopKRows = 512, kFewestListedRows = 64;
 constexpr int64_t kListBytes = int64_t{64} << 20, kListBytesOfAThread = int64_t{32} << 20;
-// Up to so many rows, columns are multiplied without being packed.
-constexpr int64_t kFewRows = 4;
 // Most rows whose lists one task closes.
 constexpr int64_t kClosedRows = 16;
-
-// Rows [begin, begin + rows) against the blocks [from, to) in the order that they are taken in.
-struct TopKTask {
-  int64_t begin, rows, from, to, part;
-};
-// A block of such a task: `local` is the number of its first column within the task.
-struct TopKBlock {
-  int64_t j, cols, local;
-};
 
 template <class C>
 class TopK {
@@ -85,7 +75,6 @@ class TopK {
 
  private:
   static constexpr int kStatistics = static_cast<int>(Statistic::size);
-  static constexpr int64_t kMostParts = 4 * kLanes<A>;  // of a block, whose maxima begin a row's threshold
 
   // Those of threads are on cache lines of their own.
   struct alignas(64) Scratch {
@@ -95,13 +84,6 @@ class TopK {
     View<A> view, counted_view;
     Gathered<A> gathered;
   };
-  // What is known of a panel of kRows rows and one block of columns, all in the level-1 cache.
-  struct Panel {
-    alignas(64) A dots[kRows<C> * kBlock];
-    alignas(64) A l[kRows<C> * kBlock];
-    alignas(64) A guide[kRows<C> * kBlock];
-  };
-
   TopKSizes sizes() const {
     const int64_t threads = parallel_.threads, bytes = minimum(kListBytes / threads, kListBytesOfAThread);
     const int64_t affordable = maximum(bytes / Selection<A>::bytes_of_a_row(out.k), kFewestListedRows);
@@ -129,32 +111,38 @@ class TopK {
     const bool few = t.rows <= kFewRows;
     s.selection.start(t.rows, out.k, out.floor ? static_cast<const A*>(out.floor) + t.begin : nullptr);
     for (int64_t i = 0; pass > 0 && i < t.rows; ++i) s.selection.begin_at(i, reached_.get()[t.begin + i]);
-    pack_x<C>(t, x_of<C>(p), p.x_stride, p.D, s.x_panels);
-    if (views_.guided) pack_x<G>(t, static_cast<const A*>(p.guide_x), p.guide_depth, p.guide_depth, s.guide_x_panels);
+    pack_task<C>(t, cuts_.most_rows(), x_of<C>(p), p.x_stride, p.D, s.x_panels);
+    if (views_.guided) {
+      const A* guide = static_cast<const A*>(p.guide_x);
+      pack_task<G>(t, cuts_.most_rows(), guide, p.guide_depth, p.guide_depth, s.guide_x_panels);
+    }
     for (int64_t at = t.from; at < t.to; ++at) {
       const TopKBlock b = block_of(t, at);
       const int64_t j = b.j, cols = b.cols;
       const auto y = y_of<C>(p) + j * p.y_stride;
-      if (!few) pack_y<C>(y, p.y_stride, cols, p.D, s.y_panels);
+      if (!few) pack_block<C>(y, p.y_stride, cols, p.D, s.y_panels);
       if (views_.guided) {
         const A* guide = static_cast<const A*>(p.guide_y) + j * p.guide_depth;
-        pack_y<G>(guide, p.guide_depth, cols, p.guide_depth, s.guide_y_panels);
+        pack_block<G>(guide, p.guide_depth, cols, p.guide_depth, s.guide_y_panels);
       }
       views_.set_view(t.begin, j, cols, 0, false, s.view);
       const bool counts_other = out.statistics && p.set_count > 1;
       if (counts_other) views_.set_view(t.begin, j, cols, p.set_count - 1, false, s.counted_view);
       for (int64_t i = 0; i < t.rows; i += kRows<C>) {
-        Panel panel;
+        TopKPanel<C> panel;
         const int64_t rows = minimum<int64_t>(kRows<C>, t.rows - i);
         for (int64_t r = 0; r < rows; ++r) s.selection.prefetch(i + r);
         if (few) {
-          y.visit(
-              [&](const auto* rows_of_y) { products_of_few(t.rows, rows_of_y, cols, s.x_panels.get(), panel.dots); });
+          y.visit([&](const auto* rows_of_y) {
+            products_of_few<C>(p, t.rows, rows_of_y, cols, s.x_panels.get(), panel.dots);
+          });
         } else {
-          products<C>(i, cols, p.D, s.x_panels, s.y_panels, panel.dots);
+          panel_products<C, C>(i, cols, p.D, s.x_panels, s.y_panels, panel.dots);
         }
-        if (p.code_scale) apply_code_scale(panel.dots, j, rows, cols);
-        if (views_.guided) products<G>(i, cols, p.guide_depth, s.guide_x_panels, s.guide_y_panels, panel.guide);
+        if (p.code_scale) apply_code_scale(p, panel.dots, j, rows, cols);
+        if (views_.guided) {
+          panel_products<C, G>(i, cols, p.guide_depth, s.guide_x_panels, s.guide_y_panels, panel.guide);
+        }
         select_panel(t, i, b, rows, panel, s);
         if (out.statistics) {
           View<A>& view = counts_other ? s.counted_view : s.view;
@@ -165,58 +153,6 @@ class TopK {
       }
     }
     finish_task(t, s);
-  }
-
-  // ---- Products ---------------------------------------------------------------------------------------------------
-
-  template <class K, class Numbers>
-  void pack_x(const TopKTask& t, Numbers from, int64_t stride, int64_t depth, Buffer<typename K::Unit>& panels) {
-    const int64_t units = depth_units<K>(depth);
-    auto* to = panels.once(round_up(cuts_.most_rows(), kLaneGroup<K>) * units);
-    pack_rows<K, Side::a>(to, kRows<K> * units, from + t.begin * stride, stride, t.rows, t.rows, depth);
-  }
-  template <class K, class Numbers>
-  void pack_y(Numbers from, int64_t stride, int64_t cols, int64_t depth, Buffer<typename K::Unit>& panels) {
-    const int64_t units = depth_units<K>(depth);
-    auto* to = panels.once(kBlock * units);
-    for (int64_t j = 0; j < cols; j += kCols<K>) {
-      pack_rows<K, Side::b>(to + j * units, 0, from + j * stride, stride, minimum<int64_t>(kCols<K>, cols - j),
-                            kCols<K>, depth);
-    }
-  }
-  template <class K>
-  static void products(int64_t i, int64_t cols, int64_t depth, const Buffer<typename K::Unit>& x,
-                       const Buffer<typename K::Unit>& y, A* to) {
-    const int64_t units = depth_units<K>(depth);
-    multiply<K>(kRows<C>, round_up(cols, kCols<K>), units, x.get() + i * units, kRows<K> * units, y.get(),
-                kCols<K> * units, to, kBlock, false);
-  }
-  template <class Y>
-  void products_of_few(int64_t rows, const Y* y, int64_t cols, const U* panel, A* to) const {
-    constexpr int W = kLanes<A>;
-    for (int64_t j = 0; j < cols; j += W) {
-      const Y *from[W], *next[W];
-      for (int64_t q = 0; q < W; ++q) {
-        from[q] = y + minimum(j + q, cols - 1) * p.y_stride;  // past the end any row will do
-        next[q] = from[q] + W * p.y_stride;                   // never read
-      }
-      if (rows == 1) {
-        products_with<C, 1>(panel, from, next, p.D, to + j, kBlock);
-      } else if (rows == 2) {
-        products_with<C, 2>(panel, from, next, p.D, to + j, kBlock);
-      } else {
-        products_with<C, kFewRows>(panel, from, next, p.D, to + j, kBlock);
-      }
-    }
-  }
-  void apply_code_scale(A* dots, int64_t j, int64_t rows, int64_t cols) const {
-    constexpr int W = kLanes<A>;
-    alignas(64) A factor[kBlock] = {};
-    memcpy(factor, static_cast<const A*>(p.code_scale) + j, static_cast<size_t>(cols) * sizeof(A));
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t k = 0; k < cols; k += W)
-        store(dots + i * kBlock + k, load(dots + i * kBlock + k) * load(factor + k));
-    }
   }
 
   // ---- Selection --------------------------------------------------------------------------------------------------
@@ -231,15 +167,7 @@ class TopK {
                       [&](int64_t column, int64_t) { name(column); });
     }
   }
-  static unsigned lanes_of(const uint64_t* bits, int64_t j) {
-    return static_cast<unsigned>(bits[j / 64] >> j % 64) & ((1u << kLanes<A>)-1);
-  }
-  static unsigned inside(int64_t j, int64_t cols) {
-    constexpr int W = kLanes<A>;
-    return cols - j >= W ? (1u << W) - 1 : (1u << (cols - j)) - 1;
-  }
-
-  void select_panel(const TopKTask& t, int64_t i, const TopKBlock& b, int64_t rows, Panel& panel, Scratch& s) {
+  void select_panel(const TopKTask& t, int64_t i, const TopKBlock& b, int64_t rows, TopKPanel<C>& panel, Scratch& s) {
     const A* l = panel.dots;
     if (!plain_) {
       logits(s.view, panel.dots, panel.l, rows, b.cols);
@@ -250,7 +178,7 @@ class TopK {
     if (b.local == 0 && b.cols == kBlock && first_block_decides()) {
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t enough = enough_of(t.begin + i + r);
-        if (enough <= kMostParts) s.selection.begin_at(i + r, reached_by(enough, l + r * kBlock));
+        if (enough <= kMostParts<A>) s.selection.begin_at(i + r, reached_by(enough, l + r * kBlock));
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -267,28 +195,11 @@ class TopK {
   }
   // Whether what a block's logits say of the threshold is true: only columns that a row names are dropped.
   bool first_block_decides() const { return !out.floor && !views_.rules[0].looks(); }
-  // A number that `enough` of a block's columns reach: the maxima of that many parts or more, in order.
-  static A reached_by(int64_t enough, const A* row) {
-    constexpr int W = kLanes<A>;
-    alignas(64) A best[kMostParts];
-    int vectors = 1;
-    while (vectors * W < enough) vectors *= 2;
-    const int64_t width = kBlock / W / vectors;
-    for (int v = 0; v < vectors; ++v) {
-      Vec<A> top = broadcast(-infinity<A>());  // first, because NaN is passed over only beside a number
-      for (int64_t u = v * width; u < (v + 1) * width; ++u) top = greater<A>(load(row + u * W), top);
-      store(best + v * W, top);
-    }
-    A* last = best + enough - 1;
-    std::nth_element(best, last, best + vectors * W, [](A a, A b) { return a > b; });
-    return *last;
-  }
-
   // Rules are looked at where a logit exceeds the threshold. Bounds from above exclude the largest ones, which exceed
   // every threshold again and again, so they come at once.
   template <bool kBounded>
-  INLINE void select_row(const TopKTask& t, int64_t i, int64_t r, const TopKBlock& b, const A* l, const Panel& panel,
-                         Scratch& s) {
+  INLINE void select_row(const TopKTask& t, int64_t i, int64_t r, const TopKBlock& b, const A* l,
+                         const TopKPanel<C>& panel, Scratch& s) {
     constexpr int W = kLanes<A>;
     const int64_t j = b.j, cols = b.cols;
     const SimilaritySet& set = p.sets[0];
@@ -303,7 +214,7 @@ class TopK {
       unsigned bits = above_bits<A>(value, threshold);
       if (kBounded) bits &= ~above_bits<A>(load(dots + k), bound);
       if (__builtin_expect(bits == 0, 1)) continue;
-      bits &= inside(k, cols);
+      bits &= inside<A>(k, cols);
       if (views_.rules[0].looks()) {
         for_each_rule(s.view, dots, views_.guided ? panel.guide + r * kBlock : nullptr, r,
                       [&](Rule, auto drops) { bits &= ~bits_of<Id<A>>(drops(k)); });
@@ -311,7 +222,7 @@ class TopK {
       if (bits && names) {
         if (!know_named) named_columns(set, t.begin + i, j, cols, named);
         know_named = true;
-        bits &= ~lanes_of(named, k);
+        bits &= ~lanes_of<A>(named, k);
       }
       if (!bits) continue;
       s.selection.add(i, value, static_cast<Id<A>>(b.local + k), bits);
@@ -321,7 +232,7 @@ class TopK {
 
   // ---- Statistics -------------------------------------------------------------------------------------------------
 
-  void count_panel(const TopKTask& t, int64_t i, int64_t j, int64_t rows, int64_t cols, Panel& panel,
+  void count_panel(const TopKTask& t, int64_t i, int64_t j, int64_t rows, int64_t cols, TopKPanel<C>& panel,
                    const View<A>& view, bool other) {
     constexpr int W = kLanes<A>;
     const SimilaritySet& set = p.sets[p.set_count - 1];
@@ -338,8 +249,8 @@ class TopK {
       const Vec<A> high = broadcast(static_cast<const A*>(out.count_above)[owner]);
       const A *row = l + r * kBlock, *guide = views_.guided ? panel.guide + r * kBlock : nullptr;
       for (int64_t k = 0; k < cols; k += W) {
-        const unsigned here = inside(k, cols);
-        unsigned dropped[kStatistics] = {}, any = lanes_of(named, k);
+        const unsigned here = inside<A>(k, cols);
+        unsigned dropped[kStatistics] = {}, any = lanes_of<A>(named, k);
         for_each_rule(view, panel.dots + r * kBlock, guide, r,
                       [&](Rule rule, auto drops) { dropped[statistic_of(rule)] |= bits_of<Id<A>>(drops(k)); });
         for (int rule = static_cast<int>(Statistic::rules); rule < kStatistics; ++rule) {
@@ -430,38 +341,6 @@ class TopK {
 template <class C>
 void topk_forward(const SimilarityProblem& p, const TopKForward& out, const Parallel& parallel) {
   TopK<C>(p, out, parallel).run();
-}
-
-template <class A>
-void topk_merge(const TopKMerge& m, const Parallel& parallel) {
-  auto task = [&](int64_t i, int) {
-    merge_lists(static_cast<const A*>(m.values) + i * m.k, m.indices + i * m.k, m.k,
-                static_cast<const A*>(m.other_values) + i * m.other_k, m.other_indices + i * m.other_k, m.other_k, m.k,
-                static_cast<A*>(m.out_values) + i * m.k, m.out_indices + i * m.k);
-  };
-  run_parallel(parallel.run, m.rows, task, m.rows * m.k * kWorkOfFold);
-}
-
-template <class A>
-void topk_order(const TopKOrder& o, const Parallel& parallel) {
-  auto task = [&](int64_t i, int) {
-    const A* values = static_cast<const A*>(o.values) + i * o.listed;
-    const int64_t* indices = o.indices + i * o.listed;
-    Buffer<int64_t> entries(o.listed);
-    int64_t count = 0;
-    for (int64_t e = 0; e < o.listed; ++e) {
-      if (indices[e] >= 0 && values[e] > -infinity<A>()) entries.get()[count++] = e;
-    }
-    const int64_t found = minimum(count, o.k);
-    std::partial_sort(entries.get(), entries.get() + found, entries.get() + count, [=](int64_t a, int64_t b) {
-      return values[a] > values[b] || (values[a] == values[b] && indices[a] < indices[b]);
-    });
-    for (int64_t e = 0; e < o.k; ++e) {
-      static_cast<A*>(o.out_values)[i * o.k + e] = e < found ? values[entries.get()[e]] : -infinity<A>();
-      o.out_indices[i * o.k + e] = e < found ? indices[entries.get()[e]] : -1;
-    }
-  };
-  run_parallel(parallel.run, o.rows, task, o.rows * o.listed * kWorkOfFold);
 }
 
 // ---- Types -------------------------------------------------------------------------------------------------------
