@@ -6,11 +6,11 @@
     python -m benchmarks.cores --check                   two virtual cores against two real ones
     python -m benchmarks.cores --save                    appended to results/<machine>-cores.csv
 
-A step is forward and backward in float32. Tasks run one after another on one thread, in its CPU time, and each is
-charged to the virtual core that is free first (`virtual_cores` of the extension); a region costs REGION_SECONDS more.
-All that is outside of regions, torch's element-wise passes too, is counted as if one core did it. Bandwidth, shared
-caches and clocks are not modelled, so that real cores will be slower; all virtual cores share the caches of one, so
-that what is printed as work may be too much.
+A step is forward and backward in float32. Tasks run one after another on one thread, in its CPU time without that of
+the clock, and each is charged to the virtual core that is free first; a region costs REGION_SECONDS more. Where cuts do
+not depend on the number of cores, tasks are timed once for all numbers, and the least of all rounds counts for each:
+see benchmarks/virtual_cores.py. All that is outside of regions, torch's element-wise passes too, is counted as if one
+core did it. Bandwidth, shared caches and clocks are not modelled, so that real cores will be slower.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ import torch
 
 import contrastive_ops
 from benchmarks import provenance, results
+from benchmarks.virtual_cores import Modelled, model
 from contrastive_ops import moe, ops
 from contrastive_ops.core import extension
 from contrastive_ops.testing import LOSSES, leaves
 
 CORES = (1, 2, 4, 8, 16, 32, 64, 128)
 WORK_AT = 64  # where work is compared with one core's
-REGION_SECONDS = 5e-6  # to hand a region to threads that are awake, and to wait for the last
 LIMIT = 0.1  # how far two virtual cores may be from two real ones
 SIZES = ("small", "middle", "large")
 ROWS = (256, 1024, 4096)
@@ -65,9 +65,11 @@ def _leaf(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, requires_grad=True)
 
 
-def _backward(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Step:
+def _backward(function: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor]) -> Step:
+    """Forward, and backward from an upstream gradient that is there, so that no pass of its own makes one."""
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    return lambda: torch.autograd.grad(function(*inputs).sum(), wanted)
+    upstream = torch.randn_like(function())
+    return lambda: torch.autograd.grad(function(), wanted, upstream)
 
 
 def _loss(name: str, rows: int, depth: int) -> Step:
@@ -78,7 +80,8 @@ def _loss(name: str, rows: int, depth: int) -> Step:
 
 
 def _pair(function: Callable[..., torch.Tensor], rows: int) -> Step:
-    return _backward(function, _leaf(rows, 512), _leaf(rows, 512))
+    x, y = _leaf(rows, 512), _leaf(rows, 512)
+    return _backward(lambda: function(x, y), (x, y))
 
 
 def _distill(rows: int) -> Step:
@@ -88,18 +91,17 @@ def _distill(rows: int) -> Step:
 
 def _experts(rows: int) -> Step:
     layer, tokens = moe.SparseMoE(512, 1024, 16, 2), torch.randn(rows, 512)
-    return lambda: torch.autograd.grad(layer(tokens)[0].sum(), [*layer.parameters()])
+    return _backward(lambda: layer(tokens)[0], [*layer.parameters()])
 
 
 def _groups(rows: int) -> Step:
-    offsets = torch.arange(17) * (rows // 16)
-    return _backward(lambda a, b: ops.grouped_matmul(a, b, offsets), _leaf(rows, 512), _leaf(16, 512, 1024))
+    a, b, offsets = _leaf(rows, 512), _leaf(16, 512, 1024), torch.arange(17) * (rows // 16)
+    return _backward(lambda: ops.grouped_matmul(a, b, offsets), (a, b))
 
 
 def _head(rows: int) -> Step:
-    labels = torch.randint(0, 32_000, (rows,))
-    function = contrastive_ops.linear_cross_entropy
-    return _backward(lambda x, head: function(x, head, labels), _leaf(rows, 256), _leaf(32_000, 256))
+    x, head, labels = _leaf(rows, 256), _leaf(32_000, 256), torch.randint(0, 32_000, (rows,))
+    return lambda: torch.autograd.grad(contrastive_ops.linear_cross_entropy(x, head, labels), (x, head))
 
 
 def _search(rows: int) -> Step:
@@ -113,7 +115,8 @@ def _route(tokens: int) -> Step:
 
 
 def _interact(queries: int) -> Step:
-    return _backward(ops.maxsim, _leaf(queries, 32, 128), _leaf(8 * queries, 128, 128))
+    x, y = _leaf(queries, 32, 128), _leaf(8 * queries, 128, 128)
+    return _backward(lambda: ops.maxsim(x, y), (x, y))
 
 
 # By name: rows of each size, the shape as it is printed, a step of so many rows.
@@ -146,60 +149,7 @@ def works() -> list[Work]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Modelling
-
-
-@dataclass(frozen=True)
-class Modelled:
-    """One step on some cores: its regions as the extension returns them, and the seconds outside of them."""
-
-    cores: int
-    regions: list[tuple[int, float, float, float]]
-    outside: float
-
-    @property
-    def work(self) -> float:
-        """Seconds of all tasks."""
-        return sum(total for _, total, _, _ in self.regions)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of the step."""
-        handed_out = sum(tasks > 1 and self.cores > 1 for tasks, _, _, _ in self.regions)
-        return self.outside + sum(makespan for _, _, makespan, _ in self.regions) + handed_out * REGION_SECONDS
-
-    def lost(self) -> list[tuple[float, int, int, float, float]]:
-        """(seconds lost, regions, their tasks, work, longest task) of the regions of as many tasks, the worst first."""
-        groups: dict[int, list[tuple[int, float, float, float]]] = {}
-        for region in self.regions:
-            groups.setdefault(region[0], []).append(region)
-        found = []
-        for tasks, alike in groups.items():
-            work, longest = sum(total for _, total, _, _ in alike), max(each[3] for each in alike)
-            lost = sum(makespan for _, _, makespan, _ in alike) - work / self.cores
-            found.append((lost, len(alike), tasks, work, longest))
-        return sorted(found, reverse=True)
-
-
-def model(step: Step, counts: Sequence[int], rounds: int) -> list[Modelled]:
-    """The fastest of some rounds on each number of virtual cores, in turns, after one step to warm up each."""
-    switch = extension.load().virtual_cores
-    found: dict[int, list[Modelled]] = {cores: [] for cores in counts}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for _ in range(rounds + 1):
-            for cores in counts:
-                switch(cores)
-                begin = time.thread_time()
-                step()
-                whole = time.thread_time() - begin
-                regions = switch(0)
-                found[cores].append(Modelled(cores, regions, whole - sum(total for _, total, _, _ in regions)))
-    finally:
-        switch(0)
-        torch.set_num_threads(threads)
-    return [min(each[1:], key=lambda modelled: modelled.seconds) for each in found.values()]
+# What is printed
 
 
 def line(work: Work, found: Sequence[Modelled]) -> str:
@@ -207,7 +157,7 @@ def line(work: Work, found: Sequence[Modelled]) -> str:
     one = found[0]
     speed = " ".join(f"{one.seconds / each.seconds:6.2f}" for each in found[1:])
     at = next((each for each in found if each.cores == WORK_AT), found[-1])
-    tasks = sum(region[0] for region in at.regions)
+    tasks = sum(len(region.seconds) for region in at.regions)
     outside = f"{1e3 * at.outside:8.2f} ({at.outside / one.seconds:4.0%})"
     grown = at.work / one.work if one.work else float("nan")
     return f"{work.name:40s}{1e3 * one.seconds:9.2f} {speed}{grown:7.2f}{len(at.regions):8d}{tasks:8d} {outside}"

@@ -57,19 +57,34 @@ PyObject* kernels(PyObject*, PyObject*) {
   return PyCapsule_New(&table, kKernelsCapsule, nullptr);
 }
 
-// virtual_cores(P) -> [(tasks, total, makespan, longest task), ...], seconds: see `model_cores`.
+template <class Items, class Make>
+Reference list_of(const Items& items, Make make) {
+  Reference list = Reference::own(PyList_New(0));
+  for (const auto& item : items) {
+    const Reference made = make(item);
+    if (PyList_Append(list.get(), made.get()) != 0) throw PythonError();
+  }
+  return list;
+}
+
+// virtual_cores(P) -> [(elapsed, makespan, [(tasks of a stage, [earlier stages]), ...], [seconds of a task, ...]), ...]:
+// see `model_cores`.
 PyObject* virtual_cores(PyObject*, PyObject* cores) {
   try {
     const int64_t count = integer_of(cores);
     CHECK_VALUE(count >= 0 && count <= kMostVirtualCores, "virtual_cores: cores must be in [0, ", kMostVirtualCores,
                 "], got ", count);
-    const Reference list = Reference::own(PyList_New(0));
-    for (const ModelledRegion& r : model_cores(static_cast<int>(count))) {
-      const Reference region =
-          Reference::own(Py_BuildValue("(Lddd)", static_cast<long long>(r.tasks), r.total, r.makespan, r.longest));
-      if (PyList_Append(list.get(), region.get()) != 0) throw PythonError();
-    }
-    return Reference::to(list.get()).release();
+    const auto stage_object = [](const ModelledRegion::Tasks& stage) {
+      const Reference after =
+          list_of(stage.after, [](int earlier) { return Reference::own(PyLong_FromLong(earlier)); });
+      return Reference::own(Py_BuildValue("(LO)", static_cast<long long>(stage.count), after.get()));
+    };
+    const auto region_object = [&](const ModelledRegion& r) {
+      const Reference stages = list_of(r.stages, stage_object);
+      const Reference times = list_of(r.seconds, [](double took) { return Reference::own(PyFloat_FromDouble(took)); });
+      return Reference::own(Py_BuildValue("(ddOO)", r.elapsed, r.makespan, stages.get(), times.get()));
+    };
+    return list_of(model_cores(static_cast<int>(count)), region_object).release();
   } catch (...) {
     return raise_caught();
   }

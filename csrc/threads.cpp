@@ -134,33 +134,49 @@ double seconds() {
   return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
+// What two readings of the clock are apart when nothing is between them.
+double seconds_of_clock() {
+  double least = 1;
+  for (int k = 0; k < 200; ++k) {
+    const double began = seconds();
+    least = std::min(least, seconds() - began);
+  }
+  return least;
+}
+
 // One task after another on this thread. As threads do, the virtual core that is free first takes the next task, and
 // waits until it may begin.
 void run_modelled(int stage_count, const Stage* stages, Parallel::Task task, void* context) {
+  static const double clock = seconds_of_clock();
+  const double region_began = seconds();
   const int64_t count = tasks_of(stage_count, stages);
   std::vector<double> core_free(static_cast<size_t>(std::max<int64_t>(std::min<int64_t>(count, modelled_cores), 1)));
   std::vector<double> stage_begin(static_cast<size_t>(stage_count)), stage_end(static_cast<size_t>(stage_count));
-  ModelledRegion region{count, 0, 0, 0};
+  ModelledRegion region{count, 0, 0, 0, 0, {}, {}};
+  region.seconds.reserve(static_cast<size_t>(count));
   int64_t index = 0;
   for (size_t s = 0; s < stage_end.size(); ++s) {
     const Stage& stage = stages[s];
-    for (int k = 0; k < stage.after_count; ++k) {
-      stage_begin[s] = std::max(stage_begin[s], stage_end[static_cast<size_t>(stage.after[k])]);
+    region.stages.push_back({stage.tasks, {stage.after, stage.after + stage.after_count}});
+    for (const int earlier : region.stages.back().after) {
+      stage_begin[s] = std::max(stage_begin[s], stage_end[static_cast<size_t>(earlier)]);
     }
     stage_end[s] = stage_begin[s];
     for (int64_t left = stage.tasks; left > 0; --left) {
       const auto core = std::min_element(core_free.begin(), core_free.end());
       const double began = seconds();
       task(context, index++, static_cast<int>(core - core_free.begin()));
-      const double took = seconds() - began;
+      const double took = std::max(seconds() - began - clock, 1e-9);
       *core = std::max(*core, stage_begin[s]) + took;
       stage_end[s] = std::max(stage_end[s], *core);
+      region.seconds.push_back(took);
       region.total += took;
       region.longest = std::max(region.longest, took);
     }
   }
   region.makespan = *std::max_element(core_free.begin(), core_free.end());
-  if (count > 0) modelled_regions.push_back(region);
+  region.elapsed = seconds() - region_began + clock;
+  if (count > 0) modelled_regions.push_back(std::move(region));
 }
 
 // ---- Regions --------------------------------------------------------------------------------------------------------

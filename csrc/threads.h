@@ -19,10 +19,17 @@ Parallel parallel();
 // The calling thread alone.
 Parallel one_thread();
 
-// What a region took on virtual cores: its tasks run one after another, each is timed and scheduled. Seconds.
+// What a region took on virtual cores: its tasks run one after another, each is timed and scheduled. Seconds, of tasks
+// without the clock's.
 struct ModelledRegion {
+  struct Tasks {
+    int64_t count;
+    std::vector<int> after;  // the stages that they wait for
+  };
   int64_t tasks;
-  double total, makespan, longest;  // of all tasks; of the region; of a task
+  double total, makespan, longest, elapsed;  // of all tasks; of the region; of a task; of all that the model did
+  std::vector<Tasks> stages;
+  std::vector<double> seconds;  // of each task
 };
 
 // Models as many cores in the regions that this thread begins from here on; 0 ends that. Returns the regions since the

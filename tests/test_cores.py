@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks import cores, cores_plot
-from contrastive_ops import grouped_matmul, similarity_topk
+from benchmarks import virtual_cores as virtual
+from contrastive_ops import grouped_matmul, similarity_reduce, similarity_topk
 from contrastive_ops.core import extension
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,10 +38,15 @@ def test_regions_are_counted(virtual_cores, count):
     assert virtual_cores(count) == []
     multiply()
     regions = virtual_cores(0)
-    assert regions and max(tasks for tasks, *_ in regions) > 1
-    for _, total, makespan, longest in regions:
-        assert 0 < longest <= makespan * (1 + 1e-9) and makespan <= total * (1 + 1e-9)
-        assert makespan >= total / count * (1 - 1e-9)
+    assert regions and max(len(seconds) for *_, seconds in regions) > 1
+    for elapsed, makespan, stages, seconds in regions:
+        total = sum(seconds)
+        assert len(seconds) == sum(tasks for tasks, _ in stages) and min(seconds) > 0
+        assert max(seconds) <= makespan * (1 + 1e-9) and makespan <= total * (1 + 1e-9)
+        assert makespan >= total / count * (1 - 1e-9) and elapsed >= total
+        # The benchmark schedules as the extension does.
+        region = virtual.Region(tuple((tasks, tuple(after)) for tasks, after in stages), tuple(seconds))
+        assert region.makespan(count) == pytest.approx(makespan, rel=1e-9)
     assert virtual_cores(0) == []  # the account was cleared
 
 
@@ -62,7 +68,7 @@ def test_as_many_threads_as_virtual_cores(virtual_cores):
     for count in (1, 8):
         virtual_cores(count)
         similarity_topk(x, y, 5, backend="cpu")
-        counts.append(virtual_cores(0)[0][0])
+        counts.append(len(virtual_cores(0)[0][-1]))
     assert 8 <= counts[0] < counts[1]  # of which most pack the columns
 
 
@@ -73,20 +79,50 @@ def test_cores_out_of_range(virtual_cores, count):
         virtual_cores(count)
 
 
+def region(*seconds, stages=None):
+    return virtual.Region(stages or ((len(seconds), ()),), seconds)
+
+
+def test_a_region_is_scheduled():
+    assert region(3.0, 1.0, 1.0, 1.0).makespan(2) == 3.0
+    assert region(1.0, 1.0, 1.0, 3.0).makespan(2) == 4.0  # the last task comes last
+    assert region(1.0, 2.0).makespan(128) == 2.0
+    # Two tasks, then one that waits for both, an empty stage that waits for it, and two behind that one.
+    chain = ((2, ()), (1, (0,)), (0, (1,)), (2, (2,)))
+    assert region(1.0, 2.0, 4.0, 1.0, 5.0, stages=chain).makespan(8) == 11.0
+    free = ((2, ()), (1, (0,)), (2, ()))
+    assert region(1.0, 2.0, 4.0, 1.0, 5.0, stages=free).makespan(2) == 8.0  # who waits takes nothing else
+
+
 def test_seconds_of_a_step_and_what_regions_lose():
-    regions = [(4, 8.0, 2.5, 2.5), (4, 8.0, 2.0, 2.0), (1, 3.0, 3.0, 3.0)]
-    modelled = cores.Modelled(4, regions, outside=1.0)
+    regions = (region(2.5, 1.5, 2.0, 2.0), region(2.0, 2.0, 2.0, 2.0), region(3.0))
+    modelled = virtual.Modelled(4, regions, outside=1.0)
     assert modelled.work == 19.0
-    assert modelled.seconds == pytest.approx(8.5 + 2 * cores.REGION_SECONDS)
+    assert modelled.seconds == pytest.approx(8.5 + 2 * virtual.REGION_SECONDS)
     assert [found[:3] for found in modelled.lost()] == [(2.25, 1, 1), (0.5, 2, 4)]
-    assert cores.Modelled(1, regions, outside=1.0).seconds == 8.5
+    assert virtual.Modelled(1, regions, outside=1.0).seconds == 20.0
+
+
+def test_the_least_of_each_task_counts():
+    first = virtual.Modelled(1, (region(1.0, 5.0), region(2.0)), outside=3.0)
+    other = virtual.Modelled(2, (region(4.0, 2.0), region(7.0)), outside=0.5)
+    assert virtual.fastest([first, other]) == virtual.Modelled(1, (region(1.0, 2.0), region(2.0)), outside=0.5)
+
+
+@COMPILED
+def test_numbers_of_cores_share_what_is_recorded_where_cuts_are_the_same():
+    x, y = torch.randn(512, 64), torch.randn(512, 64)
+    one, many = virtual.model(lambda: similarity_reduce(x, y, backend="cpu"), [1, 16], 1)
+    assert (one.regions, one.outside) == (many.regions, many.outside) and many.seconds < one.seconds
+    x, y = torch.randn(2048, 64), torch.randn(4096, 64)  # a search cuts its rows for the threads that there are
+    one, many = virtual.model(lambda: similarity_topk(x, y, 5, backend="cpu"), [1, 8], 1)
+    assert len(one.regions[0].seconds) < len(many.regions[0].seconds)
 
 
 @COMPILED
 def test_the_table_and_its_rows():
     work = next(work for work in cores.works() if (work.op, work.size) == ("clip", "small"))
-    step = work.build()
-    found = cores.model(step, cores.CORES, 1)
+    found = cores.model(work.build(), cores.CORES, 1)
     assert len(cores.line(work, found).split()) >= len(cores.CORES) + 4
     assert [row["provider"] for row in cores.rows_of(work, found, 1)] == [f"{n} virtual cores" for n in cores.CORES]
     assert extension.load().virtual_cores(0) == []
