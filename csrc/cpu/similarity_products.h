@@ -19,6 +19,9 @@ constexpr int64_t kStepColumns = int64_t{4} << 20;
 // Depth of a product of which one panel stays in the level-1 cache.
 constexpr int64_t kMostDepth = 512;
 
+// Dimensions of a product that one task forms, at most, and how many tasks are enough to halve them no further.
+constexpr int64_t kMostDimensions = 128, kEnoughTasks = 128;
+
 // Blocks [first, last) of a chunk.
 struct Step {
   const Chunk& chunk;
@@ -102,11 +105,11 @@ class WeightProducts {
   template <class More>
   void multiply_step(const Step& step, int64_t count, int64_t more_work, More more) {
     const Chunk& chunk = step.chunk;
-    const int64_t lanes = maximum<int64_t>(kCols<C>, 32), groups = (p.D + lanes - 1) / lanes;
     const int64_t rows = dx_ ? (chunk.rows + row_width_ - 1) / row_width_ : 0;
     // Rows that are columns of this step, too, have one owner.
     const int64_t shared = p.self && step.first == 0 ? rows : 0, columns = dy_ ? step.last - step.first - shared : 0;
     const int64_t units = rows + columns;
+    const int64_t lanes = dimensions_of_a_task(units), groups = (p.D + lanes - 1) / lanes;
     const int64_t pairs = chunk.rows * (step.end() - step.begin());
     sweep_.run(units * groups + count, pairs * p.D * ((dx_ ? 1 : 0) + (dy_ ? 1 : 0)) + more_work,
                [&](int64_t index, int thread) {
@@ -120,6 +123,14 @@ class WeightProducts {
                  }
                  if (of_rows) add_dx(step, unit, d, width, thread);
                });
+  }
+
+  // Wide tasks read the weights less often; narrow ones keep many cores busy where there are few rows and columns.
+  int64_t dimensions_of_a_task(int64_t units) const {
+    const int64_t least = maximum<int64_t>(kCols<C>, 32);
+    int64_t lanes = kMostDimensions;
+    while (lanes > least && units * ((p.D + lanes - 1) / lanes) < kEnoughTasks) lanes /= 2;
+    return lanes;
   }
 
   // to += weight * row of the other side, for a range of dimensions.
@@ -190,7 +201,7 @@ class WeightProducts {
   void add_product(int64_t begin, int64_t end, int64_t rows, int64_t width, const U* weights, int64_t weight_units,
                    const U* columns, A* to, double* wide, bool add, int thread) {
     const int64_t step = wide ? kWideDepth : kMostDepth, column_units = weight_units;
-    A* own = wide ? products_[thread].once(kBlock * maximum<int64_t>(kCols<C>, 32)) : nullptr;
+    A* own = wide ? products_[thread].once(kBlock * kMostDimensions) : nullptr;
     for (int64_t k = begin; k < end; k += step) {
       const int64_t unit = k / C::kDepth;
       multiply<C>(rows, width, depth_units<C>(minimum(step, end - k)), weights + unit * kRows<C>,
