@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor> maxsim_forward(const Tensor& queries, const Tensor& d
                         pair_documents, longest_query, k);
   Shape shape = p.winner_shape();
   if (!keep) shape.sizes[0] = 0;
-  const Tensor scores = zeros(p.score_shape(), p.type()), winners = full(shape, Type::int32, -1);
+  const Tensor scores = zeros(p.score_shape(), p.type()), winners = empty(shape, Type::int32);
   run(maxsim_cpu().forward, p.raw, MaxSimForward{scores.data, keep ? winners.as<int32_t>() : nullptr});
   return {scores, winners};
 }
@@ -100,8 +100,8 @@ std::tuple<Tensor, Tensor> maxsim_backward(const Tensor& queries, const Tensor& 
   const Tensor won = shaped(winners, p.winner_shape(), Type::int32, "winners");
   const Tensor upstream = shaped(d_scores, p.score_shape(), p.type(), "d_scores");
   const bool has_queries = wants(needs, 0), has_documents = wants(needs, 1);
-  const Tensor dqueries = zeros({has_queries ? queries.size(0) : 0, queries.size(1)}, p.type());
-  const Tensor ddocuments = zeros({has_documents ? documents.size(0) : 0, documents.size(1)}, p.type());
+  const Tensor dqueries = empty({has_queries ? queries.size(0) : 0, queries.size(1)}, p.type());
+  const Tensor ddocuments = empty({has_documents ? documents.size(0) : 0, documents.size(1)}, p.type());
   run(maxsim_cpu().backward, p.raw,
       MaxSimBackward{won.as<int32_t>(), upstream.data, has_queries ? dqueries.data : nullptr,
                      has_documents ? ddocuments.data : nullptr});

@@ -33,10 +33,10 @@ struct MaxSimProblem {
 // (documents, T of the queries, k), or (pairs, longest_query, k) for listed pairs.
 struct MaxSimForward {
   void* scores;      // (queries, documents) or (pairs,), accumulation type, 0 on entry
-  int32_t* winners;  // -1 on entry; or null
+  int32_t* winners;  // all of them are written; or null
 };
 
-// Outputs that are null are not needed; all are of the accumulation type and 0 on entry.
+// Outputs that are null are not needed; all are of the accumulation type, and every row is written.
 struct MaxSimBackward {
   const int32_t* winners;
   const void* d_scores;

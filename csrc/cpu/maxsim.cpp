@@ -7,6 +7,8 @@
 // found, and a score is the sum over the tokens of a query in their order: neither tasks nor threads change a bit.
 #include "../maxsim.h"
 
+#include <algorithm>
+
 #include "maxsim_fold.h"
 #include "maxsim_gradients.h"
 
@@ -258,12 +260,23 @@ class alignas(64) DocumentSweep {
   Growing<int32_t> listed_;
 };
 
+// -1 for the tokens of a block of queries, and for those beside all queries, in one document.
+template <class C, class S>
+void clear_winners(const MaxSimProblem& p, const MaxSimForward& out, const QueryBlock<C, S>& block, int64_t document) {
+  const int64_t first = block.first == 0 ? 0 : p.queries.offsets[block.first];
+  const int64_t last = block.last == p.queries.sets ? p.queries.T : p.queries.offsets[block.last];
+  int32_t* winners = out.winners + document * p.queries.T * p.k;
+  std::fill(winners + first * p.k, winners + last * p.k, -1);
+}
+
 template <class C, class S>
 void forward_all(const MaxSimProblem& p, const MaxSimForward& out, const Parallel& parallel) {
   const auto tokens_of = [&](int64_t j) { return p.documents.offsets[j + 1] - p.documents.offsets[j]; };
   Buffer<int64_t> cuts;
   const int64_t ranges = cut(p.documents.sets, tokens_of_a_task(p.documents.T, 4 * parallel.threads), cuts, tokens_of,
                              [](int64_t) { return false; });
+  if (out.winners && p.queries.sets == 0)
+    std::fill(out.winners, out.winners + p.documents.sets * p.queries.T * p.k, -1);
   const std::unique_ptr<QueryBlock<C, S>[]> blocks(new QueryBlock<C, S>[kQueryBlocks]);
   const std::unique_ptr<DocumentSweep<C, S>[]> sweeps(new DocumentSweep<C, S>[parallel.threads]);
   for (int64_t query = 0; query < p.queries.sets;) {
@@ -285,8 +298,11 @@ void forward_all(const MaxSimProblem& p, const MaxSimForward& out, const Paralle
         if (index < blocks[b].packings()) return blocks[b].pack(p, index);
       }
       DocumentSweep<C, S>& sweep = sweeps[thread];
-      sweep.begin(p, out, blocks[index % count]);
+      const QueryBlock<C, S>& block = blocks[index % count];
+      sweep.begin(p, out, block);
       const int64_t range = index / count;
+      for (int64_t j = cuts.get()[range]; out.winners && j < cuts.get()[range + 1]; ++j)
+        clear_winners(p, out, block, j);
       for (int64_t j = cuts.get()[range]; j < cuts.get()[range + 1]; ++j) sweep.add(j, j, j * p.queries.T);
       sweep.flush();
     };
@@ -311,6 +327,8 @@ void forward_pairs(const MaxSimProblem& p, const MaxSimForward& out, const Paral
     blocks[thread].list(p);
     for (int64_t k = 0; k < blocks[thread].packings(); ++k) blocks[thread].pack(p, k);
     sweeps[thread].begin(p, out, blocks[thread]);
+    const int64_t row = p.longest_query * p.k;
+    if (out.winners) std::fill(out.winners + begin * row, out.winners + cuts.get()[index + 1] * row, -1);
     for (int64_t e = begin; e < cuts.get()[index + 1]; ++e) {
       sweeps[thread].add(p.pair_documents[e], e, e * p.longest_query);
     }

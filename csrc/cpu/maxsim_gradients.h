@@ -48,6 +48,13 @@ INLINE void for_each_winner(const MaxSimProblem& p, const int32_t* winners, int6
   }
 }
 
+// Zeros for the tokens of sets [first, last), and with the first and the last of all for those beside all sets.
+template <class A>
+void clear_gradients(const TokenSets& sets, int64_t first, int64_t last, int64_t depth, A* gradients) {
+  const int64_t begin = first == 0 ? 0 : sets.offsets[first], end = last == sets.sets ? sets.T : sets.offsets[last];
+  memset(gradients + begin * depth, 0, static_cast<size_t>((end - begin) * depth) * sizeof(A));
+}
+
 // Queries own their gradients; tokens of a task are few enough that these stay in a cache while documents pass by.
 template <class A, class S>
 void backward_queries(const MaxSimProblem& p, const MaxSimBackward& b, const Parallel& parallel) {
@@ -59,6 +66,7 @@ void backward_queries(const MaxSimProblem& p, const MaxSimBackward& b, const Par
   if (p.paired) {
     const ByColumn of_query(p.pair_queries, p.pairs, p.queries.sets);
     auto task = [&](int64_t i, int) {
+      clear_gradients(p.queries, i, i + 1, p.D, static_cast<A*>(b.dqueries));
       of_query.for_each(i, [&](int64_t e) { for_each_winner(p, b.winners, i, p.pair_documents[e], e, add); });
     };
     return run_parallel(parallel.run, p.queries.sets, task);
@@ -68,6 +76,7 @@ void backward_queries(const MaxSimProblem& p, const MaxSimBackward& b, const Par
   const int64_t tasks = cut(p.queries.sets, tokens_of_a_task(p.queries.T, parallel.threads), cuts, tokens_of,
                             [](int64_t) { return false; });
   auto task = [&](int64_t index, int) {
+    clear_gradients(p.queries, cuts.get()[index], cuts.get()[index + 1], p.D, static_cast<A*>(b.dqueries));
     for (int64_t j = 0; j < p.documents.sets; ++j) {
       for (int64_t i = cuts.get()[index]; i < cuts.get()[index + 1]; ++i) {
         for_each_winner(p, b.winners, i, j, i * p.documents.sets + j, add);
@@ -87,6 +96,7 @@ void backward_documents(const MaxSimProblem& p, const MaxSimBackward& b, const P
   const std::unique_ptr<const ByColumn> of_document(p.paired ? new ByColumn(p.pair_documents, p.pairs, p.documents.sets)
                                                              : nullptr);
   auto task = [&](int64_t j, int) {
+    clear_gradients(p.documents, j, j + 1, p.D, static_cast<A*>(b.ddocuments));
     if (of_document) {
       return of_document->for_each(j, [&](int64_t e) { for_each_winner(p, b.winners, p.pair_queries[e], j, e, add); });
     }
@@ -99,6 +109,12 @@ void backward_documents(const MaxSimProblem& p, const MaxSimBackward& b, const P
 
 template <class C, class S>
 void maxsim_backward(const MaxSimProblem& p, const MaxSimBackward& b, const Parallel& parallel) {
+  // Without sets all tokens are beside them.
+  if (b.dqueries && p.queries.sets == 0)
+    clear_gradients(p.queries, 0, 0, p.D, static_cast<typename C::Acc*>(b.dqueries));
+  if (b.ddocuments && p.documents.sets == 0) {
+    clear_gradients(p.documents, 0, 0, p.D, static_cast<typename C::Acc*>(b.ddocuments));
+  }
   if (b.dqueries) backward_queries<typename C::Acc, S>(p, b, parallel);
   if (b.ddocuments) backward_documents<typename C::Acc, S>(p, b, parallel);
 }
