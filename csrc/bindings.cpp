@@ -111,6 +111,8 @@ PyObject* read_tensors_by(PyObject*, PyObject* exchange) {
   use(expert_routing_scores)           \
   use(expert_routing_scores_backward)  \
   use(expert_routing_slots)            \
+  use(grouped_matmul_activate)         \
+  use(grouped_matmul_activate_backward)\
   use(grouped_matmul_forward)          \
   use(grouped_matmul_outer)            \
   use(maxsim_backward)                 \

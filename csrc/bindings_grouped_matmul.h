@@ -127,5 +127,42 @@ std::tuple<Tensor, Tensor> grouped_matmul_outer(const Tensor& a_in, const Tensor
   return {transposed ? db.transposed() : db, dbias};
 }
 
+// Rows and the result of an activation, with the tensors that it points into; `g` for backward.
+struct Activations {
+  Tensor hidden, g, out;
+  ActivatedRows raw{};
+
+  Activations(const Tensor& hidden_in, const Tensor& g_in, int64_t activation, bool gated) {
+    CHECK_VALUE(hidden_in.dims == 2, "hidden must be a matrix, got ", hidden_in);
+    CHECK_VALUE(activation >= 0 && activation <= static_cast<int64_t>(Activation::silu),
+                "activation must be one of Activation, got ", activation);
+    CHECK_VALUE(!gated || hidden_in.size(1) % 2 == 0, "gated rows must have halves, got ", hidden_in);
+    check_on_cpu(hidden_in, "hidden");
+    hidden = hidden_in.contiguous();
+    raw.dtype = dtype_of(hidden);
+    raw.rows = hidden.size(0);
+    raw.F = gated ? hidden.size(1) / 2 : hidden.size(1);
+    raw.activation = static_cast<Activation>(activation);
+    raw.gated = gated;
+    g = shaped(g_in, {raw.rows, raw.F}, hidden.type, "g");
+    out = g ? empty(hidden.shape(), hidden.type) : empty({raw.rows, raw.F}, hidden.type);
+    raw.hidden = hidden.data;
+    raw.g = g.data;
+    raw.out = out.data;
+  }
+};
+
+Tensor grouped_matmul_activate(const Tensor& hidden, int64_t activation, bool gated) {
+  const Activations rows(hidden, Tensor(), activation, gated);
+  run(grouped_matmul_cpu().activate, rows.raw);
+  return rows.out;
+}
+
+Tensor grouped_matmul_activate_backward(const Tensor& g, const Tensor& hidden, int64_t activation, bool gated) {
+  const Activations rows(hidden, g, activation, gated);
+  run(grouped_matmul_cpu().activate_backward, rows.raw);
+  return rows.out;
+}
+
 }  // namespace
 }  // namespace contrastive_ops

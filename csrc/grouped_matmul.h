@@ -45,9 +45,25 @@ struct GroupedOuter {
   void* dbias;      // (groups, F) contiguous
 };
 
+// Between two layers. In the order of contrastive_ops/reference/grouped_matmul.py.
+enum class Activation : int { gelu, relu, silu };
+
+// Rows are contiguous. Gated ones are twice as wide, activation(left half) * right half.
+struct ActivatedRows {
+  DType dtype;
+  int64_t rows, F;  // of the result
+  Activation activation;
+  bool gated;
+  const void* hidden;  // (rows, F), or (rows, 2 F)
+  const void* g;       // (rows, F): what arrives at the result, for backward
+  void* out;           // (rows, F); backward: as hidden
+};
+
 struct GroupedMatmul {
   void (*forward)(const GroupedForward&, const Parallel&);
   void (*outer)(const GroupedOuter&, const Parallel&);
+  void (*activate)(const ActivatedRows&, const Parallel&);
+  void (*activate_backward)(const ActivatedRows&, const Parallel&);
 };
 
 CONTRASTIVE_OPS_PRIMITIVE(GroupedMatmul, grouped_matmul)

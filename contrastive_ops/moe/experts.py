@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..core import checks
 from ..ops import Routing
+from ..ops._activation import activate
 from ..ops.grouped_matmul import grouped_matmul
+from ..reference.grouped_matmul import ACTIVATIONS
 
 if TYPE_CHECKING:
     from ..distributed._experts import Spread
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 # What checkpoints call the matrices of an expert, by whether it is gated: those of the first layer, and the second's.
 # Of each expert (``0.w1.weight``), or one tensor of all (``w1``, ``w1.weight``).
@@ -143,12 +142,17 @@ class Experts(nn.Module):
         up_bias, down_bias = (None if bias is None else part(bias) for bias in (self.up_bias, self.down_bias))
         hidden = grouped_matmul(rows, up.transpose(1, 2), offsets, up_bias, backend=backend)
         bounds = offsets.offsets if isinstance(offsets, Routing) else offsets
-        if self.gated:
-            gate, hidden = hidden.chunk(2, dim=1)
-            hidden = self.activation(gate) * hidden
-        else:
-            hidden = self.activation(hidden)
+        hidden = self._activated(hidden, backend)
         return grouped_matmul(hidden, down.transpose(1, 2), bounds, down_bias, backend=backend)
+
+    def _activated(self, hidden: Tensor, backend: str) -> Tensor:
+        known = next((name for name, function in ACTIVATIONS.items() if function is self.activation), None)
+        if known is not None:
+            return activate(hidden, known, self.gated, backend)
+        if not self.gated:
+            return self.activation(hidden)
+        gate, hidden = hidden.chunk(2, dim=1)
+        return self.activation(gate) * hidden
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         """Join what other layouts keep apart: see `NAMES`. Of experts on other ranks nothing need be there."""

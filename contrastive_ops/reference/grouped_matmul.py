@@ -7,11 +7,33 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..core.checks import accumulator
 from ..core.ordered import long_product
 from .expert_routing import dispatch
+
+# Between the layers of experts, in the order of csrc/grouped_matmul.h.
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+
+
+def activate(hidden: Tensor, activation: int, gated: bool) -> Tensor:
+    """The activation of rows (R, F); of gated rows (R, 2 F) that of the left half, times the right one."""
+    function = [*ACTIVATIONS.values()][activation]
+    if not gated:
+        return function(hidden)
+    gate, other = hidden.chunk(2, dim=1)
+    return function(gate) * other
+
+
+def activate_backward(g: Tensor, hidden: Tensor, activation: int, gated: bool) -> Tensor:
+    """The gradient of `hidden` where g arrives at the result."""
+    with torch.enable_grad():
+        leaf = hidden.detach().requires_grad_()
+        (found,) = torch.autograd.grad(activate(leaf, activation, gated), leaf, g)
+    return found
 
 
 def forward(

@@ -6,6 +6,7 @@
 // number of threads nor the rows around it change a bit.
 #include "../grouped_matmul.h"
 
+#include "grouped_activation.h"
 #include "grouped_block.h"
 
 namespace contrastive_ops {
@@ -125,10 +126,20 @@ void grouped_outer_any(const GroupedOuter& p, const Parallel& parallel) {
       p.rows.dtype, [&](auto c, auto s) { grouped_outer<decltype(c), decltype(s)>(p, parallel); },
       [&] { LEVEL_BELOW::grouped_matmul().outer(p, parallel); });
 }
+void activate_any(const ActivatedRows& p, const Parallel& parallel) {
+  for_type(
+      p.dtype, [&](auto c, auto s) { activate_rows<typename decltype(c)::Acc, decltype(s)>(p, parallel); },
+      [&] { level_avx512::grouped_matmul().activate(p, parallel); });
+}
+void activate_backward_any(const ActivatedRows& p, const Parallel& parallel) {
+  for_type(
+      p.dtype, [&](auto c, auto s) { activate_rows_backward<typename decltype(c)::Acc, decltype(s)>(p, parallel); },
+      [&] { level_avx512::grouped_matmul().activate_backward(p, parallel); });
+}
 
 }  // namespace
 
-GroupedMatmul grouped_matmul() { return {grouped_forward_any, grouped_outer_any}; }
+GroupedMatmul grouped_matmul() { return {grouped_forward_any, grouped_outer_any, activate_any, activate_backward_any}; }
 
 }  // namespace LEVEL
 }  // namespace contrastive_ops

@@ -110,6 +110,8 @@ def recorded() -> list[Call]:
         ("similarity_topk_order", (values, indices, 3)),
         ("expert_routing_scores", (logits, None, None, None, None, None, None, [2, 0, 0, 1, 1, 0, 1, 0], 0.0)),
         ("expert_routing_slots", (experts, torch.rand(8), torch.zeros(8, dtype=torch.int64), [6, 8, 2, 0, 1])),
+        ("grouped_matmul_activate", (values, 0, False)),
+        ("grouped_matmul_activate_backward", (torch.randn(4, 3), torch.randn(4, 6), 2, True)),
         ("virtual_cores", (0,)),
         ("read_tensors_by", (None,)),
     ]
