@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import heapq
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -88,32 +89,45 @@ def record(step: Callable[[], object], cores: int) -> Modelled:
     return Modelled(cores, regions, whole - sum(elapsed for elapsed, *_ in recorded))
 
 
-def fastest(found: Sequence[Modelled]) -> Modelled:
-    """Of records of the same tasks: the least seconds of each task, and of what is outside."""
-    regions = tuple(
-        Region(alike[0].stages, tuple(map(min, zip(*(region.seconds for region in alike), strict=True))))
-        for alike in zip(*(each.regions for each in found), strict=True)
-    )
-    return Modelled(found[0].cores, regions, min(each.outside for each in found))
+def fastest(found: Sequence[Modelled]) -> list[Modelled]:
+    """The same records with the least seconds of each task, and of what is outside.
+
+    Regions of the same tasks share what was recorded, whatever they were cut for: the n-th of its kind of every step.
+    """
+    least: dict[tuple[Stages, int], tuple[float, ...]] = {}
+    outside: dict[int, float] = {}
+    named: list[list[tuple[Stages, int]]] = []
+    for each in found:
+        counts: collections.Counter[Stages] = collections.Counter()
+        names = []
+        for region in each.regions:
+            name = region.stages, counts[region.stages]
+            counts[region.stages] += 1
+            names.append(name)
+            least[name] = tuple(map(min, least.get(name, region.seconds), region.seconds))
+        named.append(names)
+        outside[len(names)] = min(outside.get(len(names), each.outside), each.outside)
+    return [
+        Modelled(each.cores, tuple(Region(name[0], least[name]) for name in names), outside[len(names)])
+        for each, names in zip(found, named, strict=True)
+    ]
 
 
 def model(step: Callable[[], object], counts: Sequence[int], rounds: int) -> list[Modelled]:
     """A step on each number of virtual cores, in turns, and then in so many rounds for each way it is cut.
 
-    Counts for which the tasks are the same share their records, so that what is compared is how tasks are scheduled and
-    not when they were timed. Others are cut for their cores, and timed as often.
+    Regions that are cut alike share their records, so that what is compared is how tasks are scheduled and not when
+    they were timed. Others are cut for their cores, and timed as often.
     """
-    alike: dict[tuple[Stages, ...], list[Modelled]] = {}
-    cuts: dict[int, tuple[Stages, ...]] = {}
+    found: dict[int, list[Modelled]] = {}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for turn in range(rounds + 1):
-            for cores in counts if turn == 0 else [first.cores for first, *_ in alike.values()]:
-                found = record(step, cores)
-                cuts[cores] = tuple(region.stages for region in found.regions)
-                alike.setdefault(cuts[cores], []).append(found)
+            cuts = {tuple(region.stages for region in first.regions): cores for cores, (first, *_) in found.items()}
+            for cores in counts if turn == 0 else cuts.values():
+                found.setdefault(cores, []).append(record(step, cores))
     finally:
         torch.set_num_threads(threads)
-    least = {cut: fastest(found) for cut, found in alike.items()}
-    return [replace(least[cuts[cores]], cores=cores) for cores in counts]
+    every = fastest([each for cores in counts for each in found[cores]])
+    return [next(each for each in every if each.cores == cores) for cores in counts]

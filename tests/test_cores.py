@@ -104,9 +104,16 @@ def test_seconds_of_a_step_and_what_regions_lose():
 
 
 def test_the_least_of_each_task_counts():
-    first = virtual.Modelled(1, (region(1.0, 5.0), region(2.0)), outside=3.0)
-    other = virtual.Modelled(2, (region(4.0, 2.0), region(7.0)), outside=0.5)
-    assert virtual.fastest([first, other]) == virtual.Modelled(1, (region(1.0, 2.0), region(2.0)), outside=0.5)
+    """Of regions that are cut alike, however many cores they were cut for; the n-th of its kind is one region."""
+    first = virtual.Modelled(1, (region(1.0, 5.0), region(2.0), region(3.0)), outside=3.0)
+    other = virtual.Modelled(2, (region(4.0, 2.0), region(7.0), region(1.0)), outside=0.5)
+    apart = virtual.Modelled(4, (region(3.0, 3.0), region(1.0, 1.0, 1.0)), outside=9.0)
+    regions = (region(1.0, 2.0), region(2.0), region(1.0))
+    assert virtual.fastest([first, other, apart]) == [
+        virtual.Modelled(1, regions, outside=0.5),
+        virtual.Modelled(2, regions, outside=0.5),
+        virtual.Modelled(4, (region(1.0, 2.0), region(1.0, 1.0, 1.0)), outside=9.0),
+    ]
 
 
 @COMPILED
