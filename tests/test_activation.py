@@ -13,11 +13,10 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 COMPILED = pytest.mark.skipif(extension.load() is None, reason="needs the C++ extension")
 # The definitions, not torch's functions.
 DENSE = {
-    "gelu": lambda x: x * torch.special.ndtr(x),
-    "relu": lambda x: x * (x > 0),
+    "gelu": lambda x: x * 0.5 * torch.erfc(-x * 0.5**0.5),
+    "relu": lambda x: x.clamp_min(0),
     "silu": lambda x: x / (1 + torch.exp(-x)),
 }
-TORCH = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
 def dense(hidden, name, gated):
@@ -49,14 +48,14 @@ def test_values_and_gradients_are_those_of_the_definition(name, dtype, gated):
 @COMPILED
 @pytest.mark.parametrize("name", NAMES)
 def test_far_from_zero(name):
-    """Small values keep their digits, and what is no number stays none, as in torch."""
+    """Small values keep their digits, and what is no number stays none."""
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 300.0, -300.0, 3e38, -3e38])])
     found = activate(x[None], name, False, "cpu")[0].double()
     truth = DENSE[name](x.double())
     error = (found - truth).abs() / truth.abs().clamp_min(1e-30)
     assert error.max() < 1e-5  # of the smallest, too: exp(-x^2 / 2) at x = 12 has lost some digits
     ends = torch.tensor([[torch.inf, torch.nan, -torch.inf]])
-    torch.testing.assert_close(activate(ends, name, False, "cpu"), TORCH[name](ends), equal_nan=True)
+    torch.testing.assert_close(activate(ends, name, False, "cpu"), DENSE[name](ends), equal_nan=True)
 
 
 @COMPILED
