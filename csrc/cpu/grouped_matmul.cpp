@@ -129,12 +129,12 @@ void grouped_outer_any(const GroupedOuter& p, const Parallel& parallel) {
 void activate_any(const ActivatedRows& p, const Parallel& parallel) {
   for_type(
       p.dtype, [&](auto c, auto s) { activate_rows<typename decltype(c)::Acc, decltype(s)>(p, parallel); },
-      [&] { level_avx512::grouped_matmul().activate(p, parallel); });
+      [&] { LEVEL_BELOW::grouped_matmul().activate(p, parallel); });
 }
 void activate_backward_any(const ActivatedRows& p, const Parallel& parallel) {
   for_type(
       p.dtype, [&](auto c, auto s) { activate_rows_backward<typename decltype(c)::Acc, decltype(s)>(p, parallel); },
-      [&] { level_avx512::grouped_matmul().activate_backward(p, parallel); });
+      [&] { LEVEL_BELOW::grouped_matmul().activate_backward(p, parallel); });
 }
 
 }  // namespace
