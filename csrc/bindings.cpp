@@ -67,8 +67,8 @@ Reference list_of(const Items& items, Make make) {
   return list;
 }
 
-// virtual_cores(P) -> [(elapsed, makespan, [(tasks of a stage, [earlier stages]), ...], [seconds of a task, ...]), ...]:
-// see `model_cores`.
+// virtual_cores(P) -> [(elapsed, makespan, stages, [seconds of each task]), ...], in seconds; a stage is (tasks,
+// [earlier stages]): see `model_cores`.
 PyObject* virtual_cores(PyObject*, PyObject* cores) {
   try {
     const int64_t count = integer_of(cores);
