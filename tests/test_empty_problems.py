@@ -296,6 +296,7 @@ CALLS = {
         lambda n, v, d, e: ops.losses.linear_kl(rows(n, d), rows(v, d), fixed(n, e), fixed(v, e)),
     ),
     "kl_estimate": ({"n": 3}, lambda n: ops.losses.kl_estimate(rows(n), fixed(n))),
+    "log_odds": ({"n": 3}, lambda n: ops.losses.log_odds(-rows(n).square())),
     "uniformity": ({"n": 3, "m": 2, "d": 4}, lambda n, m, d, backend: ops.losses.uniformity(rows(n, d), rows(m, d))),
     "uniformity itself": ({"n": 3, "d": 4}, lambda n, d, backend: ops.losses.uniformity(rows(n, d), backend=backend)),
     "sparsity": (

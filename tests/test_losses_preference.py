@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from contrastive_ops.losses import dpo, kl_estimate
+from contrastive_ops.losses import dpo, kl_estimate, linear_log_prob, log_odds
+from contrastive_ops.testing.compare import check, check_derivatives
 
 DOUBLE = torch.float64
 
@@ -44,6 +45,86 @@ def test_dpo(options, with_reference):
         torch.autograd.grad(found, given, cotangent), torch.autograd.grad(expected, given, cotangent), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("with_reference", [True, False])
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "hinge"])
+def test_options_of_each_pair(kind, with_reference):
+    given = [(5 * torch.randn(9, dtype=DOUBLE)).requires_grad_() for _ in range(4 if with_reference else 2)]
+    options = {"beta": (torch.rand(9, dtype=DOUBLE) + 0.1).requires_grad_()}
+    if kind != "ipo":
+        options["margin"] = torch.randn(9, dtype=DOUBLE, requires_grad=True)
+    if kind == "sigmoid":
+        options["label_smoothing"] = (torch.rand(9, dtype=DOUBLE) / 2).requires_grad_()
+    weight = torch.rand(9, dtype=DOUBLE)
+    found = dpo(*given, kind=kind, weight=weight, **options)
+    rows = dense_dpo(*given[:2], given[2:] if with_reference else None, kind=kind, **options)
+    check(found, (weight * rows).sum() / weight.sum(), [*given, *options.values()])
+
+
+def test_one_number_in_a_tensor_is_that_of_all_pairs_and_may_be_learned():
+    chosen, rejected = torch.randn(5, dtype=DOUBLE), torch.randn(5, dtype=DOUBLE)
+    for shape in ((), (1,)):
+        beta = torch.full(shape, 0.7, dtype=DOUBLE, requires_grad=True)
+        check(dpo(chosen, rejected, beta=beta), dense_dpo(chosen, rejected, beta=beta).mean(), [beta])
+        assert torch.equal(dpo(chosen, rejected, beta=beta.detach()), dpo(chosen, rejected, beta=0.7))
+
+
+def test_a_pair_of_weight_0_may_have_any_options():
+    chosen, rejected, weight = torch.randn(3), torch.randn(3), torch.tensor([1.0, 0.0, 1.0])
+    beta, margin = torch.tensor([0.1, -1.0, 0.2]), torch.tensor([0.0, torch.nan, 1.0])
+    assert dpo(chosen, rejected, beta=beta, margin=margin, label_smoothing=margin.abs() / 4, weight=weight).isfinite()
+
+
+# ---- Odds ------------------------------------------------------------------------------------------------------------
+
+
+def test_log_odds_is_the_inverse_of_logsigmoid():
+    """Of any odds, also where p or 1 - p has no digits of its own; both, and the slope, from the odds themselves."""
+    odds = torch.cat([-torch.logspace(-3, 2.8, 60), torch.logspace(-3, 1.4, 60), torch.zeros(1)]).double()
+    log_prob = F.logsigmoid(odds).requires_grad_()
+    found = log_odds(log_prob)
+    (slope,) = torch.autograd.grad(found.sum(), log_prob)
+    torch.testing.assert_close(slope, 1 + odds.exp(), rtol=1e-9, atol=0)  # 1 / (1 - p)
+    torch.testing.assert_close(found, odds, rtol=1e-9, atol=1e-12)
+    # What is lost in float32 are digits of the log-probability, not of the function.
+    single = log_prob.detach().float()
+    truth = single.double() - (-torch.expm1(single.double())).log()
+    torch.testing.assert_close(log_odds(single).double(), truth, rtol=1e-6, atol=1e-6)
+
+
+def test_log_odds_at_the_ends():
+    ends = torch.tensor([0.0, -torch.inf, 0.1, -1e-30])
+    found = log_odds(ends)
+    assert found[:2].tolist() == [torch.inf, -torch.inf] and found[2].isnan() and found[3].isfinite()
+    assert log_odds(ends.half()).dtype == torch.float32
+    leaf = torch.tensor([-1e-30, -100.0, -torch.inf], requires_grad=True)
+    log_odds(leaf).sum().backward()
+    assert leaf.grad[1:].tolist() == [1.0, 1.0] and leaf.grad[0] > 1e29
+    check_derivatives(log_odds, (torch.tensor([-0.3, -2.0, -1e-3, -0.6931], dtype=DOUBLE, requires_grad=True),))
+
+
+def test_orpo_from_hidden_states():
+    """Its odds ratio of mean log-probabilities, from the logits of the two answers in float64."""
+    hidden, head = (torch.randn(*size, dtype=DOUBLE, requires_grad=True) for size in ((2, 4, 6, 8), (30, 8)))
+    labels = torch.randint(30, (2, 4, 6))
+    labels[:, 1, 4:] = -100
+    count = (labels != -100).sum(-1)
+    chosen, rejected = linear_log_prob(hidden, head, labels).sum(-1) / count
+    found = dpo(log_odds(chosen), log_odds(rejected), beta=1.0)
+    p = (hidden @ head.T).softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+    mean = (p.log() * (labels != -100)).sum(-1) / count
+    odds = mean.exp() / (1 - mean.exp())
+    check(found, -torch.sigmoid((odds[0] / odds[1]).log()).log().mean(), [hidden, head])
+
+
+def test_orpo_is_that_of_trl():
+    trainers = pytest.importorskip("trl.experimental.orpo")
+    chosen, rejected = (-torch.rand(7, dtype=DOUBLE) for _ in range(2))
+    trainer = object.__new__(trainers.ORPOTrainer)
+    trainer.beta, trainer.accelerator = 0.25, type("One", (), {"device": torch.device("cpu")})
+    losses = trainer.odds_ratio_loss(chosen, rejected)[0]
+    torch.testing.assert_close(-0.25 * dpo(log_odds(chosen), log_odds(rejected), beta=1.0, reduction="none"), losses)
 
 
 # ---- Estimates of a divergence ---------------------------------------------------------------------------------------
@@ -92,6 +173,16 @@ V = torch.zeros(3)
         (lambda: dpo(V, V, kind="ipo", margin=1.0), ValueError, 'dpo: margin must be 0 for kind="ipo", got 1.0'),
         (lambda: dpo(V, V, label_smoothing=0.5), ValueError, "dpo: label_smoothing must be in [0, 0.5), got 0.5"),
         (lambda: dpo(V, V, kind="hinge", label_smoothing=0.1), ValueError, "label_smoothing must be 0"),
+        (lambda: dpo(V, V, beta=V), ValueError, "dpo: beta must be in (0, inf), got 0.0"),
+        (lambda: dpo(V, V, beta=V[:2] + 1), ValueError, "dpo: beta must have shape (3,), got (2,)"),
+        (lambda: dpo(V, V, label_smoothing=V + 0.5), ValueError, "dpo: label_smoothing must be in [0, 0.5), got 0.5"),
+        (lambda: dpo(V, V, margin=V + torch.inf), ValueError, "dpo: margin must be in (-inf, inf), got inf"),
+        (
+            lambda: dpo(V, V, kind="ipo", margin=V),
+            ValueError,
+            'dpo: margin must be 0 for kind="ipo", got Tensor of shape (3,)',
+        ),
+        (lambda: log_odds(V.long()), TypeError, "log_odds: log_prob must be float32, float64, bfloat16 or float16"),
         (lambda: dpo(V[None], V), ValueError, "dpo: chosen must have shape (N,), got (1, 3)"),
         (
             lambda: kl_estimate(V, V, kind="k4"),

@@ -48,10 +48,10 @@ def ranks_of(values, ties):
     ]
 
 
-def of_pairs(s, t, kind="logistic", pair_weight="none", pair_reduction="mean", margin=1.0, temperature=1.0):
+def of_pairs(s, t, kind="logistic", pair_weight="none", pair_reduction="mean", k=None, margin=1.0, temperature=1.0):
     by_teacher, by_student = ranks_of(t, ties=True), ranks_of(s, ties=False)
     gain = [2 ** v.item() - 1 for v in t]
-    ideal = sum(g / math.log2(2 + i) for i, g in enumerate(sorted(gain, reverse=True)))
+    ideal = sum(g / math.log2(2 + i) for i, g in enumerate(sorted(gain, reverse=True)[:k]))
     costs = []
     for i, j in itertools.permutations(range(len(t)), 2):
         if not t[i] > t[j]:
@@ -61,7 +61,8 @@ def of_pairs(s, t, kind="logistic", pair_weight="none", pair_reduction="mean", m
         if pair_weight == "reciprocal_rank":
             cost = cost * abs(1 / by_teacher[i] - 1 / by_teacher[j])
         elif pair_weight == "lambda":
-            discounts = [1 / math.log2(1 + by_student[at]) for at in (i, j)]
+            ranks = [by_student[at] for at in (i, j)]
+            discounts = [1 / math.log2(1 + rank) if k is None or rank <= k else 0.0 for rank in ranks]
             cost = cost * abs(gain[i] - gain[j]) / ideal * abs(discounts[0] - discounts[1])
         costs.append(cost)
     return sum(costs) / (len(costs) if pair_reduction == "mean" else 1)
@@ -81,6 +82,8 @@ CASES = [
         for over in ("mean", "sum")
     ),
     (pairwise_rank_distillation, of_pairs, {"kind": "hinge", "margin": 0.2, "temperature": 0.5}),
+    (pairwise_rank_distillation, of_pairs, {"pair_weight": "lambda", "k": 1}),
+    (pairwise_rank_distillation, of_pairs, {"kind": "hinge", "pair_weight": "lambda", "k": 3, "pair_reduction": "sum"}),
 ]
 each_case = pytest.mark.parametrize("function,formula,options", CASES, ids=lambda v: getattr(v, "__name__", str(v)))
 
@@ -318,6 +321,12 @@ S = torch.zeros(2, 3)
             "teacher_temperature must be one number, got a tensor of shape (2, 3)",
         ),
         (lambda: pairwise_rank_distillation(S, S, kind="exp"), ValueError, "kind must be one of 'logistic', 'hinge'"),
+        (
+            lambda: pairwise_rank_distillation(S, S, pair_weight="lambda", k=0),
+            ValueError,
+            "k must be at least 1, got 0",
+        ),
+        (lambda: pairwise_rank_distillation(S, S, k=3), ValueError, 'k must be None for pair_weight="none", got 3'),
         (lambda: pairwise_rank_distillation(S, S, pair_weight="r"), ValueError, "pair_weight must be one of 'none'"),
         (
             lambda: pairwise_rank_distillation(S, S, pair_reduction="max"),

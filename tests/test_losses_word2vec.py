@@ -112,7 +112,7 @@ NEGATIVES = torch.tensor([[1, 2], [3, -1]])
         ),
         (lambda: UnigramSampler(torch.tensor([0, 0])), ValueError, "counts must be >= 0 and not all 0"),
         (lambda: UnigramSampler(torch.tensor([1, -1])), ValueError, "counts must be finite and >= 0, got -1"),
-        (lambda: UnigramSampler(torch.tensor([1.0]), -1), ValueError, "UnigramSampler: power must be in [0, inf)"),
+        (lambda: UnigramSampler(torch.tensor([1.0]), torch.inf), ValueError, "power must be in (-inf, inf)"),
         (
             lambda: UnigramSampler(torch.ones(3))(CONTEXT, 1),
             ValueError,

@@ -34,6 +34,12 @@ def merge_lse(*lse: Tensor) -> Tensor:
     return torch.where(empty, -torch.inf, top + torch.where(empty, 1.0, total).log())
 
 
+def lse_of_rows(logits: Tensor) -> Tensor:
+    """(N,) logsumexp of each row of (N, P); -inf with gradient 0, not NaN, where there is nothing but -inf."""
+    empty = (logits == -torch.inf).all(1)
+    return logits.masked_fill(empty[:, None], 0.0).logsumexp(1).masked_fill(empty, -torch.inf)
+
+
 def times(e: Tensor, values: Tensor) -> Tensor:
     """``e * values``, but 0 where e is 0 and values are no numbers; with both derivatives also where e is 0."""
     return e * values.masked_fill((e == 0) & ~values.isfinite(), 0.0)

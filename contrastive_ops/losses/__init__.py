@@ -38,7 +38,7 @@ from .multi_similarity import multi_similarity
 from .negative_sampling import UnigramSampler, negative_sampling
 from .nt_xent import nt_xent
 from .pair_scores import angle, cosent, pair_mse
-from .preference import dpo, kl_estimate
+from .preference import dpo, kl_estimate, log_odds
 from .rank_distillation import listwise_distillation, margin_mse, pairwise_rank_distillation
 from .regularizers import alignment, koleo, sparsity, uniformity
 from .self_distillation import RunningCentre, dino, swav
@@ -91,6 +91,7 @@ __all__ = [
     "linear_log_prob",
     "listwise_distillation",
     "log_det",
+    "log_odds",
     "margin_mse",
     "margin_softmax",
     "matryoshka_clip",

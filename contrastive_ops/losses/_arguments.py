@@ -258,6 +258,27 @@ def check_partners(function: str, x_name: str, x: Tensor, y_name: str, y: Tensor
         )
 
 
+def one_or_each(function: str, name: str, value: object, interval: str, x_name: str, x: Tensor) -> float | Tensor:
+    """An option in an interval, written as in `checks.number`: a number, or one of each row of `x`, differentiable.
+
+    Numbers of the rows are in the accumulation dtype. Those that can be read are looked at.
+    """
+    if not isinstance(value, Tensor) or (value.numel() == 1 and not value.requires_grad):
+        return checks.number(function, name, value, interval)
+    size = x.shape[0]
+    each = checks.one_number(function, name, value, x_name, x).expand(size) if value.numel() == 1 else value
+    checks.check_vector(function, name, each, size, x_name, x)
+    if checks.may_read(each):
+        low, high = (float(end) for end in interval[1:-1].split(","))
+        found = each.detach()
+        inside = (found >= low if interval[0] == "[" else found > low) & (
+            found <= high if interval[-1] == "]" else found < high
+        )
+        if not bool(inside.all()):
+            raise ValueError(f"{function}: {name} must be in {interval}, got {float(found[~inside][0])}")
+    return each.to(checks.accumulator(x.dtype))
+
+
 def check_weight(function: str, weight: Tensor, size: int, x_name: str, x: Tensor, name: str = "weight") -> None:
     """`weight` must be (size,) numbers >= 0, where they can be read."""
     checks.check_vector(function, name, weight, size, x_name, x)

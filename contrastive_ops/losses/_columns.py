@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..core import autocast, checks
 from ..core.folds import Fold
-from ..core.ordered import ordered_sum
+from ..core.ordered import ordered_sum, segment_rows
 from ..core.rules import Pairs
 from ..core.unit_rows import unit_rows
 
@@ -67,6 +67,25 @@ def checked_row_negatives(
     return each
 
 
+def checked_row_mask(function: str, name: str, mask: object, row_negatives: Tensor) -> Tensor:
+    """(N, K) bool: which of the (N, K, D) negatives of each row there are; (N,) says it of all that a row has."""
+    mask = checks.check_tensor(function, name, mask)
+    rows, each = row_negatives.shape[:2]
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{function}: {name} must be a bool tensor, got {mask.dtype}")
+    if mask.shape not in ((rows,), (rows, each)):
+        raise ValueError(f"{function}: {name} must have shape ({rows},) or ({rows}, {each}), got {checks.shape(mask)}")
+    checks.check_device(function, "row_negatives", row_negatives, name, mask)
+    return mask if mask.dim() == 2 else mask[:, None].expand(rows, each)
+
+
+def with_margin(scale: float | Tensor, margin: float | Tensor) -> Callable[[Tensor], Tensor] | None:
+    """What becomes of the targets' logits whose similarities are less by the margin; None where nothing does."""
+    if not isinstance(margin, Tensor) and not margin:
+        return None
+    return lambda logit: logit - scaled(scale, torch.zeros_like(logit) + margin)
+
+
 def check_pairs(function: str, pairs: object, name: str = "pairs") -> None:
     """`pairs` must be rules."""
     if pairs is not None and not isinstance(pairs, Pairs):
@@ -80,6 +99,31 @@ def check_filters(
     check_pairs(function, pairs)
     if col_bias is not None:
         checks.check_vector(function, name, col_bias, columns, x_name, x)
+
+
+def check_expected(
+    function: str, log_expected: object, indices: Tensor, columns: int, x_name: str, x: Tensor, words: str = "indices"
+) -> None:
+    """`log_expected` must have a number of each column, or of each of the (N, P) indices."""
+    found = checks.check_tensor(function, "log_expected", log_expected)
+    if found.dim() != 2:
+        checks.check_vector(function, "log_expected", found, columns, x_name, x)
+        return
+    if found.shape != indices.shape:
+        raise ValueError(
+            f"{function}: log_expected must have shape ({columns},) or, of {words}, {checks.shape(indices)}, "
+            f"got {checks.shape(found)}"
+        )
+    checks.check_floating(function, "log_expected", found)
+    checks.check_device(function, x_name, x, "log_expected", found)
+
+
+def less_expected(logits: Tensor, log_expected: Tensor, indices: Tensor) -> Tensor:
+    """The (N, P) logits of what was drawn, less the logarithms of how often that was expected; -inf where none was."""
+    none = indices < 0
+    shift = log_expected.to(logits.dtype)
+    shift = segment_rows(shift, indices.flatten()).view(indices.shape) if shift.dim() == 1 else shift
+    return torch.where(none, -torch.inf, logits - torch.where(none, 0.0, shift))
 
 
 def wide(x: Tensor, unit: bool = False) -> Tensor:
@@ -181,6 +225,6 @@ def sum_and_count(
     return logit_sums(x, y, scale, of_columns, unit, col_bias), (x if of_columns else y).shape[0]
 
 
-def mean_logit(total: Tensor, count: int | Tensor, own: Tensor | None = None) -> Tensor:
-    """(N,) mean logit over the columns of the sweep and the logits (N, K) of those of each row alone."""
-    return total / count if own is None else (total + own.sum(1)) / (count + own.shape[1])
+def mean_logit(total: Tensor, count: int | Tensor, own: tuple[Tensor, int | Tensor] | None = None) -> Tensor:
+    """(N,) mean logit over the columns of the sweep and those of each row alone, whose sum and number are given."""
+    return total / count if own is None else (total + own[0]) / (count + own[1])

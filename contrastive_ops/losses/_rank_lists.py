@@ -45,12 +45,14 @@ class Options(NamedTuple):
         weighting: of pairs, one of `WEIGHTINGS`.
         margin: of "hinge".
         sums_pairs: sum over the pairs of a list, not their mean.
+        first: of "lambda", how many places of a list count; 0 for all.
     """
 
     kind: str
     weighting: str = "none"
     margin: float = 0.0
     sums_pairs: bool = False
+    first: int = 0
 
 
 def list_losses(scores: Tensor, teacher: Tensor, valid: Tensor, options: Options) -> Tensor:
@@ -124,7 +126,7 @@ def _margins(scores: Tensor, teacher: Tensor, valid: Tensor, options: Options, s
 
 def _pairs(scores: Tensor, teacher: Tensor, valid: Tensor, options: Options, slopes: bool) -> tuple[Tensor, Tensor]:
     """Sums over all pairs of each list, of which some are in memory at a time: those of some better candidates."""
-    ratings = _ratings(scores.detach(), teacher, valid, options.weighting)
+    ratings = _ratings(scores.detach(), teacher, valid, options)
     losses, count = scores.new_zeros(scores.shape[:1]), scores.new_zeros(scores.shape[:1])
     derivative = torch.zeros_like(scores, memory_format=torch.contiguous_format)
     for part in chunks_of_rows(scores.shape[1], max(1, _at_once(scores) // max(scores.numel(), 1))):
@@ -155,11 +157,11 @@ def _at_once(scores: Tensor) -> int:
     return PAIRS if scores.device.type == "cpu" else PAIRS_OF_GPU
 
 
-def _ratings(scores: Tensor, teacher: Tensor, valid: Tensor, weighting: str) -> tuple[Tensor, ...]:
+def _ratings(scores: Tensor, teacher: Tensor, valid: Tensor, options: Options) -> tuple[Tensor, ...]:
     """(N, K) numbers of the candidates: the weight of a pair is the product of how far they are apart in each."""
-    if weighting == "none":
+    if options.weighting == "none":
         return ()
-    if weighting == "reciprocal_rank":
+    if options.weighting == "reciprocal_rank":
         return (1 / _ranks(teacher, valid),)
     # 2^grade - 1 over that of the best order: the largest grade is taken out of the powers, which overflow.
     grade = teacher.masked_fill(~valid, 0.0)
@@ -167,10 +169,16 @@ def _ratings(scores: Tensor, teacher: Tensor, valid: Tensor, weighting: str) -> 
     gain = -torch.expm1(-math.log(2) * grade) * (grade - largest).exp2()
     # The best order has equal grades one after another, however they are numbered.
     best = gain.sort(1, descending=True).values
-    places = torch.arange(2, gain.shape[1] + 2, device=gain.device, dtype=gain.dtype)
-    ideal = (best / places.log2()).sum(1, keepdim=True)
+    places = torch.arange(1, gain.shape[1] + 1, device=gain.device, dtype=gain.dtype)
+    ideal = (best * _discounts(places, options.first)).sum(1, keepdim=True)
     gain = gain / torch.where(ideal > 0, ideal, 1.0)
-    return gain, 1 / (1 + _ranks(scores, valid, ties=True)).log2()
+    return gain, _discounts(_ranks(scores, valid, ties=True), options.first)
+
+
+def _discounts(ranks: Tensor, first: int) -> Tensor:
+    """What a gain at each rank counts in NDCG, of the first ranks alone unless that is 0."""
+    discounts = 1 / (1 + ranks).log2()
+    return discounts.masked_fill(ranks > first, 0.0) if first else discounts
 
 
 def _ranks(values: Tensor, valid: Tensor, ties: bool = False) -> Tensor:
@@ -228,7 +236,8 @@ def _derivative(ctx: Any, d_losses: Tensor | None, _: Any) -> tuple[Any, ...]:
 
 define(
     "rank_lists",
-    "(Tensor scores, Tensor teacher, Tensor valid, str kind, str weighting, float margin, bool sums_pairs)"
+    "(Tensor scores, Tensor teacher, Tensor valid, str kind, str weighting, float margin, bool sums_pairs,"
+    " SymInt first)"
     " -> (Tensor losses, Tensor slopes)",
     _forward,
     _fake,

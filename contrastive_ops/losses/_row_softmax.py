@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.folds import Fold
-from ..core.numerics import softplus
+from ..core.numerics import lse_of_rows, softplus
 from ..core.rules import Pairs
 from ..ops.similarity_reduce import budget_bytes, merge_lse
 from ..reference.similarity_loss import usual_target
@@ -38,16 +38,25 @@ class OwnColumns:
     Attributes:
         similarity: (N, K).
         bias: (N, K), added to their logits, or None.
+        keep: (N, K) bool, which of them there are; None for all.
     """
 
     similarity: Tensor
     bias: Tensor | None = None
+    keep: Tensor | None = None
 
     def logits(self, scale: float | Tensor, hardness: Hardness | None) -> Tensor:
         """(N, K)."""
         logits = scaled(scale, self.similarity)
         logits = logits if self.bias is None else logits + self.bias
-        return logits if hardness is None else logits + hardness.strength * self.similarity.detach()
+        logits = logits if hardness is None else logits + hardness.strength * self.similarity.detach()
+        return logits if self.keep is None else logits.masked_fill(~self.keep, -torch.inf)
+
+    def sums(self, logits: Tensor) -> tuple[Tensor, int | Tensor]:
+        """(N,) sums of the logits of each row, and how many there are."""
+        if self.keep is None:
+            return logits.sum(1), logits.shape[1]
+        return logits.masked_fill(~self.keep, 0.0).sum(1), self.keep.sum(1).to(logits.dtype)
 
 
 def row_softmax(
@@ -89,25 +98,27 @@ def row_softmax(
         The loss, or (loss, Diagnostics).
     """
     columns, scale, unit, col_bias = x if y is None else y, sweep.scale, sweep.unit, sweep.col_bias
-    own_logits = None if own is None else own.logits(scale, hardness)
-    extra = extra if own_logits is None else own_logits.logsumexp(1)
+    of_own = None
+    if own is not None:
+        own_logits = own.logits(scale, hardness)
+        extra, of_own = lse_of_rows(own_logits), own.sums(own_logits)
     of_smoothing = smoothing_folds(share, sweep.pairs)
     alone = own_logit is None and hardness is None and sweep.also is None
     if alone and not (z_loss or diagnostics or of_smoothing):
         mean = None
         if share is not None:
             sums = logit_sums(x, columns, scale, unit=unit, col_bias=col_bias)
-            mean = mean_logit(sums, columns.shape[0], own_logits)
-            share = share_of_all(share, smooth, columns.shape[0] + (0 if own_logits is None else own_logits.shape[1]))
+            mean = mean_logit(sums, columns.shape[0], of_own)
+            share = share_of_all(share, smooth, columns.shape[0] + (0 if of_own is None else of_own[1]))
         return whole_softmax(
             sweep, "softmax", x, y, share, mean, weight, target=target, extra=extra, reduction=reduction
         )
     target = usual_target(x, y) if target is None else target
     ranking = None
     if diagnostics:
-        similarity, more = None if own is None else own.similarity, sweep.also
         biased, positive = col_bias is not None, columns.detach()[target]
-        known: dict[str, Any] = {"also": more, "own": similarity, "sums_of_all": sweep.sums_of_all}
+        known: dict[str, Any] = {"also": sweep.also, "sums_of_all": sweep.sums_of_all}
+        known["own"] = None if own is None else (own.similarity, own.keep)
         ranking = Ranking(x, columns, positive, sweep.pairs, unit=unit, biased=biased, **known)
     folds = ("logsumexp" if hardness is None else hardness.fold(), *of_smoothing)
     of_sets = ranking.folds if ranking else ()
@@ -119,8 +130,8 @@ def row_softmax(
     if share is not None:
         total, count = sum_and_count(x, columns, scale, target_logit, found, unit=unit, col_bias=col_bias)
         total = total if own_logit is None else total + (positive - target_logit)
-        share = share_of_all(share, smooth, count + (0 if own_logits is None else own_logits.shape[1]))
-        losses = losses + share * (positive - mean_logit(total, count, own_logits))
+        share = share_of_all(share, smooth, count + (0 if of_own is None else of_own[1]))
+        losses = losses + share * (positive - mean_logit(total, count, of_own))
     loss = _arguments.reduce_rows(losses + of_z, weight, reduction)
     return (loss, ranking.read(ranks)) if ranking else loss
 
@@ -150,7 +161,7 @@ def given_softmax(
     logit = logit if own_logit is None else own_logit(logit)
     ranking = None
     if diagnostics:
-        known, biased = None if own is None else own.similarity, sweep.col_bias is not None
+        known, biased = None if own is None else (own.similarity, own.keep), sweep.col_bias is not None
         of_all = sweep.sums_of_all
         ranking = Ranking(x, y, positive, rules, own=known, unit=unit, biased=biased, sums_of_all=of_all)
     of_smoothing = () if share is None else (Fold("sum"), Fold("count"))
@@ -160,8 +171,9 @@ def given_softmax(
     total, count = (logit + sums[0], sums[1] + 1) if sums else (logit, 1)
     if own is not None:
         own_logits = own.logits(sweep.scale, hardness)
-        found.append(own_logits.logsumexp(1))
-        total, count = total + own_logits.sum(1), count + own_logits.shape[1]
+        found.append(lse_of_rows(own_logits))
+        of_own = own.sums(own_logits)
+        total, count = total + of_own[0], count + of_own[1]
     losses = softplus(merge_lse(*found) - logit)
     of_z = z_loss * (logit + losses).square() if z_loss else 0.0
     if share is not None:

@@ -45,7 +45,7 @@ class Ranking:
             more, which are negatives alone.
         pairs: the rules of the loss. Pairs that `fill` keeps as a constant do not count.
         also: rules of more columns, of which every pair obeys one of the two at most.
-        own: (N, K) similarities of each row with columns that the sweep does not see.
+        own: (N, K) similarities of each row with columns that the sweep does not see, and which there are, if not all.
         both: also rank along the columns, where row i and column i belong together.
         unit: rows count as if they had length 1.
         biased: whether the sweep adds biases to its logits, which are no part of a similarity.
@@ -60,7 +60,7 @@ class Ranking:
         pairs: Pairs | None = None,
         *,
         also: Pairs | None = None,
-        own: Tensor | None = None,
+        own: tuple[Tensor, Tensor | None] | None = None,
         both: bool = False,
         unit: bool = False,
         biased: bool = False,
@@ -81,7 +81,10 @@ class Ranking:
                 pad(self.bound, (0, more[0]), value=torch.inf),
                 pad(self.bound, (0, max(more[1], 0)), value=torch.inf),
             )
-        self.own = None if own is None else own.detach()
+        self.own = None
+        if own is not None:
+            similarity = own[0].detach()
+            self.own = similarity, torch.ones_like(similarity, dtype=torch.bool) if own[1] is None else own[1]
         self._all_pairs = self._sum_of_all(x, y) if pairs is None else None
         self._biased = biased and pairs is not None
         self.folds = self._folds(pairs, both)
@@ -96,8 +99,9 @@ class Ranking:
         above, biases = values[1 - dim], values.pop().sum() if self._biased else 0.0
         total, count = (values[-2].sum() - biases, values[-1].sum()) if self._all_pairs is None else self._all_pairs
         if self.own is not None:
-            above = above + (self.own >= self.bound[:, None]).sum(1)
-            total, count = total + self.own.sum(), count + self.own.numel()
+            similarity, keep = self.own
+            above = above + ((similarity >= self.bound[:, None]) & keep).sum(1)
+            total, count = total + similarity.masked_fill(~keep, 0.0).sum(), count + keep.sum()
         rank = above.to(torch.int64) + 1
         rows = torch.full_like(total, rank.numel())
         sums = torch.stack([(rank == 1).sum().to(total.dtype), self.positive.sum().to(total.dtype), total, count, rows])

@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 
 from ..core import autocast, checks
+from ..core.masks import left_out
 from ..core.rules import Pairs
 from . import _arguments
 from ._columns import (
     check_filters,
     check_pairs,
     checked_own_target,
+    checked_row_mask,
     checked_row_negatives,
     partner_similarity,
-    scaled,
     smoothing_share,
     wide,
+    with_margin,
 )
 from ._distances import take_rows
 from ._eager import COLUMNS, eager_loss, is_off
@@ -45,10 +47,11 @@ def info_nce(
     *,
     row_negatives: Tensor | None = ...,
     row_negative_bias: float | Tensor | None = ...,
+    row_negative_mask: Tensor | None = ...,
     negative_pairs: Pairs | None = ...,
     in_batch: bool = ...,
     target: Tensor | None = ...,
-    margin: float = ...,
+    margin: float | Tensor = ...,
     smooth: str = ...,
     hardness: float = ...,
     z_loss: float = ...,
@@ -65,10 +68,11 @@ def info_nce(
     *,
     row_negatives: Tensor | None = ...,
     row_negative_bias: float | Tensor | None = ...,
+    row_negative_mask: Tensor | None = ...,
     negative_pairs: Pairs | None = ...,
     in_batch: bool = ...,
     target: Tensor | None = ...,
-    margin: float = ...,
+    margin: float | Tensor = ...,
     smooth: str = ...,
     hardness: float = ...,
     z_loss: float = ...,
@@ -84,6 +88,7 @@ def info_nce(
     *,
     row_negatives: Tensor | None = None,
     row_negative_bias: float | Tensor | None = None,
+    row_negative_mask: Tensor | None = None,
     in_batch: bool = True,
     target: Tensor | None = None,
     temperature: float | Tensor | None = None,
@@ -91,7 +96,7 @@ def info_nce(
     pairs: Pairs | None = None,
     negative_pairs: Pairs | None = None,
     col_bias: Tensor | None = None,
-    margin: float = 0.0,
+    margin: float | Tensor = 0.0,
     label_smoothing: float | Tensor = 0.0,
     smooth: str = "all",
     hardness: float = 0.0,
@@ -123,7 +128,8 @@ def info_nce(
         negatives: (K, D), more columns for every query. Rows have no ids: one that is given twice counts twice.
         row_negatives: (N, D) or (N, K', D), more columns for each query alone; the same is true of them.
         row_negative_bias: added to the logits of ``row_negatives``: a number, or (N,) or (N, K') numbers,
-            differentiable. SimCSE's weight of one's own hard negative.
+            differentiable. SimCSE's weight of one's own hard negative; logQ of those that a query's own sampler drew.
+        row_negative_mask: (N,) or (N, K') bool, False where a query has fewer: what stands there is not looked at.
         in_batch: whether keys of other queries are negatives. False: of the batch each query meets its own key alone,
             beside what is given as ``negatives`` and ``row_negatives``, and the batch costs nothing.
         target: (N,) int64 in [0, M). None: query i belongs to key i, and M >= N.
@@ -134,7 +140,8 @@ def info_nce(
         negative_pairs: which of the K ``negatives`` are negatives of a query.
         col_bias: (M + K,), added to the logits of each column, positives included; differentiable. The logQ correction
             is minus the logarithm of how often a key is drawn. Not of ``row_negatives``.
-        margin: subtracted from the similarity of each query with its key (additive margin).
+        margin: subtracted from the similarity of each query with its key (additive margin); a number >= 0, or (N,) with
+            one for each query, differentiable.
         label_smoothing: share of the target distribution that is spread evenly over all columns that take part; a
             float, or (N,) with a share for each row, differentiable.
         smooth: "all" columns share it, the target too, or the "others" alone.
@@ -174,6 +181,7 @@ def info_nce(
     """
     plain = negatives is None and row_negatives is None and pairs is None and col_bias is None and in_batch is True
     plain = plain and diagnostics is False and negative_pairs is None and row_negative_bias is None and smooth == "all"
+    plain = plain and row_negative_mask is None
     loss = None
     if plain and is_off(margin, label_smoothing, hardness, z_loss):
         loss = eager_loss(
@@ -194,6 +202,7 @@ def info_nce(
     if loss is not None:
         return loss
     given: dict[str, Any] = {"row_negatives": row_negatives, "row_negative_bias": row_negative_bias}
+    given["row_negative_mask"] = row_negative_mask
     given.update({"in_batch": in_batch, "target": target, "temperature": temperature, "scale": scale, "pairs": pairs})
     given.update({"negative_pairs": negative_pairs, "col_bias": col_bias, "margin": margin, "smooth": smooth})
     given.update({"label_smoothing": label_smoothing, "hardness": hardness, "z_loss": z_loss, "weight": weight})
@@ -208,6 +217,7 @@ def prepared_info_nce(
     *,
     row_negatives: Tensor | None,
     row_negative_bias: float | Tensor | None,
+    row_negative_mask: Tensor | None,
     in_batch: bool,
     target: Tensor | None,
     temperature: float | Tensor | None,
@@ -215,7 +225,7 @@ def prepared_info_nce(
     pairs: Pairs | None,
     negative_pairs: Pairs | None,
     col_bias: Tensor | None,
-    margin: float,
+    margin: float | Tensor,
     label_smoothing: float | Tensor,
     smooth: str,
     hardness: float,
@@ -230,32 +240,31 @@ def prepared_info_nce(
     """`info_nce`, checked; all of its options are given."""
     name = "info_nce"
     _arguments.check_reduction(name, reduction)
-    margin, z_loss = (
-        checks.number(name, each, of, "[0, inf)") for each, of in (("margin", margin), ("z_loss", z_loss))
-    )
+    z_loss = checks.number(name, "z_loss", z_loss, "[0, inf)")
     query, key, negatives, row_negatives = autocast.cast(query, key, negatives, row_negatives)
     checks.check_matrices(name, "query", query, "key", key)
     if weight is not None:
         _arguments.check_weight(name, weight, query.shape[0], "query", query)
-        of_rows = (query, row_negatives, target, row_negative_bias, label_smoothing)
+        of_rows = (query, row_negatives, target, row_negative_bias, label_smoothing, margin)
         of_rows = tuple(_arguments.of_weighted(weight, each) for each in of_rows)
-        query, row_negatives, target, row_negative_bias, label_smoothing = of_rows
+        query, row_negatives, target, row_negative_bias, label_smoothing, margin = of_rows
         temperature, scale = (_arguments.of_weighted(weight, each, 1) for each in (temperature, scale))
     scale = _arguments.resolve_scale(name, temperature, scale, 0.07)
     target = checked_own_target(name, target, query, key)
     if negatives is not None:
         checks.check_matrices(name, "query", query, "negatives", negatives)
+    margin = _arguments.one_or_each(name, "margin", margin, "[0, inf)", "query", query)
     rules = rules_of_columns(in_batch, query, key, negatives, row_negatives, pairs, negative_pairs)
     more = key[:0] if negatives is None else negatives
     check_filters(name, None, col_bias, key.shape[0] + more.shape[0], "query", query)
     unit, sides = _arguments.in_sweep(normalize, query), _arguments.unit_sides(normalize, query, key, more)
     query, key, more = sides
-    own = _own_columns(query, row_negatives, row_negative_bias, normalize)
+    own = _own_columns(query, row_negatives, row_negative_bias, row_negative_mask, normalize)
     share = smoothing_share(name, label_smoothing, "query", query, smooth)
     sweep = Sweep((name, "query", "key"), scale, rules[0], col_bias, unit, memory_budget, backend, rules[1])
     options: dict[str, Any] = {
         "own": own,
-        "own_logit": (lambda logit: logit - scaled(scale, torch.full_like(logit, margin))) if margin else None,
+        "own_logit": with_margin(scale, margin),
         "share": share,
         "smooth": smooth,
         "hardness": checked_hardness(name, hardness, scale, share, col_bias),
@@ -311,16 +320,23 @@ def rules_of_columns(
 
 
 def _own_columns(
-    query: Tensor, row_negatives: Tensor | None, bias: float | Tensor | None, normalize: bool
+    query: Tensor,
+    row_negatives: Tensor | None,
+    bias: float | Tensor | None,
+    mask: Tensor | None,
+    normalize: bool,
 ) -> OwnColumns | None:
-    """The negatives of each row alone and their bias, checked; the query is as the sweep takes it."""
+    """The negatives of each row alone, their bias and mask, checked; the query is as the sweep takes it."""
     if row_negatives is None:
-        if bias is not None:
-            raise ValueError("info_nce: row_negatives must be given with row_negative_bias, got None")
+        for key, each in (("row_negative_bias", bias), ("row_negative_mask", mask)):
+            if each is not None:
+                raise ValueError(f"info_nce: row_negatives must be given with {key}, got None")
         return None
-    (each,) = _arguments.unit_sides(normalize, checked_row_negatives("info_nce", query, row_negatives))
+    each = checked_row_negatives("info_nce", query, row_negatives)
+    keep = None if mask is None else checked_row_mask("info_nce", "row_negative_mask", mask, each)
+    (each,) = _arguments.unit_sides(normalize, each if keep is None else left_out(each, keep))
     found = partner_similarity(query, each, _arguments.in_sweep(normalize, query))
-    return OwnColumns(found, None if bias is None else _bias_of(found, bias, query))
+    return OwnColumns(found, None if bias is None else _bias_of(found, bias, query), keep)
 
 
 def _bias_of(similarity: Tensor, bias: float | Tensor, query: Tensor) -> Tensor:

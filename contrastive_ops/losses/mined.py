@@ -7,14 +7,14 @@ from torch import Tensor
 
 from ..core import autocast, checks
 from ..core.lists import NONE, first_of_each
-from ..core.numerics import softplus
+from ..core.numerics import lse_of_rows, softplus
 from ..core.problem import Problem
 from ..core.rules import Pairs
 from ..core.unit_rows import unit_rows
 from ..ops._listed_logits import listed_logits
 from ..ops.similarity_topk import select
 from . import _arguments
-from ._columns import check_pairs, partner_similarity, scaled, wide
+from ._columns import check_expected, check_filters, check_pairs, less_expected, partner_similarity, scaled, wide
 from ._row_softmax import row_softmax
 from ._sweep import Sweep
 
@@ -26,11 +26,13 @@ def mined_info_nce(
     k: int | None = None,
     *,
     indices: Tensor | None = None,
+    log_expected: Tensor | None = None,
     labels: Tensor | None = None,
     in_batch: bool = True,
     temperature: float | Tensor | None = None,
     scale: float | Tensor | None = None,
     pairs: Pairs | None = None,
+    col_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
@@ -47,7 +49,9 @@ def mined_info_nce(
         mined = scores.gather(1, indices)
         others = (query @ positive.T).masked_fill(torch.eye(N, dtype=torch.bool), -torch.inf)
         others = others.masked_fill((labels[:, None] == labels) & (labels != -1), -torch.inf)
-        logits = torch.cat([(query * positive).sum(1, keepdim=True), mined, others], 1) / temperature
+        own = (query * positive).sum(1, keepdim=True) / temperature + col_bias[:, None]
+        logits = [own, mined / temperature - log_expected[indices], others / temperature + col_bias]
+        logits = torch.cat(logits, 1)
         F.cross_entropy(logits, torch.zeros(N, dtype=torch.int64))
 
     Args:
@@ -59,6 +63,9 @@ def mined_info_nce(
             choice is not differentiated.
         indices: (N, P) int64 in place of k: rows of the corpus that were mined before, -1 for none. A list is a set: a
             row that is listed twice counts once.
+        log_expected: with indices that were drawn, not mined: the logarithm of how often a row of the corpus is
+            expected in a list, (M,) or (N, P) as they are listed; it is subtracted from the logit (sampled softmax).
+            `UnigramSampler.log_expected` has it. Differentiable; not looked at where an index is -1.
         labels: (N,) int64: rows of the batch with one label are no negatives of each other; -1 equals nothing.
         in_batch: the positives of other queries are negatives too.
         temperature: divides the cosines; float, 0-d or (N,) tensor, differentiable. Default 0.07.
@@ -66,6 +73,8 @@ def mined_info_nce(
         pairs: with k, which rows of the corpus may be mined for a query; all rules but `fill`. A query's own document
             is a row like any other: leave it out by ``exclude`` or by ``differ=(ids, ids of the corpus)``, and what is
             too similar to be a negative by ``below``.
+        col_bias: (N,), added to the logits of each positive, for its own query and for others; differentiable. Where
+            positives are drawn, as batches are, logQ is minus the logarithm of how often each is.
         weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first, also those of the corpus: O((N + M) D), and as much memory again.
@@ -89,7 +98,9 @@ def mined_info_nce(
     Source:
         Xiong et al., Approximate Nearest Neighbor Negative Contrastive Learning for Dense Text Retrieval, 2021;
         Karpukhin et al., Dense Passage Retrieval for Open-Domain Question Answering, 2020, for hard and in-batch
-        negatives in one softmax.
+        negatives in one softmax. Bengio and Senécal, Quick Training of Probabilistic Neural Nets by Importance
+        Sampling, 2003, and Yi et al., Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations,
+        2019, for what is subtracted.
 
     Examples:
         >>> query, positive, corpus = torch.randn(4, 16), torch.randn(4, 16), torch.randn(100, 16)
@@ -125,6 +136,9 @@ def mined_info_nce(
     indices = None if indices is None else checks.as_index(name, "indices", indices)
     indices = _arguments.of_weighted(weight, indices, NONE)
     _check_choice_of_rows(name, k, indices, pairs, labels, in_batch, query, corpus)
+    log_expected = _arguments.of_weighted(weight, log_expected)
+    _check_expected(name, log_expected, indices, query, corpus)
+    check_filters(name, None, col_bias, positive.shape[0], "query", query)
     scale = checks.scale_tensor(name, factor, "query", query)
     with autocast.disabled(query):
         if indices is None:
@@ -139,12 +153,19 @@ def mined_info_nce(
         query, positive = query.to(dtype), positive.to(dtype)
         log_weight = None if pairs is None else pairs.log_weight
         problem = Problem((name, "query", "corpus"), query, corpus)
-        mined = _lse(listed_logits(problem, indices, scale, log_weight, backend))
+        logits = listed_logits(problem, indices, scale, log_weight, backend)
+        if log_expected is not None:
+            logits = less_expected(logits, log_expected, indices)
+        mined = lse_of_rows(logits)
+        col_bias = None if col_bias is None else col_bias.to(dtype)
         if not in_batch:
-            losses = softplus(mined - scaled(scale, partner_similarity(query, positive)))
-            return _arguments.reduce_rows(losses, weight, reduction)
+            own = scaled(scale, partner_similarity(query, positive))
+            if col_bias is not None:
+                own = own + _arguments.of_weighted(weight, col_bias)
+            return _arguments.reduce_rows(softplus(mined - own), weight, reduction)
         rules = None if labels is None else Pairs(differ=(labels, labels))
-        sweep = Sweep((name, "query", "positive"), scale, rules, memory_budget=memory_budget, backend=backend)
+        names = (name, "query", "positive")
+        sweep = Sweep(names, scale, rules, col_bias, memory_budget=memory_budget, backend=backend)
         return row_softmax(sweep, query, positive, target=None, extra=mined, weight=weight, reduction=reduction)
 
 
@@ -183,7 +204,12 @@ def _check_choice_of_rows(
     checks.check_index_values(function, "indices", indices, corpus.shape[0], or_none=True)
 
 
-def _lse(logits: Tensor) -> Tensor:
-    """(N,) logsumexp of each row of (N, P); -inf with gradient 0, not NaN, where there is nothing but -inf."""
-    empty = (logits == -torch.inf).all(1)
-    return logits.masked_fill(empty[:, None], 0.0).logsumexp(1).masked_fill(empty, -torch.inf)
+def _check_expected(
+    function: str, log_expected: Tensor | None, indices: Tensor | None, query: Tensor, corpus: Tensor
+) -> None:
+    """Check the numbers of what was drawn, which is given as indices."""
+    if log_expected is None:
+        return
+    if indices is None:
+        raise ValueError(f"{function}: log_expected must be None where k is given: mined rows are not drawn")
+    check_expected(function, log_expected, indices, corpus.shape[0], "query", query)

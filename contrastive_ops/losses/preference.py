@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,10 @@ def dpo(
     reference_chosen: Tensor | None = None,
     reference_rejected: Tensor | None = None,
     *,
-    beta: float = 0.1,
+    beta: float | Tensor = 0.1,
     kind: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    margin: float = 0.0,
+    label_smoothing: float | Tensor = 0.0,
+    margin: float | Tensor = 0.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -42,11 +44,11 @@ def dpo(
         rejected: (N,) the same of the other answer.
         reference_chosen: (N,) the same of the first answer under the reference model; None for a loss without one.
         reference_rejected: (N,); given exactly where ``reference_chosen`` is.
-        beta: how strongly to prefer; a number > 0.
+        beta: how strongly to prefer; a number > 0. This and the next two may be (N,), one of each pair, differentiable.
         kind: "sigmoid" (DPO), "ipo" or "hinge" (SLiC).
         label_smoothing: the share of preferences that are wrong, in [0, 0.5); conservative DPO. For "sigmoid".
-        margin: by how much ``beta r`` must be larger; SimPO is that without a reference, of log-probabilities that are
-            divided by the lengths. Not for "ipo".
+        margin: by how much ``beta r`` must be larger, such as the difference of two rewards; SimPO is that without a
+            reference, of log-probabilities that are divided by the lengths. Not for "ipo".
         weight: (N,) weight >= 0 of each pair; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
 
@@ -70,13 +72,6 @@ def dpo(
     name = "dpo"
     _arguments.check_reduction(name, reduction)
     checks.check_choice(name, "kind", kind, KINDS)
-    beta = checks.number(name, "beta", beta, "(0, inf)")
-    label_smoothing = checks.number(name, "label_smoothing", label_smoothing, "[0, 0.5)")
-    margin = checks.number(name, "margin", margin, "(-inf, inf)")
-    if kind != "sigmoid" and label_smoothing:
-        raise ValueError(f'{name}: label_smoothing must be 0 for kind="{kind}", got {label_smoothing}')
-    if kind == "ipo" and margin:
-        raise ValueError(f'{name}: margin must be 0 for kind="ipo", got {margin}')
     if (reference_chosen is None) != (reference_rejected is None):
         raise ValueError(f"{name}: reference_chosen and reference_rejected must both be given, or neither")
     checks.check_tensor(name, "chosen", chosen)
@@ -92,6 +87,15 @@ def dpo(
     vectors = []
     if weight is not None:
         _arguments.check_weight(name, weight, chosen.shape[0], "chosen", chosen)
+    of_each = {"beta": (beta, "(0, inf)", 1), "label_smoothing": (label_smoothing, "[0, 0.5)", 0)}
+    of_each["margin"] = (margin, "(-inf, inf)", 0)
+    beta, label_smoothing, margin = (
+        _arguments.one_or_each(name, key, _arguments.of_weighted(weight, each, other), interval, "chosen", chosen)
+        for key, (each, interval, other) in of_each.items()
+    )
+    for key, each, of_kinds in (("label_smoothing", label_smoothing, KINDS[1:]), ("margin", margin, ("ipo",))):
+        if kind in of_kinds and (isinstance(each, Tensor) or each):
+            raise ValueError(f'{name}: {key} must be 0 for kind="{kind}", got {checks.shown(each)}')
     for key, each in given.items():
         if each is not None:
             checks.check_vector(name, key, each, chosen.shape[0], "chosen", chosen)
@@ -106,9 +110,52 @@ def dpo(
         losses = (1 - z).relu()
     else:
         losses = softplus(-z)
-        if label_smoothing:  # not softplus(-z) + label_smoothing * z, which is inf - inf for an impossible answer
+        if (
+            isinstance(label_smoothing, Tensor) or label_smoothing
+        ):  # not softplus(-z) + label_smoothing * z, which is inf - inf for an impossible answer
             losses = (1 - label_smoothing) * losses + label_smoothing * softplus(z)
     return _arguments.reduce_rows(losses, weight, reduction)
+
+
+def log_odds(log_prob: Tensor) -> Tensor:
+    """Logarithm of p / (1 - p), the odds of what has a probability p whose logarithm is given: the scores of ORPO.
+
+    Equivalent to::
+
+        log_prob - torch.log(1 - torch.exp(log_prob))
+
+    but with all digits for p near 1, where that subtracts equal numbers, and for p near 0. ORPO adds to the chosen
+    answer's negative log-likelihood, of log-probabilities that are means over tokens::
+
+        dpo(log_odds(chosen), log_odds(rejected), beta=1.0)
+
+    Args:
+        log_prob: (...) float32, bfloat16, float16 or float64, <= 0, as `linear_log_prob` gives it for tokens, or means
+            of such numbers. Differentiable.
+
+    Returns:
+        Tensor of that shape, in float32 (float64 for float64 inputs); inf for log-probability 0, -inf for -inf, NaN for
+        numbers above 0, which belong to no probability.
+
+    Raises:
+        TypeError: what is no floating tensor.
+
+    Source:
+        Hong et al., ORPO: Monolithic Preference Optimization without Reference Model, 2024.
+
+    Examples:
+        >>> log_odds(torch.tensor([0.5, 0.9]).log())
+        tensor([0.0000, 2.1972])
+        >>> log_odds(torch.tensor([-1e-9]))                                     # 1 - p is 1e-9, not 0
+        tensor([20.7233])
+    """
+    log_prob = checks.check_floating("log_odds", "log_prob", log_prob)
+    log_prob = log_prob.to(checks.accumulator(log_prob.dtype))
+    # log(1 - p), by that one of two functions that keeps its digits.
+    likely = log_prob > -math.log(2)
+    near = torch.where(likely, log_prob, -1.0)
+    far = torch.where(likely, -1.0, log_prob)
+    return log_prob - torch.where(likely, (-near.expm1()).log(), torch.log1p(-far.exp()))
 
 
 def kl_estimate(log_prob: Tensor, reference_log_prob: Tensor, *, kind: str = "k3") -> Tensor:

@@ -142,6 +142,7 @@ def pairwise_rank_distillation(
     kind: str = "logistic",
     pair_weight: str = "none",
     pair_reduction: str = "mean",
+    k: int | None = None,
     margin: float = 1.0,
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
@@ -167,6 +168,8 @@ def pairwise_rank_distillation(
             ranks, where equal scores share the best of theirs (CL-DRD). "lambda": by how much NDCG would change if both
             changed places in the student's order (LambdaRank), of gains ``2**teacher_scores - 1``: for grades >= 0.
         pair_reduction: "mean" or "sum" over the pairs of a list.
+        k: of "lambda", NDCG@k: places after the first k count nothing, so that pairs of such places have weight 0.
+            None: NDCG of whole lists.
         margin: of "hinge", a finite number >= 0.
         temperature: divides the student's scores; float or 0-d tensor, differentiable.
         mask: (N, K) bool, False where a list has no candidate. A candidate that is listed twice counts twice, unless
@@ -198,10 +201,14 @@ def pairwise_rank_distillation(
     checks.check_choice(name, "kind", kind, PAIRWISE)
     checks.check_choice(name, "pair_weight", pair_weight, WEIGHTINGS)
     checks.check_choice(name, "pair_reduction", pair_reduction, ("mean", "sum"))
+    if k is not None:
+        k = checks.integer(name, "k", k, 1)
+        if pair_weight != "lambda":
+            raise ValueError(f'{name}: k must be None for pair_weight="{pair_weight}", got {k}')
     margin = checks.number(name, "margin", margin, "[0, inf)")
     scores, teacher, valid = _lists(name, scores, teacher_scores, mask, weight, reduction)
     factor = _factor(name, "temperature", temperature, scores)
-    options = Options(kind, pair_weight, margin, pair_reduction == "sum")
+    options = Options(kind, pair_weight, margin, pair_reduction == "sum", 0 if k is None else k)
     losses = list_losses(scores * factor, teacher, valid, options)
     lowest, highest = (teacher.masked_fill(~valid, end).sort(1).values for end in (torch.inf, -torch.inf))
     # Not `highest > lowest`, which would leave out lists with NaN.

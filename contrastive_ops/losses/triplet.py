@@ -26,7 +26,7 @@ def triplet(
     positive: Tensor,
     negative: Tensor,
     *,
-    margin: float = 1.0,
+    margin: float | Tensor = 1.0,
     distance: str = "euclidean",
     hardest: bool = False,
     weight: Tensor | None = None,
@@ -44,7 +44,8 @@ def triplet(
         anchor: (N, D) float32, bfloat16, float16 or float64.
         positive: (N, D).
         negative: (N, D), or (N, K, D) with K negatives of each triplet, whose hinges are summed.
-        margin: by how much the negative must be farther than the positive; a number >= 0.
+        margin: by how much the negative must be farther than the positive; a number >= 0, or (N,) with one for each
+            triplet, differentiable.
         distance: "euclidean", "sqeuclidean", "cosine" or "dot", minus the inner product.
         hardest: of K negatives take the one with the largest hinge alone.
         weight: (N,) weight >= 0 of each triplet; the mean divides by its sum. Differentiable. 0 leaves it out.
@@ -71,7 +72,6 @@ def triplet(
     """
     name = "triplet"
     _arguments.check_reduction(name, reduction)
-    margin = checks.number(name, "margin", margin, "[0, inf)")
     checks.check_choice(name, "distance", distance, (*DISTANCES, "dot"))
     checks.flag(name, "hardest", hardest)
     anchor, positive, negative = autocast.cast(anchor, positive, negative)
@@ -80,8 +80,11 @@ def triplet(
     negative = checked_row_negatives(name, anchor, negative, "anchor", "negative")
     if weight is not None:
         _arguments.check_weight(name, weight, anchor.shape[0], "anchor", anchor)
-        anchor, positive, negative = (_arguments.of_weighted(weight, each) for each in (anchor, positive, negative))
-    hinges = (_farther(anchor, positive, negative, distance) + margin).relu()
+        given = (anchor, positive, negative, margin)
+        anchor, positive, negative, margin = (_arguments.of_weighted(weight, each) for each in given)
+    margin = _arguments.one_or_each(name, "margin", margin, "[0, inf)", "anchor", anchor)
+    of_each = margin[:, None] if isinstance(margin, Tensor) else margin
+    hinges = (_farther(anchor, positive, negative, distance) + of_each).relu()
     losses = hinges.amax(1) if hardest and hinges.shape[1] else hinges.sum(1)
     return _arguments.reduce_rows(losses, weight, reduction)
 

@@ -23,7 +23,7 @@ from ..core.problem import Problem
 from .similarity_reduce import fold
 
 # Numbers that are multiplied and added up at once: few enough for a cache.
-CHUNK = 1 << 16
+CHUNK = 1 << 18
 
 
 @torch.no_grad()
