@@ -31,7 +31,7 @@ from contrastive_ops.ops import (
     stream_rows,
 )
 
-NOISY = Gating(noise_std=2.0)
+NOISY, SAMPLED = Gating(noise_std=2.0), Gating(noise_std=2.0, sampled=True)
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 TABLE = torch.randn(20, 4, generator=torch.Generator().manual_seed(1))
 
@@ -42,8 +42,12 @@ def _sampled(x, **options):
     return (x[:, None] * TABLE[negatives]).sum(2).square()
 
 
+def _dropped(routing):
+    return routing.gates * routing.kept
+
+
 RANDOM = {
-    "route": lambda x, **options: route(x, 2, gating=NOISY, **options).gates,
+    "route": lambda x, **options: _dropped(route(x, 2, capacity=5, gating=SAMPLED, **options)),
     "expert_choice": lambda x, **options: expert_choice(x, 2, gating=NOISY, **options).gates,
     "SparseMoE": lambda x, **options: LAYERS["SparseMoE"](x, **options)[0],
     "ExpertChoice": lambda x, **options: LAYERS["ExpertChoice"](x, **options)[0],
@@ -51,7 +55,9 @@ RANDOM = {
     "UnigramSampler": _sampled,
 }
 LAYERS = {
-    "SparseMoE": SparseMoE(4, 8, 4, 2, router={"gating": NOISY}),
+    "SparseMoE": SparseMoE(
+        4, 8, 4, 2, router={"gating": SAMPLED, "jitter": 0.5, "learned_noise": True, "expert_dropout": 0.4}
+    ),
     "ExpertChoice": ExpertChoice(4, 8, 4, router={"gating": NOISY}),
     "SoftMoE": SoftMoE(4, 8, 4),
 }
@@ -98,13 +104,14 @@ def test_checkpointing_repeats_draws(name, use_reentrant):
 @every_random
 @both_kinds
 def test_a_generator_of_the_caller_is_refused_when_computing_again(name, use_reentrant):
-    generator = torch.Generator().manual_seed(3)
+    seed = 1000 + list(RANDOM).index(name)  # of its own: what was drawn from once counts as set back
+    generator = torch.Generator().manual_seed(seed)
 
     def function(x):
         return RANDOM[name](x, generator=generator)
 
     expected, _ = _backward(function)  # without checkpointing as ever
-    generator.manual_seed(3)
+    generator.manual_seed(seed)
     x = X.clone().requires_grad_()
     out = checkpoint(function, x, use_reentrant=use_reentrant)
     assert torch.equal(out, expected)

@@ -126,6 +126,7 @@ def route_agreed(
         agreed.compare(logits, logits, noise=given.get("noise"), **shared)
         backend = choose(function, BACKENDS, logits, given["backend"])
         chosen, gates, first, *scores = call.expert_routing_scores(*problem.arguments(k), backend)
+        taking = problem.kept_by_chance(chosen, gates)
         if capacity_over == "rank":
             taken, size = limits.slots(function, logits.shape[0], logits.shape[1], k)
     if capacity_over == "group":
@@ -133,9 +134,9 @@ def route_agreed(
     places = [logits.shape[1], size if taken >= 0 else logits.shape[0], taken, int(limits.padded), problem.segments]
     priorities = first if given["priority"] == "gate" and taken >= 0 else None
     if capacity_over == "rank" or taken < 0:
-        found = call.expert_routing_slots(chosen, priorities, problem.segment, places, backend)
+        found = call.expert_routing_slots(taking, priorities, problem.segment, places, backend)
     else:
-        found = _slots_of_group(problem, chosen, priorities, places, agreed.rows, backend)
+        found = _slots_of_group(problem, taking, priorities, places, agreed.rows, backend)
     *places_of_rows, kept = found
     *scores, kept = _sums_of_all([*scores, kept], team)
     return routing_in_parts(problem, chosen, gates, scores, (*places_of_rows, kept))

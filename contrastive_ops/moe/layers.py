@@ -197,8 +197,8 @@ class SparseMoE(_Layer):
 
         def asked() -> tuple[Tensor, dict[str, Any]]:
             flat.append(self._flat(tokens, labels))
-            given = {"priority": self.gate.priority, **self.gate.options(), **flat[0][1]}
-            return self.gate.scored(*flat[0]), given
+            logits, given = self.gate.asked(*flat[0])
+            return logits, {"priority": self.gate.priority, **self.gate.options(), **given}
 
         flat: list[tuple[Tensor, dict[str, Any]]] = []
         routing = route_agreed("SparseMoE", spread.team, asked, self.gate.k, self.capacity_over, spread.check)
@@ -247,4 +247,5 @@ class ExpertChoice(_Layer):
 
     def route(self, tokens: Tensor, labels: dict[str, Any]) -> Routing:
         """Experts choose tokens."""
-        return expert_choice(self.gate.scored(tokens, labels), **self.gate.options(), **labels)
+        logits, labels = self.gate.asked(tokens, labels)
+        return expert_choice(logits, **self.gate.options(), **labels)

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from ..core import autocast, checks
 from ..core.masks import left_out
+from ..core.numerics import softplus
+from ..core.recompute import random_options
 from ..core.state import State
 from ..ops import Capacity, Gating, RouterLoss, Routing, route
 from ..ops.expert_routing import DEFAULT, PRIORITIES
@@ -70,8 +72,14 @@ def balanced_bias(bias: Tensor, choices: Tensor, rate: float = 1e-3, rule: str =
 class Router(State):
     """Scores of the experts by a linear map, and `route`: ``routing = router(tokens)``.
 
-    The logits are computed in float32 (float64 for float64 tokens) in every autocast region. Noise is drawn in training
-    only, and so is the loss "load", which it defines.
+    The logits are computed in float32 (float64 for float64 tokens) in every autocast region. What is random is drawn in
+    training only, and so is the loss "load", which noise defines. Activation checkpointing, of both kinds, draws the
+    same again::
+
+        tokens = tokens * torch.empty_like(tokens).uniform_(1 - jitter, 1 + jitter)
+        logits = F.linear(tokens, weight)
+        logits = logits + torch.randn_like(logits) * F.softplus(F.linear(tokens, noise_weight))     # learned_noise
+        allowed = torch.rand_like(logits) >= expert_dropout
 
     Args:
         dim: D of the tokens.
@@ -82,17 +90,35 @@ class Router(State):
         priority: as in `route`.
         gating: as in `route`.
         losses: as in `route`.
+        jitter: tokens are multiplied by numbers from [1 - jitter, 1 + jitter] for their scores alone, as in Switch
+            Transformers; in [0, 1], 0 for none.
+        learned_noise: normal noise is added to each logit whose deviation is learned, the softplus of a second linear
+            map, as in Shazeer et al.; for choices and gates. The loss "load" is that of ``gating.noise_std``.
+        expert_dropout: the chance that an expert is no choice of a token, in [0, 1); at least k stay, whichever they
+            are. Not of tokens that are given their experts.
         balance: None; or "sign" or "zscore", to choose by a bias that `update_bias` moves: see `balanced_bias`.
         balance_rate: its step.
 
     Attributes:
         weight: (E, D).
+        noise_weight: (E, D), 0 at first, where there is `learned_noise`.
         expert_bias: (E,) buffer, where there is `balance`: at least float32 whatever the module is cast to. It must be
             equal on all ranks, to which DistributedDataParallel copies it from the first.
+
+    Source:
+        Fedus et al., Switch Transformers, 2022, for the jitter; Shazeer et al., Outrageously Large Neural Networks: The
+        Sparsely-Gated Mixture-of-Experts Layer, 2017, for the noise.
+
+    Examples:
+        >>> router = Router(8, 4, k=2, jitter=0.01, learned_noise=True, expert_dropout=0.1)
+        >>> tokens = torch.randn(5, 8)
+        >>> torch.equal(router.eval()(tokens).gates, router(tokens).gates)
+        True
     """
 
     digits = ("expert_bias",)
     expert_bias: Tensor | None
+    noise_weight: nn.Parameter | None
 
     def __init__(
         self,
@@ -105,6 +131,9 @@ class Router(State):
         priority: str = "gate",
         gating: Gating = DEFAULT,
         losses: Sequence[str | RouterLoss] = (),
+        jitter: float = 0.0,
+        learned_noise: bool = False,
+        expert_dropout: float = 0.0,
         balance: str | None = None,
         balance_rate: float = 1e-3,
         device: Any = None,
@@ -124,33 +153,66 @@ class Router(State):
         self.capacity, self.priority, self.gating = capacity, priority, gating
         self.eval_capacity = capacity if eval_capacity is None else eval_capacity
         self.losses = described("Router", losses)
+        self.jitter = checks.number("Router", "jitter", jitter, "[0, 1]")
+        self.expert_dropout = checks.number("Router", "expert_dropout", expert_dropout, "[0, 1)")
+        learned_noise = checks.flag("Router", "learned_noise", learned_noise)
         self.balance = balance
         self.balance_rate = checks.number("Router", "balance_rate", balance_rate)
         self.weight = nn.Parameter(torch.empty(experts, dim, device=device, dtype=dtype))
+        noise_weight = nn.Parameter(torch.empty_like(self.weight)) if learned_noise else None
+        self.register_parameter("noise_weight", noise_weight)
         bias = None if balance is None else torch.zeros(experts, dtype=torch.float32, device=device)
         self.register_buffer("expert_bias", bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal numbers that give unit logits for unit tokens' components, and no bias."""
+        """Normal numbers that give unit logits for unit tokens' components, noise of one size, and no bias."""
         nn.init.normal_(self.weight, std=1 / math.sqrt(self.weight.shape[1]))
+        if self.noise_weight is not None:
+            nn.init.zeros_(self.noise_weight)
         if self.expert_bias is not None:
             self.expert_bias.zero_()
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """(T, E) of tokens (T, D)."""
+    def logits(self, tokens: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """(T, E) of tokens (T, D), in training with jitter and learned noise."""
         dtype = checks.accumulator(tokens.dtype)
+        random = random_options("Router", generator) if self.training else {}
         with autocast.disabled(tokens):
-            return F.linear(tokens.to(dtype), self.weight.to(dtype))
+            tokens = tokens.to(dtype)
+            if self.training and self.jitter:
+                uniform = torch.rand(tokens.shape, dtype=dtype, device=tokens.device, **random)
+                tokens = tokens * (1 + self.jitter * (2 * uniform - 1))
+            logits = F.linear(tokens, self.weight.to(dtype))
+            if self.training and self.noise_weight is not None:
+                noise = torch.randn(logits.shape, dtype=dtype, device=logits.device, **random)
+                logits = logits + noise * softplus(F.linear(tokens, self.noise_weight.to(dtype)))
+            return logits
 
-    def scored(self, tokens: Tensor, labels: dict[str, Any]) -> Tensor:
-        """`logits` in which tokens that take no part are 0, so that what they hold does not reach the weight."""
+    def asked(self, tokens: Tensor, labels: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """`logits` and the labels of `route`, without the experts that are dropped.
+
+        Tokens that take no part are 0, so that what they hold does not reach the weight.
+        """
         valid, allowed = labels.get("valid"), labels.get("allowed")
         if allowed is not None:
             some = allowed if allowed.dtype == torch.bool else allowed >= 0
             some = some.any(1) if some.dim() == 2 else some
             valid = some if valid is None else valid & some
-        return self.logits(tokens if valid is None else left_out(tokens, valid))
+        logits = self.logits(tokens if valid is None else left_out(tokens, valid), labels.get("generator"))
+        given = allowed is not None and allowed.dtype != torch.bool
+        if self.training and self.expert_dropout and not given:
+            labels = {**labels, "allowed": self._kept(logits, allowed, labels.get("generator"))}
+        return logits, labels
+
+    def _kept(self, logits: Tensor, allowed: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """(T, E) bool: the experts that are not dropped, of those that a token may choose."""
+        random = random_options("Router", generator)
+        chance = torch.rand(logits.shape, dtype=logits.dtype, device=logits.device, **random)
+        if allowed is not None:
+            chance = chance.masked_fill(~allowed, -1.0)
+        best = chance.topk(min(self.k, chance.shape[1]), dim=1).indices
+        kept = (chance >= self.expert_dropout).scatter(1, best, True)
+        return kept if allowed is None else kept & allowed
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `route` in the present mode."""
@@ -159,14 +221,15 @@ class Router(State):
             gating = dataclasses.replace(gating, bias=self.expert_bias)
         losses = self.losses
         if not self.training:
-            gating = dataclasses.replace(gating, noise_std=0.0)
+            gating = dataclasses.replace(gating, noise_std=0.0, sampled=False)
             losses = tuple(loss for loss in losses if loss.name != "load")
         capacity = self.capacity if self.training else self.eval_capacity
         return {"capacity": capacity, "gating": gating, "losses": losses}
 
     def forward(self, tokens: Tensor, **labels: Any) -> Routing:
         """Route tokens (T, D); `labels` are segments, num_segments, valid, allowed, generator, backend of `route`."""
-        return route(self.scored(tokens, labels), self.k, priority=self.priority, **self.options(), **labels)
+        logits, labels = self.asked(tokens, labels)
+        return route(logits, self.k, priority=self.priority, **self.options(), **labels)
 
     @torch.no_grad()
     def update_bias(self, choices: Tensor) -> None:

@@ -73,10 +73,10 @@ def expert_choice(
     checks.check_matrix(function, "logits", logits)
     tokens, experts = logits.shape
     check_gating(function, gating)
-    if gating.bias is not None or gating.expert_groups != 1 or gating.renormalize:
+    if gating.bias is not None or gating.expert_groups != 1 or gating.renormalize or gating.sampled:
         raise ValueError(
-            f"{function}: gating must have no bias, no groups and no renormalisation, got one of them: experts "
-            "choose by the scores themselves"
+            f"{function}: gating must have no bias, no groups, no renormalisation and no sampled choices, got one of "
+            "them: experts choose by the scores themselves"
         )
     gating = gating.checked(function, 1, experts, logits)
     limits = as_capacity(function, capacity)

@@ -207,7 +207,7 @@ def route(
             int64, the experts it is given, -1 for none, each once: one that is named again is left out. A row with
             fewer experts than k has -1 and gate 0 in the rest.
         losses: names, or `RouterLoss` with weights and thresholds.
-        generator: for the noise; by default torch's own.
+        generator: for the noise and what is ``sampled``; by default torch's own.
         noise: (T, E) normal numbers to use instead of drawing them, such as those of an earlier pass over the same
             tokens that must take the same decisions.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
@@ -249,11 +249,11 @@ def route(
     by_gate = priority == "gate" and taken >= 0
     encoded = encode(problem.losses)
     arguments = problem.arguments(k)
-    if encoded is not None:
+    if encoded is not None and problem.chances is None:
         return as_routing(problem, call.expert_routing_route(*arguments, places, by_gate, *encoded, backend))
     chosen, gates, first, *scores = call.expert_routing_scores(*arguments, backend)
     first = first if by_gate else None
-    found = call.expert_routing_slots(chosen, first, problem.segment, places, backend)
+    found = call.expert_routing_slots(problem.kept_by_chance(chosen, gates), first, problem.segment, places, backend)
     return routing_in_parts(problem, chosen, gates, scores, found)
 
 

@@ -31,6 +31,9 @@ class Gating:
             every gate is 1, as checkpoints expect that are run with one expert per token; the router then has no
             gradient through the gates and learns from balance losses alone.
         noise_std: noise of standard deviation noise_std / E is added to the logits, for choices and gates; 0 for none.
+        sampled: a token's choices after its best are kept by chance, as the second expert of GShard is: one of gate g
+            with probability ``min(1, k * g / gates.sum())``. The others are dropped before experts take tokens: they
+            count as chosen, have no slot, and leave the gates of the rest as they are.
         bias: (E,) added to the scores for the choice alone, as balancing without auxiliary losses does.
         expert_groups: the experts are this many groups of consecutive ones, of which a token's choices must come from
             the best `kept_groups`.
@@ -45,11 +48,13 @@ class Gating:
     expert_groups: int = 1
     kept_groups: int = 1
     group_score: str = "top2"
+    sampled: bool = False
 
     def checked(self, function: str, k: int, experts: int, logits: Tensor) -> Gating:
         """Return it with Python's numbers; raise where it does not fit k choices among the logits' experts."""
         checks.check_choice(function, "gating.score", self.score, SCORES)
         checks.check_choice(function, "gating.group_score", self.group_score, GROUP_SCORES)
+        checks.flag(function, "gating.sampled", self.sampled)
         noise_std = checks.number(function, "gating.noise_std", self.noise_std, "[0, inf)")
         if self.bias is not None:
             checks.check_vector(function, "gating.bias", self.bias, experts, "logits", logits)
@@ -122,7 +127,7 @@ UNLIMITED = Capacity()
 
 @dataclass(eq=False)
 class RouterProblem:
-    """A router's inputs. Rows are tokens; `segment`, `valid`, `mask`, `given` and `noise` may be None."""
+    """A router's inputs. Rows are tokens; `segment`, `valid`, `mask`, `given`, `noise` and `chances` may be None."""
 
     function: str
     logits: Tensor
@@ -134,6 +139,7 @@ class RouterProblem:
     segments: int
     valid: Tensor | None
     losses: tuple[RouterLoss, ...]
+    chances: Tensor | None = None
 
     @classmethod
     def of(
@@ -150,7 +156,7 @@ class RouterProblem:
         generator: torch.Generator | None,
         noise: Tensor | None,
     ) -> RouterProblem:
-        """Check the arguments, and draw the noise."""
+        """Check the arguments, and draw the noise, then the chances of choices."""
         tokens = logits.shape[0]
         wanted = described(function, losses)
         if len({(loss.name, loss.pooled) for loss in wanted}) < len(wanted):
@@ -180,7 +186,20 @@ class RouterProblem:
             noise = noise if valid is None else left_out(noise, valid)
         elif gating.noise_std:
             noise = torch.randn(logits.shape, dtype=dtype, device=logits.device, **random_options(function, generator))
-        return cls(function, logits, gating, noise, mask, given, segments, count, valid, wanted)
+        chances = None
+        if gating.sampled:
+            random = random_options(function, generator)
+            chances = torch.rand((tokens, k), dtype=dtype, device=logits.device, **random)
+        return cls(function, logits, gating, noise, mask, given, segments, count, valid, wanted, chances)
+
+    def kept_by_chance(self, chosen: Tensor, gates: Tensor) -> Tensor:
+        """(T, k) the choices, -1 for those that are dropped before experts take tokens."""
+        if self.chances is None:
+            return chosen
+        gates = gates.detach()
+        kept = self.chances * gates.sum(1, keepdim=True) < gates.shape[1] * gates
+        kept[:, :1] = True
+        return torch.where(kept, chosen, NONE)
 
     def asks(self, loss: str) -> bool:
         """Whether a loss is wanted."""
