@@ -64,7 +64,7 @@ class Hits(NamedTuple):
             rank[part] = _ranks_of(found[begin:end], query[part] - begin, document[part])
         there = rank > 0
         query, rank, grade = query[there], rank[there], grade[there]
-        order = pair_order(query, rank)
+        order = (query * (K + 1) + rank).argsort()
         query, rank, grade = query[order], rank[order], grade[order]
         counts = torch.bincount(query, minlength=N)
         place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
@@ -323,13 +323,17 @@ def _described(value: object) -> str:
 
 def _ranks_of(found: Tensor, row: Tensor, document: Tensor) -> Tensor:
     """(P,) the rank of each document in the list of its row, from 1; 0 where it was not found."""
-    ascending, order = found.sort(dim=1)
+    ascending, places, bits, lowest = _sorted(found)
     # Lists that repeat an entry, or have none before one, are made sets; others are that already.
-    repeats = ((ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] != NONE)).any(1)
-    gaps = ((found[:, :-1] == NONE) & (found[:, 1:] != NONE)).any(1)
-    wrong = (repeats | gaps).nonzero()[:, 0]
+    same = ascending[:, 1:] == ascending[:, :-1]
+    if lowest <= NONE:
+        same &= ascending[:, 1:] != NONE
+    wrong = same.any(1)
+    if lowest <= NONE:
+        wrong |= ((found[:, :-1] == NONE) & (found[:, 1:] != NONE)).any(1)
+    wrong = wrong.nonzero()[:, 0]
     if len(wrong):
-        ascending[wrong], order[wrong] = collapse(found[wrong]).sort(dim=1)
+        ascending[wrong], places[wrong] = collapse(found[wrong]).sort(dim=1)
     width = found.shape[1]
     below = torch.full_like(row, -1)  # the last entry that is smaller, by halving what is left
     for bit in reversed(range(width.bit_length())):
@@ -337,4 +341,23 @@ def _ranks_of(found: Tensor, row: Tensor, document: Tensor) -> Tensor:
         smaller = ascending[row, place.clamp_max(width - 1)] < document
         below = torch.where((place < width) & smaller, place, below)
     at = (below + 1).clamp_max(width - 1)
-    return torch.where(ascending[row, at] == document, order[row, at] + 1, 0)
+    return torch.where(ascending[row, at] == document, (places[row, at] & ((1 << bits) - 1)) + 1, 0)
+
+
+def _sorted(lists: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """(N, K) int64 lists in ascending order, in the last bits of what numbers, how many bits, and the lowest entry.
+
+    An entry and its place are one number where both fit into 63 bits, which NumPy sorts several times faster on the CPU
+    than torch sorts entries with their places.
+    """
+    bits = max(1, lists.shape[1].bit_length())
+    low, high = (int(end) for end in lists.aminmax()) if lists.numel() else (0, 0)
+    most = 1 << (63 - bits)
+    if lists.device.type != "cpu" or not -most <= low <= high < most:
+        return *lists.sort(dim=1), bits, low
+    keys = (lists << bits) + torch.arange(lists.shape[1])
+    try:
+        keys.numpy().sort(axis=1)
+    except RuntimeError:  # a torch without NumPy
+        keys = keys.sort(dim=1).values
+    return keys >> bits, keys, bits, low
