@@ -25,6 +25,8 @@ FAMILIES = (
     "cases_routing",
     "cases_late_interaction",
     "cases_distillation",
+    "cases_self_distillation",
+    "cases_metrics",
     "cases_values",
     "cases_matryoshka",
     "cases_linear_log_prob",

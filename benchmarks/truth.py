@@ -50,10 +50,10 @@ def _mean_row_loss(
         own = part.start if self_similarity else None
         return _row_losses(x[part], y, target[part], scale, copies, own)
 
-    return _mean_over_rows(of_rows, len(x), len(y), x.device)
+    return mean_over_rows(of_rows, len(x), len(y), x.device)
 
 
-def _mean_over_rows(of_rows: Callable[[slice], Tensor], rows: int, columns: int, device: torch.device) -> Tensor:
+def mean_over_rows(of_rows: Callable[[slice], Tensor], rows: int, columns: int, device: torch.device) -> Tensor:
     """The mean over all rows, where ``of_rows`` gives the sum of some; only one chunk lives at a time."""
     size = max(1, (CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES) // (8 * columns))
     parts = [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
@@ -69,7 +69,7 @@ def _own_column(part: slice, columns: Tensor) -> Tensor:
     return numbers[part, None] == numbers
 
 
-def _differentiate(loss_of: Callable[..., Tensor], inputs: Inputs) -> Outcome:
+def differentiated(loss_of: Callable[..., Tensor], inputs: Inputs) -> Outcome:
     """Loss and gradients in float64 from the values the providers get, rounding included."""
     leaves = {}
     for name, tensor in inputs.tensors.items():
@@ -96,7 +96,7 @@ def clip_truth(inputs: Inputs) -> Outcome:
         columns = _mean_row_loss(text, image, _same_row(text), scale, inputs.copies)
         return (rows + columns) / 2
 
-    return _differentiate(loss_of, inputs)
+    return differentiated(loss_of, inputs)
 
 
 def info_nce_truth(inputs: Inputs) -> Outcome:
@@ -106,7 +106,7 @@ def info_nce_truth(inputs: Inputs) -> Outcome:
     def loss_of(query: Tensor, key: Tensor) -> Tensor:
         return _mean_row_loss(query, key, _same_row(query), scale, inputs.copies)
 
-    return _differentiate(loss_of, inputs)
+    return differentiated(loss_of, inputs)
 
 
 def nt_xent_truth(inputs: Inputs) -> Outcome:
@@ -118,7 +118,7 @@ def nt_xent_truth(inputs: Inputs) -> Outcome:
         partner = _same_row(z).roll(len(z0))
         return _mean_row_loss(z, z, partner, scale, inputs.copies, self_similarity=True)
 
-    return _differentiate(loss_of, inputs)
+    return differentiated(loss_of, inputs)
 
 
 def matryoshka_truth(inputs: Inputs) -> Outcome:
@@ -137,7 +137,7 @@ def matryoshka_truth(inputs: Inputs) -> Outcome:
         fixed = torch.tensor(inputs.constants.get("scale", 0.0), dtype=torch.float64)
         return loss_of(*pair.values(), fixed if scale is None else scale, scale is not None)
 
-    return _differentiate(of_leaves, inputs)
+    return differentiated(of_leaves, inputs)
 
 
 def sup_con_truth(inputs: Inputs) -> Outcome:
@@ -154,9 +154,9 @@ def sup_con_truth(inputs: Inputs) -> Outcome:
             positive = times * (labels[part, None] == labels)
             return -((positive * log_p).sum(1) / positive.sum(1)).sum()
 
-        return _mean_over_rows(of_rows, len(z), len(z), z.device)
+        return mean_over_rows(of_rows, len(z), len(z), z.device)
 
-    return _differentiate(loss_of, inputs)
+    return differentiated(loss_of, inputs)
 
 
 def siglip_truth(inputs: Inputs) -> Outcome:
@@ -169,9 +169,9 @@ def siglip_truth(inputs: Inputs) -> Outcome:
             negative = (inputs.copies - own) * F.logsigmoid(-logits)
             return -(negative + own * F.logsigmoid(logits)).sum()
 
-        return _mean_over_rows(of_rows, len(image), len(text), image.device)
+        return mean_over_rows(of_rows, len(image), len(text), image.device)
 
-    return _differentiate(loss_of, inputs)
+    return differentiated(loss_of, inputs)
 
 
 def gte_truth(inputs: Inputs) -> Outcome:
@@ -192,9 +192,9 @@ def gte_truth(inputs: Inputs) -> Outcome:
             lse = (scale * torch.cat(blocks, 1)).logsumexp(1)
             return (lse - scale * (q[part] * d[part]).sum(1)).sum()
 
-        return _mean_over_rows(of_rows, len(q), 4 * len(q), q.device)
+        return mean_over_rows(of_rows, len(q), 4 * len(q), q.device)
 
-    return _differentiate(loss_of, inputs)
+    return differentiated(loss_of, inputs)
 
 
 def gist_truth(inputs: Inputs) -> Outcome:
@@ -220,9 +220,9 @@ def gist_truth(inputs: Inputs) -> Outcome:
             positive = blocks[0][own]
             return (torch.cat(blocks, 1).logsumexp(1) - positive).sum()
 
-        return _mean_over_rows(of_rows, len(q), 3 * len(q), q.device)
+        return mean_over_rows(of_rows, len(q), 3 * len(q), q.device)
 
-    return _differentiate(loss_of, inputs)
+    return differentiated(loss_of, inputs)
 
 
 def router_truth(inputs: Inputs) -> Outcome:
@@ -234,7 +234,7 @@ def router_truth(inputs: Inputs) -> Outcome:
         losses, gates, _ = dense_router(logits, noise, inputs.frozen["segments"], weight.shape[1], **inputs.constants)
         return router_total(losses, gates, weight)
 
-    return _differentiate(loss_of, inputs)
+    return differentiated(loss_of, inputs)
 
 
 def grouped_truth(inputs: Inputs) -> Outcome:
@@ -245,7 +245,7 @@ def grouped_truth(inputs: Inputs) -> Outcome:
         out = torch.bmm(rows.unflatten(0, (len(weight), -1)), weight)
         return (out.flatten(0, 1) * upstream).sum()
 
-    return _differentiate(loss_of, inputs)
+    return differentiated(loss_of, inputs)
 
 
 def layer_truth(inputs: Inputs) -> Outcome:
@@ -261,7 +261,7 @@ def layer_truth(inputs: Inputs) -> Outcome:
             out = out.index_add(0, mine, gates[mine, None] * ((F.silu(gate) * hidden) @ down[e].T))
         return (out * upstream).sum()
 
-    return _differentiate(loss_of, inputs)
+    return differentiated(loss_of, inputs)
 
 
 def distillation_truth(inputs: Inputs) -> Outcome:
@@ -274,11 +274,11 @@ def distillation_truth(inputs: Inputs) -> Outcome:
                 target = (scale * teacher_x[part] @ teacher_y.T).softmax(1)
                 return -(target * (scale * x[part] @ y.T).log_softmax(1)).sum()
 
-            return _mean_over_rows(of_rows, len(x), len(y), x.device)
+            return mean_over_rows(of_rows, len(x), len(y), x.device)
 
         return (direction(image, text, *teacher) + direction(text, image, *teacher[::-1])) / 2
 
-    return _differentiate(loss_of, inputs)
+    return differentiated(loss_of, inputs)
 
 
 def values_truth(inputs: Inputs) -> Outcome:
@@ -289,9 +289,9 @@ def values_truth(inputs: Inputs) -> Outcome:
         def of_rows(part: slice) -> Tensor:
             return (((scale * x[part] @ y.T).softmax(1) @ values) * upstream[part]).sum()
 
-        return _mean_over_rows(of_rows, len(x), len(y), x.device) * len(x)
+        return mean_over_rows(of_rows, len(x), len(y), x.device) * len(x)
 
-    return _differentiate(loss_of, inputs)
+    return differentiated(loss_of, inputs)
 
 
 def maxsim_truth(inputs: Inputs) -> Outcome:
@@ -305,7 +305,7 @@ def maxsim_truth(inputs: Inputs) -> Outcome:
 
         return torch.stack([checkpoint(of_document, j, use_reentrant=False) for j in range(len(documents))]).sum()
 
-    return _differentiate(loss_of, inputs)
+    return differentiated(loss_of, inputs)
 
 
 def linear_log_prob_truth(inputs: Inputs) -> Outcome:
@@ -318,9 +318,9 @@ def linear_log_prob_truth(inputs: Inputs) -> Outcome:
             entropy = -(log_prob.exp() * log_prob).sum()
             return -log_prob.gather(1, labels[part, None]).sum() - share * entropy
 
-        return _mean_over_rows(of_rows, len(hidden), len(weight), hidden.device)
+        return mean_over_rows(of_rows, len(hidden), len(weight), hidden.device)
 
-    return _differentiate(loss_of, inputs)
+    return differentiated(loss_of, inputs)
 
 
 def linear_kl_truth(inputs: Inputs) -> Outcome:
@@ -333,9 +333,9 @@ def linear_kl_truth(inputs: Inputs) -> Outcome:
             log_q = (other_hidden[part] @ other_weight.T).log_softmax(1)
             return (log_p.exp() * (log_p - log_q)).sum()
 
-        return _mean_over_rows(of_rows, len(hidden), len(weight), hidden.device)
+        return mean_over_rows(of_rows, len(hidden), len(weight), hidden.device)
 
-    return _differentiate(loss_of, inputs)
+    return differentiated(loss_of, inputs)
 
 
 def topk_truth(inputs: Inputs) -> Scores:
