@@ -219,6 +219,18 @@ def _many_rows(backend: str) -> Any:
     return lambda: ops.similarity_topk(x, y, 3, backend=backend)[0], 2 * size([x, y]) + 3 * 12 * 3 * MANY
 
 
+@claim("csls")
+def _csls(backend: str) -> Any:
+    x, y = torch.randn(MANY, 8), torch.randn(30, 8)
+    return lambda: mining.csls(x, y, backend=backend), 2 * size([x, y]) + 3 * 12 * 10 * MANY
+
+
+@claim("ratio_margin")
+def _ratio_margin(backend: str) -> Any:
+    x, y = torch.randn(30, 8), torch.randn(MANY, 8)
+    return lambda: mining.ratio_margin(x, y, backend=backend), 2 * size([x, y]) + 3 * 12 * 4 * MANY
+
+
 @claim("similarity_distill", "similarity_distillation")
 def _distilled(backend: str) -> Any:
     x, y, tx, ty = leaf(2, 8), leaf(MANY, 8), torch.randn(2, 4), torch.randn(MANY, 4)

@@ -191,6 +191,14 @@ def layer(make):
 # Sizes that are tried one by one as 0 and as 1, and all together; then the call.
 CALLS = {
     "collapse": ({"n": 3, "k": 4, "m": 5}, lambda n, k, m: mining.collapse(ids(n, k, below=m), ids(m, below=3))),
+    "csls": (
+        {"n": 3, "m": 4, "d": 5},
+        lambda n, m, d, backend: mining.csls(fixed(n, d), fixed(m, d), 2, backend=backend),
+    ),
+    "ratio_margin": (
+        {"n": 3, "m": 4, "d": 5},
+        lambda n, m, d, backend: mining.ratio_margin(fixed(n, d), fixed(m, d), 2, backend=backend),
+    ),
     "first_of_each": ({"n": 3, "k": 4}, lambda n, k: mining.first_of_each(ids(n, k, below=3))),
     "SparseMoE": ({"b": 2, "t": 3, "d": 4}, layer(lambda d: moe.SparseMoE(d, 4, 3, 2))),
     "ExpertChoice": ({"b": 2, "t": 3, "d": 4}, layer(lambda d: moe.ExpertChoice(d, 4, 3))),

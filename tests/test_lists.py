@@ -124,6 +124,10 @@ LISTS = {
             - (F.logsigmoid(-(X[:, None] * Y[TABLE_TWICE.clamp_min(0)]).sum(2)) * (TABLE_TWICE >= 0)).sum(1)
         ),
     ),
+    "UnigramSampler": (
+        lambda: losses.UnigramSampler(torch.ones(9))(TABLE_TWICE, 7, generator=torch.Generator().manual_seed(0)),
+        lambda: losses.UnigramSampler(torch.ones(9))(TABLE_ONCE, 7, generator=torch.Generator().manual_seed(0)),
+    ),
     "pair_bce": (  # pairs: each counts, with its own label
         lambda: co.losses.pair_bce(
             X, Y, ALL[1].repeat(2), ALL[1].repeat(2), torch.tensor([0.0, 1, 0, 1, 1, 0], dtype=DOUBLE)
@@ -295,6 +299,7 @@ IDS = {
         Q, V, K, 4, labels=ids[:BATCH], pairs=Pairs(differ=(ids[:BATCH], ids)), backend=backend
     ),
     "moco": lambda ids, backend: losses.moco(Q, V, K, labels=ids[:BATCH], queue_labels=ids, backend=backend),
+    "ge2e": lambda ids, backend: losses.ge2e(Q, ids[:BATCH], backend=backend),
     "simctg": lambda ids, backend: losses.simctg(Q, ids[:BATCH], backend=backend),
     "vse": lambda ids, backend: losses.vse(Q, V, labels=ids[:BATCH], hardest=True, backend=backend),
     "isotropy": lambda ids, backend: metrics.isotropy(Q, ids[:BATCH]),

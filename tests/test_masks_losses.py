@@ -40,6 +40,7 @@ ALONE = {
     "batch_semi_hard_triplet two-sided": {"x", "target"},
     "contrastive": {"x", "y", "labels"},
     "energy_hinge": {"query"},
+    "ge2e contrast": {"x", "labels"},
     "alignment": {"x", "y"},
     "dino": {"student", "teacher"},
     "dino sinkhorn": {"student", "teacher", "scale"},

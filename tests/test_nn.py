@@ -79,6 +79,7 @@ OTHERS = [
     (nn.KoLeoLoss, lambda a, b: (a,), {"eps": 1e-4}),
     (nn.DINOLoss, lambda a, b: (a, b, b), {"assignment": "sinkhorn"}),
     (nn.SwAVLoss, lambda a, b: (a, b, a - b), {"epsilon": 0.2}),
+    (nn.GE2ELoss, lambda a, b: (a, IDS), {"kind": "contrast"}),
     (nn.DPOLoss, lambda a, b: (a[:, 0], b[:, 0]), {"kind": "hinge"}),
     (nn.LinearCrossEntropyLoss, lambda a, b: (a, b, IDS), {"reduction": "sum"}),
     (nn.MarginMSELoss, lambda a, b: (a, b), {"reduction": "sum"}),

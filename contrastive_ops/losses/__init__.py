@@ -22,6 +22,7 @@ from .decorrelation import (
 )
 from .diagnostics import Diagnostics
 from .distillation import distance_distillation, similarity_distillation
+from .ge2e import ge2e
 from .gist import gist, gte
 from .hard_negatives import debiased, hcl
 from .hinge import energy_hinge, simctg, vse
@@ -76,6 +77,7 @@ __all__ = [
     "dpo",
     "effective_rank",
     "energy_hinge",
+    "ge2e",
     "gist",
     "group_whiten",
     "gte",

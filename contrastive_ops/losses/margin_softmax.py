@@ -1,15 +1,24 @@
-"""Softmax over class prototypes with a margin on the own class: CosFace, ArcFace."""
+"""Softmax over class prototypes with a margin on the own class: CosFace, ArcFace, with one prototype each or several.
+
+The best of several prototypes of a class is a maximum inside of the sum of exponentials, which no fold is: those are
+the work of plain torch, some rows at a time.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..core import checks
+from ..core import autocast, checks
+from ..core.backends import choose
+from ..core.numerics import lse_of_rows, softplus
+from ..ops.similarity_reduce import BACKENDS
+from ..reference.stream import stream_rows
 from . import _arguments
-from ._columns import checked_target
+from ._columns import checked_target, wide
 from ._row_softmax import row_softmax
 from ._sweep import Sweep
 
@@ -39,7 +48,8 @@ def cos_face(
 
     Args:
         x: (N, D) float32, bfloat16, float16 or float64.
-        prototypes: (C, D), one of each class; differentiable, usually a parameter.
+        prototypes: (C, D), one of each class; differentiable, usually a parameter. (C, K, D) has K sub-centres of each,
+            of which the nearest to a row counts (sub-centre ArcFace), by plain torch on all backends.
         labels: (N,) int64 in [0, C).
         margin: subtracted from the cosine; a float >= 0, or (N,) with a margin for each row, differentiable.
         temperature: 1 / scale instead; not both.
@@ -115,7 +125,8 @@ def arc_face(
 
     Args:
         x: (N, D) float32, bfloat16, float16 or float64.
-        prototypes: (C, D), one of each class; differentiable, usually a parameter.
+        prototypes: (C, D), one of each class; differentiable, usually a parameter. (C, K, D) has K sub-centres of each,
+            of which the nearest to a row counts (sub-centre ArcFace), by plain torch on all backends.
         labels: (N,) int64 in [0, C).
         margin: added to the angle, in radians (0.5 is 28.6 degrees); a float in [0, pi], or (N,) with a margin for each
             row, differentiable.
@@ -139,7 +150,8 @@ def arc_face(
         angle has no derivative where a row lies on its prototype; there the margin's part of the gradient is 0.
 
     Source:
-        Deng et al., ArcFace: Additive Angular Margin Loss for Deep Face Recognition, 2019.
+        Deng et al., ArcFace: Additive Angular Margin Loss for Deep Face Recognition, 2019; Deng et al., Sub-center
+        ArcFace: Boosting Face Recognition by Large-Scale Noisy Web Faces, 2020.
 
     Examples:
         >>> x, prototypes, labels = torch.randn(6, 16), torch.randn(4, 16), torch.tensor([0, 1, 2, 3, 0, 1])
@@ -188,7 +200,7 @@ def margin_softmax(
 
     Args:
         x: (N, D), as in `cos_face`, as is everything else.
-        prototypes: (C, D).
+        prototypes: (C, D) or (C, K, D).
         labels: (N,) int64.
         margin: of the cosine ("cosface") or of the angle in radians ("arcface").
         kind: "cosface" or "arcface".
@@ -257,6 +269,9 @@ def _margin_softmax(
     checks.check_choice(function, "kind", kind, KINDS)
     if easy_margin and kind != "arcface":
         raise ValueError(f"{function}: easy_margin must be False for kind={kind!r}, got True")
+    classes, centres = checks.check_tensor(function, "prototypes", prototypes).shape[:1], None
+    if prototypes.dim() == 3 and prototypes.shape[1]:
+        centres, prototypes = prototypes.shape[1], prototypes.flatten(0, 1)
     x, prototypes, scale = _arguments.two_sides(
         function,
         (("x", x), ("prototypes", prototypes)),
@@ -272,21 +287,48 @@ def _margin_softmax(
     margin, labels = (_arguments.of_weighted(weight, each) for each in (margin, labels))
     margin = _margin(function, margin, kind, x)
 
-    def own_logit(logit: Tensor) -> Tensor:
+    def own_logit(logit: Tensor, rows: slice = slice(None)) -> Tensor:
+        factor, moved = (each[rows] if each.dim() else each for each in (scale, margin))
         if kind == "cosface":
-            return logit - scale * margin
-        return scale * _add_angle(logit / scale, margin, easy_margin)
+            return logit - factor * moved
+        return factor * _add_angle(logit / factor, moved, easy_margin)
 
     unit = _arguments.in_sweep(normalize, x)
+    target = checked_target(function, "labels", labels, "x", x, classes[0])
+    if centres is not None:
+        choose(function, BACKENDS, x, backend)
+        losses = _of_centres(wide(x, unit), wide(prototypes, unit), centres, target, scale, own_logit)
+        return _arguments.reduce_rows(losses, weight, reduction)
     return row_softmax(
         Sweep((function, "x", "prototypes"), scale, unit=unit, memory_budget=memory_budget, backend=backend),
         x,
         prototypes,
-        target=checked_target(function, "labels", labels, "x", x, prototypes.shape[0]),
+        target=target,
         own_logit=own_logit,
         weight=weight,
         reduction=reduction,
     )
+
+
+def _of_centres(
+    x: Tensor,
+    prototypes: Tensor,
+    centres: int,
+    target: Tensor,
+    scale: Tensor,
+    own_logit: Callable[[Tensor, slice], Tensor],
+) -> Tensor:
+    """(N,) losses of rows whose classes have several prototypes each, one class after another."""
+
+    def losses(similarity: Tensor, rows: slice) -> Tensor:
+        best = similarity.unflatten(1, (-1, centres)).max(2).values
+        factor = scale[rows, None] if scale.dim() else scale
+        logits, own = factor * best, target[rows, None]
+        others = lse_of_rows(logits.scatter(1, own, -torch.inf))
+        return softplus(others - own_logit(logits.gather(1, own)[:, 0], rows))
+
+    with autocast.disabled(x):
+        return stream_rows(losses, x, prototypes)
 
 
 def _margin(function: str, margin: float | Tensor, kind: str, x: Tensor) -> Tensor:

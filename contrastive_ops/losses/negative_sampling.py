@@ -95,7 +95,7 @@ class UnigramSampler(State):
 
         Args:
             k: how many words are drawn for each row.
-            words: (N, P) int64, -1 for none. None: all words.
+            words: (N, P) int64, -1 for none; a word that is named twice has its number twice. None: all words.
             avoid: with words: the words (N,) or (N, A) that the draws of each row avoid.
             unique: of being drawn at all, where a list is a set, as in `mined_info_nce`; else how often.
 

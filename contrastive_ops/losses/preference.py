@@ -93,9 +93,9 @@ def dpo(
         _arguments.one_or_each(name, key, _arguments.of_weighted(weight, each, other), interval, "chosen", chosen)
         for key, (each, interval, other) in of_each.items()
     )
-    for key, each, of_kinds in (("label_smoothing", label_smoothing, KINDS[1:]), ("margin", margin, ("ipo",))):
-        if kind in of_kinds and (isinstance(each, Tensor) or each):
-            raise ValueError(f'{name}: {key} must be 0 for kind="{kind}", got {checks.shown(each)}')
+    for key, option, of_kinds in (("label_smoothing", label_smoothing, KINDS[1:]), ("margin", margin, ("ipo",))):
+        if kind in of_kinds and (isinstance(option, Tensor) or option):
+            raise ValueError(f'{name}: {key} must be 0 for kind="{kind}", got {checks.shown(option)}')
     for key, each in given.items():
         if each is not None:
             checks.check_vector(name, key, each, chosen.shape[0], "chosen", chosen)

@@ -2,6 +2,7 @@
 
 from ..core.lists import first_of_each
 from ._collapse import collapse
+from ._margins import csls, ratio_margin
 from ._rules import NegativeRules
 from ._sampling import Sampling
 from .bank import Entries, MemoryBank
@@ -19,8 +20,10 @@ __all__ = [
     "Sampling",
     "TopKState",
     "collapse",
+    "csls",
     "first_of_each",
     "mine_hard_negatives",
+    "ratio_margin",
     "search",
     "still_exact",
 ]

@@ -329,6 +329,13 @@ class SwAVLoss(ScaledLoss):
     default_temperature = 0.1
 
 
+class GE2ELoss(BiasedLoss):
+    """`losses.ge2e` as a module with a learnable scale and bias: ``GE2ELoss()(utterances, speakers)``."""
+
+    function = staticmethod(losses.ge2e)
+    default_bias = -5.0
+
+
 class DPOLoss(Loss):
     """`losses.dpo` as a module: ``DPOLoss(beta=0.1)(chosen, rejected, ref_chosen, ref_rejected)``."""
 

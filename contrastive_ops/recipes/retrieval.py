@@ -13,7 +13,7 @@ from ..core.numerics import merge_lse, softplus
 from ..losses import alignment, clip, info_nce, listwise_distillation, pairwise_rank_distillation
 from ..losses._columns import wide
 from ..losses._sweep import Sweep
-from ..mining import NegativeRules
+from ..mining import NegativeRules, ratio_margin
 from ..ops import Pairs, TopK, similarity_topk
 
 
@@ -308,13 +308,9 @@ def bitext_margin(x: Tensor, y: Tensor, k: int = 4) -> TopK:
     Source:
         Artetxe and Schwenk, Margin-based Parallel Corpus Mining, 2019, the evaluation of S059.
     """
-    x, y = x.detach(), y.detach()
     checks.check_matrices("bitext_margin", "x", x, "y", y)
     k = checks.integer("bitext_margin", "k", k, 1, min(x.shape[0], y.shape[0]))
-    of_x, of_y = similarity_topk(x, y, k, metric="cosine"), similarity_topk(y, x, k, metric="cosine")
-    means = of_x.values.mean(1, keepdim=True) + of_y.values.mean(1)[of_x.indices]
-    ratio, order = (2 * of_x.values / means).sort(dim=1, descending=True, stable=True)
-    return TopK(ratio, of_x.indices.gather(1, order), of_x.counts)
+    return ratio_margin(x, y, k, neighbors=k)
 
 
 def gaussian_features(mean: Tensor, variance: Tensor, *, document: bool = False) -> Tensor:

@@ -411,6 +411,8 @@ LOSSES: dict[str, LossCase] = {
     "simctg": LossCase(
         losses.simctg, {"x": Draw.matrix, "segments": Draw.labels}, {"margin": 1.0}, mean=_mean_over_positives
     ),
+    "ge2e": LossCase(losses.ge2e, {**_LABELLED, **_SCALE}),
+    "ge2e contrast": LossCase(losses.ge2e, {**_LABELLED, **_WEIGHT}, {"kind": "contrast"}),
     "koleo": LossCase(losses.koleo, {"x": Draw.matrix}),
     "koleo weight": LossCase(losses.koleo, {"x": Draw.matrix, **_WEIGHT}),
     "dino": LossCase(losses.dino, {**_DINO, "teacher_prototypes": Draw.queue, **_SCALE}),
