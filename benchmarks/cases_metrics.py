@@ -12,7 +12,7 @@ from benchmarks.inputs import views_of_things
 from benchmarks.providers_metrics import EAGER, EPSILON, ITERATIONS, PYTREC_EVAL
 from benchmarks.registry import TOLERANCE, Case, Inputs, Outcome, register
 
-JUDGED = 20
+JUDGED, DOCUMENTS = 20, 100_003
 
 
 def sinkhorn_inputs(case: Case) -> Inputs:
@@ -50,11 +50,12 @@ def evaluation_inputs(case: Case) -> Inputs:
     """The documents that were found for each query, and grades of some of them and of others."""
     n, k = case.shapes["N"], case.shapes["K"]
     generator = torch.Generator().manual_seed(0)
-    found = torch.stack([torch.randperm(100 * k, generator=generator)[:k] for _ in range(n)])
+    step, first = (torch.randint(1, DOCUMENTS, (n, 1), generator=generator) for _ in range(2))
+    found = (first + step * torch.arange(k)) % DOCUMENTS  # each once, since that is a prime
     half = JUDGED // 2
-    seen = found.gather(1, torch.stack([torch.randperm(k, generator=generator)[:half] for _ in range(n)]))
-    # Of others at most one of a number each, so that nothing is judged twice.
-    unseen = 100 * k + torch.arange(JUDGED - half).expand(n, -1)
+    seen = found.gather(1, torch.rand(n, k, generator=generator).topk(half, dim=1).indices)
+    # Others are judged once, too.
+    unseen = DOCUMENTS + torch.arange(JUDGED - half).expand(n, -1)
     grades = torch.randint(4, (n, JUDGED), generator=generator)
     grades[:, 0] = 1
     return Inputs({}, frozen={"found": found, "judged": torch.cat([seen, unseen], 1), "grades": grades})
