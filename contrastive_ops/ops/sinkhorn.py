@@ -24,6 +24,8 @@ from .similarity_reduce import fold
 
 # Numbers that are multiplied and added up at once: few enough for a cache.
 CHUNK = 1 << 18
+# Rows that are added up by one product.
+BLOCK = 64
 
 
 @torch.no_grad()
@@ -222,13 +224,14 @@ def _multiplied(
     # Each row less its largest number: no exponential exceeds 1.
     largest = top.amax(-2, keepdim=True) if N else top.new_full((*top.shape[:-2], 1, 1), -torch.inf)
     u = ((top - ranks.max(largest)) / epsilon).exp() * (masses.rows[:, None] > 0)
-    chunks = list(chunks_of_rows(N, max(1, CHUNK * N // max(scores.numel(), 1))))
+    step = max(1, CHUNK * N // max(scores.numel(), 1))
+    chunks = list(chunks_of_rows(N, step if step < BLOCK else step // BLOCK * BLOCK))
     buffer = scores.new_empty((*scores.shape[:-2], chunks[0].stop, K))
     parts = [[each[..., rows, :] for each in (scores, top, plan, u)] for rows in chunks]
     spaces = [buffer[..., : rows.stop - rows.start, :] for rows in chunks]
     for (of_scores, of_top, of_plan, of_u), space in zip(parts, spaces, strict=True):
         torch.sub(of_scores, of_top, out=of_plan).mul_(1 / epsilon).exp_()
-        sums += torch.mul(of_plan, of_u, out=space).sum(-2)
+        sums += _column_sums(of_plan, of_u, space)
     for iteration in range(iterations):
         v = torch.where(masses.columns > 0, masses.columns / ranks.sum(sums), 0.0)[..., None, :]
         sums, last = torch.zeros_like(sums), iteration + 1 == iterations
@@ -240,11 +243,19 @@ def _multiplied(
             if last:
                 of_plan.mul_(of_u)
             else:
-                sums += torch.mul(of_plan, of_u, out=space).sum(-2)
+                sums += _column_sums(of_plan, of_u, space)
     in_range = torch.stack([(each < 1e30).all() for each in (u, v)]).all()
     if bool(ranks.max((~in_range).to(torch.uint8))):
         return None
     return plan, v[..., 0, :].log()
+
+
+def _column_sums(plan: Tensor, u: Tensor, space: Tensor) -> Tensor:
+    """``(plan * u).sum(-2)``: of many columns by products of few rows each, whose sums have one order."""
+    rows, K = plan.shape[-2:]
+    if plan.dim() > 2 or K < 256 or rows % BLOCK or not rows:
+        return torch.mul(plan, u, out=space).sum(-2)
+    return torch.bmm(u.view(-1, 1, BLOCK), plan.view(-1, BLOCK, K)).sum((0, 1))
 
 
 # ---- Checks ----------------------------------------------------------------------------------------------------------
