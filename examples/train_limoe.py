@@ -193,7 +193,9 @@ class Run:
         for _ in progress(range(self.step, self.config.steps), label):
             self.advance()
             if checkpoint and (self.step % every == 0 or self.step == self.config.steps):
-                torch.save(self.state(), checkpoint)
+                part = checkpoint.with_name(f"{checkpoint.name}.part")
+                torch.save(self.state(), part)
+                part.replace(checkpoint)  # whole, or as it was: a kill or a full disk loses nothing
         return self
 
     @torch.no_grad()
@@ -238,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.dense or not each.dense:
             run, start, checkpoint = Run(each), time.process_time(), None if each.dense else args.checkpoint
             if checkpoint and checkpoint.exists():
-                run.restore(torch.load(checkpoint))
+                run.restore(torch.load(checkpoint, weights_only=True))
             found = run.train(checkpoint).evaluate() | {"history": run.history}
             results[name] = found | {"cpu_seconds": time.process_time() - start}
             print(f"{name}\n{describe(results[name], HELD_OUT)}\n")

@@ -264,6 +264,38 @@ class MemoryBank(State):
 
     clear = reset
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Refuse counters that no bank has: entries would be read where there are none."""
+        wrong = self._wrong_in({name: state_dict.get(prefix + name) for name in self.own})
+        if wrong is None:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+        else:  # the last of the arguments are messages for `load_state_dict` to raise
+            rest[-1].append(f"{prefix}{wrong}")
+
+    def _wrong_in(self, given: dict[str, Any]) -> str | None:
+        """What is wrong in tensors of a file; those that are missing, or of another shape, the caller names."""
+        for name, each in given.items():
+            if each is None:
+                continue
+            own = getattr(self, name)
+            if not isinstance(each, Tensor):
+                return f"{name}: must be a tensor, got {type(each).__name__}"
+            if each.is_floating_point() != own.is_floating_point() or each.is_complex():
+                return f"{name}: must be of {own.dtype}, got {each.dtype}"
+        step = given["step"]
+        last = torch.iinfo(torch.int64).max if step is None or step.numel() != 1 else int(step)
+        bounds = {
+            "pointer": (0, self.capacity - 1),
+            "filled": (0, self.capacity),
+            "step": (0, torch.iinfo(torch.int64).max),
+            "born": (-1, last),
+        }
+        for name, (least, most) in bounds.items():
+            each = given[name]
+            if each is not None and each.numel() and not (least <= int(each.min()) and int(each.max()) <= most):
+                return f"{name}: must be in [{least}, {most}], got {int(each.min())} to {int(each.max())}"
+        return None
+
     @staticmethod
     def _fresh(max_age: object, ages: Tensor) -> Tensor:
         return ages <= checks.integer("MemoryBank", "max_age", max_age, 0)

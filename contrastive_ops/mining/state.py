@@ -15,6 +15,7 @@ from ..core.rule_slices import columns_named, columns_of
 from ..core.rules import STATISTICS, Pairs, Slot, resolve
 from ..ops.similarity_topk import TopK, merge, metric_rows, select
 from ._fingerprint import bytes_of, fingerprint
+from ._loading import check_parts, loaded
 from ._ranges import LAST, Range, missing
 
 
@@ -253,20 +254,18 @@ class TopKState:
         """Go on from a saved state.
 
         Raises:
-            ValueError: the state is that of another problem: another query, k, metric, dtype, corpus or other rules.
+            ValueError: the state is that of another problem: another query, k, metric, dtype, corpus or other rules;
+                or it is none that `state_dict` returns: lists of another shape or dtype, ranges that overlap, columns
+                that were not seen. The state then stays as it is.
         """
+        check_parts(self._function, state)
         own, saved = self._described(), state["problem"]
-        differ = [name for name in own if saved.get(name) != own[name]]
+        differ = [name for name in own if not isinstance(saved, dict) or saved.get(name) != own[name]]
         if differ:
-            listed = "; ".join(f"{name}: {saved.get(name)} there, {own[name]} here" for name in differ)
+            there = saved if isinstance(saved, dict) else {}
+            listed = "; ".join(f"{name}: {there.get(name)} there, {own[name]} here" for name in differ)
             raise ValueError(f"{self._function}: state must be of the same problem, got one that differs in {listed}")
-        found, device = self._found, self._query.device
-        self._found = _Found(
-            state["values"].to(device),
-            state["indices"].to(device),
-            tuple((begin, end) for begin, end in state["covered"].tolist()),
-            {name: state["statistics"][name].to(device) for name in found.statistics},
-        )
+        self._found = _Found(*loaded(self._function, state, self._found, self._limit))
 
     def begun_anew(self) -> TopKState:
         """A state of the same problem that has seen nothing."""

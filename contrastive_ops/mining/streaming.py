@@ -190,7 +190,8 @@ class Checkpoint:
         """Write what the state has seen since."""
         if self.state.covered == self.covered:
             return
-        saved = {"state": self.state.state_dict(), "corpus": self.corpus}
+        state = self.state.state_dict()
+        saved = {"state": state, "corpus": self.corpus, "digest": _digest(state)}
         part = f"{self.path}.{os.getpid()}.part"
         try:
             with open(part, "wb") as file:
@@ -215,15 +216,28 @@ class Checkpoint:
         except OSError:
             raise
         except Exception as error:
+            # Not torch's words: they advise to load what was refused in a way that runs the code in it.
             raise ValueError(
-                f"{self.function}: checkpoint must be a file that {self.function} wrote, got {error}{advice}"
-            ) from error
+                f"{self.function}: checkpoint must be a file that {self.function} wrote, got one that cannot be read "
+                f"({type(error).__name__}){advice}"
+            ) from None
+        if saved.get("digest") not in (None, _digest(found)):  # None: written before there was one
+            raise ValueError(f"{self.function}: checkpoint must be as it was written, got one with other bytes{advice}")
         try:
             state.load_state_dict(found)
         except ValueError as error:
             raise ValueError(f"{error}{advice}") from None
         if corpus != self.corpus:
             raise ValueError(f"{self.function}: checkpoint must be of the same corpus, got one with other rows{advice}")
+
+
+def _digest(state: object) -> str:
+    """A hash of all that a state has found: bytes of a file change, and torch does not look."""
+    parts = state if isinstance(state, dict) else {}
+    statistics = parts.get("statistics")
+    found = [parts.get(name) for name in ("values", "indices", "covered")]
+    found += [each for _, each in sorted(statistics.items())] if isinstance(statistics, dict) else []
+    return fingerprint(*(each for each in found if isinstance(each, Tensor)))
 
 
 def sample(corpus: Corpus) -> str:
