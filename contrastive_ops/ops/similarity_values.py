@@ -113,7 +113,9 @@ def similarity_values(
         2 N M (D + V) forward, and 6 N M D + 4 N M V backward, less 2 N M D where they are kept. The weights of a
         gradient are p (t - mean), with t the product of the upstream gradient and the values, formed in float32 before
         they are rounded for a product; that of a column with nearly all of its row's weight is minus the sum of the
-        others, so that rows that are decided have no gradient, whatever the scale. Results are bitwise the same for any
+        others, so that rows that are decided have no gradient, whatever the scale. Processors that multiply bfloat16
+        (AVX-512-BF16, AMX) round the weights of bfloat16 inputs before they are multiplied, each by 2^-9 at most, and
+        divide by the sum of what was rounded. Results are bitwise the same for any
         number of threads. Differentiable twice; the second derivative runs on the reference backend.
 
         By squared distances, which assign to the nearest entry: ``scale=2 / temperature`` and

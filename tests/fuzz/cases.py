@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
-import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,12 @@ COMMON: Space = {
     "needs": One((-1, 1, 2, 4, 5, 6, 0)),
     "way": One(("direct", "dispatcher")),
     "threads": One((1, 2)),
+    # At most this SIMD level; the first is that of the processor.
+    "level": One(("", "avx512_bf16", "avx512", "avx2", "default")),
 }
+LEVEL = "CONTRASTIVE_OPS_CPU_CAPABILITY"
+# What `attempt` says of cases that are not wrong: the call refused, there were no numbers, all are right.
+FINE = ("refused", "empty", None)
 
 
 class Refused(Exception):
@@ -103,10 +108,16 @@ class Case:
 
 
 @contextlib.contextmanager
-def _called(way: str, threads: int) -> Iterator[None]:
-    """Plain calls past the dispatcher, or through the registered operators."""
-    before, torch_threads = operators.seen_by_autograd_alone, torch.get_num_threads()
+def _called(way: str, threads: int, level: str) -> Iterator[None]:
+    """Plain calls past the dispatcher, or through the registered operators; on some threads, at a SIMD level."""
+    before, torch_threads, before_level = (
+        operators.seen_by_autograd_alone,
+        torch.get_num_threads(),
+        os.environ.get(LEVEL),
+    )
     torch.set_num_threads(threads)
+    if level:
+        os.environ[LEVEL] = level
     try:
         if way == "direct":
             yield
@@ -117,15 +128,21 @@ def _called(way: str, threads: int) -> Iterator[None]:
     finally:
         operators.seen_by_autograd_alone = before
         torch.set_num_threads(torch_threads)
+        if level and before_level is None:
+            del os.environ[LEVEL]
+        elif level:
+            os.environ[LEVEL] = str(before_level)
 
 
 def attempt(case: Case) -> str | None:
-    """Run a case: "refused" where it asks for what there is not, None where the answer is right, or what is wrong."""
+    """Run a case: one of `FINE`, or what is wrong."""
     torch.manual_seed(case.parameters["seed"])
-    own = {n: v for n, v in case.parameters.items() if n not in ("way", "threads")}
+    how = ("way", "threads", "level")
+    own = {n: v for n, v in case.parameters.items() if n not in how}
     try:
-        with _called(case.parameters["way"], case.parameters["threads"]):
-            judge(case.subject.build(**own), case.parameters["seed"])
+        with _called(*(case.parameters[n] for n in how)):
+            if not judge(case.subject.build(**own), case.parameters["seed"]):
+                return "empty"
     except (Refused, NotImplementedError):
         return "refused"
     except Difference as difference:
@@ -144,7 +161,7 @@ def draw_case(subjects: Mapping[str, Subject], rng: random.Random, fixed: Mappin
     return Case(subject, {**drawn, **{n: v for n, v in (fixed or {}).items() if n in space}})
 
 
-def shrunk(case: Case, attempts: int = 150) -> tuple[Case, str]:
+def shrunk(case: Case, attempts: int = 150, attempt: Callable[[Case], str | None] = attempt) -> tuple[Case, str]:
     """The simplest case found that fails, and what it says."""
     message = attempt(case) or "fails no more"
     again = True
@@ -159,8 +176,8 @@ def shrunk(case: Case, attempts: int = 150) -> tuple[Case, str]:
                     return case, message
                 other = Case(case.subject, {**case.parameters, name: value})
                 said = attempt(other)
-                if said is not None and said != "refused":
-                    case, message, again = other, said, True
+                if said not in FINE:
+                    case, message, again = other, str(said), True
                     break
     return case, message
 
@@ -172,26 +189,25 @@ def check(subject: str, **parameters: Any) -> None:
     space = {**COMMON, **SUBJECTS[subject].space}
     case = Case(SUBJECTS[subject], {**{n: choice.first for n, choice in space.items()}, **parameters})
     said = attempt(case)
-    if said is not None and said != "refused":
+    if said not in FINE:
         raise Difference(said)
 
 
 def run(
-    subjects: Mapping[str, Subject], cases: int, seed: int, fixed: Mapping[str, Any] | None = None, tell: bool = False
+    subjects: Mapping[str, Subject], cases: int, seed: int, fixed: Mapping[str, Any] | None = None
 ) -> tuple[Counter[str], list[tuple[Case, str]]]:
-    """Draw and run cases; (how many of each subject, and how many were refused; those that fail, made simple)."""
+    """Draw and run cases in this process.
+
+    Returns:
+        How many of each subject were compared, refused and empty; the cases that fail, made simple.
+    """
     rng = random.Random(seed)
     counts: Counter[str] = Counter()
     failed: list[tuple[Case, str]] = []
-    for number in range(cases):
+    for _ in range(cases):
         case = draw_case(subjects, rng, fixed)
-        counts[case.subject.name] += 1
         said = attempt(case)
-        counts["refused"] += said == "refused"
-        if said is not None and said != "refused":
+        counts[said if said in FINE and said else case.subject.name] += 1
+        if said not in FINE:
             failed.append(shrunk(case))
-            if tell:
-                print(f"{failed[-1][0].reproducer()}\n    {failed[-1][1]}", flush=True)
-        if tell and number % 500 == 499:
-            print(f"{number + 1} cases, {len(failed)} failed", file=sys.stderr, flush=True)
     return counts, failed

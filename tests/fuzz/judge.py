@@ -36,6 +36,7 @@ class Call:
             Results of integers must be equal, the others near, as must their gradients.
         finite: whether gradients are compared; not of numbers that are NaN or infinite.
         size: of what results are differences of, where those may be next to nothing.
+        rounds: weights of 16-bit inputs may be rounded as their gradients are, so results are judged alike.
     """
 
     inputs: Any
@@ -43,6 +44,7 @@ class Call:
     dense: Callable[[Any], Sequence[Tensor]]
     finite: bool = True
     size: float = 0.0
+    rounds: bool = False
 
 
 def converted(tree: Any, dtype: torch.dtype, digits: torch.Generator | None = None) -> Any:
@@ -89,8 +91,8 @@ def _distance(value: Tensor, truth: Tensor, floor: float) -> float:
     return difference / size if size else difference
 
 
-def judge(call: Call, seed: int) -> None:
-    """Raise `Difference` where the call does not give what the dense formula gives."""
+def judge(call: Call, seed: int) -> int:
+    """Raise `Difference` where the call does not give what the dense formula gives; return how many numbers it gave."""
     ours = _answers(call.ours, call.inputs, call.finite, seed)
     truth = _answers(call.dense, converted(call.inputs, DOUBLE), call.finite, seed)
     if len(ours) != len(truth):
@@ -109,14 +111,16 @@ def judge(call: Call, seed: int) -> None:
                 raise Difference(f"{what} is {value.tolist()} instead of {expected.tolist()}")
             continue
         error = _distance(value, expected, floor)
-        tolerance = TOLERANCE[value.dtype] if at < count else max(TOLERANCE[each] for each in dtypes | {value.dtype})
+        rounded = at >= count or call.rounds
+        tolerance = TOLERANCE[value.dtype] if not rounded else max(TOLERANCE[each] for each in dtypes | {value.dtype})
         if error <= tolerance:
             continue
         others = others or _in_torch(call, seed)
         # A gradient is rounded to the inputs' precision, and so are what it is a sum of.
-        usual = max(_distance(other[at], expected, floor) for other in (others if at >= count else others[:DRAWS]))
+        usual = max(_distance(other[at], expected, floor) for other in (others if rounded else others[:DRAWS]))
         if not error <= 2 * usual + tolerance:
             raise Difference(f"{what} ({value.dtype}) is off by {error:.1e}, plain torch by {usual:.1e}")
+    return sum(t.numel() for t in truth[:count])
 
 
 def _size(tensors: Sequence[Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""Every loss of the registry: the usual ones against formulas of papers, all against the reference in float64."""
+"""Every loss of the registry: most against formulas of papers, the rest against the reference in float64."""
 
 from __future__ import annotations
 
@@ -6,85 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from contrastive_ops.core import eager
 from contrastive_ops.testing import LOSSES
 
 from .cases import One, Refused, Subject
+from .formulas import FORMULAS
 from .judge import Call
 from .layouts import BACKENDS, DTYPES, laid_out, needing
-
-
-def _unit(t: Tensor) -> Tensor:
-    return F.normalize(t, dim=-1)
-
-
-def _own(n: int) -> Tensor:
-    return torch.eye(n, dtype=torch.bool)
-
-
-def _cross_entropy(logits: Tensor) -> Tensor:
-    return F.cross_entropy(logits, torch.arange(len(logits)), reduction="none")
-
-
-def _info_nce(i: dict[str, Tensor]) -> Tensor:
-    return _cross_entropy(i["scale"] * _unit(i["query"]) @ _unit(i["key"]).T)
-
-
-def _clip(i: dict[str, Tensor]) -> Tensor:
-    logits = i["scale"] * _unit(i["image"]) @ _unit(i["text"]).T
-    return (_cross_entropy(logits) + _cross_entropy(logits.T)) / 2
-
-
-def _siglip(i: dict[str, Tensor]) -> Tensor:
-    logits = i["scale"] * _unit(i["image"]) @ _unit(i["text"]).T + i["bias"]
-    sign = 2 * _own(len(logits)).to(logits.dtype) - 1
-    return F.softplus(-sign * logits, threshold=1e9).sum(1)
-
-
-def _nt_xent(i: dict[str, Tensor]) -> Tensor:
-    z = _unit(torch.cat([i["z0"], i["z1"]]))
-    logits = (i["scale"] * z @ z.T).masked_fill(_own(len(z)), -torch.inf)
-    return F.cross_entropy(logits, torch.arange(len(z)).roll(len(z) // 2), reduction="none")
-
-
-def _sup_con(i: dict[str, Tensor]) -> Tensor:
-    z, labels = _unit(i["x"]), i["labels"]
-    logits = (i["scale"] * z @ z.T).masked_fill(_own(len(z)), -torch.inf)
-    positive = (labels[:, None] == labels) & ~_own(len(z))
-    log_p = logits - logits.logsumexp(1, keepdim=True)
-    return -log_p.masked_fill(~positive, 0.0).sum(1) / positive.sum(1)
-
-
-def _moco(i: dict[str, Tensor]) -> Tensor:
-    query = _unit(i["query"])
-    own = (query * _unit(i["key"])).sum(1, keepdim=True)
-    logits = i["scale"] * torch.cat([own, query @ _unit(i["queue"]).T], 1)
-    return -logits.log_softmax(1)[:, 0]
-
-
-def _gte(i: dict[str, Tensor]) -> Tensor:
-    q, d, own = _unit(i["query"]), _unit(i["document"]), _own(len(i["query"]))
-    blocks = [i["scale"] * block for block in (q @ d.T, q @ q.T, d @ q.T, d @ d.T)]
-    blocks = [b.masked_fill(own, -torch.inf) if at in (1, 3) else b for at, b in enumerate(blocks)]
-    return torch.cat(blocks, 1).logsumexp(1) - i["scale"] * (q * d).sum(1)
-
-
-def _linear_cross_entropy(i: dict[str, Tensor]) -> Tensor:
-    return F.cross_entropy(i["hidden"] @ i["head"].T, i["labels"], reduction="none")
-
-
-FORMULAS = {
-    "info_nce": _info_nce,
-    "clip": _clip,
-    "siglip": _siglip,
-    "nt_xent": _nt_xent,
-    "sup_con": _sup_con,
-    "moco": _moco,
-    "gte": _gte,
-    "linear_cross_entropy": _linear_cross_entropy,
-}
 
 
 class Losses(Subject):
@@ -120,8 +49,9 @@ class Losses(Subject):
 
         def dense(g: dict[str, Any]) -> list[Tensor]:
             if formula is not None:
-                found = formula(g)
-                return [found if reduction == "none" else found.sum() if reduction == "sum" else found.mean()]
+                found = formula(g, case.options)
+                found = found * g["weight"] if "weight" in g else found
+                return [found if reduction == "none" else found.sum() if reduction == "sum" else case.mean(g, found)]
             with eager.closed():
                 return [case(g, reduction, "reference")]
 

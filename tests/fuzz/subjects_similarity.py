@@ -69,6 +69,8 @@ class Reduce(Subject):
         )
         made = Numbers(n, m, d, "grid" if numbers == "normal" and discontinuous else numbers,
                        itself=itself, dtype=kind, seed=seed)  # fmt: skip
+        if "fill" in rules and {"rows", "columns"} & {*rules}:
+            raise Refused
         if ("target" in options and not made.m) or (dtype == "float16" and scale > 2):
             raise Refused  # a target among no columns, and gradients that float16 has no number for
         if numbers in ("broken", "tiny") and (discontinuous or "linear" in options):
@@ -144,6 +146,8 @@ class TopK(Subject):
         exact = metric != "cosine" and made.kind != "normal"
         call = {"k": k, "metric": metric, "backend": backend}
 
+        listed: list[Tensor] = []
+
         def ours(g: dict[str, Any]) -> list[Tensor]:
             if blocks:
                 found = _in_blocks(g, blocks, call)
@@ -151,10 +155,11 @@ class TopK(Subject):
                 found = similarity_topk(**g, **call, coarse=getattr(torch, coarse))
             else:
                 found = similarity_topk(**g, **call)
+            listed.append(found.indices)
             return [found.values, *([found.indices, found.counts] if exact else [])]
 
         def dense(g: dict[str, Any]) -> list[Tensor]:
-            values, indices, counts = _listed(g, k, metric)
+            values, indices, counts = _listed(g, k, metric, None if exact else listed[0])
             return [values.detach() if blocks else values, *([indices, counts] if exact else [])]
 
         return Call(given, ours, dense, finite=not blocks)
@@ -171,7 +176,8 @@ def _in_blocks(g: dict[str, Any], blocks: int, options: dict[str, Any]) -> Any:
     return states[0].merge(states[1]).finalize()
 
 
-def _listed(g: dict[str, Any], k: int, metric: str) -> tuple[Tensor, Tensor, Tensor]:
+def _listed(g: dict[str, Any], k: int, metric: str, found: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, indices and counts; of scores that float32 cannot tell apart, the order that was found."""
     x, y, pairs = g["x"], g["x"] if g["y"] is None else g["y"], g.get("pairs")
     if metric == "cosine":
         x, y = normalize(x, dim=1), normalize(y, dim=1)
@@ -186,6 +192,10 @@ def _listed(g: dict[str, Any], k: int, metric: str) -> tuple[Tensor, Tensor, Ten
     scores = torch.cat([scores.masked_fill(~keep, -torch.inf), scores.new_full((len(x), k), -torch.inf)], 1)
     values, indices = scores.sort(dim=1, descending=True, stable=True)
     values, indices = values[:, :k], indices[:, :k]
+    if found is not None and found.shape == indices.shape and bool((found >= 0).all()):
+        other = scores.gather(1, found)
+        if torch.allclose(other, values, rtol=1e-6, atol=1e-6 * float(values.detach().abs().max())):
+            values = other
     indices = indices.masked_fill(values == -torch.inf, -1)
     return values, indices, (indices >= 0).sum(1)
 
@@ -337,4 +347,5 @@ class Values(Subject):
             args = g["x"], y, g["values"], keep, g["scale"], g.get("col_bias", 0.0)
             return [test_similarity_values.sums_of(*args)]
 
-        return Call(given, lambda g: [similarity_values(**g, memory_budget=budget, backend=backend)], dense)
+        call = {"memory_budget": budget, "backend": backend}
+        return Call(given, lambda g: [similarity_values(**g, **call)], dense, rounds=kind == torch.bfloat16)
