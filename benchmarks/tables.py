@@ -6,7 +6,7 @@
 A table stands between ``<!-- benchmark:NAME -->`` and ``<!-- /benchmark -->``. NAME is ``targets``,
 ``memory``, an op of the registry (``clip``), one of `tables_pairs`, or ``demo``, ``demo-mining`` and
 ``headline`` for what ``make demo ARGS="--json benchmarks/results/demo.json --out docs/images"`` wrote;
-the other examples are in `tables_examples`.
+the other examples are in `tables_examples`, and what was tested in `tables_reliability`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report, results, tables_examples, tables_pairs, targets
+from benchmarks import report, results, tables_examples, tables_pairs, tables_reliability, targets
 from benchmarks.registry import DTYPE_NAMES, OURS, Case, Target, all_cases
 from benchmarks.results import Row
 
@@ -221,7 +221,7 @@ def tables(rows: Sequence[Row]) -> dict[str, Callable[[], str]]:
         known["demo-mining"] = lambda: demo_mining_table(demo)
         known["headline"] = lambda: headline(demo)
     known |= {name: lambda table=table: _other_table(table()) for name, table in tables_pairs.tables(rows).items()}
-    return known | tables_examples.tables()
+    return known | tables_examples.tables() | tables_reliability.tables()
 
 
 def updated(text: str, rows: Sequence[Row]) -> str:

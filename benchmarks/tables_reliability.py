@@ -1,0 +1,67 @@
+"""Tables of what was tested: the fuzzer's runs and the errors by dtype and temperature.
+
+make fuzz CASES=20000 SEED=20261130 ARGS="--save benchmarks/results/fuzz.json"
+python -m benchmarks.numerics --save
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---", *["--:"] * (len(header) - 1)], *rows))
+
+
+def _origin(found: dict[str, Any]) -> str:
+    changed = " with local changes" if found["dirty"] == "yes" else ""
+    return f"{found['device']}, torch {found['torch']}, commit {found['commit']}{changed}, {found['date'][:10]}.\n"
+
+
+def fuzz(runs: list[dict[str, Any]]) -> str:
+    """Cases of each run, then of each subject and SIMD level over all runs."""
+    rows = [
+        [str(run["seed"]), run["processor_level"], *(f"{run[n]:,}" for n in ("drawn", "refused", "empty", "compared")),
+         str(len(run["failed"]))]
+        for run in runs
+    ]  # fmt: skip
+    header = ["seed", "up to level", "drawn", "refused", "without a number", "compared", "different"]
+    subjects, levels = Counter[str](), Counter[str]()
+    for run in runs:
+        subjects.update(run["subjects"])
+        for name, count in run["cpu_levels"].items():
+            levels[name or run["processor_level"]] += count
+        levels["reference"] += run["backends"].get("reference", 0)
+        levels["triton, interpreted"] += run["backends"].get("triton", 0)
+    many = [[f"`{name}`", f"{count:,}"] for name, count in subjects.most_common()]
+    where = [[name, f"{count:,}"] for name, count in levels.most_common() if count]
+    parts = [
+        _markdown(header, rows),
+        _markdown(["subject", "compared"], many),
+        _markdown(["where", "compared"], where),
+        "<br>\n".join(_origin(run) for run in runs),
+    ]
+    return "\n".join(parts)
+
+
+def numerics(found: dict[str, Any]) -> str:
+    """Errors over all losses."""
+    from benchmarks.numerics import table
+
+    return f"{table(found)}\n\n{found['rows']} rows of dimension {found['depth']}. {_origin(found)}"
+
+
+def tables() -> dict[str, Callable[[], str]]:
+    """The tables that there are results for."""
+    known: dict[str, Callable[[], str]] = {}
+    for name, make in (("fuzz", lambda f: fuzz(f["runs"])), ("numerics", numerics)):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            known[name] = lambda path=path, make=make: make(json.loads(path.read_text()))  # type: ignore[misc]
+    return known

@@ -1,0 +1,265 @@
+"""Kills, full disks, no memory, many threads, calls from hooks.
+
+What may end a process happens in a child.
+"""
+
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from contrastive_ops import clip, route, similarity_topk
+from contrastive_ops.core import extension
+from contrastive_ops.losses import info_nce
+from contrastive_ops.mining import MemoryBank, search
+
+compiled = pytest.mark.skipif(extension.load() is None, reason=str(extension.why_missing()))
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and clocks of Linux")
+
+
+def child(code, *arguments, seconds=300):
+    """What a script prints; an error where it fails."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=seconds
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    return done.stdout
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ---- A process that ends, a disk that is full ------------------------------------------------------------------------
+
+SEARCH = """
+import sys, torch
+from contrastive_ops.mining import TopKState, search, streaming
+streaming.CHECKPOINT_SECONDS = 0.0
+torch.manual_seed(0)
+query, rows = torch.randn(5, 8), torch.randn(4000, 8)
+def tell(done, total):
+    print(done, flush=True)
+    if len(sys.argv) > 2:
+        input()
+found = search(query, rows, 7, block_rows=200, checkpoint=sys.argv[1], progress=tell, backend="reference")
+torch.save((found.values, found.indices), sys.argv[1] + ".found")
+"""
+
+
+def test_a_search_that_is_killed_goes_on_and_searches_nothing_twice(tmp_path):
+    """SIGKILL after some blocks, each of which was written; also in the middle of a write that is not the first."""
+    file = tmp_path / "search.pt"
+    done = 0
+    for blocks in (1, 2, 7):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SEARCH, str(file), "wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(blocks):
+            told = int(process.stdout.readline())
+            assert told == done + 200  # nothing lost, nothing twice
+            done = told
+            process.stdin.write("\n")
+            process.stdin.flush()
+        # The next block has been begun; it is told of after it was written.
+        done = int(process.stdout.readline())
+        process.kill()
+        process.communicate()
+    part = tmp_path / "search.pt.999.part"
+    part.write_bytes(file.read_bytes()[:100])  # what a kill in the middle of a write leaves
+    told = [int(line) for line in child(SEARCH, file).split()]
+    assert told == list(range(done + 200, 4001, 200))
+    torch.manual_seed(0)
+    query, rows = torch.randn(5, 8), torch.randn(4000, 8)
+    assert same(
+        torch.load(f"{file}.found", weights_only=True), similarity_topk(query, rows, 7, backend="reference")[:2]
+    )
+
+
+FULL = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+before = open(sys.argv[1], "rb").read()
+try:
+    exec(sys.argv[3], {"sys": sys})
+except (OSError, RuntimeError) as error:
+    print("refused", type(error).__name__)
+assert open(sys.argv[1], "rb").read() == before
+print(sorted(os.listdir(os.path.dirname(sys.argv[1]))))
+"""
+
+
+@linux
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    file = tmp_path / "search.pt"
+    short = SEARCH.replace("def tell", "class Stop(Exception): pass\ndef tell").replace(
+        "        input()", "        raise Stop"
+    )
+    with pytest.raises(AssertionError, match="Stop"):
+        child(short, file, "stop")
+    size = file.stat().st_size
+    for limit in (100, size - 1):
+        said = child(FULL, file, limit, SEARCH)
+        assert said.splitlines()[-2:] == [said.splitlines()[-2], "['search.pt']"] and "refused" in said
+    assert [int(line) for line in child(SEARCH, file).split()][0] == 400
+
+
+# ---- No memory -----------------------------------------------------------------------------------------------------
+
+MEMORY = """
+import resource, torch
+from contrastive_ops import clip, route, similarity_topk
+from contrastive_ops.core import extension
+from contrastive_ops.mining import MemoryBank, TopKState
+torch.set_num_threads(2)
+torch.manual_seed(0)
+x, y = torch.randn(6000, 32), torch.randn(6000, 32)
+bank, state = MemoryBank(100, 32), TopKState(x, 500)
+bank.enqueue(x[:60])
+logits = torch.randn(200_000, 16)
+def loss(): return clip(x.requires_grad_(), y, scale=5.0)
+def gradient(): return torch.autograd.grad(clip(x.requires_grad_(), y, scale=5.0), [x])[0]
+calls = {
+    "loss": loss, "gradient": gradient,
+    "topk": lambda: similarity_topk(x.detach(), y, 500).indices,
+    "route": lambda: route(logits, 4, capacity=1.0).gates,
+    "update": lambda: state.begun_anew().merge(updated()).finalize().indices,
+    "bank": lambda: bank.topk(x.detach(), 90).indices,
+}
+def updated():
+    other = state.begun_anew()
+    other.update(y, 0)
+    return other
+expected = {name: call().clone() for name, call in calls.items()}
+entries = [t.clone() for t in bank.state_dict().values()]
+def used():
+    return int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+refused = 0
+for extra in (0, 1 << 20, 4 << 20, 16 << 20, 48 << 20):
+    for name, call in calls.items():
+        if extension.load() is not None: extension.load().release_scratch()
+        resource.setrlimit(resource.RLIMIT_AS, (used() + extra, resource.RLIM_INFINITY))
+        try:
+            call()
+        except (MemoryError, RuntimeError):
+            refused += 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert torch.equal(call(), expected[name]), name
+assert all(torch.equal(a, b) for a, b in zip(bank.state_dict().values(), entries))
+print(refused)
+"""
+
+
+@compiled
+@linux
+def test_no_memory_in_the_middle_leaves_nothing_broken():
+    assert int(child(MEMORY)) >= 3
+
+
+# ---- Threads, hooks -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads_of_torch():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_eight_threads_while_the_number_of_threads_changes(backend, threads_of_torch):
+    torch.manual_seed(0)
+    x, y, logits = torch.randn(150, 16), torch.randn(150, 16), torch.randn(300, 8)
+
+    def gradient():
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(clip(leaf, y, scale=3.0, backend=backend), [leaf])
+
+    calls = [
+        lambda: (clip(x, y, scale=3.0, backend=backend),),
+        gradient,
+        lambda: similarity_topk(x, y, 7, backend=backend)[:2],
+        lambda: (route(logits, 2, backend=backend).gates,),
+    ]
+    expected = [call() for call in calls]
+    stop = threading.Event()
+
+    def turn():
+        while not stop.is_set():
+            for count in (1, 2, 3, 5):
+                torch.set_num_threads(count)
+                time.sleep(0.001)
+
+    def work(number):
+        return all(same(calls[(number + k) % 4](), expected[(number + k) % 4]) for k in range(12))
+
+    turning = threading.Thread(target=turn)
+    turning.start()
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(work, range(8)))
+    finally:
+        stop.set()
+        turning.join()
+
+
+def test_calls_from_hooks(backend):
+    """A hook on a gradient, one on a saved tensor and a progress function call the library again."""
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 8), torch.randn(40, 8)
+    inner = info_nce(x, y, scale=2.0, backend=backend)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(clip(leaf, y, scale=3.0, backend=backend), [leaf])
+    seen = []
+
+    inside = []
+
+    def again(*given):
+        if not inside:  # the hook of saved tensors is called by what it calls, too
+            inside.append(True)
+            with torch.enable_grad():  # and without a graph
+                own = x.clone().requires_grad_()
+                info_nce(own, y, scale=2.0, backend=backend).backward()
+            seen.append(torch.equal(info_nce(x, y, scale=2.0, backend=backend), inner))
+            inside.clear()
+        return given[0] if given else None
+
+    leaf = x.clone().requires_grad_()
+    leaf.register_hook(again)
+    with torch.autograd.graph.saved_tensors_hooks(again, again):
+        loss = clip(leaf, y, scale=3.0, backend=backend)
+    loss.backward()
+    assert torch.equal(leaf.grad, expected)
+    whole = search(x, y, 3, backend=backend)
+    found = search(x, y, 3, block_rows=7, progress=lambda *_: again(search(x, y, 3, backend=backend)), backend=backend)
+    assert same(found[:2], whole[:2]) and len(seen) > 3 and all(seen)
+
+
+def test_an_exception_in_a_hook_leaves_the_next_call_right(backend):
+    x, y = torch.randn(40, 8), torch.randn(40, 8)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(clip(leaf, y, scale=3.0, backend=backend), [leaf])
+
+    def fail(gradient):
+        raise KeyError("hook")
+
+    handle = leaf.register_hook(fail)
+    with pytest.raises(KeyError, match="hook"):
+        clip(leaf, y, scale=3.0, backend=backend).backward()
+    handle.remove()
+    leaf.grad = None
+    clip(leaf, y, scale=3.0, backend=backend).backward()
+    assert torch.equal(leaf.grad, expected)
+
+
+def test_an_interrupted_enqueue_of_a_bank_is_seen_whole_or_not_at_all():
+    bank = MemoryBank(10, 4)
+    bank.enqueue(torch.ones(3, 4))
+    before = {k: v.clone() for k, v in bank.state_dict().items()}
+    with pytest.raises(ValueError, match="MemoryBank.enqueue"):
+        bank.enqueue(torch.ones(3, 5))
+    assert all(torch.equal(v, before[k]) for k, v in bank.state_dict().items())
