@@ -5,6 +5,7 @@ Reads the offsets, so on a GPU every call waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import torch
@@ -16,7 +17,7 @@ from ..core.ordered import long_product
 from .expert_routing import dispatch
 
 # Between the layers of experts, in the order of csrc/grouped_matmul.h.
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
 def activate(hidden: Tensor, activation: int, gated: bool) -> Tensor:
