@@ -19,7 +19,7 @@ constexpr int64_t kStepColumns = int64_t{4} << 20;
 // Depth of a product of which one panel stays in the level-1 cache.
 constexpr int64_t kMostDepth = 512;
 
-// Dimensions of a product that one task forms, at most, and how many tasks are enough to halve them no further.
+// Dimensions of a product that one task forms, at most, and how many such tasks are enough.
 constexpr int64_t kMostDimensions = 128, kEnoughTasks = 128;
 
 // Blocks [first, last) of a chunk.
@@ -108,28 +108,32 @@ class WeightProducts {
     const int64_t rows = dx_ ? (chunk.rows + row_width_ - 1) / row_width_ : 0;
     // Rows that are columns of this step, too, have one owner.
     const int64_t shared = p.self && step.first == 0 ? rows : 0, columns = dy_ ? step.last - step.first - shared : 0;
-    const int64_t units = rows + columns;
-    const int64_t lanes = dimensions_of_a_task(units), groups = (p.D + lanes - 1) / lanes;
-    const int64_t pairs = chunk.rows * (step.end() - step.begin());
-    sweep_.run(units * groups + count, pairs * p.D * ((dx_ ? 1 : 0) + (dy_ ? 1 : 0)) + more_work,
-               [&](int64_t index, int thread) {
-                 if (index >= units * groups) return more(index - units * groups);
-                 // Units of rows come first, which are deeper.
-                 const bool of_rows = index < rows * groups;
-                 const int64_t at = of_rows ? index : index - rows * groups, here = of_rows ? rows : columns;
-                 const int64_t unit = at % here, d = at / here * lanes, width = minimum(lanes, p.D - d);
-                 if (!of_rows || unit < shared) {
-                   add_dy(step, step.first + (of_rows ? unit : shared + unit), d, width, thread);
-                 }
-                 if (of_rows) add_dx(step, unit, d, width, thread);
-               });
+    const int64_t products = (dx_ ? 1 : 0) + (dy_ ? 1 : 0), pairs = chunk.rows * (step.end() - step.begin());
+    const int64_t row_lanes = dimensions_of_a_task(row_width_, products * chunk.rows);
+    const int64_t column_lanes = dimensions_of_a_task(sweep_.block_columns, products * (step.end() - step.begin()));
+    const int64_t row_tasks = rows * ((p.D + row_lanes - 1) / row_lanes);
+    const int64_t column_tasks = columns * ((p.D + column_lanes - 1) / column_lanes);
+    sweep_.run(row_tasks + column_tasks + count, pairs * p.D * products + more_work, [&](int64_t index, int thread) {
+      if (index >= row_tasks + column_tasks) return more(index - row_tasks - column_tasks);
+      // Units of rows come first, which are deeper.
+      const bool of_rows = index < row_tasks;
+      const int64_t at = of_rows ? index : index - row_tasks, here = of_rows ? rows : columns;
+      const int64_t lanes = of_rows ? row_lanes : column_lanes;
+      const int64_t unit = at % here, d = at / here * lanes, width = minimum(lanes, p.D - d);
+      if (!of_rows || unit < shared) {
+        add_dy(step, step.first + (of_rows ? unit : shared + unit), d, width, thread);
+      }
+      if (of_rows) add_dx(step, unit, d, width, thread);
+    });
   }
 
-  // Wide tasks read the weights less often; narrow ones keep many cores busy where there are few rows and columns.
-  int64_t dimensions_of_a_task(int64_t units) const {
+  // Wide tasks read the weights less often, and narrow ones keep many cores busy: as wide as leaves a task of `width`
+  // of all rows, or columns, one part in kEnoughTasks of the work; `all` is counted once for each side that has a
+  // product.
+  int64_t dimensions_of_a_task(int64_t width, int64_t all) const {
     const int64_t least = maximum<int64_t>(kCols<C>, 32);
     int64_t lanes = kMostDimensions;
-    while (lanes > least && units * ((p.D + lanes - 1) / lanes) < kEnoughTasks) lanes /= 2;
+    while (lanes > least && kEnoughTasks * width * lanes > all * p.D) lanes /= 2;
     return lanes;
   }
 
