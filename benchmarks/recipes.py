@@ -117,6 +117,12 @@ def steps(t: dict[str, Tensor]) -> dict[str, tuple[Callable[[], Tensor], Callabl
             lambda: recipes.cosine_contrastive(x, labels),
             lambda: fold(x, reduce="sum_relu", pairs=Pairs(differ=(labels, labels))),
         ),
+        "dpr": (lambda: recipes.dpr(x, y), lambda: fold(x, y)),
+        "fedsa": (
+            lambda: recipes.fedsa(x, labels % 128, queue[:128].requires_grad_(), 0.5),
+            lambda: fold(x, queue[:128].requires_grad_()) + F.mse_loss(x, queue[labels % 128]),
+        ),
+        "proclip": (lambda: recipes.proclip(x, teacher), lambda: fold(x) + fold(teacher.requires_grad_())),
         "contriever": (lambda: recipes.contriever(x, y, queue), lambda: fold(x, queue)),
         "simlm": (
             lambda: recipes.simlm(x, private[:, :2]),

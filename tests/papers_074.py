@@ -183,7 +183,7 @@ ROWS = [
     ]),
     ("S082", "Supervised Fine-Tuning or Contrastive Learning? Towards Better Multimodal LLM Reranking",
      "cross-entropy or binary cross-entropy of a group's scores", "PAPER", [
-        ("F.cross_entropy(scores, torch.zeros(N, dtype=torch.int64))  # plain torch",
+        ("listwise_cross_entropy(scores, torch.zeros(N, dtype=torch.int64))",
          "(scores.logsumexp(1) - scores[:, 0]).mean()"),
     ]),
     ("S083", "Unveiling Key Aspects of Fine-Tuning in Sentence Embeddings: A Representation Rank Analysis",
@@ -205,6 +205,8 @@ ROWS = [
      "evaluation; `metrics.retrieval_metrics` has accuracy at k, `metrics.isotropy`, `metrics.iso_score` and `metrics.similarity_histogram` the rest", "-", []),
     ("S087", "Joint Learning of Sentence Embeddings for Relevance and Entailment",
      "binary cross-entropy of a ratio of sums; pairs of lists", "CODE", [
+        ("evidence_bce(scores, scores.roll(1, 1), grades)",
+         "F.binary_cross_entropy((scores.sigmoid() * scores.roll(1, 1).sigmoid()).sum(1) / scores.roll(1, 1).sigmoid().sum(1), grades)"),
         ("pairwise_rank_distillation(scores, teacher_scores, kind='hinge', margin=1.0)",
          "rank_hinge(scores, teacher_scores)"),
     ]),
@@ -214,6 +216,8 @@ ROWS = [
          "F.softplus((x * z).sum(1) - (x * y).sum(1)).mean()"),
         ("late_interaction(x[:, None], TokenSets(private, chunks), normalize=False)  # MaxP",
          "info(torch.einsum('nd,mcd->nmc', x, private).masked_fill(~chunks, -torch.inf).amax(2))"),
+        ("mining.search(fixed, corpus, 3, documents=torch.arange(60) // 4).values",
+         "(fixed @ corpus.T).view(N, 15, 4).amax(2).topk(3).values"),
     ]),
     ("S089", "Contrastive Loss is All You Need to Recover Analogies as Parallel Lines",
      "hinge of cosines of drawn negatives", "CODE", [
@@ -273,6 +277,8 @@ ROWS = [
      "soft assignment to a codebook", "CODE", [
         ("similarity_values(x, table, scale=2.0, col_bias=-table.square().sum(1))",
          "(-(x[:, None] - table).square().sum(2)).softmax(1) @ table"),
+        ("F.mse_loss(x, RunningPrototypes(3, D).double()(x, labels)[labels])  # codes by averages, and their commitment",
+         "F.mse_loss(x, torch.stack([x[labels == c].mean(0) for c in range(3)]).detach()[labels])"),
     ]),
     ("S100", "A Primer on Contrastive Pretraining in Language Processing: Methods, Lessons Learned and Perspectives",
      "survey; binary cross-entropy of texts and their labels", "PAPER", [
@@ -341,7 +347,7 @@ ROWS = [
     ]),
     ("S113", "How to Train Your DRAGON: Diverse Augmentation Towards Generalizable Dense Retrieval",
      "DPR without padded passages; positives and negatives from bands of a teacher's ranks", "CODE", [
-        ("dpr(x, passages, group=2, pairs=Pairs(differ=(torch.ones(N, dtype=torch.int64), padded)))",
+        ("dpr(x, passages, group=2, pairs=Pairs(columns=padded == 0))",
          "info((x @ passages.T).masked_fill(padded == 1, -torch.inf), 2 * torch.arange(N))"),
         ("mining.search(fixed, corpus, 50).values[:, 45:50]",
          "(fixed @ corpus.T).topk(50).values[:, 45:50]"),

@@ -287,6 +287,12 @@ CALLS = {
     ),
     "sinkhorn": ({"b": 2, "n": 3, "k": 4}, lambda b, n, k: ops.sinkhorn(fixed(b, n, k))),
     "RunningDenominator": ({"n": 3}, running_denominator),
+    "RunningPrototypes": (
+        {"n": 3, "c": 4, "d": 2},
+        lambda n, c, d: ops.losses.RunningPrototypes(max(c, 1), max(d, 1))(
+            fixed(n, max(d, 1)), ids(n, below=max(c, 1))
+        ),
+    ),
     "RunningCovariance": ({"n": 3, "d": 2}, lambda n, d: ops.losses.RunningCovariance(d)(rows(n, d))),
     "linear_log_prob": ({"n": 3, "v": 5, "d": 4}, language),
     "linear_log_prob entropy": ({"n": 3, "v": 5, "d": 4}, lambda **sizes: language(**sizes, entropy=True)),

@@ -20,6 +20,7 @@ N, D = 7, 5
 
 OPTIONS = {"pairs", "col_bias", "weight", "diagnostics"}
 SEVERAL = "a row has several positives, or graded ones, and no one rank"
+ALL = "every key is a positive to some extent, and the sum of these extents is no sweep over the logits"
 AVERAGED = "its negatives are averaged, and a bias would be one more weight of this average"
 BLOCKS = "columns are queries and documents in four blocks, of which one has what is retrieved"
 PREFIXES = "the sweep of all prefixes has one fold and knows the rules diagonal and differ only"
@@ -27,6 +28,7 @@ CLASSES = "its columns are classes, all of which take part"
 # What a loss of a batch against itself lacks, and why. All others have all of OPTIONS.
 MISSING = {
     "multi_positive_siglip": {"diagnostics": SEVERAL},
+    "y_aware_info_nce": {"pairs": ALL, "col_bias": ALL, "diagnostics": SEVERAL},
     "sup_con": {"diagnostics": SEVERAL},
     "multi_positive_info_nce": {"diagnostics": SEVERAL},
     "soft_info_nce": {"diagnostics": SEVERAL},

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from contrastive_ops.losses import _rank_lists, listwise_distillation, margin_mse, pairwise_rank_distillation
+from contrastive_ops.losses import (
+    _rank_lists,
+    listwise_cross_entropy,
+    listwise_distillation,
+    margin_mse,
+    pairwise_rank_distillation,
+)
+from contrastive_ops.testing.compare import check
 
 DOUBLE = torch.float64
 
@@ -373,3 +380,68 @@ def test_lambda_weights_of_grades_of_any_size(grade):
     cost = [math.log1p(math.exp(s - 0.3)) for s in (0.9, -0.2)]
     truth = sum(c * abs(discount[0] - d) for c, d in zip(cost, discount[1:], strict=True)) / 2
     assert math.isclose(float(loss), truth, rel_tol=1e-5) and bool(scores.grad.isfinite().all())
+
+
+# ---- Lists with labels ---------------------------------------------------------------------------------------------
+
+
+def of_labels(s, w, positives, temperature):
+    p, q = (s / temperature).softmax(0), w / w.sum()
+    return -(q[q > 0] * p[q > 0].log()).sum() if positives == "mean_log" else -(q * p).sum().log()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("positives", ["mean_log", "log_mean"])
+def test_lists_with_labels(positives, reduction):
+    scores = (5 * torch.randn(9, 6, dtype=DOUBLE)).requires_grad_()
+    relevance = torch.rand(9, 6, dtype=DOUBLE) * (torch.rand(9, 6) < 0.5)
+    mask = torch.rand(9, 6) < 0.7
+    relevance[:, 1], mask[:, 1], relevance[4] = 0.6, True, 0.0
+    mask[5], relevance[6, 0], mask[6, 0] = False, 9.0, False
+    temperature = torch.tensor(0.7, dtype=DOUBLE, requires_grad=True)
+    weight = torch.rand(9, dtype=DOUBLE)
+    rows = {
+        i: of_labels(scores[i][mask[i]], relevance[i][mask[i]], positives, temperature)
+        for i in range(9)
+        if i not in (4, 5)
+    }
+    truth = torch.stack([rows[i] * weight[i] if i in rows else 0 * scores[i, 0] for i in range(9)])
+    truth = truth if reduction == "none" else truth.sum()
+    truth = truth / weight[list(rows)].sum() if reduction == "mean" else truth
+    options = {"positives": positives, "temperature": temperature, "weight": weight, "reduction": reduction}
+    value = listwise_cross_entropy(scores, relevance, mask=mask, **options)
+    check(value, truth, [scores, temperature])
+
+
+def test_one_relevant_candidate_is_a_number_or_a_weight():
+    scores, target = torch.randn(7, 5, dtype=DOUBLE, requires_grad=True), torch.tensor([0, 3, 4, 4, 1, -1, 2])
+    weights = F.one_hot(target.clamp_min(0), 5).double() * (target >= 0)[:, None]
+    for positives, relevance in itertools.product(("mean_log", "log_mean"), (target, weights, weights > 0)):
+        truth = F.cross_entropy(scores, target, ignore_index=-1)
+        check(listwise_cross_entropy(scores, relevance, positives=positives), truth, [scores])
+
+
+def test_a_list_that_is_decided_keeps_its_digits():
+    scores = torch.tensor([[30.0, 0.0, 30.0], [60.0, -40.0, 0.0]], requires_grad=True)
+    value = listwise_cross_entropy(
+        scores, torch.tensor([[1.0, 0.0, 1.0], [1, 0, 0]]), positives="log_mean", reduction="none"
+    )
+    torch.testing.assert_close(value, torch.tensor([math.log(2) + math.exp(-30) / 2, math.exp(-60)]), rtol=1e-6, atol=0)
+    (slopes,) = torch.autograd.grad(value[1], scores)
+    torch.testing.assert_close(slopes[1, 2], torch.tensor(math.exp(-60)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "relevance, options, error, message",
+    [
+        (torch.full((2, 3), -1.0), {}, ValueError, "relevance must be >= 0, got -1.0"),
+        (torch.ones(2, 4), {}, ValueError, "relevance must have the shape of scores"),
+        (torch.tensor([0, 3]), {}, ValueError, "relevance must be in [-1, 3), got 3"),
+        (torch.tensor([0, 1, 2]), {}, ValueError, "relevance must have shape (2,)"),
+        (torch.ones(2, 3), {"positives": "all"}, ValueError, "positives must be one of 'mean_log', 'log_mean'"),
+        (torch.ones(2, 3), {"mask": torch.ones(2, 3)}, TypeError, "mask must be a bool tensor"),
+    ],
+)
+def test_labels_that_do_not_fit(relevance, options, error, message):
+    with pytest.raises(error, match="listwise_cross_entropy: " + re.escape(message)):
+        listwise_cross_entropy(torch.randn(2, 3), relevance, **options)

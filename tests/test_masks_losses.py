@@ -48,6 +48,8 @@ ALONE = {
     "dpo": {"chosen", "rejected", "reference_chosen", "reference_rejected"},
     "linear_cross_entropy": {"hidden", "labels"},
     "margin_mse": {"scores", "teacher_scores"},
+    "y_aware_info_nce": {"query"},
+    "listwise_cross_entropy": {"scores", "relevance"},
     "listwise_distillation": {"scores", "teacher_scores"},
     "pairwise_rank_distillation lambda": {"scores", "teacher_scores"},
     "negative_sampling": {"center", "context", "negatives"},

@@ -37,6 +37,19 @@ def test_uniform_numbers():
         assert ((u > 0) & (u < 1)).all() and u.unique().numel() == 25
 
 
+def test_queries_without_labels_need_no_placeholder():
+    query, corpus = torch.randn(5, 8), torch.randn(40, 8)
+    for options in ({}, {"rules": NegativeRules(max_score=0.3), "sampling": Sampling("uniform", seed=3)}):
+        found = mine_hard_negatives(query, corpus, num_negatives=4, metric="dot", **options)
+        placed = mine_hard_negatives(query, corpus, torch.full((5, 2), -1), 4, metric="dot", **options)
+        assert torch.equal(found.indices, placed.indices) and torch.equal(found.scores, placed.scores)
+    assert torch.equal(
+        mine_hard_negatives(query, corpus, num_negatives=4, metric="dot").indices, (query @ corpus.T).topk(4).indices
+    )
+    with pytest.raises(ValueError, match="positives must name at least one for each query where there are margins"):
+        mine_hard_negatives(query, corpus, rules=NegativeRules(relative_margin=0.1))
+
+
 def _sampling_numbers(seed):
     u = _sampling.uniform(seed, torch.arange(200), torch.arange(200).expand(200, 200))
     return (u - 0.5) * math.sqrt(12)

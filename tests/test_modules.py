@@ -16,6 +16,7 @@ import contrastive_ops
 from contrastive_ops import distributed, nn
 from contrastive_ops.losses.decorrelation import RunningCovariance
 from contrastive_ops.losses.negative_sampling import UnigramSampler
+from contrastive_ops.losses.prototypes import RunningPrototypes
 from contrastive_ops.losses.self_distillation import RunningCentre
 from contrastive_ops.mining import MemoryBank
 from contrastive_ops.moe import ExpertChoice, Experts, Router, SoftMoE, SparseMoE
@@ -31,6 +32,7 @@ ARGUMENTS = {
     nn.RunningDenominator: ((10,), {}),
     RunningCentre: ((8,), {}),
     RunningCovariance: ((8,), {}),
+    RunningPrototypes: ((3, 8), {}),
     UnigramSampler: ((COUNTS,), {}),
     MemoryBank: ((16, 8), {}),
     Experts: ((8, 4, 3), {"bias": True}),

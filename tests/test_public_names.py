@@ -74,7 +74,11 @@ WORDS = {
     "backend": "str",
 }
 OTHER_WORDS = {"ids", "row_ids", "col_ids", "queue_ids", "token_weight", "hard_negatives", "reference_weight"}
-OF_LISTS_AND_TOKENS = {("listwise_distillation", "temperature"), ("pairwise_rank_distillation", "temperature")}
+OF_LISTS_AND_TOKENS = {
+    ("listwise_cross_entropy", "temperature"),
+    ("listwise_distillation", "temperature"),
+    ("pairwise_rank_distillation", "temperature"),
+}
 OF_LISTS_AND_TOKENS |= {("late_interaction", "row_negatives")}
 
 

@@ -184,3 +184,15 @@ def test_sums_with_slopes_are_the_same_in_chunks(monkeypatch):
     assert not recipes.cosine_contrastive(x.detach(), ids).requires_grad
     with pytest.raises(NotImplementedError, match="cosine_contrastive: create_graph must be False"):
         torch.autograd.grad(recipes.cosine_contrastive(x, ids), x, create_graph=True)
+
+
+def test_evidence_of_a_hypothesis_may_be_missing():
+    entailment, relevance = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = torch.tensor([[True, True, False, True], [False] * 4, [True] * 4])
+    labels = torch.tensor([1.0, 0.0, 0.3], dtype=torch.float64)
+    r = relevance.sigmoid() * mask
+    p = (entailment.sigmoid() * r).sum(1)[[0, 2]] / r.sum(1)[[0, 2]]
+    found = recipes.evidence_bce(entailment, relevance, labels, mask)
+    check(found, F.binary_cross_entropy(p, labels[[0, 2]]), [entailment, relevance])
+    certain = recipes.evidence_bce(torch.full((1, 2), -60.0), torch.zeros(1, 2), torch.ones(1))
+    torch.testing.assert_close(certain, torch.tensor(60.0))

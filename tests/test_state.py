@@ -18,7 +18,14 @@ from torch import nn
 import contrastive_ops
 from contrastive_ops import moe
 from contrastive_ops.core.state import State
-from contrastive_ops.losses import RunningCentre, RunningCovariance, RunningDenominator, UnigramSampler, sog_clr
+from contrastive_ops.losses import (
+    RunningCentre,
+    RunningCovariance,
+    RunningDenominator,
+    RunningPrototypes,
+    UnigramSampler,
+    sog_clr,
+)
 from contrastive_ops.mining import MemoryBank
 from contrastive_ops.moe.router import balanced_bias
 
@@ -28,6 +35,7 @@ MAKE = {
     "RunningCentre": lambda: RunningCentre(4),
     "RunningCovariance": lambda: RunningCovariance(4),
     "RunningDenominator": lambda: RunningDenominator(5),
+    "RunningPrototypes": lambda: RunningPrototypes(3, 4),
     "UnigramSampler": lambda: UnigramSampler(torch.tensor([5, 3, 2])),
 }
 every = pytest.mark.parametrize("name", MAKE)
@@ -212,10 +220,15 @@ def centre(module, value):
     module(torch.full((3, 2), value), torch.randn(4, 2))
 
 
+def prototypes(module, value):
+    return module(torch.full((5, 4), value), torch.tensor([0, 1, 0, 2, -1]))
+
+
 BATCHES = {
     "RunningCentre": centre,
     "RunningCovariance": covariance,
     "RunningDenominator": denominator,
+    "RunningPrototypes": prototypes,
     "MemoryBank": bank,
     "Router": router,
 }

@@ -39,7 +39,7 @@ def clip(
 ) -> tuple[Tensor, tuple[Diagnostics, Diagnostics]]: ...
 
 
-@over_ranks(losses.clip, without=("text_negatives", "image_negatives"))
+@over_ranks(losses.clip, without=("text_negatives", "image_negatives", "metric"))
 def clip(image: Tensor, text: Tensor, **options: Any) -> Any:
     """`losses.clip` of the images and texts of all ranks, of which each has its own.
 

@@ -58,7 +58,7 @@ def info_nce(
 ) -> tuple[Tensor, Diagnostics]: ...
 
 
-@over_ranks(losses.info_nce)
+@over_ranks(losses.info_nce, without=("metric",))
 def info_nce(query: Tensor, key: Tensor, negatives: Tensor | None = None, **options: Any) -> Any:
     """`losses.info_nce` of the queries of all ranks with the keys and negatives of all ranks.
 

@@ -27,13 +27,13 @@ class SigLIPLoss(nn.SigLIPLoss):
 class InfoNCELoss(nn.InfoNCELoss):
     """`distributed.info_nce` as a module: ``InfoNCELoss(0.05, schedule="ring")(query, key)``."""
 
-    function = staticmethod(info_nce)
+    function = staticmethod(info_nce)  # type: ignore[assignment]
 
 
 class NTXentLoss(nn.NTXentLoss):
     """`distributed.nt_xent` as a module: ``NTXentLoss(0.1)(view0, view1)``."""
 
-    function = staticmethod(nt_xent)
+    function = staticmethod(nt_xent)  # type: ignore[assignment]
 
 
 class SupConLoss(nn.SupConLoss):

@@ -39,7 +39,7 @@ def nt_xent(
 ) -> tuple[Tensor, Diagnostics]: ...
 
 
-@over_ranks(losses.nt_xent)
+@over_ranks(losses.nt_xent, without=("metric",))
 def nt_xent(z0: Tensor, z1: Tensor, **options: Any) -> Any:
     """`losses.nt_xent` of the two views of the samples of all ranks.
 

@@ -30,6 +30,7 @@ from .hn_nce import hn_nce
 from .info_nce import info_nce
 from .late_interaction import late_interaction
 from .linear_softmax import CrossEntropy, LogProb, linear_cross_entropy, linear_kl, linear_log_prob
+from .list_labels import listwise_cross_entropy
 from .margin_softmax import arc_face, cos_face, margin_softmax
 from .matryoshka import matryoshka_clip, matryoshka_info_nce, matryoshka_nt_xent
 from .mined import mined_info_nce
@@ -40,6 +41,7 @@ from .negative_sampling import UnigramSampler, negative_sampling
 from .nt_xent import nt_xent
 from .pair_scores import angle, cosent, pair_mse
 from .preference import dpo, kl_estimate, log_odds
+from .prototypes import RunningPrototypes
 from .rank_distillation import listwise_distillation, margin_mse, pairwise_rank_distillation
 from .regularizers import alignment, koleo, sparsity, uniformity
 from .self_distillation import RunningCentre, dino, swav
@@ -48,6 +50,7 @@ from .sog_clr import RunningDenominator, sog_clr
 from .spectral import spectral_contrastive
 from .triplet import batch_hard_triplet, batch_semi_hard_triplet, contrastive, triplet
 from .whitening import group_whiten
+from .y_aware import y_aware_info_nce
 
 __all__ = [
     "CrossEntropy",
@@ -56,6 +59,7 @@ __all__ = [
     "RunningCentre",
     "RunningCovariance",
     "RunningDenominator",
+    "RunningPrototypes",
     "UnigramSampler",
     "alignment",
     "angle",
@@ -91,6 +95,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_kl",
     "linear_log_prob",
+    "listwise_cross_entropy",
     "listwise_distillation",
     "log_det",
     "log_odds",
@@ -123,4 +128,5 @@ __all__ = [
     "variance_hinge",
     "vicreg",
     "vse",
+    "y_aware_info_nce",
 ]

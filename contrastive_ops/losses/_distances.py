@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,13 +10,34 @@ from torch import Tensor
 
 from ..core import autocast, checks
 from ..core.folds import Fold
-from ..core.offsets import from_common_row
+from ..core.offsets import common_row, from_common_row
 from ..core.problem import Problem
 from ..core.rules import Pairs
 from ..core.unit_rows import unit_rows
 from ..ops.similarity_reduce import fold
 
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
+
+
+# What losses compare rows by, beside the distances above: similarities.
+METRICS = ("dot", "sqeuclidean")
+
+
+def as_products(rows: Sequence[Tensor], columns: Sequence[Tensor], unit: bool = False) -> list[Tensor]:
+    """Matrices of rows, then of columns, whose inner products are minus their squared distances.
+
+    In the accumulation dtype and with two more dimensions, of the lengths less a common row. Any of them may be
+    (N, K, D); `unit`: as in `_columns.wide`.
+    """
+    wide = [unit_rows(_accumulated(each)) if unit else _accumulated(each) for each in (*rows, *columns)]
+    found = []
+    with autocast.disabled(wide[0]):
+        origin = common_row(wide[0])
+        for place, each in enumerate(wide):
+            x = each - origin
+            length, one = -x.square().sum(-1, keepdim=True), torch.ones_like(x[..., :1])
+            found.append(torch.cat([2 * x, length, one] if place < len(rows) else [x, one, length], -1))
+    return found
 
 
 class Points(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core import autocast
 from ..core.numerics import chunks_of_rows
+from ..core.offsets import from_common_row
 from ..core.ordered import ordered_sum
 
 # Of a chunk: what a core's own cache holds twice.
@@ -47,6 +48,15 @@ def sum_of_rows(function: str, fn: Function, x: Tensor, y: Tensor) -> Tensor:
     """
     with autocast.disabled(x):
         return _Sum.apply(function, fn, _rows_of_products, x, y)
+
+
+def sum_of_distances(function: str, fn: Function, x: Tensor, y: Tensor) -> Tensor:
+    """The sum over the rows of a function of their squared distances from all columns; differentiable once.
+
+    Arguments as in `sum_of_rows`.
+    """
+    with autocast.disabled(x):
+        return _Sum.apply(function, fn, _rows_of_distances, *from_common_row(x, y))
 
 
 def sum_of_pairs(function: str, fn: Function, x: Tensor) -> Tensor:
@@ -93,6 +103,27 @@ def _rows_of_products(
         if dy is not None:
             dy.addmm_(part.slopes.T, x[rows])  # type: ignore[union-attr]
     return ordered_sum(values), [dx, dy]
+
+
+def _rows_of_distances(
+    fn: Function, x: Tensor, y: Tensor, needs: tuple[bool, bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    values, of_x, of_y = x.new_empty(x.shape[:1]), x.square().sum(1), y.square().sum(1)
+    sums, all_columns = torch.zeros_like(of_y), slice(0, y.shape[0])
+    dx, dy = (torch.zeros_like(each) if need else None for each, need in zip((x, y), needs, strict=True))
+    for rows in chunks_of_rows(x.shape[0], max(1, 2 * ELEMENTS // max(y.shape[0], 1))):
+        squared = torch.addmm(of_y, x[rows], y.T, alpha=-2).add_(of_x[rows, None]).clamp_min_(0.0)
+        part = fn(squared, rows, all_columns, any(needs))
+        values[rows] = part.values
+        if part.slopes is None:
+            continue
+        if dx is not None:
+            torch.mm(part.slopes, y, out=dx[rows])
+            dx[rows].neg_().addcmul_(part.slopes.sum(1, keepdim=True), x[rows]).mul_(2)
+        if dy is not None:
+            dy.addmm_(part.slopes.T, x[rows], alpha=-1)
+            sums += part.slopes.sum(0)
+    return ordered_sum(values), [dx, None if dy is None else dy.addcmul_(sums[:, None], y).mul_(2)]
 
 
 def _pairs(fn: Function, x: Tensor, _: None, needs: tuple[bool, bool]) -> tuple[Tensor, list[Tensor | None]]:

@@ -8,17 +8,20 @@ pairs of a long one are in memory at once, and backward is one product.
     kl            sum_j q_j log(q_j / p_j)                           p_j - q_j
     listnet       -sum_j q_j log p_j                                 p_j - q_j
     listmle       sum_k softplus(b_k - s_k), in q's order            sum_(k < j) p_kj - sigmoid(b_j - s_j)
+    mean_log      -sum_j w_j log p_j                                 p_j - w_j
+    log_mean      -log sum_j w_j p_j                                 p_j - w_j p_j / sum_k w_k p_k
     margin_mse    mean_j ((s_0 - s_j) - (t_0 - t_j))^2               by the chain rule
     logistic      mean over t_i > t_j of w_ij softplus(s_j - s_i)    by the chain rule
     hinge         mean over t_i > t_j of w_ij relu(margin + s_j - s_i)
 
-p and q are the softmax of the scores and of the teacher's scores; b_k is the lse of the scores behind
-s_k, and p_kj the softmax of s_k and those.
+p and q are the softmax of the scores and of the teacher's scores; w are weights that sum to 1, in place of these; b_k
+is the lse of the scores behind s_k, and p_kj the softmax of s_k and those.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -74,8 +77,7 @@ def _rows(scores: Tensor, teacher: Tensor, valid: Tensor, options: Options, slop
     """Losses of some rows and, where asked for, their derivatives."""
     # What is not there must not reach a sum, be it NaN; and its derivative is 0.
     scores, teacher = scores.masked_fill(~valid, 0.0), teacher.masked_fill(~valid, 0.0)
-    function = {"kl": _softmax, "listnet": _softmax, "listmle": _permutation, "margin_mse": _margins}
-    losses, derivative = function.get(options.kind, _pairs)(scores, teacher, valid, options, slopes)
+    losses, derivative = OTHERS.get(options.kind, _pairs)(scores, teacher, valid, options, slopes)
     # Comparisons with NaN are false, which would hide it.
     losses = losses.masked_fill(teacher.isnan().any(1), torch.nan)
     return losses, derivative.masked_fill(~valid, 0.0) if slopes else derivative
@@ -91,6 +93,26 @@ def _softmax(scores: Tensor, teacher: Tensor, valid: Tensor, options: Options, s
     else:
         losses = -(q * log_p.masked_fill(q == 0, 0.0)).sum(1).masked_fill(~valid.any(1), 0.0)
     return losses, balanced(p - q, p)
+
+
+def _labels(scores: Tensor, weights: Tensor, valid: Tensor, options: Options, slopes: bool) -> tuple[Tensor, Tensor]:
+    """Losses of weights in place of a teacher's scores; 0 where all weights are."""
+    has = weights.sum(1, keepdim=True) > 0
+    hidden, w = ~valid & valid.any(1, keepdim=True), weights / torch.where(has, weights.sum(1, keepdim=True), 1.0)
+    log_p = log_softmax(scores.masked_fill(hidden, -torch.inf))
+    if options.kind == "mean_log":
+        losses, of_positives = -(w * log_p.masked_fill(w == 0, 0.0)).sum(1), w
+    else:
+        # What all positives have of the probability, and then what each has of that: no difference of large numbers.
+        relevant = (w > 0) | ~has
+        outside = scores.masked_fill(relevant | hidden, -torch.inf).logsumexp(1)
+        all_positives = scores.masked_fill(~relevant | hidden, -torch.inf)
+        among = log_softmax(all_positives) + w.log().masked_fill(~has, 0.0)
+        within = among.logsumexp(1)
+        losses = softplus(outside - all_positives.logsumexp(1)) - within
+        of_positives = (among - within[:, None]).exp()
+    losses = losses.masked_fill(~has[:, 0], 0.0)
+    return losses, balanced(log_p.exp() - of_positives, log_p.exp()).masked_fill(~has, 0.0) if slopes else losses
 
 
 def _permutation(
@@ -193,6 +215,16 @@ def _ranks(values: Tensor, valid: Tensor, ties: bool = False) -> Tensor:
         first[:, 1:] = values[:, 1:] != values[:, :-1]
         rank = torch.where(first, rank, 0).cummax(1).values
     return torch.zeros_like(values).scatter(1, order, 1 + rank.to(values.dtype))
+
+
+OTHERS: dict[str, Callable[[Tensor, Tensor, Tensor, Options, bool], tuple[Tensor, Tensor]]] = {
+    "kl": _softmax,
+    "listnet": _softmax,
+    "listmle": _permutation,
+    "margin_mse": _margins,
+    "mean_log": _labels,
+    "log_mean": _labels,
+}
 
 
 # ---- Operators -----------------------------------------------------------------------------------------------------

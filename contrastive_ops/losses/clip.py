@@ -17,6 +17,7 @@ from ..core.rules import RULES, Pairs
 from ..core.rules import given as given_rules
 from . import _arguments
 from ._columns import check_filters, check_pairs, smoothing_share
+from ._distances import METRICS, as_products
 from ._eager import PARTNERS, eager_loss, is_off
 from ._hardness import checked_hardness
 from ._row_softmax import both_softmaxes, softmaxes_of_blocks
@@ -37,6 +38,7 @@ def clip(
     *,
     smooth: str = ...,
     hardness: float = ...,
+    metric: str = ...,
     diagnostics: Literal[False] = ...,
     **options: Unpack[_arguments.FilteredOptions],
 ) -> Tensor: ...
@@ -51,6 +53,7 @@ def clip(
     *,
     smooth: str = ...,
     hardness: float = ...,
+    metric: str = ...,
     diagnostics: Literal[True],
     **options: Unpack[_arguments.FilteredOptions],
 ) -> tuple[Tensor, tuple[Diagnostics, Diagnostics]]: ...
@@ -69,6 +72,7 @@ def clip(
     label_smoothing: float | Tensor = 0.0,
     smooth: str = "all",
     hardness: float = 0.0,
+    metric: str = "dot",
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
@@ -108,6 +112,9 @@ def clip(
         weight: (N,) weight of each pair; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first; O(N D). False where they have it already, or lengths shall count.
+        metric: "dot": inner products, cosines where rows are normalised. "sqeuclidean": minus the squared distances, of
+            the normalised rows unless ``normalize=False``, in the dtype of sums; bounds of
+            ``pairs`` and diagnostics are of that.
         diagnostics: also return `Diagnostics` of both directions from the same sweep.
         memory_budget: bytes of inner products kept for backward: 0 keeps none (8 N^2 D), 4 N^2 keeps all of them
             (6 N^2 D). None: 128 MiB, on a GPU 1 GiB. Does not change the result.
@@ -140,7 +147,7 @@ def clip(
     """
     name, plain = "clip", pairs is None and col_bias is None and text_negatives is None and image_negatives is None
     loss = None
-    if plain and diagnostics is False and smooth == "all" and is_off(label_smoothing, hardness):
+    if plain and metric == "dot" and diagnostics is False and smooth == "all" and is_off(label_smoothing, hardness):
         loss = eager_loss(
             "softmax_both",
             PARTNERS,
@@ -160,12 +167,17 @@ def clip(
     given: dict[str, Any] = {"temperature": temperature, "scale": scale, "pairs": pairs, "col_bias": col_bias}
     given.update({"label_smoothing": label_smoothing, "smooth": smooth, "hardness": hardness, "weight": weight})
     given.update({"reduction": reduction, "normalize": normalize, "diagnostics": diagnostics})
+    checks.check_choice(name, "metric", metric, METRICS)
     problem = prepared_clip(image, text, **given, memory_budget=memory_budget, backend=backend)
     if text_negatives is None and image_negatives is None:
         check_filters(name, pairs, col_bias, problem.x.shape[0], "image", problem.x)
+        if metric == "sqeuclidean":
+            x, y = as_products([problem.x], [problem.y], problem.sweep.unit)  # type: ignore[list-item]
+            problem = dataclasses.replace(problem, x=x, y=y, sweep=dataclasses.replace(problem.sweep, unit=False))
         return problem.loss()
     sides = problem.sweep, problem.x, problem.y
-    return _with_negatives(*sides, text_negatives, image_negatives, normalize, **problem.options)  # type: ignore[arg-type]
+    given = {"normalize": normalize, "metric": metric, **problem.options}
+    return _with_negatives(*sides, text_negatives, image_negatives, **given)  # type: ignore[arg-type]
 
 
 def prepared_clip(
@@ -220,6 +232,7 @@ def _with_negatives(
     text_negatives: Tensor | None,
     image_negatives: Tensor | None,
     normalize: bool,
+    metric: str,
     **options: Any,
 ) -> Any:
     """A sweep for each block, or one where a gradient of 16 bits would be rounded more than once."""
@@ -238,6 +251,9 @@ def _with_negatives(
     numbers = [more.shape[0] for more in negatives]
     check_filters(name, None, sweep.col_bias, count + numbers[1], "image", image)
     check_pairs(name, sweep.pairs)
+    if metric == "sqeuclidean":
+        image, more, text, *others = as_products([image, negatives[0]], [text, negatives[1]], sweep.unit)
+        negatives, sweep = [more, *others], dataclasses.replace(sweep, unit=False)
     of_numbers = not (isinstance(sweep.scale, Tensor) and sweep.scale.dim())
     simple = of_numbers and options["share"] is None and not options["diagnostics"]
     if simple and (image.dtype == checks.accumulator(image.dtype) or _has_more_than_ids(sweep.pairs)):

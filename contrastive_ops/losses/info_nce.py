@@ -27,8 +27,9 @@ from ._columns import (
     wide,
     with_margin,
 )
-from ._distances import take_rows
+from ._distances import METRICS, as_products, take_rows
 from ._eager import COLUMNS, eager_loss, is_off
+from ._euclidean import euclidean_info_nce
 from ._hardness import checked_hardness
 from ._row_softmax import OwnColumns, given_softmax, row_softmax
 from ._rules import of_blocks
@@ -55,6 +56,7 @@ def info_nce(
     smooth: str = ...,
     hardness: float = ...,
     z_loss: float = ...,
+    metric: str = ...,
     diagnostics: Literal[False] = ...,
     **options: Unpack[_arguments.FilteredOptions],
 ) -> Tensor: ...
@@ -76,6 +78,7 @@ def info_nce(
     smooth: str = ...,
     hardness: float = ...,
     z_loss: float = ...,
+    metric: str = ...,
     diagnostics: Literal[True],
     **options: Unpack[_arguments.FilteredOptions],
 ) -> tuple[Tensor, Diagnostics]: ...
@@ -101,6 +104,7 @@ def info_nce(
     smooth: str = "all",
     hardness: float = 0.0,
     z_loss: float = 0.0,
+    metric: str = "dot",
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
@@ -148,6 +152,10 @@ def info_nce(
         hardness: bonus of each negative's logit, ``hardness`` times its similarity, which is not differentiated: what
             is close counts more. Not with label smoothing, nor with a ``col_bias`` that requires a gradient.
         z_loss: factor of the squared logarithm of the softmax's denominator, which is added to the loss.
+        metric: "dot": inner products, cosines where rows are normalised. "sqeuclidean": minus the squared distances, of
+            the normalised rows unless ``normalize=False``, in the dtype of sums; bounds of ``pairs``, the margin and
+            diagnostics are of that. "euclidean": minus the distances, of which a mean or a sum with ``negatives``,
+            ``target``, ``margin`` and a constant ``weight`` is formed in 6 N M D operations; differentiable once.
         diagnostics: also return `Diagnostics` (accuracy, ranks, mean similarities) from the same sweep.
         weight: (N,) weight of each row; the mean divides by its sum. Differentiable. 0 leaves it out.
         reduction: "mean", "sum" or "none".
@@ -182,6 +190,7 @@ def info_nce(
     plain = negatives is None and row_negatives is None and pairs is None and col_bias is None and in_batch is True
     plain = plain and diagnostics is False and negative_pairs is None and row_negative_bias is None and smooth == "all"
     plain = plain and row_negative_mask is None
+    plain = plain and metric == "dot"
     loss = None
     if plain and is_off(margin, label_smoothing, hardness, z_loss):
         loss = eager_loss(
@@ -206,7 +215,11 @@ def info_nce(
     given.update({"in_batch": in_batch, "target": target, "temperature": temperature, "scale": scale, "pairs": pairs})
     given.update({"negative_pairs": negative_pairs, "col_bias": col_bias, "margin": margin, "smooth": smooth})
     given.update({"label_smoothing": label_smoothing, "hardness": hardness, "z_loss": z_loss, "weight": weight})
-    given.update({"reduction": reduction, "normalize": normalize, "diagnostics": diagnostics})
+    given.update({"metric": metric, "reduction": reduction, "normalize": normalize, "diagnostics": diagnostics})
+    checks.check_choice("info_nce", "metric", metric, (*METRICS, "euclidean"))
+    if metric == "euclidean":
+        del given["metric"]
+        return euclidean_info_nce(query, key, negatives, **given)
     return prepared_info_nce(query, key, negatives, **given, memory_budget=memory_budget, backend=backend).loss()
 
 
@@ -236,6 +249,7 @@ def prepared_info_nce(
     diagnostics: bool,
     memory_budget: int | None,
     backend: str,
+    metric: str = "dot",
 ) -> Prepared:
     """`info_nce`, checked; all of its options are given."""
     name = "info_nce"
@@ -259,7 +273,19 @@ def prepared_info_nce(
     check_filters(name, None, col_bias, key.shape[0] + more.shape[0], "query", query)
     unit, sides = _arguments.in_sweep(normalize, query), _arguments.unit_sides(normalize, query, key, more)
     query, key, more = sides
-    own = _own_columns(query, row_negatives, row_negative_bias, row_negative_mask, normalize)
+    keep = None
+    if row_negatives is not None:
+        row_negatives = checked_row_negatives(name, query, row_negatives)
+        if row_negative_mask is not None:
+            keep = checked_row_mask(name, "row_negative_mask", row_negative_mask, row_negatives)
+            row_negatives = left_out(row_negatives, keep)
+        (row_negatives,) = _arguments.unit_sides(normalize, row_negatives)
+    checks.check_choice(name, "metric", metric, METRICS)
+    if metric == "sqeuclidean":
+        alone = [] if row_negatives is None else [row_negatives]
+        query, key, more, *alone = as_products([query], [key, more, *alone], unit)
+        row_negatives, unit = (alone[0] if alone else None), False
+    own = _own_columns(query, row_negatives, row_negative_bias, row_negative_mask, keep, unit)
     share = smoothing_share(name, label_smoothing, "query", query, smooth)
     sweep = Sweep((name, "query", "key"), scale, rules[0], col_bias, unit, memory_budget, backend, rules[1])
     options: dict[str, Any] = {
@@ -324,18 +350,16 @@ def _own_columns(
     row_negatives: Tensor | None,
     bias: float | Tensor | None,
     mask: Tensor | None,
-    normalize: bool,
+    keep: Tensor | None,
+    unit: bool,
 ) -> OwnColumns | None:
-    """The negatives of each row alone, their bias and mask, checked; the query is as the sweep takes it."""
+    """The negatives of each row alone, their bias and mask, checked; all rows are as the sweep takes them."""
     if row_negatives is None:
         for key, each in (("row_negative_bias", bias), ("row_negative_mask", mask)):
             if each is not None:
                 raise ValueError(f"info_nce: row_negatives must be given with {key}, got None")
         return None
-    each = checked_row_negatives("info_nce", query, row_negatives)
-    keep = None if mask is None else checked_row_mask("info_nce", "row_negative_mask", mask, each)
-    (each,) = _arguments.unit_sides(normalize, each if keep is None else left_out(each, keep))
-    found = partner_similarity(query, each, _arguments.in_sweep(normalize, query))
+    found = partner_similarity(query, row_negatives, unit)
     return OwnColumns(found, None if bias is None else _bias_of(found, bias, query), keep)
 
 

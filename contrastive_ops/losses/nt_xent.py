@@ -6,13 +6,16 @@ of every row before the first gradient: 4 N^2 D operations, 3 if products are ke
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
+from ..core import checks
 from ..core.rules import Pairs
 from . import _arguments
 from ._columns import smoothing_share
+from ._distances import METRICS, as_products
 from ._eager import STACKED, eager_loss, is_off
 from ._hardness import checked_hardness
 from ._row_softmax import row_softmax
@@ -31,6 +34,7 @@ def nt_xent(
     *,
     smooth: str = ...,
     hardness: float = ...,
+    metric: str = ...,
     diagnostics: Literal[False] = ...,
     **options: Unpack[_arguments.FilteredOptions],
 ) -> Tensor: ...
@@ -43,6 +47,7 @@ def nt_xent(
     *,
     smooth: str = ...,
     hardness: float = ...,
+    metric: str = ...,
     diagnostics: Literal[True],
     **options: Unpack[_arguments.FilteredOptions],
 ) -> tuple[Tensor, Diagnostics]: ...
@@ -59,6 +64,7 @@ def nt_xent(
     label_smoothing: float | Tensor = 0.0,
     smooth: str = "all",
     hardness: float = 0.0,
+    metric: str = "dot",
     weight: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool = True,
@@ -88,6 +94,9 @@ def nt_xent(
         smooth: "all" columns share it, the other view too, or the "others" alone.
         hardness: bonus of each negative's logit, ``hardness`` times its similarity, which is not differentiated: what
             is close counts more. Not with label smoothing, nor with a ``col_bias`` that requires a gradient.
+        metric: "dot": inner products, cosines where rows are normalised. "sqeuclidean": minus the squared distances, of
+            the normalised rows unless ``normalize=False``, in the dtype of sums; bounds of ``pairs`` and diagnostics
+            are of that. It takes twice as long.
         weight: (N,) weight of each sample, or (2 N,) of each row; the mean divides by its sum. Differentiable.
             0 leaves it out.
         reduction: "mean", "sum" or "none".
@@ -115,7 +124,7 @@ def nt_xent(
         >>> nt_xent(z0, z1, reduction="none").shape
         torch.Size([8])
     """
-    plain = pairs is None and col_bias is None and weight is None and diagnostics is False
+    plain = pairs is None and col_bias is None and weight is None and metric == "dot" and diagnostics is False
     loss = None
     if plain and smooth == "all" and is_off(label_smoothing, hardness):
         loss = eager_loss(
@@ -135,7 +144,9 @@ def nt_xent(
         return loss
     given: dict[str, Any] = {"temperature": temperature, "scale": scale, "pairs": pairs, "col_bias": col_bias}
     given.update(label_smoothing=label_smoothing, smooth=smooth, hardness=hardness, weight=weight, reduction=reduction)
-    given.update(normalize=normalize, diagnostics=diagnostics, memory_budget=memory_budget, backend=backend)
+    given.update(
+        normalize=normalize, metric=metric, diagnostics=diagnostics, memory_budget=memory_budget, backend=backend
+    )
     return prepared_nt_xent(z0, z1, **given).loss()
 
 
@@ -147,10 +158,12 @@ def prepared_nt_xent(
     smooth: str,
     hardness: float,
     diagnostics: bool,
+    metric: str = "dot",
     **shared: Any,
 ) -> Prepared:
     """`nt_xent`, checked; all of its options are given."""
     name = "nt_xent"
+    checks.check_choice(name, "metric", metric, METRICS)
     views = stacked(name, z0, z1, 0.5, **shared)
     share = smoothing_share(name, _arguments.of_weighted(views.weight, label_smoothing), "z0", views.z, smooth)
     options: dict[str, Any] = {
@@ -162,4 +175,9 @@ def prepared_nt_xent(
         "reduction": shared["reduction"],
         "diagnostics": diagnostics,
     }
-    return Prepared(row_softmax, views.sweep, views.z, None, options)
+    if metric == "dot":
+        return Prepared(row_softmax, views.sweep, views.z, None, options)
+    # Rows and columns are not alike, and no half of the matrix is the mirror of the other.
+    x, y = as_products([views.z], [views.z], views.sweep.unit)
+    sweep = dataclasses.replace(views.sweep, unit=False)
+    return Prepared(row_softmax, sweep, x, y, {**options, "target": views.partner})

@@ -63,7 +63,7 @@ def margin_mse(
         tensor(4.5000)
     """
     name = "margin_mse"
-    scores, teacher, valid = _lists(name, scores, teacher_scores, mask, weight, reduction)
+    scores, teacher, valid = lists_of(name, scores, teacher_scores, mask, weight, reduction)
     counted = valid[:, 0] & valid[:, 1:].any(1)
     losses = list_losses(scores, teacher, valid, Options("margin_mse"))
     return _arguments.mean_over(losses, counted, weight, reduction)
@@ -124,11 +124,11 @@ def listwise_distillation(
     """
     name = "listwise_distillation"
     checks.check_choice(name, "kind", kind, LISTWISE)
-    scores, teacher, valid = _lists(name, scores, teacher_scores, mask, weight, reduction)
-    factor = _factor(name, "temperature", temperature, scores)
+    scores, teacher, valid = lists_of(name, scores, teacher_scores, mask, weight, reduction)
+    factor = factor_of(name, "temperature", temperature, scores)
     of_teacher = factor.detach()
     if teacher_temperature is not None:
-        of_teacher = _factor(name, "teacher_temperature", teacher_temperature, scores).detach()
+        of_teacher = factor_of(name, "teacher_temperature", teacher_temperature, scores).detach()
     losses = list_losses(scores * factor, teacher * of_teacher, valid, Options(kind))
     if kind == "kl":
         losses = losses / factor.square()
@@ -206,8 +206,8 @@ def pairwise_rank_distillation(
         if pair_weight != "lambda":
             raise ValueError(f'{name}: k must be None for pair_weight="{pair_weight}", got {k}')
     margin = checks.number(name, "margin", margin, "[0, inf)")
-    scores, teacher, valid = _lists(name, scores, teacher_scores, mask, weight, reduction)
-    factor = _factor(name, "temperature", temperature, scores)
+    scores, teacher, valid = lists_of(name, scores, teacher_scores, mask, weight, reduction)
+    factor = factor_of(name, "temperature", temperature, scores)
     options = Options(kind, pair_weight, margin, pair_reduction == "sum", 0 if k is None else k)
     losses = list_losses(scores * factor, teacher, valid, options)
     lowest, highest = (teacher.masked_fill(~valid, end).sort(1).values for end in (torch.inf, -torch.inf))
@@ -216,27 +216,28 @@ def pairwise_rank_distillation(
     return _arguments.mean_over(losses, counted, weight, reduction)
 
 
-def _lists(
+def lists_of(
     name: str,
     scores: Tensor,
     teacher_scores: Tensor,
     mask: Tensor | None,
     weight: Tensor | None,
     reduction: str,
+    teacher_name: str = "teacher_scores",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores and the teacher's, in the dtype of sums, and which candidates there are."""
     _arguments.check_reduction(name, reduction)
-    for key, each in (("scores", scores), ("teacher_scores", teacher_scores)):
+    for key, each in (("scores", scores), (teacher_name, teacher_scores)):
         if not checks.check_tensor(name, key, each).is_floating_point():
             raise TypeError(f"{name}: {key} must be a floating tensor, got {each.dtype}")
     if scores.dim() != 2 or scores.shape[1] == 0:
         raise ValueError(f"{name}: scores must have shape (N, K) with K >= 1, got {checks.shape(scores)}")
     if teacher_scores.shape != scores.shape:
         raise ValueError(
-            f"{name}: teacher_scores must have the shape of scores, "
+            f"{name}: {teacher_name} must have the shape of scores, "
             f"got {checks.shape(scores)} and {checks.shape(teacher_scores)}"
         )
-    checks.check_device(name, "scores", scores, "teacher_scores", teacher_scores)
+    checks.check_device(name, "scores", scores, teacher_name, teacher_scores)
     if mask is not None:
         if checks.check_tensor(name, "mask", mask).dtype != torch.bool:
             raise TypeError(f"{name}: mask must be a bool tensor, got {mask.dtype}")
@@ -254,7 +255,7 @@ def _lists(
     return left_out(scores.to(dtype), there), left_out(teacher, there), there
 
 
-def _factor(name: str, key: str, temperature: float | Tensor, scores: Tensor) -> Tensor:
+def factor_of(name: str, key: str, temperature: float | Tensor, scores: Tensor) -> Tensor:
     """1 / temperature as a 0-d tensor."""
     if isinstance(temperature, Tensor):
         temperature = checks.one_number(name, key, temperature, "scores", scores)

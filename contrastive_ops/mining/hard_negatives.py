@@ -115,7 +115,7 @@ class HardNegatives:
 def mine_hard_negatives(
     query: Tensor,
     corpus: object,
-    positives: Tensor | tuple[Tensor, Tensor],
+    positives: Tensor | tuple[Tensor, Tensor] | None = None,
     num_negatives: int = 3,
     *,
     rules: NegativeRules | None = None,
@@ -149,6 +149,7 @@ def mine_hard_negatives(
             any object with a shape of two numbers and [a:b] slicing. Or a list of (first row, such rows), as files have
             them. Read once, and once more for each round in which near-duplicates used up the candidates of a query.
         positives: (N,) int64, or (N, P) with -1 for none, or (indptr (N + 1,), indices) with a list for each query.
+            None: no query has any, and margins have nothing to refer to.
             They are no candidates, and margins refer to their scores. One that is listed twice counts once.
         num_negatives: n, negatives of a query. Where the rules, the window or the corpus leave fewer, the list of that
             query ends in -1, and `HardNegatives.counts` says how many there are.
@@ -212,6 +213,8 @@ def mine_hard_negatives(
         team = find_team(FUNCTION, group)
     with torch.no_grad(), autocast.disabled(query):
         query = query.detach()
+        if positives is None:
+            positives = torch.full((query.shape[0],), -1, device=query.device)
         view = _view(corpus, query, team)
         if team is not None:
             view.compare(query, positives, num_negatives, rules, sampling, metric, pairs)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..core import autocast, checks
 from ..core.problem import Problem
-from ..core.rule_slices import columns_named, columns_of
+from ..core.rule_slices import columns_named, columns_of, rows_of
 from ..core.rules import STATISTICS, Pairs, Slot, resolve
-from ..ops.similarity_topk import TopK, merge, metric_rows, select
+from ..ops.similarity_topk import TopK, metric_rows, select
+from ._documents import best, checked_documents, merged
 from ._fingerprint import bytes_of, fingerprint
 from ._loading import check_parts, loaded
 from ._ranges import LAST, Range, missing
@@ -43,6 +44,7 @@ class TopKState:
         k: length of the lists.
         metric: as in `similarity_topk`.
         pairs: which pairs take part, with columns numbered over the whole corpus; all rules but `fill`.
+        documents: (M,) int64 but -1, the document of each row where rows are chunks; lists are then of the k best ones.
         rows: M, the number of rows of the whole corpus. `finalize` then refuses to answer before all were seen.
         count_above: (N,) asks for `statistics`; "higher" counts the columns with a similarity above this.
         count_pairs: rules that statistics are counted under where they are not `pairs`.
@@ -76,6 +78,7 @@ class TopKState:
         *,
         metric: str = "dot",
         pairs: Pairs | None = None,
+        documents: Tensor | None = None,
         rows: int | None = None,
         count_above: Tensor | None = None,
         count_pairs: Pairs | None = None,
@@ -91,6 +94,8 @@ class TopKState:
         self._given = query.detach()
         with torch.no_grad(), autocast.disabled(query):
             self._query = metric_rows(function, self._given, self._given[:0], metric)[0]
+        self._documents = checked_documents(function, documents, self._given, rows)
+        rows = rows if self._documents is None else len(self._documents)
         self._pairs, self._limit = _resolved(function, pairs, self._given, rows)
         if count_pairs is None or count_pairs is pairs:
             self._count_pairs = None
@@ -143,22 +148,34 @@ class TopKState:
             return
         with autocast.disabled(block):
             rows = metric_rows(self._function, block[:0], block, self.metric)[1]
-            own = columns_of(self._count_pairs, base_index, end)
+            top, counted = self._of_block(rows, base_index)
+        top = TopK(top.values, torch.where(top.indices < 0, -1, top.indices + base_index), top.counts)
+        if found.covered:
+            top = merged(TopK(found.values, found.indices, top.counts), top, self._documents, self._backend)
+        statistics = {name: each + counted[name] for name, each in found.statistics.items()}
+        self._found = _Found(top.values, top.indices, covered, statistics)
+
+    def _of_block(self, columns: Tensor, begin: int) -> tuple[TopK, dict[str, Tensor]]:
+        """The best columns of a block, and what was counted."""
+        end, floor, statistics = begin + columns.shape[0], self._floor(begin), []
+        pairs = columns_of(self._pairs, begin, end)
+
+        def search(some: Tensor | None, k: int) -> TopK:
+            query = self._query if some is None else self._query[some]
             top, counted = select(
-                Problem.of((self._function, "query", "block"), self._query, rows),
-                self.k,
-                pairs=columns_of(self._pairs, base_index, end),
-                floor=self._floor(base_index),
-                count_above=self._count_above,
-                count_pairs=own,
+                Problem.of((self._function, "query", "block"), query, columns),
+                k,
+                pairs=pairs if some is None else rows_of(pairs, some, columns.shape[0]),
+                floor=floor if some is None or floor is None else floor[some],
+                count_above=self._count_above if some is None else None,
+                count_pairs=columns_of(self._count_pairs, begin, end) if some is None else None,
                 metric=self.metric,
                 backend=self._backend,
             )
-        top = TopK(top.values, torch.where(top.indices < 0, -1, top.indices + base_index), top.counts)
-        if found.covered:
-            top = merge(TopK(found.values, found.indices, top.counts), top, self._backend)
-        statistics = {name: each + counted[name] for name, each in found.statistics.items()}
-        self._found = _Found(top.values, top.indices, covered, statistics)
+            statistics.append(counted)
+            return TopK(top.values, top.indices, (top.indices >= 0).sum(1))
+
+        return best(search, self._documents, begin, end, self.k), statistics[0]
 
     @torch.no_grad()
     def merge(self, other: TopKState) -> TopKState:
@@ -176,7 +193,8 @@ class TopKState:
         mine, theirs = self._found, other._found
         covered = self._with(theirs.covered, rows)
         counts = mine.indices.new_zeros(len(mine.indices))
-        top = merge(TopK(mine.values, mine.indices, counts), TopK(theirs.values, theirs.indices, counts), self._backend)
+        lists = [TopK(each.values, each.indices, counts) for each in (mine, theirs)]
+        top = merged(lists[0], lists[1], self._documents, self._backend)
         statistics = {name: each + theirs.statistics[name] for name, each in mine.statistics.items()}
         self.rows, self._problem = rows, None
         self._found = _Found(top.values, top.indices, covered, statistics)
@@ -200,6 +218,8 @@ class TopKState:
         from ..distributed._groups import find_team
 
         function = f"{self._function}.all_merge"
+        if self._documents is not None:
+            raise NotImplementedError(f"{function}: documents must be None over several processes, got a tensor")
         team = find_team(function, group)
         if team is None:
             return self
@@ -288,6 +308,7 @@ class TopKState:
                 "query": fingerprint(self._given),
                 "rules": fingerprint(self._pairs, self._count_pairs, self._count_above),
             }
+            self._problem |= {} if self._documents is None else {"documents": fingerprint(self._documents)}
         return self._problem
 
     def _check_block(self, block: Tensor, base_index: int) -> int:
@@ -310,6 +331,7 @@ class TopKState:
             ("query shape", tuple(self._given.shape), tuple(other._given.shape)),
             ("device", self._given.device, other._given.device),
             ("statistics", sorted(self._found.statistics), sorted(other._found.statistics)),
+            ("documents", *(each._described().get("documents") for each in (self, other))),
         ):
             if mine != theirs:
                 raise ValueError(f"{function}: both states must have the same {name}, got {mine} and {theirs}")

@@ -41,6 +41,7 @@ def search(
     *,
     metric: str = "dot",
     pairs: Pairs | None = None,
+    documents: Tensor | None = None,
     block_rows: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress = False,
@@ -60,6 +61,8 @@ def search(
         k: length of the lists.
         metric: "dot", "cosine" or "sqeuclidean", as in `similarity_topk`.
         pairs: which pairs take part, with columns numbered over the whole corpus; all rules but `fill`.
+        documents: (M,) int64, the document of each row where rows are chunks of documents; any int64 but -1. Lists are
+            then of the k best documents, each at its best chunk (MaxP), which is what an index names.
         block_rows: rows read at once; by default about 64 MiB.
         checkpoint: a file that the search writes every few seconds, when it ends and when an exception ends it. If it
             exists the search goes on from it, and rows that were searched are not searched again. Delete it to start
@@ -98,7 +101,7 @@ def search(
     parts = None if has_shape(corpus) or isinstance(corpus, (str, bytes, dict)) else corpus
     view = None if isinstance(parts, Iterable) else as_corpus(name, corpus, query)
     rows = columns_named(pairs) if view is None else view.rows
-    state = _State(query, k, metric=metric, pairs=pairs, rows=rows, backend=backend)
+    state = _State(query, k, metric=metric, pairs=pairs, documents=documents, rows=rows, backend=backend)
     known = "blocks" if view is None or checkpoint is None else sample(view)
     file = None if checkpoint is None else Checkpoint(name, checkpoint, state, known)
     resumed = state.covered

@@ -35,6 +35,7 @@ from .losses import (
     LateInteractionLoss,
     LiftedStructureLoss,
     LinearCrossEntropyLoss,
+    ListwiseCrossEntropyLoss,
     ListwiseDistillationLoss,
     MarginMSELoss,
     MatryoshkaCLIPLoss,
@@ -60,6 +61,7 @@ from .losses import (
     SwAVLoss,
     TripletLoss,
     VSELoss,
+    YAwareInfoNCELoss,
 )
 
 __all__ = [
@@ -91,6 +93,7 @@ __all__ = [
     "LateInteractionLoss",
     "LiftedStructureLoss",
     "LinearCrossEntropyLoss",
+    "ListwiseCrossEntropyLoss",
     "ListwiseDistillationLoss",
     "Loss",
     "MarginMSELoss",
@@ -120,4 +123,5 @@ __all__ = [
     "SwAVLoss",
     "TripletLoss",
     "VSELoss",
+    "YAwareInfoNCELoss",
 ]

@@ -52,6 +52,13 @@ class SoftInfoNCELoss(ScaledLoss):
     default_temperature = 0.07
 
 
+class YAwareInfoNCELoss(ScaledLoss):
+    """`losses.y_aware_info_nce` as a module: ``YAwareInfoNCELoss(0.1, bandwidth=5.0)(query, key, labels)``."""
+
+    default_temperature = 0.1
+    function = staticmethod(losses.y_aware_info_nce)
+
+
 class DCLLoss(ScaledLoss):
     """`losses.dcl` as a module: ``DCLLoss(0.1)(view0, view1)``; ``sigma=0.5`` weighs the positives (DCLW)."""
 
@@ -346,6 +353,12 @@ class MarginMSELoss(Loss):
     """`losses.margin_mse` as a module: ``MarginMSELoss()(scores, teacher_scores)``."""
 
     function = staticmethod(losses.margin_mse)
+
+
+class ListwiseCrossEntropyLoss(Loss):
+    """`losses.listwise_cross_entropy` as a module: ``ListwiseCrossEntropyLoss()(scores, relevance)``."""
+
+    function = staticmethod(losses.listwise_cross_entropy)
 
 
 class ListwiseDistillationLoss(Loss):

@@ -11,7 +11,7 @@ lists the calls of all of them. Arguments are checked by the losses, under whose
 
 from .distillation import ranksyn_targets, static_embedding_kd
 from .generation import consensus, rank_continuations, token_differences
-from .labels import cosine_contrastive, curl, fedsa, fedsa_margin, mclrec_regularizer, supremix, unisrec
+from .labels import cosine_contrastive, curl, evidence_bce, fedsa, fedsa_margin, mclrec_regularizer, supremix, unisrec
 from .regularizers import align_uniform, csr, unsee
 from .reinforcement import hypo, laeo
 from .retrieval import (
@@ -68,6 +68,7 @@ __all__ = [
     "dclr_noise",
     "diht",
     "dpr",
+    "evidence_bce",
     "fedsa",
     "fedsa_margin",
     "gaussian_features",

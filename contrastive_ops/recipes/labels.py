@@ -6,12 +6,13 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, mse_loss, one_hot
+from torch.nn.functional import logsigmoid, mse_loss
 
 from ..core import checks
 from ..core.ordered import ordered_sum
 from ..losses import contrastive, info_nce, triplet
 from ..losses._columns import wide
+from ..losses._euclidean import softmax_of_distances
 from ..losses._one_pass import Part, sum_of_pairs
 from ..losses._sweep import Sweep
 from ..ops import Pairs, similarity_topk, stream_rows
@@ -53,14 +54,8 @@ def fedsa(x: Tensor, labels: Tensor, anchors: Tensor, margin: float | Tensor) ->
         Sun et al., FedSA, 2025 (S002); released code. The classifier's cross-entropy on anchors is
         ``linear_cross_entropy(anchors, head, torch.arange(C), bias=bias)``.
     """
-    lengths, of_anchors = wide(x).square().sum(1), wide(anchors).square().sum(1)
-
-    def losses(dots: Tensor, rows: slice) -> Tensor:
-        distance = (lengths[rows, None] - 2 * dots + of_anchors).clamp_min(1e-12).sqrt()
-        own = one_hot(labels[rows], anchors.shape[0])
-        return cross_entropy(-(distance + margin * own), labels[rows], reduction="none")
-
-    return mse_loss(x, anchors[labels]) + stream_rows(losses, x, anchors).mean()
+    found = softmax_of_distances("fedsa", wide(x), wide(anchors), labels, margin, None)
+    return mse_loss(x, anchors[labels]) + found / x.shape[0]
 
 
 def cosine_contrastive(x: Tensor, labels: Tensor, partner: Tensor | None = None, *, margin: float = 1.0) -> Tensor:
@@ -197,6 +192,34 @@ def mclrec_regularizer(x: Tensor, y: Tensor) -> Tensor:
     (hardest, total), own = found.rows, found.target
     highest = torch.maximum(own, hardest).mean()
     return (own - hardest).relu().mean() + highest - ordered_sum(total) / (2 * size * (2 * size - 2))
+
+
+def evidence_bce(entailment: Tensor, relevance: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Binary cross-entropy of a hypothesis whose probability is that of its evidence, weighted by relevance.
+
+    Equivalent to::
+
+        c, r = entailment.sigmoid(), relevance.sigmoid().masked_fill(~mask, 0.0)
+        F.binary_cross_entropy((c * r).sum(1) / r.sum(1), labels)
+
+    Args:
+        entailment: (N, K) logits of each piece of evidence for its hypothesis.
+        relevance: (N, K) logits of how much it counts.
+        labels: (N,) in [0, 1]; differentiable.
+        mask: (N, K) bool, False where there is no evidence. A hypothesis without any has loss 0 and no part in the
+            mean.
+
+    Source:
+        Baudis et al., Joint Learning of Sentence Embeddings for Relevance and Entailment, 2016 (S087); released code,
+        which adds 1e-6 to the probability. Here logarithms are not made of rounded probabilities.
+    """
+    has = torch.ones_like(relevance, dtype=torch.bool) if mask is None else mask
+    counted = has.any(1)
+    log_r = logsigmoid(relevance).masked_fill(~has & counted[:, None], -torch.inf)
+    size = log_r.logsumexp(1)
+    log_p, log_q = ((log_r + logsigmoid(each)).logsumexp(1) - size for each in (entailment, -entailment))
+    losses = -(labels * log_p + (1 - labels) * log_q)
+    return losses.masked_fill(~counted, 0.0).sum() / counted.sum()
 
 
 def curl(x: Tensor, positive: Tensor, negatives: Tensor, *, loss: str = "logistic") -> Tensor:

@@ -165,14 +165,13 @@ def dclr(
     if not released:
         return info_nce(x, y, noise, pairs=Pairs(guide=Guide(a, b, below=threshold)), temperature=temperature)
 
-    size = y.shape[0] + noise.shape[0]
+    size, known = y.shape[0] + noise.shape[0], len(b)
 
     def binary(logits: Tensor, rows: slice, _: slice, needs: bool) -> Part:
         similar = a[rows] @ b.T > threshold
         similar.diagonal(rows.start).fill_(False)
-        logits[:, : len(b)].masked_fill_(similar, 0.0)
-        own = logits.diagonal(rows.start).clone()
-        p, lse = logits.softmax(1), logits.logsumexp(1)
+        logits[:, :known].masked_fill_(similar, 0.0)
+        own, p, lse = logits.diagonal(rows.start).clone(), logits.softmax(1), logits.logsumexp(1)
         p.diagonal(rows.start).zero_()
         rest = torch.neg(p, out=logits).log1p_().clamp_min_(-100.0)  # as torch's binary cross-entropy has it
         losses = (lse - own - rest.sum(1)) / size
@@ -181,10 +180,8 @@ def dclr(
         odds = torch.sub(1.0, p, out=logits).clamp_min_(1e-12).reciprocal_().mul_(p)
         total = odds.sum(1, keepdim=True)
         slopes = odds.addcmul_(p, 1 - total)
-        # One's own is 0 in both: its probability is in the sum, and the logarithm of it in the loss.
-        own_p = (own - lse).exp()
-        slopes.diagonal(rows.start).copy_(own_p * (1 - total[:, 0]) - 1)
-        slopes[:, : len(b)].masked_fill_(similar, 0.0)
+        slopes.diagonal(rows.start).copy_((own - lse).exp() * (1 - total[:, 0]) - 1)
+        slopes[:, :known].masked_fill_(similar, 0.0)
         return Part(losses, slopes.div_(size))
 
     return sum_of_rows("dclr", binary, wide(x, True) / temperature, wide(torch.cat([y, noise]), True)) / x.shape[0]

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.ordered import segment_sums
-from ..losses import alignment, clip, distance_distillation, hn_nce, info_nce
+from ..losses import alignment, clip, hn_nce, info_nce
 from ..losses._columns import wide
+from ..losses._one_pass import Part, sum_of_pairs
 from ..ops import Pairs, RouterLoss
 
 
@@ -124,10 +125,20 @@ def proclip(x: Tensor, teacher: Tensor) -> Tensor:
         Hu et al., ProCLIP, 2025 (S012); released code. The second stage is ``clip(..., label_smoothing=)`` and the same
         two terms on images.
     """
-    count = x.shape[0] * (x.shape[0] - 1) / 2
-    return alignment(x, teacher, reduction="sum") + count * distance_distillation(
-        x, teacher, relative=False, normalize=True
-    )
+    t = wide(teacher.detach(), True)
+    lengths = t.square().sum(1)
+
+    def huber(squared: Tensor, rows: slice, columns: slice, needs: bool) -> Part:
+        wanted = lengths[rows, None] + torch.addmm(lengths[columns], t[rows], t[columns].T, alpha=-2)
+        distance, wanted = squared.sqrt_(), wanted.clamp_min_(0.0).sqrt_()
+        if rows == columns:
+            wanted.fill_diagonal_(0.0)
+        gap = wanted.neg_().add_(distance)
+        slopes = gap.clamp(-1.0, 1.0)
+        values = (slopes * gap.sub_(slopes, alpha=0.5)).sum(1)
+        return Part(values, slopes.div_(distance.mul_(2)).masked_fill_(distance == 0, 0.0) if needs else None)
+
+    return alignment(x, t, reduction="sum") + sum_of_pairs("proclip", huber, wide(x, True)) / 2
 
 
 def segment_mean(x: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -149,6 +149,12 @@ class Draw:
         scores[1::2, 4] = -torch.inf
         return scores
 
+    def relevance(self) -> Tensor:
+        """(N, 5) weights of candidates; no list is without one that is relevant."""
+        weights = self._uniform(self.rows, 5).detach() * 2 - 0.8
+        weights[:, 2] = 0.5
+        return weights.clamp_min(0.0)
+
     def list_mask(self) -> Tensor:
         """(N, 5) which of them are there, another choice."""
         mask = torch.ones(self.rows, 5, dtype=torch.bool)

@@ -151,6 +151,7 @@ _QWEN3 = ("query_to_doc", "query_to_query", "doc_to_doc")
 _TRIPLET = {"anchor": Draw.matrix, "positive": Draw.matrix, "negative": Draw.matrix}
 _TOKENS = {"queries": Draw.tokens, "documents": Draw.tokens, "scale": Draw.scale}
 _LISTS = {"scores": Draw.list_scores, "teacher_scores": Draw.teacher_scores}
+_LABELLED_LISTS = {"scores": Draw.list_scores, "relevance": Draw.relevance}
 _MASKED_LISTS = {**_LISTS, "mask": Draw.list_mask, **_WEIGHT}
 _TOKEN_LABELS = {"hidden": Draw.matrix, "head": Draw.columns, "labels": Draw.column}
 _TAUGHT = {"x": Draw.matrix, "y": Draw.matrix, "teacher_x": Draw.teacher, "teacher_y": Draw.teacher}
@@ -442,6 +443,15 @@ LOSSES: dict[str, LossCase] = {
     ),
     "margin_mse": LossCase(losses.margin_mse, _LISTS),
     "margin_mse masked": LossCase(losses.margin_mse, _MASKED_LISTS),
+    "y_aware_info_nce": LossCase(
+        losses.y_aware_info_nce, {**_QUERY_KEY, "labels": Draw.labels, **_SCALE, **_WEIGHT}, {"bandwidth": 1.5}
+    ),
+    "listwise_cross_entropy": LossCase(losses.listwise_cross_entropy, _LABELLED_LISTS),
+    "listwise_cross_entropy log_mean": LossCase(
+        losses.listwise_cross_entropy,
+        {**_LABELLED_LISTS, "mask": Draw.list_mask, "temperature": Draw.temperature, **_WEIGHT},
+        {"positives": "log_mean"},
+    ),
     "listwise_distillation": LossCase(losses.listwise_distillation, _LISTS),
     "listwise_distillation temperatures": LossCase(
         losses.listwise_distillation, {**_MASKED_LISTS, "temperature": Draw.temperature}, {"teacher_temperature": 0.3}
