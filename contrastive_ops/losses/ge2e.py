@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from ..core import autocast, checks
 from ..core.masks import left_out
 from ..core.numerics import softplus
 from ..core.ordered import segment_rows, segment_sums
+from ..core.recompute import recomputed
 from ..core.unit_rows import unit_rows
 from . import _arguments
 from ._columns import scaled, wide
@@ -27,6 +30,7 @@ def ge2e(
     bias: float | Tensor = -5.0,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    memory_budget: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """GE2E: an utterance must be closer to the centroid of its speaker's others than to those of other speakers.
@@ -50,6 +54,7 @@ def ge2e(
         weight: (N,) weight of each utterance; the mean divides by its sum. Differentiable. 0 leaves it out, also of
             centroids.
         reduction: "mean", "sum" or "none". The paper sums.
+        memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -61,7 +66,7 @@ def ge2e(
         ValueError, TypeError, NotImplementedError: as `similarity_reduce`.
 
     Note:
-        Memory O(N D). Work 8 N S D for S speakers, or for N where it is traced.
+        Memory O(N D) beside ``memory_budget``. Work 8 N S D for S speakers, or for N where it is traced.
 
     Source:
         Wan et al., Generalized End-to-End Loss for Speaker Verification, 2018.
@@ -93,10 +98,10 @@ def ge2e(
         rows = wide(left_out(x, labels != -1), unit=True)
         speaker, sizes = _speakers(labels)
         sums = segment_sums(rows, speaker, x.shape[0])
-        # Of a centroid only its direction counts.
-        own = scaled(factor, (rows * unit_rows(segment_rows(sums, speaker) - rows)).sum(1))
+        own = scaled(factor, recomputed(_with_others)(rows, sums, speaker))
         counted = (speaker >= 0) & (sizes[speaker] > 1)
-        found = _against_others(name, rows, sums, speaker, sizes, factor, kind, backend)
+        sweep = Sweep((name, "x", "x"), factor, memory_budget=memory_budget, backend=backend)
+        found = _against_others(sweep, rows, sums, speaker, sizes, kind)
         if kind == "softmax":  # the bias is in both logits; a learned one has a gradient, which is 0
             losses = softplus(found - own + (shift - shift))
         else:
@@ -115,24 +120,19 @@ def _speakers(labels: Tensor) -> tuple[Tensor, Tensor]:
     return speaker, sizes
 
 
-def _against_others(
-    function: str,
-    rows: Tensor,
-    sums: Tensor,
-    speaker: Tensor,
-    sizes: Tensor,
-    factor: Tensor,
-    kind: str,
-    backend: str,
-) -> Tensor:
+def _with_others(rows: Tensor, sums: Tensor, speaker: Tensor) -> Tensor:
+    """(N,) the cosine of each row with the centroid of its speaker's others, of which only the direction counts."""
+    return (rows * unit_rows(segment_rows(sums, speaker) - rows)).sum(1)
+
+
+def _against_others(sweep: Sweep, rows: Tensor, sums: Tensor, speaker: Tensor, sizes: Tensor, kind: str) -> Tensor:
     """(N,) the fold of each row's logits with the centroids of other speakers; -inf where there are none."""
-    there, absent = sizes > 0, None
+    there = sizes > 0
     if checks.may_read(sizes, waits=True):
         sums, speaker = sums[there], (there.cumsum(0) - 1)[speaker.clamp_min(0)]
     else:
-        absent = torch.where(there, 0.0, -torch.inf).to(rows.dtype)
+        sweep = dataclasses.replace(sweep, col_bias=torch.where(there, 0.0, -torch.inf).to(rows.dtype))
     if not sums.shape[0]:
         return rows.sum(1) - torch.inf
-    sweep = Sweep((function, "x", "x"), factor, None, absent, backend=backend)
     fold = "logsumexp" if kind == "softmax" else "max"
     return sweep.fold(rows, unit_rows(sums), fold, target=speaker.clamp_min(0)).rows[0]
