@@ -192,7 +192,7 @@ def _listed(g: dict[str, Any], k: int, metric: str, found: Tensor | None) -> tup
     scores = torch.cat([scores.masked_fill(~keep, -torch.inf), scores.new_full((len(x), k), -torch.inf)], 1)
     values, indices = scores.sort(dim=1, descending=True, stable=True)
     values, indices = values[:, :k], indices[:, :k]
-    if found is not None and found.shape == indices.shape and bool((found >= 0).all()):
+    if found is not None and found.numel() and found.shape == indices.shape and bool((found >= 0).all()):
         other = scores.gather(1, found)
         if torch.allclose(other, values, rtol=1e-6, atol=1e-6 * float(values.detach().abs().max())):
             values = other
