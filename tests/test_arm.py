@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import runpy
 import shutil
 import subprocess
@@ -126,3 +127,22 @@ def test_levels_of_an_architecture(built_for: str, levels: set[str], monkeypatch
         assert names.index(below) <= names.index(level)
     if built_for.endswith("universal2"):
         assert all(found[level][:2] == ["-arch", "arm64" if "neon" in level else "x86_64"] for level in names)
+
+
+def test_products_assemble_for_a_mac(tmp_path: Path) -> None:
+    """The instructions that the tile writes by hand, as Clang writes them into an object for macOS."""
+    named = [name for name in ("clang++", "clang++-19", "clang++-14") if shutil.which(name)]
+    if not named:
+        pytest.skip("needs Clang")
+    templates = re.findall(
+        r'__asm__\("((?:fmla|bfdot) [^"]*)"', (ROOT / "csrc" / "cpu" / "similarity_tile.h").read_text()
+    )
+    assert len(templates) == 3
+    line = '  __asm__("{}" : "+w"(sum) : "w"(b), "w"(a), "i"(1));\n'
+    body = "".join(line.format(template) for template in templates)
+    source = tmp_path / "one.cpp"
+    source.write_text(f"#include <arm_neon.h>\nvoid f(float32x4_t& sum, uint32x4_t a, uint32x4_t b) {{\n{body}}}\n")
+    target = ["--target=arm64-apple-macos14", "-ffreestanding", "-march=armv8.2-a+bf16", "-O2", "-c"]
+    for name in named:
+        subprocess.run([name, "-stdlib=libc++", *target, source, "-o", tmp_path / "one.o"], check=True)
+        assert (tmp_path / "one.o").read_bytes()[:4] == bytes.fromhex("cffaedfe")  # Mach-O, 64 bits
