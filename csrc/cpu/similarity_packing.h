@@ -143,18 +143,18 @@ INLINE Vec<typename C::Acc> rounded(Vec<typename C::Acc> v) {
   return v;
 }
 
-// 8 x 32 on AVX-512 and 8 x 8 on NEON (16 accumulators of 32 registers), 4 x 16 on AVX2, 4 x 8 on SSE2: enough
-// independent sums to hide the latency of a fused multiply-add, few enough loads to keep all multipliers busy.
-// 32 x 32 on AMX: four accumulators, so that each load is used twice.
+// 8 x 32 on AVX-512 and 8 x 8 on NEON (4 x 4 in float64; 16 accumulators of 32 registers), 4 x 16 on AVX2, 4 x 8 on
+// SSE2: enough independent sums to hide the latency of a fused multiply-add, few enough loads to keep all multipliers
+// busy. 32 x 32 on AMX: four accumulators, so that each load is used twice.
 #if defined(__aarch64__)
 constexpr bool kMultipliesByLane = true;  // an instruction takes any lane of a vector as its factor
 #else
 constexpr bool kMultipliesByLane = false;
 #endif
 template <class C>
-constexpr int kRows = kTiled<C>                                 ? 32
-                      : VECTOR_BYTES == 64 || kMultipliesByLane ? 8
-                                                                : 4;
+constexpr int kRows = kTiled<C>                                                                   ? 32
+                      : VECTOR_BYTES == 64 || (kMultipliesByLane && sizeof(typename C::Acc) == 4) ? 8
+                                                                                                  : 4;
 constexpr int kVectors = 2;
 template <class C>
 constexpr int kCols = kVectors * kLanes<typename C::Acc>;
