@@ -144,6 +144,17 @@ def test_each_rule(rule):
     assert_same(x, y, 5, pairs=pairs)
 
 
+@pytest.mark.parametrize("named", [1, 2, 5])
+def test_rules_that_name_the_best_columns(named):
+    x, y = integers(4, 6, seed=5), integers(140, 6, seed=6)
+    best = assert_same(x, y, 5).top.indices
+    lists = torch.arange(5) * named, best[:, :named].sort(1).values.flatten().cpu()
+    found = assert_same(x, y, 5, pairs=Pairs(exclude=lists)).top.indices
+    assert not (found[:, :, None] == best[:, None, :named]).any()
+    column = int(best[3, named - 1])
+    assert not (assert_same(x, y, 5, pairs=Pairs(diagonal=column - 3)).top.indices[3] == column).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_all_rules_together_and_their_statistics(dtype):
     x, y = integers(19, 6, dtype, seed=7), integers(150, 6, dtype, seed=8)

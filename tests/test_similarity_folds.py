@@ -316,9 +316,13 @@ def test_ids_of_any_size(backend, ids):
         assert torch.equal(got, (equal if rule == "same" else ~equal).sum(1).float())
 
 
-def test_bounds_include_their_value_and_let_nan_pass(backend):
+@pytest.mark.parametrize("bound", [2.0, torch.full((2,), 2.0), torch.full((1, 3), 2.0)], ids=["pair", "row", "column"])
+def test_bounds_include_their_value_and_let_nan_pass(backend, bound):
     x, y = torch.tensor([[1.0], [torch.nan]]), torch.tensor([[1.0], [2.0], [3.0]])
-    count = similarity_reduce(x, y, reduce="count", pairs=Pairs(below=2.0, above=2.0), backend=backend)
+    count = similarity_reduce(x, y, reduce="count", pairs=Pairs(below=bound, above=bound), backend=backend)
+    assert count.tolist() == [1.0, 3.0]
+    guide = Guide(x, y, bound)
+    count = similarity_reduce(x, y, reduce="count", pairs=Pairs(guide=guide, above=bound), backend=backend)
     assert count.tolist() == [1.0, 3.0]
 
 

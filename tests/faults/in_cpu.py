@@ -68,7 +68,15 @@ FAULTS = [
         "csrc/cpu/similarity_pairs.h",
         "        cols_.get()[j] = -2;",
         "        cols_.get()[j] = -1;",
-        (FOLDS, "-k", "cpu and each_rule"),
+        (FOLDS, "-k", "cpu and ids_of_any_size"),
+        stems=("similarity_reduce",),
+    ),
+    Fault(
+        "small ids of -1 that equal each other",
+        "csrc/cpu/similarity_pairs.h",
+        "static_cast<I>(cols[j] == -1 ? lowest : cols[j]);",
+        "static_cast<I>(cols[j]);",
+        (FOLDS, "-k", "cpu and ids_of_any_size"),
         stems=("similarity_reduce",),
     ),
     Fault(

@@ -85,7 +85,7 @@ FAULTS = [
         "csrc/cuda/similarity_pairs.h",
         "  while (begin < end) {\n",
         "  while (begin + 1 < end) {\n",
-        (TOPK, "-k", "each_rule"),
+        (TOPK, "-k", "each_rule or name_the_best"),
     ),
     Fault(
         "a running logsumexp that does not shift its sum",
