@@ -74,15 +74,14 @@ def reduce_cases(backend, dtype):
                 "target": inputs.target(),
                 "linear": inputs.lists(3, weights=True),
             }
-            for rule in ("differ", "same", "exclude", "below", "above", "guide", "log_weight"):
-                for scale in ("scale", "col_scale"):
-                    more = {"pairs": inputs.pairs(rule), scale: inputs.leaf(inputs.n if scale == "scale" else inputs.m)}
-                    same(
-                        lambda **given: flat(
-                            similarity_reduce(**given, reduce=KINDS, dim=(0, 1), memory_budget=0, backend=backend)
-                        ),
-                        {**options, **more},
-                    )
+            rules = ("differ", "same", "exclude", "below", "above", "guide", "log_weight")
+            for of, size in (("scale", inputs.n), ("col_scale", inputs.m)):
+                same(
+                    lambda **given: flat(
+                        similarity_reduce(**given, reduce=KINDS, dim=(0, 1), memory_budget=0, backend=backend)
+                    ),
+                    {**options, "pairs": inputs.pairs(*rules), of: inputs.leaf(size)},
+                )
 
 
 def topk_cases(backend, dtype):

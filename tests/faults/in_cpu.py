@@ -198,7 +198,7 @@ FAULTS = [
     Fault(
         "lanes behind the last column that may be chosen",
         "csrc/cpu/similarity_topk.cpp",
-        "      bits &= inside(k, cols);\n",
+        "      bits &= inside<A>(k, cols);\n",
         "",
         (TOPK, "-k", "cpu and (ties or huge or nan_never or infinite)"),
     ),
@@ -248,7 +248,7 @@ FAULTS = [
     # ---- Other primitives --------------------------------------------------------------------------------------------
     Fault(
         "later steps of a long depth that forget the earlier ones",
-        "csrc/cpu/grouped_matmul.cpp",
+        "csrc/cpu/grouped_block.h",
         "const bool add = !s.first || u > 0 || out.initial,",
         "const bool add = u > 0 || out.initial,",
         ("tests/test_grouped_matmul.py", "-k", "cpu and (loop or integers)"),

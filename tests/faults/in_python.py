@@ -158,8 +158,8 @@ FAULTS = [
     Fault(
         "a logsumexp of nothing whose gradient is NaN",
         "contrastive_ops/core/numerics.py",
-        "    return torch.where(empty, -torch.inf, top + torch.where(empty, 1.0, total).log())\n\n\ndef times",
-        "    return torch.where(empty, -torch.inf, top + total.log())\n\n\ndef times",
+        "    return torch.where(empty, -torch.inf, top + torch.where(empty, 1.0, total).log())\n\n\ndef lse_of_rows",
+        "    return torch.where(empty, -torch.inf, top + total.log())\n\n\ndef lse_of_rows",
         ("tests/test_similarity_reduce.py", "-k", "merge_lse"),
     ),
     Fault(
