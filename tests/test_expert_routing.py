@@ -411,6 +411,14 @@ def test_every_row_has_different_experts(name, width, backend):
         assert torch.equal(routing.gates[1].isnan(), ~missing & bad)
 
 
+@pytest.mark.parametrize("extreme", [[INF], [INF, INF], [-INF, INF], [INF, NAN], [NAN], [-INF]])
+def test_logsumexp_of_extreme_logits_is_that_of_torch(extreme, backend):
+    logits = torch.randn(19, 37)
+    logits[5, 2 : 2 + len(extreme)] = torch.tensor(extreme)
+    found = route(logits, 2, losses=["z"], backend=backend).losses["z"]
+    torch.testing.assert_close(found[0], logits.logsumexp(1).square().mean(), equal_nan=True)
+
+
 def test_nan_tokens_come_last_and_spoil_the_losses_of_their_segment_only(backend):
     logits = torch.zeros(6, 2)
     logits[[0, 2]] = NAN

@@ -44,7 +44,7 @@ class RouterBlock : public RouterTokens<A, S> {
   void score() {
     const bool of_sigmoid = p_.score == RouterScore::sigmoid;
     clean_ = this->template distribution<true>(z_, terms_);
-    lse_ = clean_.largest + logarithm(clean_.total);
+    lse_ = logsumexp();
     scored_ = z_;
     if (of_sigmoid) {
       if (p_.noise) {
@@ -63,6 +63,16 @@ class RouterBlock : public RouterTokens<A, S> {
       gate_terms_ = p_.noise ? noisy_terms_ : terms_;
       gate_share_ = p_.noise ? noisy_share_ : clean_.share;
     }
+  }
+
+  // A token with +inf has a logsumexp, but no probabilities.
+  V logsumexp() const {
+    constexpr A kInfinity = -kNever<A>;
+    const V lse = clean_.largest + logarithm(clean_.total);
+    Mask infinite = clean_.largest == kInfinity;
+    if (bits_of<Index>(infinite) == 0) return lse;
+    for (int64_t e = 0; e < p_.E; ++e) infinite &= load_at(z_, e) == load_at(z_, e);
+    return infinite ? broadcast(kInfinity) : lse;
   }
 
   void choose() { Tokens::choose(gate_terms_, gate_share_); }
