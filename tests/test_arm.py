@@ -85,7 +85,7 @@ def test_panels_that_would_end_in_the_middle_do_not_compile(tmp_path: Path) -> N
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
-    text = (ROOT / "csrc" / "cpu" / "similarity_tile.h").read_text()
+    text = (ROOT / "csrc" / "cpu" / "similarity_packing.h").read_text()
     broken = text.replace("kLaneGroup = kRows<C> > kCols<C> ? kRows<C> : kCols<C>", "kLaneGroup = kRows<C> / 2")
     assert broken != text
     for name, source in (("good", text), ("broken", broken)):
@@ -94,10 +94,10 @@ def test_panels_that_would_end_in_the_middle_do_not_compile(tmp_path: Path) -> N
         for header in (ROOT / "csrc").glob("*.h"):
             (folder.parent / header.name).symlink_to(header)
         for header in (ROOT / "csrc" / "cpu").glob("*.h"):
-            if header.name != "similarity_tile.h":
+            if header.name != "similarity_packing.h":
                 (folder / header.name).symlink_to(header)
-        (folder / "similarity_tile.h").write_text(source)
-        (folder / "one.cpp").write_text('#include "similarity_tile.h"\n')
+        (folder / "similarity_packing.h").write_text(source)
+        (folder / "one.cpp").write_text('#include "similarity_packing.h"\n')
         command = [compiler, "-std=c++20", "-fsyntax-only", "-DLEVEL=level_default", "-DVECTOR_BYTES=16"]
         run = subprocess.run([*command, folder / "one.cpp"], capture_output=True, text=True, check=False)
         assert (run.returncode == 0) is (name == "good"), run.stderr
