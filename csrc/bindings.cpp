@@ -15,6 +15,16 @@
 #include "cpu/scratch.h"
 #include "kernels.h"
 
+#include <unistd.h>
+#ifdef __APPLE__
+#include <pthread.h>
+#else
+#include <sys/syscall.h>
+#endif
+
+#include <chrono>
+#include <stdexcept>
+
 namespace contrastive_ops {
 
 #ifdef CONTRASTIVE_OPS_CUDA
@@ -29,6 +39,43 @@ const CudaKernels* cuda_kernels() { return nullptr; }
 namespace {
 
 constexpr int64_t kMostVirtualCores = 1024;
+
+// ---- Signals --------------------------------------------------------------------------------------------------------
+
+// The thread whose signals Python handles.
+bool is_main_thread() {
+#ifdef __APPLE__
+  return pthread_main_np() != 0;
+#else
+  return syscall(SYS_gettid) == getpid();
+#endif
+}
+
+// Ctrl-C ends a call that takes minutes: between two tasks, a few times a second, handlers of signals are run, and what
+// one raises is raised by the call. Others that work for the call stop after their task.
+void run_signal_handlers() {
+  using Clock = std::chrono::steady_clock;
+  constexpr auto kBetweenLooks = std::chrono::milliseconds(100);
+  // Of a child that was forked by another thread the main thread is a new one.
+  thread_local pid_t process = 0;
+  thread_local bool main = false;
+  thread_local Clock::time_point looked{};
+  if (const pid_t now = getpid(); now != process) {
+    process = now;
+    main = is_main_thread();
+  }
+  if (!main || PyGILState_GetThisThreadState() == nullptr) return;
+  if (const auto now = Clock::now(); now - looked >= kBetweenLooks) {
+    looked = now;
+    const PyGILState_STATE state = PyGILState_Ensure();
+    const bool raised = PyErr_CheckSignals() != 0;
+    PyGILState_Release(state);
+    // Threads hand on the words of an exception alone: the error itself stays with Python.
+    if (raised) throw std::runtime_error("a handler of a signal raised an error");
+  }
+}
+
+// ---- Functions ------------------------------------------------------------------------------------------------------
 
 // Versions and options at build time, and whether torch's threads were found.
 PyObject* build_config(PyObject*, PyObject*) {
@@ -183,8 +230,15 @@ PyMODINIT_FUNC PyInit__C() {
                                 nullptr,
                                 nullptr,
                                 nullptr};
+  if (PyInterpreterState_GetID(PyInterpreterState_Get()) != 0) {  // that of the main one
+    PyErr_SetString(PyExc_ImportError,
+                    "contrastive_ops._C: must be imported by the main interpreter of the process, got another one\n"
+                    "  torch serves one interpreter; start a process in place of an interpreter");
+    return nullptr;
+  }
   try {
     contrastive_ops::use_running_torch();
+    contrastive_ops::between_tasks = contrastive_ops::run_signal_handlers;
   } catch (...) {
     return contrastive_ops::raise_caught();
   }

@@ -139,7 +139,7 @@ inline PyObject* raise_caught() {
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
   } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_RuntimeError, error.what());  // that of a signal's handler is there
   }
   return nullptr;
 }

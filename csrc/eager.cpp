@@ -139,10 +139,7 @@ void SimilarityLossBackward::sweep(const Inputs& in, const Tensor& d_loss, varia
   gradients.raw.d_values = d_folds;
   gradients.raw.argmax = no_winners;
   gradients.raw.d_target = slope + (terms + p.raw.fold_count) * bytes;
-  {
-    NoGil released;
-    kernels->similarity_reduce().backward(p.raw, gradients.raw, kernels->parallel());
-  }
+  without_gil([&] { kernels->similarity_reduce().backward(p.raw, gradients.raw, kernels->parallel()); });
   gradients.through_lengths(p);
   finish(in, gradients.dx, gradients.dy, gradients.dscale, gradients.drow_bias, p.inverse_x, p.inverse_y, out);
 }
@@ -278,10 +275,7 @@ Tensor forward(const Options& o, const Inputs& in, const Place& place) {
     Gradients gradients(p, one_pass && wants[kX], one_pass && wants[kY], one_pass && wants[kScale],
                         one_pass && wants[kBias]);
     loss.gradients = gradients.raw;
-    {
-      NoGil released;
-      similarity_loss_cpu(p.raw, loss, one_pass, kernels->similarity_reduce(), kernels->parallel());
-    }
+    without_gil([&] { similarity_loss_cpu(p.raw, loss, one_pass, kernels->similarity_reduce(), kernels->parallel()); });
     gradients.through_lengths(p);
     if (node) {
       node->one_pass = one_pass;

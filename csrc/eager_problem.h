@@ -336,12 +336,23 @@ struct Gradients {
   }
 };
 
-struct NoGil {  // kernels run for as long as they like
+// Kernels run for as long as they like, or until a signal's handler raises: then Python has an error for torch to
+// raise.
+template <class Work>
+void without_gil(const Work& work) {
   PyThreadState* state = PyGILState_Check() ? PyEval_SaveThread() : nullptr;
-  ~NoGil() {
+  try {
+    work();
+  } catch (...) {
     if (state) PyEval_RestoreThread(state);
+    const pybind11::gil_scoped_acquire gil;
+    if (!PyErr_Occurred()) throw;
+    python_error error;
+    error.persist();
+    throw error;
   }
-};
+  if (state) PyEval_RestoreThread(state);
+}
 
 }  // namespace
 }  // namespace contrastive_ops

@@ -3,6 +3,7 @@
 #include "threads.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 #include <time.h>
 
 #include <algorithm>
@@ -25,6 +26,11 @@ struct Runtime {
   int (*in_parallel)() = nullptr;
   bool complete() const { return start && get_threads && in_parallel; }
 } runtime;
+
+// A forked child has none of the threads that its parent's OpenMP remembers, and would wait for them for ever.
+std::atomic<bool> threads_began{false};
+bool threads_are_lost = false;
+void after_fork() { threads_are_lost = threads_are_lost || threads_began; }
 
 // How many tasks of a stage have not ended, on a cache line of its own.
 struct alignas(64) Left {
@@ -88,6 +94,7 @@ struct Work {
         if (!wait_for(stage)) return;
         task(context, index, worker);
         if (left) left[stage].tasks.fetch_sub(1, std::memory_order_release);
+        if (between_tasks) between_tasks();
       }
     } catch (...) {
       if (!failed.exchange(true)) error.keep();
@@ -191,6 +198,7 @@ void run_stages(int stage_count, const Stage* stages, Parallel::Task task, void*
     work.left.reset(new Left[static_cast<size_t>(stage_count)]);
     for (int s = 0; s < stage_count; ++s) work.left[static_cast<size_t>(s)].tasks = stages[s].tasks;
   }
+  threads_began = true;
   runtime.start([](void* data) { static_cast<Work*>(data)->run(); }, &work, static_cast<unsigned>(workers), 0);
   work.error.raise_again();
 }
@@ -202,13 +210,20 @@ void run_tasks(int64_t count, Parallel::Task task, void* context) {
 
 }  // namespace
 
+void (*between_tasks)() = nullptr;
+
 void run_in_order(int64_t count, Parallel::Task task, void* context) {
-  for (int64_t index = 0; index < count; ++index) task(context, index, 0);
+  for (int64_t index = 0; index < count; ++index) {
+    task(context, index, 0);
+    if (between_tasks) between_tasks();
+  }
 }
 
 void find_threads(const char* library) {
   void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
   if (handle == nullptr) handle = RTLD_DEFAULT;
+  static const int watched = pthread_atfork(nullptr, nullptr, after_fork);
+  (void)watched;
   Runtime found;
   // A handle stands for the library and for what it was linked with.
   found.start = reinterpret_cast<decltype(found.start)>(dlsym(handle, "GOMP_parallel"));
@@ -221,7 +236,8 @@ bool has_threads() { return runtime.complete(); }
 
 Parallel parallel() {
   if (modelled_cores > 0) return {run_tasks, modelled_cores, run_stages};
-  return {run_tasks, runtime.complete() ? std::max(runtime.get_threads(), 1) : 1, run_stages};
+  const bool several = runtime.complete() && !threads_are_lost;
+  return {run_tasks, several ? std::max(runtime.get_threads(), 1) : 1, run_stages};
 }
 
 Parallel one_thread() {

@@ -7,6 +7,9 @@
 
 namespace contrastive_ops {
 
+// Called between tasks, by every thread that runs some: whoever set it may end the work by an exception.
+extern void (*between_tasks)();
+
 // Finds torch's OpenMP; `library` is the path of libtorch_cpu. Without it every task runs in the calling thread.
 void find_threads(const char* library);
 bool has_threads();

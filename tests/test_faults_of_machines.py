@@ -1,8 +1,10 @@
-"""Kills, full disks, no memory, many threads, calls from hooks.
+"""Kills, full disks, no memory, Ctrl-C, forks, many threads, calls from hooks, another interpreter.
 
-What may end a process happens in a child.
+What may end a process happens in a child. Times are the processor's, of the thread that waits: other load does not
+lengthen them.
 """
 
+import os
 import subprocess
 import sys
 import threading
@@ -161,7 +163,87 @@ def test_no_memory_in_the_middle_leaves_nothing_broken():
     assert int(child(MEMORY)) >= 3
 
 
-# ---- Threads, hooks -------------------------------------------------------------------------------------------------
+# ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+INTERRUPT = """
+import os, signal, threading, time, torch
+from contrastive_ops import clip, info_nce, similarity_topk, similarity_reduce
+from contrastive_ops.core import eager
+from contrastive_ops.ops import grouped_matmul, maxsim, TokenSets
+torch.set_num_threads(int(__import__("sys").argv[1]))
+main = time.pthread_getcpuclockid(threading.get_ident())
+x = torch.randn(60_000, 256)
+leaf = x.clone().requires_grad_()
+tokens = torch.randn(400, 64, 128)
+a, b = torch.randn(200_000, 512), torch.randn(4, 512, 4096)
+def dispatched():
+    with eager.closed():
+        clip(leaf, x, scale=5.0)
+def backward():
+    global begun
+    loss = similarity_reduce(leaf[:12_000], leaf[:12_000].detach()).rows.sum()
+    begun = True
+    for _ in range(50): torch.autograd.grad(loss, leaf, retain_graph=True)
+calls = {
+    "direct": lambda: clip(leaf, x, scale=5.0),
+    "dispatcher": dispatched,
+    "backward": backward,
+    "search": lambda: similarity_topk(x, x, 10),
+    "tokens": lambda: maxsim(TokenSets(tokens), TokenSets(tokens)),
+    "groups": lambda: grouped_matmul(a, b, torch.tensor([0, 50_000, 100_000, 150_000, 200_000])),
+}
+def interrupt():
+    began = time.clock_gettime(main)
+    while time.clock_gettime(main) - began < 0.2: time.sleep(0.01)
+    sent.append(time.clock_gettime(main))
+    os.kill(os.getpid(), signal.SIGINT)
+for name, call in calls.items():
+    sent, timer = [], threading.Thread(target=interrupt)
+    try:
+        timer.start()
+        call()
+        timer.join()
+        time.sleep(1)
+        print(name, "ended")
+    except KeyboardInterrupt:
+        print(name, time.clock_gettime(main) - sent[0])
+    timer.join()
+small = torch.randn(30, 8)
+assert torch.equal(clip(small, small, scale=2.0), clip(small, small, scale=2.0))
+"""
+
+
+@compiled
+@linux
+@pytest.mark.parametrize("threads", [1, 2])
+def test_ctrl_c_ends_a_long_call_within_a_second(threads):
+    took = dict(line.split() for line in child(INTERRUPT, threads, seconds=600).splitlines())
+    assert len(took) == 6 and all(each != "ended" and float(each) < 1 for each in took.values()), took
+
+
+# ---- Threads, forks, hooks -------------------------------------------------------------------------------------------
+
+FORK = """
+import os, signal, torch
+from contrastive_ops import clip, similarity_topk
+torch.set_num_threads(2)
+x, y = torch.randn(700, 32), torch.randn(700, 32)
+call = lambda: (clip(x, y, scale=3.0, backend="cpu"), similarity_topk(x, y, 5, backend="cpu").indices)
+expected = call()
+pid = os.fork()
+if pid == 0:
+    signal.alarm(100)
+    found = call()
+    os._exit(0 if all(torch.equal(a, b) for a, b in zip(found, expected)) else 3)
+status = os.waitpid(pid, 0)[1]
+print("signal", os.WTERMSIG(status), "code", os.WEXITSTATUS(status))
+"""
+
+
+@compiled
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_of_a_process_that_used_threads_goes_on_with_one():
+    assert child(FORK) == "signal 0 code 0\n"
 
 
 @pytest.fixture
@@ -263,3 +345,27 @@ def test_an_interrupted_enqueue_of_a_bank_is_seen_whole_or_not_at_all():
     with pytest.raises(ValueError, match="MemoryBank.enqueue"):
         bank.enqueue(torch.ones(3, 5))
     assert all(torch.equal(v, before[k]) for k, v in bank.state_dict().items())
+
+
+INTERPRETER = """
+import _xxsubinterpreters as interpreters, sys
+other = interpreters.create()
+load = "import importlib.util as u; u.module_from_spec(u.spec_from_file_location('contrastive_ops._C', FILE))"
+try:
+    interpreters.run_string(other, load.replace("FILE", repr(sys.argv[1])))
+    print("imported")
+except interpreters.RunFailedError as error:
+    print("refused", error)
+import os, torch
+from contrastive_ops import clip
+clip(torch.randn(5, 3), torch.randn(5, 3), backend="cpu")
+print("goes on", flush=True)
+os._exit(0)
+"""
+
+
+@compiled
+@pytest.mark.skipif(sys.version_info[:2] not in ((3, 10), (3, 11), (3, 12)), reason="another module makes interpreters")
+def test_another_interpreter_is_refused():
+    said = child(INTERPRETER, extension.load().__file__)
+    assert said.startswith("refused") and "must be imported by the main interpreter" in said and "goes on" in said

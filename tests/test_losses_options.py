@@ -41,7 +41,7 @@ MISSING = {
     "matryoshka_info_nce": {"col_bias": PREFIXES, "diagnostics": PREFIXES},
     "matryoshka_clip": {"col_bias": PREFIXES, "diagnostics": PREFIXES},
     "matryoshka_nt_xent": {"col_bias": PREFIXES, "diagnostics": PREFIXES},
-    "mined_info_nce": {"col_bias": "each row has columns of its own", "diagnostics": "each row has columns of its own"},
+    "mined_info_nce": {"diagnostics": "each row has columns of its own"},
     "cos_face": {"pairs": CLASSES, "col_bias": CLASSES, "diagnostics": CLASSES},
     "arc_face": {"pairs": CLASSES, "col_bias": CLASSES, "diagnostics": CLASSES},
     "margin_softmax": {"pairs": CLASSES, "col_bias": CLASSES, "diagnostics": CLASSES},
