@@ -124,6 +124,9 @@ cores: install ## modelled speed-up on 2 to 128 cores; ARGS="--op clip --size la
 processes: install ## CLIP's loss over two processes beside open_clip's gather, and a model of 1 to 1,024; ARGS="--save"
 	$(RUN) -m benchmarks.processes --model $(ARGS)
 
+peer-suites: install $(VENV)/.peers ## the tests of other packages with our adapters in them; ARGS="--sources FOLDER" of clones
+	$(RUN) .ci/peer_suites.py $(ARGS)
+
 bench-peers: install $(VENV)/.peers ## the same against the packages in requirements/peers.txt
 	$(RUN) -m benchmarks.run --peers $(ARGS)
 

@@ -201,7 +201,8 @@ def test_splade_losses(threshold):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_a_trainer_follows_the_curve_of_the_original(folder):
+@pytest.mark.parametrize("steps", [8, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_trainer_follows_the_curve_of_the_original(folder, steps):
     datasets = pytest.importorskip("datasets")
     pytest.importorskip("accelerate")
     anchors = texts(96, 1)
@@ -216,7 +217,7 @@ def test_a_trainer_follows_the_curve_of_the_original(folder):
         loss = module.MatryoshkaLoss(model, loss, [DIM, 16])
         args = {
             "per_device_train_batch_size": 16,
-            "max_steps": 8,
+            "max_steps": steps,
             "learning_rate": 3e-3,
             "logging_steps": 1,
             "report_to": "none",
@@ -232,8 +233,11 @@ def test_a_trainer_follows_the_curve_of_the_original(folder):
         )
         trainer.train()
         curves.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-    assert len(curves[0]) == 8 and sum(curves[0][4:]) < sum(curves[0][:4])
-    torch.testing.assert_close(torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=1e-3, atol=1e-3)
+    expected, found, half = torch.tensor(curves[0]), torch.tensor(curves[1]), steps // 2
+    assert len(expected) == steps and expected[half:].sum() < expected[:half].sum()
+    # Later steps amplify the last digits of the first ones.
+    torch.testing.assert_close(found[:8], expected[:8], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
 
 SMALL = {
