@@ -23,7 +23,7 @@ BUILD_INPUTS := $(wildcard setup*.py) pyproject.toml $(shell find csrc -type f 2
 CPP_FILES := $(shell find csrc tests/cuda_host -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
 .DEFAULT_GOAL := help
-.PHONY: help install peers demo limoe limoe-ablation simclr distributed moe-embeddings distill test fuzz mutate docs notebooks wheel lint format bench cores processes bench-peers gpu matrix aarch64 clean
+.PHONY: help install peers demo limoe limoe-ablation simclr distributed moe-embeddings distill test fuzz mutate docs notebooks wheel lint format bench cores processes bench-peers peer-suites gpu matrix aarch64 clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
