@@ -34,7 +34,7 @@ FAULTS = [
         "kernels/_pairs.py",
         "factor = tl.load(data[rules.scale] + cols, mask=cols < M, other=0.0)",
         "factor = tl.load(data[rules.scale] + rows, mask=rows < N, other=0.0)",
-        (REDUCE, "-k", "negated"),
+        (REDUCE, "-k", "sets_targets_and_lists"),
     ),
     Fault(
         "an offset of the diagonal in the other direction",
