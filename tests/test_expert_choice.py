@@ -114,7 +114,7 @@ def test_small_problems(shape, backend):
         (
             {"gating": Gating(renormalize=True)},
             ValueError,
-            "gating must have no bias, no groups and no renormalisation",
+            "gating must have no bias, no groups, no renormalisation and no sampled choices",
         ),
         ({"gating": Gating(bias=torch.zeros(3))}, ValueError, "gating must have no bias"),
         ({"losses": ["load"], "gating": Gating(noise_std=1.0)}, ValueError, 'losses must not have "load"'),

@@ -51,6 +51,10 @@ def filled(name):
     for tensor in state_of(module).values():
         numbers = torch.arange(tensor.numel()).view(tensor.shape)
         tensor.copy_(70_001 + numbers if not tensor.is_floating_point() else 1 + 1e-3 * (1 + numbers))
+    if isinstance(module, MemoryBank):  # counters that such a bank can have
+        module.pointer.fill_(3)
+        module.filled.fill_(5)
+        module.step.fill_(80_001)
     return module
 
 
@@ -165,7 +169,7 @@ def test_state_dicts(name, assign):
         with pytest.raises(RuntimeError, match=f'Missing key.*"a.{key}"'):
             other.load_state_dict({k: v for k, v in saved.items() if k != f"a.{key}"})
         with pytest.raises(RuntimeError, match=f"size mismatch for a.{key}"):
-            other.load_state_dict({**saved, f"a.{key}": torch.zeros(1, 2, 3)})
+            other.load_state_dict({**saved, f"a.{key}": saved[f"a.{key}"].new_zeros(1, 2, 3)})
     with pytest.raises(RuntimeError, match="Unexpected key"):
         other.load_state_dict({**saved, "a.unknown": torch.zeros(1)})
     assert not other.load_state_dict({}, strict=False).unexpected_keys

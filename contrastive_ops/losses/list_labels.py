@@ -5,6 +5,7 @@ Scores come from wherever they are made, such as a cross-encoder. Lists that a t
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -81,6 +82,8 @@ def _weights_of(function: str, scores: Tensor, relevance: Tensor) -> Tensor:
     """(N, K) in the dtype of sums, of whatever form."""
     checks.check_tensor(function, "scores", scores)
     checks.check_tensor(function, "relevance", relevance)
+    if relevance.dtype != torch.bool and relevance.dtype not in checks.INTEGERS:
+        checks.check_floating(function, "relevance", relevance)
     dtype = checks.accumulator(scores.dtype)
     if relevance.dim() != 1 or scores.dim() != 2:
         return relevance.detach().to(dtype)
