@@ -1,6 +1,6 @@
 """Calls whose tensors end where their memory does: who reads or writes behind one ends with a segmentation fault.
 
-A process of its own runs them: ``python guarded_cases.py BACKEND NAME``. Results are compared with those of tensors
+A process of its own runs them: ``python guarded_cases.py BACKEND NAMES DTYPES``, with commas. Results are compared with those of tensors
 that lie anywhere.
 """
 
@@ -176,14 +176,17 @@ CASES = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
-def ends_well(backend, name, dtype):
-    """Run a case in a process of its own."""
-    command = [sys.executable, "-X", "faulthandler", str(Path(__file__)), backend, name, dtype]
+def ends_well(backend, names, dtypes):
+    """Run cases in a process of their own."""
+    command = [sys.executable, "-X", "faulthandler", str(Path(__file__)), backend, ",".join(names), ",".join(dtypes)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, f"in {done.stdout.splitlines()[-1:]}\n{done.stderr[-3000:]}"
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    CASES[sys.argv[2]](sys.argv[1], DTYPES[sys.argv[3]])
+    for case in sys.argv[2].split(","):
+        for kind in sys.argv[3].split(","):
+            print(case, kind, flush=True)
+            torch.manual_seed(0)
+            CASES[case](sys.argv[1], DTYPES[kind])

@@ -15,4 +15,4 @@ if not triton_kernels.interprets() or not sys.platform.startswith("linux"):
 
 @pytest.mark.parametrize("name", guarded_cases.CASES)
 def test_nothing_is_read_behind_the_end_of_a_tensor(name):
-    guarded_cases.ends_well("triton", name, "float32")
+    guarded_cases.ends_well("triton", [name], ["float32"])
