@@ -1,7 +1,7 @@
 """Calls whose tensors end where their memory does: who reads or writes behind one ends with a segmentation fault.
 
-A process of its own runs them: ``python guarded_cases.py BACKEND NAMES DTYPES``, with commas. Results are compared with those of tensors
-that lie anywhere.
+A process of its own runs them: ``python guarded_cases.py BACKEND NAMES DTYPES``, with commas. Results are compared
+with those of tensors that lie anywhere.
 """
 
 import ctypes

@@ -86,7 +86,7 @@ def test_saved_tensors_are_linear_in_the_batch(case, backend, reduction):
             sizes.append(size)
     assert sizes[1] <= 2.2 * sizes[0]
     # Inputs, their unit rows or float32 gradients, a few vectors; a float32 matrix alone would be larger.
-    assert sizes[1] <= 4 * sum(t.numel() * t.element_size() for t in inputs.values())
+    assert sizes[1] <= 4 * sum(t.numel() * t.element_size() for t in inputs.values()) + 32 * rows
 
 
 @everywhere

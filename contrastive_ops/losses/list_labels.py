@@ -11,8 +11,8 @@ from torch.nn.functional import one_hot
 
 from ..core import checks
 from . import _arguments
+from ._list_arguments import factor_of, lists_of
 from ._rank_lists import Options, list_losses
-from .rank_distillation import factor_of, lists_of
 
 POSITIVES = ("mean_log", "log_mean")
 
