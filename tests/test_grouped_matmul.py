@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from contrastive_ops.ops import grouped_matmul
 from contrastive_ops.testing import TOLERANCE, relative_error, saved_bytes

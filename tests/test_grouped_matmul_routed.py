@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+import torch._dynamo.testing
 from pairwise import pairwise
 
 from contrastive_ops import route
