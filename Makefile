@@ -45,6 +45,10 @@ $(VENV)/.peers: requirements/peers.txt $(VENV)/.dev
 	$(RUN) -m pip install --no-compile --disable-pip-version-check -q -r requirements/peers.txt
 	@touch $@
 
+$(VENV)/.notebooks: requirements/notebooks.txt $(VENV)/.dev
+	$(RUN) -m pip install --no-compile --disable-pip-version-check -q -r requirements/notebooks.txt
+	@touch $@
+
 # Never `build_ext --inplace`: it would leave the mapping of contrastive_ops.kernels out.
 $(VENV)/.install: $(BUILD_INPUTS) $(VENV)/.dev
 	@$(RUN) .ci/building.py $(RUN) -m pip install --no-build-isolation --no-deps --disable-pip-version-check -q -e .
@@ -88,8 +92,7 @@ docs: install ## the documentation site, in build/site; a link or an argument th
 	$(RUN) -m pip install --no-compile --disable-pip-version-check -q -r requirements/docs.txt
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-notebooks: install ## run the notebooks of examples/notebooks and keep what they print and draw
-	$(RUN) -m pip install --no-compile --disable-pip-version-check -q -r requirements/notebooks.txt
+notebooks: install $(VENV)/.notebooks ## run the notebooks of examples/notebooks and keep what they print and draw
 	$(BIN)/jupyter execute --inplace examples/notebooks/*.ipynb
 
 # For every torch, Python from 3.10 on and Linux from glibc 2.28 on, but for the module with torch's headers, which is for
