@@ -2,16 +2,19 @@
 
     make matrix                                        every g++ and clang++ on PATH, every Python there that has torch
     make matrix ARGS="--compilers clang++-19 --pythons python3.12 --tests tests/test_maxsim.py"
+    make matrix ARGS="--resume --save"                 go on where a run ended, and keep the table of docs/platforms.md
 
-Each compiler has a copy of the sources in build/matrix, where the kernels are compiled once for all Pythons, and each
-combination a log of its build and of its tests. Nothing is installed. A compiler takes five minutes of one core, a
-combination three more.
+Each compiler has a copy of the sources in build/matrix, where the extension is compiled once, for it is for all
+Pythons, and each combination a log of its build and of its tests. With --each everything is compiled by each Python,
+also the module that has headers of torch. Nothing is installed. A compiler takes six minutes of one core, a combination
+two more. The tests are those that compare with dense formulas, and eight Python threads at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import re
 import runpy
@@ -19,14 +22,30 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-installed = runpy.run_path(str(ROOT / "contrastive_ops" / "_compilers.py"))["installed"]
-version = runpy.run_path(str(ROOT / "contrastive_ops" / "_compilers.py"))["version"]
+BUILD, STORED = ROOT / "build" / "matrix", ROOT / "benchmarks" / "results" / "matrix.json"
+compilers = runpy.run_path(str(ROOT / "contrastive_ops" / "_compilers.py"))
+checkout = runpy.run_path(str(ROOT / "contrastive_ops" / "_checkout.py"))
 
 TESTS = [f"tests/test_similarity_{name}.py" for name in ("reduce", "folds", "topk", "prefix", "distill", "values")]
 TESTS += [f"tests/test_{name}.py" for name in ("maxsim", "grouped_matmul", "expert_routing", "router_losses")]
-ASK = "import sys, torch; print('%d.%d.%d' % sys.version_info[:3], torch.__version__)"
+TESTS += ["tests/test_python_threads.py"]
+SELECTED = [
+    *("values_and_gradients", "each_fold", "each_rule", "stable_sort", "two_matrices", "sums_and_gradients"),
+    *("places_are_those_of_loops", "losses_are_their_formulas", "low_precision", "number_of_threads", "python_threads"),
+]
+ASK = """
+import sys, torch
+try:
+    import numpy
+except ImportError:
+    numpy = None
+free = "" if getattr(sys, "_is_gil_enabled", lambda: True)() else "t"
+print("%d.%d.%d" % sys.version_info[:3] + free, torch.__version__, numpy.__version__ if numpy else "none")
+"""
+COLUMNS = ("compiler", "python", "torch", "numpy", "build", "check", "tests")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -35,17 +54,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compilers", nargs="+", help="commands (default: every one that is new enough)")
     parser.add_argument("--pythons", nargs="+", help="commands (default: this one, and python3.10 to 3.14 on PATH)")
     parser.add_argument("--tests", nargs="*", default=TESTS, help="files (default: those of the primitives)")
+    parser.add_argument("--select", default=f"cpu and ({' or '.join(SELECTED)})", help="what pytest -k takes")
+    parser.add_argument("--each", action="store_true", help="compile for each Python what is for one, or could be")
+    parser.add_argument("--resume", action="store_true", help="keep rows of the same sources, compiler and packages")
+    parser.add_argument("--save", action="store_true", help=f"write what is kept to {STORED.relative_to(ROOT)}")
     return parser.parse_args(arguments)
 
 
-def pythons(named: list[str] | None) -> dict[str, str]:
-    """Interpreters that import torch, and what they say of themselves."""
-    found: dict[str, str] = {}
+def pythons(named: list[str] | None) -> dict[str, list[str]]:
+    """Interpreters that import torch, and the versions of Python, torch and numpy."""
+    found: dict[str, list[str]] = {}
     for command in named or [sys.executable, *(f"python3.{minor}" for minor in range(10, 15))]:
         path = shutil.which(command)
         run = subprocess.run([path, "-c", ASK], capture_output=True, text=True, check=False) if path else None
-        if run is not None and run.returncode == 0 and run.stdout not in found.values():
-            found[str(path)] = run.stdout
+        if run is not None and run.returncode == 0 and run.stdout.split() not in found.values():
+            found[os.path.abspath(str(path))] = run.stdout.split()  # commands run in other folders
         elif named:
             sys.exit(f"matrix: --pythons must name interpreters that import torch, got {command}")
     return found
@@ -72,40 +95,87 @@ def copy_sources(folder: Path) -> None:
             shutil.copy2(source, target)
 
 
-def row(compiler: str, python: str, says: str, tests: list[str]) -> tuple[bool, str]:
-    """Builds and tests one combination; whether all went well, and its row of the table."""
-    name = re.sub(r"[^\w.+-]", "_", compiler)
-    folder, log = ROOT / "build" / "matrix" / name, ROOT / "build" / "matrix" / f"{name}-{says.split()[0]}.log"
-    copy_sources(folder)
-    log.unlink(missing_ok=True)
+def built(compiler: str, python: str, says: list[str], folder: Path, log: Path) -> str:
+    """Builds one combination in its folder, and says how many warnings there were, or that it fails."""
+    for module in folder.glob("contrastive_ops/_*.so"):
+        module.unlink()  # of another Python
     switches = {"CXX": compiler, "CONTRASTIVE_OPS_EXT": "1", "CONTRASTIVE_OPS_CUDA": "0"}
-    built, said = logged(log, folder, python, "setup.py", "build", "--build-temp", "build/objects", **switches)
-    warnings = len(set(re.findall(r"^csrc/\S+ warning: .*", said, re.MULTILINE)))
-    cells = [compiler, *says.split(), f"{warnings} warnings" if built else "fails", "-", "-"]
-    if not built:
-        return False, " | ".join(cells)
-    for module in folder.glob("build/lib*/contrastive_ops/_*"):
+    well, said = logged(log, folder, python, "setup.py", "build", "--build-temp", "build/objects", **switches)
+    if not well:
+        return "fails"
+    abi = "".join(says[0].split(".")[:2]) + ("t" if says[0].endswith("t") else "")
+    for module in folder.glob(f"build/lib*-cpython-{abi}/contrastive_ops/_*"):
         if module.suffix in (".so", ".json"):
             shutil.copy2(module, folder / "contrastive_ops")
+    return f"{len(set(re.findall(r'^csrc/[^ ]+ warning: .*', said, re.MULTILINE)))} warnings"
+
+
+def borrowed(says: list[str], folder: Path) -> str | None:
+    """Takes what this compiler has made of the same sources for another Python, and says for which."""
+    package = folder / "contrastive_ops"
+    made, report = next(package.glob("_C.*.so"), None), checkout["report"](package)
+    if made is None or says[0].endswith("t") or report.get("sources") != checkout["sources_digest"](ROOT):
+        return None
+    if made.name != "_C.abi3.so":  # as a wheel names it
+        (folder / "built_with").write_text(made.name.split(".")[1])
+        made.replace(package / "_C.abi3.so")
+    return f"that of {(folder / 'built_with').read_text()}"
+
+
+def row(compiler: str, python: str, says: list[str], chosen: argparse.Namespace) -> tuple[bool, dict[str, str]]:
+    """Builds and tests one combination; whether all went well, and its row of the table."""
+    name = re.sub(r"[^\w.+-]", "_", compiler)
+    folder, log = BUILD / name, BUILD / f"{name}-{'-'.join(says[:2])}.log"
+    copy_sources(folder)
+    log.unlink(missing_ok=True)
+    how = (None if chosen.each else borrowed(says, folder)) or built(compiler, python, says, folder, log)
+    cells = dict(zip(COLUMNS, [compiler, *says, how, "-", "-"], strict=True))
+    if how == "fails":
+        return False, cells
     checked, said = logged(log, folder, python, "-m", "contrastive_ops", "check")
-    cells[4] = (re.findall(r"(\d+ of \d+) comparisons", said) or ["fails"])[-1]
-    passed, said = logged(log, folder, python, "-m", "pytest", "-q", "-k", "cpu", *tests) if tests else (True, "")
-    cells[5] = (re.findall(r"\d+ (?:passed|failed).*(?= in )", said) or ["-" if passed else "fails"])[-1]
-    return built and not warnings and checked and passed, " | ".join(cells)
+    cells["check"] = (re.findall(r"(\d+ of \d+) comparisons", said) or ["fails"])[-1]
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen.select, *chosen.tests]
+    passed, said = logged(log, folder, python, *words) if chosen.tests else (True, "")
+    counted = re.findall(r"\d+ (?:passed|failed).*?(?=, \d+ deselected| in )", said)
+    cells["tests"] = (counted or ["-" if passed else "fails"])[-1]
+    return how.startswith(("0 ", "that")) and checked and passed, cells
+
+
+def kept_rows(path: Path) -> list[dict[str, Any]]:
+    """What earlier runs have found."""
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def printed(row: dict[str, Any]) -> str:
+    """A row in Markdown."""
+    return f"| {' | '.join(row[name] for name in COLUMNS)} |"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table as it grows; 0 where all went well."""
-    chosen = parse(arguments)
-    said = dict(installed()) if chosen.compilers is None else {name: version([name]) for name in chosen.compilers}
-    print(f"{datetime.date.today()}\n", *(f"- `{name}`: {what}" for name, what in said.items()), "", sep="\n")
-    print("| compiler | Python | torch | build | check | tests |\n|---|---|---|---|---|---|", flush=True)
+    chosen, path = parse(arguments), BUILD / "rows.json"
+    named = chosen.compilers
+    said = dict(compilers["installed"]()) if named is None else {name: compilers["version"]([name]) for name in named}
+    today = str(datetime.date.today())
+    print(f"{today}\n", *(f"- `{name}`: {what}" for name, what in said.items()), "", sep="\n")
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     fine = True
     for python, says in pythons(chosen.pythons).items():
-        for compiler in said:
-            well, cells = row(compiler, python, says, chosen.tests)
-            print(f"| {cells} |", flush=True)
-            fine &= well
+        for compiler, what in said.items():
+            same = {"compiler": compiler, **dict(zip(COLUMNS[1:], says, strict=False)), "said": what}
+            same |= {"sources": checkout["sources_digest"](ROOT), "selected": f"{chosen.select} {chosen.tests}"}
+            known = kept_rows(path)
+            old = [each for each in known if chosen.resume and same.items() <= each.items()]
+            if not old:
+                well, cells = row(compiler, python, says, chosen)
+                old = [{**same, **cells, "date": today, "well": well}]
+                BUILD.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps([*kept_rows(path), *old], indent=1) + "\n")
+            print(printed(old[-1]), flush=True)
+            fine &= old[-1]["well"]
+    if chosen.save:
+        newest = {tuple(each[name] for name in COLUMNS[:4]): each for each in kept_rows(path)}
+        STORED.write_text(json.dumps([newest[key] for key in sorted(newest)], indent=1) + "\n")
     return 0 if fine else 1
 
 

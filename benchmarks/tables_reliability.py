@@ -1,7 +1,8 @@
-"""Tables of what was tested: the fuzzer's runs and the errors by dtype and temperature.
+"""Tables of what was tested: the fuzzer's runs, the errors by dtype and temperature, compilers and Pythons.
 
 make fuzz CASES=20000 SEED=20261130 ARGS="--save benchmarks/results/fuzz.json"
 python -m benchmarks.numerics --save
+make matrix ARGS=--save
 """
 
 from __future__ import annotations
@@ -57,10 +58,21 @@ def numerics(found: dict[str, Any]) -> str:
     return f"{table(found)}\n\n{found['rows']} rows of dimension {found['depth']}. {_origin(found)}"
 
 
+def matrix(rows: list[dict[str, str]]) -> str:
+    """Builds and tests by compiler and Python, and what the compilers are."""
+    columns = ("compiler", "python", "torch", "numpy", "build", "check", "tests")
+    lines = [[f"`{row['compiler']}`", *(row[name] for name in columns[1:])] for row in rows]
+    said = sorted({f"`{row['compiler']}` is {row['said']}" for row in rows})
+    days = sorted({row["date"] for row in rows})
+    header = ["compiler", "Python", "torch", "numpy", "build", "`check`", "tests"]
+    return f"{_markdown(header, lines)}\n{'; '.join(said)}. {' to '.join(sorted({days[0], days[-1]}))}.\n"
+
+
 def tables() -> dict[str, Callable[[], str]]:
     """The tables that there are results for."""
     known: dict[str, Callable[[], str]] = {}
-    for name, make in (("fuzz", lambda f: fuzz(f["runs"])), ("numerics", numerics)):
+    makers = (("fuzz", lambda f: fuzz(f["runs"])), ("numerics", numerics), ("matrix", matrix))
+    for name, make in makers:
         path = RESULTS / f"{name}.json"
         if path.exists():
             known[name] = lambda path=path, make=make: make(json.loads(path.read_text()))  # type: ignore[misc]

@@ -151,6 +151,13 @@ def _cpu_info() -> dict[str, Any]:
         facts["simd_detected"] = probe(module.cpu_capability_detected)
         facts["simd_used"] = probe(module.cpu_capability)
         facts["simd_cap"] = os.environ.get("CONTRASTIVE_OPS_CPU_CAPABILITY") or None
+        if facts["simd_cap"] not in (None, facts["simd_used"]):
+            facts["simd_note"] = "CONTRASTIVE_OPS_CPU_CAPABILITY caps the level, and this processor has no higher one"
+    if isinstance(facts["openmp_runtimes"], list) and len(facts["openmp_runtimes"]) > 1:
+        facts["openmp_note"] = (
+            "several OpenMP runtimes are loaded, and each starts threads for all cores; this package takes torch's."
+            " Install what brings the others (scikit-learn, faiss) from where torch is from, or set OMP_NUM_THREADS"
+        )
     return facts
 
 

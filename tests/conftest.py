@@ -1,5 +1,7 @@
 """Fixtures: the backends that can run here, seeds, and an interpreter of Triton that rounds as devices do."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,24 @@ from contrastive_ops.core import backends, eager, operators, triton_kernels
 def pytest_addoption(parser):
     parser.addoption("--run-slow", action="store_true", help="also run tests marked slow")
     parser.addoption("--run-exhaustive", action="store_true", help="also run tests marked exhaustive")
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="files in random order, and so the tests of each")
+
+
+def shuffled(items, seed):
+    """Tests of a file stay together, for the sake of what they share."""
+    files = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    order, generator = list(files.values()), random.Random(seed)
+    generator.shuffle(order)
+    for tests in order:
+        generator.shuffle(tests)
+    return [item for tests in order for item in tests]
 
 
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--shuffle") is not None:
+        items[:] = shuffled(items, config.getoption("--shuffle"))
     for marker in ("slow", "exhaustive"):
         if config.getoption(f"--run-{marker}"):
             continue

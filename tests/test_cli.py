@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,6 +52,50 @@ def test_info_survives_errors(capsys: pytest.CaptureFixture[str], monkeypatch: p
     status, output = say(capsys, "info")
     assert status == 0
     assert "unknown: RuntimeError: no such thing" in output
+
+
+@pytest.mark.skipif(extension.load() is None, reason="needs the C++ extension")
+def test_info_says_why_a_level_is_not_taken(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = SimpleNamespace(cpu_capability=lambda: "avx2", cpu_capability_detected=lambda: "avx2")
+    monkeypatch.setattr(extension, "load", lambda: module)
+    for cap, noted in (("", False), ("avx2", False), ("avx512", True)):
+        monkeypatch.setenv("CONTRASTIVE_OPS_CPU_CAPABILITY", cap)
+        assert ("this processor has no higher one" in say(capsys, "info")[1]) is noted, cap
+    # Where the build has no such level, every call says so, and `info` too.
+    monkeypatch.undo()
+    monkeypatch.setenv("CONTRASTIVE_OPS_CPU_CAPABILITY", "sse9")
+    status, output = say(capsys, "info")
+    assert status == 0 and "value must be a level of this build" in output and "got sse9" in output
+
+
+TWO_RUNTIMES = """
+import ctypes, sys
+ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)  # before torch, so its names are found first
+import torch
+from contrastive_ops import clip
+from contrastive_ops.__main__ import main
+torch.set_num_threads(2)
+x, y = torch.randn(2, 300, 40)
+assert torch.allclose(clip(x, y, backend="cpu"), clip(x, y, backend="reference"))
+main(["info"])
+"""
+
+
+@pytest.mark.skipif(extension.load() is None or sys.platform != "linux", reason="needs the C++ extension on Linux")
+def test_two_openmp_runtimes_are_named(tmp_path: Path) -> None:
+    with open("/proc/self/maps") as maps:
+        own = {line.split()[-1] for line in maps if Path(line.split()[-1]).name.startswith("libgomp")}
+    if len(own) != 1:
+        pytest.skip("torch runs on another OpenMP")
+    library, other = Path(own.pop()), tmp_path / "libgomp-other.so.1"
+    name = library.name.encode()
+    other.write_bytes(library.read_bytes().replace(name, name[:-1] + b"9"))  # else the loader takes both for one
+    command = [sys.executable, "-c", TWO_RUNTIMES, str(other)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "several OpenMP runtimes are loaded" in done.stdout and str(other) in done.stdout
 
 
 def test_info_explains_a_missing_extension(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

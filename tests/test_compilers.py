@@ -77,6 +77,13 @@ def test_a_mac_without_its_tools(machine, monkeypatch: pytest.MonkeyPatch) -> No
     assert said.endswith("xcode-select --install")
 
 
+def test_a_compiler_that_does_not_exist(machine) -> None:
+    machine({"g++-12": GCC12.replace("g++", "g++-12")})
+    assert _compilers.version(["no-such-c++"]) is None
+    said, name = _compilers.remedies("no C++ compiler was found (looked for no-such-c++)")
+    assert name == "g++-12" and said[0].startswith("take another compiler, which is installed here: CXX=g++-12 (")
+
+
 def test_a_compiler_that_is_too_old(machine) -> None:
     old = "g++ (GCC) 8.5.0 20210514 (Red Hat 8.5.0-26)"
     machine({"g++": old, "dnf": ""})
