@@ -69,4 +69,4 @@ def all_faults() -> list[Fault]:
     """Every fault of the project."""
     from . import in_cpu, in_cuda, in_python, in_triton
 
-    return [*in_cpu.FAULTS, *in_cuda.FAULTS, *in_triton.FAULTS, *in_python.FAULTS]
+    return [*in_python.FAULTS, *in_triton.FAULTS, *in_cuda.FAULTS, *in_cpu.FAULTS]

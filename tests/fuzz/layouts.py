@@ -12,10 +12,11 @@ from .cases import One, Refused
 
 # Of the matrices of plain torch.
 MOST_PAIRS = 1_500_000
+MOST_NUMBERS = 3_000_000  # of the operands
 # Primes, none, one, and what tiles, vectors and blocks end at; the simplest first.
 ROWS = One((1, 2, 3, 5, 0, 7, 8, 13, 16, 17, 31, 32, 33, 64, 65, 127, 128, 131, 257, 1030, 4099))
 COLUMNS = One((1, 2, 3, 5, 0, 7, 9, 16, 17, 33, 64, 65, 127, 129, 130, 257, 301))
-DEPTHS = One((1, 2, 3, 4, 7, 8, 16, 17, 33, 64, 65, 100, 130))
+DEPTHS = One((1, 2, 3, 4, 7, 8, 16, 17, 33, 64, 65, 100, 130, 1030, 4099))
 BACKENDS = One(("cpu", "reference"))
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,7 +30,8 @@ class Numbers(Inputs):
 
     def __init__(self, n: int, m: int, d: int, kind: str = "grid", **options: Any) -> None:
         self.kind = kind
-        if n * (n if options.get("itself") else m) > MOST_PAIRS:
+        columns = n if options.get("itself") else m
+        if n * columns > MOST_PAIRS or (n + columns) * d > MOST_NUMBERS:
             raise Refused
         super().__init__(n, m, d, **options)
 
