@@ -27,7 +27,7 @@ import setup_torch  # noqa: E402
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 ONCE = ("csrc/cpu/capability.cpp", "csrc/cpu/scratch.cpp")
-NOT_OF_C = ("csrc/bindings_cuda.cpp", "csrc/eager.cpp")
+NOT_OF_C = ("csrc/bindings_cuda.cpp", "csrc/eager.cpp", "csrc/portable.cpp")
 EAGER = ("csrc/eager.cpp", "csrc/similarity_loss.cpp")
 
 

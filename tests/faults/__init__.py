@@ -50,8 +50,14 @@ class Fault:
 
     @property
     def digest(self) -> str:
-        """Changes with the fault and its tests."""
+        """Changes with the fault and its list of tests."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:12]
+
+    def state(self, root: Path) -> str:
+        """Changes also with the files that it and its tests are in."""
+        files = [self.file, *(word for word in self.tests if word.startswith("tests/"))]
+        content = b"".join((root / file).read_bytes() for file in files)
+        return f"{self.digest}-{hashlib.sha256(content).hexdigest()[:12]}"
 
     def planted(self, text: str) -> str:
         """The text of the file with the fault.

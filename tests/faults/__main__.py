@@ -3,7 +3,7 @@
 make mutate                                      all; those that were caught before, and are as they were, again
 make mutate ARGS="--kinds cuda triton"           cpu, cuda, triton, python
 make mutate ARGS="--only barrier 'tie order'"    those whose name or file has one of these words
-make mutate ARGS="--resume"                      but for those that an earlier run, of the same sources, has caught
+make mutate ARGS="--resume"                      but for those that were caught before, of which no file has changed
 make mutate ARGS="--list"                        only names
 """
 
@@ -20,12 +20,19 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads OpenMP
 
 import builds
-import torch  # noqa: F401  (forks have it)
+
+# Forks have these, and nothing of the package.
+import hypothesis  # noqa: F401
+import numpy as np  # noqa: F401
+import pytest
+import torch._dynamo
+import torch.utils.data  # noqa: F401
 from builds.objects import Object
 
 from . import ROOT, Fault, all_faults
@@ -83,17 +90,52 @@ def run_tests(fault: Fault, level: str, seconds: float) -> tuple[int | None, str
 
 def in_tree(fault: Fault, level: str) -> int:
     """Runs the tests of a fault in this process, with the package of the copy."""
-    import pytest
+    enter_tree(fault.kind, level)
+    return tested(fault)
 
+
+def tested(fault: Fault) -> int:
+    """What pytest returns."""
+    return int(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *fault.tests]))
+
+
+def tested_in_turn(faults: list[Fault], level: str, seconds: float) -> Iterator[int]:
+    """What pytest returns for the tests of one fault after another, in one process that nothing was planted for.
+
+    It imports everything once. The iterator ends early where the process does.
+    """
+    source, to = os.pipe()
+    sys.stdout.flush()
+    process = os.fork()
+    if process == 0:
+        os.setsid()
+        with open(os.devnull, "wb") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        try:
+            enter_tree(faults[0].kind, level)
+            for fault in faults:
+                signal.alarm(int(seconds))
+                os.write(to, bytes([tested(fault) + 1]))
+        finally:
+            os._exit(0)
+    os.close(to)
+    with os.fdopen(source, "rb", buffering=0) as answers:
+        while answer := answers.read(1):
+            yield answer[0] - 1
+    os.waitpid(process, 0)
+
+
+def enter_tree(kind: str, level: str) -> None:
+    """Makes this process one that has the package of the copy."""
     os.chdir(TREE)
     os.environ["CONTRASTIVE_OPS_CPU_CAPABILITY"] = level
     os.environ["PYTHONPATH"] = str(TREE)  # of processes that tests start
-    if fault.kind == "triton":
+    if kind == "triton":
         os.environ["TRITON_INTERPRET"] = "1"
     for name in [name for name in sys.modules if name.split(".")[0] in ("builds", "faults")]:
         del sys.modules[name]
     sys.path[:] = [str(TREE), *(path for path in sys.path if path not in (str(ROOT), str(ROOT / "tests"), ""))]
-    return int(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *fault.tests]))
 
 
 def verdict(status: int | None, said: str) -> str:
@@ -144,9 +186,28 @@ class Tree:
                 shutil.copyfile(path, new)
                 new.replace(target)
 
+    def try_all(self, faults: list[Fault], seconds: float) -> None:
+        """Runs the tests of many faults without any; those that do not pass are run again by `passes`, alone."""
+        groups: dict[tuple[str, str], dict[str, Fault]] = {}
+        for fault in faults:
+            level = fault.level or builds.usual_level()
+            if self.key(fault, level) not in self.passed and fault.kind != "cpu":
+                groups.setdefault((fault.kind, level), {})[self.key(fault, level)] = fault
+        for (_, level), group in groups.items():
+            self.take_installed()
+            if builds.runs(level, TREE):
+                for key, status in zip(group, tested_in_turn(list(group.values()), level, seconds), strict=False):
+                    if status == PASSED:
+                        self.passed[key] = ""
+
+    @staticmethod
+    def key(fault: Fault, level: str) -> str:
+        """What tests of a fault without it have in common."""
+        return repr((fault.kind == "triton", level, fault.tests))
+
     def passes(self, fault: Fault, level: str, seconds: float) -> str:
         """Nothing if the tests of a fault pass without it, else what they say."""
-        key = repr((fault.kind == "triton", level, fault.tests))
+        key = self.key(fault, level)
         if key not in self.passed:
             status, said = run_tests(fault, level, seconds)
             self.passed[key] = "" if status == PASSED else f"error: without the fault pytest returned {status}: {said}"
@@ -182,7 +243,7 @@ def save(path: Path, faults: list[Fault], results: dict[str, str], seconds: floa
     sys.path.append(str(ROOT))
     from benchmarks import provenance
 
-    found = [results.get(fault.digest, "not run") for fault in faults]
+    found = [results.get(fault.state(TREE), "not run") for fault in faults]
     counts = {word: sum(each.startswith(word) for each in found) for word in ("caught", "survived", "skipped", "error")}
     kinds = {kind: sum(fault.kind == kind for fault in faults) for kind in KINDS}
     rows = [
@@ -209,17 +270,19 @@ def main() -> int:
     started, tree, kept = time.monotonic(), Tree(), FOLDER / "results.json"
     known = json.loads(kept.read_text()) if kept.exists() and given.resume else {}
     same = known.get("sources") == tree.state
-    results = {k: v for k, v in known.get("results", {}).items() if same and v.startswith("caught")}
+    results = {k: v for k, v in known.get("results", {}).items() if v.startswith("caught")}
     tree.passed = {k: v for k, v in known.get("passed", {}).items() if same and not v}
+    seen = {fault: fault.state(TREE) for fault in chosen}
+    tree.try_all([fault for fault in chosen if seen[fault] not in results], given.seconds)
     for number, fault in enumerate(chosen, 1):
         begun = time.monotonic()
-        if fault.digest not in results:
-            results[fault.digest] = tree.result(fault, given.seconds)
+        if seen[fault] not in results:
+            results[seen[fault]] = tree.result(fault, given.seconds)
             now = {"sources": tree.state, "passed": tree.passed, "results": results}
             kept.write_text(json.dumps(now, indent=1))
         spent = time.monotonic() - begun
-        print(f"{number}/{len(chosen)} {fault.file}: {fault.name}: {results[fault.digest]} ({spent:.0f} s)", flush=True)
-    found = [results[fault.digest] for fault in chosen]
+        print(f"{number}/{len(chosen)} {fault.file}: {fault.name}: {results[seen[fault]]} ({spent:.0f} s)", flush=True)
+    found = [results[seen[fault]] for fault in chosen]
     caught = sum(each.startswith("caught") for each in found)
     skipped = sum(each.startswith("skipped") for each in found)
     print(f"{len(chosen)} faults: {caught} caught, {skipped} skipped, {len(chosen) - caught - skipped} not caught")
