@@ -50,15 +50,25 @@ $(VENV)/.notebooks: requirements/notebooks.txt $(VENV)/.dev
 	@touch $@
 
 # Never `build_ext --inplace`: it would leave the mapping of contrastive_ops.kernels out.
+BUILD := $(RUN) .ci/building.py $(RUN) -m pip install --no-build-isolation --no-deps --disable-pip-version-check -q -e .
 $(VENV)/.install: $(BUILD_INPUTS) $(VENV)/.dev
-	@$(RUN) .ci/building.py $(RUN) -m pip install --no-build-isolation --no-deps --disable-pip-version-check -q -e .
+	@rm -f $(VENV)/.demo
+	@$(BUILD)
+	@touch $@ $(VENV)/.demo
+
+# What the demo needs: the SIMD levels of this processor, and no kernel for a GPU where none is seen. It is no `install`:
+# the next one compiles the rest.
+SEES_GPU := $(wildcard /dev/nvidia*)$(shell command -v nvidia-smi 2>/dev/null)
+$(VENV)/.demo: $(BUILD_INPUTS) $(VENV)/.dev
+	@rm -f $(VENV)/.install
+	@CONTRASTIVE_OPS_NATIVE=1 CONTRASTIVE_OPS_CUDA=$${CONTRASTIVE_OPS_CUDA:-$(if $(SEES_GPU),auto,0)} $(BUILD)
 	@touch $@
 
 install: $(VENV)/.install ## the package and its tools, editable, in .venv
 
 peers: $(VENV)/.peers ## the packages that tests and benchmarks compare with
 
-demo: install ## train a docstring search with plain PyTorch and with contrastive_ops, then mine negatives for it
+demo: $(VENV)/.demo ## train a docstring search with plain PyTorch and with contrastive_ops, then mine negatives for it
 	$(RUN) examples/docstring_search.py $(ARGS)
 
 limoe: install ## train a LIMoE, one sparse tower for images and text, on digits with captions; ARGS="--dense"
@@ -145,5 +155,5 @@ aarch64: $(VENV)/.dev ## the extension for 64-bit ARM, compiled across: main loo
 
 clean: ## remove build products and caches, keep .venv
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
-	rm -f contrastive_ops/_C*.so contrastive_ops/_build_report.json $(VENV)/.install
+	rm -f contrastive_ops/_C*.so contrastive_ops/_eager*.so contrastive_ops/_build_report.json $(VENV)/.install $(VENV)/.demo
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -2,7 +2,7 @@
 
 The extension is ``csrc/*.cpp``, which know Python and no torch header, linked with static libraries, one per SIMD level
 and one of CUDA kernels, because setuptools knows one set of flags per extension only. So it loads with every torch of
-its Python. Three environment variables steer the build:
+its Python. Four environment variables steer the build:
 
     CONTRASTIVE_OPS_EXT   auto (default): build the extension, or install pure Python and warn where
                           there is no compiler for it; 1: fail if it cannot be built; 0: pure Python
@@ -10,6 +10,7 @@ its Python. Three environment variables steer the build:
                           its major version is found, else CPU only; 1: fail without them; 0: CPU only
     CONTRASTIVE_OPS_WHEEL auto (default): for this machine; 1: one extension for every Python from 3.10 on and
                           for every Linux from glibc 2.28 on (`make wheel`)
+    CONTRASTIVE_OPS_NATIVE auto (default): every SIMD level; 1: those that this processor uses (`make demo`)
 
 CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LIST the GPUs (see ``setup_cuda.py``). The torch is that
 of the interpreter that gets the package, in an isolated build too (see ``setup_torch.py``).
@@ -43,9 +44,11 @@ from setup_cpu import (  # noqa: E402
     amx_macro,
     extension_objects,
     find_compiler,
+    has_macros,
     level_macros,
     levels,
     library_objects,
+    native_levels,
     portable_arguments,
     say_first_error,
 )
@@ -67,6 +70,7 @@ if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
 WANT_EXT = choice("CONTRASTIVE_OPS_EXT", "unset it to build the extension wherever a compiler is found")
 WANT_CUDA = choice("CONTRASTIVE_OPS_CUDA", "unset it to build CUDA kernels where a toolkit is found")
 IS_WHEEL = choice("CONTRASTIVE_OPS_WHEEL", "unset it to build for this machine alone") == "1"
+IS_NATIVE = choice("CONTRASTIVE_OPS_NATIVE", "unset it to build every SIMD level") == "1" and not IS_WHEEL
 
 
 @dataclass
@@ -76,6 +80,7 @@ class Plan:
     reason: str | None = None  # why there is no extension
     compiler: str = ""
     cpu: str = ""  # what the extension is made of
+    levels: dict[str, list[str]] = field(default_factory=dict)
     macros: list[tuple[str, str]] = field(default_factory=list)
     cuda: setup_cuda.Nvcc | None = None
     why_no_cuda: str | None = None
@@ -137,8 +142,10 @@ def make_plan() -> Plan:
         return Plan(reason=f"no C++ compiler was found (looked for {looked})")
     torch = import_torch()
     name = compilers.version(compiler) or compiler[0]
-    cpu = f"CPU extension with levels {', '.join(levels())}; {name}"
-    plan = Plan(compiler=name, cpu=cpu, macros=amx_macro(), torch=str(torch.__version__))
+    cpuinfo = Path("/proc/cpuinfo")
+    built = native_levels(cpuinfo.read_text() if cpuinfo.exists() else "") if IS_NATIVE else levels()
+    cpu = f"CPU extension with levels {', '.join(built)}; {name}"
+    plan = Plan(compiler=name, cpu=cpu, levels=built, macros=amx_macro(), torch=str(torch.__version__))
     try:
         plan.cuda = find_cuda(torch, compiler)
     except setup_cuda.NoCuda as why:
@@ -164,10 +171,10 @@ def make_libraries(plan: Plan) -> list[tuple[str, dict]]:
     libraries = [
         (
             "contrastive_ops_capability",
-            {"sources": ["csrc/cpu/capability.cpp"], "cflags": flags, "macros": plan.macros},
+            {"sources": [once[0]], "cflags": flags, "macros": [*plan.macros, *has_macros(plan.levels)]},
         )
     ]
-    for level, level_flags in reversed(levels().items()):  # a level calls those below it
+    for level, level_flags in reversed(plan.levels.items()):  # a level calls those below it
         info = {
             "sources": stems,
             "cflags": [*flags, *level_flags],

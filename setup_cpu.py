@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
@@ -129,6 +130,35 @@ def levels() -> dict[str, list[str]]:
     return {"default": []}
 
 
+# What /proc/cpuinfo calls what the sources ask the processor for.
+PROC_FLAGS = {
+    "avx2": {"avx2", "fma"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx512_bf16": {"avx512_bf16"},
+    "amx": {"amx_tile", "amx_bf16"},
+}
+
+
+def native_levels(cpuinfo: str) -> dict[str, list[str]]:
+    """Of the levels of a build the best of this processor, what it leaves to another, and the lowest; all where it is
+    not known, as on ARM, which has two.
+
+    Args:
+        cpuinfo: what Linux says in /proc/cpuinfo; empty elsewhere.
+    """
+    every = levels()
+    found = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
+    if found is None or architecture() != "x86_64":
+        return every
+    names, has = ["default"], set(found[1].split())
+    for level in [*every][1:]:
+        if not PROC_FLAGS[level] <= has:
+            break
+        names.append(level)
+    below = dict(LEVEL_MACROS[names[-1]]).get("LEVEL_BELOW", "").removeprefix("level_")
+    return {name: flags for name, flags in every.items() if name in ("default", below, names[-1])}
+
+
 # Has the compiler write down the headers of an object. Not on macOS, where one command may be for two architectures.
 NAME_HEADERS = ["-MMD"] if sys.platform == "linux" else []
 
@@ -205,5 +235,11 @@ def extension_objects(extension: Extension, python: list[str]) -> list[Object]:
     return [Object(folder, source, *how) for source in extension.sources]
 
 
+def has_macros(names: Iterable[str]) -> list[tuple[str, str]]:
+    """What csrc/cpu/capability.cpp is told: which levels a build has."""
+    return [(f"CONTRASTIVE_OPS_HAS_{name.upper()}", "1") for name in names]
+
+
 def amx_macro() -> list[tuple[str, str]]:
+    """For which processors may be asked, whatever levels a build has."""
     return [("CONTRASTIVE_OPS_AMX", "1")] if "amx" in levels() else []

@@ -1,6 +1,6 @@
 #include "capability.h"
 
-#ifdef CONTRASTIVE_OPS_AMX
+#ifdef CONTRASTIVE_OPS_AMX  // the compiler knows it
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -22,14 +22,28 @@ namespace contrastive_ops {
 namespace {
 constexpr const char* kNames[] = {"default", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16"};
 
+// The build says by CONTRASTIVE_OPS_HAS_<LEVEL> which levels it has beside the lowest.
 #if defined(__x86_64__)
-constexpr Capability kLevels[] = {Capability::standard, Capability::avx2, Capability::avx512, Capability::avx512_bf16,
-#ifdef CONTRASTIVE_OPS_AMX
+constexpr Capability kLevels[] = {Capability::standard,
+#ifdef CONTRASTIVE_OPS_HAS_AVX2
+                                  Capability::avx2,
+#endif
+#ifdef CONTRASTIVE_OPS_HAS_AVX512
+                                  Capability::avx512,
+#endif
+#ifdef CONTRASTIVE_OPS_HAS_AVX512_BF16
+                                  Capability::avx512_bf16,
+#endif
+#ifdef CONTRASTIVE_OPS_HAS_AMX
                                   Capability::amx
 #endif
 };
 #elif defined(__aarch64__)
-constexpr Capability kLevels[] = {Capability::neon, Capability::neon_bf16};
+constexpr Capability kLevels[] = {Capability::neon,
+#ifdef CONTRASTIVE_OPS_HAS_NEON_BF16
+                                  Capability::neon_bf16
+#endif
+};
 
 // Armv8.6 has the products of bfloat16 numbers, and so have some before it: Graviton3, Grace, Apple's from the M2 on.
 bool has_bf16() {
@@ -91,42 +105,76 @@ std::string capability_names() {
 }
 
 Capability capability() {
-  const Capability detected = detected_capability();
+  Capability cap = detected_capability();
   const char* text = std::getenv("CONTRASTIVE_OPS_CPU_CAPABILITY");
-  if (text == nullptr || *text == '\0') return detected;
-  for (const Capability level : kLevels) {
+  if (text != nullptr && *text != '\0') {
+    const Capability* named = nullptr;
+    for (const Capability& level : kLevels) {
+      if (std::string(text) == capability_name(level)) named = &level;
+    }
+    if (named == nullptr) {
+      throw std::invalid_argument("CONTRASTIVE_OPS_CPU_CAPABILITY: value must be a level of this build (" +
+                                  capability_names() + "), got " + std::string(text) +
+                                  "\n  unset the variable to use what the processor has");
+    }
     // A cap, not a request: a level that the processor lacks would be an illegal instruction.
-    if (std::string(text) == capability_name(level)) return detected < level ? detected : level;
+    if (*named < cap) cap = *named;
   }
-  throw std::invalid_argument("CONTRASTIVE_OPS_CPU_CAPABILITY: value must be a level of this build (" +
-                              capability_names() + "), got " + std::string(text) +
-                              "\n  unset the variable to use what the processor has");
+  Capability best = kLevels[0];
+  for (const Capability level : kLevels) {
+    if (level <= cap) best = level;
+  }
+  return best;
 }
 
 // The functions of a primitive for the level in use.
-#ifdef CONTRASTIVE_OPS_AMX
-#define CONTRASTIVE_OPS_AMX_LEVEL(stem) \
-  case Capability::amx:                 \
+#ifdef CONTRASTIVE_OPS_HAS_AVX2
+#define CONTRASTIVE_OPS_CASE_AVX2(stem) \
+  case Capability::avx2:                \
+    return level_avx2::stem();
+#else
+#define CONTRASTIVE_OPS_CASE_AVX2(stem)
+#endif
+#ifdef CONTRASTIVE_OPS_HAS_AVX512
+#define CONTRASTIVE_OPS_CASE_AVX512(stem) \
+  case Capability::avx512:                \
+    return level_avx512::stem();
+#else
+#define CONTRASTIVE_OPS_CASE_AVX512(stem)
+#endif
+#ifdef CONTRASTIVE_OPS_HAS_AVX512_BF16
+#define CONTRASTIVE_OPS_CASE_AVX512_BF16(stem) \
+  case Capability::avx512_bf16:                \
+    return level_avx512_bf16::stem();
+#else
+#define CONTRASTIVE_OPS_CASE_AVX512_BF16(stem)
+#endif
+#ifdef CONTRASTIVE_OPS_HAS_AMX
+#define CONTRASTIVE_OPS_CASE_AMX(stem) \
+  case Capability::amx:                \
     return level_amx::stem();
 #else
-#define CONTRASTIVE_OPS_AMX_LEVEL(stem)
+#define CONTRASTIVE_OPS_CASE_AMX(stem)
+#endif
+#ifdef CONTRASTIVE_OPS_HAS_NEON_BF16
+#define CONTRASTIVE_OPS_CASE_NEON_BF16(stem) \
+  case Capability::neon_bf16:                \
+    return level_neon_bf16::stem();
+#else
+#define CONTRASTIVE_OPS_CASE_NEON_BF16(stem)
 #endif
 #if defined(__x86_64__)
-#define CONTRASTIVE_OPS_LEVELS(stem)  \
-  CONTRASTIVE_OPS_AMX_LEVEL(stem)     \
-  case Capability::avx512_bf16:       \
-    return level_avx512_bf16::stem(); \
-  case Capability::avx512:            \
-    return level_avx512::stem();      \
-  case Capability::avx2:              \
-    return level_avx2::stem();        \
-  default:                            \
+#define CONTRASTIVE_OPS_LEVELS(stem)     \
+  CONTRASTIVE_OPS_CASE_AMX(stem)         \
+  CONTRASTIVE_OPS_CASE_AVX512_BF16(stem) \
+  CONTRASTIVE_OPS_CASE_AVX512(stem)      \
+  CONTRASTIVE_OPS_CASE_AVX2(stem)        \
+  default:                               \
     return level_default::stem();
 #elif defined(__aarch64__)
-#define CONTRASTIVE_OPS_LEVELS(stem) \
-  case Capability::neon_bf16:        \
-    return level_neon_bf16::stem();  \
-  default:                           \
+#define CONTRASTIVE_OPS_LEVELS(stem)   \
+  CONTRASTIVE_OPS_CASE_NEON_BF16(stem) \
+  default:                             \
     return level_neon::stem();
 #else
 #define CONTRASTIVE_OPS_LEVELS(stem) \

@@ -157,7 +157,9 @@ class Build:
     def _command(self, *includes: str, system: bool = False) -> tuple[str, ...]:
         """How files are compiled; headers of a system are not looked at when objects are to be renewed."""
         flags = ["-O1" if flag == "-O2" else flag for flag in setup_cpu.COMMON_FLAGS]
-        macros = [f"-D{name}={value}" for name, value in setup_cpu.amx_macro()]
+        macros = [
+            f"-D{name}={value}" for name, value in (*setup_cpu.amx_macro(), *setup_cpu.has_macros(setup_cpu.levels()))
+        ]
         places = [word for path in includes for word in (("-isystem", path) if system else (f"-I{path}",))]
         return (*_compiler(), *flags, *self.flags, *macros, *places)
 
