@@ -89,7 +89,7 @@ moe-embeddings: install ## tune one embedding model for many domains, with an ex
 distill: install ## distil a small embedding model from a larger one
 	$(RUN) examples/distill_embeddings.py $(ARGS)
 
-test: install ## the tests; ARGS="-k name -x", ARGS="tests/test_nn.py"
+test: install ## the tests, which say how long they take; ARGS="-n 2", ARGS="-k name -x", ARGS="tests/test_nn.py"
 	$(RUN) -m pytest $(ARGS)
 
 fuzz: install ## random calls of everything against dense formulas: CASES (1000), SEED (0), ARGS="--subjects losses"
@@ -128,8 +128,8 @@ format: $(VENV)/.dev ## apply what lint asks for where that is mechanical
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-bench: install ## the benchmark suite
-	$(RUN) -m benchmarks.run $(ARGS)
+bench: install ## every number to reach, hit or missed, in ten minutes; ARGS="--op clip", ARGS="--base main", ARGS="--curves"
+	$(RUN) -m benchmarks.run $(or $(ARGS),--targets)
 
 cores: install ## modelled speed-up on 2 to 128 cores; ARGS="--op clip --size large --regions 64", ARGS="--check"
 	$(RUN) -m benchmarks.cores $(ARGS)

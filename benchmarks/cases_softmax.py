@@ -6,6 +6,9 @@ embeddings, 1 / 0.1 for SimCLR. ``cosine`` is set so that the loss lies between 
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 
 from benchmarks import providers
@@ -22,9 +25,9 @@ def clip_inputs(case: Case) -> Inputs:
     return paired_case_inputs(case, ("image", "text"), cosine=0.24, learned={"scale": 50.0})
 
 
-def info_nce_inputs(case: Case) -> Inputs:
-    """Unit rows and a fixed scale."""
-    return paired_case_inputs(case, ("query", "key"), cosine=0.45, constants={"scale": 20.0})
+def info_nce_inputs(case: Case, unit: bool = True) -> Inputs:
+    """Unit rows, or rows of different lengths, and a fixed scale."""
+    return paired_case_inputs(case, ("query", "key"), cosine=0.45, constants={"scale": 20.0}, unit=unit)
 
 
 def nt_xent_inputs(case: Case) -> Inputs:
@@ -97,6 +100,26 @@ def info_nce_case(n: int, d: int, dtype: torch.dtype) -> Case:
     )
 
 
+def cosine_info_nce_case(n: int, d: int) -> Case:
+    """InfoNCE of rows that the loss normalises, against the package of that name."""
+    like = info_nce_case(n, d, torch.float32)
+    peer = providers.info_nce_pytorch()
+    return replace(
+        like,
+        op="info_nce-cosine",
+        make_inputs=partial(info_nce_inputs, unit=False),
+        truth=partial(info_nce_truth, cosine=True),
+        providers=(
+            providers.ours("info_nce", as_given=False),
+            peer,
+            providers.torch_eager("torch eager", providers.eager_cosine_info_nce),
+            like.provider(providers.MATMUL),
+        ),
+        baseline=peer.name,
+        targets=(),
+    )
+
+
 def nt_xent_case(n: int, d: int) -> Case:
     """NT-Xent on two views of n rows: 4 M^2 D with M = 2 n, because the logits are symmetric."""
     peer = "lightly NTXentLoss"
@@ -126,7 +149,7 @@ INFO_NCE = [
 ]
 NT_XENT = [nt_xent_case(2048, 512)]
 
-register(*CLIP, *INFO_NCE, *NT_XENT)
+register(*CLIP, *INFO_NCE, *NT_XENT, cosine_info_nce_case(2048, 512))
 register(
     memory_case("memory-softmax", CLIP[0], 65_536, 64),
     memory_case("memory-softmax", CLIP[0], 65_536, 256),

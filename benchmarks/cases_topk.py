@@ -49,6 +49,12 @@ def topk_case(d: int, k: int, *, faster: float | None = None) -> Case:
     """1,024 queries; with a first pass in lower precision where the design has a number for it."""
     targets: tuple[Target, ...] = () if faster is None else (Target("topk", "faster", faster, OURS, FAISS),)
     others: tuple[Provider, ...] = ()
+    if k == 10:  # where they are best
+        others = (
+            providers_topk.usearch_exact(),
+            providers_topk.hnswlib_brute_force(),
+            providers_topk.scikit_brute_force(),
+        )
     if (d, k) == (768, 100):
         others = providers_topk.ours(BF16, coarse=torch.bfloat16), providers_topk.ours(INT8, coarse=torch.int8)
         targets += (Target("topk", "faster", 1.8, BF16, FAISS),)

@@ -8,6 +8,7 @@ several times), the order rotates from round to round, and ratios are formed of 
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -23,12 +24,13 @@ MAX_CALLS = 20
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one step: the minimum, the median, and the 20th and 80th percentiles."""
+    """Seconds of one step: the minimum, the median, and the 20th and 80th percentiles; and of how many samples."""
 
     minimum: float
     median: float
     p20: float
     p80: float
+    samples: int = 1
 
     @classmethod
     def of(cls, samples: list[float]) -> Timing:
@@ -36,7 +38,7 @@ class Timing:
         ordered = sorted(samples)
         last = len(ordered) - 1
         p20, p80 = ordered[round(0.2 * last)], ordered[round(0.8 * last)]
-        return cls(ordered[0], statistics.median(ordered), p20, p80)
+        return cls(ordered[0], statistics.median(ordered), p20, p80, len(ordered))
 
 
 def _timed(step: Callable[[], object], device: str) -> float:
@@ -70,13 +72,16 @@ def synchronise(device: str) -> None:
         torch.accelerator.synchronize()
 
 
-def interleave(steps: Mapping[str, Callable[[], object]], *, rounds: int, device: str = "cpu") -> dict[str, Timing]:
+def interleave(
+    steps: Mapping[str, Callable[[], object]], *, rounds: int, device: str = "cpu", until: float = math.inf
+) -> dict[str, Timing]:
     """Timings of every step over ``rounds`` rounds, each step once warm before the first.
 
     Args:
         steps: what to time, by provider.
         rounds: at least 1.
         device: "cpu", or the type of an accelerator to synchronise.
+        until: when `time.monotonic` is past it no further round begins, but for the first.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -90,6 +95,8 @@ def interleave(steps: Mapping[str, Callable[[], object]], *, rounds: int, device
     gc.disable()
     try:
         for turn in range(rounds):
+            if turn and time.monotonic() > until:
+                break
             first = turn % len(names) if names else 0
             for name in names[first:] + names[:first]:
                 samples[name] += [_timed(steps[name], device) for _ in range(calls[name])]

@@ -60,18 +60,26 @@ def insist_on(backend: str | None, stem: str, x: Tensor) -> dict[str, str]:
 AS_GIVEN = ("clip", "info_nce", "siglip")
 
 
-def ours(function: str, name: str = OURS, *, cache: bool | None = None, backend: str | None = None) -> Provider:
+def ours(
+    function: str,
+    name: str = OURS,
+    *,
+    cache: bool | None = None,
+    backend: str | None = None,
+    as_given: bool | None = None,
+) -> Provider:
     """``contrastive_ops.losses.<function>`` on the case's tensors and constants.
 
     ``cache``: None leaves ``memory_budget`` at its default, False gives it no byte, True enough to
     keep one float32 matrix of all logits. ``backend``: None leaves the choice to the package.
+    ``as_given``: whether rows are taken as they are; None: those of ``AS_GIVEN`` are.
     """
 
     def build(inputs: Inputs) -> Step:
         import contrastive_ops
 
         options = {**inputs.arguments, **insist_on(backend, "similarity_reduce", _rows(inputs)[0])}
-        if function in AS_GIVEN:
+        if as_given or (as_given is None and function in AS_GIVEN):
             options["normalize"] = False
         if cache is not None:
             first, last = _rows(inputs)[0], _rows(inputs)[-1]
@@ -146,6 +154,11 @@ def eager_info_nce(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """InfoNCE from queries to keys."""
     logits = scale * (query @ key.T)
     return F.cross_entropy(logits, torch.arange(len(query), device=query.device))
+
+
+def eager_cosine_info_nce(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """InfoNCE of cosines."""
+    return eager_info_nce(F.normalize(query, dim=1), F.normalize(key, dim=1), scale)
 
 
 def eager_nt_xent(z0: Tensor, z1: Tensor, temperature: float) -> Tensor:
@@ -312,6 +325,18 @@ def sentence_transformers_gist() -> Provider:
         return step
 
     return Provider("sentence-transformers CachedGIST", build, package="sentence-transformers")
+
+
+def info_nce_pytorch() -> Provider:
+    """info-nce-pytorch's InfoNCE, whose negatives are the other keys; it normalises its inputs."""
+
+    def build(inputs: Inputs) -> Step:
+        from info_nce import InfoNCE
+
+        loss = InfoNCE(temperature=1 / inputs.constants["scale"])
+        return differentiate(lambda query, key: loss(query, key), inputs.tensors)
+
+    return Provider("info-nce-pytorch InfoNCE", build, package="info-nce-pytorch")
 
 
 def open_clip_siglip() -> Provider:

@@ -1,7 +1,7 @@
-"""Who finds the k best columns of every row: this package, plain torch, and faiss.
+"""Who finds the k best columns of every row: this package, plain torch, faiss, usearch, hnswlib and scikit-learn.
 
-A step is one search. What a user does once for a corpus is done when built: faiss' index, a corpus
-rounded for a first pass. faiss gets as many threads as torch has.
+A step is one search. What a user does once for a corpus is done when built: an index, a corpus rounded for a first
+pass. Others get as many threads as torch has, and search exactly: their graphs find other lists.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ BF16, INT8 = (f"{OURS} {dtype} + certificate" for dtype in ("bf16", "int8"))
 TORCH = "torch mm + topk"
 FAISS = "faiss IndexFlatIP"
 FAISS_BLAS = "faiss IndexFlatIP always BLAS"
+USEARCH = "usearch exact"
+HNSWLIB = "hnswlib BFIndex"
+SCIKIT = "scikit-learn brute force"
 OVER_FETCH = "faiss over-fetch of 10 k"
 SELECTOR = "faiss shared selector without margin"
 READ = "read bandwidth"
@@ -202,6 +205,73 @@ def faiss_selector() -> Provider:
         return step
 
     return Provider(SELECTOR, build, package="faiss-cpu")
+
+
+# ---------------------------------------------------------------------------------------------
+# Others that search exactly
+
+
+def usearch_exact() -> Provider:
+    """usearch's search of a matrix without an index."""
+
+    def build(inputs: Inputs) -> Step:
+        from usearch.index import MetricKind, search
+
+        query, corpus, k = _problem(inputs)
+        threads = torch.get_num_threads()
+
+        def step() -> Lists:
+            found = search(corpus.numpy(), query.numpy(), k, MetricKind.IP, exact=True, threads=threads)
+            return _of_distances(found.distances, found.keys)
+
+        return step
+
+    return Provider(USEARCH, build, package="usearch")
+
+
+def hnswlib_brute_force() -> Provider:
+    """hnswlib's index without a graph, for inner products."""
+
+    def build(inputs: Inputs) -> Step:
+        import hnswlib
+
+        query, corpus, k = _problem(inputs)
+        index = hnswlib.BFIndex(space="ip", dim=corpus.shape[1])
+        index.init_index(max_elements=len(corpus))
+        index.add_items(corpus.numpy())
+        index.set_num_threads(torch.get_num_threads())
+
+        def step() -> Lists:
+            columns, distances = index.knn_query(query.numpy(), k)
+            return _of_distances(distances, columns)
+
+        return step
+
+    return Provider(HNSWLIB, build, package="hnswlib")
+
+
+def _of_distances(distances: Any, columns: Any) -> Lists:
+    """The lists of a package that calls 1 - x y a distance."""
+    return Lists(1 - torch.from_numpy(distances), torch.from_numpy(columns.astype("int64")))
+
+
+def scikit_brute_force() -> Provider:
+    """scikit-learn's NearestNeighbors without a tree. Of unit rows the nearest are those with the largest product."""
+
+    def build(inputs: Inputs) -> Step:
+        from sklearn.neighbors import NearestNeighbors
+
+        query, corpus, k = _problem(inputs)
+        index = NearestNeighbors(n_neighbors=k, algorithm="brute", metric="euclidean", n_jobs=torch.get_num_threads())
+        index.fit(corpus.numpy())
+
+        def step() -> Lists:
+            distances, columns = index.kneighbors(query.numpy())
+            return Lists(1 - torch.from_numpy(distances) ** 2 / 2, torch.from_numpy(columns))
+
+        return step
+
+    return Provider(SCIKIT, build, package="scikit-learn")
 
 
 # ---------------------------------------------------------------------------------------------

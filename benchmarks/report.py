@@ -141,6 +141,32 @@ def verdict(target: Target, rows: Mapping[str, Row]) -> str:
     return f"{who}: reach {bound_text(target)}: {value_text(target, value)} {outcome}"
 
 
+def memory_providers(case: Case) -> set[str]:
+    """Those whose memory a target of the case asks for; of a case that measures nothing else, all."""
+    if "time" not in case.measure:
+        return {provider.name for provider in case.providers}
+    asked = [target for target in case.targets if METRIC_COLUMN[target.metric] == "peak_extra_mib"]
+    return {name for target in asked for name in providers_of(target)}
+
+
+def targets_text(cases: Sequence[Case], rows: Sequence[Row]) -> str:
+    """A line for each target of the cases, from the rows of one run: hit, missed, or not measured."""
+    lines, counts = [], {"hit": 0, "missed": 0, "not measured": 0}
+    for case in cases:
+        good = {row["provider"]: row for row in rows if row["case"] == case.name and row["status"] == "ok"}
+        for target in case.targets:
+            value = value_of(target, good)
+            outcome = "not measured" if value is None else "hit" if is_met(target, value) else "missed"
+            counts[outcome] += 1
+            found = "" if value is None else value_text(target, value)
+            lines.append((case.name, " against ".join(providers_of(target)), bound_text(target), found, outcome))
+    if not lines:
+        return "no targets"
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*text, ", ".join(f"{number} {outcome}" for outcome, number in counts.items())])
+
+
 # ---------------------------------------------------------------------------------------------
 # The terminal's table
 

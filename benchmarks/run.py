@@ -4,6 +4,9 @@
     python -m benchmarks.run --op clip           the cases of one op
     python -m benchmarks.run --case N2048        the cases whose name contains this
     python -m benchmarks.run --device cuda       the cases of a GPU (see gpu.py for all that needs one)
+    python -m benchmarks.run --targets           every number to reach, in ten minutes: what `make bench` runs
+    python -m benchmarks.run --base REV          this package against that of a commit, in turns (see base.py)
+    python -m benchmarks.run --curves            time and memory against N, M, D, k, E and threads (see curves.py)
     python -m benchmarks.run --quick             tiny shapes, written nowhere unless --csv is given
     python -m benchmarks.run --list              the cases, their providers and targets
     python -m benchmarks.run --overhead          what each loss adds to its sweeps (see overhead.py)
@@ -19,15 +22,19 @@ error, happens to this package, and with --peers also if a peer is not installed
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from benchmarks import (
     adapters,
+    base,
+    curves,
     measure,
     memory,
     overhead,
@@ -45,7 +52,11 @@ from benchmarks.truth import errors
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure of each case, and how."""
+    """What to measure of each case, and how.
+
+    ``of_targets``: memory of those alone who have a target for it. ``until``: by `time.monotonic`, no further round
+    begins after it.
+    """
 
     rounds: int = 7
     quick: bool = False
@@ -53,6 +64,12 @@ class Options:
     peers: bool = True
     optional: bool = False
     csv: Path | None = None
+    of_targets: bool = False
+    until: float = math.inf
+
+
+# What `--targets` takes at most; two minutes of the ten are for the start, and for the last case.
+TARGETS_SECONDS = 480.0
 
 
 def _checked(provider: Provider, inputs: Inputs, truth: Truth, tolerance: float) -> tuple[Measurement, Step | None]:
@@ -110,7 +127,7 @@ def _measure_time(case: Case, options: Options) -> list[Measurement]:
         if step is not None:
             steps[provider.name] = step
     del truth
-    timings = measure.interleave(steps, rounds=options.rounds, device=case.device)
+    timings = measure.interleave(steps, rounds=options.rounds, device=case.device, until=options.until)
     for found in measurements:
         if found.provider.name in timings:
             found.timing = timings[found.provider.name]
@@ -122,8 +139,11 @@ def _measure_time(case: Case, options: Options) -> list[Measurement]:
 
 def _measure_memory(registered: Case, measurements: list[Measurement], options: Options) -> None:
     """Adds the peak of every right provider, each in a process of its own."""
+    named = report.memory_providers(registered)
     for found in measurements:
         if found.status != "ok" or found.provider.kind in FLOORS:
+            continue
+        if options.of_targets and found.provider.name not in named:
             continue
         check = found.errors is None
         try:
@@ -165,11 +185,20 @@ def csv_of(case: Case, options: Options) -> Path | None:
 
 
 def run(cases: Sequence[Case], options: Options) -> list[results.Row]:
-    """Runs the cases one by one, prints each table, appends its rows at once."""
-    everything = []
-    started = provenance.now()
-    for registered in cases:
-        rows, notes = run_case(registered, options)
+    """Runs the cases one by one, prints each table, appends its rows at once; in the end what became of the targets.
+
+    With ``options.until`` a case gets its share of what is left, and those that none is left for are not measured.
+    """
+    everything: list[results.Row] = []
+    started, began = provenance.now(), time.monotonic()
+    for number, registered in enumerate(cases):
+        now = time.monotonic()
+        if now > options.until:
+            break
+        left = len(cases) - number
+        share = now + (options.until - now) / left
+        print(f"[{number + 1} of {len(cases)}, {now - began:.0f} s]", end=" ", flush=True)
+        rows, notes = run_case(registered, replace(options, until=share))
         stamp = {"run": started, **provenance.gather(registered.device)}
         rows = [{**row, **stamp} for row in rows]
         shown = registered.shrunk() if options.quick else registered
@@ -179,6 +208,7 @@ def run(cases: Sequence[Case], options: Options) -> list[results.Row]:
             results.append(path, rows)
             print(f"appended {len(rows)} rows to {path}", flush=True)
         everything += rows
+    print(f"{report.targets_text(cases, everything)}\n{time.monotonic() - began:.0f} s", flush=True)
     return everything
 
 
@@ -205,6 +235,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, help="file to append to (default: by machine kind)")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     parser.add_argument("--optional", action="store_true", help="also torch.compile")
+    parser.add_argument("--targets", action="store_true", help="cases with a number to reach, in ten minutes")
+    parser.add_argument("--base", metavar="REV", help="time this package against that of a commit")
+    parser.add_argument("--curves", action="store_true", help="time and memory against sizes and threads")
     parser.add_argument("--overhead", action="store_true", help="time losses against their sweeps")
     parser.add_argument("--adapters", action="store_true", help="time classes of integrations against the originals")
     parser.add_argument("--small", action="store_true", help="time losses of few rows against plain torch")
@@ -253,6 +286,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return processes.run(rounds=rounds, quick=args.quick, csv=args.csv)
     if args.recipes:
         return recipes.run(args.op, rounds=rounds, quick=args.quick, csv=args.csv)
+    if args.curves:
+        return curves.run(args.op, rounds=rounds, quick=args.quick, csv=args.csv)
     try:
         cases = select(args.op, args.case, args.device)
     except ValueError as error:
@@ -261,6 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.list:
         list_cases(cases)
         return 0
+    if args.base:
+        return base.run(cases, args.base, rounds=rounds, quick=args.quick, csv=args.csv)
     missing = _missing_peers(cases) if args.peers else []
     if missing:
         print(f"not installed: {', '.join(missing)}; pip install -r requirements/peers.txt")
@@ -272,8 +309,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         peers=not args.no_peers,
         optional=args.optional,
         csv=args.csv,
+        of_targets=args.targets,
+        until=time.monotonic() + TARGETS_SECONDS if args.targets else math.inf,
     )
-    runnable = _runnable(cases, options)
+    runnable = _runnable([case for case in cases if case.targets or not args.targets], options)
     if args.device and not runnable:
         print(f"no case can run on device={args.device!r}: torch {torch.__version__} sees no GPU", file=sys.stderr)
         return 2

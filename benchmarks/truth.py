@@ -99,11 +99,13 @@ def clip_truth(inputs: Inputs) -> Outcome:
     return differentiated(loss_of, inputs)
 
 
-def info_nce_truth(inputs: Inputs) -> Outcome:
-    """InfoNCE from queries to keys, with a fixed scale."""
+def info_nce_truth(inputs: Inputs, cosine: bool = False) -> Outcome:
+    """InfoNCE from queries to keys, with a fixed scale; ``cosine``: of normalised rows."""
     scale = torch.tensor(inputs.constants["scale"], dtype=torch.float64)
 
     def loss_of(query: Tensor, key: Tensor) -> Tensor:
+        if cosine:
+            query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
         return _mean_row_loss(query, key, _same_row(query), scale, inputs.copies)
 
     return differentiated(loss_of, inputs)

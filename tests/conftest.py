@@ -2,6 +2,7 @@
 
 import random
 
+import durations
 import numpy as np
 import pytest
 import torch
@@ -25,6 +26,10 @@ def shuffled(items, seed):
     for tests in order:
         generator.shuffle(tests)
     return [item for tests in order for item in tests]
+
+
+def pytest_configure(config):
+    durations.register(config)
 
 
 def pytest_collection_modifyitems(config, items):

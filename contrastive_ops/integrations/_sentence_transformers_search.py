@@ -233,8 +233,9 @@ def mine_hard_negatives(
         options["model"] = model = _Embedded(options, *embeddings)
     elif model is None:
         raise TypeError("mine_hard_negatives: model must embed texts, got None; or give embeddings")
-    if model.similarity_fn_name not in METRICS.values():
-        runs_original("mine_hard_negatives", f"similarity_fn_name={model.similarity_fn_name}")
+    metric = getattr(model, "similarity_fn_name", None)
+    if metric not in METRICS.values():
+        runs_original("mine_hard_negatives", f"similarity_fn_name={metric}")
         return _mine(*call.args, **call.kwargs)
     options.update(model=_Miner(model, options), use_faiss=False)
     return _mine(*call.args, **call.kwargs)
