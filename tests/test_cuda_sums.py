@@ -53,9 +53,12 @@ def test_logsumexp(logits, pairs, dim):
     sums_cases.check_logsumexp("cuda", DEVICE, getattr(LONG[dim], logits)(), dim, pairs=pairs)
 
 
-def test_lists(monkeypatch):
-    monkeypatch.setattr(_products, "CHUNK_BYTES", 4 * 512 * 2)
-    sums_cases.check_lists("cuda", DEVICE, sums_cases.Long(32_000, 512))
+@pytest.mark.parametrize("part", [1, 512])
+def test_lists(part, monkeypatch):
+    """In one chunk, where a lane adds up a thousand numbers; and in chunks, whose sums are added up."""
+    if part > 1:
+        monkeypatch.setattr(_products, "CHUNK_BYTES", 4 * part * 2)
+    sums_cases.check_lists("cuda", DEVICE, sums_cases.Long(32_000, part))
 
 
 @pytest.mark.parametrize("dim", LONG)

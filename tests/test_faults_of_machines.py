@@ -17,7 +17,7 @@ import torch
 from contrastive_ops import clip, route, similarity_topk
 from contrastive_ops.core import extension
 from contrastive_ops.losses import info_nce
-from contrastive_ops.mining import MemoryBank, search
+from contrastive_ops.mining import MemoryBank, search, streaming
 
 compiled = pytest.mark.skipif(extension.load() is None, reason=str(extension.why_missing()))
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and clocks of Linux")
@@ -80,6 +80,52 @@ def test_a_search_that_is_killed_goes_on_and_searches_nothing_twice(tmp_path):
     assert same(
         torch.load(f"{file}.found", weights_only=True), similarity_topk(query, rows, 7, backend="reference")[:2]
     )
+
+
+MINE = """
+import sys, torch
+from contrastive_ops.mining import NegativeRules, mine_hard_negatives, streaming
+streaming.CHECKPOINT_SECONDS = 0.0
+def mined(file, tell):
+    generator = torch.Generator().manual_seed(0)
+    query, rows = (torch.randn(n, 8, generator=generator) for n in (5, 4000))
+    rules = NegativeRules(relative_margin=0.05, near_duplicate=0.6)
+    return mine_hard_negatives(
+        query, rows, torch.arange(5), 7, rules=rules, block_rows=200, checkpoint=file, progress=tell
+    )
+def tell(done, total):
+    print(done, flush=True)
+    input()
+if __name__ == "__main__":
+    mined(sys.argv[1], tell)
+"""
+
+
+def test_mining_that_is_killed_goes_on_and_finds_what_it_would_have_found(tmp_path):
+    """SIGKILL after a few blocks of the corpus; negatives, scores and statistics are those of a run without it."""
+    file = tmp_path / "mined.pt"
+    process = subprocess.Popen(
+        [sys.executable, "-c", MINE, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    for _ in range(3):
+        told = int(process.stdout.readline())
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert int(process.stdout.readline()) == told + 200 == 800  # the next block was written, too
+    process.kill()
+    process.communicate()
+    script, seen = {"__name__": "script"}, []
+    exec(MINE, script)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming, "CHECKPOINT_SECONDS", 0.0)
+        found = script["mined"](file, lambda done, total: seen.append(done))
+        whole = script["mined"](None, lambda done, total: None)
+    # The first pass goes on behind what was written; later ones, for lists that were too short, begin anew.
+    assert seen[:16] == list(range(1000, 4001, 200))
+    assert same(found[:3], whole[:3]) and (found.indices >= 0).all()
+    assert {name: each.tolist() for name, each in found.statistics.items()} == {
+        name: each.tolist() for name, each in whole.statistics.items()
+    }
 
 
 FULL = """

@@ -92,7 +92,7 @@ FAULTS = [
         "csrc/cuda/similarity_folds.h",
         "b = z > a ? fmaf(b, e, 1.0f) : b + e;",
         "b = z > a ? b + 1.0f : b + e;",
-        (REDUCE, "-k", "calls_without_rules or every_fold"),
+        (REDUCE, "-k", "tiles_of_more_rows and logsumexp"),
     ),
     Fault(
         "a tie of parts that goes to the later index",
@@ -126,7 +126,7 @@ FAULTS = [
         "csrc/cuda/similarity_reduce.cu",
         "if (!inside || (chunk.itself && j < i + mirrored)) continue;",
         "if (!inside || (chunk.itself && j < i)) continue;",
-        (REDUCE, "-k", "itself or self_similarity_around"),
+        (REDUCE, "-k", "every_fold_under_each_rule and (differ or same)"),
     ),
     Fault(
         "an accumulator of a list in float32",
