@@ -1,6 +1,8 @@
 """Tables of what was tested: the fuzzer's runs, the errors by dtype and temperature, compilers and Pythons.
 
-make fuzz CASES=20000 SEED=20261130 ARGS="--save benchmarks/results/fuzz.json"
+make fuzz CASES=7000 SEED=1 ARGS="--save benchmarks/results/fuzz.json"
+make mutate ARGS="--save benchmarks/results/faults.json"
+make sanitize ARGS="--save benchmarks/results/sanitizers.json"
 python -m benchmarks.numerics --save
 make matrix ARGS=--save
 """
@@ -49,6 +51,34 @@ def fuzz(runs: list[dict[str, Any]]) -> str:
         "<br>\n".join(_origin(run) for run in runs),
     ]
     return "\n".join(parts)
+
+
+LANGUAGES = {"cpu": "C++", "cuda": "CUDA, executed on the host", "triton": "Triton, interpreted", "python": "Python"}
+
+
+def faults(found: dict[str, Any]) -> str:
+    """How many of the planted faults the tests notice, by the code that they are in."""
+    rows = []
+    for kind, language in LANGUAGES.items():
+        results = Counter(row["result"] for row in found["results"] if row["kind"] == kind)
+        rows.append([language, str(results.total()), str(results["caught"]), str(results.total() - results["caught"])])
+    total = found["faults"], found["caught"], found["faults"] - found["caught"]
+    rows.append(["all", *map(str, total)])
+    table = _markdown(["faults in", "planted", "caught", "not caught"], rows)
+    missed = [row for row in found["results"] if row["result"] != "caught"]
+    lines = "".join(f"- {row['name']} (`{row['file']}`): {row['result']}\n" for row in missed)
+    return "\n".join(filter(None, [table, lines, _origin(found["provenance"])]))
+
+
+def sanitizers(found: dict[str, Any]) -> str:
+    """What ran under each sanitizer."""
+    names = {"address": "AddressSanitizer, UndefinedBehaviorSanitizer", "thread": "ThreadSanitizer"}
+    rows = [
+        [names[name], each["level"], f"{each['tests']:,}", f"{each['cases']:,}", "yes" if each["found"] else "nothing"]
+        for name, each in found.items()
+    ]
+    table = _markdown(["under", "level", "tests", "cases of the fuzzer", "found"], rows)
+    return "\n".join([table, "<br>\n".join(_origin(each) for each in found.values())])
 
 
 def numerics(found: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import compileall
 import filecmp
-import hashlib
 import json
 import os
 import py_compile
@@ -20,7 +19,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads OpenMP
@@ -58,7 +56,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_tests(fault: Fault, level: str, seconds: float) -> tuple[int | None, str]:
+def run_tests(kind: str, level: str, tests: tuple[str, ...], seconds: float) -> tuple[int | None, str]:
     """What pytest returns, None where it did not end in time, and the last of what it says.
 
     In a fork of this process, which has imported torch and nothing of the package: that saves seconds of each.
@@ -72,7 +70,8 @@ def run_tests(fault: Fault, level: str, seconds: float) -> tuple[int | None, str
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         try:
-            os._exit(in_tree(fault, level))
+            enter_tree(kind, level)
+            os._exit(int(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *tests])))
         finally:
             os._exit(INTERNAL)
     ends = time.monotonic() + seconds
@@ -88,44 +87,6 @@ def run_tests(fault: Fault, level: str, seconds: float) -> tuple[int | None, str
     return os.waitstatus_to_exitcode(status) if ended else None, said
 
 
-def in_tree(fault: Fault, level: str) -> int:
-    """Runs the tests of a fault in this process, with the package of the copy."""
-    enter_tree(fault.kind, level)
-    return tested(fault)
-
-
-def tested(fault: Fault) -> int:
-    """What pytest returns."""
-    return int(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *fault.tests]))
-
-
-def tested_in_turn(faults: list[Fault], level: str, seconds: float) -> Iterator[int]:
-    """What pytest returns for the tests of one fault after another, in one process that nothing was planted for.
-
-    It imports everything once. The iterator ends early where the process does.
-    """
-    source, to = os.pipe()
-    sys.stdout.flush()
-    process = os.fork()
-    if process == 0:
-        os.setsid()
-        with open(os.devnull, "wb") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        try:
-            enter_tree(faults[0].kind, level)
-            for fault in faults:
-                signal.alarm(int(seconds))
-                os.write(to, bytes([tested(fault) + 1]))
-        finally:
-            os._exit(0)
-    os.close(to)
-    with os.fdopen(source, "rb", buffering=0) as answers:
-        while answer := answers.read(1):
-            yield answer[0] - 1
-    os.waitpid(process, 0)
-
-
 def enter_tree(kind: str, level: str) -> None:
     """Makes this process one that has the package of the copy."""
     os.chdir(TREE)
@@ -138,6 +99,12 @@ def enter_tree(kind: str, level: str) -> None:
     sys.path[:] = [str(TREE), *(path for path in sys.path if path not in (str(ROOT), str(ROOT / "tests"), ""))]
 
 
+def failed_test(said: str) -> str:
+    """The first test that failed, by what pytest says last; nothing where it does not say."""
+    failed = [line for line in said.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return failed[0].split(" - ")[0].split(" ", 1)[1] if failed else ""
+
+
 def verdict(status: int | None, said: str) -> str:
     """What became of a fault, from the end of its tests."""
     if status is None:
@@ -145,8 +112,7 @@ def verdict(status: int | None, said: str) -> str:
     if status < 0:
         return f"caught: the process ends by signal {-status}"
     if status in (FAILED, BROKEN):
-        failed = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        return f"caught: {failed[0].split(' - ')[0] if failed else 'an error'}"
+        return f"caught: {failed_test(said) or 'an error'}"
     return "survived" if status == PASSED else f"error: pytest returned {status}: {said[-300:]}"
 
 
@@ -156,13 +122,7 @@ class Tree:
     def __init__(self) -> None:
         FOLDER.mkdir(parents=True, exist_ok=True)
         builds.copy_sources(TREE)
-        state = hashlib.sha256()
-        for place in ("contrastive_ops", "csrc", "kernels", "tests"):
-            for path in sorted((TREE / place).rglob("*.*")):
-                if path.suffix in (".py", ".h", ".cpp", ".cu"):
-                    state.update(path.relative_to(TREE).as_posix().encode() + path.read_bytes())
-        self.state = state.hexdigest()
-        self.passed: dict[str, str] = {}  # what the tests of a fault say without it
+        self.passed: dict[str, bool] = {}  # whether tests pass without a fault
         self.objects: dict[str, dict[Object, str]] = {}  # of a level, without a fault
         # The hash of a source is looked at, not its time, which may be the same before and after a fault.
         by_hash = py_compile.PycInvalidationMode.CHECKED_HASH
@@ -186,31 +146,11 @@ class Tree:
                 shutil.copyfile(path, new)
                 new.replace(target)
 
-    def try_all(self, faults: list[Fault], seconds: float) -> None:
-        """Runs the tests of many faults without any; those that do not pass are run again by `passes`, alone."""
-        groups: dict[tuple[str, str], dict[str, Fault]] = {}
-        for fault in faults:
-            level = fault.level or builds.usual_level()
-            if self.key(fault, level) not in self.passed and fault.kind != "cpu":
-                groups.setdefault((fault.kind, level), {})[self.key(fault, level)] = fault
-        for (_, level), group in groups.items():
-            self.take_installed()
-            if builds.runs(level, TREE):
-                for key, status in zip(group, tested_in_turn(list(group.values()), level, seconds), strict=False):
-                    if status == PASSED:
-                        self.passed[key] = ""
-
-    @staticmethod
-    def key(fault: Fault, level: str) -> str:
-        """What tests of a fault without it have in common."""
-        return repr((fault.kind == "triton", level, fault.tests))
-
-    def passes(self, fault: Fault, level: str, seconds: float) -> str:
-        """Nothing if the tests of a fault pass without it, else what they say."""
-        key = self.key(fault, level)
+    def passes(self, fault: Fault, level: str, tests: tuple[str, ...], seconds: float) -> bool:
+        """Whether tests pass that failed with a fault, now without it."""
+        key = repr((fault.kind == "triton", level, tests))
         if key not in self.passed:
-            status, said = run_tests(fault, level, seconds)
-            self.passed[key] = "" if status == PASSED else f"error: without the fault pytest returned {status}: {said}"
+            self.passed[key] = run_tests(fault.kind, level, tests, seconds)[0] == PASSED
         return self.passed[key]
 
     def result(self, fault: Fault, seconds: float) -> str:
@@ -222,20 +162,25 @@ class Tree:
             self.take_installed()
         if not builds.runs(level, TREE):
             return f"skipped: this processor has no {level}"
-        without = self.passes(fault, level, seconds)
-        if without:
-            return without
         path = TREE / fault.file
         text = path.read_text()
         path.write_text(fault.planted(text))
         try:
             if fault.kind == "cpu":
                 self.build(level, fault.stems)
-            return verdict(*run_tests(fault, level, seconds))
+            status, said = run_tests(fault.kind, level, fault.tests, seconds)
         except RuntimeError as error:
             return f"error: does not compile: {str(error)[-600:]}"
         finally:
             path.write_text(text)
+        found = verdict(status, said)
+        if not found.startswith("caught"):
+            return found
+        if fault.kind == "cpu":
+            self.build(level)
+        failed = failed_test(said)
+        tests = (failed,) if failed else fault.tests
+        return found if self.passes(fault, level, tests, seconds) else f"error: without the fault, too: {found}"
 
 
 def save(path: Path, faults: list[Fault], results: dict[str, str], seconds: float) -> None:
@@ -247,7 +192,7 @@ def save(path: Path, faults: list[Fault], results: dict[str, str], seconds: floa
     counts = {word: sum(each.startswith(word) for each in found) for word in ("caught", "survived", "skipped", "error")}
     kinds = {kind: sum(fault.kind == kind for fault in faults) for kind in KINDS}
     rows = [
-        {"name": fault.name, "file": fault.file, "result": each.split(":")[0]}
+        {"name": fault.name, "file": fault.file, "kind": fault.kind, "result": each.split(":")[0]}
         for fault, each in zip(faults, found, strict=True)
     ]
     where = {**provenance.gather(), "capability": builds.usual_level()}
@@ -269,17 +214,13 @@ def main() -> int:
         return 0
     started, tree, kept = time.monotonic(), Tree(), FOLDER / "results.json"
     known = json.loads(kept.read_text()) if kept.exists() and given.resume else {}
-    same = known.get("sources") == tree.state
     results = {k: v for k, v in known.get("results", {}).items() if v.startswith("caught")}
-    tree.passed = {k: v for k, v in known.get("passed", {}).items() if same and not v}
     seen = {fault: fault.state(TREE) for fault in chosen}
-    tree.try_all([fault for fault in chosen if seen[fault] not in results], given.seconds)
     for number, fault in enumerate(chosen, 1):
         begun = time.monotonic()
         if seen[fault] not in results:
             results[seen[fault]] = tree.result(fault, given.seconds)
-            now = {"sources": tree.state, "passed": tree.passed, "results": results}
-            kept.write_text(json.dumps(now, indent=1))
+            kept.write_text(json.dumps({"results": results}, indent=1))
         spent = time.monotonic() - begun
         print(f"{number}/{len(chosen)} {fault.file}: {fault.name}: {results[seen[fault]]} ({spent:.0f} s)", flush=True)
     found = [results[seen[fault]] for fault in chosen]
