@@ -323,6 +323,13 @@ def _plan(rows: int, columns: int) -> Any:
     return lambda: ops.sinkhorn(scores), size(scores) + numbers(columns)
 
 
+@claim("koleo")
+def _nearest(backend: str) -> Any:
+    """All cosines would take 400 MB."""
+    x = torch.randn(10_000, 32)
+    return lambda: losses.koleo(x, backend=backend), 4 * size(x)
+
+
 claim("uniformity")(lambda backend: _spread(1, MANY, backend))
 claim("uniformity")(lambda backend: _spread(6_000, 1, backend))
 

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from contrastive_ops import route, sinkhorn
-from contrastive_ops.losses import RunningCentre, dino, koleo, swav
+from contrastive_ops.core import extension
+from contrastive_ops.losses import RunningCentre, dino, koleo, regularizers, swav
 from contrastive_ops.ops.sinkhorn import column_potentials
 
 DOUBLE = torch.float64
@@ -129,6 +130,20 @@ def test_codes_without_a_queue_and_with_one(backend):
         check(loss, (losses[0] + losses[1]) / 2, [x, y, prototypes])
 
 
+@pytest.mark.parametrize("N,K", [(1, 70_000), (3, 300_001), (2, 600_000)])
+@pytest.mark.parametrize("epsilon", [0.1, 1e-3])  # by products, and by logarithms
+def test_plan_of_long_rows_with_any_threads(N, K, epsilon):
+    scores, before, plans = torch.randn(N, K), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            plans.append(sinkhorn(scores, epsilon=epsilon))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(plans[0], plans[1]) and torch.equal(plans[0], plans[2])
+    torch.testing.assert_close(plans[0].double(), dense_plan(scores, epsilon, 3, *even(N, K)), rtol=2e-3, atol=1e-6)
+
+
 def test_centre_is_the_mean_of_logits_over_steps():
     running, expected = RunningCentre(7, 0.2), torch.zeros(7)
     for _ in range(3):
@@ -160,6 +175,32 @@ def test_koleo(backend, normalize, spread):
     if spread == 1:
         got, expected = torch.autograd.grad(loss.sum(), x)[0], torch.autograd.grad(truth.sum(), wide)[0]
         torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(extension.load() is None, reason="needs the compiled extension")
+@pytest.mark.parametrize("hidden", [0, 12, 150])
+def test_koleo_of_rows_that_16_bits_cannot_tell_apart(hidden, monkeypatch):
+    """Neighbours that a first pass in bfloat16 may miss: of none, of some, and of too many rows to search again."""
+    (x,) = sides((200, 24), dtype=torch.float32)
+    with torch.no_grad():
+        x[:hidden] = torch.randn(24) + 0.05 * torch.randn(hidden, 24)
+    proven = []
+    search = regularizers.similarity_topk
+
+    def watched(*arguments, **options):
+        found = search(*arguments, **options)
+        proven.extend([] if found.certified is None else [int((~found.certified).sum())])
+        return found
+
+    monkeypatch.setattr(regularizers, "similarity_topk", watched)
+    monkeypatch.setattr(regularizers, "_MANY", 100)
+    monkeypatch.setattr(extension, "has_bfloat16_tiles", lambda: True)
+    rows = F.normalize(x.detach().double())
+    nearest = (rows @ rows.T).fill_diagonal_(-2.0).argmax(1)
+    assert torch.equal(regularizers._nearest_rows(F.normalize(x.detach()), True, "cpu"), nearest)
+    truth = -((rows - rows[nearest]).norm(dim=1) + 1e-8).log()
+    torch.testing.assert_close(koleo(x, reduction="none", backend="cpu").double(), truth, rtol=1e-4, atol=1e-4)
+    assert len(proven) == 2 and (proven[0] == 0) == (hidden == 0) and (proven[0] > 25) == (hidden == 150)
 
 
 def test_koleo_of_duplicates_and_of_a_row_alone():

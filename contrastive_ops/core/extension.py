@@ -51,6 +51,11 @@ def report() -> dict[str, str | None]:
     return _REPORT
 
 
+def has_bfloat16_tiles() -> bool:
+    """Return whether the compiled kernels multiply bfloat16 matrices several times as fast as float32 ones."""
+    return _MODULE is not None and _MODULE.cpu_capability() == "amx"
+
+
 def functions(stem: str) -> SimpleNamespace:
     """Return the compiled launchers of a primitive under the names that its reference module uses."""
     if _MODULE is None:

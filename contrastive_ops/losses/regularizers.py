@@ -8,20 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import autocast, checks
+from ..core import autocast, checks, extension
+from ..core.backends import choose
 from ..core.offsets import from_common_row
 from ..core.ordered import ordered_logsumexp
 from ..core.problem import Problem
 from ..core.rules import Pairs
 from ..core.unit_rows import unit_rows
+from ..ops.coarse import Coarse
 from ..ops.similarity_reduce import fold, merge_lse
-from ..ops.similarity_topk import similarity_topk
+from ..ops.similarity_topk import BACKENDS, similarity_topk
 from . import _arguments
 from ._distances import distance_between, points
 
 SPARSITIES = ("flops", "l1")
 # Cosines above which rounding could take another row for the nearest one: half a squared distance is 1 - cosine.
 _NEAR = 1 - 1e-3
+# Fewer rows are compared in full precision at once; and candidates of a first pass of more.
+_MANY, _CANDIDATES = 8192, 8
 
 
 def alignment(
@@ -208,8 +212,9 @@ def koleo(
         ValueError, TypeError, NotImplementedError: as `similarity_topk`.
 
     Note:
-        Memory O(N D), in one sweep over half of the pairs: N^2 D operations. Distances are those of differences, and
-        rows that are nearly equal to another are compared with all by them.
+        Memory O(N D), in one sweep over half of the pairs: N^2 D operations. Where the processor multiplies bfloat16 in
+        tiles (AMX), many rows are compared in that first, and in full precision where it could have hidden another.
+        Distances are those of differences, and rows that are nearly equal to another are compared with all by them.
 
     Source:
         Sablayrolles et al., Spreading Vectors for Similarity Search, 2019; Oquab et al., DINOv2, 2023.
@@ -240,15 +245,25 @@ def _nearest_rows(x: Tensor, unit: bool, backend: str) -> Tensor:
     alone = Pairs(diagonal=0)
     if not unit or not checks.may_read(x, waits=True):
         return similarity_topk(x, k=1, metric="sqeuclidean", pairs=alone, backend=backend).indices[:, 0]
-    # The largest cosine of a self-similarity takes half of the products of a search.
-    found = fold(Problem.of(("koleo", "x", "x"), x, None), reduce=("max",), pairs=alone, backend=backend)
-    nearest = found.row_argmax[0].clone()
-    close = (found.rows[0] > _NEAR).nonzero()[:, 0]
+    nearest, cosine, proven = _nearest_by_cosine(x, alone, backend)
+    close = ((cosine > _NEAR) | ~proven).nonzero()[:, 0]
     if len(close):
         own = torch.arange(len(close) + 1, device=x.device), close
         again = similarity_topk(x[close], x, 1, metric="sqeuclidean", pairs=Pairs(exclude=own), backend=backend)
         nearest[close] = again.indices[:, 0]
     return nearest
+
+
+def _nearest_by_cosine(x: Tensor, alone: Pairs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(N,) the nearest other row of each, their cosine, and whether no rounding to 16 bits can have hidden another."""
+    if x.shape[0] >= _MANY and choose("koleo", BACKENDS, x, backend) == "cpu" and extension.has_bfloat16_tiles():
+        coarse = Coarse(torch.bfloat16, candidates=_CANDIDATES, retry=False)
+        values, indices, _, proven = similarity_topk(x, k=1, pairs=alone, coarse=coarse, backend=backend)
+        if proven is not None and int((~proven).sum()) * 8 <= x.shape[0]:
+            return indices[:, 0], values[:, 0], proven
+    # The largest cosine of a self-similarity takes half of the products of a search.
+    found = fold(Problem.of(("koleo", "x", "x"), x, None), reduce=("max",), pairs=alone, backend=backend)
+    return found.row_argmax[0].clone(), found.rows[0], torch.ones_like(found.rows[0], dtype=torch.bool)
 
 
 def sparsity(x: Tensor, *, kind: str = "flops") -> Tensor:

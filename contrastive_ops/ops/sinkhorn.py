@@ -19,11 +19,12 @@ from torch import Tensor
 
 from ..core import autocast, checks
 from ..core.numerics import chunks_of_rows
+from ..core.ordered import in_parts, ordered_logsumexp
 from ..core.problem import Problem
 from .similarity_reduce import fold
 
-# Numbers that are multiplied and added up at once: few enough for a cache.
-CHUNK = 1 << 18
+# Numbers that are multiplied and added up at once: few enough for a cache, enough for two threads.
+CHUNK = 1 << 19
 # Rows that are added up by one product.
 BLOCK = 64
 
@@ -208,9 +209,12 @@ def _potentials(
 def _lse_of(scores: Tensor, epsilon: float) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """Both logsumexps of a matrix that is there."""
     logits = scores / epsilon
-    rows = lambda v: (logits + v[..., None, :]).logsumexp(-1)  # noqa: E731
-    columns = lambda u: (logits + u[..., None]).logsumexp(-2)  # noqa: E731
-    return rows, columns
+
+    def over(x: Tensor, dim: int) -> Tensor:
+        found = x.select(dim, 0).shape
+        return ordered_logsumexp(x.flatten()).view(found) if found.numel() == 1 else x.logsumexp(dim)
+
+    return lambda v: over(logits + v[..., None, :], -1), lambda u: over(logits + u[..., None], -2)
 
 
 def _multiplied(
@@ -219,27 +223,28 @@ def _multiplied(
     """The plan and v by multiplications; None where float32 has no such numbers, or where there are no such plans."""
     N, K = scores.shape[-2:]
     plan, sums = torch.empty_like(scores), scores.new_zeros((*scores.shape[:-2], K))
-    top = scores.amax(-1, keepdim=True)
-    top = torch.where(top.isfinite(), top, 0.0)
+    shift = scores.amax(-1, keepdim=True) / epsilon
+    shift = torch.where(shift.isfinite(), shift, 0.0)
     # Each row less its largest number: no exponential exceeds 1.
-    largest = top.amax(-2, keepdim=True) if N else top.new_full((*top.shape[:-2], 1, 1), -torch.inf)
-    u = ((top - ranks.max(largest)) / epsilon).exp() * (masses.rows[:, None] > 0)
+    largest = shift.amax(-2, keepdim=True) if N else shift.new_full((*shift.shape[:-2], 1, 1), -torch.inf)
+    has_mass = masses.rows[:, None] > 0
+    u, all_have = (shift - ranks.max(largest)).exp() * has_mass, bool(has_mass.all())
     step = max(1, CHUNK * N // max(scores.numel(), 1))
     chunks = list(chunks_of_rows(N, step if step < BLOCK else step // BLOCK * BLOCK))
     buffer = scores.new_empty((*scores.shape[:-2], chunks[0].stop, K))
-    parts = [[each[..., rows, :] for each in (scores, top, plan, u)] for rows in chunks]
+    parts = [[each[..., rows, :] for each in (scores, -shift, plan, u)] for rows in chunks]
     spaces = [buffer[..., : rows.stop - rows.start, :] for rows in chunks]
-    for (of_scores, of_top, of_plan, of_u), space in zip(parts, spaces, strict=True):
-        torch.sub(of_scores, of_top, out=of_plan).mul_(1 / epsilon).exp_()
+    for (of_scores, of_shift, of_plan, of_u), space in zip(parts, spaces, strict=True):
+        torch.add(of_shift, of_scores, alpha=1 / epsilon, out=of_plan).exp_()
         sums += _column_sums(of_plan, of_u, space)
     for iteration in range(iterations):
         v = torch.where(masses.columns > 0, masses.columns / ranks.sum(sums), 0.0)[..., None, :]
         sums, last = torch.zeros_like(sums), iteration + 1 == iterations
         for rows, (_, _, of_plan, of_u), space in zip(chunks, parts, spaces, strict=True):
-            mass = masses.rows[rows, None]
-            torch.mul(of_plan, v, out=of_plan if last else space)
-            # A row that has no mass has perhaps no pair.
-            of_u.copy_(torch.where(mass > 0, mass / (of_plan if last else space).sum(-1, keepdim=True), 0.0))
+            scaled = torch.mul(of_plan, v, out=of_plan if last else space)
+            torch.div(masses.rows[rows, None], _sum(scaled, -1)[..., None], out=of_u)
+            if not all_have:  # a row that has no mass has perhaps no pair
+                of_u.masked_fill_(~has_mass[rows], 0.0)
             if last:
                 of_plan.mul_(of_u)
             else:
@@ -254,7 +259,7 @@ def _column_sums(plan: Tensor, u: Tensor, space: Tensor) -> Tensor:
     """``(plan * u).sum(-2)``: of many columns by products of few rows each, whose sums have one order."""
     rows, K = plan.shape[-2:]
     if plan.dim() > 2 or K < 256 or rows % BLOCK or not rows:
-        return torch.mul(plan, u, out=space).sum(-2)
+        return _sum(torch.mul(plan, u, out=space), -2)
     return torch.bmm(u.view(-1, 1, BLOCK), plan.view(-1, BLOCK, K)).sum((0, 1))
 
 
@@ -304,3 +309,9 @@ def _check_pairs(function: str, scores: Tensor, masses: Masses, ranks: Ranks) ->
                 f"{'row' if name == 'row' else 'column'} {where}\n"
                 f"  give it {name}_mass 0, which leaves it out"
             )
+
+
+def _sum(x: Tensor, dim: int) -> Tensor:
+    """``x.sum(dim)``; torch splits a sum among its threads where it is the only one."""
+    found = x.select(dim, 0).shape
+    return in_parts(x.flatten()).view(found) if found.numel() == 1 else x.sum(dim)
