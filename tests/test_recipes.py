@@ -95,7 +95,7 @@ def test_recipes_are_short_and_say_where_they_come_from():
         source, text = inspect.getsource(function), inspect.getdoc(function)
         assert "Source:" in text or name == "segment_mean", name
         body = source.split('"""')[2]
-        assert len([line for line in body.splitlines() if line.strip()]) <= 24, name
+        assert len([line for line in body.splitlines() if line.strip()]) <= 15, name
 
 
 X, LABELS = torch.randn(6, 4), torch.arange(6) % 2

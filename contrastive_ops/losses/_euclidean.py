@@ -76,7 +76,13 @@ OFF = {"in_batch": True, "label_smoothing": 0.0, "smooth": "all", "hardness": 0.
 
 
 def softmax_of_distances(
-    function: str, x: Tensor, y: Tensor, target: Tensor, margin: float | Tensor, weight: Tensor | None
+    function: str,
+    x: Tensor,
+    y: Tensor,
+    target: Tensor,
+    margin: float | Tensor,
+    weight: Tensor | None,
+    pull: float = 0.0,
 ) -> Tensor:
     """The weighted sum of the rows' cross-entropies over minus Euclidean distances; the own one is a margin farther.
 
@@ -87,22 +93,27 @@ def softmax_of_distances(
         target: (N,) int64 in [0, M).
         margin: scaled, too; a constant.
         weight: (N,), a constant, or None.
+        pull: how often the squared distance from the own column is added.
     """
     margin = margin.detach() if isinstance(margin, Tensor) else margin
 
     def losses(squared: Tensor, rows: slice, _: slice, needs: bool) -> Part:
         distance, own = squared.sqrt_(), target[rows, None]
         logits = -distance
-        positive = logits.gather(1, own) - margin
+        nearness = logits.gather(1, own)
+        positive = nearness - margin
         others = logits.scatter_(1, own, -torch.inf).logsumexp(1, keepdim=True)
         found = softplus(others - positive)
-        values = found[:, 0] if weight is None else found[:, 0] * weight[rows]
+        values = (found + pull * nearness**2 if pull else found)[:, 0]
+        values = values if weight is None else values * weight[rows]
         if not needs:
             return Part(values, None)
         every = positive + found
         slopes = logits.sub_(every).exp_().scatter_(1, own, -(others - positive).sigmoid())
-        slopes = slopes if weight is None else slopes.mul_(weight[rows, None])
         # Of rows that are alike no direction is known.
-        return Part(values, slopes.div_(distance.mul_(-2)).masked_fill_(distance == 0, 0.0))
+        slopes.div_(distance.mul_(-2)).masked_fill_(distance == 0, 0.0)
+        if pull:
+            slopes.scatter_add_(1, own, torch.full_like(nearness, pull))
+        return Part(values, slopes if weight is None else slopes.mul_(weight[rows, None]))
 
     return sum_of_distances(function, losses, x, y)

@@ -6,6 +6,7 @@ A function returns its slopes beside its values, so that no graph of a chunk is 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,7 +38,42 @@ class Part(NamedTuple):
 Function = Callable[[Tensor, slice, slice, bool], Part]
 
 
-def sum_of_rows(function: str, fn: Function, x: Tensor, y: Tensor) -> Tensor:
+def by_autograd(fn: Callable[[Tensor, slice], Tensor]) -> Function:
+    """A function of (inner products, rows) in plain torch, out of place; each chunk has a graph of its own."""
+
+    def part(dots: Tensor, rows: slice, columns: slice, needs: bool) -> Part:
+        if not needs:
+            return Part(fn(dots, rows), None)
+        with torch.enable_grad():
+            values = fn(dots.requires_grad_(), rows)
+            (slopes,) = torch.autograd.grad(values.sum(), dots)
+        return Part(values.detach(), slopes)
+
+    return part
+
+
+def binary_softmax(logits: Tensor, start: int, needs: bool) -> Part:
+    """Binary cross-entropies of each row's softmax, added up: -log p of its own column, -log(1 - p) of the others.
+
+    Args:
+        logits: (rows, columns), which it overwrites; the own column of row i is ``start + i``.
+        start: of the chunk.
+        needs: whether slopes are wanted.
+    """
+    own, p, lse = logits.diagonal(start).clone(), logits.softmax(1), logits.logsumexp(1)
+    p.diagonal(start).zero_()
+    rest = torch.neg(p, out=logits).log1p_().clamp_min_(-100.0)  # as torch's binary cross-entropy has it
+    losses = lse - own - rest.sum(1)
+    if not needs:
+        return Part(losses, None)
+    odds = torch.sub(1.0, p, out=logits).clamp_min_(1e-12).reciprocal_().mul_(p)
+    total = odds.sum(1, keepdim=True)
+    slopes = odds.addcmul_(p, 1 - total)
+    slopes.diagonal(start).copy_((own - lse).exp() * (1 - total[:, 0]) - 1)
+    return Part(losses, slopes)
+
+
+def sum_of_rows(function: str, fn: Function, x: Tensor, y: Tensor, chunk_rows: int | None = None) -> Tensor:
     """The sum over the rows of a function of their inner products with all columns; differentiable once.
 
     Args:
@@ -45,9 +81,10 @@ def sum_of_rows(function: str, fn: Function, x: Tensor, y: Tensor) -> Tensor:
         fn: the function; rows do not see each other.
         x: (N, D) in the accumulation dtype.
         y: (M, D).
+        chunk_rows: rows at a time, where the function makes more of them than it is given.
     """
     with autocast.disabled(x):
-        return _Sum.apply(function, fn, _rows_of_products, x, y)
+        return _Sum.apply(function, fn, functools.partial(_rows_of_products, chunk_rows=chunk_rows), x, y)
 
 
 def sum_of_distances(function: str, fn: Function, x: Tensor, y: Tensor) -> Tensor:
@@ -91,11 +128,11 @@ class _Sum(torch.autograd.Function):
 
 
 def _rows_of_products(
-    fn: Function, x: Tensor, y: Tensor, needs: tuple[bool, bool]
+    fn: Function, x: Tensor, y: Tensor, needs: tuple[bool, bool], chunk_rows: int | None
 ) -> tuple[Tensor, list[Tensor | None]]:
     values, all_columns = x.new_empty(x.shape[:1]), slice(0, y.shape[0])
     dx, dy = (torch.zeros_like(each) if need else None for each, need in zip((x, y), needs, strict=True))
-    for rows in chunks_of_rows(x.shape[0], max(1, 2 * ELEMENTS // max(y.shape[0], 1))):
+    for rows in chunks_of_rows(x.shape[0], chunk_rows or max(1, 2 * ELEMENTS // max(y.shape[0], 1))):
         part = fn(x[rows] @ y.T, rows, all_columns, any(needs))
         values[rows] = part.values
         if dx is not None:

@@ -165,9 +165,12 @@ def given_softmax(
         of_all = sweep.sums_of_all
         ranking = Ranking(x, y, positive, rules, own=known, unit=unit, biased=biased, sums_of_all=of_all)
     of_smoothing = () if share is None else (Fold("sum"), Fold("count"))
-    folds = ("logsumexp" if hardness is None else hardness.fold(), *of_smoothing)
-    (others, *sums), ranks, _ = sweep.fold_rows(x, y, *folds, of_sets=ranking.folds if ranking else ())
-    found = [others if hardness is None else hardness.of_rows(others)]
+    found: list[Tensor] = []
+    sums: list[Tensor] = []
+    if y.shape[0] or own is None or of_smoothing or ranking:  # or there are its own alone
+        folds = ("logsumexp" if hardness is None else hardness.fold(), *of_smoothing)
+        (others, *sums), ranks, _ = sweep.fold_rows(x, y, *folds, of_sets=ranking.folds if ranking else ())
+        found = [others if hardness is None else hardness.of_rows(others)]
     total, count = (logit + sums[0], sums[1] + 1) if sums else (logit, 1)
     if own is not None:
         own_logits = own.logits(sweep.scale, hardness)

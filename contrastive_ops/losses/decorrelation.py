@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from ..core import autocast, checks
 from ..core.offsets import centred
@@ -53,8 +54,7 @@ def variance_hinge(x: Tensor, *, std: float = 1.0, eps: float = 1e-4) -> Tensor:
     (x,) = _features(name, x=x)
     if x.shape[0] == 1:
         return _nothing(x)
-    variance = centred(x).square().sum(0) / x.new_full((), x.shape[0] - 1)
-    return (std - (variance + eps).sqrt()).relu().mean()
+    return _hinge_of_spread(centred(x).square().sum(0), x.shape[0], std, eps)
 
 
 def covariance_penalty(x: Tensor) -> Tensor:
@@ -89,9 +89,7 @@ def covariance_penalty(x: Tensor) -> Tensor:
     if x.shape[0] == 1:
         return _nothing(x)
     deviations = centred(x)
-    rows = x.new_full((), x.shape[0])
-    # Off the diagonal of a D x D matrix; (N - 1)^2 once instead of in every number.
-    return _off_diagonal(deviations, deviations) / ((rows - 1).square() * x.shape[1])
+    return _penalty_of_covariances(_off_diagonal(deviations, deviations)[0], *x.shape)
 
 
 def vicreg(
@@ -137,9 +135,10 @@ def vicreg(
     x, y = _features("vicreg", x=x, y=y)
     if x.shape[0] == 1:
         return _nothing(x, y)
-    spread = (variance_hinge(x) + variance_hinge(y)) / 2
-    shared = covariance_penalty(x) + covariance_penalty(y)
-    return invariance * (x - y).square().mean() + variance * spread + covariance * shared
+    (shared_x, squares_x), (shared_y, squares_y) = (_off_diagonal(each, each) for each in (centred(x), centred(y)))
+    spread = _hinge_of_spread(squares_x, x.shape[0]) + _hinge_of_spread(squares_y, x.shape[0])
+    shared = _penalty_of_covariances(shared_x + shared_y, *x.shape)
+    return invariance * mse_loss(x, y) + variance * spread / 2 + covariance * shared
 
 
 def barlow_twins(x: Tensor, y: Tensor, *, off_diagonal: float = 0.0051) -> Tensor:
@@ -181,7 +180,7 @@ def barlow_twins(x: Tensor, y: Tensor, *, off_diagonal: float = 0.0051) -> Tenso
     rows = x.new_full((), x.shape[0])
     # 1 - <x, y> / N from differences: near the end of a training it is small.
     short = (x - y).square().sum(0) / rows + x_lacks + y_lacks
-    return short.square().sum() / 4 + off_diagonal * _off_diagonal(x, y) / rows.square()
+    return short.square().sum() / 4 + off_diagonal * _off_diagonal(x, y)[0] / rows.square()
 
 
 class RunningCovariance(State):
@@ -358,6 +357,18 @@ def _features(function: str, **matrices: Tensor) -> list[Tensor]:
         return [each.to(checks.accumulator(each.dtype)) for each in matrices.values()]
 
 
+def _hinge_of_spread(squares: Tensor, rows: int, std: float = 1.0, eps: float = 1e-4) -> Tensor:
+    """`variance_hinge` of columns less their means, of which (D,) sums of squares are given."""
+    variance = squares / squares.new_full((), rows - 1)
+    return (std - (variance + eps).sqrt()).relu().mean()
+
+
+def _penalty_of_covariances(of_pairs: Tensor, rows: int, columns: int) -> Tensor:
+    """`covariance_penalty` from the sum of squared products of different columns less their means."""
+    # (N - 1)^2 once instead of in every number.
+    return of_pairs / ((of_pairs.new_full((), rows) - 1).square() * columns)
+
+
 def _nothing(*matrices: Tensor) -> Tensor:
     """0 with gradient 0, whatever the matrices hold."""
     return torch.stack([each[:0].sum() for each in matrices]).sum()
@@ -368,8 +379,8 @@ def _smaller_gram(x: Tensor) -> Tensor:
         return x @ x.T if x.shape[0] < x.shape[1] else x.T @ x
 
 
-def _off_diagonal(x: Tensor, y: Tensor) -> Tensor:
-    """The sum of the squares of x.T @ y off its diagonal.
+def _off_diagonal(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the squares of x.T @ y off its diagonal, and (D,) the diagonal.
 
     Directly, or, for many more features than rows, as the square of everything less that of the diagonal. A few large
     features make that a small difference of large numbers, for which float64 has the digits.
@@ -377,12 +388,14 @@ def _off_diagonal(x: Tensor, y: Tensor) -> Tensor:
     with autocast.disabled(x):
         if 2 * x.shape[0] >= x.shape[1] or wide_dtype(x) != torch.float64:
             products = long_product(x.T, y)
-            return (products - torch.diag(products.diagonal())).square().sum()
+            own = products.diagonal()
+            return (products - torch.diag(own)).square().sum(), own
         wide_x = x.double()
         wide_y = wide_x if x is y else y.double()
         of_x = wide_x @ wide_x.T
         everything = of_x.square().sum() if x is y else (of_x * (wide_y @ wide_y.T)).sum()
-        return (everything - (wide_x * wide_y).sum(0).square().sum()).to(x.dtype)
+        diagonal = (wide_x * wide_y).sum(0)
+        return (everything - diagonal.square().sum()).to(x.dtype), diagonal.to(x.dtype)
 
 
 def _standardised(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,16 +6,17 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, mse_loss
+from torch.nn.functional import logsigmoid
 
 from ..core import checks
 from ..core.ordered import ordered_sum
 from ..losses import contrastive, info_nce, triplet
 from ..losses._columns import wide
 from ..losses._euclidean import softmax_of_distances
-from ..losses._one_pass import Part, sum_of_pairs
+from ..losses._mixtures import mixed_around, mixed_with_anchor
+from ..losses._one_pass import Part, by_autograd, sum_of_pairs, sum_of_rows
 from ..losses._sweep import Sweep
-from ..ops import Pairs, similarity_topk, stream_rows
+from ..ops import Pairs, merge_lse, similarity_topk
 
 
 def fedsa_margin(anchors: Tensor) -> Tensor:
@@ -54,8 +55,8 @@ def fedsa(x: Tensor, labels: Tensor, anchors: Tensor, margin: float | Tensor) ->
         Sun et al., FedSA, 2025 (S002); released code. The classifier's cross-entropy on anchors is
         ``linear_cross_entropy(anchors, head, torch.arange(C), bias=bias)``.
     """
-    found = softmax_of_distances("fedsa", wide(x), wide(anchors), labels, margin, None)
-    return mse_loss(x, anchors[labels]) + found / x.shape[0]
+    rows, depth = x.shape
+    return softmax_of_distances("fedsa", wide(x), wide(anchors), labels, margin, None, 1 / max(depth, 1)) / rows
 
 
 def cosine_contrastive(x: Tensor, labels: Tensor, partner: Tensor | None = None, *, margin: float = 1.0) -> Tensor:
@@ -122,28 +123,21 @@ def supremix(
         own; this is the formula. Memory of a chunk: N^2 for each of its rows.
     """
     u, size, y = wide(x, True), x.shape[0], labels.to(torch.promote_types(x.dtype, torch.float32))
+    counts = torch.zeros_like(y, dtype=torch.int64)
 
-    def losses(dots: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def losses(dots: Tensor, rows: slice) -> Tensor:
         logits, constant = (dots / temperature).split(size, 1)
-        gap, share = y[rows, None] - y, shares[rows]
-        itself = torch.zeros_like(logits, dtype=torch.bool)
-        itself[:, rows].fill_diagonal_(True)
-        real = (logits + gap.abs().log1p()).masked_fill(itself, -torch.inf)
-        mixed = share * constant[itself][:, None] + (1 - share) * constant + ((1 - share) * gap.abs()).log1p()
-        # A pair of rows on both sides of the anchor, (rows, N, N).
-        low, high = (gap > 0) & (gap <= window), (gap < 0) & (-gap <= window)
-        between = low[:, :, None] & high[:, None, :]
-        part = (-gap[:, None, :] / (gap[:, :, None] - gap[:, None, :])).masked_fill(~between, 0.5)
-        of_two = part * constant[:, :, None] + (1 - part) * constant[:, None, :]
-        columns = [real, mixed.masked_fill(gap == 0, -torch.inf), of_two.masked_fill(~between, -torch.inf).flatten(1)]
+        gap, itself = y[rows, None] - y, torch.eye(size, dtype=torch.bool, device=y.device)[rows]
         same = (gap == 0) & ~itself
-        count = same.sum(1) + between.sum((1, 2))
-        total = (logits * same).sum(1) + (of_two * between).sum((1, 2))
-        return torch.cat(columns, 1).logsumexp(1) - total / count.clamp_min(1), count
+        real = (logits + gap.abs().log1p()).masked_fill(itself, -torch.inf)
+        mixed = mixed_with_anchor(constant[itself], constant, shares[rows], gap)
+        lse, total, count = mixed_around(constant, gap, window)
+        counts[rows] = count + same.sum(1)
+        every = merge_lse(real.logsumexp(1), mixed.logsumexp(1), lse)
+        return torch.where(counts[rows] > 0, every - (total + (logits * same).sum(1)) / counts[rows].clamp_min(1), 0.0)
 
-    chunk = max(1, (1 << 20) // max(size, 1) ** 2)
-    rows, counts = stream_rows(losses, u, torch.cat([u, u.detach()]), chunk_rows=chunk)
-    return rows[counts > 0].mean()
+    chunk, sides = max(1, (1 << 20) // max(size, 1) ** 2), (u, torch.cat([u, u.detach()]))
+    return sum_of_rows("supremix", by_autograd(losses), *sides, chunk_rows=chunk) / (counts > 0).sum()
 
 
 def unisrec(sequence: Tensor, item: Tensor, items: Tensor, *, temperature: float = 0.07) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from ..core import checks
 from ..losses import energy_hinge, group_whiten, info_nce, multi_positive_info_nce, nt_xent, soft_info_nce
 from ..losses._columns import wide
-from ..losses._one_pass import Part, sum_of_rows
+from ..losses._one_pass import Part, binary_softmax, sum_of_rows
 from ..losses._sweep import Sweep
 from ..ops import Fold, Guide, Pairs, similarity_topk
 
@@ -165,26 +165,17 @@ def dclr(
     if not released:
         return info_nce(x, y, noise, pairs=Pairs(guide=Guide(a, b, below=threshold)), temperature=temperature)
 
-    size, known = y.shape[0] + noise.shape[0], len(b)
-
     def binary(logits: Tensor, rows: slice, _: slice, needs: bool) -> Part:
         similar = a[rows] @ b.T > threshold
         similar.diagonal(rows.start).fill_(False)
-        logits[:, :known].masked_fill_(similar, 0.0)
-        own, p, lse = logits.diagonal(rows.start).clone(), logits.softmax(1), logits.logsumexp(1)
-        p.diagonal(rows.start).zero_()
-        rest = torch.neg(p, out=logits).log1p_().clamp_min_(-100.0)  # as torch's binary cross-entropy has it
-        losses = (lse - own - rest.sum(1)) / size
-        if not needs:
-            return Part(losses, None)
-        odds = torch.sub(1.0, p, out=logits).clamp_min_(1e-12).reciprocal_().mul_(p)
-        total = odds.sum(1, keepdim=True)
-        slopes = odds.addcmul_(p, 1 - total)
-        slopes.diagonal(rows.start).copy_((own - lse).exp() * (1 - total[:, 0]) - 1)
-        slopes[:, :known].masked_fill_(similar, 0.0)
-        return Part(losses, slopes.div_(size))
+        logits[:, : len(b)].masked_fill_(similar, 0.0)
+        found = binary_softmax(logits, rows.start, needs)
+        if found.slopes is not None:
+            found.slopes[:, : len(b)].masked_fill_(similar, 0.0)
+        return found
 
-    return sum_of_rows("dclr", binary, wide(x, True) / temperature, wide(torch.cat([y, noise]), True)) / x.shape[0]
+    u, columns = wide(x, True) / temperature, wide(torch.cat([y, noise]), True)
+    return sum_of_rows("dclr", binary, u, columns) / (u.shape[0] * columns.shape[0])
 
 
 def dclr_noise(
