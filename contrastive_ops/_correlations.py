@@ -38,7 +38,7 @@ def spearman(x: Tensor, y: Tensor) -> Tensor:
     if x.dim() == 0 or x.shape != y.shape:
         raise ValueError(f"spearman: x and y must have one shape (..., N), got {checks.shape(x)} and {checks.shape(y)}")
     checks.check_device("spearman", "x", x, "y", y)
-    if not x.shape[-1]:
+    if x.shape[-1] == 0:
         return x.new_full(x.shape[:-1], torch.nan)
     x, y = (ranks - ranks.mean(-1, keepdim=True) for ranks in (_mean_ranks(x), _mean_ranks(y)))
     found = (x * y).sum(-1) / (x.square().sum(-1) * y.square().sum(-1)).sqrt()

@@ -152,7 +152,7 @@ def parse(function: str, found: object, relevant: object, documents: object, tie
 def as_ids(function: str, name: str, ids: object) -> Tensor:
     """Ids as an int64 tensor, from a tensor, an array or numbers."""
     ids = _tensor(ids)
-    if not isinstance(ids, Tensor) or (ids.dtype not in INTEGERS and ids.numel()):
+    if not isinstance(ids, Tensor) or (ids.dtype not in INTEGERS and ids.numel() > 0):
         kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(
             f"{function}: {name} must be an int64 tensor or a TopK, or lists or an array of int, got {kind}"
@@ -351,7 +351,7 @@ def _sorted(lists: Tensor) -> tuple[Tensor, Tensor, int, int]:
     than torch sorts entries with their places.
     """
     bits = max(1, lists.shape[1].bit_length())
-    low, high = (int(end) for end in lists.aminmax()) if lists.numel() else (0, 0)
+    low, high = (int(end) for end in lists.aminmax()) if lists.numel() > 0 else (0, 0)
     most = 1 << (63 - bits)
     if lists.device.type != "cpu" or not -most <= low <= high < most:
         return *lists.sort(dim=1), bits, low

@@ -81,7 +81,7 @@ def isotropy(x: Tensor, segments: Tensor | None = None, num_segments: int | None
         there = segments != NONE
         (known,) = ranks(segments[there])
         segments = torch.full_like(segments, NONE).masked_scatter(there, known)
-        num_segments = int(known.max()) + 1 if known.numel() else 0
+        num_segments = int(known.max()) + 1 if known.numel() > 0 else 0
     checks.check_index_values(name, "segments", segments, num_segments, or_none=True)
     with autocast.disabled(x):
         return _isotropy(x, segments, num_segments)
@@ -233,7 +233,7 @@ def retrieval_metrics(
     for cut in k:
         measures |= _of_hits(rank, number, cut)
         measures[f"ndcg@{cut}"] = gained.masked_fill(rank > cut, 0.0).sum(1) / ideal[cut]
-    top = judged.grade.max() if judged.grade.numel() else judged.grade.new_zeros(())
+    top = judged.grade.max() if judged.grade.numel() > 0 else judged.grade.new_zeros(())
     satisfied = _gain(grades, top, "exponential")
     seen_on = torch.cat([satisfied.new_ones((N, 1)), (1 - satisfied).cumprod(1)], 1)[:, :-1]
     for cut in k:

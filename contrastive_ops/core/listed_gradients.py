@@ -77,7 +77,7 @@ def gradients(
         return sum_lists(lists, lists.ordered(weights), rows)
 
     dscale = torch.zeros_like(scale)
-    if wants[2] and indices.numel():
+    if wants[2] and indices.numel() > 0:
         e_dots = e * dots()
         if logit_set.scale_of == ScaleOf.COLUMNS:
             dscale[:columns] = summed(of_columns, e_dots)

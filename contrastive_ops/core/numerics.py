@@ -64,7 +64,7 @@ DECIDED = 0.75
 
 def log_softmax(logits: Tensor) -> Tensor:
     """``logits.log_softmax(1)``, with the digits of a largest probability near 1; differentiable."""
-    if not logits.shape[1]:
+    if logits.shape[1] == 0:
         return logits.log_softmax(1)
     best = logits.detach().argmax(1, keepdim=True)
     ratio = logits - logits.gather(1, best)
@@ -74,7 +74,7 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 def log_softmax_(logits: Tensor) -> Tensor:
     """The same in the place of the logits."""
-    if not logits.shape[1]:
+    if logits.shape[1] == 0:
         return logits
     best = logits.argmax(1, keepdim=True)
     ratio = logits.sub_(logits.gather(1, best))

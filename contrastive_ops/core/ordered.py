@@ -43,7 +43,7 @@ def repeated(value: Tensor, size: int) -> Tensor:
 
 def ordered_logsumexp(values: Tensor) -> Tensor:
     """``values.logsumexp(0)`` of a vector in the same way; -inf with gradient 0 where all of them are, or none are."""
-    if not values.shape[0]:
+    if values.shape[0] == 0:
         return values.sum() - torch.inf
     top = values.detach().amax()
     top = torch.where(torch.isfinite(top), top, 0.0)
@@ -123,7 +123,7 @@ def _parts(values: Tensor, step: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def _segment_rows(table: Tensor, segments: Tensor) -> Tensor:
-    if not table.shape[0]:
+    if table.shape[0] == 0:
         return table.new_zeros((segments.shape[0], *table.shape[1:]))
     rows = table.index_select(0, segments.clamp_min(0))
     return rows.masked_fill_((segments < 0).view(-1, *(1,) * (table.dim() - 1)), 0.0)

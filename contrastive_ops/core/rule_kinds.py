@@ -370,7 +370,7 @@ class ClassWeightRule(Rule):
         """The table's entry of each pair, of indices as in `Places`; 0 where either has no class."""
         row, column = data[self.rows[0]][rows], data[self.cols[0]]
         # Lists that name no column hold 0 in its place, also where there is no column 0.
-        column = column[cols] if column.shape[0] or not isinstance(cols, Tensor) else torch.full_like(cols, -1)
+        column = column[cols] if column.shape[0] > 0 or not isinstance(cols, Tensor) else torch.full_like(cols, -1)
         found = data[self.others[0]][row.clamp_min(0), column.clamp_min(0)]
         return found.masked_fill((row < 0) | (column < 0), 0.0)
 

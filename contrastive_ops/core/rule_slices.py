@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from .column_lists import with_own_column
+from .records import changed
 from .rules import Pairs, given
 
 
@@ -14,17 +13,17 @@ def rows_of(pairs: Pairs | None, rows: Tensor, columns: int) -> Pairs | None:
     """The rules for the rows that `rows` (int64) names, as rules of a matrix that has only these and all columns."""
     if pairs is None:
         return None
-    taken = replace(pairs, **{rule.name: rule.take_rows(value, rows) for rule, value in given(pairs)})
+    taken = changed(pairs, **{rule.name: rule.take_rows(value, rows) for rule, value in given(pairs)})
     if pairs.diagonal is None:
         return taken
-    return replace(taken, exclude=with_own_column(taken.exclude, rows + pairs.diagonal, columns))
+    return changed(taken, exclude=with_own_column(taken.exclude, rows + pairs.diagonal, columns))
 
 
 def columns_of(pairs: Pairs | None, begin: int, end: int) -> Pairs | None:
     """The rules for the columns [begin, end), as rules of a matrix that has only these."""
     if pairs is None:
         return None
-    return replace(pairs, **{rule.name: rule.take_cols(value, begin, end) for rule, value in given(pairs)})
+    return changed(pairs, **{rule.name: rule.take_cols(value, begin, end) for rule, value in given(pairs)})
 
 
 def columns_named(pairs: object) -> int | None:

@@ -7,7 +7,6 @@ is left of the inverse lengths. The derivative through the lengths takes from a 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from .checks import accumulator
 from .problem import Layout
+from .records import changed
 from .rules import Slot
 from .unit_rows import SHORTEST, parts_of, unit_rows
 
@@ -87,4 +87,4 @@ def _replaced(
     data: dict[Slot, Tensor] = {slot: tensor for slot, tensor in first.data.items() if slot != Slot.UNIT}
     if factors is not None:
         data[Slot.ROW_FACTOR], data[Slot.COL_FACTOR] = factors
-    return Layout((dataclasses.replace(first, data=data), *others), layout.folds).encode()
+    return Layout((changed(first, data=data), *others), layout.folds).encode()

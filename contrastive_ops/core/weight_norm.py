@@ -38,15 +38,15 @@ def weight_norm(
     """
     bound = scale.new_zeros(())
     if d_folds is not None:
-        parts = [part.abs().amax() for part in d_folds.split(list(sizes)) if part.numel()]
+        parts = [part.abs().amax() for part in d_folds.split(list(sizes)) if part.numel() > 0]
         bound = torch.stack(parts).sum() if parts else bound
-    if d_target is not None and d_target.numel():
+    if d_target is not None and d_target.numel() > 0:
         bound = bound + d_target.abs().amax()
-    if d_linear is not None and d_linear.numel():
+    if d_linear is not None and d_linear.numel() > 0:
         data = layout.sets[0].data
-        weight = data[Slot.LINEAR_WEIGHT].abs().amax() if data[Slot.LINEAR_WEIGHT].numel() else 0.0
+        weight = data[Slot.LINEAR_WEIGHT].abs().amax() if data[Slot.LINEAR_WEIGHT].numel() > 0 else 0.0
         bound = bound + d_linear.abs().amax() * weight * data[Slot.LINEAR_INDPTR].diff().amax()
-    if scale.numel():
+    if scale.numel() > 0:
         bound = bound * scale.detach().abs().amax() * (2.0 if itself else 1.0)
     return power_below(bound)
 

@@ -261,7 +261,7 @@ def at(
     indices: Tensor,
 ) -> Tensor:
     """Return the logits of the columns that each row lists, -inf where it lists -1. Rules do not apply."""
-    if not indices.numel() or not len(y):
+    if indices.numel() == 0 or not len(y):
         return torch.full(indices.shape, -torch.inf, dtype=torch.float32, device=x.device)
     return _at(_Problem(x, y, scale, row_bias, col_bias, pair_data, spec), indices, raw=False)
 
@@ -276,7 +276,7 @@ def _sum_lists(lists: Lists, weights: Tensor, rows: Tensor | None) -> Tensor:
         kernels().cuda_similarity_topk_sum(lists.indptr, weights, sums, owners)
         return sums
     sums = weights.new_zeros((owners, rows.shape[1]))
-    if sums.numel() and weights.numel():
+    if sums.numel() > 0 and weights.numel() > 0:
         arguments = (rows.contiguous(), lists.indptr, lists.partners, weights, sums)
         kernels().cuda_similarity_topk_sum_rows(*arguments, *sums.shape)
     return sums

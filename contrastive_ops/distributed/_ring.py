@@ -113,7 +113,7 @@ def _block_gradients(
     arriving = [
         *(gradient[owner] for gradient in gradients[:rows]),
         *(gradient[begin:end] for gradient in gradients[rows : rows + cols]),
-        gradients[rows + cols] if folded.target.numel() else folded.target,
+        gradients[rows + cols] if folded.target.numel() > 0 else folded.target,
     ]
     wanted = [each for each, need in zip(leaves, needs, strict=True) if need]
     outputs = [*folded.rows, *folded.cols, folded.target]

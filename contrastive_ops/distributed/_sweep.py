@@ -10,7 +10,7 @@ and whenever they were made.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ..core.fold_kinds import FOLDS
 from ..core.folds import Fold, Folded, as_fold
 from ..core.numerics import merge_lse
 from ..core.problem import Problem
+from ..core.records import changed
 from ..core.rule_slices import columns_of
 from ..core.rules import Pairs, given
 from ..losses._sweep import Sweep
@@ -50,6 +51,7 @@ class ShardedSweep(Sweep):
     rows: Shards
     columns: Shards
     schedule: str
+    __match_args__ = (*Sweep.__match_args__, "rows", "columns", "schedule")  # without them `changed` would lose these
 
     def fold(
         self, x: Tensor, y: Tensor | None = None, *reduce: str | Fold, dim: int | tuple[int, ...] = 1, **options: Any
@@ -63,7 +65,7 @@ class ShardedSweep(Sweep):
         given.update(self._shared(), col_bias=self.col_bias, dim=dim, **options)
         known: dict[int, Pairs | None] = {}
         folds = tuple(as_fold(self.names[0], request) for request in reduce)
-        given["reduce"] = tuple(replace(fold, pairs=self.global_pairs(fold.pairs, known)) for fold in folds)
+        given["reduce"] = tuple(changed(fold, pairs=self.global_pairs(fold.pairs, known)) for fold in folds)
         given["pairs"] = self.global_pairs(given["pairs"], known)
         for name in ("col_scale", "col_bias"):
             given[name] = self.gathered(given[name])
@@ -109,7 +111,7 @@ class ShardedSweep(Sweep):
             rules = {rule.name: rule.map(value, lambda part: part, self._gathered_rule) for rule, value in given(pairs)}
             if pairs.diagonal is not None:
                 rules["diagonal"] = pairs.diagonal + self.rows.offset
-            known[id(pairs)] = replace(pairs, **rules)
+            known[id(pairs)] = changed(pairs, **rules)
         return known[id(pairs)]
 
     def _gathered_rule(self, part: Tensor) -> Tensor:
@@ -148,7 +150,7 @@ class ShardedSweep(Sweep):
             return known.setdefault(id(pairs), columns_of(pairs, begin, end))
 
         folds = [
-            replace(each, pairs=rules(each.pairs), scale=options.pop(str(place), each.scale))
+            changed(each, pairs=rules(each.pairs), scale=options.pop(str(place), each.scale))
             for place, each in enumerate(options["reduce"])
         ]
         for name in ("col_scale", "col_bias"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from .. import losses
 from ..core.folds import Fold, Folded
 from ..core.problem import Problem
+from ..core.records import changed
 from ..losses import _arguments
 from ..losses._gte import gte_blocks, gte_losses
 from ._agreement import Agreement
@@ -61,6 +61,6 @@ def gte(query: Tensor, document: Tensor, negatives: Tensor | None = None, **opti
 
     if owners is not None:  # queries of other ranks are others
         owners = owners[0] + agreed.rows.offset, owners[1] + agreed.rows.offset
-    rows = gte_losses(replace(blocks, sweep=sweep), owners, partition, options["directions"])
+    rows = gte_losses(changed(blocks, sweep=sweep), owners, partition, options["directions"])
     loss = _arguments.reduce_rows(rows, weight, local_reduction(reduction))
     return rank_share(loss, agreed.rows, weight, reduction, average)

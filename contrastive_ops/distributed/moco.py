@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
 from .. import losses
 from ..core import checks
+from ..core.records import changed
 from ..core.rules import Pairs
 from ..losses import _arguments
 from ..losses._columns import check_pairs
@@ -101,7 +101,7 @@ def moco(query: Tensor, key: Tensor, queue: Tensor, **options: Any) -> Any:
         of_all = agreed.sweep("gather", queue, (name, "query", "queue"), 1.0)
         pairs = of_all.global_pairs(options["pairs"])
         if pairs is not None and pairs.diagonal is not None:  # which counts the queue, and no rows of other ranks
-            pairs = dataclasses.replace(pairs, diagonal=options["pairs"].diagonal)
+            pairs = changed(pairs, diagonal=options["pairs"].diagonal)
         options |= {"pairs": pairs, "col_bias": of_all.gathered(options["col_bias"])}
         if options["queue_labels"] is not None:
             options["queue_labels"] = gather_rows(options["queue_labels"], agreed.columns)
@@ -109,7 +109,7 @@ def moco(query: Tensor, key: Tensor, queue: Tensor, **options: Any) -> Any:
     fields = {each: getattr(problem.sweep, each) for each in FIELDS}
     sweep = MergedSweep(**fields, merge=lambda sums: sum_over_ranks(sums, team))
     if options["diagnostics"] and sweep.pairs is None:
-        sweep = dataclasses.replace(sweep, pairs=Pairs())
+        sweep = changed(sweep, pairs=Pairs())
     found = problem.function(sweep, problem.x, problem.y, **problem.options)
     loss, measures = found if options["diagnostics"] else (found, None)
     share = rank_share(loss, agreed.rows, options["weight"], reduction, average)

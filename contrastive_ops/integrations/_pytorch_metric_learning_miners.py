@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..core.records import changed
 from ..core.unit_rows import unit_rows
 from ..ops import Fold, Pairs, similarity_reduce
 from ._originals import runs_original, third_party
@@ -164,8 +164,8 @@ class MultiSimilarityMiner(_PairMiner, miners.MultiSimilarityMiner):
         folds = Fold("max", pairs=picked.positives, negate=True), Fold("max", pairs=picked.negatives)
         farthest, nearest = picked.fold(*folds).rows
         below = _inside(nearest + self.epsilon, -torch.inf)
-        picked.positives = replace(picked.positives, below=below)
-        picked.negatives = replace(picked.negatives, above=_inside(-farthest - self.epsilon, torch.inf))
+        picked.positives = changed(picked.positives, below=below)
+        picked.negatives = changed(picked.negatives, above=_inside(-farthest - self.epsilon, torch.inf))
         return picked
 
 
@@ -187,7 +187,7 @@ class PairMarginMiner(_PairMiner, miners.PairMarginMiner):
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
         low = inside_number(float(self.pos_margin), -torch.inf, dtype)
         high = inside_number(float(self.neg_margin), torch.inf, dtype)
-        picked.positives, picked.negatives = replace(picked.positives, below=low), replace(picked.negatives, above=high)
+        picked.positives, picked.negatives = changed(picked.positives, below=low), changed(picked.negatives, above=high)
         return picked
 
 
@@ -222,12 +222,12 @@ class BatchEasyHardMiner(miners.BatchEasyHardMiner):
         elif self.neg_strategy == self.SEMIHARD:
             first = picked.fold(positive)
             known = -first.rows[0] if positive.negate else first.rows[0]
-            negative = replace(negative, pairs=replace(picked.negatives, below=_inside(known, -torch.inf)))
+            negative = changed(negative, pairs=changed(picked.negatives, below=_inside(known, -torch.inf)))
             found = first.row_argmax[0], picked.fold(negative).row_argmax[0]
         else:
             first = picked.fold(negative)
             known = -first.rows[0] if negative.negate else first.rows[0]
-            positive = replace(positive, pairs=replace(picked.positives, above=_inside(known, torch.inf)))
+            positive = changed(positive, pairs=changed(picked.positives, above=_inside(known, torch.inf)))
             found = picked.fold(positive).row_argmax[0], first.row_argmax[0]
         a = ((found[0] >= 0) & (found[1] >= 0)).nonzero().flatten()
         p, n = found[0][a], found[1][a]
@@ -298,5 +298,5 @@ class CrossBatchMemory(losses.CrossBatchMemory):
         if not isinstance(picked, Picked):
             return utils.remove_self_comparisons(picked, self.curr_batch_idx, self.memory_size)
         one = torch.arange(len(labels) + 1, device=labels.device)
-        picked.positives = replace(picked.positives, exclude=(one, self.curr_batch_idx))
+        picked.positives = changed(picked.positives, exclude=(one, self.curr_batch_idx))
         return picked

@@ -12,13 +12,13 @@ picks, and a loss of this module folds them in its sweep; other losses read the 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.numerics import softplus
+from ..core.records import changed
 from ..losses import arc_face, cos_face, multi_positive_info_nce, multi_similarity, sup_con
 from ..ops import Fold, Pairs
 from ._originals import runs_original, third_party
@@ -255,8 +255,7 @@ class ContrastiveLoss(_PairLoss, losses.ContrastiveLoss):
 def _with_bound(pairs: Pairs, name: str, bound: float) -> Pairs:
     """The pairs with one more bound, which are those that a hinge counts."""
     known = getattr(pairs, name)
-    changed: dict[str, Any] = {name: bound if known is None else (known, bound)}
-    return replace(pairs, **changed)
+    return changed(pairs, **{name: bound if known is None else (known, bound)})
 
 
 class TripletMarginLoss(losses.TripletMarginLoss):

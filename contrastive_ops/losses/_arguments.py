@@ -172,7 +172,7 @@ def inverse(function: str, name: str, temperature: float | Tensor) -> float | Te
     value: Any = checks.factor(function, name, temperature)
     if not checks.may_read(value):
         return torch.where(value > 0, value, torch.nan).reciprocal()
-    if value.numel():
+    if value.numel() > 0:
         least = value.item() if value.dim() == 0 else float(value.detach().amin())
         if not least > 0:
             raise ValueError(f"{function}: {name} must be in (0, inf], got {least}")
@@ -201,7 +201,9 @@ def lists_of_weighted(weight: Tensor | None, indptr: Tensor, *entries: Tensor) -
         return indptr, *entries
     used = weight != 0
     row = row_of_each(indptr, entries[0])
-    kept = used[row.clamp(0, max(used.shape[0] - 1, 0))] if used.shape[0] else torch.ones_like(row, dtype=torch.bool)
+    kept = (
+        used[row.clamp(0, max(used.shape[0] - 1, 0))] if used.shape[0] > 0 else torch.ones_like(row, dtype=torch.bool)
+    )
     if not checks.may_read(indptr, waits=True):  # which a traced program cannot drop
         return indptr, *(left_out(each, kept) for each in entries)
     lengths = torch.where(used, indptr.diff(), 0)
@@ -285,5 +287,5 @@ def check_weight(function: str, weight: Tensor, size: int, x_name: str, x: Tenso
     if not checks.may_read(weight):
         return
     negative = weight.detach()[weight.detach() < 0]
-    if negative.numel():
+    if negative.numel() > 0:
         raise ValueError(f"{function}: {name} must not be negative, got {float(negative[0])}")

@@ -66,7 +66,7 @@ def checked_labels(function: str, name: str, labels: Tensor, size: int, x_name: 
     checks.check_vector(function, name, labels, size, x_name, x)
     if checks.may_read(labels):
         wrong = labels.detach()[~((labels >= 0) & (labels <= 1))]
-        if wrong.numel():
+        if wrong.numel() > 0:
             raise ValueError(f"{function}: {name} must be in [0, 1], got {float(wrong[0])}")
     return labels.to(checks.accumulator(x.dtype))
 

@@ -11,7 +11,6 @@ self-similarity matrix of all queries and documents, which is why one sweep of 4
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ..core.folds import Fold, Folded
 from ..core.problem import Problem
+from ..core.records import changed
 from ..core.rules import Guide, Pairs
 from ..ops.similarity_reduce import fold
 from ._hardness import Hardness
@@ -111,7 +111,7 @@ class Blocks:
         folds: tuple[Fold, ...] = (fold_of_all,)
         if both and self.bound is not None and y is not None:  # the last fold is for the columns, which have own bounds
             by_column = _padded(self.bound, y, torch.inf)[None]
-            folds += (dataclasses.replace(fold_of_all, pairs=self._pairs(rows, cols, by_column, **rules)),)
+            folds += (changed(fold_of_all, pairs=self._pairs(rows, cols, by_column, **rules)),)
         folded = self.sweep(
             Problem.of(self.names, x, y, target=target),
             reduce=folds,

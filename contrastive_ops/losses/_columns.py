@@ -170,7 +170,7 @@ def smoothing_share(
     checks.check_vector(function, "label_smoothing", label_smoothing, x.shape[0], x_name, x)
     if checks.may_read(label_smoothing):
         wrong = label_smoothing.detach()[~((label_smoothing >= 0) & (label_smoothing <= 1))]
-        if wrong.numel():
+        if wrong.numel() > 0:
             raise ValueError(f"{function}: label_smoothing must be in [0, 1], got {float(wrong[0])}")
     return label_smoothing.to(checks.accumulator(x.dtype))
 

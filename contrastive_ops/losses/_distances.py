@@ -62,7 +62,7 @@ def points(x: Tensor, distance: str) -> Points:
     if distance != "cosine":
         return Points(x, None)
     x = unit_rows(x)
-    return Points(x, (x.detach().abs().amax(1) == 0).to(x.dtype) if x.shape[1] else x.new_ones(x.shape[:1]))
+    return Points(x, (x.detach().abs().amax(1) == 0).to(x.dtype) if x.shape[1] > 0 else x.new_ones(x.shape[:1]))
 
 
 def distance_between(x: Points, y: Points, distance: str, eps: float = 0.0) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.records import changed
 from ..core.rules import Pairs
 from . import _arguments
 from ._columns import check_pairs
@@ -63,7 +63,7 @@ def other_labels(function: str, pairs: Pairs | None, others: Pairs, with_itself:
         reasons["diagonal"] = "no row is compared with itself"
     refuse(function, "pairs", pairs, reasons)
     diagonal = others.diagonal if pairs.diagonal is None else pairs.diagonal
-    return dataclasses.replace(pairs, differ=others.differ, diagonal=diagonal)
+    return changed(pairs, differ=others.differ, diagonal=diagonal)
 
 
 def one_positive(labels: Tensor, col_labels: Tensor | None) -> tuple[Tensor | None, Tensor]:

@@ -134,7 +134,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem = Rows(*arguments[:_FIELDS])
     second, d_first, d_second, needs = arguments[_FIELDS:]
     dx, dy, dbias, dtarget = (each.zero_() for each in _empty_gradients(problem, needs))
-    if not problem.y.shape[0]:
+    if problem.y.shape[0] == 0:
         return dx, dy, dbias, dtarget
     zeros = torch.zeros_like(second)
     given = [zeros if d is None else d for d in (d_first, d_second)]

@@ -65,7 +65,7 @@ def values(
     log_of: Callable[[Tensor], Tensor] = log_softmax,
 ) -> tuple[Tensor, Tensor | None]:
     """The two statistics of some rows; None where there is one. `log_of` may write into the logits."""
-    if not logits.shape[1]:
+    if logits.shape[1] == 0:
         return logits.sum(1), None
     if problem.kind == "cross_entropy":
         # The class whose probability may be nearly 1 has it from those of the others.

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core import checks
 from ..core.folds import Fold
 from ..core.numerics import lse_of_rows, softplus
+from ..core.records import changed
 from ..core.rules import Pairs
 from ..ops.similarity_reduce import budget_bytes, merge_lse
 from ..reference.similarity_loss import usual_target
@@ -167,7 +168,7 @@ def given_softmax(
     of_smoothing = () if share is None else (Fold("sum"), Fold("count"))
     found: list[Tensor] = []
     sums: list[Tensor] = []
-    if y.shape[0] or own is None or of_smoothing or ranking:  # or there are its own alone
+    if y.shape[0] > 0 or own is None or of_smoothing or ranking:  # or there are its own alone
         folds = ("logsumexp" if hardness is None else hardness.fold(), *of_smoothing)
         (others, *sums), ranks, _ = sweep.fold_rows(x, y, *folds, of_sets=ranking.folds if ranking else ())
         found = [others if hardness is None else hardness.of_rows(others)]
@@ -259,16 +260,16 @@ def softmaxes_of_blocks(
     blocks = [columns.shape[0] for columns in (y, more_y, more_x)]
     parts = [budget * size // max(sum(blocks), 1) for size in blocks]
     own = None if bias is None else bias[:count]
-    shared = dataclasses.replace(sweep, unit=False, col_bias=own, memory_budget=parts[0])
+    shared = changed(sweep, unit=False, col_bias=own, memory_budget=parts[0])
     reduce = "logsumexp" if hardness is None else hardness.fold()
     found = shared.fold(x, y, reduce, dim=(0, 1), target=usual_target(x, y))
     of_rows, of_cols = [found.rows[0]], [found.cols[0]]
     if blocks[1]:
         of_more = None if bias is None else bias[count:]
-        given = dataclasses.replace(shared, pairs=None, col_bias=of_more, memory_budget=parts[1])
+        given = changed(shared, pairs=None, col_bias=of_more, memory_budget=parts[1])
         of_rows += given.fold(x, more_y, reduce).rows
     if blocks[2]:
-        given = dataclasses.replace(shared, pairs=None, col_bias=None, memory_budget=parts[2])
+        given = changed(shared, pairs=None, col_bias=None, memory_budget=parts[2])
         of_cols += given.fold(y, more_x, reduce, row_bias=own).rows
     losses = torch.zeros_like(found.target)
     for each in (of_rows, of_cols):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..core.records import changed
 from ..core.rules import Pairs, given
 
 
 def padded(pairs: Pairs, before: int, after: int) -> Pairs:
     """Rules of some columns as those of a matrix with more columns before and after them, which no rule names."""
-    return dataclasses.replace(
-        pairs, **{rule.name: rule.pad_cols(value, before, after) for rule, value in given(pairs)}
-    )
+    return changed(pairs, **{rule.name: rule.pad_cols(value, before, after) for rule, value in given(pairs)})
 
 
 def passes_padding(pairs: Pairs) -> bool:
@@ -27,7 +25,7 @@ def _passes(pairs: Pairs, rows: int, before: int, size: int, after: int) -> bool
     """`passes_padding` where it is known how many rows and columns there are: a diagonal may stay in its block."""
     diagonal = pairs.diagonal
     if diagonal is not None and (diagonal >= 0 or not before) and (rows + diagonal <= size or not after):
-        pairs = dataclasses.replace(pairs, diagonal=None)
+        pairs = changed(pairs, diagonal=None)
     return passes_padding(pairs)
 
 
@@ -50,7 +48,7 @@ def within(function: str, name: str, pairs: Pairs | None, rows: Tensor, before: 
     ids = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
     columns = ids.new_full((before + size + after,), -1)
     columns[before : before + size] = 0
-    return dataclasses.replace(found, same=(ids, columns))
+    return changed(found, same=(ids, columns))
 
 
 def of_blocks(
@@ -84,8 +82,8 @@ def of_blocks(
             "  one sweep has one guide"
         )
     columns = of_first.guide.gy + of_second.guide.gy  # type: ignore[operator]  # rows of 0 where the other has its own
-    first_guide, second_guide = (dataclasses.replace(each.guide, gy=columns) for each in (of_first, of_second))  # type: ignore[type-var]
-    return dataclasses.replace(of_first, guide=first_guide), dataclasses.replace(of_second, guide=second_guide)
+    first_guide, second_guide = (changed(each.guide, gy=columns) for each in (of_first, of_second))
+    return changed(of_first, guide=first_guide), changed(of_second, guide=second_guide)
 
 
 def refuse(function: str, name: str, pairs: Pairs | None, rules: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core.folds import Fold, Folded, as_fold
 from ..core.problem import Problem
+from ..core.records import changed
 from ..core.rules import Pairs
 from ..ops.similarity_loss import similarity_loss
 from ..ops.similarity_reduce import fold, merge_lse
@@ -59,9 +60,7 @@ class Sweep:
             found = self.fold(x, y, *reduce, *of_sets, **options)
             return list(found.rows[: len(reduce)]), list(found.rows[len(reduce) :]), found.target
         end, folds = len(reduce), [as_fold(self.names[0], each) for each in reduce]
-        found = self.fold(
-            x, y, *folds, *(dataclasses.replace(each, pairs=self.also) for each in folds), *of_sets, **options
-        )
+        found = self.fold(x, y, *folds, *(changed(each, pairs=self.also) for each in folds), *of_sets, **options)
         merged = [
             merge_lse(*both) if each.name == "logsumexp" else both[0] + both[1]
             for each, both in zip(folds, zip(found.rows[:end], found.rows[end : 2 * end], strict=True), strict=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.records import changed
 from ..core.rules import Pairs
 from . import _arguments
 from ._columns import check_filters
@@ -78,7 +78,7 @@ def without_itself(function: str, pairs: Pairs | None) -> Pairs:
         raise ValueError(
             f"{function}: pairs.fill must be None, got {pairs.fill}: each row would meet itself with that logit"
         )
-    return dataclasses.replace(pairs, diagonal=0)
+    return changed(pairs, diagonal=0)
 
 
 def weight_of_views(function: str, weight: object, z0: Tensor) -> Tensor | None:

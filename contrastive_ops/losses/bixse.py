@@ -6,14 +6,13 @@ made again in backward, or kept: 8 N M D, 6 if kept. A list of P pairs costs 6 P
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from ..core import checks
 from ..core.column_lists import check_lists
 from ..core.ordered import repeated, segment_sums
+from ..core.records import changed
 from ..core.rules import Pairs
 from . import _arguments
 from ._binary import check_once, checked_labels, cross_entropy, one_grade, pair_logits, shared_bias
@@ -120,7 +119,7 @@ def bixse(
     indptr, cols, order = check_lists(name, "target", (indptr, target), query, key)
     rows = torch.repeat_interleave(indptr.diff(), output_size=cols.shape[0])
     check_once(name, rows, cols)
-    sweep = dataclasses.replace(sweep, pairs=_without_graded(name, pairs, indptr, cols))
+    sweep = changed(sweep, pairs=_without_graded(name, pairs, indptr, cols))
     (negatives,), *_ = sweep.fold(query, key, "sum_softplus", row_bias=row_bias)
     logits = pair_logits(name, "query", query, key, rows, cols, scale, bias, unit)
     logits = logits if col_bias is None else logits + col_bias.to(logits.dtype)[cols]
@@ -133,7 +132,7 @@ def _without_graded(function: str, pairs: Pairs | None, indptr: Tensor, cols: Te
     for rule in ("exclude", "fill"):
         if getattr(pairs, rule, None) is not None:
             raise ValueError(f"{function}: pairs.{rule} must be None with indptr, which lists the graded keys")
-    return dataclasses.replace(Pairs() if pairs is None else pairs, exclude=(indptr, cols))
+    return changed(Pairs() if pairs is None else pairs, exclude=(indptr, cols))
 
 
 def pair_bce(
@@ -208,7 +207,7 @@ def pair_bce(
     if weight is not None:
         _arguments.check_weight(name, weight, rows.shape[0], "x", x)
         rows, cols, labels = (_arguments.of_weighted(weight, each) for each in (rows, cols, labels))
-        if rows.shape[0]:  # a pair that counts in place of one that does not: what row 0 holds may count nowhere
+        if rows.shape[0] > 0:  # a pair that counts in place of one that does not: what row 0 holds may count nowhere
             used, first = weight != 0, (weight != 0).to(torch.uint8).argmax()
             rows, cols = (torch.where(used, each, each.index_select(0, first.view(1))) for each in (rows, cols))
     checks.check_index_values(name, "rows", rows, x.shape[0])

@@ -6,13 +6,13 @@ or kept: 8 N^2 D operations, 6 if kept.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..core import autocast, checks
+from ..core.records import changed
 from ..core.rules import RULES, Pairs
 from ..core.rules import given as given_rules
 from . import _arguments
@@ -173,7 +173,7 @@ def clip(
         check_filters(name, pairs, col_bias, problem.x.shape[0], "image", problem.x)
         if metric == "sqeuclidean":
             x, y = as_products([problem.x], [problem.y], problem.sweep.unit)  # type: ignore[list-item]
-            problem = dataclasses.replace(problem, x=x, y=y, sweep=dataclasses.replace(problem.sweep, unit=False))
+            problem = changed(problem, x=x, y=y, sweep=changed(problem.sweep, unit=False))
         return problem.loss()
     sides = problem.sweep, problem.x, problem.y
     given = {"normalize": normalize, "metric": metric, **problem.options}
@@ -253,7 +253,7 @@ def _with_negatives(
     check_pairs(name, sweep.pairs)
     if metric == "sqeuclidean":
         image, more, text, *others = as_products([image, negatives[0]], [text, negatives[1]], sweep.unit)
-        negatives, sweep = [more, *others], dataclasses.replace(sweep, unit=False)
+        negatives, sweep = [more, *others], changed(sweep, unit=False)
     of_numbers = not (isinstance(sweep.scale, Tensor) and sweep.scale.dim())
     simple = of_numbers and options["share"] is None and not options["diagnostics"]
     if simple and (image.dtype == checks.accumulator(image.dtype) or _has_more_than_ids(sweep.pairs)):
@@ -284,12 +284,12 @@ def _in_one_sweep(sweep: Sweep, image: Tensor, text: Tensor, negatives: list[Ten
             for side, ids, more in zip(("rows", "columns"), sweep.pairs.differ, numbers, strict=True)
         )
         rules = Pairs(differ=(of_images, of_texts))
-    sweep = dataclasses.replace(sweep, pairs=rules)
+    sweep = changed(sweep, pairs=rules)
     if numbers[1] or not numbers[0]:
         return both_softmaxes(sweep, *sides, count=count, **options)
     # Rows without partners need a column that is nobody's: texts become the rows.
     turned = None if rules.differ is None else (rules.differ[1], rules.differ[0])
     bias = None if sweep.col_bias is None else sweep.col_bias.to(checks.accumulator(image.dtype))
-    sweep = dataclasses.replace(sweep, pairs=Pairs(differ=turned), col_bias=None)
+    sweep = changed(sweep, pairs=Pairs(differ=turned), col_bias=None)
     found = both_softmaxes(sweep, *reversed(sides), count=count, row_bias=bias, **options)
     return (found[0], found[1][::-1]) if options["diagnostics"] else found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..core import autocast
 from ..core.folds import Fold
+from ..core.records import changed
 from ..core.results import named
 from ..core.rule_kinds import listed_bounds
 from ..core.rules import Pairs
@@ -118,7 +118,7 @@ class Ranking:
         return self.read(rows), self.read(cols, dim=0)
 
     def _folds(self, pairs: Pairs | None, both: bool) -> tuple[Fold, ...]:
-        rules = Pairs() if pairs is None else dataclasses.replace(pairs, fill=None, log_weight=None)
+        rules = Pairs() if pairs is None else changed(pairs, fill=None, log_weight=None)
         folds: tuple[Fold, ...] = (_count_above(rules, self._bounds[0]),)
         if both:
             folds += (_count_above(rules, self._bounds[1][None]),)
@@ -137,4 +137,4 @@ class Ranking:
 
 def _count_above(rules: Pairs, bound: Tensor) -> Fold:
     """Count the pairs that are at least as similar as the positive."""
-    return Fold("count", scale=1.0, pairs=dataclasses.replace(rules, above=listed_bounds(rules.above, bound)))
+    return Fold("count", scale=1.0, pairs=changed(rules, above=listed_bounds(rules.above, bound)))

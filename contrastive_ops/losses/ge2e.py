@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -12,6 +10,7 @@ from ..core.masks import left_out
 from ..core.numerics import softplus
 from ..core.ordered import segment_rows, segment_sums
 from ..core.recompute import recomputed
+from ..core.records import changed
 from ..core.unit_rows import unit_rows
 from . import _arguments
 from ._columns import scaled, wide
@@ -131,8 +130,8 @@ def _against_others(sweep: Sweep, rows: Tensor, sums: Tensor, speaker: Tensor, s
     if checks.may_read(sizes, waits=True):
         sums, speaker = sums[there], (there.cumsum(0) - 1)[speaker.clamp_min(0)]
     else:
-        sweep = dataclasses.replace(sweep, col_bias=torch.where(there, 0.0, -torch.inf).to(rows.dtype))
-    if not sums.shape[0]:
+        sweep = changed(sweep, col_bias=torch.where(there, 0.0, -torch.inf).to(rows.dtype))
+    if sums.shape[0] == 0:
         return rows.sum(1) - torch.inf
     fold = "logsumexp" if kind == "softmax" else "max"
     return sweep.fold(rows, unit_rows(sums), fold, target=speaker.clamp_min(0)).rows[0]

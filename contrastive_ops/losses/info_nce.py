@@ -6,7 +6,6 @@ smoothing of filtered pairs and diagnostics need the folds, whose products are m
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ..core import autocast, checks
 from ..core.masks import left_out
+from ..core.records import changed
 from ..core.rules import Pairs
 from . import _arguments
 from ._columns import (
@@ -396,5 +396,5 @@ def _without_batch(
     biases = None if sweep.col_bias is None else sweep.col_bias.to(query.dtype)
     of_positive = None if biases is None else take_rows(biases[:keys, None], own)[:, 0]
     of_negatives = None if biases is None else biases[keys:]
-    sweep = dataclasses.replace(sweep, unit=False, col_bias=of_negatives)
+    sweep = changed(sweep, unit=False, col_bias=of_negatives)
     return sweep, query, positive, negatives, of_positive

@@ -6,7 +6,6 @@ kept, so that the loss over them is plain torch.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from ..core import checks
 from ..core.masks import left_out
 from ..core.numerics import softplus
 from ..core.ordered import repeated
+from ..core.records import changed
 from ..ops.maxsim import REDUCTIONS, own_pairs, pair_scores, scores_of
 from ..ops.token_sets import Packed, TokenSets, check_two_sides, concatenated, packed
 from ..ops.xtr import retrieved_scores
@@ -168,12 +168,12 @@ def _of_weighted(weight: Tensor, sets: Packed) -> Packed:
     """The sets with zeros for the tokens of rows of weight 0, each of which has one set or a list of them."""
     each = sets.shape[1] if len(sets.shape) == 2 else 1
     used = torch.cat([(weight != 0).repeat_interleave(each), weight.new_zeros(1, dtype=torch.bool)])
-    return dataclasses.replace(sets, tokens=left_out(sets.tokens, used[sets.owners()]))
+    return changed(sets, tokens=left_out(sets.tokens, used[sets.owners()]))
 
 
 def _unit(sets: Packed) -> Packed:
     """Unit rows in the accumulation dtype: in 16 bits they would be rounded once more."""
-    return dataclasses.replace(sets, tokens=wide(sets.tokens, True))
+    return changed(sets, tokens=wide(sets.tokens, True))
 
 
 def _row_losses(scores: Tensor, target: Tensor, scale: Tensor) -> Tensor:

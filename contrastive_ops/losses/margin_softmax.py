@@ -270,7 +270,7 @@ def _margin_softmax(
     if easy_margin and kind != "arcface":
         raise ValueError(f"{function}: easy_margin must be False for kind={kind!r}, got True")
     classes, centres = checks.check_tensor(function, "prototypes", prototypes).shape[:1], None
-    if prototypes.dim() == 3 and prototypes.shape[1]:
+    if prototypes.dim() == 3 and prototypes.shape[1] > 0:
         centres, prototypes = prototypes.shape[1], prototypes.flatten(0, 1)
     x, prototypes, scale = _arguments.two_sides(
         function,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..core import autocast, checks
+from ..core.records import changed
 from ..core.rules import Pairs
 from . import _arguments
 from ._columns import check_filters, smoothing_share
@@ -174,7 +174,7 @@ def prepared_moco(
         labels = checks.check_index(name, "labels", labels, count, "query", query)
         queue_labels = checks.check_index(name, "queue_labels", queue_labels, entries, "query", query)
         refuse(name, "pairs", pairs, {"differ": "labels take its place"})
-        pairs = dataclasses.replace(Pairs() if pairs is None else pairs, differ=(labels, queue_labels))
+        pairs = changed(Pairs() if pairs is None else pairs, differ=(labels, queue_labels))
     # The keys join the sweep although each is a column for its own query alone: the positive and the negatives close to
     # it nearly cancel in the gradient, which must therefore be summed before it is rounded to 16 bits.
     sweep = Sweep(

@@ -47,7 +47,7 @@ class UnigramSampler(State):
         super().__init__()
         name = "UnigramSampler"
         power = checks.number(name, "power", power, "(-inf, inf)")
-        if not isinstance(counts, Tensor) or counts.dim() != 1 or not counts.numel():
+        if not isinstance(counts, Tensor) or counts.dim() != 1 or counts.numel() == 0:
             raise ValueError(f"{name}: counts must be a tensor of shape (V,), got {checks.shown(counts)}")
         wrong = ~((counts >= 0) & (counts < torch.inf))
         if bool(wrong.any()):
@@ -165,7 +165,7 @@ class _Gaps:
         left = 1 - length.sum(1)
         self.left = torch.where(self.some & (left > 0), left, 1.0)
         closing = torch.where(end == 1, self.closed, 1.0)
-        self.limit = closing.amin(1) if words.shape[1] else torch.ones_like(left)
+        self.limit = closing.amin(1) if words.shape[1] > 0 else torch.ones_like(left)
 
     def beyond(self, uniform: Tensor) -> Tensor:
         """(N, k) numbers in [0, 1) outside of the stretches, in proportion to those that are given."""
@@ -185,7 +185,7 @@ class _Gaps:
 
 def _among(words: Tensor, listed: Tensor) -> Tensor:
     """(N, P) bool: whether each word is in the ascending list (N, A) of its row."""
-    if not listed.shape[1]:
+    if listed.shape[1] == 0:
         return torch.zeros_like(words, dtype=torch.bool)
     at = torch.searchsorted(listed, words).clamp_max(listed.shape[1] - 1)
     return listed.gather(1, at) == words
@@ -296,7 +296,7 @@ def _check_leaf(function: str, table: Tensor) -> None:
 def _named_rows(table: Tensor, words: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The rows of the table that are named, each once, and where each word's is; their gradient is sparse."""
     # For none one that is named anyhow: an optimiser moves a row that has a gradient, be it 0.
-    some = words.amax().clamp_min(0) if words.numel() else 0
+    some = words.amax().clamp_min(0) if words.numel() > 0 else 0
     named, places = torch.where(words < 0, some, words).unique(return_inverse=True)
     rows = torch.nn.functional.embedding(named, table, sparse=True).to(dtype)
     return rows, torch.where(words < 0, -1, places)

@@ -6,12 +6,12 @@ of every row before the first gradient: 4 N^2 D operations, 3 if products are ke
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
 from ..core import checks
+from ..core.records import changed
 from ..core.rules import Pairs
 from . import _arguments
 from ._columns import smoothing_share
@@ -179,5 +179,5 @@ def prepared_nt_xent(
         return Prepared(row_softmax, views.sweep, views.z, None, options)
     # Rows and columns are not alike, and no half of the matrix is the mirror of the other.
     x, y = as_products([views.z], [views.z], views.sweep.unit)
-    sweep = dataclasses.replace(views.sweep, unit=False)
+    sweep = changed(views.sweep, unit=False)
     return Prepared(row_softmax, sweep, x, y, {**options, "target": views.partner})

@@ -85,7 +85,7 @@ def triplet(
     margin = _arguments.one_or_each(name, "margin", margin, "[0, inf)", "anchor", anchor)
     of_each = margin[:, None] if isinstance(margin, Tensor) else margin
     hinges = (_farther(anchor, positive, negative, distance) + of_each).relu()
-    losses = hinges.amax(1) if hardest and hinges.shape[1] else hinges.sum(1)
+    losses = hinges.amax(1) if hardest and hinges.shape[1] > 0 else hinges.sum(1)
     return _arguments.reduce_rows(losses, weight, reduction)
 
 
@@ -369,6 +369,6 @@ def _zero_or_one(function: str, labels: object, x: Tensor) -> Tensor:
     checks.check_device(function, "x", x, "labels", labels)
     if checks.may_read(labels, waits=True):
         wrong = labels[(labels != 0) & (labels != 1)]
-        if wrong.numel():
+        if wrong.numel() > 0:
             raise ValueError(f"{function}: labels must be 0 or 1, got {wrong[0].item()}")
     return labels

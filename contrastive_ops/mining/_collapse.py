@@ -57,7 +57,7 @@ def documents_of(function: str, name: str, chunks: Tensor, documents: Tensor) ->
     """The document of each chunk, -1 for none."""
     documents = checks.check_index(function, "documents", documents, None, name, chunks)
     checks.check_index_values(function, name, chunks, documents.shape[0], or_none=True)
-    if not documents.shape[0]:
+    if documents.shape[0] == 0:
         return torch.full_like(chunks, -1)
     of_chunk = documents[chunks.clamp_min(0)]
     if checks.may_read(documents, waits=True) and bool(((of_chunk == -1) & (chunks >= 0)).any()):

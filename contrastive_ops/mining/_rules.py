@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.column_lists import check_lists, with_own_column
+from ..core.records import changed
 from ..core.rule_kinds import Data, Places, listed_bounds
 from ..core.rules import RULES, Guide, GuideRule, Pairs, resolve
 from ._positives import AGGREGATES, Positives, Scored, score
@@ -145,7 +146,7 @@ def selection(
     guide = pairs.guide
     if guide is not None and guide.gy is None:
         guide = Guide(guide.gx, guide.gx, guide.below)  # stays whole where queries are searched again
-    ranked = replace(
+    ranked = changed(
         pairs,
         diagonal=None,
         guide=guide,
@@ -153,7 +154,7 @@ def selection(
     )
     upper, lower = rules.upper(positive), rules.min_score
     below, above = listed_bounds(ranked.below, upper), listed_bounds(ranked.above, lower)
-    kept = replace(ranked, below=below or None, above=above or None)
+    kept = changed(ranked, below=below or None, above=above or None)
     if rules.rank_basis == "raw":
         return Selection(ranked, kept, upper, lower)
     return Selection(kept, kept, None, None)

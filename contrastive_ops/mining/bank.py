@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ..core import autocast, checks
 from ..core.column_lists import check_lists, joined
+from ..core.records import changed
 from ..core.rules import Pairs
 from ..core.state import State
 from ..ops.similarity_topk import TopK, similarity_topk
@@ -292,7 +292,7 @@ class MemoryBank(State):
         }
         for name, (least, most) in bounds.items():
             each = given[name]
-            if each is not None and each.numel() and not (least <= int(each.min()) and int(each.max()) <= most):
+            if each is not None and each.numel() > 0 and not (least <= int(each.min()) and int(each.max()) <= most):
                 return f"{name}: must be in [{least}, {most}], got {int(each.min())} to {int(each.max())}"
         return None
 
@@ -312,11 +312,11 @@ class MemoryBank(State):
 def _with_unequal(pairs: Pairs, row_ids: Tensor, col_ids: Tensor, x: Tensor, y: Tensor) -> Pairs:
     """The rules, and that ids must differ: as `Pairs.differ`, or as lists where there is such a rule already."""
     if pairs.differ is None:
-        return replace(pairs, differ=(row_ids, col_ids))
+        return changed(pairs, differ=(row_ids, col_ids))
     lists = _equal(row_ids, col_ids)
     if pairs.exclude is not None:
         lists = joined(lists, check_lists("MemoryBank.topk", "exclude", pairs.exclude, x, y)[:2])
-    return replace(pairs, exclude=lists)
+    return changed(pairs, exclude=lists)
 
 
 def _equal(row_ids: Tensor, col_ids: Tensor) -> tuple[Tensor, Tensor]:

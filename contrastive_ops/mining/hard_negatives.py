@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core import autocast, checks
 from ..core.lists import first_of_pairs
+from ..core.records import changed
 from ..core.results import pytree
 from ..core.rule_slices import rows_of
 from ..core.rules import Pairs
@@ -220,7 +221,7 @@ def mine_hard_negatives(
             view.compare(query, positives, num_negatives, rules, sampling, metric, pairs)
         listed = parse(FUNCTION, positives, query, view.rows)
         _check_positives(listed, rules, sampling)
-        sampling = replace(sampling, ids=check_ids(FUNCTION, sampling, query, view.rows))
+        sampling = changed(sampling, ids=check_ids(FUNCTION, sampling, query, view.rows))
         scored = score(FUNCTION, query, view.take, listed, metric, backend)
         positive = aggregate(scored.values, listed, rules.positive_score)
         selected = selection(FUNCTION, rules, pairs, listed, positive, view.rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..core import autocast, checks
 from ..core.problem import Problem
+from ..core.records import changed
 from ..core.rule_slices import columns_named, columns_of, rows_of
 from ..core.rules import STATISTICS, Pairs, Slot, resolve
 from ..ops.similarity_topk import TopK, metric_rows, select
@@ -386,14 +386,14 @@ def _resolved(function: str, pairs: Pairs | None, query: Tensor, rows: int | Non
     columns = limit
     if columns is None:
         listed = pairs.exclude[1] if pairs.exclude is not None else None
-        columns = max(1, 1 + int(listed.max())) if isinstance(listed, Tensor) and listed.numel() else 1
+        columns = max(1, 1 + int(listed.max())) if isinstance(listed, Tensor) and listed.numel() > 0 else 1
     # The guide waits for its blocks: here all its columns would be converted.
-    plain = dataclasses.replace(pairs, guide=None)
+    plain = changed(pairs, guide=None)
     data = resolve(function, plain, query, query.new_empty((columns, 0)))
     if pairs.guide is not None and rows is not None:
         guide = pairs.guide.gx if pairs.guide.gy is None else pairs.guide.gy
         if len(guide) != rows:
             raise ValueError(f"{function}: guide.gy must have {rows} rows, got {checks.shape(guide)}")
     if pairs.exclude is not None:
-        pairs = dataclasses.replace(pairs, exclude=(data[Slot.EXCLUDE_INDPTR], data[Slot.EXCLUDE_INDICES]))
+        pairs = changed(pairs, exclude=(data[Slot.EXCLUDE_INDPTR], data[Slot.EXCLUDE_INDICES]))
     return pairs, limit

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from ..core import autocast, checks
 from ..core.masks import left_out
 from ..core.numerics import softplus
 from ..core.recompute import random_options
+from ..core.records import changed
 from ..core.state import State
 from ..ops import Capacity, Gating, RouterLoss, Routing, route
 from ..ops.expert_routing import DEFAULT, PRIORITIES
@@ -218,10 +218,10 @@ class Router(State):
         """Keyword arguments of `route` in the present mode."""
         gating = self.gating
         if self.expert_bias is not None:
-            gating = dataclasses.replace(gating, bias=self.expert_bias)
+            gating = changed(gating, bias=self.expert_bias)
         losses = self.losses
         if not self.training:
-            gating = dataclasses.replace(gating, noise_std=0.0, sampled=False)
+            gating = changed(gating, noise_std=0.0, sampled=False)
             losses = tuple(loss for loss in losses if loss.name != "load")
         capacity = self.capacity if self.training else self.eval_capacity
         return {"capacity": capacity, "gating": gating, "losses": losses}

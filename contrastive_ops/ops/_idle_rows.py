@@ -7,7 +7,6 @@ a NaN that takes part is seen.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from ..core.checks import accumulator, may_read
 from ..core.masks import left_out
 from ..core.numerics import CHUNK_ELEMENTS, chunks_of_rows
 from ..core.problem import Layout, LogitSet
+from ..core.records import changed
 from ..core.rules import RULES, Slot, bound_rules
 from ..reference.pairs import SetOfChunk, inner_products
 
@@ -110,7 +110,7 @@ def _still_dropped(each: LogitSet, idle_rows: Tensor, idle_columns: Tensor, dtyp
     for rule in bound_rules():
         if rule.is_in(each.data):
             bounds = rule.closed(each.data, idle_rows, idle_columns, dtype)
-            each = dataclasses.replace(each, data={**each.data, **bounds})
+            each = changed(each, data={**each.data, **bounds})
     return each
 
 

@@ -37,7 +37,7 @@ def _differences(x: Tensor, y: Tensor, indices: Tensor, part: slice) -> Tensor:
 
 
 def distances(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
-    if not y.shape[0] or not x.shape[0]:
+    if y.shape[0] == 0 or x.shape[0] == 0:
         return x.new_zeros(indices.shape)
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):  # for second derivatives
         return torch.cat([0.0 - _differences(x, y, indices, part).square().sum(2) for part in _steps(x, indices)])
@@ -51,7 +51,7 @@ def distances(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
 
 def _distances_backward(x: Tensor, y: Tensor, indices: Tensor, d_values: Tensor, needs: int) -> tuple[Tensor, Tensor]:
     dx, dy = (torch.zeros_like(t) if needs >> bit & 1 else t[:0].clone() for bit, t in enumerate((x, y)))
-    for part in _steps(x, indices) if y.shape[0] and indices.numel() else ():
+    for part in _steps(x, indices) if y.shape[0] > 0 and indices.numel() > 0 else ():
         along = -2 * d_values[part, :, None] * _differences(x, y, indices, part)
         along = along.masked_fill((indices[part] < 0)[..., None], 0.0)
         if needs & 1:

@@ -11,7 +11,7 @@ shards that are searched on their own give the same bits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from ..core.numerics import chunks_of_rows
 from ..core.offsets import common_row
 from ..core.operators import call, define
 from ..core.problem import Layout, LogitSet, ScaleOf
+from ..core.records import changed
 from ..core.rule_kinds import Places
 from ..core.rules import RULES, STATISTICS, Slot, bound_rules
 from ..reference.similarity_topk import logits_of_listed
@@ -144,7 +145,7 @@ def _rows_of_set(each: LogitSet, rows: Tensor, columns: int) -> LogitSet:
         lists = with_own_column(lists, rows + each.diagonal, columns)
     if lists is not None:
         data[Slot.EXCLUDE_INDPTR], data[Slot.EXCLUDE_INDICES] = lists
-    return replace(each, diagonal=None, data=data)
+    return changed(each, diagonal=None, data=data)
 
 
 @dataclass
@@ -238,7 +239,7 @@ class _Pass:
         data = dict(self.set.data)
         for rule in self.bounds:
             data.update(rule.relaxed(self.set.data, reach))
-        return replace(self.set, data=data)
+        return changed(self.set, data=data)
 
     def _is_exact(self) -> bool:
         """Whether nothing was rounded, as for small integers, so that equal distances are equal products."""
@@ -255,7 +256,7 @@ class _Pass:
 
 def _nearest(problem: Search, k: int, floor: Tensor | None, count_above: Tensor | None) -> tuple[Tensor, ...]:
     x, y = problem.x, problem.y
-    if not x.shape[0] or not y.shape[0]:
+    if x.shape[0] == 0 or y.shape[0] == 0:
         values, indices, *numbers = _nearest_fake(x, k, floor, count_above, "")
         return values.fill_(-torch.inf), indices.fill_(-1), *(each.zero_() for each in numbers)
     width = k + k // 4 + 4

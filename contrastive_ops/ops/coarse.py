@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core import checks
 from ..core.offsets import common_row
 from ..core.problem import Problem
+from ..core.records import changed
 from ..core.rule_kinds import Data, Places
 from ..core.rule_slices import rows_of
 from ..core.rules import Pairs, bound_rules, resolve
@@ -88,7 +89,7 @@ class Coarse:
         """
         checks.check_matrix("Coarse.of", "y", y)
         made = cls(dtype, candidates, retry)
-        return replace(made, rounded=made.round(y))
+        return changed(made, rounded=made.round(y))
 
     def round(self, y: Tensor) -> RoundedRows:
         """The rows of `y` in the lower precision."""
@@ -98,7 +99,7 @@ class Coarse:
             rows, scale = y.to(torch.bfloat16), None
             back = rows.to(wide.dtype)
         else:
-            scale = wide.abs().amax(1) / 127 if y.shape[1] else wide.new_zeros(len(y))
+            scale = wide.abs().amax(1) / 127 if y.shape[1] > 0 else wide.new_zeros(len(y))
             unit = torch.where(scale > 0, scale, 1.0)[:, None]
             rows = (wide / unit).round().clamp(-127, 127).nan_to_num(0.0).to(torch.int8)
             back, scale = rows.to(wide.dtype) * scale[:, None], scale.float()
@@ -123,7 +124,7 @@ def _added(*parts: Tensor | None) -> Tensor | float:
     """(N,) or a number: what rounding takes where biases and weights of classes are added to logits, in both passes."""
     most: Tensor | float = 0.0
     for at, part in enumerate(parts):
-        if part is not None and part.numel():
+        if part is not None and part.numel() > 0:
             size = part.detach().abs().nan_to_num(0.0, posinf=0.0)  # what is infinite stays so, and has no neighbour
             most = most + (size if at == 0 else size.max())
     return 4 * torch.finfo(torch.float32).eps * most
@@ -135,7 +136,7 @@ def _relaxed(pairs: Pairs, data: Data, doubt: Tensor) -> Pairs:
     wider: dict[str, Any] = {}
     for rule in bound_rules():
         wider[rule.name] = rule.decode(rule.relaxed(data, lambda _, of_columns: most if of_columns else doubt))
-    return replace(pairs, **wider)
+    return changed(pairs, **wider)
 
 
 def _worth_computing(values: Tensor, indices: Tensor, k: int, doubt: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +172,7 @@ def search(
             f"similarity_topk: coarse must be made from y, got rows {checks.shape(corpus.rows)} and y "
             f"{checks.shape(right)}\n  make it with Coarse.of(y)"
         )
-    if not y.shape[0]:  # nothing was left out of an empty list
+    if y.shape[0] == 0:  # nothing was left out of an empty list
         indices = torch.full((x.shape[0], k), -1, dtype=torch.int64, device=x.device)
         return indices, torch.ones(x.shape[:1], dtype=torch.bool, device=x.device)
     rounded = left.to(torch.bfloat16)

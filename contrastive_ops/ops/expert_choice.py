@@ -117,7 +117,7 @@ def expert_choice(
 def _best_tokens(gates: Tensor, eligible: Tensor, count: int, group: int) -> Tensor:
     """(T, E) whether a token is among the `count` best of an expert in its group; ties by token."""
     values = gates.masked_fill(gates.isnan(), torch.finfo(gates.dtype).min).masked_fill(~eligible, -torch.inf)
-    if count == 0 or not values.numel():
+    if count == 0 or values.numel() == 0:
         return torch.zeros_like(eligible)
     values = values.unflatten(0, (-1, group))
     kept = smaller(count, group)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ..core import checks
 from ..core.lists import NONE, first_of_each
 from ..core.masks import left_out
 from ..core.recompute import random_options
+from ..core.records import changed
 from ..core.routing import GROUP_SCORES, SCORES, ScoreSpec
 from .router_losses import PLAIN, RouterLoss
 
@@ -73,7 +74,7 @@ class Gating:
             )
         if noise_std is self.noise_std and groups is self.expert_groups and kept is self.kept_groups:
             return self
-        return replace(self, noise_std=noise_std, expert_groups=groups, kept_groups=kept)
+        return changed(self, noise_std=noise_std, expert_groups=groups, kept_groups=kept)
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ def _segments(function: str, segments: Tensor | None, num_segments: int | None, 
     if num_segments is None:
         if not checks.may_read(segments, waits=True):
             raise ValueError(f"{function}: num_segments must be given where segments cannot be read, got None")
-        num_segments = int(segments.max()) + 1 if segments.shape[0] else 1
+        num_segments = int(segments.max()) + 1 if segments.shape[0] > 0 else 1
         if num_segments > MOST_SEGMENTS:
             raise ValueError(
                 f"{function}: segments must be numbers of rows of the metrics, got {num_segments - 1}\n"

@@ -48,7 +48,8 @@ BACKENDS = enrol(
 
 def _shapes(given: Named) -> Shapes:
     by_rows, by_cols = bool(given["dims"] & reference.ROWS), bool(given["dims"] & reference.COLS)
-    lines = given["x"].shape[0] * by_rows + given["y"].shape[0] * by_cols
+    # No product with a bool, which sizes of torch before 2.7 do not have.
+    lines = (given["x"].shape[0] if by_rows else 0) + (given["y"].shape[0] if by_cols else 0)
     return (lines,), (5, 0 if given["kind"] in reference.PAIRWISE else lines), (given["kept_size"],)
 
 

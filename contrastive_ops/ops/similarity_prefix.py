@@ -81,7 +81,7 @@ def _finish(given: Named, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     shortest = given["dims"][0]
 
     def within_float16(x: Tensor | None, gradient: Tensor) -> Tensor:
-        if x is None or not gradient.shape[0]:
+        if x is None or gradient.shape[0] == 0:
             return gradient
         zero = (x[:, :shortest] == 0).all(1, keepdim=True)
         beyond = (gradient.abs() > torch.finfo(torch.float16).max) & gradient.isfinite()

@@ -92,7 +92,7 @@ def sinkhorn(
         scores = scores.detach().to(checks.accumulator(scores.dtype))
         ranks = Ranks.find(name, group)
         masses = _masses(name, scores, row_mass, col_mass, ranks)
-        if not scores.shape[-1] or (ranks.team is None and not scores.numel()):
+        if scores.shape[-1] == 0 or (ranks.team is None and scores.numel() == 0):
             return torch.zeros_like(scores)
         if checks.may_read(scores, waits=True):
             found = _multiplied(scores, epsilon, masses, iterations, ranks)

@@ -88,7 +88,7 @@ class Packed:
                 "  pad them: TokenSets(tokens, mask)"
             )
         lengths = self.offsets.diff()
-        return int(lengths.max()) if lengths.numel() else 0
+        return int(lengths.max()) if lengths.numel() > 0 else 0
 
 
 def packed(function: str, name: str, sets: Tensor | TokenSets, lists: bool = False) -> Packed:
@@ -166,7 +166,7 @@ def _check_offsets(function: str, name: str, offsets: Tensor, tokens: Tensor) ->
     if offsets.device.type != "cpu" or not checks.may_read(offsets):
         return
     falls = (offsets.diff() < 0).nonzero()
-    if falls.numel():
+    if falls.numel() > 0:
         at = int(falls[0]) + 1
         raise ValueError(
             f"{function}: {name}.offsets must ascend, got {int(offsets[at])} at index {at} after {int(offsets[at - 1])}"

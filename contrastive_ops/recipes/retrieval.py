@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.numerics import merge_lse, softplus
+from ..core.records import changed
 from ..losses import alignment, clip, info_nce, listwise_distillation, pairwise_rank_distillation
 from ..losses._columns import wide
 from ..losses._sweep import Sweep
@@ -117,7 +117,7 @@ def simlm(
     parts = list(among.rows[0].split(rows))
     if passages.shape[1] > 1:
         hard = wide(passages[:, 1:].flatten(0, 1), True)
-        parts += dataclasses.replace(sweep, pairs=None).fold(both[:rows], hard, "logsumexp").rows
+        parts += changed(sweep, pairs=None).fold(both[:rows], hard, "logsumexp").rows
     loss = softplus(merge_lse(*parts) - among.target[:rows]).mean()
     if teacher_scores is None:
         return loss

@@ -262,7 +262,7 @@ def _positions(experts: Tensor, priority: Tensor | None, groups: int) -> Tensor:
     index = torch.arange(size * k, device=experts.device).expand_as(grouped)
     is_first = torch.ones_like(grouped, dtype=torch.bool)
     is_first[:, 1:] = grouped[:, 1:] != grouped[:, :-1]
-    first = torch.where(is_first, index, 0).cummax(1).values if grouped.numel() else index
+    first = torch.where(is_first, index, 0).cummax(1).values if grouped.numel() > 0 else index
     position = torch.empty_like(grouped).scatter_(1, by_expert, index - first)
     return torch.empty_like(position).scatter_(1, place, position).view(tokens, k)
 

@@ -160,7 +160,7 @@ def divisor(terms: Terms, reduction: str, losses: Tensor) -> Tensor | float:
         return 1.0
     counted = terms.counted()
     if counted is None:
-        return losses.shape[0] or torch.nan
+        return losses.shape[0] if losses.shape[0] > 0 else torch.nan
     size = ordered_sum(counted.to(losses.dtype) if terms.weight is None else left_out(terms.weight, counted))
     return torch.where(size == 0, 1.0, size)
 

@@ -35,7 +35,7 @@ def chunks(rows: int, columns: int) -> Iterator[slice]:
 def _fold_into(fold: SetFold, logits: Tensor, part: slice, value: Tensor, winner: Tensor) -> None:
     """Add a chunk's logits to the result of a fold, in place."""
     kind, along = FOLDS[fold.kind], 0 if fold.cols else 1
-    if not logits.shape[along]:
+    if logits.shape[along] == 0:
         return
     if not kind.has_winner:
         found = kind.chunk(logits, along).to(value.dtype)
@@ -140,7 +140,7 @@ def _slope(fold: SetFold, logits: Tensor, part: slice, value: Tensor, winner: Te
         return zero.scatter_add(0, row[None], (upstream * here)[None]) if len(logits) else zero
     column = winner[own]
     column, upstream = column.clamp_min(0), upstream * (column >= 0)
-    return zero.scatter_add(1, column[:, None], upstream[:, None]) if logits.shape[1] else zero
+    return zero.scatter_add(1, column[:, None], upstream[:, None]) if logits.shape[1] > 0 else zero
 
 
 def _has_slope(fold: SetFold) -> bool:

@@ -61,7 +61,7 @@ def weighted_sums(*problem: Any) -> tuple[Tensor, Tensor]:
 
     def one_chunk(rows: slice) -> tuple[Tensor, Tensor]:
         _, logits = p.logits(rows)
-        if not logits.shape[1]:
+        if logits.shape[1] == 0:
             return logits @ p.values, logits.sum(1) - torch.inf
         # Rows without a pair: a softmax of -inf alone is NaN, and its gradient too.
         lse = logits.detach().logsumexp(1)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..core.records import changed
 from ..core.rules import Pairs
 from .dense import dense_reduce
 
@@ -57,7 +58,7 @@ class Problem:
             return t.detach().to(dtype).requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
 
         converted = {name: convert(getattr(self, name)) for name in ("x", "y", "scale", "row_bias", "col_bias")}
-        return replace(self, **converted)  # type: ignore[arg-type]
+        return changed(self, **converted)
 
 
 def sample_problem(
