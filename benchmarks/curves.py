@@ -29,6 +29,7 @@ from benchmarks.registry import OURS, Case, Provider, Step, all_cases
 
 PLAIN = "plain torch"
 DENSE_BYTES = 2**31
+PICTURE = memory.ROOT / "docs" / "images" / "curves.svg"
 # Of the search for the largest problem: bytes above inputs and gradients, and seconds that one step may take.
 LIMIT_MIB, LIMIT_SECONDS = 256, 20.0
 LARGEST_DEPTH, LARGEST_FIRST = 64, 1024
@@ -308,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--child", nargs=2, metavar=("CURVE", "SIDE"), help="peak memory by size, as JSON")
     parser.add_argument("--quick", action="store_true", help="two small sizes of each")
     parser.add_argument("--plot", action="store_true", help="draw the newest rows")
-    parser.add_argument("--out", type=Path, default=memory.ROOT / "docs" / "images" / "curves.svg")
+    parser.add_argument("--out", type=Path, default=PICTURE)
     args = parser.parse_args(arguments)
     if args.child:
         print(json.dumps(peaks_here(*args.child, args.quick)))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report, results, tables_examples, tables_pairs, tables_reliability, targets
+from benchmarks import curves, report, results, tables_examples, tables_pairs, tables_reliability, targets
 from benchmarks.registry import DTYPE_NAMES, OURS, Case, Target, all_cases
 from benchmarks.results import Row
 
@@ -201,6 +201,15 @@ def headline(demo: dict[str, Any]) -> str:
     )
 
 
+def curves_picture(rows: Sequence[Row]) -> str:
+    """The picture of the curves, where they are measured and drawn."""
+    used = [row for name in curves.LABELS for row in list(curves.points(rows, name)[OURS].values())[-1:]]
+    if not used or not curves.PICTURE.exists():
+        return NOTHING
+    text = "Time and extra memory of one step against each size of a problem"
+    return f"![{text}](images/{curves.PICTURE.name})\n{_origin([row for row in used if row['op'] != 'curve-threads'])}"
+
+
 def _other_table(table: tables_pairs.Table) -> str:
     header, lines, used = table
     return _markdown(header, lines, right_from=2) + _origin(used) if lines else NOTHING
@@ -220,6 +229,8 @@ def tables(rows: Sequence[Row]) -> dict[str, Callable[[], str]]:
         known["demo"] = lambda: demo_table(demo)
         known["demo-mining"] = lambda: demo_mining_table(demo)
         known["headline"] = lambda: headline(demo)
+    known["curves"] = lambda: curves_picture(rows)
+    known["largest"] = lambda: _other_table(curves.largest_table(rows))
     known |= {name: lambda table=table: _other_table(table()) for name, table in tables_pairs.tables(rows).items()}
     return known | tables_examples.tables() | tables_reliability.tables()
 

@@ -26,7 +26,7 @@ from .ops import Fold, Pairs, route, similarity_reduce, similarity_topk
 if TYPE_CHECKING:
     from . import distributed, recipes, testing
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Fold",

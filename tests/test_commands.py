@@ -107,7 +107,7 @@ RECORDS = {
     "a folder": {"url": "FOLDER", "dir_info": {}},
     "an editable folder": {"url": "FOLDER", "dir_info": {"editable": True}},
     "a folder that is gone": {"url": "file:///no/such/folder", "dir_info": {}},
-    "a wheel": {"url": "file:///no/such/contrastive_ops-0.1.0-cp311-cp311-linux_x86_64.whl", "archive_info": {}},
+    "a wheel": {"url": "file:///no/such/contrastive_ops-0.2.0-cp311-cp311-linux_x86_64.whl", "archive_info": {}},
     "a commit": {"url": "https://host/x.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
     "an archive": {"url": "https://host/x.tar.gz", "archive_info": {}},
     "an index": {},

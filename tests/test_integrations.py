@@ -97,6 +97,20 @@ def test_open_clip_makes_its_losses_of_ours():
     assert type(ours.create_loss(args)) is ours.SigLipLoss
 
 
+def test_open_clip_is_patched_once_for_all(monkeypatch):
+    ours, original = adapter("open_clip")
+    for name in ours.LOSSES:  # given back at the end
+        monkeypatch.setattr(ours.open_clip.factory, name, getattr(original, name))
+    names = ("distill", "siglip", "local_loss", "gather_with_grad", "horovod")
+    args = types.SimpleNamespace(
+        **dict.fromkeys(names, False), model="ViT-B-32", rank=0, world_size=1, loss_dist_impl=None
+    )
+    assert ours.patch() is None
+    assert type(ours.open_clip.create_loss(args)) is ours.ClipLoss
+    args.siglip = True
+    assert type(ours.patch(args)) is ours.SigLipLoss
+
+
 @pytest.mark.parametrize("dtype", list(CLOSE))
 def test_lightly(dtype):
     ours, original = adapter("lightly")
@@ -109,6 +123,9 @@ def test_lightly(dtype):
     views = views + 0.5 * views.flip(0)
     check_same(ours.VICRegLoss(9.0, 8.0, 2.0), original.VICRegLoss(9.0, 8.0, 2.0), *views)
     check_same(ours.BarlowTwinsLoss(0.1), original.BarlowTwinsLoss(0.1), *views, tolerance=2e-4)  # its eps
+    wide = torch.randn(2, 7, 40, dtype=dtype)  # of which the matrix of rows is the smaller one
+    wide = wide + 0.5 * wide.flip(0)
+    check_same(ours.BarlowTwinsLoss(0.1), original.BarlowTwinsLoss(0.1), *wide, tolerance=2e-4)
     with pytest.warns(UserWarning, match=r"VICRegLoss: eps=0.01 has no fused form"):
         _originals._warn_once.cache_clear()
         check_same(ours.VICRegLoss(eps=0.01), original.VICRegLoss(eps=0.01), *views)

@@ -173,3 +173,33 @@ def test_one_class_and_classes_of_one(labels):
         pair = [getattr(module, name)(**options) for module in (ours, original)]
         for mine, theirs in ((None, None), picked):
             torch.testing.assert_close(pair[0](x, labels, mine), pair[1](x, labels, theirs))
+
+
+@pytest.mark.parametrize("options", [COSINE, CONTRASTIVE | COSINE, {"distance": distances.DotProductSimilarity()}])
+@pytest.mark.parametrize("against", [False, True])
+def test_few_pairs_take_their_matrix_and_many_a_sweep(options, against, monkeypatch):
+    margins = {"pos_margin": 0.8, "neg_margin": 0.1}
+    mine, theirs = (module.ContrastiveLoss(**margins | options) for module in (ours, original))
+    x, labels = torch.randn(40, 9), torch.randint(0, 6, (40,))
+    other = (None, torch.randn(23, 9), torch.randint(0, 6, (23,))) if against else ()
+    found = []
+    for few, loss in ((ours.FEW_PAIRS, mine), (0, mine), (0, theirs)):
+        monkeypatch.setattr(ours, "FEW_PAIRS", few)
+        leaf = x.clone().requires_grad_()
+        swept = []
+        monkeypatch.setattr(type(mine), "folded", count_calls(type(mine).folded, swept))
+        value = loss(leaf, labels, *other)
+        value.backward()
+        found.append((value.detach(), leaf.grad))
+        assert len(swept) == (few == 0 and loss is mine)
+        monkeypatch.undo()
+    torch.testing.assert_close(found[0], found[2])
+    torch.testing.assert_close(found[1], found[2])
+
+
+def count_calls(function, calls):
+    def call(*args):
+        calls.append(args)
+        return function(*args)
+
+    return call

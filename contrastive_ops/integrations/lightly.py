@@ -119,7 +119,8 @@ class VICRegLoss(lightly.VICRegLoss):
 class BarlowTwinsLoss(lightly.BarlowTwinsLoss):
     """`lightly.loss.BarlowTwinsLoss`; see `contrastive_ops.losses.barlow_twins`.
 
-    The original adds 1e-5 to variances.
+    The original adds 1e-5 to variances. Of rows at least half as many as features the matrix of features against
+    features is the smaller one, nothing can be saved, and the original runs.
 
     Args:
         *args: as of the original.
@@ -133,6 +134,9 @@ class BarlowTwinsLoss(lightly.BarlowTwinsLoss):
                 runs_original(self, "gather_distributed")
             loss: Tensor = super().forward(z_a, z_b)
             return loss
+        if z_a.dim() == 2 and 2 * len(z_a) >= z_a.shape[1] and z_a.dtype == torch.float32:
+            same: Tensor = super().forward(z_a, z_b)
+            return same
         return barlow_twins(z_a, z_b, off_diagonal=self.lambda_param)
 
 

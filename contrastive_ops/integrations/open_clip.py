@@ -157,10 +157,18 @@ def _of_all_ranks(loss: Tensor) -> Tensor:
 LOSSES = {"ClipLoss": ClipLoss, "CoCaLoss": CoCaLoss, "DistillClipLoss": DistillClipLoss, "SigLipLoss": SigLipLoss}
 
 
-def patch() -> None:
-    """Let `open_clip.create_loss`, which `open_clip_train` calls, make the losses of this module."""
+def patch(args: Any = None) -> torch.nn.Module | None:
+    """Let `open_clip.create_loss`, which `open_clip_train` calls, make the losses of this module.
+
+    Args:
+        args: of `open_clip_train`; None changes what is made later and nothing else.
+
+    Returns:
+        The loss that `open_clip.create_loss` makes of `args`, None without.
+    """
     for name, loss in LOSSES.items():
         setattr(open_clip.factory, name, loss)
+    return open_clip.create_loss(args) if args is not None else None
 
 
 def create_loss(args: Any) -> torch.nn.Module:

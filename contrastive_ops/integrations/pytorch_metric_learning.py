@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.numerics import softplus
@@ -59,6 +60,8 @@ __all__ = [
 reducers = third_party("pytorch_metric_learning.reducers", INSTALL)
 # A triplet's rows are read and its gradients written where they are; a pair of a matrix product costs so much less.
 PAIRS_PER_TRIPLET = 32
+# Whose matrix is made: 32 KiB.
+FEW_PAIRS = 8192
 
 
 class _PairLoss:
@@ -230,6 +233,31 @@ class ContrastiveLoss(_PairLoss, losses.ContrastiveLoss):
         known = {type(each) for each in self.reducer.reducers.values()} if several else {type(self.reducer)}
         unknown = known - {reducers.AvgNonZeroReducer, reducers.MeanReducer}
         return f"reducer={unknown.pop().__name__}" if unknown else ""
+
+    def of_all_pairs(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Any:
+        """The loss of all pairs; of few from their matrix, which costs less than the way to a sweep."""
+        few = len(embeddings) * len(ref_emb) <= FEW_PAIRS and embeddings.dtype == ref_emb.dtype == torch.float32
+        if not few or torch.is_autocast_enabled(embeddings.device.type) or type(self.reducer) is reducers.MeanReducer:
+            return super().of_all_pairs(embeddings, labels, ref_emb, ref_labels)
+        reducer = getattr(self.reducer, "reducers", {})
+        if any(type(each) is reducers.MeanReducer for each in reducer.values()):
+            return super().of_all_pairs(embeddings, labels, ref_emb, ref_labels)
+        unit = F.normalize if self.distance.normalize_embeddings else lambda rows: rows
+        x = unit(embeddings)
+        logits = x @ (x if ref_emb is embeddings else unit(ref_emb)).T
+        positive = labels[:, None] == ref_labels
+        negative = ~positive
+        if ref_emb is embeddings and ref_labels is labels:
+            positive.fill_diagonal_(False)
+        sides = (
+            ("pos_loss", float(self.pos_margin) - logits, positive),
+            ("neg_loss", logits - float(self.neg_margin), negative),
+        )
+        values = {}
+        for name, violation, taken in sides:
+            hinges = violation.masked_fill(~(taken & (violation.detach() > 0)), 0.0)
+            values[name] = hinges.sum() / hinges.detach().count_nonzero().clamp_min(1)
+        return _reduced(**values)
 
     def folded(self, picked: Picked) -> Any:
         """The loss of the pairs that rules pick."""
