@@ -159,7 +159,26 @@ def merged(rank, size):
     return state.covered
 
 
+def merged_by_document(rank, size):
+    """Chunks of one document lie on several ranks."""
+    query, corpus, _ = problem()
+    ids = torch.arange(60) * 7 % 13
+    state = TopKState(query, 5, documents=ids)
+    begin = sum(ROWS[size][:rank])
+    state.update(corpus[begin : begin + ROWS[size][rank]], begin)
+    top = state.all_merge().finalize()
+    whole = TopKState(query, 5, documents=ids)
+    whole.update(corpus, 0)
+    assert all(torch.equal(found, expected) for found, expected in zip(top[:3], whole.finalize()[:3], strict=True))
+    best = torch.stack([(query @ corpus.T)[:, ids == each].amax(1) for each in range(13)], 1).topk(5)
+    torch.testing.assert_close(top.values, best.values)
+    assert all(len(set(each)) == 5 for each in ids[top.indices].tolist())
+    with pytest.raises(ValueError, match="differ in documents"):
+        TopKState(query, 5, documents=ids + rank).all_merge()
+
+
 def test_states_merge():
+    ranks(4).run(merged_by_document)
     assert ranks(4).run(merged) == [[(0, 60)]] * 4
 
 

@@ -124,3 +124,27 @@ NEGATIVES = torch.tensor([[1, 2], [3, -1]])
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=re.escape(message)):
         call()
+
+
+def test_a_step_is_that_of_gensim():
+    """One negative for each pair, always the same word; theirs takes sigmoids from a table, 0.003 off."""
+    theirs, sentence, noise, rate = pytest.importorskip("gensim.models.word2vec"), list("abcdeaceb"), 2, 0.5
+    options = {"vector_size": 8, "window": 2, "min_count": 1, "sg": 1, "negative": 1, "sample": 0, "workers": 1}
+    model = theirs.Word2Vec(**options, shrink_windows=False, seed=1)
+    model.build_vocab([sentence])
+    vectors, table = (torch.randn(5, 8) / 2 for _ in range(2))
+    model.wv.vectors[:], model.syn1neg[:] = vectors.numpy(), table.numpy()
+    model.cum_table[:noise], model.cum_table[noise:] = 0, 2**31 - 1
+    model.train([sentence], total_examples=1, epochs=1, start_alpha=rate, end_alpha=rate)
+    words = [model.wv.key_to_index[word] for word in sentence]
+    before = vectors.clone(), table.clone()
+    for i, word in enumerate(words):
+        for j in (j for j in range(max(0, i - 2), min(len(words), i + 3)) if j != i):
+            center, out = vectors[words[j]].clone().requires_grad_(), table.clone().requires_grad_()
+            negatives = torch.tensor([[-1 if word == noise else noise]])
+            negative_sampling(center[None], out, torch.tensor([word]), negatives, reduction="sum").backward()
+            vectors[words[j]] -= rate * center.grad
+            table -= rate * out.grad
+    for ours, them, old in zip((vectors, table), (model.wv.vectors, model.syn1neg), before, strict=True):
+        torch.testing.assert_close(ours, torch.from_numpy(them), rtol=0, atol=0.03)
+        assert (ours - old).abs().amax() > 0.3

@@ -20,7 +20,8 @@ from ..core.rules import Pairs
 from ..distributed._agreement import Agreement
 from ..distributed._collectives import failures_named, gather_rows, send_to_owners
 from ..distributed._groups import Shards, Team
-from ..ops.similarity_topk import TopK, merge
+from ..ops.similarity_topk import TopK
+from ._documents import merged
 from ._fingerprint import fingerprint
 from ._ranges import Range
 from .corpus import Corpus, as_corpus
@@ -155,9 +156,9 @@ def _placed(function: str, every: list[list[tuple[int | None, int]]]) -> list[tu
 
 
 def merge_over_ranks(
-    team: Team, top: TopK, statistics: dict[str, Tensor], backend: str
+    team: Team, top: TopK, statistics: dict[str, Tensor], documents: Tensor | None, backend: str
 ) -> tuple[TopK, dict[str, Tensor]]:
-    """The best of the lists of all ranks, and the sums of their statistics, on all of them.
+    """The best of the lists of all ranks, by document where there are, and the sums of their statistics, on all.
 
     Each rank merges the lists of some queries, in the order of the ranks: work and memory of one more list.
     """
@@ -170,7 +171,7 @@ def merge_over_ranks(
     lists = [TopK(values, indices, (indices >= 0).sum(1)) for values, indices in every]
     best = lists[0]
     for other in lists[1:]:
-        best = merge(best, other, backend)
+        best = merged(best, other, documents, backend)
     values, indices = (gather_rows(each.contiguous(), shards) for each in best[:2])
     if names:
         counts = gather_rows(send_to_owners(torch.stack(list(statistics.values()), 1), shards).sum(0), shards)

@@ -218,8 +218,6 @@ class TopKState:
         from ..distributed._groups import find_team
 
         function = f"{self._function}.all_merge"
-        if self._documents is not None:
-            raise NotImplementedError(f"{function}: documents must be None over several processes, got a tensor")
         team = find_team(function, group)
         if team is None:
             return self
@@ -237,7 +235,7 @@ class TopKState:
         others = [ranges for rank, (_, ranges) in enumerate(every) if rank != team.rank]
         covered = self._with(tuple(each for ranges in others for each in ranges))
         top = TopK(own.values, own.indices, own.indices.new_zeros(len(own.indices)))
-        top, statistics = merge_over_ranks(team, top, own.statistics, self._backend)
+        top, statistics = merge_over_ranks(team, top, own.statistics, self._documents, self._backend)
         self._found = _Found(top.values, top.indices, covered, statistics)
         return self
 
