@@ -54,8 +54,8 @@ from benchmarks.truth import errors
 class Options:
     """What to measure of each case, and how.
 
-    ``of_targets``: memory of those alone who have a target for it. ``until``: by `time.monotonic`, no further round
-    begins after it.
+    ``of_targets``: those alone whom a target names, and memory of those alone who have a target for it. ``until``: by
+    `time.monotonic`, no further round begins after it.
     """
 
     rounds: int = 7
@@ -107,10 +107,13 @@ def _right(found: Measurement, tolerance: float) -> bool:
 
 
 def _wanted(case: Case, options: Options) -> list[Provider]:
+    named = {case.baseline, *(name for target in case.targets for name in report.providers_of(target))}
     return [
         provider
         for provider in case.providers
-        if (options.peers or provider.kind != "peer") and (options.optional or not provider.optional)
+        if (options.peers or provider.kind != "peer")
+        and (options.optional or not provider.optional)
+        and (not options.of_targets or provider.name in named or provider.kind in FLOORS)
     ]
 
 

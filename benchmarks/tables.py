@@ -59,7 +59,10 @@ def _timed_case(case: Case, rows: Sequence[Row]) -> tuple[list[list[str]], list[
     """The table lines of one case and the rows they come from."""
     # On a GPU any backend of ours will do; which of them can run differs between machines.
     ours = [OURS] if case.device == "cpu" else [each.name for each in case.providers if each.kind == "ours"]
-    runs = ([name, *others] for others in ([case.baseline], []) for name in ours)
+    # A run of targets alone does not hide the other providers of an older one.
+    known = {row["provider"] for row in rows if row["case"] == case.name and row["min_ms"] and row["status"] == "ok"}
+    whole = [each.name for each in case.providers if each.name in known and not each.optional]
+    runs = [whole, *([name, *others] for others in ([case.baseline], []) for name in ours)]
     timed = next(filter(None, (results.newest(rows, case.name, "min_ms", names) for names in runs)), None)
     if timed is None:
         return [], []

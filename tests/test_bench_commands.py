@@ -47,6 +47,32 @@ def test_memory_is_that_of_targets() -> None:
     assert report.memory_providers(untimed) == {provider.name for provider in untimed.providers}
 
 
+def test_who_takes_part_is_named_by_a_target() -> None:
+    named = [each.name for each in run._wanted(CLIP, run.Options(of_targets=True))]
+    everyone = [each.name for each in run._wanted(CLIP, run.Options())]
+    assert set(everyone) - set(named) == {"torch eager"} and OURS in named and providers.MATMUL in named
+
+
+def test_tables_keep_the_providers_that_a_run_of_targets_leaves_out() -> None:
+    from benchmarks import tables
+
+    columns = {
+        "median_ms": "",
+        "peak_extra_mib": "",
+        "grad_error": "",
+        "starved": "",
+        "of_matmul_rate": "",
+        "version": "",
+    }
+    common = {"case": CLIP.name, "status": "ok", "kind": "ours", "dtype": "fp32", **columns}
+    old, new = (dict(common, run=name, min_ms=time) for name, time in (("1", "5"), ("2", "4")))
+    rows = [{**old, "provider": each.name} for each in CLIP.providers if not each.optional]
+    lines, used = tables._timed_case(CLIP, [*rows, {**new, "provider": OURS}, {**new, "provider": CLIP.baseline}])
+    assert {each["run"] for each in used} == {"1"} and len(lines) == len(rows)
+    newer = [{**new, "provider": each["provider"]} for each in rows]
+    assert {each["run"] for each in tables._timed_case(CLIP, [*rows, *newer])[1]} == {"2"}
+
+
 def test_a_run_ends_with_its_minutes(capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[int] = []
     timings = measure.interleave({"a": lambda: calls.append(1) or time.sleep(0.06)}, rounds=5, until=time.monotonic())
