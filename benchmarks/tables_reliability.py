@@ -5,6 +5,7 @@ make mutate ARGS="--save benchmarks/results/faults.json"
 make sanitize ARGS="--save benchmarks/results/sanitizers.json"
 python -m benchmarks.numerics --save
 make matrix ARGS=--save
+python -m benchmarks.compilers g++-12 clang++-19 --save
 """
 
 from __future__ import annotations
@@ -98,10 +99,21 @@ def matrix(rows: list[dict[str, str]]) -> str:
     return f"{_markdown(header, lines)}\n{'; '.join(said)}. {' to '.join(sorted({days[0], days[-1]}))}.\n"
 
 
+def compilers(found: dict[str, Any]) -> str:
+    """Times of the builds of several compilers, of which the first is what the others are compared with."""
+    header = ["case", "threads", "compiler", "ms", "against the first", "processor per wall clock"]
+    lines = [
+        [row["case"], str(row["threads"]), f"`{row['compiler']}`"]
+        + [f"{row['ms']:.2f}", f"{row['ratio']:.2f}", f"{row['processor']:.2f}"]
+        for row in found["rows"]
+    ]
+    return f"{_markdown(header, lines)}\n{_origin(found)}"
+
+
 def tables() -> dict[str, Callable[[], str]]:
     """The tables that there are results for."""
     known: dict[str, Callable[[], str]] = {}
-    makers = (("fuzz", lambda f: fuzz(f["runs"])), ("numerics", numerics), ("matrix", matrix))
+    makers = (("fuzz", lambda f: fuzz(f["runs"])), ("numerics", numerics), ("matrix", matrix), ("compilers", compilers))
     for name, make in makers:
         path = RESULTS / f"{name}.json"
         if path.exists():
