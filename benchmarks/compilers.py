@@ -23,7 +23,7 @@ from benchmarks import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILDS, STORED = ROOT / "build" / "matrix", Path(__file__).parent / "results" / "compilers.json"
-N = 2048
+N, SECONDS = 2048, 6  # of a case with a number of threads, at least
 
 
 def calls() -> dict[str, Callable[[], object]]:
@@ -94,11 +94,13 @@ def measure(names: list[str], rounds: int) -> list[dict[str, Any]]:
     for case in builds[names[0]].cases:
         for threads in (1, 2):
             best: dict[str, tuple[float, float]] = {}
-            for turn in range(rounds + 1):
+            began, turn = time.perf_counter(), 0
+            while turn <= rounds or time.perf_counter() < began + SECONDS:
                 order = names if turn % 2 else names[::-1]
                 found = {name: builds[name].timed(case, threads) for name in order}
                 if turn:  # the first warms up
                     best = {name: min(best.get(name, found[name]), found[name]) for name in names}
+                turn += 1
             for name, (clock, processor) in best.items():
                 row = {"case": case, "threads": threads, "compiler": name, "ms": 1000 * clock}
                 rows.append({**row, "ratio": clock / best[names[0]][0], "processor": processor / clock})
@@ -112,7 +114,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints the rows and stores them where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("compilers", nargs="*", help="as `make matrix` names them")
-    parser.add_argument("--rounds", type=int, default=12, help="calls of each build (default: 12)")
+    parser.add_argument(
+        "--rounds", type=int, default=12, help=f"calls of each build, for {SECONDS} seconds at least (default: 12)"
+    )
     parser.add_argument("--save", action="store_true", help=f"write {STORED.relative_to(ROOT)}")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
