@@ -17,8 +17,7 @@ from contrastive_ops.losses import (
     soft_info_nce,
 )
 from contrastive_ops.ops import similarity_values
-from contrastive_ops.testing import relative_error
-from contrastive_ops.testing.losses import LOSSES, leaves
+from contrastive_ops.testing import LOSSES, leaves, relative_error
 
 SHARPENED = {name: case for name, case in LOSSES.items() if {"scale", "scores"} & set(case.tensors)}
 # Below this a gradient is made of numbers that float32 does not have.

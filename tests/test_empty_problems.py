@@ -17,8 +17,7 @@ from torch import Tensor
 import contrastive_ops as ops
 from contrastive_ops import decoding, metrics, mining, moe
 from contrastive_ops.ops.router_losses import LOSSES as LOSSES_OF_ROUTERS
-from contrastive_ops.testing import draws
-from contrastive_ops.testing.losses import LOSSES, leaves
+from contrastive_ops.testing import LOSSES, draws, leaves
 
 MADE: list[Tensor] = []
 

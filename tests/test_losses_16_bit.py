@@ -15,8 +15,7 @@ from contrastive_ops.core import extension
 from contrastive_ops.core.problem import Problem
 from contrastive_ops.ops.similarity_loss import similarity_loss
 from contrastive_ops.ops.similarity_reduce import fold
-from contrastive_ops.testing import relative_error
-from contrastive_ops.testing.losses import LOSSES, leaves
+from contrastive_ops.testing import LOSSES, leaves, relative_error
 
 
 def multiplies_bfloat16():

@@ -172,6 +172,8 @@ def given_softmax(
         folds = ("logsumexp" if hardness is None else hardness.fold(), *of_smoothing)
         (others, *sums), ranks, _ = sweep.fold_rows(x, y, *folds, of_sets=ranking.folds if ranking else ())
         found = [others if hardness is None else hardness.of_rows(others)]
+    elif y.requires_grad:
+        logit = logit + y.sum()  # of nothing: the gradient of no columns is empty, not none
     total, count = (logit + sums[0], sums[1] + 1) if sums else (logit, 1)
     if own is not None:
         own_logits = own.logits(sweep.scale, hardness)

@@ -1,7 +1,8 @@
 """What tests and benchmarks share: dense truth, sample inputs, tolerances, a registry of losses, memory."""
 
 from .dense import dense_keep, dense_reduce
-from .losses import LOSSES, LossCase, leaves
+from .loss_cases import LossCase, leaves
+from .losses import LOSSES
 from .memory import reset_peak, resident_bytes, saved_bytes
 from .samples import (
     GRADIENT_ERROR_16_BIT,

@@ -2,140 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
-
 from .. import losses
 from ..core.rules import Pairs
-from ..losses import RunningDenominator
-from ..ops.token_sets import TokenSets
 from .draws import Draw
-
-Inputs = dict[str, Tensor]
-
-
-def _mean(inputs: Inputs, rows: Tensor) -> Tensor:
-    return rows.sum() / (inputs["weight"].sum() if "weight" in inputs else rows.shape[0])
-
-
-def _mean_over_positives(inputs: Inputs, rows: Tensor) -> Tensor:
-    labels = inputs["labels"] if "labels" in inputs else inputs["segments"]
-    number = (labels[:, None] == labels).sum(1) - 1
-    return (rows * number).sum() / number.sum()
-
-
-@dataclass(eq=False)
-class LossCase:
-    """One loss, or an important variant of it.
-
-    Attributes:
-        function: the public function.
-        tensors: how each of its tensors is drawn; the first is a matrix that the rows of the loss belong to.
-        options: keyword arguments that are no tensors.
-        arrange: makes the keyword arguments out of the tensors where they are others.
-        mean: what reduction="mean" makes of the rows of the loss.
-        copies: rows of the loss for each row of the batch.
-        reductions: which it has.
-        permutes: whether its rows follow a permutation of the batch; not where a tensor names rows by number.
-        keeps_scores: whether it keeps a matrix of scores for backward, which is small next to the tokens of its rows.
-    """
-
-    function: Callable[..., Any]
-    tensors: Mapping[str, Callable[[Draw], Tensor]]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    arrange: Callable[[Inputs], dict[str, Any]] = dict
-    mean: Callable[[Inputs, Tensor], Tensor] = _mean
-    copies: int = 1
-    reductions: tuple[str, ...] = ("mean", "sum", "none")
-    permutes: bool = True
-    keeps_scores: bool = False
-
-    def __post_init__(self) -> None:
-        """Read which common options the function has."""
-        parameters = inspect.signature(self.function).parameters
-        self.takes_backend = "backend" in parameters
-        self.takes_memory_budget = "memory_budget" in parameters
-        self.takes_weight = "weight" in parameters
-
-    def inputs(self, rows: int, depth: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Inputs:
-        """Draw the tensors for a batch of `rows`; those that the loss is differentiated by require a gradient."""
-        draw = Draw(rows, depth, dtype, seed)
-        return {name: make(draw) for name, make in self.tensors.items()}
-
-    def __call__(self, inputs: Inputs, reduction: str = "mean", backend: str = "auto", **options: Any) -> Tensor:
-        """Return the loss of tensors that `inputs` has drawn; `options` replace arguments of the case."""
-        given = {**self.options, **self.arrange(inputs), "reduction": reduction, **options}
-        if self.takes_backend:
-            given["backend"] = backend
-        value = self.function(**given)
-        return value[0] if isinstance(value, tuple) else value  # the second are diagnostics
-
-
-def leaves(inputs: Inputs) -> list[Tensor]:
-    """The tensors that a loss is differentiated by."""
-    return [t for t in inputs.values() if t.requires_grad]
-
-
-# ---- Arguments that are made of tensors ----------------------------------------------------------------------------
-
-
-def _without(inputs: Inputs, *names: str) -> dict[str, Any]:
-    return {name: t for name, t in inputs.items() if name not in names}
-
-
-def _rules(inputs: Inputs) -> dict[str, Any]:
-    """Pairs of one id are no negatives, nor are those above a bound."""
-    pairs = Pairs(differ=(inputs["ids"], inputs.get("col_ids", inputs["ids"])), below=0.8)
-    return {**_without(inputs, "ids", "col_ids"), "pairs": pairs}
-
-
-def _view_rules(inputs: Inputs) -> dict[str, Any]:
-    """The same for the rows of two views."""
-    ids = inputs["ids"].repeat(2)
-    return {**_without(inputs, "ids"), "pairs": Pairs(differ=(ids, ids), below=0.8)}
-
-
-def _indptr(lists: Tensor) -> Tensor:
-    return torch.arange(lists.shape[0] + 1, device=lists.device) * lists.shape[1]
-
-
-def _soft_targets(inputs: Inputs) -> dict[str, Any]:
-    lists = inputs["indices"]
-    targets = (_indptr(lists), lists.flatten(), inputs["shares"].flatten())
-    return {**_without(inputs, "indices", "shares"), "targets": targets}
-
-
-def _graded_lists(inputs: Inputs) -> dict[str, Any]:
-    lists = inputs["target"]
-    flat = {"target": lists.flatten(), "grades": inputs["grades"].flatten(), "indptr": _indptr(lists)}
-    return {**inputs, **flat}
-
-
-def _masked(inputs: Inputs) -> dict[str, Any]:
-    documents = TokenSets(inputs["documents"], inputs["mask"])
-    return {**_without(inputs, "mask"), "documents": documents}
-
-
-def _prefixes(inputs: Inputs) -> dict[str, Any]:
-    """A few prefixes of whatever depth the inputs have; the last column takes no part where there are enough."""
-    depth = next(iter(inputs.values())).shape[1]
-    pairs = {"pairs": Pairs(differ=(inputs["ids"], inputs["ids"]))} if "ids" in inputs else {}
-    return {**_without(inputs, "ids"), **pairs, "dims": sorted({1, depth // 3, max(depth - 1, 0)} - {0})}
-
-
-def _state(inputs: Inputs) -> dict[str, Any]:
-    """Running denominators, a copy for every step: one that is stored could not be repeated."""
-    state = RunningDenominator(0)
-    state.log_u = inputs["log_u"].clone()
-    return {**_without(inputs, "log_u"), "state": state}
-
-
-# ---- The losses ----------------------------------------------------------------------------------------------------
+from .loss_cases import (
+    LossCase,
+    graded_lists,
+    masked,
+    mean_over_positives,
+    prefixes,
+    rules,
+    soft_targets,
+    state,
+    view_rules,
+)
 
 _QUERY_KEY = {"query": Draw.matrix, "key": Draw.matrix}
 _IMAGE_TEXT = {"image": Draw.matrix, "text": Draw.matrix}
@@ -172,9 +52,7 @@ LOSSES: dict[str, LossCase] = {
         {**_QUERY_KEY, **_SCALE, "negatives": Draw.columns, "row_negatives": Draw.of_each_row},
         {"normalize": False},
     ),
-    "info_nce pairs": LossCase(
-        losses.info_nce, {**_QUERY_KEY, **_SCALE, "ids": Draw.labels, **_WEIGHT}, arrange=_rules
-    ),
+    "info_nce pairs": LossCase(losses.info_nce, {**_QUERY_KEY, **_SCALE, "ids": Draw.labels, **_WEIGHT}, arrange=rules),
     "info_nce z_loss": LossCase(losses.info_nce, {**_QUERY_KEY, **_SCALE}, {"z_loss": 0.1, "margin": 0.2}),
     "info_nce smoothing": LossCase(losses.info_nce, {**_QUERY_KEY, **_SCALE, "label_smoothing": Draw.share, **_WEIGHT}),
     "info_nce diagnostics": LossCase(losses.info_nce, {**_QUERY_KEY, **_SCALE}, {"diagnostics": True}),
@@ -204,7 +82,7 @@ LOSSES: dict[str, LossCase] = {
         losses.clip,
         {**_IMAGE_TEXT, **_SCALE, "ids": Draw.labels, "label_smoothing": Draw.share},
         {"diagnostics": True},
-        arrange=_rules,
+        arrange=rules,
     ),
     "clip negatives": LossCase(
         losses.clip,
@@ -213,14 +91,14 @@ LOSSES: dict[str, LossCase] = {
     ),
     "nt_xent": LossCase(losses.nt_xent, _VIEWS, copies=2),
     "nt_xent pairs": LossCase(
-        losses.nt_xent, {**_VIEWS, "ids": Draw.labels}, {"diagnostics": True}, arrange=_view_rules, copies=2
+        losses.nt_xent, {**_VIEWS, "ids": Draw.labels}, {"diagnostics": True}, arrange=view_rules, copies=2
     ),
     "sup_con": LossCase(losses.sup_con, {**_LABELLED, **_SCALE}),
     "sup_con two-sided": LossCase(losses.sup_con, {**_TWO_SIDED, **_SCALE, **_WEIGHT}),
     "sup_con log_mean": LossCase(losses.sup_con, {**_LABELLED, **_SCALE}, {"positives": "log_mean"}),
     "multi_positive_info_nce": LossCase(losses.multi_positive_info_nce, {**_LABELLED, **_SCALE}),
     "multi_positive_info_nce pairs": LossCase(
-        losses.multi_positive_info_nce, {**_LABELLED, **_SCALE}, {"mean_over": "pairs"}, mean=_mean_over_positives
+        losses.multi_positive_info_nce, {**_LABELLED, **_SCALE}, {"mean_over": "pairs"}, mean=mean_over_positives
     ),
     "multi_positive_info_nce two-sided": LossCase(losses.multi_positive_info_nce, {**_TWO_SIDED, **_SCALE, **_WEIGHT}),
     "soft_info_nce": LossCase(
@@ -233,20 +111,20 @@ LOSSES: dict[str, LossCase] = {
             "label_smoothing": Draw.share,
             **_SCALE,
         },
-        arrange=_soft_targets,
+        arrange=soft_targets,
     ),
     "dcl": LossCase(losses.dcl, _VIEWS, copies=2),
     "dcl sigma": LossCase(losses.dcl, _VIEWS, {"sigma": 0.5}, copies=2),
     "debiased": LossCase(losses.debiased, _VIEWS, copies=2),
     "hcl": LossCase(losses.hcl, _VIEWS, copies=2),
     "hcl pairs": LossCase(
-        losses.hcl, {**_VIEWS, "ids": Draw.labels}, {"diagnostics": True}, arrange=_view_rules, copies=2
+        losses.hcl, {**_VIEWS, "ids": Draw.labels}, {"diagnostics": True}, arrange=view_rules, copies=2
     ),
     "hn_nce": LossCase(losses.hn_nce, {**_IMAGE_TEXT, **_SCALE, **_WEIGHT}),
     "sog_clr": LossCase(
         losses.sog_clr,
         {**_IMAGE_TEXT, **_SCALE, "index": Draw.sample, "log_u": Draw.log_u},
-        arrange=_state,
+        arrange=state,
     ),
     "sog_clr temperatures": LossCase(
         losses.sog_clr,
@@ -258,7 +136,7 @@ LOSSES: dict[str, LossCase] = {
             "log_u": Draw.log_u,
             **_WEIGHT,
         },
-        arrange=_state,
+        arrange=state,
     ),
     "gte": LossCase(losses.gte, _GTE),
     "gte per_direction": LossCase(
@@ -294,7 +172,7 @@ LOSSES: dict[str, LossCase] = {
         losses.mined_info_nce,
         {**_MINED, "scale": Draw.scale_of_rows, "ids": Draw.labels, "col_ids": Draw.col_labels, **_WEIGHT},
         {"k": 2, "in_batch": False, "normalize": False},
-        arrange=_rules,
+        arrange=rules,
     ),
     "mined_info_nce labels": LossCase(
         losses.mined_info_nce, {**_MINED, "indices": Draw.two_columns, "labels": Draw.labels}
@@ -313,7 +191,7 @@ LOSSES: dict[str, LossCase] = {
             **_WEIGHT,
         },
         {"reduce": "mean", "normalize": False},
-        arrange=_masked,
+        arrange=masked,
         keeps_scores=True,
     ),
     "similarity_distillation": LossCase(
@@ -325,7 +203,7 @@ LOSSES: dict[str, LossCase] = {
         losses.similarity_distillation,
         {**_TAUGHT, **_SCALE, "ids": Draw.labels},
         {"divergence": "ce", "symmetric": True, "teacher_scale": 4.0},
-        arrange=_rules,
+        arrange=rules,
     ),
     "similarity_distillation reverse": LossCase(
         losses.similarity_distillation, {**_TAUGHT, "scale": Draw.scale_of_rows}, {"divergence": "reverse_kl"}
@@ -344,24 +222,24 @@ LOSSES: dict[str, LossCase] = {
         {"x": Draw.matrix, "teacher_x": Draw.teacher, **_WEIGHT},
         {"relative": False, "delta": 0.1},
     ),
-    "matryoshka_info_nce": LossCase(losses.matryoshka_info_nce, {**_QUERY_KEY, **_SCALE}, arrange=_prefixes),
+    "matryoshka_info_nce": LossCase(losses.matryoshka_info_nce, {**_QUERY_KEY, **_SCALE}, arrange=prefixes),
     "matryoshka_info_nce columns": LossCase(
         losses.matryoshka_info_nce,
         {"query": Draw.matrix, "key": Draw.columns, "target": Draw.column, **_SCALE, **_WEIGHT},
         {"normalize": False},
-        arrange=_prefixes,
+        arrange=prefixes,
     ),
-    "matryoshka_clip": LossCase(losses.matryoshka_clip, {**_IMAGE_TEXT, **_SCALE}, arrange=_prefixes),
+    "matryoshka_clip": LossCase(losses.matryoshka_clip, {**_IMAGE_TEXT, **_SCALE}, arrange=prefixes),
     "matryoshka_clip pairs": LossCase(
-        losses.matryoshka_clip, {**_IMAGE_TEXT, **_SCALE, "ids": Draw.labels, **_WEIGHT}, arrange=_prefixes
+        losses.matryoshka_clip, {**_IMAGE_TEXT, **_SCALE, "ids": Draw.labels, **_WEIGHT}, arrange=prefixes
     ),
-    "matryoshka_nt_xent": LossCase(losses.matryoshka_nt_xent, _VIEWS, arrange=_prefixes, copies=2),
+    "matryoshka_nt_xent": LossCase(losses.matryoshka_nt_xent, _VIEWS, arrange=prefixes, copies=2),
     "siglip": LossCase(losses.siglip, {**_IMAGE_TEXT, **_SCALE, "bias": Draw.bias}),
     "siglip pairs": LossCase(
         losses.siglip,
         {**_IMAGE_TEXT, **_SCALE, "bias": Draw.bias, "ids": Draw.labels, **_WEIGHT},
         {"diagnostics": True},
-        arrange=_rules,
+        arrange=rules,
     ),
     "multi_positive_siglip": LossCase(
         losses.multi_positive_siglip,
@@ -387,7 +265,7 @@ LOSSES: dict[str, LossCase] = {
             "scale": Draw.scale_of_rows,
             **_WEIGHT,
         },
-        arrange=_graded_lists,
+        arrange=graded_lists,
     ),
     "pair_bce": LossCase(losses.pair_bce, {**_PAIR_LIST, **_SCALE, "bias": Draw.bias, **_WEIGHT}),
     "pair_mse": LossCase(losses.pair_mse, {"x": Draw.matrix, "y": Draw.matrix, "labels": Draw.grades}),
@@ -410,7 +288,7 @@ LOSSES: dict[str, LossCase] = {
     "energy_hinge": LossCase(losses.energy_hinge, {**_QUERY_KEY, "negatives": Draw.columns}),
     "energy_hinge sum": LossCase(losses.energy_hinge, {**_QUERY_KEY, **_WEIGHT}, {"hardest": False}),
     "simctg": LossCase(
-        losses.simctg, {"x": Draw.matrix, "segments": Draw.labels}, {"margin": 1.0}, mean=_mean_over_positives
+        losses.simctg, {"x": Draw.matrix, "segments": Draw.labels}, {"margin": 1.0}, mean=mean_over_positives
     ),
     "ge2e": LossCase(losses.ge2e, {**_LABELLED, **_SCALE}),
     "ge2e contrast": LossCase(losses.ge2e, {**_LABELLED, **_WEIGHT}, {"kind": "contrast"}),
