@@ -32,6 +32,36 @@ def test_y_aware_info_nce(backend, labels, normalize, reduction):
     check(y_aware_info_nce(query, key, labels, backend=backend, **options), truth, [query, key, scale, weight])
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("given", ["kernel", "negative_weight", "both"])
+def test_any_function_of_the_distance_of_labels(given, normalize, reduction, monkeypatch):
+    monkeypatch.setattr("contrastive_ops.losses._one_pass.ELEMENTS", 3 * N)  # chunks of a few rows
+    query, key, scale, labels = leaf(N, D), leaf(N, D), number(3.0), 1950 + 40 * torch.rand(N)
+    weight = torch.rand(N, dtype=DOUBLE)
+    weight[2] = 0.0
+    near, far = (lambda d: (9 - d).relu()), (lambda d: 1 + d)
+    functions = {"kernel": near, "negative_weight": far}
+    functions = functions if given == "both" else {given: functions[given]}
+    x, y = (F.normalize(each) if normalize else each for each in (query, key))
+    apart, logits = (labels.double()[:, None] - labels.double()).abs(), scale * x @ y.T
+    w = near(apart) if "kernel" in functions else torch.exp(-(apart**2) / 32)
+    log_below = (far(apart) if "negative_weight" in functions else torch.ones_like(apart)).log()
+    lse = (logits + log_below).logsumexp(1, keepdim=True)
+    truth = reduced(-((w / w.sum(1, keepdim=True)) * (logits - lse)).sum(1), reduction, weight)
+    options = {"bandwidth": 4.0, "scale": scale, "weight": weight, "reduction": reduction, "normalize": normalize}
+    check(y_aware_info_nce(query, key, labels, **functions, **options), truth, [query, key, scale])
+
+
+def test_rows_without_a_positive_and_what_functions_refuse():
+    query, key, labels = leaf(N, D), leaf(N, D), torch.arange(N)
+    none = y_aware_info_nce(query, key, labels, kernel=torch.zeros_like)
+    assert none == 0 and not torch.autograd.grad(none, query)[0].any()
+    for options in ({"reduction": "none"}, {"weight": torch.ones(N, dtype=DOUBLE, requires_grad=True)}):
+        with pytest.raises((NotImplementedError, ValueError), match="y_aware_info_nce: "):
+            y_aware_info_nce(query, key, labels, kernel=torch.ones_like, **options)
+
+
 def test_ends_of_the_bandwidth(backend):
     query, key, labels = leaf(N, D), leaf(N, D), torch.arange(N) % 3
     options = {"temperature": 0.5, "backend": backend}

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from contrastive_ops import Pairs
-from contrastive_ops.mining import TopKState, collapse, search
+from contrastive_ops.mining import TopKState, collapse, mine_hard_negatives, search
+from contrastive_ops.ops import Guide
 
 N, M, D = 5, 60, 4
 
@@ -102,3 +103,16 @@ def test_documents_that_do_not_fit_are_refused():
 def test_an_empty_corpus_has_no_documents():
     found = search(torch.randn(N, D), torch.randn(0, D), 3, documents=torch.zeros(0, dtype=torch.int64))
     assert found.indices.shape == (N, 3) and (found.indices == -1).all()
+
+
+def test_negatives_of_documents_and_of_several_teachers():
+    """As the docstring of mine_hard_negatives says them."""
+    query, corpus, ids = drawn("chunks")
+    others, positives = (torch.randn(N, 6), torch.randn(M, 6)), torch.randint(M, (N,))
+    second, own = others[0] @ others[1].T, ids[positives][:, None] == ids
+    scores = (2 * query @ corpus.T + second).masked_fill((second > 1.0) | own, -torch.inf)
+    pairs = Pairs(differ=(ids[positives], ids), guide=Guide(*others, below=1.0))
+    sides = torch.cat([2 * query, others[0]], 1), torch.cat([corpus, others[1]], 1)
+    mined = mine_hard_negatives(*sides, positives, M, metric="dot", pairs=pairs)
+    wanted = best(scores, ids, M)
+    assert torch.equal(collapse(mined.indices, ids), torch.where(wanted < 0, -1, ids[wanted]))

@@ -187,6 +187,10 @@ def mine_hard_negatives(
         Memory: O(N K) for lists of K, the end of the rank window, and two blocks of the corpus with copies. Work:
         2 N M D, whatever the rules drop; statistics are counted in the same pass. `near_duplicate` adds O(N n K D), and
         reads the candidates' rows of the corpus again.
+        Several teachers: rows beside each other add their scores, ``torch.cat([a * query, b * other_query], 1)`` with
+        ``torch.cat([corpus, other_corpus], 1)`` and metric="dot"; ``pairs=Pairs(guide=Guide(other_query, other_corpus,
+        below=...))`` is a bound by another's score. Chunks of documents: ``pairs=Pairs(differ=(documents[positives],
+        documents))`` leaves out all chunks of a positive's document, and `collapse` keeps each other document once.
 
     Source:
         Moreira et al., NV-Retriever: Improving Text Embedding Models with Effective Hard-Negative Mining, 2024, for the
