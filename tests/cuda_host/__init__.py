@@ -70,7 +70,7 @@ def _made(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
     """A program or library of these sources, compiled once for all processes of this checkout."""
     folder = ROOT / "build" / "cuda_host"
     folder.mkdir(parents=True, exist_ok=True)
-    read = [path for place in (HERE, SOURCES, SOURCES.parent) for path in sorted(place.glob("*.*"))]
+    read = [path for place in (HERE, SOURCES, SOURCES / "hopper", SOURCES.parent) for path in sorted(place.glob("*.*"))]
     made_of = hashlib.sha256(repr((_compiler(), flags)).encode())
     for path in read:
         made_of.update(path.name.encode() + path.read_bytes())
@@ -88,7 +88,11 @@ def _made(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
 @functools.cache
 def driver() -> Path:
     """The program that runs every function."""
-    return _made("driver", [*sorted(SOURCES.glob("*.cu")), HERE / "driver.cpp", HERE / "cuda_host.cpp"], FLAGS)
+    return _made(
+        "driver",
+        [*sorted(SOURCES.rglob("*.cu")), *(HERE / f"{name}.cpp" for name in ("driver", "cuda_host", "hopper_host"))],
+        FLAGS,
+    )
 
 
 @functools.cache

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -21,9 +22,10 @@ namespace cuda_host {
 namespace {
 
 constexpr size_t kStack = size_t{256} << 10;
+constexpr std::align_val_t kAlignment{1024};
 constexpr int kWarp = 32;
 
-enum class State { ready, at_barrier, at_exchange, returned };
+enum class State { ready, at_barrier, at_exchange, waits, returned };
 
 struct Fiber {
   ucontext_t context{};
@@ -34,18 +36,26 @@ struct Fiber {
   const char* place = "";
   uint64_t brought = 0;
   uint64_t received[kWarp] = {};
+  std::function<bool()> until;
 };
 
 Schedule the_schedule = Schedule::ascending;
 std::mt19937 the_random;
 std::vector<std::unique_ptr<Fiber>> fibers;
-int thread_count = 0, running = -1;
+int thread_count = 0, block_threads = 0, running = -1;  // threads of a cluster, and of a block
+unsigned first_block = 0;
+int64_t clusters_begun = 0;
 ucontext_t scheduler;
 void* scheduler_fake_stack = nullptr;
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_size = 0;
 const std::function<void()>* the_kernel = nullptr;
-std::unique_ptr<unsigned char[]> shared;
+struct Freed {
+  void operator()(unsigned char* memory) const { operator delete[](memory, kAlignment); }
+};
+std::vector<std::unique_ptr<unsigned char, Freed>> shared;  // of each block of the cluster
+size_t the_shared_bytes = 0;
+std::vector<std::function<void()>> events;
 int64_t the_launches = 0;
 void (*the_listener)() = nullptr;
 
@@ -65,10 +75,16 @@ void after_switch(void* saved, const void** old_stack, size_t* old_size) {
 #endif
 }
 
+// Makes a thread the one that runs, as far as it can tell.
+void choose(int thread) {
+  running = thread;
+  threadIdx = {static_cast<unsigned>(thread % block_threads), 0, 0};
+  blockIdx = {first_block + static_cast<unsigned>(thread / block_threads), 0, 0};
+}
+
 void resume(int thread) {
   Fiber& fiber = *fibers[thread];
-  running = thread;
-  threadIdx = {static_cast<unsigned>(thread), 0, 0};
+  choose(thread);
   before_switch(&scheduler_fake_stack, fiber.stack, kStack);
   swapcontext(&scheduler, &fiber.context);
   after_switch(scheduler_fake_stack, nullptr, nullptr);
@@ -124,8 +140,7 @@ bool release_exchange(int first) {
     if ((leader.mask >> lane & 1) == 0) continue;
     const int thread = warp + lane;
     if (thread >= thread_count || waits(thread, State::returned)) {
-      threadIdx.x = static_cast<unsigned>(first);
-      running = first;
+      choose(first);
       fail("a warp's exchange names a lane that has returned or is none");
     }
     if (!waits(thread, State::at_exchange)) return false;
@@ -142,19 +157,48 @@ bool release_exchange(int first) {
   return true;
 }
 
-bool release_barrier() {
+// Lets a block go on if all of its threads are there.
+bool release_barrier(int first) {
   bool any = false;
-  for (int thread = 0; thread < thread_count; ++thread) {
+  for (int thread = first; thread < first + block_threads; ++thread) {
     if (!waits(thread, State::at_barrier) && !waits(thread, State::returned)) return false;
     any |= waits(thread, State::at_barrier);
   }
-  for (int thread = 0; thread < thread_count; ++thread) {
+  for (int thread = first; thread < first + block_threads; ++thread) {
     if (waits(thread, State::at_barrier)) fibers[thread]->state = State::ready;
   }
   return any;
 }
 
-void run_block() {
+bool release_waiting() {
+  bool any = false;
+  for (int thread = 0; thread < thread_count; ++thread) {
+    if (!waits(thread, State::waits) || !fibers[thread]->until()) continue;
+    fibers[thread]->state = State::ready;
+    any = true;
+  }
+  return any;
+}
+
+void happen(size_t which) {
+  const std::function<void()> event = std::move(events[which]);
+  events.erase(events.begin() + static_cast<int64_t>(which));
+  event();
+}
+
+// Events after the threads have gone on, or could not.
+bool let_events_happen(bool moved) {
+  bool any = false;
+  while (!events.empty()) {
+    if (the_schedule == Schedule::ascending && (moved || any)) break;
+    if (the_schedule == Schedule::shuffled && (moved || any) && the_random() % 4 != 0) break;
+    happen(the_schedule == Schedule::shuffled ? the_random() % events.size() : 0);
+    any = true;
+  }
+  return any;
+}
+
+void run_cluster() {
   for (int thread = 0; thread < thread_count; ++thread) start(thread);
   for (;;) {
     bool moved = false;
@@ -166,12 +210,13 @@ void run_block() {
     for (int thread = 0; thread < thread_count; ++thread) {
       if (waits(thread, State::at_exchange)) moved |= release_exchange(thread);
     }
-    moved |= release_barrier();
+    for (int first = 0; first < thread_count; first += block_threads) moved |= release_barrier(first);
+    moved |= release_waiting();
+    moved |= let_events_happen(moved);
     if (moved) continue;
     for (int thread = 0; thread < thread_count; ++thread) {
       if (waits(thread, State::returned)) continue;
-      threadIdx.x = static_cast<unsigned>(thread);
-      running = thread;
+      choose(thread);
       fail("threads wait for each other: a barrier or an exchange is not reached by all");
     }
     return;
@@ -185,29 +230,56 @@ void set_schedule(Schedule schedule, unsigned seed) {
   the_random.seed(seed);
 }
 
-void run_grid(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel) {
+void run_grid(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel, int cluster) {
   if (threads < 1 || threads > 1024) fail("a block must have 1 to 1024 threads");
+  if (cluster < 1 || blocks % cluster != 0) fail("a grid must have a whole number of clusters");
   if (the_listener != nullptr) the_listener();
   ++the_launches;
   the_kernel = &kernel;
-  thread_count = threads;
+  block_threads = threads, thread_count = cluster * threads;
+  the_shared_bytes = shared_bytes;
   blockDim = {static_cast<unsigned>(threads), 1, 1};
   gridDim = {static_cast<unsigned>(blocks), 1, 1};
-  for (const int64_t block : order_of(blocks)) {
-    blockIdx = {static_cast<unsigned>(block), 0, 0};
-    // Of its own, so that a sanitizer sees what reaches beyond it.
-    shared.reset(new unsigned char[shared_bytes]);
-    memset(shared.get(), 0xff, shared_bytes);
-    run_block();
+  for (const int64_t each : order_of(blocks / cluster)) {
+    first_block = static_cast<unsigned>(each * cluster);
+    ++clusters_begun;
+    shared.clear();
+    for (int block = 0; block < cluster; ++block) {
+      // Of its own, so that a sanitizer sees what reaches beyond it.
+      shared.emplace_back(static_cast<unsigned char*>(operator new[](shared_bytes, kAlignment)));
+      memset(shared.back().get(), 0xff, shared_bytes);
+    }
+    run_cluster();
   }
-  shared.reset();
+  shared.clear();
 }
 
 int64_t launches() { return the_launches; }
 
 void set_listener(void (*listener)()) { the_listener = listener; }
 
-void* shared_memory() { return shared.get(); }
+void* shared_memory() { return shared[running / block_threads].get(); }
+
+void later(std::function<void()> event) { events.push_back(std::move(event)); }
+
+int64_t cluster_number() { return clusters_begun; }
+int cluster_blocks() { return thread_count / block_threads; }
+int thread_of_cluster() { return running; }
+unsigned char* shared_memory_of(int block) { return shared[block].get(); }
+size_t shared_bytes() { return the_shared_bytes; }
+bool has_ended(int block) {
+  for (int thread = block * block_threads; thread < (block + 1) * block_threads; ++thread) {
+    if (!waits(thread, State::returned)) return false;
+  }
+  return true;
+}
+
+void wait_until(const char* place, const std::function<bool()>& ready) {
+  Fiber& fiber = *fibers[running];
+  if (ready()) return;
+  fiber.state = State::waits, fiber.place = place, fiber.until = ready;
+  yield(false);
+}
 
 void sync_block() {
   fibers[running]->state = State::at_barrier;
@@ -226,9 +298,10 @@ const uint64_t* exchange(unsigned mask, uint64_t brought, const char* place) {
 }
 
 void fail(const char* message) {
+  const State state = running >= 0 ? fibers[running]->state : State::ready;
+  const bool at_place = state == State::at_exchange || state == State::waits;
   fprintf(stderr, "cuda_host: %s (thread %u of block %u%s%s)\n", message, threadIdx.x, blockIdx.x,
-          running >= 0 && fibers[running]->state == State::at_exchange ? ", at " : "",
-          running >= 0 && fibers[running]->state == State::at_exchange ? fibers[running]->place : "");
+          at_place ? ", at " : "", at_place ? fibers[running]->place : "");
   fflush(stderr);
   abort();
 }

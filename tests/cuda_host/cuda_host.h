@@ -6,7 +6,7 @@
 // full of NaN at first. Sanitizers see every access.
 //
 // What cannot be: a grid of more than one dimension, static shared memory, textures, inline PTX, and anything that
-// waits for another block.
+// waits for another block that is not of its cluster. The instructions of Hopper have twins in hopper_host.h.
 #pragma once
 
 #include <cmath>
@@ -39,8 +39,8 @@ enum class Schedule { ascending, descending, shuffled };
 // The order of threads, and of blocks, of all launches from now on.
 void set_schedule(Schedule schedule, unsigned seed);
 
-// Calls `kernel` once for each thread of each block.
-void run_grid(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel);
+// Calls `kernel` once for each thread of each block. The blocks of a cluster run side by side.
+void run_grid(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& kernel, int cluster = 1);
 
 // How many grids have been run.
 int64_t launches();
@@ -52,6 +52,22 @@ void* shared_memory();
 
 // Waits for all threads of the block that have not returned.
 void sync_block();
+
+// Waits until `ready` says so; `place` is told where nothing makes it so any more.
+void wait_until(const char* place, const std::function<bool()>& ready);
+
+// What happens aside of the threads, as a copy does: as soon as may be in a descending order of threads, when no thread
+// can go on otherwise in an ascending one, and at any time and in any order in a shuffled one.
+void later(std::function<void()> event);
+
+// Of the cluster that runs: how many have begun before it in all grids, its blocks, which of its threads runs, and the
+// memory of a block.
+int64_t cluster_number();
+int cluster_blocks();
+int thread_of_cluster();
+unsigned char* shared_memory_of(int block);
+size_t shared_bytes();
+bool has_ended(int block);  // whether all threads of a block have returned
 
 // Waits until all lanes in `mask` are at a call for the same `place`, and returns what each of the 32 lanes brought.
 const uint64_t* exchange(unsigned mask, uint64_t brought, const char* place);
