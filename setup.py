@@ -114,7 +114,7 @@ def find_cuda(torch, compiler: list[str]) -> setup_cuda.Nvcc:
         raise setup_cuda.NoCuda(f"torch {torch.__version__} {setup_cuda.what_torch_is_for(torch.version)}")
     codes = setup_cuda.architectures()
     toolkit = setup_cuda.find_toolkit(torch.version.cuda)
-    threads = min(len(codes), max(1, jobs() // len(sources("csrc/cuda/*.cu"))))
+    threads = min(len(codes), max(1, jobs() // len(sources("csrc/cuda/**/*.cu"))))
     return setup_cuda.Nvcc(toolkit, codes, compiler, threads)
 
 
@@ -184,8 +184,8 @@ def make_libraries(plan: Plan) -> list[tuple[str, dict]]:
     scratch = {"sources": ["csrc/cpu/scratch.cpp"], "cflags": flags, "macros": plan.macros}
     libraries.append(("contrastive_ops_scratch", scratch))
     if plan.cuda is not None:
-        depends = [*sources("csrc/*.h"), *sources("csrc/cuda/*.h"), "setup_cuda.py"]
-        libraries.append((CUDA_LIBRARY, {"sources": sources("csrc/cuda/*.cu"), "obj_deps": {"": depends}}))
+        depends = [*sources("csrc/*.h"), *sources("csrc/cuda/**/*.h"), "setup_cuda.py"]
+        libraries.append((CUDA_LIBRARY, {"sources": sources("csrc/cuda/**/*.cu"), "obj_deps": {"": depends}}))
     return libraries
 
 

@@ -1,4 +1,4 @@
-"""The part of setup.py that knows nvcc: which toolkit, for which GPUs, and compiling csrc/cuda/*.cu.
+"""The part of setup.py that knows nvcc: which toolkit, for which GPUs, and compiling csrc/cuda/**/*.cu.
 
 Kernel files include no torch header, so they are compiled by nvcc alone into objects of one static library.
 """

@@ -57,7 +57,7 @@ from contrastive_ops.core import extension, triton_kernels
 from contrastive_ops.ops.similarity_reduce import BACKENDS
 x = torch.empty(0, 1, device="cuda")
 why = {name: "; ".join(BACKENDS[name].unsupported(x)) if name in BACKENDS else "not in this version"
-       for name in ("triton", "cuda")}
+       for name in ("triton", "cuda", "hopper")}
 module = extension.load()
 built = module.build_config()["cuda"] if module is not None else "no"
 print(json.dumps({"why": {name: text or None for name, text in why.items()}, "built": built}))
@@ -122,7 +122,7 @@ def build_stage(capability: Sequence[int]) -> Stage:
     wanted = {"TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", own)}
     command = [sys.executable, str(ROOT / "setup.py"), "-q", "build", "--build-base", str(WORK / "objects")]
     command += ["--build-lib", str(WORK / "site")]
-    return Stage("build", command, limit=240, cwd=ROOT, env=wanted, essential=True)
+    return Stage("build", command, limit=200, cwd=ROOT, env=wanted, essential=True)
 
 
 def pytest_command(files: Iterable[Path], *options: str) -> list[str]:
@@ -136,7 +136,11 @@ def pytest_command(files: Iterable[Path], *options: str) -> list[str]:
 
 
 def test_stages(why: dict[str, str | None]) -> list[Stage]:
-    """The tests of kernels on the device, first of those that no device has run; ``why`` a backend cannot run."""
+    """The tests of kernels on the device, first of those that no device has run; ``why`` a backend cannot run.
+
+    Those for Hopper GPUs begin with their instructions, one by one: nothing above them makes sense before.
+    """
+    of_hopper = {"hopper parts": "primitives", "hopper": "similarity"}
     first = {ROOT / "tests" / f"test_kernels_{name}.py" for name in ("stored", "maxsim")}
     files = {
         "triton": {*ROOT.glob("tests/test_kernels_*.py")} - first - {ROOT / "tests" / "test_kernels_compile.py"},
@@ -145,6 +149,10 @@ def test_stages(why: dict[str, str | None]) -> list[Stage]:
     missing = None if importlib.util.find_spec("pytest") else "pytest is not installed"
     nobody = None if None in why.values() else "no backend can run"
     stages = [
+        *(
+            (f"tests {name}", {ROOT / "tests" / f"test_hopper_{stem}.py"}, 20, why.get("hopper"))
+            for name, stem in of_hopper.items()
+        ),
         ("tests first run", first, 40, why["triton"]),
         ("tests graphs", {ROOT / "tests" / "test_graphs.py"}, 30, nobody),
         *((f"tests {name}", files[name], 85, why[name]) for name in BACKENDS),

@@ -277,7 +277,7 @@ class Build:
         return signs[0]
 
 
-KERNELS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cuda/*.cu"))
+KERNELS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cuda/**/*.cu"))
 
 
 @pytest.fixture

@@ -1,20 +1,24 @@
-"""The instructions of Hopper on the host: each does what it should, and what is wrong in a kernel shows.
+"""The instructions of Hopper: each does what it should, and on the host what is wrong in a kernel shows.
 
 Every test runs small kernels with each order of threads and of what is done aside of them: copies that arrive at once,
-late, or at any time.
+late, or at any time. On such a GPU those without a defect run there instead.
 """
 
 import os
+import shutil
 import subprocess
 import textwrap
 
 import cuda_host
 import pytest
+import torch
 
-if cuda_host.why_missing() is not None:
+ON_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+if not ON_GPU and cuda_host.why_missing() is not None:
     pytest.skip(cuda_host.why_missing(), allow_module_level=True)
 
-SCHEDULES = ("ascending", "descending", "shuffled")
+SCHEDULES = ("gpu",) if ON_GPU else ("ascending", "descending", "shuffled")
+on_host = pytest.mark.skipif(ON_GPU, reason="a GPU may hang where the host says what is wrong")
 
 
 def filled(body, *parts):
@@ -180,9 +184,40 @@ KERNELS = {
     """,
 }
 
+# Those without a defect.
+RIGHT = ("load", "multicast", "multiply", "store", "ping_pong", "registers", "cluster", "numbers")
+
 MAIN = """
+    #include <vector>
     #include "hopper/clusters.h"
     namespace contrastive_ops::hopper {
+    #ifdef __CUDACC__
+    template <class T>
+    T* on_device(const std::vector<T>& from) {
+      void* to = nullptr;
+      check_cuda(cudaMalloc(&to, from.size() * sizeof(T)));
+      check_cuda(cudaMemcpy(to, from.data(), from.size() * sizeof(T), cudaMemcpyDefault));
+      return static_cast<T*>(to);
+    }
+    template <class T>
+    void take_back(std::vector<T>& to, const T* from) {
+      check_cuda(cudaMemcpy(to.data(), from, to.size() * sizeof(T), cudaMemcpyDefault));
+    }
+    inline void set_schedule(const std::string&) {}
+    #else
+    template <class T>
+    T* on_device(std::vector<T>& from) {
+      return from.data();
+    }
+    template <class T>
+    void take_back(std::vector<T>&, const T*) {}
+    inline void set_schedule(const std::string& name) {
+      using cuda_host::Schedule;
+      cuda_host::set_schedule(name == "shuffled"     ? Schedule::shuffled
+                              : name == "descending" ? Schedule::descending
+                                                     : Schedule::ascending, 1);
+    }
+    #endif
     struct alignas(1024) Shared {
       BFloat16 tile[128 * 64];
       uint64_t barrier[4];
@@ -197,27 +232,29 @@ MAIN = """
         for (int j = 0; j < kCols; ++j) in[i * kCols + j] = from_float<BFloat16>((7 * i + 3 * j) %% 13 - 6);
       }
       std::vector<float> out(kNumbers, -1.0f);
-      const auto map = [](const std::vector<BFloat16>& of, int rows) {
-        return tensor_map(of.data(), DType::bfloat16, kRows, kCols, kCols, rows);
+      BFloat16 *const in_there = on_device(in), *const stored_there = on_device(stored);
+      float* const out_there = on_device(out);
+      const auto map = [](const BFloat16* of, int rows) {
+        return tensor_map(of, DType::bfloat16, kRows, kCols, kCols, rows);
       };
-      launch_clusters(kernel, 1, threads, sizeof(Shared), nullptr, map(in, 128), map(in, 64), map(stored, 128),
-                      out.data());
+      launch_clusters(kernel, 1, threads, sizeof(Shared), nullptr, map(in_there, 128), map(in_there, 64),
+                      map(stored_there, 128), out_there);
+      take_back(out, out_there);
+      take_back(stored, stored_there);
       for (const float each : out) printf("%%g ", each);
       for (const BFloat16 each : stored) printf("%%g ", to_float(each));
     }
     }  // namespace contrastive_ops::hopper
     int main(int, char** words) {
       using namespace contrastive_ops::hopper;
-      using cuda_host::Schedule;
-      const std::string name = words[1], schedule = words[2];
-      cuda_host::set_schedule(schedule == "shuffled"     ? Schedule::shuffled
-                              : schedule == "descending" ? Schedule::descending
-                                                         : Schedule::ascending, 1);
+      const std::string name = words[1];
+      set_schedule(words[2]);
       %s
     }
 """
 KERNEL = """
-    __global__ void %s(const __grid_constant__ TensorMap in, const __grid_constant__ TensorMap half,
+    __global__ void __launch_bounds__(384, 1)
+    %s(const __grid_constant__ TensorMap in, const __grid_constant__ TensorMap half,
                        const __grid_constant__ TensorMap to, float* out) {
       auto& s = shared_tiles<Shared>();
       const int rank = cluster_rank();
@@ -234,18 +271,46 @@ KERNEL = """
 """
 
 
+def source(names):
+    """A file with kernels, and a program that runs the one it is told."""
+    bodies = "\n".join(KERNEL % (name, KERNELS[name]) for name in names)
+    calls = "\n".join(f'if (name == "{name}") run({name}, {THREADS.get(name, 128)});' for name in names)
+    return textwrap.dedent(MAIN % (bodies, calls))
+
+
+def compile_for_gpu(path, program):
+    """By the nvcc that is here.
+
+    Raises:
+        RuntimeError: with the compiler's message.
+    """
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        f"-I{cuda_host.SOURCES}",
+    ]
+    done = subprocess.run([*command, path, "-o", program], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+
+
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hopper")
-    kernels = "\n".join(KERNEL % each for each in KERNELS.items())
-    calls = "\n".join(f'if (name == "{name}") run({name}, {THREADS.get(name, 128)});' for name in KERNELS)
-    (folder / "kernels.cu").write_text("#include <vector>\n" + textwrap.dedent(MAIN % (kernels, calls)))
-    sources = [folder / "kernels.cu", *(cuda_host.HERE / f"{name}.cpp" for name in ("cuda_host", "hopper_host"))]
-    cuda_host.compile_program(sources, folder / "program")
-    return folder / "program"
+    path, made = folder / "kernels.cu", folder / "program"
+    path.write_text(source(RIGHT if ON_GPU else KERNELS))
+    if ON_GPU:
+        compile_for_gpu(path, made)
+    else:
+        others = [cuda_host.HERE / f"{name}.cpp" for name in ("cuda_host", "hopper_host")]
+        cuda_host.compile_program([path, *others], made)
+    return made
 
 
-def run(program, name, schedule="ascending"):
+def run(program, name, schedule):
     """(whether it ended well, the numbers of `out` and of `stored`, what it said)."""
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run([program, name, schedule], env=environment, capture_output=True, text=True, check=False)
@@ -260,7 +325,7 @@ def right(program, name):
         fine, numbers, said = run(program, name, schedule)
         assert fine, said
         found.append(numbers)
-    assert found[0] == found[1] == found[2]
+    assert all(each == found[0] for each in found)
     return found[0]
 
 
@@ -331,6 +396,7 @@ SILENT = {
 }
 
 
+@on_host
 @pytest.mark.parametrize("name", SILENT)
 def test_a_missing_wait_shows_in_some_order(name, program):
     """As other numbers, or as an end before time."""
@@ -342,6 +408,13 @@ def test_a_missing_wait_shows_in_some_order(name, program):
 def same(a, b):
     """Whether all numbers are equal; NaN is not."""
     return all(x == y for left, right_ in zip(a, b, strict=True) for x, y in zip(left, right_, strict=True))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_nvcc_takes_the_same_kernels(tmp_path):
+    """What a GPU would run; products of warpgroups that it would make one by one are a message of C75xx."""
+    (tmp_path / "kernels.cu").write_text(source(RIGHT))
+    compile_for_gpu(tmp_path / "kernels.cu", tmp_path / "program")
 
 
 MESSAGES = {
@@ -360,6 +433,7 @@ MESSAGES = {
 }
 
 
+@on_host
 @pytest.mark.parametrize("name", MESSAGES)
 def test_what_is_wrong_is_told(name, program):
     found = [run(program, name, schedule) for schedule in SCHEDULES]

@@ -212,9 +212,12 @@ def test_target_that_does_not_exist_is_nan():
 def test_never_run_on_a_device_is_taken_by_name_only():
     """ "auto" passes it by, says why, and `backends` has nothing against it where it is named."""
     reasons = by_name()
-    assert {name: list(found) for name, found in reasons.items() if found} == dict.fromkeys(
-        ("maxsim", "similarity_values", "similarity_prefix", "similarity_distill"), ["triton"]
-    )
+    stored = ("maxsim", "similarity_values", "similarity_prefix", "similarity_distill")
+    fused = ("similarity_reduce", "similarity_loss")
+    assert {name: list(found) for name, found in reasons.items() if found} == {
+        **dict.fromkeys(stored, ["triton"]),
+        **dict.fromkeys(fused, ["hopper"]),
+    }
     assert reasons["similarity_values"]["triton"] == NEVER_ON_A_DEVICE
     x = torch.empty(3, 4, device="meta")
     fake = type("OnGpu", (), {"device": torch.device("cuda"), "dtype": torch.float32})()

@@ -146,23 +146,34 @@ class Gradients(NamedTuple):
             spread = spread[: (2 if p.itself else 1) * chunk.shape[0] * chunk.pitch].zero_()
             pair_data, spec, *_, N, M = p.arguments
             kernels().cuda_similarity_reduce_spread(numbers, pair_data, spec, up.d_linear, N, M, spread)
+        kernels().cuda_similarity_reduce_weigh(
+            chunk.dots, chunk.guide, numbers, *p.arguments, up.values, up.argmax, up.d_values, up.d_target, spread,
+            up.norm, weights if self.has_product else None, self.sums(p),
+            chunk.dots.new_empty((chunk.parts(ROW_SLOTS, COL_SLOTS),)), self.totals,
+        )  # fmt: skip
+        self.multiply(p, chunk.rows, chunk.cols, chunk.matrix(weights))
+
+    @property
+    def has_product(self) -> bool:
+        """Whether weights are multiplied."""
+        return self.dx is not None or self.dy is not None
+
+    def sums(self, p: Problem) -> list[int]:
+        """What kernels are told of sums, of each: what, set, whether it is along columns, where in the totals."""
         begins, sums = 0, []
         for each in self.wanted.sums:
             sums += [int(each.what), each.set, int(each.cols), begins]
             begins += p.shape[each.cols]
-        has_product = self.dx is not None or self.dy is not None
-        kernels().cuda_similarity_reduce_weigh(
-            chunk.dots, chunk.guide, numbers, *p.arguments, up.values, up.argmax, up.d_values, up.d_target, spread,
-            up.norm, weights if has_product else None, sums,
-            chunk.dots.new_empty((chunk.parts(ROW_SLOTS, COL_SLOTS),)), self.totals,
-        )  # fmt: skip
-        matrix = chunk.matrix(weights)
+        return sums
+
+    def multiply(self, p: Problem, rows: slice, cols: slice, weights: Tensor) -> None:
+        """Add the products of weights, which those of earlier rows and of columns before them precede."""
         if self.dx is not None:
-            first = chunk.cols.start == 0 and not p.itself
-            _products.set_or_add(self.dx[chunk.rows], matrix, p.y[chunk.cols], add=not first)
-        of_columns, first = (self.dx, False) if p.itself else (self.dy, chunk.rows.start == 0)
+            first = cols.start == 0 and not p.itself
+            _products.set_or_add(self.dx[rows], weights, p.y[cols], add=not first)
+        of_columns, first = (self.dx, False) if p.itself else (self.dy, rows.start == 0)
         if of_columns is not None:
-            _products.set_or_add(of_columns[chunk.cols], matrix.T, p.x[chunk.rows], add=not first)
+            _products.set_or_add(of_columns[cols], weights.T, p.x[rows], add=not first)
 
     def finish(
         self, p: Problem, scale: Tensor, target: Tensor | None, needs: int

@@ -149,7 +149,7 @@ def total(
     kind = kind_of(p.layout)
     held = _held(p)
     if held is not None:
-        losses_of = _RowLosses.of(p, kind, weight, extra, target_weight)
+        losses_of = RowLosses.of(p, kind, weight, extra, target_weight)
         return _total_by_bands(p, scale, target, losses_of, needs, *held)
     fold, argmax, target_logit, _, kept = forward(*problem, 0)
     losses = row_losses(kind, (fold,), target_logit, Terms(extra=extra))
@@ -178,7 +178,7 @@ def _held(p: Problem) -> tuple[Sizes, Tensor] | None:
         return None
 
 
-class _RowLosses(NamedTuple):
+class RowLosses(NamedTuple):
     """The losses of rows and their slopes, filled in as rows are complete."""
 
     kind: str
@@ -192,9 +192,7 @@ class _RowLosses(NamedTuple):
     dextra: Tensor
 
     @classmethod
-    def of(
-        cls, p: Problem, kind: str, weight: Tensor, extra: Tensor | None, target_weight: Tensor | None
-    ) -> _RowLosses:
+    def of(cls, p: Problem, kind: str, weight: Tensor, extra: Tensor | None, target_weight: Tensor | None) -> RowLosses:
         """Room for all rows."""
         fold, losses, d_fold, d_target = (p.x.new_empty((len(p.x),), dtype=torch.float32) for _ in range(4))
         dextra = torch.empty_like(fold[:0] if extra is None else fold)
@@ -209,6 +207,11 @@ class _RowLosses(NamedTuple):
         for whole, part in zip((self.d_fold, self.d_target, self.dextra), slopes, strict=True):
             whole[rows if len(whole) else slice(0)] = part
 
+    def complete(self, p: Problem, rows: slice, folding: Folding) -> None:
+        """These rows have been folded with all columns."""
+        _finish(p.layout.folds[0].kind, folding.state[2 * rows.start : 2 * rows.stop], self.fold[rows], None)
+        self.fill(rows, folding.target_logit)
+
     def bounds(self) -> tuple[Tensor, Tensor]:
         """No smaller than what arrives at the folds and the targets: no slope is larger than its row's weight."""
         most = self.weight.abs()
@@ -216,7 +219,7 @@ class _RowLosses(NamedTuple):
 
 
 def _total_by_bands(
-    p: Problem, scale: Tensor, target: Tensor, of_rows: _RowLosses, needs: int, sizes: Sizes, held: Tensor
+    p: Problem, scale: Tensor, target: Tensor, of_rows: RowLosses, needs: int, sizes: Sizes, held: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A band of rows is folded, and weighed once its rows are complete."""
     folding, work = Folding.of(p, target), Workspace(p, (1, p.x.dtype), sizes=sizes, holds=True)
@@ -229,8 +232,7 @@ def _total_by_bands(
         for rows, cols in band:
             folding.add(p, work.chunk(rows, cols, memory))
         rows = band[0][0]
-        _finish(p.layout.folds[0].kind, folding.state[2 * rows.start : 2 * rows.stop], of_rows.fold[rows], None)
-        of_rows.fill(rows, folding.target_logit)
+        of_rows.complete(p, rows, folding)
         memory = Memory(held)
         for _, cols in band:
             gradients.add(p, work.chunk(rows, cols, memory, filled=True), *work.buffers)

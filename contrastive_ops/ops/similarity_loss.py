@@ -41,6 +41,7 @@ def _over(name: str) -> Backend:
         unsupported=sweep.unsupported,
         keeps=sweep.keeps,
         no_room=sweep.no_room,
+        by_name=sweep.by_name,
     )
 
 
@@ -62,6 +63,7 @@ BACKENDS = enrol(
         ),
         "triton": _over("triton"),
         "cuda": _over("cuda"),
+        "hopper": _over("hopper"),
     },
 )
 

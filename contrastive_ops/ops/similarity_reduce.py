@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ..core import checks, cuda_kernels, extension, numerics, triton_kernels
-from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core.backends import NEVER_ON_A_DEVICE, Backend, choose, enrol, unsupported_by_cpu
 from ..core.fold_kinds import WithoutWinner
 from ..core.folds import Fold, Folded, Reduced, as_fold
 from ..core.operators import call
 from ..core.problem import LogitSets, Problem, SetFold
 from ..core.rules import Pairs
-from ..cuda import _pairs, _products
+from ..cuda import _pairs, _products, hopper
 from ..reference import similarity_reduce as reference
 from ._similarity_reduce_autograd import register
 
@@ -49,6 +49,13 @@ BACKENDS = enrol(
             unsupported=lambda x: [*cuda_kernels.unsupported(x), *_products.unsupported(x)],
             keeps=True,
             no_room=_pairs.no_room,
+        ),
+        "hopper": Backend(
+            source="csrc/cuda/hopper/sweep.h",
+            functions=functools.cache(lambda: cuda_kernels.functions("hopper")),
+            unsupported=hopper.unsupported,
+            no_room=hopper.no_room,
+            by_name=NEVER_ON_A_DEVICE,
         ),
     },
 )
@@ -230,7 +237,8 @@ def similarity_reduce(
         memory_budget: bytes of inner products to keep between forward and backward, so that backward need not
             compute them again; 0 keeps none. None: 128 MiB, on a GPU 1 GiB. Does not change
             results. Of use to "cpu" and "cuda", and to "reference" where it suffices for all of them.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". An explicit backend runs or raises.
+        backend: "auto", "reference", "cpu", "triton", "cuda" or "hopper". An explicit backend runs or raises. "hopper"
+            is for 16-bit rows on GPUs of compute capability 9.0 and taken by name only: it has not run on a device.
 
     Returns:
         (N,) for ``dim=1``, (M,) for ``dim=0``; a `Reduced` for ``dim=(0, 1)``, "max", several folds, a target or

@@ -2,6 +2,8 @@
 #pragma once
 
 #include "expert_routing.h"
+#include "hopper/fold.h"
+#include "hopper/weigh.h"
 #include "similarity_loss.h"
 #include "similarity_reduce.h"
 #include "similarity_topk.h"
@@ -17,6 +19,8 @@ namespace contrastive_ops {
   use(expert_routing_scores)                \
   use(expert_routing_scores_backward)       \
   use(expert_routing_slots)                 \
+  use(hopper_fold)                          \
+  use(hopper_weigh)                         \
   use(similarity_loss_finish)               \
   use(similarity_loss_multiply)             \
   use(similarity_loss_prepare)              \

@@ -5,7 +5,8 @@ that no test notices survives: somebody could make it by accident. Each is one l
 sees to it that every line is still there, once.
 
 Faults are in files by the code that they are in: `in_cpu.py` and `in_cpu_rules.py` (csrc, one SIMD level), `in_cuda.py`
-(csrc/cuda, executed on the host), `in_triton.py` (kernels, in the interpreter), `in_python.py`.
+(csrc/cuda, executed on the host), `in_hopper.py` (csrc/cuda/hopper, the same), `in_triton.py` (kernels, in the
+interpreter), `in_python.py`.
 """
 
 from __future__ import annotations
@@ -73,6 +74,6 @@ class Fault:
 
 def all_faults() -> list[Fault]:
     """Every fault of the project."""
-    from . import in_cpu, in_cuda, in_python, in_triton
+    from . import in_cpu, in_cuda, in_hopper, in_python, in_triton
 
-    return [*in_python.FAULTS, *in_triton.FAULTS, *in_cuda.FAULTS, *in_cpu.FAULTS]
+    return [*in_python.FAULTS, *in_triton.FAULTS, *in_hopper.FAULTS, *in_cuda.FAULTS, *in_cpu.FAULTS]

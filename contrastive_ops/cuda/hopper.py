@@ -1,0 +1,252 @@
+"""similarity_reduce by kernels for Hopper GPUs, whose inner products never reach memory.
+
+One kernel multiplies and folds. Another multiplies again and leaves the weights of the products that gradients are,
+which the library forms; for a loss whose slopes need no fold it is the only sweep. Forward, backward and total are as
+the operators take them. Gradients of other folds than the second has, and of biases of columns, are those of "cuda".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import cuda_kernels, extension
+from ..core.cuda_kernels import kernels
+from ..core.problem import Layout, ScaleOf
+from ..core.rules import Slot
+from ..reference.row_losses import Terms, kind_of, row_losses
+from . import _pairs, _products
+from . import similarity_reduce as chunked
+from ._chunks import Problem, padded
+from ._pairs import dense
+from ._weights import Gradients, Upstream, Wanted
+
+CAPABILITY, CODE = (9, 0), "sm_90a"
+LEAST_DIMENSION, MOST_DIMENSION, STEP = 64, 2048, 8
+# Columns of tiles that are folded and weighed, and rows of the two tiles of a cluster; csrc/cuda/hopper has the same.
+FOLD_COLUMNS, WEIGH_COLUMNS, CLUSTER_ROWS = 192, 128, 256
+# Rows that one launch folds, for which parts of tiles are kept; and bytes of weights that are multiplied at once.
+FOLDED_ROWS, WEIGHT_BYTES = 8192, 256 << 20
+# Numbers that a tile leaves for each of its rows, and for each of its columns.
+ROW_PARTS, COL_PARTS = 5, 1
+
+_RULES = {
+    *(Slot.DIFFER_ROWS, Slot.DIFFER_COLS, Slot.SAME_ROWS, Slot.SAME_COLS),
+    *(Slot.BELOW_ROWS, Slot.BELOW_COLS, Slot.ABOVE_ROWS, Slot.ABOVE_COLS),
+    *(Slot.ROW_FACTOR, Slot.COL_FACTOR, Slot.UNIT),
+}
+
+
+def unsupported(x: Tensor) -> list[str]:
+    """Reasons why these kernels cannot run on rows like `x`, of which there are none to look at in an empty one."""
+    reasons = [*cuda_kernels.unsupported(x), *_products.unsupported(x)]
+    if len(x) and x.dtype == torch.float32:
+        reasons.append(f"dtype={x.dtype} (supported: bfloat16, float16)")
+    if len(x) and (x.shape[1] % STEP or not LEAST_DIMENSION <= x.shape[1] <= MOST_DIMENSION):
+        supported = f"{LEAST_DIMENSION} to {MOST_DIMENSION}, a multiple of {STEP}"
+        reasons.append(f"D={x.shape[1]} (supported: {supported})")
+    if x.device.type == "cuda" and cuda_kernels.why_missing() is None:
+        module: Any = extension.load()
+        reasons += _why_not_on(torch.cuda.get_device_capability(x.device.index), module.build_config()["cuda"])
+    return reasons
+
+
+def _why_not_on(capability: tuple[int, int], built: str) -> list[str]:
+    if capability != CAPABILITY:
+        return [f"compute capability {capability[0]}.{capability[1]} (supported: 9.0)"]
+    if CODE in built.split():
+        return []
+    return [f'no code for {CODE} in CUDA {built}; install again with TORCH_CUDA_ARCH_LIST="9.0a"']
+
+
+def no_room(layout: Layout) -> list[str]:
+    """Reasons why the sets and rules of a call are not for these kernels."""
+    reasons = _pairs.no_room(layout)
+    if len(layout.sets) != 1:
+        return [*reasons, f"{len(layout.sets)} logit sets (supported: 1)"]
+    own = layout.sets[0]
+    if own.scale_of == ScaleOf.COLUMNS:
+        reasons.append("a scale of columns (supported: one number, or one for each row)")
+    others = sorted(slot.name.lower() for slot in own.data if slot not in _RULES)
+    if others:
+        reasons.append(
+            f"rules or lists with {', '.join(others)} (supported: a diagonal, ids, and bounds without a guide)"
+        )
+    return reasons
+
+
+def _problem(x: Tensor, y: Tensor | None, *rest: Tensor | Sequence[Tensor] | Sequence[int] | None) -> Problem:
+    """A matrix that is compared with itself is one that is compared with another; copies read 16 bytes at once."""
+    rows = _aligned(x)
+    return Problem.of(rows, rows if y is None else _aligned(y), *rest)  # type: ignore[arg-type]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    rows = x.detach().contiguous()
+    return rows.clone() if rows.data_ptr() % 16 else rows
+
+
+def _bands(p: Problem, most: int) -> Iterator[slice]:
+    """Rows, at most so many at a time."""
+    N = p.shape[0] if p.shape[1] else 0
+    return (slice(i, min(i + most, N)) for i in range(0, N, most))
+
+
+def _parts(p: Problem, rows: slice, columns: int, of_rows: int, of_cols: int) -> Tensor:
+    """Room for so many numbers for each row and for each column of every tile of so many columns."""
+    count, M = rows.stop - rows.start, p.shape[1]
+    across, down = -(-M // columns), 2 * -(-count // CLUSTER_ROWS)
+    return p.x.new_empty((of_rows * across * count + of_cols * down * M,), dtype=torch.float32)
+
+
+def _fold(p: Problem, folding: chunked.Folding, rows: slice) -> None:
+    target_logit = folding.target_logit if len(folding.target_logit) else None
+    count, D = rows.stop - rows.start, p.shape[2]
+    parts = _parts(p, rows, FOLD_COLUMNS, 2, 2)
+    kernels().cuda_hopper_fold(p.x, p.y, D, rows.start, count, *p.arguments, parts, target_logit, folding.state)
+
+
+def forward(
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
+    target: Tensor | None,
+    pair_data: Sequence[Tensor],
+    spec: Sequence[int],
+    kept_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return (folds, argmax, target_logit, linear, kept); what was not asked for is empty."""
+    p = _problem(x, y, scale, row_bias, col_bias, target, pair_data, spec)
+    folding = chunked.Folding.of(p, target)
+    for rows in _bands(p, FOLDED_ROWS):
+        _fold(p, folding, rows)
+    nothing = folding.target_logit.new_empty((0,))
+    return *folding.finish(p), folding.target_logit, nothing, nothing.clone()
+
+
+# ---- Gradients -------------------------------------------------------------------------------------------------------
+
+
+class _Weighing:
+    """Gradients while they are formed, and the memory that weights of a band of rows go through."""
+
+    def __init__(self, p: Problem, gradients: Gradients, most: int = FOLDED_ROWS) -> None:
+        self.p, self.gradients = p, gradients
+        self.pitch = padded(p.shape[1])
+        fitting = WEIGHT_BYTES // max(1, 2 * self.pitch) // CLUSTER_ROWS * CLUSTER_ROWS
+        self.rows = max(1, min(max(fitting, CLUSTER_ROWS), p.shape[0], most))
+        self.weights = p.x.new_empty((self.rows * self.pitch if gradients.has_product else 0,))
+
+    def add(self, rows: slice, target_logit: Tensor | None = None, state: Tensor | None = None) -> None:
+        """Add what the pairs of some rows give."""
+        p, up = self.p, self.gradients.upstream
+        count, has_product = rows.stop - rows.start, self.gradients.has_product
+        kernels().cuda_hopper_weigh(
+            p.x, p.y, p.shape[2], rows.start, count, *p.arguments, up.values, up.d_values, up.d_target, up.norm,
+            self.weights if has_product else None, self.gradients.sums(p),
+            _parts(p, rows, WEIGH_COLUMNS, ROW_PARTS, COL_PARTS), target_logit, self.gradients.totals, state,
+        )  # fmt: skip
+        if has_product:
+            matrix = self.weights[: count * self.pitch].view(count, self.pitch)[:, : p.shape[1]]
+            self.gradients.multiply(p, rows, slice(0, p.shape[1]), matrix)
+
+
+def _both(needs: int, y: Tensor | None) -> int:
+    """What is needed of both sides where they are one."""
+    return needs | (needs & 1) << 1 if y is None else needs
+
+
+def _as_one(gradients: tuple[Tensor, ...], y: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients of two sides as that of one, where they are one."""
+    dx, dy, *rest = gradients
+    return (dx + dy, dy[:0], *rest) if y is None else gradients
+
+
+def _has_weights(layout: Layout, needs: int) -> bool:
+    """Whether the kernel forms the gradients of these folds."""
+    kinds = [(fold.kind, fold.cols) for fold in layout.folds]
+    softmax = {kind for kind, _ in kinds} <= {"logsumexp"} and len(set(kinds)) == len(kinds)
+    return (softmax or kinds == [("sum_softplus", False)]) and not needs >> 4 & 1
+
+
+def backward(
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
+    target: Tensor | None,
+    pair_data: Sequence[Tensor],
+    spec: Sequence[int],
+    folds: Tensor,
+    argmax: Tensor,
+    d_folds: Tensor | None,
+    d_target: Tensor | None,
+    d_linear: Tensor | None,
+    kept: Tensor,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of x, y, scale, row_bias, col_bias in float32, empty where not needed."""
+    problem = (scale, row_bias, col_bias, target, pair_data, spec)
+    p = _problem(x, y, *problem)
+    arriving = (folds, argmax, d_folds, d_target, d_linear)
+    if not _has_weights(p.layout, needs):
+        return chunked.backward(x, y, *problem, *arriving, kept, needs)
+    wanted = Wanted.of(p, target, _both(needs, y))
+    gradients = Gradients.of(p, wanted, Upstream.of(p, scale, *arriving))
+    weighing = _Weighing(p, gradients)
+    for rows in _bands(p, weighing.rows):
+        weighing.add(rows)
+    return _as_one(gradients.finish(p, scale, target, needs), y)
+
+
+def total(
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
+    target: Tensor,
+    pair_data: Sequence[Tensor],
+    spec: Sequence[int],
+    weight: Tensor,
+    extra: Tensor | None,
+    target_weight: Tensor | None,
+    needs: int,
+) -> tuple[Tensor, ...]:
+    """Return (losses, target_logit, dx, dy, dscale, drow_bias, dcol_bias, dextra).
+
+    Rows are folded before they are weighed; a sum of softplus is folded by the sweep that weighs it.
+    """
+    problem = (scale, row_bias, col_bias, target, pair_data, spec)
+    p = _problem(x, y, *problem)
+    if not _has_weights(p.layout, needs):
+        return chunked.total(x, y, *problem, weight, extra, target_weight, needs)
+    kind, folding = kind_of(p.layout), chunked.Folding.of(p, target)
+    of_rows = chunked.RowLosses.of(p, kind, weight, extra, target_weight)
+    wanted = Wanted.of(p, target, _both(needs, y))
+    upstream = Upstream.of(p, scale, of_rows.fold, target.new_empty((0,)), *of_rows.bounds(), None)
+    if kind == "sigmoid":
+        upstream = upstream._replace(d_values=dense(weight), d_target=dense(target_weight))
+    else:
+        upstream = upstream._replace(d_values=of_rows.d_fold, d_target=of_rows.d_target)
+    gradients = Gradients.of(p, wanted, upstream)
+    weighing = _Weighing(p, gradients)
+    for rows in _bands(p, weighing.rows):
+        if kind == "sigmoid":
+            weighing.add(rows, folding.target_logit, folding.state)
+            continue
+        _fold(p, folding, rows)
+        of_rows.complete(p, rows, folding)
+        weighing.add(rows)
+    if kind == "sigmoid" or not p.shape[1]:
+        fold, _ = folding.finish(p)
+        of_rows.fold.copy_(fold)
+        of_rows.losses.copy_(row_losses(kind, (fold,), folding.target_logit, Terms(extra=extra)))
+    found = _as_one(gradients.finish(p, scale, target, needs), y)
+    return of_rows.losses, folding.target_logit, *found, of_rows.dextra

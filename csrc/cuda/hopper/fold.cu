@@ -1,0 +1,301 @@
+// See fold.h. A tile's logits become terms of sums in the registers that they are in: for logsumexp powers of two with
+// one reference for the 32 rows of a warp, so that a pair takes one exponential for its row and its column together.
+// That is exact as long as no logit lies too far below the largest; otherwise rows and columns are folded apart.
+#include "fold.h"
+
+#include "../similarity_folds.h"
+#include "rules.h"
+
+namespace contrastive_ops {
+namespace hopper {
+namespace {
+
+constexpr int kCols = 192, kStages = 4, kColumns = kCols / 4, kGroupWarps = kGroup / kWarp;
+// Below the largest logit of a warp, times log2(e): beyond it powers of two would lose digits.
+constexpr float kReach = 120.0f;
+
+template <class T>
+struct alignas(1024) Shared {
+  Stages<T, kCols, kStages> stages;
+  Part cols[2][kGroupWarps][kCols];  // of each group
+};
+
+struct FoldTask {
+  FoldKind kind;
+  Part *row_parts, *col_parts;  // (tiles across, rows), (tiles down, cols); null for none
+  float* target_logit;
+};
+
+template <class T>
+struct FoldEpilogue {
+  const SweepPairs& p;
+  const FoldTask& task;
+  const Plan& plan;
+  Shared<T>& shared;
+  using Sums = float[2][kCols / 2];
+
+  __device__ void operator()(Sums& sums, const TilePlace& tile, int group) const {
+    const Own<kCols> own(tile);
+    make_logits(sums, own);
+    const float reference = task.kind == FoldKind::logsumexp ? common_reference(sums) : kInfinity;
+    if (reference < kInfinity) {
+      CONTRASTIVE_OPS_UNROLL
+      for (int m = 0; m < 2; ++m) {
+        CONTRASTIVE_OPS_UNROLL
+        for (int k = 0; k < kCols / 2; ++k) sums[m][k] = fast_exp2(sums[m][k] - reference);
+      }
+      add_up(sums, own, tile, group, reference * kLn2);
+    } else {
+      fold_apart(sums, own, tile, group);
+    }
+    join_columns(tile, group);
+  }
+  __device__ void finish() const {}
+
+ private:
+  // The largest logit of a warp, 0 where there is no pair; infinity where it is none for all of them.
+  __device__ float common_reference(const Sums& sums) const {
+    float top = -kInfinity, low = kInfinity;
+    CONTRASTIVE_OPS_UNROLL
+    for (int m = 0; m < 2; ++m) {
+      CONTRASTIVE_OPS_UNROLL
+      for (int k = 0; k < kCols / 2; ++k) {
+        top = fmaxf(top, sums[m][k]);
+        low = fminf(low, sums[m][k] == -kInfinity ? kInfinity : sums[m][k]);
+      }
+    }
+    top = fold_warp(top, [](float a, float b) { return fmaxf(a, b); });
+    low = fold_warp(low, [](float a, float b) { return fminf(a, b); });
+    if (top == -kInfinity) return 0.0f;
+    return top - low <= kReach ? top : kInfinity;
+  }
+
+  // Logits in the place of inner products, -inf for what is left out; for logsumexp times log2(e).
+  __device__ void make_logits(Sums& sums, const Own<kCols>& own) const {
+    multiply_factors(p, own, sums);
+    const Drops<kCols> drops(p, own, sums);
+    const float unit = task.kind == FoldKind::logsumexp ? kLog2E : 1.0f;
+    if (drops.any && task.target_logit != nullptr) write_targets(sums, own, drops);
+    float factor[4], bias[4];
+    CONTRASTIVE_OPS_UNROLL
+    for (int r = 0; r < 4; ++r) factor[r] = unit * p.factor(own.row_of(r)), bias[r] = unit * p.bias(own.row_of(r));
+    CONTRASTIVE_OPS_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      CONTRASTIVE_OPS_UNROLL
+      for (int r = 0; r < 4; ++r) own.number(sums, r, c) = fmaf(own.number(sums, r, c), factor[r], bias[r]);
+    }
+    if (p.col_bias != nullptr) {
+      CONTRASTIVE_OPS_UNROLL
+      for (int c = 0; c < kColumns; ++c) {
+        const float added = unit * p.bias_of_col(own.col_of(c));
+        CONTRASTIVE_OPS_UNROLL
+        for (int r = 0; r < 4; ++r) own.number(sums, r, c) += added;
+      }
+    }
+    if (!drops.any) return;
+    CONTRASTIVE_OPS_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      CONTRASTIVE_OPS_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        if (drops.has(r, c)) own.number(sums, r, c) = -kInfinity;
+      }
+    }
+  }
+
+  __device__ void write_targets(Sums& sums, const Own<kCols>& own, const Drops<kCols>& drops) const {
+    CONTRASTIVE_OPS_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      const float dot = drops.target_dot(sums, r);
+      if (drops.wanted[r] < 0) continue;
+      const int row = own.row_of(r);
+      const float bias = p.bias(row) + p.bias_of_col(own.col_of(drops.wanted[r]));
+      task.target_logit[int64_t{p.first_row} + row] = fmaf(dot, p.factor(row), bias);
+    }
+  }
+
+  __device__ void write_row(const TilePlace& tile, int row, const Part& part) const {
+    if (threadIdx.x % 4 == 0 && row < p.rows) task.row_parts[int64_t{tile.col_tile} * p.rows + row] = part;
+  }
+  __device__ Part* cols_of_warp(int group) const { return shared.cols[group][threadIdx.x % kGroup / kWarp]; }
+
+  // Sums of powers of two, which stand in the place of inner products.
+  __device__ void add_up(Sums& sums, const Own<kCols>& own, const TilePlace& tile, int group, float top) const {
+    const auto part_of = [&](float sum) { return Part{{sum == 0.0f ? 0.0f : top, sum}}; };
+    if (task.row_parts != nullptr) {
+      CONTRASTIVE_OPS_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        float sum = 0.0f;
+        CONTRASTIVE_OPS_UNROLL
+        for (int c = 0; c < kColumns; ++c) sum += own.number(sums, r, c);
+        write_row(tile, own.row_of(r), part_of(fold_row_lanes(sum, sum_of)));
+      }
+    }
+    if (task.col_parts == nullptr) return;
+    Part* to = cols_of_warp(group) + threadIdx.x % 4 * 2;
+    CONTRASTIVE_OPS_UNROLL
+    for (int begin = 0; begin < kColumns; begin += kShared) {
+      float values[kShared];
+      CONTRASTIVE_OPS_UNROLL
+      for (int k = 0; k < kShared; ++k) {
+        values[k] = (own.number(sums, 0, begin + k) + own.number(sums, 1, begin + k)) +
+                    (own.number(sums, 2, begin + k) + own.number(sums, 3, begin + k));
+      }
+      const int first = add_columns(values);
+      CONTRASTIVE_OPS_UNROLL
+      for (int q = 0; q < 2; ++q) to[(begin + first) / 2 * 8 + q] = part_of(values[q]);
+    }
+  }
+
+  // Every row and every column by itself, whichever kind.
+  __device__ void fold_apart(Sums& sums, const Own<kCols>& own, const TilePlace& tile, int group) const {
+    const float unit = task.kind == FoldKind::logsumexp ? kLn2 : 1.0f;
+    float logits[4][kColumns];
+    CONTRASTIVE_OPS_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      CONTRASTIVE_OPS_UNROLL
+      for (int c = 0; c < kColumns; ++c) logits[r][c] = own.number(sums, r, c) * unit;
+    }
+    switch (task.kind) {
+      case FoldKind::logsumexp:
+        return fold_one_by_one<FoldKind::logsumexp>(logits, own, tile, group);
+      case FoldKind::max:
+        return fold_one_by_one<FoldKind::max>(logits, own, tile, group);
+      case FoldKind::sum_softplus:
+        return fold_one_by_one<FoldKind::sum_softplus>(logits, own, tile, group);
+      case FoldKind::sum_relu:
+        return fold_one_by_one<FoldKind::sum_relu>(logits, own, tile, group);
+      case FoldKind::sum:
+        return fold_one_by_one<FoldKind::sum>(logits, own, tile, group);
+      default:
+        return fold_one_by_one<FoldKind::count>(logits, own, tile, group);
+    }
+  }
+
+  template <FoldKind kind>
+  __device__ void fold_one_by_one(const float (&logits)[4][kColumns], const Own<kCols>& own, const TilePlace& tile,
+                                  int group) const {
+    // With those of the lanes whose number differs in bits `from` to `to`.
+    const auto with_lanes = [](Part part, int from, int to) {
+#pragma unroll 1
+      for (int step = from; step < to; step *= 2) {
+        const Part other{{__shfl_xor_sync(kFullWarp, part.at[0], step), __shfl_xor_sync(kFullWarp, part.at[1], step)}};
+        part = merged(kind, part, other);
+      }
+      return part;
+    };
+    Running<kind> running;
+#pragma unroll 1
+    for (int r = 0; task.row_parts != nullptr && r < 4; ++r) {
+      running.start();
+#pragma unroll 1
+      for (int c = 0; c < kColumns; ++c) running.add(logits[r][c], own.col_of(c));
+      write_row(tile, own.row_of(r), with_lanes(running.part(), 1, 4));
+    }
+    Part* to = cols_of_warp(group) + threadIdx.x % 4 * 2;
+#pragma unroll 1
+    for (int c = 0; task.col_parts != nullptr && c < kColumns; ++c) {
+      running.start();
+#pragma unroll 1
+      for (int r = 0; r < 4; ++r) running.add(logits[r][c], p.first_row + own.row_of(r));
+      const Part part = with_lanes(running.part(), 4, kWarp);
+      if (threadIdx.x % kWarp < 4) to[c / 2 * 8 + c % 2] = part;
+    }
+  }
+
+  // One part for each column, of the four warps one after another. Those of the tile before have been read: every
+  // thread of the group was at the barrier of its turn since.
+  __device__ void join_columns(const TilePlace& tile, int group) const {
+    if (task.col_parts == nullptr) return;
+    named_sync(kGroups + group, kGroup);
+    for (int c = static_cast<int>(threadIdx.x) % kGroup; c < kCols; c += kGroup) {
+      const int col = tile.col_tile * kCols + c;
+      if (col >= p.cols) break;
+      Part part = shared.cols[group][0][c];
+      for (int warp = 1; warp < kGroupWarps; ++warp) part = merged(task.kind, part, shared.cols[group][warp][c]);
+      task.col_parts[int64_t{tile.row_tile} * p.cols + col] = part;
+    }
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    fold_kernel(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y,
+                const __grid_constant__ SweepPairs p, const __grid_constant__ FoldTask task, const Plan plan) {
+#ifdef CONTRASTIVE_OPS_HAS_HOPPER
+  auto& shared = shared_tiles<Shared<T>>();
+  sweep<T, kCols, kStages>(&x, &y, plan, shared.stages, FoldEpilogue<T>{p, task, plan, shared});
+#endif
+}
+
+// Adds the parts of all tiles to a state, tile after tile; one thread for each row and each column.
+__global__ void merge_parts_kernel(FoldKind kind, const Part* parts, int tiles, int64_t count, State* state) {
+  const int64_t place = int64_t{blockIdx.x} * kGroup + threadIdx.x;
+  if (place >= count) return;
+  State total = state[place];
+  for (int t = 0; t < tiles; ++t) merge_into(total, kind, parts[t * count + place]);
+  state[place] = total;
+}
+
+// Of folds of one kind: that of rows and that of columns, -1 for none.
+struct Pass {
+  int rows, cols;
+};
+
+// The first folds that are not done yet.
+Pass next_pass(const PairArguments& p, bool (&done)[kMostFolds]) {
+  Pass pass{-1, -1};
+  int first = -1;
+  for (int f = 0; f < p.fold_count; ++f) {
+    if (done[f] || (first >= 0 && p.folds[f].kind != p.folds[first].kind)) continue;
+    int& own = p.folds[f].cols ? pass.cols : pass.rows;
+    if (own >= 0) continue;
+    own = f, done[f] = true;
+    if (first < 0) first = f;
+  }
+  return pass;
+}
+
+}  // namespace
+}  // namespace hopper
+
+void hopper_fold(Stream stream, Input x, Input y, int64_t D, int64_t first_row, int64_t rows, Arrays pair_data,
+                 Integers spec, const float* scale, const float* row_bias, const float* col_bias, const int64_t* target,
+                 int64_t N, int64_t M, float* parts, float* target_logit, double* state) {
+  using namespace hopper;
+  const PairArguments p = pairs_of(pair_data, spec, scale, row_bias, col_bias, target, N, M);
+  const SweepPairs pairs = sweep_pairs(p, first_row, rows);
+  if (rows == 0 || M == 0 || p.fold_count == 0) return;
+  const Plan plan(rows, M, D, kCols);
+  bool done[kMostFolds] = {};
+  const auto state_of = [&](int fold) {
+    auto* begin = reinterpret_cast<State*>(state);
+    for (int f = 0; f < fold; ++f) begin += p.folds[f].cols ? M : N;
+    return begin;
+  };
+  for (Pass pass = next_pass(p, done); pass.rows >= 0 || pass.cols >= 0; pass = next_pass(p, done)) {
+    FoldTask task{};
+    task.kind = p.folds[pass.rows >= 0 ? pass.rows : pass.cols].kind;
+    task.row_parts = pass.rows < 0 ? nullptr : reinterpret_cast<Part*>(parts);
+    task.col_parts = pass.cols < 0 ? nullptr : reinterpret_cast<Part*>(parts) + plan.col_tiles * rows;
+    task.target_logit = target_logit;
+    const auto run = [&](auto type) {
+      using T = decltype(type);
+      if constexpr (sizeof(T) == 2) {
+        const TensorMap of_x = tensor_map(x.as<T>() + first_row * D, x.dtype, rows, D, D, kRows);
+        const TensorMap of_y = tensor_map(y.data, y.dtype, M, D, D, kCols / kCluster);
+        launch_clusters(fold_kernel<T>, plan.tiles(), kBlockThreads, sizeof(Shared<T>), stream, of_x, of_y, pairs, task,
+                        plan);
+      } else {
+        throw std::invalid_argument("x: it must be of 16 bits");
+      }
+    };
+    with_type(x.dtype, run);
+    const auto merge = [&](const Part* from, int tiles, int64_t count, State* to) {
+      launch(merge_parts_kernel, ceil_divide(count, kGroup), kGroup, 0, stream, task.kind, from, tiles, count, to);
+    };
+    if (pass.rows >= 0) merge(task.row_parts, plan.col_tiles, rows, state_of(pass.rows) + first_row);
+    if (pass.cols >= 0) merge(task.col_parts, plan.row_tiles(), M, state_of(pass.cols));
+  }
+}
+
+}  // namespace contrastive_ops

@@ -1,0 +1,173 @@
+// What a sweep is told of pairs, and which of its pairs a thread leaves out.
+//
+// One set whose logits are scale * dot + row_bias + col_bias, with one scale or one for each row; left out may be the
+// target, the diagonal, pairs of equal or of other ids, and those beyond a bound of their row or column. Inner
+// products may have factors of their row and their column, which make them cosines. What else a call has is the matter
+// of other kernels.
+#pragma once
+
+#include "../similarity_pairs.h"
+#include "sweep.h"
+
+namespace contrastive_ops::hopper {
+
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+
+struct SweepPairs {
+  int first_row, rows, cols;  // rows of the sweep, and all columns
+  const float *scale, *row_bias, *col_bias;
+  const int64_t* target;
+  bool scale_of_rows, has_diagonal, has_ids, has_bounds;
+  float sign;
+  int64_t diagonal;
+  const int64_t *differ_rows, *differ_cols, *same_rows, *same_cols;
+  const float *below_rows, *below_cols, *above_rows, *above_cols;
+  const float *row_factor, *col_factor;  // of inner products, both or none
+
+  // dlogit / d(inner product) of a row of the sweep, and what is added to its logits.
+  __device__ float factor(int row) const { return sign * scale[scale_of_rows ? first_row + min(row, rows - 1) : 0]; }
+  __device__ float bias(int row) const {
+    return row_bias == nullptr ? 0.0f : sign * row_bias[first_row + min(row, rows - 1)];
+  }
+  __device__ float unit_of_row(int row) const {
+    return row_factor == nullptr ? 1.0f : row_factor[first_row + min(row, rows - 1)];
+  }
+  __device__ float unit_of_col(int col) const { return col_factor == nullptr || col >= cols ? 1.0f : col_factor[col]; }
+  __device__ float bias_of_col(int col) const {
+    return col_bias == nullptr || col >= cols ? 0.0f : sign * col_bias[col];
+  }
+};
+
+// Why a sweep cannot do what is told, or null.
+inline const char* why_not(const PairArguments& p) {
+  if (p.set_count != 1) return "there must be one set";
+  const PairSet& set = p.sets[0];
+  if (set.exclude_indptr || set.guide_below_rows || set.guide_below_cols || set.log_weight || set.fill) {
+    return "rules must be a diagonal, ids and bounds";
+  }
+  if (set.scale_of == ScaleOf::columns) return "there must be one scale, or one for each row";
+  if (p.linear_indptr || p.code_scale) return "there must be no lists and codes";
+  return nullptr;
+}
+
+inline SweepPairs sweep_pairs(const PairArguments& p, int64_t first_row, int64_t rows) {
+  if (const char* why = why_not(p)) throw std::invalid_argument(std::string("spec: ") + why);
+  if (first_row < 0 || rows < 0 || first_row + rows > p.N || p.N > kMostBlocks || p.M > kMostBlocks) {
+    throw std::invalid_argument("rows: they must be those of x, and fewer than 2^31");
+  }
+  const PairSet& set = p.sets[0];
+  SweepPairs to{};
+  to.first_row = static_cast<int>(first_row), to.rows = static_cast<int>(rows), to.cols = static_cast<int>(p.M);
+  to.scale = set.scale, to.row_bias = p.row_bias, to.col_bias = p.col_bias, to.target = p.target;
+  to.scale_of_rows = set.scale_of == ScaleOf::rows, to.sign = set.negate ? -1.0f : 1.0f;
+  to.has_diagonal = set.has_diagonal, to.diagonal = set.diagonal;
+  to.differ_rows = set.differ_rows, to.differ_cols = set.differ_cols;
+  to.same_rows = set.same_rows, to.same_cols = set.same_cols;
+  to.below_rows = set.below_rows, to.below_cols = set.below_cols;
+  to.above_rows = set.above_rows, to.above_cols = set.above_cols;
+  to.row_factor = p.row_factor, to.col_factor = p.col_factor;
+  to.has_ids = set.differ_rows || set.same_rows;
+  to.has_bounds = set.below_rows || set.below_cols || set.above_rows || set.above_cols;
+  return to;
+}
+
+// Inner products with their factors.
+template <int kCols>
+__device__ void multiply_factors(const SweepPairs& p, const Own<kCols>& own, float (&dots)[2][kCols / 2]) {
+  if (p.row_factor == nullptr) return;
+  float of_rows[4];
+  CONTRASTIVE_OPS_UNROLL
+  for (int r = 0; r < 4; ++r) of_rows[r] = p.unit_of_row(own.row_of(r));
+  CONTRASTIVE_OPS_UNROLL
+  for (int c = 0; c < Own<kCols>::kColumns; ++c) {
+    const float of_col = p.unit_of_col(own.col_of(c));
+    CONTRASTIVE_OPS_UNROLL
+    for (int r = 0; r < 4; ++r) own.number(dots, r, c) *= of_rows[r] * of_col;
+  }
+}
+
+// Which pairs of a thread no fold sees.
+template <int kCols>
+struct Drops {
+  static constexpr int kColumns = Own<kCols>::kColumns;
+  static_assert(kColumns <= 64, "one bit for each column");
+  uint64_t rows[4] = {};
+  int wanted[4];  // which of its columns is the row's target, or -1
+  bool any;       // for any lane of the warp
+
+  __device__ bool has(int r, int c) const { return rows[r] >> c & 1; }
+  // The inner product of a row with its target, where the thread has it.
+  __device__ float target_dot(float (&dots)[2][kCols / 2], int r) const {
+    float found = 0.0f;
+    CONTRASTIVE_OPS_UNROLL
+    for (int c = 0; c < kColumns; ++c) found = c == wanted[r] ? Own<kCols>::number(dots, r, c) : found;
+    return found;
+  }
+
+  __device__ Drops(const SweepPairs& p, const Own<kCols>& own, float (&dots)[2][kCols / 2]) {
+    const int inside = own.below(p.cols);
+    const uint64_t beyond = inside == kColumns ? 0 : ~uint64_t{0} << inside;
+    CONTRASTIVE_OPS_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      const int row = own.row_of(r);
+      const bool real = row < p.rows;
+      const int64_t i = int64_t{p.first_row} + row;
+      wanted[r] = real && p.target != nullptr ? own.find(p.target[i]) : -1;
+      if (wanted[r] >= inside) wanted[r] = -1;
+      const int diagonal = real && p.has_diagonal ? own.find(i + p.diagonal) : -1;
+      rows[r] = real ? beyond : ~uint64_t{0};
+      if (wanted[r] >= 0) rows[r] |= uint64_t{1} << wanted[r];
+      if (diagonal >= 0) rows[r] |= uint64_t{1} << diagonal;
+    }
+    if (p.has_ids) look_at_ids(p, own, inside);
+    if (p.has_bounds) look_at_bounds(p, own, inside, dots);
+    any = __any_sync(kFullWarp, (rows[0] | rows[1] | rows[2] | rows[3]) != 0);
+  }
+
+ private:
+  __device__ void look_at_ids(const SweepPairs& p, const Own<kCols>& own, int inside) {
+    int64_t differ[4], same[4];
+    CONTRASTIVE_OPS_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      const int64_t i = int64_t{p.first_row} + min(own.row_of(r), p.rows - 1);
+      differ[r] = p.differ_rows == nullptr ? -1 : p.differ_rows[i];
+      same[r] = p.same_rows == nullptr ? -1 : p.same_rows[i];
+    }
+#pragma unroll 1
+    for (int c = 0; c < inside; ++c) {
+      const int64_t j = own.col_of(c);
+      const int64_t other = p.differ_rows == nullptr ? -1 : p.differ_cols[j];
+      const int64_t alike = p.same_rows == nullptr ? -1 : p.same_cols[j];
+      CONTRASTIVE_OPS_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        const bool equal = differ[r] == other && other != -1;
+        const bool unlike = p.same_rows != nullptr && (same[r] != alike || alike == -1);
+        if (equal || unlike) rows[r] |= uint64_t{1} << c;
+      }
+    }
+  }
+
+  // NaN exceeds no bound.
+  __device__ void look_at_bounds(const SweepPairs& p, const Own<kCols>& own, int inside, float (&dots)[2][kCols / 2]) {
+    float least[4], most[4];
+    CONTRASTIVE_OPS_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      const int64_t i = int64_t{p.first_row} + min(own.row_of(r), p.rows - 1);
+      least[r] = p.above_rows == nullptr ? -__builtin_huge_valf() : p.above_rows[i];
+      most[r] = p.below_rows == nullptr ? __builtin_huge_valf() : p.below_rows[i];
+    }
+    CONTRASTIVE_OPS_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      const int64_t j = own.col_of(c);
+      const float low = p.above_cols == nullptr || c >= inside ? -__builtin_huge_valf() : p.above_cols[j];
+      const float high = p.below_cols == nullptr || c >= inside ? __builtin_huge_valf() : p.below_cols[j];
+      CONTRASTIVE_OPS_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        const float dot = Own<kCols>::number(dots, r, c);
+        if (dot < least[r] || dot < low || dot > most[r] || dot > high) rows[r] |= uint64_t{1} << c;
+      }
+    }
+  }
+};
+
+}  // namespace contrastive_ops::hopper

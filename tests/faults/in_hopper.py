@@ -1,0 +1,313 @@
+"""Faults of the kernels for Hopper GPUs, which tests execute on the host with twins of the instructions."""
+
+from __future__ import annotations
+
+from . import Fault
+
+SWEEP, RULES = "csrc/cuda/hopper/sweep.h", "csrc/cuda/hopper/rules.h"
+FOLD, WEIGH = "csrc/cuda/hopper/fold.cu", "csrc/cuda/hopper/weigh.cu"
+TESTS = "tests/test_hopper_similarity.py"
+SHAPES = (TESTS, "-k", "logsumexp_of_rows_and_columns and 300-500")
+EDGES = (TESTS, "-k", "logsumexp_of_rows_and_columns and (130-3 or 257-385)")
+GRADIENTS = (TESTS, "-k", "gradients_of_rows_and_columns and (300-500 or 600-261)")
+DIRECTION = (TESTS, "-k", "gradients_of_one_direction and dim0")
+UNDER_RULES = (TESTS, "-k", "test_rules or gradients_under_rules")
+SCALES = (TESTS, "-k", "scales_and_biases or gradients_of_one_direction")
+APART = (TESTS, "-k", "far_apart or not_finite or every_kind")
+LOSSES = (TESTS, "-k", "test_losses or weights_cancel")
+BANDS = (TESTS, "-k", "bands_of_rows")
+
+FAULTS = [
+    # ---- Waits, phases and barriers ----------------------------------------------------------------------------------
+    Fault(
+        "tiles that are brought before their stage is free",
+        SWEEP,
+        "      barrier_wait(&s.empty[turn.stage], turn.parity ^ 1);\n",
+        "",
+        SHAPES,
+    ),
+    Fault(
+        "products that do not wait for their tiles",
+        SWEEP,
+        "        barrier_wait(&s.full[turn.stage], turn.parity);\n",
+        "",
+        SHAPES,
+    ),
+    Fault("a stage whose parity stays", SWEEP, "stage = 0, parity ^= 1;", "stage = 0;", SHAPES),
+    Fault(
+        "the other group's steps that do not turn the parity", SWEEP, "    parity ^= stage / kStages % 2;\n", "", SHAPES
+    ),
+    Fault(
+        "a stage that is free while it is multiplied",
+        SWEEP,
+        "        mma_wait<1>();\n        release(before);",
+        "        release(turn.stage);\n        mma_wait<1>();",
+        SHAPES,
+    ),
+    Fault("a stage that is released before its products", SWEEP, "mma_wait<1>();", "mma_wait<2>();", SHAPES),
+    Fault("sums that are read before the last products", SWEEP, "mma_wait<0>();", "mma_wait<1>();", SHAPES),
+    Fault(
+        "a stage that is free for the own block only",
+        SWEEP,
+        "barrier_arrive_at(&s.empty[stage], thread % kWarp);",
+        "barrier_arrive_at(&s.empty[stage], rank);",
+        SHAPES,
+    ),
+    Fault(
+        "a stage that waits for one block",
+        SWEEP,
+        "barrier_init(&empty[stage], kCluster * kGroup / kWarp);",
+        "barrier_init(&empty[stage], kGroup / kWarp);",
+        SHAPES,
+    ),
+    Fault("a last stage that is not released", SWEEP, "      release(turn.stage);\n", "", SHAPES),
+    Fault("barriers that other blocks do not know", SWEEP, "    fence_barrier_init();\n", "", SHAPES),
+    Fault("no turns", SWEEP, "      named_sync(kTurns + group, 2 * kGroup);\n", "", SHAPES),
+    Fault(
+        "turns that nobody begins",
+        SWEEP,
+        "    if (group == 1) named_arrive(kTurns, 2 * kGroup);  // the first group begins\n",
+        "",
+        SHAPES,
+    ),
+    Fault("registers that nobody leaves", SWEEP, "    give_registers<kFewRegisters>();\n", "", SHAPES),
+    Fault("products without a fence", SWEEP, "        mma_fence();\n", "", SHAPES),
+    Fault(
+        "a block that leaves before the other has written to it",
+        SWEEP,
+        "  cluster_sync();  // nobody leaves while another block may write to it\n",
+        "  if (group >= 0) cluster_sync();\n",
+        SHAPES,
+    ),
+    Fault(
+        "fewer bytes than a stage has", SWEEP, "kBytes = (kRows + kCols) *", "kBytes = (kRows + kCols / 2) *", SHAPES
+    ),
+    # ---- Which tiles, and which numbers ------------------------------------------------------------------------------
+    Fault(
+        "half of the columns that go to the other half's place",
+        SWEEP,
+        "load_tile_to(y, s.y[turn.stage] + rank * kShare * kDepth,",
+        "load_tile_to(y, s.y[turn.stage] + (1 - rank) * kShare * kDepth,",
+        SHAPES,
+    ),
+    Fault(
+        "a row tile that both blocks take",
+        SWEEP,
+        "row_tile = (first + in_band % height) * kCluster + rank;",
+        "row_tile = (first + in_band % height) * kCluster;",
+        SHAPES,
+    ),
+    Fault(
+        "a last band of tiles as high as the others", SWEEP, "min(kRaster, plan.row_pairs - first)", "kRaster", EDGES
+    ),
+    Fault("sums that keep those of the tile before", SWEEP, "!first.value || k > 0", "true", SHAPES),
+    Fault(
+        "rows of the second half in the place of the first",
+        SWEEP,
+        "row + r / 2 * 64 + r % 2 * 8",
+        "row + r / 2 * 8 + r % 2 * 64",
+        SHAPES,
+    ),
+    Fault(
+        "columns in groups of four",
+        SWEEP,
+        "return col + c / 2 * 8 + c % 2;",
+        "return col + c / 2 * 4 + c % 2;",
+        UNDER_RULES,
+    ),
+    Fault(
+        "an exchange that gives lanes the other half",
+        SWEEP,
+        "const bool upper = (lane & step) != 0;",
+        "const bool upper = (lane & step) == 0;",
+        SHAPES,
+    ),
+    # ---- Rules -------------------------------------------------------------------------------------------------------
+    Fault(
+        "columns behind the last that take part",
+        RULES,
+        "~uint64_t{0} << inside;",
+        "~uint64_t{0} << inside << 1;",
+        EDGES,
+    ),
+    Fault(
+        "rows behind the last that take part",
+        RULES,
+        "rows[r] = real ? beyond : ~uint64_t{0};",
+        "rows[r] = beyond;",
+        EDGES,
+    ),
+    Fault(
+        "a target that folds see", RULES, "      if (wanted[r] >= 0) rows[r] |= uint64_t{1} << wanted[r];\n", "", SHAPES
+    ),
+    Fault(
+        "a diagonal of the rows of a band",
+        RULES,
+        "own.find(i + p.diagonal)",
+        "own.find(row + p.diagonal - 1)",
+        UNDER_RULES,
+    ),
+    Fault("ids of -1 that are equal", RULES, "differ[r] == other && other != -1", "differ[r] == other", UNDER_RULES),
+    Fault("no id that is like another", RULES, "(same[r] != alike || alike == -1)", "same[r] != alike", UNDER_RULES),
+    Fault(
+        "a bound that equal numbers exceed",
+        RULES,
+        "dot > most[r] || dot > high",
+        "dot >= most[r] || dot < high",
+        UNDER_RULES,
+    ),
+    Fault("a bound of rows that nobody keeps", RULES, "if (dot < least[r] || dot < low", "if (dot < low", UNDER_RULES),
+    Fault(
+        "a scale of rows that begins with the first of all",
+        RULES,
+        "scale[scale_of_rows ? first_row + min(row, rows - 1) : 0]",
+        "scale[scale_of_rows ? min(row, rows - 1) : 0]",
+        BANDS,
+    ),
+    Fault(
+        "a bias whose sign stays",
+        RULES,
+        "sign * row_bias[first_row + min(row, rows - 1)]",
+        "row_bias[first_row + min(row, rows - 1)]",
+        SCALES,
+    ),
+    # ---- Folds -------------------------------------------------------------------------------------------------------
+    Fault(
+        "logits that lie too far below the largest",
+        FOLD,
+        "return top - low <= kReach ? top : kInfinity;",
+        "return top;",
+        APART,
+    ),
+    Fault(
+        "a reference that is not that of the warp",
+        FOLD,
+        "add_up(sums, own, tile, group, reference * kLn2);",
+        "add_up(sums, own, tile, group, reference);",
+        SHAPES,
+    ),
+    Fault(
+        "columns that are joined before all warps are there",
+        FOLD,
+        "    named_sync(kGroups + group, kGroup);\n",
+        "",
+        SHAPES,
+    ),
+    Fault(
+        "columns of three warps",
+        FOLD,
+        "warp < kGroupWarps; ++warp) part",
+        "warp < kGroupWarps - 1; ++warp) part",
+        SHAPES,
+    ),
+    Fault(
+        "a winner that counts from the first row of its tile",
+        FOLD,
+        "running.add(logits[r][c], p.first_row + own.row_of(r));",
+        "running.add(logits[r][c], own.row_of(r) % kRows);",
+        APART,
+    ),
+    # ---- Weights -----------------------------------------------------------------------------------------------------
+    Fault(
+        "weights over those that have not been read",
+        WEIGH,
+        "    if (thread == 0) store_wait_read();  // of the weights of the tile before\n",
+        "",
+        GRADIENTS,
+    ),
+    Fault("weights that are not fenced", WEIGH, "    fence_async();\n", "", GRADIENTS),
+    Fault(
+        "weights that leave before all are written",
+        WEIGH,
+        "    fence_async();\n    named_sync(kGroups + group, kGroup);\n",
+        "    fence_async();\n",
+        GRADIENTS,
+    ),
+    Fault("stores that nobody waits for", WEIGH, "    if (threadIdx.x % kGroup == 0) store_wait();\n", "", GRADIENTS),
+    Fault("stores that are not committed", WEIGH, "      store_commit();\n", "", GRADIENTS),
+    Fault(
+        "constants of columns that others still write",
+        WEIGH,
+        "    named_sync(kGroups + group, kGroup);\n    weigh(",
+        "    weigh(",
+        GRADIENTS,
+    ),
+    Fault(
+        "weights without a swizzle",
+        WEIGH,
+        "chunk = (n % 8 + lane / 16) ^ (row % 8);",
+        "chunk = n % 8 + lane / 16;",
+        GRADIENTS,
+    ),
+    Fault(
+        "panels in one place",
+        WEIGH,
+        "T* panel = shared.weights[group][n / 8];",
+        "T* panel = shared.weights[group][0];",
+        GRADIENTS,
+    ),
+    Fault(
+        "two weights in the other order",
+        WEIGH,
+        "rounded_pair<T>(weights[0], weights[1])",
+        "rounded_pair<T>(weights[1], weights[0])",
+        GRADIENTS,
+    ),
+    Fault(
+        "blocks in the other order",
+        WEIGH,
+        "word(0, n), word(1, n), word(0, n + 1)",
+        "word(1, n), word(0, n), word(0, n + 1)",
+        GRADIENTS,
+    ),
+    Fault(
+        "pairs that are dropped and weighed",
+        WEIGH,
+        "          if (drops.any && drops.has(r, c)) z = -kInfinity;\n",
+        "",
+        UNDER_RULES,
+    ),
+    Fault(
+        "targets without what arrives at them",
+        WEIGH,
+        "          if (drops.any && c == drops.wanted[r]) e = rows.target[r];\n",
+        "",
+        GRADIENTS,
+    ),
+    Fault(
+        "residuals of columns in the other order",
+        WEIGH,
+        "to[0] = residuals[0], to[1] = residuals[1];",
+        "to[0] = residuals[1], to[1] = residuals[0];",
+        LOSSES,
+    ),
+    Fault("residuals that are left out", WEIGH, "        rows.residual[r] += rest[0] + rest[1];\n", "", LOSSES),
+    Fault(
+        "a scale whose sign stays",
+        WEIGH,
+        "write(task.scale, rows.scale[r], p.sign)",
+        "write(task.scale, rows.scale[r], 1.0f)",
+        SCALES,
+    ),
+    Fault(
+        "a sigmoid of the other side",
+        WEIGH,
+        "(z < 0.0f ? power * inverse : inverse)",
+        "(z < 0.0f ? inverse : power * inverse)",
+        LOSSES,
+    ),
+    Fault(
+        "weights without the lengths of columns",
+        WEIGH,
+        "rows.unit[r] * shared.unit[group][at + q]",
+        "rows.unit[r]",
+        LOSSES,
+    ),
+    Fault(
+        "a loss of targets that is not weighed",
+        WEIGH,
+        "rows.target[r] -= rows.gain[r] * sigmoid(-z);",
+        "rows.target[r] -= sigmoid(-z);",
+        LOSSES,
+    ),
+]

@@ -1,0 +1,128 @@
+"""What nvcc makes of the kernels for Hopper GPUs: the instructions they are written for, and none that slow them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_extension_cuda import cuobjdump
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "csrc" / "cuda" / "hopper"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Of each file: what nvcc said, and the instructions of each kernel of clusters in their order."""
+    if torch.version.cuda is None or not (ROOT / "setup_cuda.py").exists():
+        pytest.skip("needs the source checkout and a CUDA build of torch")
+    sys.path.insert(0, str(ROOT))
+    import setup_cuda
+
+    try:
+        nvcc = setup_cuda.Nvcc(setup_cuda.find_toolkit(torch.version.cuda), ["sm_90a"])
+    except setup_cuda.NoCuda as why:
+        pytest.skip(str(why))
+    tool, folder, found = cuobjdump(), tmp_path_factory.mktemp("hopper_build"), {}
+    for name in ("fold", "weigh"):
+        target = str(folder / f"{name}.o")
+        command = [*nvcc.command(str(FOLDER / f"{name}.cu"), target), "-Xptxas=-v"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        listed = subprocess.run([tool, "-sass", target], capture_output=True, text=True, check=True).stdout
+        kernels = {}
+        for text in listed.split("Function : ")[1:]:
+            symbol = text.split(None, 1)[0]
+            if f"{name}_kernel" in symbol:
+                kernels[symbol] = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.+?)\s*;", text)
+        found[name] = done.stdout + done.stderr, kernels
+    return found
+
+
+# How many kernels each file has (types, and kinds of slopes), and the width of their tiles.
+COUNTS, WIDTHS = {"fold": 2, "weigh": 4}, {"fold": 192, "weigh": 128}
+each_file = pytest.mark.parametrize("name", COUNTS)
+
+
+def kernels(made, name):
+    assert len(made[name][1]) == COUNTS[name]
+    return made[name][1].items()
+
+
+def count(instructions, pattern):
+    return sum(re.search(pattern, text) is not None for _, text in instructions)
+
+
+@each_file
+def test_nvcc_overlaps_products(made, name):
+    """C75xx: products that are waited for one by one, because registers between them are looked at."""
+    said, _ = made[name]
+    assert "ptxas info" in said and not re.search(r"C75\d\d|wgmma", said), said
+
+
+@each_file
+def test_registers_are_those_of_the_launch(made, name):
+    """Three groups of 128 threads begin with 168 each, of which they give and take."""
+    said, _ = made[name]
+    used = [int(each) for each in re.findall(r"_kernel.*?\n.*?\n.*?\n.*?Used (\d+) registers", said)]
+    assert used and max(used) <= 168
+    for _, instructions in kernels(made, name):
+        assert count(instructions, "USETMAXREG") == 2
+
+
+@each_file
+def test_products_and_copies_are_the_instructions_of_hopper(made, name):
+    for symbol, instructions in kernels(made, name):
+        kind = "BF16" if "bfloat16" in symbol else ""
+        pattern = rf"HGMMA\.64x{WIDTHS[name]}x16\.F32(\.{kind})? " if kind else rf"HGMMA\.64x{WIDTHS[name]}x16\.F32 "
+        # Four products of each half of the rows: of the first step of a tile, and in the loop.
+        assert count(instructions, pattern) == count(instructions, "HGMMA") == 16, symbol
+        assert count(instructions, r"UTMALDG\.2D ") == 1
+        assert count(instructions, r"UTMALDG\.2D\.MULTICAST ") == 1
+
+
+def test_weights_leave_by_blocks_and_tiles(made):
+    for symbol, instructions in kernels(made, "weigh"):
+        assert count(instructions, r"STSM\.16\.M88\.4 ") == WIDTHS["weigh"] // 8, symbol
+        assert count(instructions, r"UTMASTG\.2D ") == WIDTHS["weigh"] // 64
+    for _, instructions in kernels(made, "fold"):
+        assert count(instructions, "STSM|UTMASTG") == 0
+
+
+def test_exponentials_are_as_few_as_can_be(made):
+    """One for each of a thread's pairs, for its row and its column; two where both have a weight; one for softplus.
+
+    A loop for logits that lie far apart has a few more.
+    """
+    for symbol, instructions in kernels(made, "fold"):
+        beyond = count(instructions, r"MUFU\.EX2") - WIDTHS["fold"]
+        assert 0 < beyond < 40, symbol
+    for symbol, instructions in kernels(made, "weigh"):
+        found, pairs = count(instructions, r"MUFU\.EX2"), WIDTHS["weigh"]
+        if found == 2 * pairs:
+            continue
+        assert pairs <= found < pairs + 8, symbol
+        assert pairs <= count(instructions, r"MUFU\.RCP") < pairs + 32
+        assert pairs <= count(instructions, r"MUFU\.LG2") < pairs + 8
+
+
+@each_file
+def test_nothing_is_spilled_where_tiles_are_multiplied(made, name):
+    """Of the loops that multiply the innermost is that of the steps of a tile."""
+    for symbol, instructions in kernels(made, name):
+        places = [int(address, 16) for address, _ in instructions]
+        loops = []
+        for at, (address, text) in enumerate(instructions):
+            jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+            if jump and int(jump[1], 16) < int(address, 16):
+                body = instructions[places.index(int(jump[1], 16)) : at + 1]
+                if count(body, "HGMMA"):
+                    loops.append(body)
+        loop = min(loops, key=len)
+        assert count(loop, "HGMMA") == 8, symbol
+        assert count(loop, r"\b(LDL|STL)\b") == 0, symbol
+        assert len(loop) < 200, symbol
