@@ -211,7 +211,8 @@ def run(cases: Sequence[Case], options: Options) -> list[results.Row]:
             results.append(path, rows)
             print(f"appended {len(rows)} rows to {path}", flush=True)
         everything += rows
-    print(f"{report.targets_text(cases, everything)}\n{time.monotonic() - began:.0f} s", flush=True)
+    named = [case.shrunk() for case in cases] if options.quick else cases
+    print(f"{report.targets_text(named, everything)}\n{time.monotonic() - began:.0f} s", flush=True)
     return everything
 
 
