@@ -148,6 +148,20 @@ def siglip_rules(b):
     return co.siglip, (x, y, whole), (xp, yp, part)
 
 
+def clip_distances(b):
+    (x, xp), (y, yp), (w, wp) = b.rows("image", 16), b.rows("text", 16), b.positive("weight")
+    common = {"metric": "sqeuclidean", "temperature": 0.5, "normalize": False, "label_smoothing": 0.1}
+    return co.clip, (x, y, {"weight": w, **common}), (xp, yp, {"weight": wp, **common})
+
+
+def info_nce_distances(b):
+    (q, qp), (k, kp), (h, hp) = b.rows("query", 16), b.rows("key", 16), b.rows("negatives", 16)
+    (r, rp), (s, sp) = b.rows("row_negatives", 2, 16), b.number("scale", 2.0)
+    common = {"metric": "sqeuclidean", "negative_pairs": co.Pairs(below=-0.3)}
+    whole, part = ({"row_negatives": n, "scale": c, **common} for n, c in ((r, s), (rp, sp)))
+    return co.info_nce, (q, k, h, whole), (qp, kp, hp, part)
+
+
 def nt_xent_plain(b):
     (x, xp), (y, yp), (s, sp) = b.rows("z0", 16), b.rows("z1", 16), b.number("scale", 4.0)
     return co.nt_xent, (x, y, {"scale": s}), (xp, yp, {"scale": sp})
@@ -270,6 +284,8 @@ CASES = {
         clip_smoothed,
         clip_smoothed_everywhere,
         clip_hard,
+        clip_distances,
+        info_nce_distances,
         info_nce_plain,
         info_nce_everything,
         info_nce_negatives,

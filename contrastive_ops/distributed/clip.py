@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from torch import Tensor
 
 from .. import losses
-from ..losses.clip import prepared_clip
+from ..losses._sweep import Prepared
+from ..losses.clip import by_metric, prepared_clip
 from ..losses.diagnostics import Diagnostics
 from ._losses import FilteredOptions, loss_over_ranks, over_ranks
 
@@ -22,6 +23,7 @@ def clip(
     *,
     smooth: str = ...,
     hardness: float = ...,
+    metric: str = ...,
     diagnostics: Literal[False] = ...,
     **options: Unpack[FilteredOptions],
 ) -> Tensor: ...
@@ -34,12 +36,13 @@ def clip(
     *,
     smooth: str = ...,
     hardness: float = ...,
+    metric: str = ...,
     diagnostics: Literal[True],
     **options: Unpack[FilteredOptions],
 ) -> tuple[Tensor, tuple[Diagnostics, Diagnostics]]: ...
 
 
-@over_ranks(losses.clip, without=("text_negatives", "image_negatives", "metric"))
+@over_ranks(losses.clip, without=("text_negatives", "image_negatives"))
 def clip(image: Tensor, text: Tensor, **options: Any) -> Any:
     """`losses.clip` of the images and texts of all ranks, of which each has its own.
 
@@ -57,6 +60,7 @@ def clip(image: Tensor, text: Tensor, **options: Any) -> Any:
             ``exclude`` and ``diagonal`` count the columns of all ranks, one rank after another. ``reduction`` is over
             all ranks, or "none": the losses of this rank's rows. ``memory_budget`` is that of each rank, of "ring" for
             each block. The ranks in ``diagnostics`` are those of this rank's rows, its means those of all.
+            ``metric``: "dot" or "sqeuclidean", of rows as they are: those far from the origin lose digits.
             ``group``: a ProcessGroup, a DeviceMesh of one dimension, or None for all processes; where torch.distributed
             is not initialised, or of one process, this is `losses.clip`.
             ``schedule``: "gather", "ring", or "auto": "ring" from 4 GiB of gathered columns and their gradient on.
@@ -78,4 +82,9 @@ def clip(image: Tensor, text: Tensor, **options: Any) -> Any:
         Each similarity is computed on one rank for both directions: 8 N_local N_all D operations, 6 if kept. Memory of
         "gather" is O(N_all D), of "ring" O(N_local D). Every rank must run backward.
     """
-    return loss_over_ranks(losses.clip, prepared_clip, (image, text), options)
+    return loss_over_ranks(losses.clip, _prepared, (image, text), options)
+
+
+def _prepared(image: Tensor, text: Tensor, *, metric: str, **options: Any) -> Prepared:
+    # Rows less one that is common to all ranks would take a collective.
+    return by_metric(prepared_clip(image, text, **options), metric, shifted=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
@@ -32,6 +33,7 @@ def info_nce(
     smooth: str = ...,
     hardness: float = ...,
     z_loss: float = ...,
+    metric: str = ...,
     diagnostics: Literal[False] = ...,
     **options: Unpack[FilteredOptions],
 ) -> Tensor: ...
@@ -53,12 +55,13 @@ def info_nce(
     smooth: str = ...,
     hardness: float = ...,
     z_loss: float = ...,
+    metric: str = ...,
     diagnostics: Literal[True],
     **options: Unpack[FilteredOptions],
 ) -> tuple[Tensor, Diagnostics]: ...
 
 
-@over_ranks(losses.info_nce, without=("metric",))
+@over_ranks(losses.info_nce)
 def info_nce(query: Tensor, key: Tensor, negatives: Tensor | None = None, **options: Any) -> Any:
     """`losses.info_nce` of the queries of all ranks with the keys and negatives of all ranks.
 
@@ -73,7 +76,7 @@ def info_nce(query: Tensor, key: Tensor, negatives: Tensor | None = None, **opti
         query: (N, D) this rank's queries; see `clip` for what all ranks share.
         key: (M, D) this rank's keys; query i belongs to key ``target[i]``, counted on this rank.
         negatives: (K, D) more columns for every query of all ranks, this rank's part of them.
-        options: as in `losses.info_nce`, and group, schedule, average and check; see `clip`.
+        options: as in `losses.info_nce`, and group, schedule, average and check; see `clip`, also of ``metric``.
 
     Returns:
         As `losses.info_nce`: 0-d, or this rank's rows for ``reduction="none"``; with ``diagnostics`` a pair.
@@ -84,4 +87,5 @@ def info_nce(query: Tensor, key: Tensor, negatives: Tensor | None = None, **opti
     Note:
         6 N_local M_all D operations for "gather", which forms gradients in the forward pass, 8 for "ring".
     """
-    return loss_over_ranks(losses.info_nce, prepared_info_nce, (query, key, negatives), options)
+    prepare = functools.partial(prepared_info_nce, shifted=False)
+    return loss_over_ranks(losses.info_nce, prepare, (query, key, negatives), options)

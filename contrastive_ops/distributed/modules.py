@@ -27,7 +27,7 @@ class SigLIPLoss(nn.SigLIPLoss):
 class InfoNCELoss(nn.InfoNCELoss):
     """`distributed.info_nce` as a module: ``InfoNCELoss(0.05, schedule="ring")(query, key)``."""
 
-    function = staticmethod(info_nce)  # type: ignore[assignment]
+    function = staticmethod(info_nce)
 
 
 class NTXentLoss(nn.NTXentLoss):

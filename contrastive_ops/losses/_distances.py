@@ -23,16 +23,18 @@ DISTANCES = ("euclidean", "sqeuclidean", "cosine")
 METRICS = ("dot", "sqeuclidean")
 
 
-def as_products(rows: Sequence[Tensor], columns: Sequence[Tensor], unit: bool = False) -> list[Tensor]:
+def as_products(
+    rows: Sequence[Tensor], columns: Sequence[Tensor], unit: bool = False, shifted: bool = True
+) -> list[Tensor]:
     """Matrices of rows, then of columns, whose inner products are minus their squared distances.
 
     In the accumulation dtype and with two more dimensions, of the lengths less a common row. Any of them may be
-    (N, K, D); `unit`: as in `_columns.wide`.
+    (N, K, D); `unit`: as in `_columns.wide`. Not `shifted`: less nothing, where columns meet rows of other processes.
     """
     wide = [unit_rows(_accumulated(each)) if unit else _accumulated(each) for each in (*rows, *columns)]
     found = []
     with autocast.disabled(wide[0]):
-        origin = common_row(wide[0])
+        origin = common_row(wide[0]) if shifted else wide[0].new_zeros(wide[0].shape[-1:])
         for place, each in enumerate(wide):
             x = each - origin
             length, one = -x.square().sum(-1, keepdim=True), torch.ones_like(x[..., :1])

@@ -167,17 +167,23 @@ def clip(
     given: dict[str, Any] = {"temperature": temperature, "scale": scale, "pairs": pairs, "col_bias": col_bias}
     given.update({"label_smoothing": label_smoothing, "smooth": smooth, "hardness": hardness, "weight": weight})
     given.update({"reduction": reduction, "normalize": normalize, "diagnostics": diagnostics})
-    checks.check_choice(name, "metric", metric, METRICS)
     problem = prepared_clip(image, text, **given, memory_budget=memory_budget, backend=backend)
     if text_negatives is None and image_negatives is None:
         check_filters(name, pairs, col_bias, problem.x.shape[0], "image", problem.x)
-        if metric == "sqeuclidean":
-            x, y = as_products([problem.x], [problem.y], problem.sweep.unit)  # type: ignore[list-item]
-            problem = changed(problem, x=x, y=y, sweep=changed(problem.sweep, unit=False))
-        return problem.loss()
+        return by_metric(problem, metric).loss()
+    checks.check_choice(name, "metric", metric, METRICS)
     sides = problem.sweep, problem.x, problem.y
     given = {"normalize": normalize, "metric": metric, **problem.options}
     return _with_negatives(*sides, text_negatives, image_negatives, **given)  # type: ignore[arg-type]
+
+
+def by_metric(problem: Prepared, metric: str, shifted: bool = True) -> Prepared:
+    """The same of matrices whose inner products are what `metric` says; `shifted`: as in `as_products`."""
+    checks.check_choice("clip", "metric", metric, METRICS)
+    if metric == "dot":
+        return problem
+    x, y = as_products([problem.x], [problem.y], problem.sweep.unit, shifted)  # type: ignore[list-item]
+    return changed(problem, x=x, y=y, sweep=changed(problem.sweep, unit=False))
 
 
 def prepared_clip(

@@ -250,8 +250,9 @@ def prepared_info_nce(
     memory_budget: int | None,
     backend: str,
     metric: str = "dot",
+    shifted: bool = True,
 ) -> Prepared:
-    """`info_nce`, checked; all of its options are given."""
+    """`info_nce`, checked; all of its options are given, and whether distances are of rows less a common one."""
     name = "info_nce"
     _arguments.check_reduction(name, reduction)
     z_loss = checks.number(name, "z_loss", z_loss, "[0, inf)")
@@ -283,7 +284,7 @@ def prepared_info_nce(
     checks.check_choice(name, "metric", metric, METRICS)
     if metric == "sqeuclidean":
         alone = [] if row_negatives is None else [row_negatives]
-        query, key, more, *alone = as_products([query], [key, more, *alone], unit)
+        query, key, more, *alone = as_products([query], [key, more, *alone], unit, shifted)
         row_negatives, unit = (alone[0] if alone else None), False
     own = _own_columns(query, row_negatives, row_negative_bias, row_negative_mask, keep, unit)
     share = smoothing_share(name, label_smoothing, "query", query, smooth)
