@@ -211,7 +211,7 @@ def _lse_of(scores: Tensor, epsilon: float) -> tuple[Callable[[Tensor], Tensor],
     logits = scores / epsilon
 
     def over(x: Tensor, dim: int) -> Tensor:
-        found = x.select(dim, 0).shape
+        found = _without(x, dim)
         return ordered_logsumexp(x.flatten()).view(found) if found.numel() == 1 else x.logsumexp(dim)
 
     return lambda v: over(logits + v[..., None, :], -1), lambda u: over(logits + u[..., None], -2)
@@ -313,5 +313,10 @@ def _check_pairs(function: str, scores: Tensor, masses: Masses, ranks: Ranks) ->
 
 def _sum(x: Tensor, dim: int) -> Tensor:
     """``x.sum(dim)``; torch splits a sum among its threads where it is the only one."""
-    found = x.select(dim, 0).shape
+    found = _without(x, dim)
     return in_parts(x.flatten()).view(found) if found.numel() == 1 else x.sum(dim)
+
+
+def _without(x: Tensor, dim: int) -> torch.Size:
+    """The shape without the last dimension, or the one before it."""
+    return x.shape[:-1] if dim == -1 else x.shape[:-2] + x.shape[-1:]
