@@ -2,7 +2,6 @@
 
 make fuzz CASES=7000 SEED=1 ARGS="--save benchmarks/results/fuzz.json"
 make mutate ARGS="--save benchmarks/results/faults.json"
-make sanitize ARGS="--save benchmarks/results/sanitizers.json"
 python -m benchmarks.numerics --save
 make matrix ARGS=--save
 python -m benchmarks.compilers g++-12 clang++-19 --save
@@ -59,27 +58,18 @@ LANGUAGES = {"cpu": "C++", "cuda": "CUDA, executed on the host", "triton": "Trit
 
 def faults(found: dict[str, Any]) -> str:
     """How many of the planted faults the tests notice, by the code that they are in."""
-    rows = []
-    for kind, language in LANGUAGES.items():
-        results = Counter(row["result"] for row in found["results"] if row["kind"] == kind)
-        rows.append([language, str(results.total()), str(results["caught"]), str(results.total() - results["caught"])])
-    total = found["faults"], found["caught"], found["faults"] - found["caught"]
-    rows.append(["all", *map(str, total)])
-    table = _markdown(["faults in", "planted", "caught", "not caught"], rows)
-    missed = [row for row in found["results"] if row["result"] != "caught"]
+
+    def counted(name: str, rows: list[dict[str, Any]]) -> list[str]:
+        results = Counter(row["result"] for row in rows)
+        left = results["not run"] + results["skipped"]
+        return [name, *map(str, (len(rows), results["caught"], len(rows) - results["caught"] - left, left))]
+
+    every = found["results"]
+    rows = [counted(language, [r for r in every if r["kind"] == kind]) for kind, language in LANGUAGES.items()]
+    table = _markdown(["faults in", "planted", "caught", "not caught", "not run"], [*rows, counted("all", every)])
+    missed = [row for row in every if row["result"] not in ("caught", "not run", "skipped")]
     lines = "".join(f"- {row['name']} (`{row['file']}`): {row['result']}\n" for row in missed)
     return "\n".join(filter(None, [table, lines, _origin(found["provenance"])]))
-
-
-def sanitizers(found: dict[str, Any]) -> str:
-    """What ran under each sanitizer."""
-    names = {"address": "AddressSanitizer, UndefinedBehaviorSanitizer", "thread": "ThreadSanitizer"}
-    rows = [
-        [names[name], each["level"], f"{each['tests']:,}", f"{each['cases']:,}", "yes" if each["found"] else "nothing"]
-        for name, each in found.items()
-    ]
-    table = _markdown(["under", "level", "tests", "cases of the fuzzer", "found"], rows)
-    return "\n".join([table, "<br>\n".join(_origin(each) for each in found.values())])
 
 
 def numerics(found: dict[str, Any]) -> str:
@@ -113,8 +103,14 @@ def compilers(found: dict[str, Any]) -> str:
 def tables() -> dict[str, Callable[[], str]]:
     """The tables that there are results for."""
     known: dict[str, Callable[[], str]] = {}
-    makers = (("fuzz", lambda f: fuzz(f["runs"])), ("numerics", numerics), ("matrix", matrix), ("compilers", compilers))
-    for name, make in makers:
+    makers = {
+        "fuzz": lambda f: fuzz(f["runs"]),
+        "faults": faults,
+        "numerics": numerics,
+        "matrix": matrix,
+        "compilers": compilers,
+    }
+    for name, make in makers.items():
         path = RESULTS / f"{name}.json"
         if path.exists():
             known[name] = lambda path=path, make=make: make(json.loads(path.read_text()))  # type: ignore[misc]

@@ -23,7 +23,7 @@ from contrastive_ops.core.ordered import (
 )
 from contrastive_ops.losses import barlow_twins, covariance_penalty, vicreg
 from contrastive_ops.metrics import isotropy
-from contrastive_ops.ops import RouterLoss, similarity_distill, similarity_values
+from contrastive_ops.ops import RouterLoss, maxsim, maxsim_pairs, similarity_distill, similarity_values
 from contrastive_ops.ops.router_losses import entropy_of, relative_entropy
 
 MILLIONS = 4_000_000
@@ -169,6 +169,22 @@ def divergence_of_many(numbers, dim, kind, backend, dtype):
     many, teacher = numbers[:, None].to(dtype), [torch.zeros(k, 1, dtype=dtype) for k in (2, len(numbers))]
     x, y, tx, ty = (few, many, *teacher) if dim == 1 else (many, few, *teacher[::-1])
     return similarity_distill(x, y, tx, ty, divergence=kind, dim=dim, backend=backend), few
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("hub", ["document", "query"])
+def test_gradients_of_a_token_that_wins_thousands_of_times(hub, paired, backend):
+    many, one = torch.full((8000, 1, 5), 0.1), torch.full((1, 1, 5), 0.1)
+    sides = [one, many] if hub == "query" else [many, one]
+    leaves = [t.requires_grad_() for t in sides]
+    if paired:
+        rows = torch.arange(8000)
+        pairs = (rows, 0 * rows) if hub == "document" else (0 * rows, rows)
+        scores = maxsim_pairs(*leaves, pairs, backend=backend)
+    else:
+        scores = maxsim(*leaves, backend=backend)
+    gradient = torch.autograd.grad(scores.sum(), one)[0]
+    assert float((gradient / 8000 / 0.1 - 1).abs().max()) < BOUND
 
 
 @pytest.mark.parametrize("dim", [0, 1])

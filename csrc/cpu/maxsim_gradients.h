@@ -55,19 +55,81 @@ void clear_gradients(const TokenSets& sets, int64_t first, int64_t last, int64_t
   memset(gradients + begin * depth, 0, static_cast<size_t>((end - begin) * depth) * sizeof(A));
 }
 
+// Sums of rows that are added one by one. A long chain of float32 sums of much the same numbers loses digits in one
+// direction: after kChain rows what was added goes into sums of float64.
+template <class A>
+class RowSums {
+ public:
+  // `sums` are the rows of all tokens; those of tokens [first, first + rows) are zero.
+  RowSums(A* sums, int64_t first, int64_t rows, int64_t depth)
+      : sums_(sums + first * depth), first_(first), rows_(rows), depth_(depth), latest_(rows * depth), added_(rows) {
+    memset(latest_.get(), 0, static_cast<size_t>(rows * depth) * sizeof(A));
+    memset(added_.get(), 0, static_cast<size_t>(rows) * sizeof(Added));
+  }
+
+  template <class S>
+  void add(int64_t token, A weight, const S* from) {
+    const int64_t row = token - first_;
+    add_row(weight, from, depth_, latest_.get() + row * depth_);
+    if (++added_.get()[row].latest == kChain) move(row);
+  }
+
+  void finish() {
+    for (int64_t row = 0; row < rows_; ++row) {
+      const Added added = added_.get()[row];
+      A* to = sums_ + row * depth_;
+      if (!added.moved) {
+        if (added.latest) memcpy(to, latest_.get() + row * depth_, static_cast<size_t>(depth_) * sizeof(A));
+        continue;
+      }
+      move(row);
+      const double* total = totals_.get() + row * depth_;
+      for (int64_t k = 0; k < depth_; ++k) to[k] = static_cast<A>(total[k]);
+    }
+  }
+
+ private:
+  static constexpr int32_t kChain = 32;
+  struct Added {
+    int32_t latest, moved;
+  };
+
+  void move(int64_t row) {
+    A* latest = latest_.get() + row * depth_;
+    double* total = totals_.once(rows_ * depth_) + row * depth_;
+    if (!added_.get()[row].moved) memset(total, 0, static_cast<size_t>(depth_) * sizeof(double));
+    add_long_row(A(1), static_cast<const A*>(latest), depth_, total);
+    memset(latest, 0, static_cast<size_t>(depth_) * sizeof(A));
+    added_.get()[row] = {0, 1};
+  }
+
+  A* sums_;
+  int64_t first_, rows_, depth_;
+  Buffer<A> latest_;
+  Buffer<Added> added_;
+  Buffer<double> totals_;
+};
+
 // Queries own their gradients; tokens of a task are few enough that these stay in a cache while documents pass by.
 template <class A, class S>
 void backward_queries(const MaxSimProblem& p, const MaxSimBackward& b, const Parallel& parallel) {
   const A* d_scores = static_cast<const A*>(b.d_scores);
-  const auto add = [&](int64_t i, int64_t j, int64_t score) {
-    add_row(d_scores[score], static_cast<const S*>(p.documents.tokens) + j * p.documents.stride, p.D,
-            static_cast<A*>(b.dqueries) + i * p.D);
+  // Of queries [begin, end), whose sums `fill` is given a function for, which adds the row of a winner.
+  const auto sum = [&](int64_t begin, int64_t end, auto fill) {
+    clear_gradients(p.queries, begin, end, p.D, static_cast<A*>(b.dqueries));
+    const int64_t first = p.queries.offsets[begin];
+    RowSums<A> sums(static_cast<A*>(b.dqueries), first, p.queries.offsets[end] - first, p.D);
+    fill([&](int64_t i, int64_t j, int64_t score) {
+      sums.add(i, d_scores[score], static_cast<const S*>(p.documents.tokens) + j * p.documents.stride);
+    });
+    sums.finish();
   };
   if (p.paired) {
     const ByColumn of_query(p.pair_queries, p.pairs, p.queries.sets);
     auto task = [&](int64_t i, int) {
-      clear_gradients(p.queries, i, i + 1, p.D, static_cast<A*>(b.dqueries));
-      of_query.for_each(i, [&](int64_t e) { for_each_winner(p, b.winners, i, p.pair_documents[e], e, add); });
+      sum(i, i + 1, [&](auto add) {
+        of_query.for_each(i, [&](int64_t e) { for_each_winner(p, b.winners, i, p.pair_documents[e], e, add); });
+      });
     };
     return run_parallel(parallel.run, p.queries.sets, task);
   }
@@ -76,12 +138,12 @@ void backward_queries(const MaxSimProblem& p, const MaxSimBackward& b, const Par
   const int64_t tasks = cut(p.queries.sets, tokens_of_a_task(p.queries.T, parallel.threads), cuts, tokens_of,
                             [](int64_t) { return false; });
   auto task = [&](int64_t index, int) {
-    clear_gradients(p.queries, cuts.get()[index], cuts.get()[index + 1], p.D, static_cast<A*>(b.dqueries));
-    for (int64_t j = 0; j < p.documents.sets; ++j) {
-      for (int64_t i = cuts.get()[index]; i < cuts.get()[index + 1]; ++i) {
-        for_each_winner(p, b.winners, i, j, i * p.documents.sets + j, add);
+    const int64_t begin = cuts.get()[index], end = cuts.get()[index + 1];
+    sum(begin, end, [&](auto add) {
+      for (int64_t j = 0; j < p.documents.sets; ++j) {
+        for (int64_t i = begin; i < end; ++i) for_each_winner(p, b.winners, i, j, i * p.documents.sets + j, add);
       }
-    }
+    });
   };
   run_parallel(parallel.run, tasks, task);
 }
@@ -89,20 +151,23 @@ void backward_queries(const MaxSimProblem& p, const MaxSimBackward& b, const Par
 template <class A, class S>
 void backward_documents(const MaxSimProblem& p, const MaxSimBackward& b, const Parallel& parallel) {
   const A* d_scores = static_cast<const A*>(b.d_scores);
-  const auto add = [&](int64_t i, int64_t j, int64_t score) {
-    add_row(d_scores[score], static_cast<const S*>(p.queries.tokens) + i * p.queries.stride, p.D,
-            static_cast<A*>(b.ddocuments) + j * p.D);
-  };
   const std::unique_ptr<const ByColumn> of_document(p.paired ? new ByColumn(p.pair_documents, p.pairs, p.documents.sets)
                                                              : nullptr);
   auto task = [&](int64_t j, int) {
     clear_gradients(p.documents, j, j + 1, p.D, static_cast<A*>(b.ddocuments));
+    const int64_t first = p.documents.offsets[j];
+    RowSums<A> sums(static_cast<A*>(b.ddocuments), first, p.documents.offsets[j + 1] - first, p.D);
+    const auto add = [&](int64_t i, int64_t token, int64_t score) {
+      sums.add(token, d_scores[score], static_cast<const S*>(p.queries.tokens) + i * p.queries.stride);
+    };
     if (of_document) {
-      return of_document->for_each(j, [&](int64_t e) { for_each_winner(p, b.winners, p.pair_queries[e], j, e, add); });
+      of_document->for_each(j, [&](int64_t e) { for_each_winner(p, b.winners, p.pair_queries[e], j, e, add); });
+    } else {
+      for (int64_t i = 0; i < p.queries.sets; ++i) {
+        for_each_winner(p, b.winners, i, j, i * p.documents.sets + j, add);
+      }
     }
-    for (int64_t i = 0; i < p.queries.sets; ++i) {
-      for_each_winner(p, b.winners, i, j, i * p.documents.sets + j, add);
-    }
+    sums.finish();
   };
   run_parallel(parallel.run, p.documents.sets, task);
 }

@@ -19,18 +19,18 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads OpenMP
 
 import builds
 
-# Forks have these, and nothing of the package.
+# Forks have these, and nothing of the package; nor of Triton, which looks for its interpreter when it is imported.
 import hypothesis  # noqa: F401
 import numpy as np  # noqa: F401
 import pytest
-import torch._dynamo
-import torch.utils.data  # noqa: F401
+import torch  # noqa: F401
 from builds.objects import Object
 
 from . import ROOT, Fault, all_faults
@@ -99,10 +99,10 @@ def enter_tree(kind: str, level: str) -> None:
     sys.path[:] = [str(TREE), *(path for path in sys.path if path not in (str(ROOT), str(ROOT / "tests"), ""))]
 
 
-def failed_test(said: str) -> str:
-    """The first test that failed, by what pytest says last; nothing where it does not say."""
-    failed = [line for line in said.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    return failed[0].split(" - ")[0].split(" ", 1)[1] if failed else ""
+def failed_tests(found: str) -> tuple[str, ...]:
+    """The test that a verdict names; none where it names none."""
+    word = found.removeprefix("caught: ")
+    return (word,) if word.startswith("tests/") else ()
 
 
 def verdict(status: int | None, said: str) -> str:
@@ -112,7 +112,8 @@ def verdict(status: int | None, said: str) -> str:
     if status < 0:
         return f"caught: the process ends by signal {-status}"
     if status in (FAILED, BROKEN):
-        return f"caught: {failed_test(said) or 'an error'}"
+        failed = [line for line in said.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+        return f"caught: {failed[0].split(' - ')[0].split(' ', 1)[1] if failed else 'an error'}"
     return "survived" if status == PASSED else f"error: pytest returned {status}: {said[-300:]}"
 
 
@@ -122,7 +123,6 @@ class Tree:
     def __init__(self) -> None:
         FOLDER.mkdir(parents=True, exist_ok=True)
         builds.copy_sources(TREE)
-        self.passed: dict[str, bool] = {}  # whether tests pass without a fault
         self.objects: dict[str, dict[Object, str]] = {}  # of a level, without a fault
         # The hash of a source is looked at, not its time, which may be the same before and after a fault.
         by_hash = py_compile.PycInvalidationMode.CHECKED_HASH
@@ -146,20 +146,32 @@ class Tree:
                 shutil.copyfile(path, new)
                 new.replace(target)
 
-    def passes(self, fault: Fault, level: str, tests: tuple[str, ...], seconds: float) -> bool:
-        """Whether tests pass that failed with a fault, now without it."""
-        key = repr((fault.kind == "triton", level, tests))
-        if key not in self.passed:
-            self.passed[key] = run_tests(fault.kind, level, tests, seconds)[0] == PASSED
-        return self.passed[key]
+    def confirm(self, caught: dict[Fault, str], seconds: float) -> Iterator[tuple[Fault, bool]]:
+        """Whether the tests that failed with each fault pass without it: all at once, and alone where that fails."""
+        groups: dict[tuple[str, str], list[Fault]] = {}
+        for fault in caught:
+            groups.setdefault((fault.kind, fault.level or builds.usual_level()), []).append(fault)
+        for (kind, level), faults in groups.items():
+            self.ready(faults[0], level)
+            names = {fault: failed_tests(caught[fault]) for fault in faults}
+            named = tuple(dict.fromkeys(name for each in names.values() for name in each))
+            well = all(names.values()) and run_tests(kind, level, named, seconds * len(faults))[0] == PASSED
+            for fault in faults:
+                tests = names[fault] or fault.tests
+                yield fault, well or run_tests(kind, level, tests, seconds)[0] == PASSED
 
-    def result(self, fault: Fault, seconds: float) -> str:
-        """What becomes of a fault."""
-        level = fault.level or builds.usual_level()
+    def ready(self, fault: Fault, level: str) -> None:
+        """The extension without a fault."""
         if fault.kind == "cpu":
             self.build(level)
         else:
             self.take_installed()
+
+    def result(self, fault: Fault, seconds: float) -> str:
+        """What becomes of a fault."""
+        level = fault.level or builds.usual_level()
+        if fault.kind != "cpu" or level not in self.objects:
+            self.ready(fault, level)
         if not builds.runs(level, TREE):
             return f"skipped: this processor has no {level}"
         path = TREE / fault.file
@@ -173,17 +185,10 @@ class Tree:
             return f"error: does not compile: {str(error)[-600:]}"
         finally:
             path.write_text(text)
-        found = verdict(status, said)
-        if not found.startswith("caught"):
-            return found
-        if fault.kind == "cpu":
-            self.build(level)
-        failed = failed_test(said)
-        tests = (failed,) if failed else fault.tests
-        return found if self.passes(fault, level, tests, seconds) else f"error: without the fault, too: {found}"
+        return verdict(status, said)
 
 
-def save(path: Path, faults: list[Fault], results: dict[str, str], seconds: float) -> None:
+def save(path: Path, faults: list[Fault], results: dict[str, str]) -> None:
     """Write the results with where they come from."""
     sys.path.append(str(ROOT))
     from benchmarks import provenance
@@ -196,7 +201,7 @@ def save(path: Path, faults: list[Fault], results: dict[str, str], seconds: floa
         for fault, each in zip(faults, found, strict=True)
     ]
     where = {**provenance.gather(), "capability": builds.usual_level()}
-    content = {"faults": len(faults), **counts, "kinds": kinds, "seconds": round(seconds), "provenance": where}
+    content = {"faults": len(faults), **counts, "kinds": kinds, "provenance": where}
     path.write_text(json.dumps({**content, "results": rows}, indent=1) + "\n")
 
 
@@ -212,23 +217,32 @@ def main() -> int:
     if given.list:
         print(*(f"{fault.kind:7} {fault.file}: {fault.name}" for fault in chosen), sep="\n")
         return 0
-    started, tree, kept = time.monotonic(), Tree(), FOLDER / "results.json"
+    tree, kept = Tree(), FOLDER / "results.json"
     known = json.loads(kept.read_text()) if kept.exists() and given.resume else {}
     results = {k: v for k, v in known.get("results", {}).items() if v.startswith("caught")}
+    confirmed = [key for key in known.get("confirmed", []) if key in results]
     seen = {fault: fault.state(TREE) for fault in chosen}
     for number, fault in enumerate(chosen, 1):
         begun = time.monotonic()
         if seen[fault] not in results:
             results[seen[fault]] = tree.result(fault, given.seconds)
-            kept.write_text(json.dumps({"results": results}, indent=1))
+            kept.write_text(json.dumps({"results": results, "confirmed": confirmed}, indent=1))
         spent = time.monotonic() - begun
         print(f"{number}/{len(chosen)} {fault.file}: {fault.name}: {results[seen[fault]]} ({spent:.0f} s)", flush=True)
+    caught_now = {f: results[seen[f]] for f in chosen if results[seen[f]].startswith("caught")}
+    for fault, well in tree.confirm({f: r for f, r in caught_now.items() if seen[f] not in confirmed}, given.seconds):
+        if well:
+            confirmed.append(seen[fault])
+        else:
+            results[seen[fault]] = f"error: without the fault, too: {results[seen[fault]]}"
+            print(f"{fault.file}: {fault.name}: {results[seen[fault]]}", flush=True)
+        kept.write_text(json.dumps({"results": results, "confirmed": confirmed}, indent=1))
     found = [results[seen[fault]] for fault in chosen]
     caught = sum(each.startswith("caught") for each in found)
     skipped = sum(each.startswith("skipped") for each in found)
     print(f"{len(chosen)} faults: {caught} caught, {skipped} skipped, {len(chosen) - caught - skipped} not caught")
     if given.save:
-        save(given.save, chosen, results, time.monotonic() - started)
+        save(given.save, chosen, results)
     return int(caught + skipped < len(chosen))
 
 

@@ -151,8 +151,8 @@ FAULTS = [
         "csrc/cpu/similarity_gradients.h",
         "for (int64_t q = d; q < count; ++q) to[q] += weight * last[q - d];",
         "for (int64_t q = d; q + 1 < count; ++q) to[q] += weight * last[q - d];",
-        (TOPK, "-k", "cpu and gradients_of_random"),
-        stems=("similarity_topk",),
+        ("tests/test_decided_rows.py", REDUCE, "-k", "cpu and (decided or rows or values_and_gradients)"),
+        stems=("similarity_reduce",),
     ),
     Fault(
         "a maximum that fill made and that has a gradient",
