@@ -261,6 +261,11 @@ void load_tile_to(const TensorMap* map, void* to, uint64_t* barrier, int col, in
   }
 }
 
+// Behind what else happens, and what happens after that: whoever does not wait for a store finds it unread.
+static void much_later(const std::function<void()>& event, int turns = 32) {
+  cuda_host::later([=] { turns == 0 ? event() : much_later(event, turns - 1); });
+}
+
 void fence_async() {
   auto& writes = cluster().writes[block()];
   const int own = cuda_host::thread_of_cluster();
@@ -278,7 +283,7 @@ void store_tile(const TensorMap* map, const void* from, int col, int row) {
   }
   const auto store = std::make_shared<Store>();
   self().stores.push_back(store);
-  cuda_host::later([=] {
+  much_later([=] {
     if (cuda_host::has_ended(own)) fail("a block ends before its store has been read");
     const auto numbers = std::make_shared<std::vector<std::pair<unsigned char*, uint16_t>>>();
     each_number(to, col, row, tile, [&](unsigned char* number, uint32_t at) {
