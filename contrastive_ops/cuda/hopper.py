@@ -45,9 +45,9 @@ def unsupported(x: Tensor) -> list[str]:
     reasons = [*cuda_kernels.unsupported(x), *_products.unsupported(x)]
     if len(x) and x.dtype == torch.float32:
         reasons.append(f"dtype={x.dtype} (supported: bfloat16, float16)")
-    if len(x) and (x.shape[1] % STEP or not LEAST_DIMENSION <= x.shape[1] <= MOST_DIMENSION):
+    if len(x) and (x.shape[-1] % STEP or not LEAST_DIMENSION <= x.shape[-1] <= MOST_DIMENSION):
         supported = f"{LEAST_DIMENSION} to {MOST_DIMENSION}, a multiple of {STEP}"
-        reasons.append(f"D={x.shape[1]} (supported: {supported})")
+        reasons.append(f"D={x.shape[-1]} (supported: {supported})")
     if x.device.type == "cuda" and cuda_kernels.why_missing() is None:
         module: Any = extension.load()
         reasons += _why_not_on(torch.cuda.get_device_capability(x.device.index), module.build_config()["cuda"])
