@@ -91,7 +91,7 @@ def _aligned(x: Tensor) -> Tensor:
 
 def _bands(p: Problem, most: int) -> Iterator[slice]:
     """Rows, at most so many at a time."""
-    N = p.shape[0] if p.shape[1] else 0
+    N = p.shape[0] if p.shape[1] > 0 else 0
     return (slice(i, min(i + most, N)) for i in range(0, N, most))
 
 
@@ -244,7 +244,7 @@ def total(
         _fold(p, folding, rows)
         of_rows.complete(p, rows, folding)
         weighing.add(rows)
-    if kind == "sigmoid" or not p.shape[1]:
+    if kind == "sigmoid" or p.shape[1] == 0:
         fold, _ = folding.finish(p)
         of_rows.fold.copy_(fold)
         of_rows.losses.copy_(row_losses(kind, (fold,), folding.target_logit, Terms(extra=extra)))
