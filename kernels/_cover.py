@@ -46,14 +46,3 @@ def spread(number: int) -> Combine:
         yield {name: values[number % len(values)] for name, values in choices.items()}
 
     return combine
-
-
-def shared(arch: str, among: Sequence[str]) -> Combine:
-    """What one target has of a cover that several share: each has every value, and together they have every pair."""
-
-    def combine(choices: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-        for row in pairwise_cover({**choices, "": among}):
-            if row.pop("") == arch:
-                yield row
-
-    return combine
