@@ -6,8 +6,8 @@
 //
 //   - kernels are launched by `launch`, over a one-dimensional grid;
 //   - shared memory is dynamic and comes from `shared_memory`; nothing is in it at first;
-//   - float atomics are not used: results are the same in every run. Nor is inline PTX, but for what hopper/primitives.h
-//     has twins of.
+//   - float atomics are not used: results are the same in every run. Nor is inline PTX, but where hopper/primitives.h
+//     has a twin of it.
 #pragma once
 
 #include <cstddef>
