@@ -285,7 +285,7 @@ def _panel(axes: Any, found: Mapping[str, Mapping[int, results.Row]], column: st
             axes.plot(*zip(*line, strict=True), marker="o", markersize=3, color=COLOURS[kind], label=side)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.tick_params(labelsize=7)
+    axes.tick_params(which="both", labelsize=7)  # minor ones, too, which speak where a curve spans less than a decade
     axes.spines[["top", "right"]].set_visible(False)
 
 
