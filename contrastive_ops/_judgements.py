@@ -57,7 +57,7 @@ class Hits(NamedTuple):
         rank = torch.zeros_like(document)
         N, K = found.shape
         step = max(1, LIST_ELEMENTS // max(K, 1))
-        for begin in range(0, N if K else 0, step):
+        for begin in range(0, N if K > 0 else 0, step):
             end = min(begin + step, N)
             first, last = torch.searchsorted(query, torch.tensor([begin, end], device=query.device)).tolist()
             part = slice(first, last)
@@ -68,7 +68,7 @@ class Hits(NamedTuple):
         query, rank, grade = query[order], rank[order], grade[order]
         counts = torch.bincount(query, minlength=N)
         place = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
-        width = int(counts.max()) if N else 0
+        width = int(counts.max()) if N > 0 else 0
         ranks, grades = grade.new_full((N, width), torch.inf), grade.new_zeros((N, width))
         ranks[query, place], grades[query, place] = rank.double(), grade
         return cls(ranks, grades)

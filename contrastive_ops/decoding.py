@@ -76,7 +76,7 @@ def contrastive_search(
     alpha = checks.number(name, "alpha", alpha, "[0, 1]")
     _check_states(name, "candidates", candidates)
     B, k, D = candidates.shape
-    if not k:
+    if k == 0:
         raise ValueError(f"{name}: candidates must be one or more for each text, got {checks.shape(candidates)}")
     if not isinstance(probabilities, Tensor) or probabilities.shape != (B, k):
         raise ValueError(f"{name}: probabilities must have shape ({B}, {k}), got {_shape(probabilities)}")

@@ -54,11 +54,29 @@ def test_traced_of_a_record_that_the_trace_makes():
     assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 2.0))
 
 
-def is_size(node):
-    """x.shape[0], x.size(0) or x.numel()."""
+def is_size(node, names=frozenset()):
+    """x.shape[0], x.size(0), x.numel(), a list of sizes, or a name that was given one."""
+    if isinstance(node, (ast.ListComp, ast.GeneratorExp)):
+        return is_size(node.elt, names)
     if isinstance(node, ast.Subscript):
-        return isinstance(node.value, ast.Attribute) and node.value.attr == "shape"
+        return is_size(node.value, names)
+    if isinstance(node, ast.Name):
+        return node.id in names
+    if isinstance(node, ast.Attribute):
+        return node.attr == "shape"
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("numel", "size")
+
+
+def named_sizes(function):
+    """Names that a function gives to sizes."""
+    found = set()
+    for node in (each for each in ast.walk(function) if isinstance(each, ast.Assign)):
+        for target in node.targets:
+            targets = target.elts if isinstance(target, ast.Tuple) else [target]
+            values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value] * len(targets)
+            sizes = (to for to, value in zip(targets, values, strict=False) if is_size(value))
+            found |= {to.id for to in sizes if isinstance(to, ast.Name)}
+    return found
 
 
 def asked_for_truth(tree):
@@ -74,19 +92,41 @@ def asked_for_truth(tree):
             yield from node.ifs
 
 
+def sizes_asked_for_truth(tree):
+    """The lines that do so with a size."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    found = {node.lineno for node in asked_for_truth(tree) if is_size(node)}
+    for function in functions:
+        names = named_sizes(function)
+        found |= {node.lineno for node in asked_for_truth(function) if is_size(node, names)}
+    return sorted(found)
+
+
 def test_no_size_is_taken_as_true_or_false():
     """Before 2.7 that makes a program for this size alone; a comparison with 0 does not."""
     root = Path(contrastive_ops.__file__).parent
     found = [
-        f"{path.relative_to(root)}:{node.lineno}"
+        f"{path.relative_to(root)}:{line}"
         for path in sorted(root.rglob("*.py"))
         if not {"integrations", "testing"} & set(path.relative_to(root).parts)
-        for node in asked_for_truth(ast.parse(path.read_text()))
-        if is_size(node)
+        for line in sizes_asked_for_truth(ast.parse(path.read_text()))
     ]
     assert not found
 
 
-@pytest.mark.parametrize("line", ["if x.shape[0]: pass", "y = not x.numel()", "a = x if b and x.size(1) else b"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "if x.shape[0]: pass",
+        "y = not x.numel()",
+        "a = x if b and x.size(1) else b",
+        "def f(x):\n    N, D = x.shape\n    return x if N else D",
+        "def f(a, b):\n    sizes = [x.shape[0] for x in (a, b)]\n    if sizes[1]: return a",
+    ],
+)
 def test_sizes_are_found(line):
-    assert any(is_size(node) for node in asked_for_truth(ast.parse(line)))
+    assert sizes_asked_for_truth(ast.parse(line))
+
+
+def test_comparisons_are_none():
+    assert not sizes_asked_for_truth(ast.parse("def f(x):\n    N = x.shape[0]\n    return x if N > 0 else not x"))

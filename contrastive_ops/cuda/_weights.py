@@ -134,7 +134,7 @@ class Gradients(NamedTuple):
         N, M, D = p.shape
         zeros = upstream.values.new_zeros
         # Chunks on the edges write what later ones add to; without any there is no pair.
-        make = zeros if p.itself or not N or not M else upstream.values.new_empty
+        make = zeros if p.itself or N == 0 or M == 0 else upstream.values.new_empty
         dx, dy = make((N, D)) if wanted.dx else None, make((M, D)) if wanted.dy else None
         totals = zeros((sum(p.shape[each.cols] for each in wanted.sums),), dtype=torch.float64)
         return cls(wanted, upstream, dx, dy, totals)

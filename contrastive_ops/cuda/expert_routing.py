@@ -167,7 +167,7 @@ def slots(
             [int(each) for each in s], [groups, tokens, k, rows], by_turn, only_kept,
         )  # fmt: skip
 
-    if s.capacity >= 0 and tokens:
+    if s.capacity >= 0 and tokens > 0:
         place(None if priority is None else _turns(priority, groups), groups, by_turn=True)
     if not s.padded:
         place(None, 1, by_turn=False, only_kept=s.capacity >= 0)

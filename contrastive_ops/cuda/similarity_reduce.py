@@ -164,7 +164,7 @@ def total(
 def _held(p: Problem) -> tuple[Sizes, Tensor] | None:
     """Chunks and memory for the inner products of a band of rows, or None where a band would not be worth it."""
     N, M, _ = p.shape
-    if p.itself or not N or not M:  # with itself a row is complete only after the last band
+    if p.itself or N == 0 or M == 0:  # with itself a row is complete only after the last band
         return None
     usual = Sizes.of(p)
     rows = min(usual.rows, HELD_BYTES // (4 * M))

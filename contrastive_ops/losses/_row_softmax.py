@@ -266,11 +266,11 @@ def softmaxes_of_blocks(
     reduce = "logsumexp" if hardness is None else hardness.fold()
     found = shared.fold(x, y, reduce, dim=(0, 1), target=usual_target(x, y))
     of_rows, of_cols = [found.rows[0]], [found.cols[0]]
-    if blocks[1]:
+    if blocks[1] > 0:
         of_more = None if bias is None else bias[count:]
         given = changed(shared, pairs=None, col_bias=of_more, memory_budget=parts[1])
         of_rows += given.fold(x, more_y, reduce).rows
-    if blocks[2]:
+    if blocks[2] > 0:
         given = changed(shared, pairs=None, col_bias=None, memory_budget=parts[2])
         of_cols += given.fold(y, more_x, reduce, row_bias=own).rows
     losses = torch.zeros_like(found.target)

@@ -291,7 +291,7 @@ def _in_one_sweep(sweep: Sweep, image: Tensor, text: Tensor, negatives: list[Ten
         )
         rules = Pairs(differ=(of_images, of_texts))
     sweep = changed(sweep, pairs=rules)
-    if numbers[1] or not numbers[0]:
+    if numbers[1] > 0 or numbers[0] == 0:
         return both_softmaxes(sweep, *sides, count=count, **options)
     # Rows without partners need a column that is nobody's: texts become the rows.
     turned = None if rules.differ is None else (rules.differ[1], rules.differ[0])

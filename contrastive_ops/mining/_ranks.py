@@ -163,7 +163,7 @@ def merge_over_ranks(
     Each rank merges the lists of some queries, in the order of the ranks: work and memory of one more list.
     """
     rows, names = top.values.shape[0], list(statistics)
-    if not rows:
+    if rows == 0:
         return top, statistics
     begins = [rows * rank // team.size for rank in range(team.size + 1)]
     shards = Shards(team, tuple(end - begin for begin, end in zip(begins, begins[1:], strict=False)))

@@ -226,7 +226,7 @@ def _multiplied(
     shift = scores.amax(-1, keepdim=True) / epsilon
     shift = torch.where(shift.isfinite(), shift, 0.0)
     # Each row less its largest number: no exponential exceeds 1.
-    largest = shift.amax(-2, keepdim=True) if N else shift.new_full((*shift.shape[:-2], 1, 1), -torch.inf)
+    largest = shift.amax(-2, keepdim=True) if N > 0 else shift.new_full((*shift.shape[:-2], 1, 1), -torch.inf)
     has_mass = masses.rows[:, None] > 0
     u, all_have = (shift - ranks.max(largest)).exp() * has_mass, bool(has_mass.all())
     step = max(1, CHUNK * N // max(scores.numel(), 1))
@@ -258,7 +258,7 @@ def _multiplied(
 def _column_sums(plan: Tensor, u: Tensor, space: Tensor) -> Tensor:
     """``(plan * u).sum(-2)``: of many columns by products of few rows each, whose sums have one order."""
     rows, K = plan.shape[-2:]
-    if plan.dim() > 2 or K < 256 or rows % BLOCK or not rows:
+    if plan.dim() > 2 or K < 256 or rows % BLOCK or rows == 0:
         return _sum(torch.mul(plan, u, out=space), -2)
     return torch.bmm(u.view(-1, 1, BLOCK), plan.view(-1, BLOCK, K)).sum((0, 1))
 

@@ -39,7 +39,7 @@ class _Table:
             owner, token = owner[mask[token]], token[mask[token]]
         count = owner.bincount(minlength=sets)
         rank = torch.arange(len(owner), device=offsets.device) - (count.cumsum(0) - count)[owner]
-        length = int(count.max()) if sets else 0
+        length = int(count.max()) if sets > 0 else 0
         table = offsets.new_zeros((sets, length))
         table[owner, rank] = token
         valid = torch.arange(length, device=offsets.device) < count[:, None]

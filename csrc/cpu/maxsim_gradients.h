@@ -62,29 +62,23 @@ class RowSums {
  public:
   // `sums` are the rows of all tokens; those of tokens [first, first + rows) are zero.
   RowSums(A* sums, int64_t first, int64_t rows, int64_t depth)
-      : sums_(sums + first * depth), first_(first), rows_(rows), depth_(depth), latest_(rows * depth), added_(rows) {
-    memset(latest_.get(), 0, static_cast<size_t>(rows * depth) * sizeof(A));
+      : sums_(sums + first * depth), first_(first), rows_(rows), depth_(depth), added_(rows) {
     memset(added_.get(), 0, static_cast<size_t>(rows) * sizeof(Added));
   }
 
   template <class S>
   void add(int64_t token, A weight, const S* from) {
     const int64_t row = token - first_;
-    add_row(weight, from, depth_, latest_.get() + row * depth_);
+    add_row(weight, from, depth_, sums_ + row * depth_);
     if (++added_.get()[row].latest == kChain) move(row);
   }
 
   void finish() {
     for (int64_t row = 0; row < rows_; ++row) {
-      const Added added = added_.get()[row];
-      A* to = sums_ + row * depth_;
-      if (!added.moved) {
-        if (added.latest) memcpy(to, latest_.get() + row * depth_, static_cast<size_t>(depth_) * sizeof(A));
-        continue;
-      }
+      if (!added_.get()[row].moved) continue;
       move(row);
       const double* total = totals_.get() + row * depth_;
-      for (int64_t k = 0; k < depth_; ++k) to[k] = static_cast<A>(total[k]);
+      for (int64_t k = 0; k < depth_; ++k) sums_[row * depth_ + k] = static_cast<A>(total[k]);
     }
   }
 
@@ -95,7 +89,7 @@ class RowSums {
   };
 
   void move(int64_t row) {
-    A* latest = latest_.get() + row * depth_;
+    A* latest = sums_ + row * depth_;
     double* total = totals_.once(rows_ * depth_) + row * depth_;
     if (!added_.get()[row].moved) memset(total, 0, static_cast<size_t>(depth_) * sizeof(double));
     add_long_row(A(1), static_cast<const A*>(latest), depth_, total);
@@ -105,7 +99,6 @@ class RowSums {
 
   A* sums_;
   int64_t first_, rows_, depth_;
-  Buffer<A> latest_;
   Buffer<Added> added_;
   Buffer<double> totals_;
 };
