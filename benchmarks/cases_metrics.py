@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks import providers_metrics as providers
 from benchmarks.inputs import views_of_things
 from benchmarks.providers_metrics import EAGER, EPSILON, ITERATIONS, PYTREC_EVAL
-from benchmarks.registry import TOLERANCE, Case, Inputs, Outcome, register
+from benchmarks.registry import OURS, TOLERANCE, Case, Inputs, Outcome, Target, register
 
 JUDGED, DOCUMENTS = 20, 100_003
 
@@ -43,6 +43,7 @@ def sinkhorn_case(n: int, m: int) -> Case:
         baseline=EAGER,
         flops=lambda s: 4 * ITERATIONS * s["N"] * s["M"],
         tolerance=TOLERANCE[torch.float32],
+        targets=(Target("sinkhorn", "faster", 1.0, OURS, EAGER),),
     )
 
 
@@ -98,6 +99,7 @@ def evaluation_case(n: int, k: int) -> Case:
         flops=lambda s: s["N"] * s["K"] * math.log2(s["K"]),
         tolerance=TOLERANCE[torch.float32],
         measure=("time",),
+        targets=(Target("retrieval_metrics", "faster", 10.0, OURS, PYTREC_EVAL),),
     )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from benchmarks import providers_self_distillation as providers
 from benchmarks.inputs import views_of_things
 from benchmarks.providers_self_distillation import EAGER, EPS, NO_CACHE, TEACHER_TEMPERATURE, TEMPERATURE
-from benchmarks.registry import TOLERANCE, Case, Inputs, Outcome, register
+from benchmarks.registry import OURS, TOLERANCE, Case, Inputs, Outcome, Target, register
 from benchmarks.truth import differentiated, mean_over_rows
 
 
@@ -55,6 +55,7 @@ def dino_case(n: int, m: int, d: int) -> Case:
         baseline=EAGER,
         flops=lambda s: 8 * s["N"] * s["M"] * s["D"],
         tolerance=TOLERANCE[torch.float32],
+        targets=(Target("dino", "faster", 1.0, OURS, EAGER), Target("dino", "memory", 1 / 10, OURS, EAGER)),
     )
 
 
@@ -92,6 +93,7 @@ def koleo_case(n: int, d: int) -> Case:
         baseline=EAGER,
         flops=lambda s: s["N"] ** 2 * s["D"],
         tolerance=TOLERANCE[torch.float32],
+        targets=(Target("koleo", "faster", 3.0, OURS, EAGER), Target("koleo", "memory", 1 / 4, OURS, EAGER)),
     )
 
 

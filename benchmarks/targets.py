@@ -20,6 +20,7 @@ FINISHED = {
     "distillation",
     "preference",
     "values",
+    "neighbours",
 }
 
 
@@ -198,6 +199,28 @@ ROWS = (
         "SparseMoE layer fwd+bwd, T=16,384 D=512 F=2048 E=32 k=1",
         "transformers grouped experts; st-moe-pytorch",
         ">= 1.15x; >= 3x",
+    ),
+    DesignRow(
+        "koleo",
+        "neighbours",
+        "KoLeo fwd+bwd fp32, N=16,384 D=384",
+        "torch eager, all inner products",
+        ">= 3x faster; extra memory <= 1/4",
+    ),
+    DesignRow(
+        "dino",
+        "neighbours",
+        "DINO's cross-entropy fwd+bwd fp32, N=1,024, 65,536 prototypes, D=256",
+        "torch eager, all logits",
+        ">= 1x faster; extra memory <= 1/10",
+    ),
+    DesignRow("sinkhorn", "neighbours", "Sinkhorn-Knopp fp32, 4,096 x 3,000", "torch eager", ">= 1x faster"),
+    DesignRow(
+        "retrieval_metrics",
+        "neighbours",
+        "retrieval measures of 10,000 queries with 1,000 documents each",
+        "pytrec_eval",
+        ">= 10x faster",
     ),
     DesignRow(
         "gpu-clip",
