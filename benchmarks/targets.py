@@ -205,7 +205,7 @@ ROWS = (
         "neighbours",
         "KoLeo fwd+bwd fp32, N=16,384 D=384",
         "torch eager, all inner products",
-        ">= 3x faster; extra memory <= 1/4",
+        ">= 3x faster; extra memory <= 1/3",
     ),
     DesignRow(
         "dino",
