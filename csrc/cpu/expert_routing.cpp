@@ -42,6 +42,8 @@ void router_scores(const RouterProblem& p, const RouterScores& out, const Parall
   const int64_t step = tokens_of_part(p.T), parts = (p.T + step - 1) / step, cells = p.segments * p.E;
   // Of a part: three sums of each cell, then two totals and the margin of each segment.
   const int64_t width = 3 * cells + 3 * p.segments, count_width = cells + p.segments;
+  // Sums that nobody makes are not touched in the lanes: with very many experts they would be most of the memory.
+  const int64_t made = (p.load ? 3 : p.noise ? 2 : 1) * cells, totals = 3 * cells;
   Buffer<double> sums(parts * width);
   Buffer<int64_t> counts(parts * count_width);
   A *gates = static_cast<A*>(out.gates), *priority = static_cast<A*>(out.priority);
@@ -52,7 +54,12 @@ void router_scores(const RouterProblem& p, const RouterScores& out, const Parall
     std::fill(count, count + count_width, 0);
     Block block(p);
     Buffer<A> strip(width * kLanes<A>);
-    std::fill(strip.get(), strip.get() + width * kLanes<A>, A(0));
+    std::fill(strip.get(), strip.get() + made * kLanes<A>, A(0));
+    std::fill(strip.get() + totals * kLanes<A>, strip.get() + width * kLanes<A>, A(0));
+    const auto move = [&] {
+      move_sums(strip.get(), sum, made);
+      move_sums(strip.get() + totals * kLanes<A>, sum + totals, width - totals);
+    };
     const int64_t end = minimum(p.T, (part + 1) * step);
     int64_t blocks = 0;
     for (int64_t first = part * step; first < end; first += Block::kTokens) {
@@ -68,9 +75,9 @@ void router_scores(const RouterProblem& p, const RouterScores& out, const Parall
       if (p.load) block.make_chances();
       block.add_to(strip.get());
       block.write(out, first, end, count);
-      if (++blocks % kBlocksOfStrip == 0) move_sums(strip.get(), sum, width);
+      if (++blocks % kBlocksOfStrip == 0) move();
     }
-    move_sums(strip.get(), sum, width);
+    move();
   };
   run_parallel(parallel.run, parts, task);
   const auto in_order = [parts](const auto* from, int64_t stride, int64_t at) {
@@ -83,7 +90,7 @@ void router_scores(const RouterProblem& p, const RouterScores& out, const Parall
   }
   for (int64_t c = 0; c < 3 * p.segments; ++c) {
     A* to = c < 2 * p.segments ? static_cast<A*>(out.totals) + c : static_cast<A*>(out.margin) + c - 2 * p.segments;
-    *to = parts ? static_cast<A>(in_order(sums.get(), width, 3 * cells + c)) : A(0);
+    *to = parts ? static_cast<A>(in_order(sums.get(), width, totals + c)) : A(0);
   }
   for (int64_t c = 0; c < count_width; ++c) {
     (c < cells ? out.choices[c] : out.tokens[c - cells]) = parts ? in_order(counts.get(), count_width, c) : 0;
