@@ -35,6 +35,7 @@ def options():
         },
         "distinct": {"rules": NegativeRules(near_duplicate=0.9), "metric": "sqeuclidean"},
         "raw": {"rules": NegativeRules(absolute_margin=0.05, rank_basis="raw", positive_score="mean")},
+        "documents": {"documents": torch.arange(60) // 4 % 11, "rules": NegativeRules(relative_margin=0.1)},
     }
 
 
@@ -128,6 +129,7 @@ def refused(rank, size):
         ((query, [(0, part)], positives), {}, "rows 0 to 30 in two, before the part of rank"),
         ((query, [(31 * rank, part)], positives), {}, "rows 30 to 31 in none"),
         ((query, part, positives), {"metric": "dot" if rank else "cosine"}, "cosine.*dot"),
+        ((query, part, positives), {"documents": torch.arange(60) + rank}, "rank 0 .*rank 1"),
         ((query, part, positives), {"progress": short if rank else False}, "rank 1 raised OSError|cut short"),
     ):
         with pytest.raises((ValueError, TypeError, OSError), match=words):

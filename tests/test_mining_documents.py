@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from contrastive_ops import Pairs
-from contrastive_ops.mining import TopKState, collapse, mine_hard_negatives, search
+from contrastive_ops.mining import NegativeRules, Sampling, TopKState, collapse, mine_hard_negatives, search
 from contrastive_ops.ops import Guide
 
 N, M, D = 5, 60, 4
@@ -105,14 +105,83 @@ def test_an_empty_corpus_has_no_documents():
     assert found.indices.shape == (N, 3) and (found.indices == -1).all()
 
 
-def test_negatives_of_documents_and_of_several_teachers():
+@pytest.mark.parametrize("strategy", ["top", "uniform"])
+@pytest.mark.parametrize("basis", ["surviving", "raw"])
+@pytest.mark.parametrize("kind", ["chunks", "one large document", "a chunk each"])
+def test_negatives_are_of_different_documents(kind, basis, strategy):
+    """One query at a time: no chunk of a positive's document, then each document at its best chunk, then a window."""
+    query, corpus, ids = drawn(kind)
+    scores, positives = query @ corpus.T, torch.randint(-1, M, (N, 2))
+    positives[:, 0] = torch.randint(M, (N,))
+    masked = torch.arange(M) % 7 != 2
+    rules = NegativeRules(absolute_margin=1.0, rank_window=(1, 6), rank_basis=basis)
+    for block_rows in (None, 9):
+        mined = mine_hard_negatives(
+            query, corpus, positives, 3, rules=rules, metric="dot", pairs=Pairs(columns=masked), documents=ids,
+            sampling=Sampling(strategy, seed=3), block_rows=block_rows,
+        )  # fmt: skip
+        for i, own in enumerate(positives.tolist()):
+            own = [j for j in own if j >= 0]
+            bound = min(float(scores[i, j]) for j in own) - 1
+            others = [j for j in range(M) if ids[j] not in ids[own]]
+            ranked = [j for j in others if masked[j] and (basis == "raw" or scores[i, j] <= bound)]
+            seen = {}
+            for j in sorted(ranked, key=lambda j: (-float(scores[i, j]), j)):
+                seen.setdefault(int(ids[j]), j)
+            window = [j for j in list(seen.values())[1:6] if scores[i, j] <= bound]
+            found = [j for j in mined.indices[i].tolist() if j >= 0]
+            assert found == window[:3] if strategy == "top" else set(found) <= set(window)
+            assert len(found) == min(3, len(window)) == mined.counts[i]
+            kept = sum(bool(masked[j]) and float(scores[i, j]) <= bound for j in others)
+            assert mined.statistics["eligible"][i] == kept
+            assert mined.statistics["same"][i] == sum(not masked[j] for j in others)
+            assert mined.statistics["positives"][i] == len(set(own))
+            higher = sum(float(scores[i, j]) > bound + 1 for j in others)
+            assert mined.statistics["positive_rank"][i] == higher
+
+
+def test_documents_are_searched_again_where_near_duplicates_are_skipped():
+    query, corpus, ids = torch.randn(3, D), torch.randn(M, D), torch.arange(M) // 3
+    rules = NegativeRules(near_duplicate=0.5)
+    mined = mine_hard_negatives(query, corpus, None, 4, rules=rules, documents=ids)
+    rows = torch.nn.functional.normalize(corpus)
+    for i, cosines in enumerate(torch.nn.functional.normalize(query) @ rows.T):
+        taken = []
+        for j in best(cosines[None], ids, M)[0].tolist():
+            if j >= 0 and len(taken) < 4 and all(float(rows[j] @ rows[o]) <= 0.5 for o in taken):
+                taken.append(j)
+        assert mined.indices[i].tolist() == taken + [-1] * (4 - len(taken))
+
+
+def test_a_window_that_is_a_share_is_one_of_documents():
+    query, corpus, ids = torch.randn(3, D), torch.randn(M, D), torch.arange(M) // 6
+    rules = NegativeRules(rank_window=(0.2, 0.5))
+    mined = mine_hard_negatives(query, corpus, None, 9, rules=rules, metric="dot", documents=ids)
+    assert torch.equal(mined.indices[:, :3], best(query @ corpus.T, ids, 10)[:, 2:5])
+    assert (mined.indices[:, 3:] == -1).all()
+
+
+def test_a_checkpoint_of_other_documents_is_refused(tmp_path):
+    query, corpus, ids = drawn("chunks")
+    options = {"metric": "dot", "checkpoint": tmp_path / "mined"}
+    first = mine_hard_negatives(query, corpus, None, 3, documents=ids, **options)
+    again = mine_hard_negatives(query, corpus, None, 3, documents=ids, **options)
+    assert torch.equal(first.indices, again.indices)
+    with pytest.raises(ValueError, match="mine_hard_negatives: state must be of the same problem"):
+        mine_hard_negatives(query, corpus, None, 3, documents=ids + 100, **options)
+    with pytest.raises(ValueError, match=re.escape("mine_hard_negatives: documents must have shape (60,), got (59,)")):
+        mine_hard_negatives(query, corpus, None, 3, documents=ids[1:])
+    with pytest.raises(ValueError, match="mine_hard_negatives: documents must not be -1"):
+        mine_hard_negatives(query, corpus, None, 3, documents=torch.full_like(ids, -1))
+
+
+def test_negatives_by_several_teachers():
     """As the docstring of mine_hard_negatives says them."""
     query, corpus, ids = drawn("chunks")
     others, positives = (torch.randn(N, 6), torch.randn(M, 6)), torch.randint(M, (N,))
     second, own = others[0] @ others[1].T, ids[positives][:, None] == ids
     scores = (2 * query @ corpus.T + second).masked_fill((second > 1.0) | own, -torch.inf)
-    pairs = Pairs(differ=(ids[positives], ids), guide=Guide(*others, below=1.0))
     sides = torch.cat([2 * query, others[0]], 1), torch.cat([corpus, others[1]], 1)
-    mined = mine_hard_negatives(*sides, positives, M, metric="dot", pairs=pairs)
-    wanted = best(scores, ids, M)
-    assert torch.equal(collapse(mined.indices, ids), torch.where(wanted < 0, -1, ids[wanted]))
+    pairs = Pairs(guide=Guide(*others, below=1.0))
+    mined = mine_hard_negatives(*sides, positives, M, metric="dot", pairs=pairs, documents=ids)
+    assert torch.equal(mined.indices, best(scores, ids, M))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.lists import first_of_each, moved_up
+from ..core.lists import distinct_pairs, first_of_each, moved_up
 from ..ops.similarity_topk import TopK, merge, order
+from ._positives import Positives, lists_of
 
 # Of (rows or None for all of them, length of the lists): the best chunks.
 Search = Callable[[Tensor | None, int], TopK]
@@ -24,6 +25,20 @@ def checked_documents(function: str, documents: object, query: Tensor, rows: int
     if checks.may_read(found, waits=True) and bool((found == -1).any()):
         raise ValueError(f"{function}: documents must not be -1, which stands for none, got it for a chunk")
     return found
+
+
+def whole_documents(positives: Positives, documents: Tensor | None) -> Positives:
+    """All chunks of the documents of each query's positives."""
+    if documents is None:
+        return positives
+    order = documents.argsort(stable=True)
+    ordered, own = documents[order], documents[positives.column].contiguous()
+    begin = torch.searchsorted(ordered, own)
+    counts = torch.searchsorted(ordered, own, right=True) - begin
+    entry = torch.repeat_interleave(counts)
+    column = order[torch.arange(len(entry), device=entry.device) + (begin - (counts.cumsum(0) - counts))[entry]]
+    row, column = distinct_pairs(positives.row[entry], column)
+    return Positives(lists_of(row, column, len(positives.indptr) - 1)[0], row, column)
 
 
 def best(search: Search, documents: Tensor | None, begin: int, end: int, k: int) -> TopK:

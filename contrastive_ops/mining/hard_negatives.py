@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,25 +13,20 @@ from ..core import autocast, checks
 from ..core.lists import first_of_pairs
 from ..core.records import changed
 from ..core.results import pytree
-from ..core.rule_slices import rows_of
 from ..core.rules import Pairs
 from ..ops.similarity_topk import METRICS, TopK
 from ._collapse import collapse
+from ._documents import checked_documents, whole_documents
 from ._formats import Columns, Mined, Texts, columns
-from ._near_duplicates import Distinct
+from ._miner import FUNCTION, Miner
 from ._positives import Positives, aggregate, parse, score
-from ._rules import NegativeRules, Selection, dropped_positives, selection
-from ._sampling import Sampling, check_ids, keys, order_of
-from .corpus import Corpus, as_corpus, read_ahead, rows_in_block
-from .state import TopKState
-from .streaming import Checkpoint, Progress, reporter, sample
+from ._rules import NegativeRules, dropped_positives, selection
+from ._sampling import Sampling, check_ids
+from .corpus import Corpus, as_corpus, rows_in_block
+from .streaming import Progress
 
 if TYPE_CHECKING:
     from ..distributed._groups import Team
-
-FUNCTION = "mine_hard_negatives"
-# Entries of the lists of candidates that are worked on at once.
-LIST_ELEMENTS = 1 << 22
 
 
 @pytree
@@ -123,6 +117,7 @@ def mine_hard_negatives(
     sampling: Sampling | None = None,
     metric: str = "cosine",
     pairs: Pairs | None = None,
+    documents: Tensor | None = None,
     block_rows: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: Progress = False,
@@ -158,6 +153,10 @@ def mine_hard_negatives(
         sampling: how negatives are drawn; see `Sampling`. Default: the best.
         metric: "cosine", "dot" or "sqeuclidean", as in `similarity_topk`.
         pairs: more rules, with columns numbered over the whole corpus; all but `log_weight` and `fill`.
+        documents: (M,) int64, the document of each row where rows are chunks of documents; any int64 but -1. Negatives
+            are then of different documents, each at the best of its chunks that pass the rules, and ranks are those of
+            documents. No chunk of a positive's document is a candidate; margins refer to the chunks that are listed.
+            Statistics count chunks.
         block_rows: rows of the corpus that are read at once; by default about 64 MiB.
         checkpoint: a file that the first pass writes every few seconds and when it ends, from which a call with the
             same arguments goes on, on any number of ranks; see `search`. Each rank writes its own: the same path, with
@@ -189,8 +188,7 @@ def mine_hard_negatives(
         reads the candidates' rows of the corpus again.
         Several teachers: rows beside each other add their scores, ``torch.cat([a * query, b * other_query], 1)`` with
         ``torch.cat([corpus, other_corpus], 1)`` and metric="dot"; ``pairs=Pairs(guide=Guide(other_query, other_corpus,
-        below=...))`` is a bound by another's score. Chunks of documents: ``pairs=Pairs(differ=(documents[positives],
-        documents))`` leaves out all chunks of a positive's document, and `collapse` keeps each other document once.
+        below=...))`` is a bound by another's score.
 
     Source:
         Moreira et al., NV-Retriever: Improving Text Embedding Models with Effective Hard-Negative Mining, 2024, for the
@@ -222,15 +220,17 @@ def mine_hard_negatives(
             positives = torch.full((query.shape[0],), -1, device=query.device)
         view = _view(corpus, query, team)
         if team is not None:
-            view.compare(query, positives, num_negatives, rules, sampling, metric, pairs)
+            view.compare(query, positives, num_negatives, rules, sampling, metric, pairs, documents)
+        documents = checked_documents(FUNCTION, documents, query, view.rows)
         listed = parse(FUNCTION, positives, query, view.rows)
         _check_positives(listed, rules, sampling)
         sampling = changed(sampling, ids=check_ids(FUNCTION, sampling, query, view.rows))
         scored = score(FUNCTION, query, view.take, listed, metric, backend)
         positive = aggregate(scored.values, listed, rules.positive_score)
-        selected = selection(FUNCTION, rules, pairs, listed, positive, view.rows)
+        no_candidates = whole_documents(listed, documents)
+        selected = selection(FUNCTION, rules, pairs, no_candidates, positive, view.rows)
         step = rows_in_block(query.shape[1], query.dtype) if block_rows is None else block_rows
-        miner = _Miner(
+        miner = Miner(
             query,
             view,
             listed,
@@ -240,6 +240,7 @@ def mine_hard_negatives(
             selected,
             num_negatives,
             metric,
+            documents,
             step,
             checkpoint,
             progress,
@@ -249,11 +250,12 @@ def mine_hard_negatives(
         slack = torch.zeros_like(positive).scatter_reduce(0, listed.row, scored.slack, "amax")
         threshold = (positive + slack).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         indices, values, counted = miner.run(threshold)
-        higher = scored.values > threshold[listed.row]
+        every = scored if documents is None else score(FUNCTION, query, view.take, no_candidates, metric, backend)
+        higher = every.values > threshold[no_candidates.row]
         like = query, query.new_empty((view.rows, 0))
-        own = dropped_positives(FUNCTION, selected.kept, listed, scored, like, backend)
+        own = dropped_positives(FUNCTION, selected.kept, no_candidates, every, like, backend)
         statistics = {name: (each - own[name]).clamp_min(0) if name in own else each for name, each in counted.items()}
-        rank = statistics.pop("higher") - torch.bincount(listed.row[higher], minlength=len(positive))
+        rank = statistics.pop("higher") - torch.bincount(no_candidates.row[higher], minlength=len(positive))
         statistics["positives"] = listed.counts
         statistics["positive_rank"] = rank.masked_fill(positive.isnan(), -1)
     return HardNegatives(
@@ -278,125 +280,3 @@ def _check_positives(positives: Positives, rules: NegativeRules, sampling: Sampl
             f"{FUNCTION}: positives must name at least one for each query where there are {needed}, got none for "
             f"query {int(missing[0])}"
         )
-
-
-class _State(TopKState):
-    _function = FUNCTION
-
-
-@dataclass(frozen=True, eq=False)
-class _Miner:
-    """The arguments of a call, checked."""
-
-    query: Tensor
-    corpus: Corpus
-    positives: Positives
-    positive: Tensor
-    rules: NegativeRules
-    sampling: Sampling
-    selected: Selection
-    wanted: int
-    metric: str
-    block_rows: int
-    checkpoint: str | os.PathLike[str] | None
-    progress: Progress
-    backend: str
-
-    def run(self, count_above: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the negatives, their scores, and numbers over all columns."""
-        first, end = self.rules.window(self.corpus.rows)
-        best, alone = self.sampling.strategy == "top", self.rules.near_duplicate is None
-        grows = end is None and not alone and self.rules.rank_basis == "surviving"
-        width = self.wanted if best else 10 * self.wanted
-        if grows and best:
-            width = 4 * self.wanted  # ranks do not matter: some to replace those that are skipped
-        elif end is not None:
-            # Where ranks are of survivors and all of these are taken, the rest of the window is of no interest.
-            needed = best and alone and self.rules.rank_basis == "surviving"
-            width = min(end - first, self.wanted) if needed else end - first
-        rows = torch.arange(len(self.query), device=self.query.device)
-        top, statistics = self._scan(None, first + width, count_above)
-        indices, scores = self._choose(rows, top, first)
-        full = first + width < self.corpus.rows
-        rows = rows[(indices[:, -1] < 0) & (top.indices[:, -1] >= 0)] if grows and full else rows[:0]
-        while len(rows):
-            width *= 2
-            left = []
-            for part in rows.split(max(1, LIST_ELEMENTS // (first + width))):
-                top, _ = self._scan(part, first + width, None)
-                indices[part], scores[part] = self._choose(part, top, first)
-                left.append(part[(indices[part, -1] < 0) & (top.indices[:, -1] >= 0)])
-            rows = torch.cat(left) if first + width < self.corpus.rows else rows[:0]
-        return indices, scores, statistics
-
-    def _scan(self, rows: Tensor | None, k: int, count_above: Tensor | None) -> tuple[TopK, dict[str, Tensor]]:
-        """The k best ranked columns of some or all queries, from a pass over the corpus."""
-        ranked, kept = self.selected.ranked, self.selected.kept
-        state = _State(
-            self.query if rows is None else self.query[rows],
-            max(1, min(k, self.corpus.rows)),
-            metric=self.metric,
-            pairs=ranked if rows is None else rows_of(ranked, rows, self.corpus.rows),
-            rows=self.corpus.rows,
-            count_above=count_above,
-            count_pairs=None if count_above is None else kept,
-            backend=self.backend,
-        )
-        file = None
-        if rows is None and self.checkpoint is not None:
-            known = sample(self.corpus)
-            with self.corpus.reading():
-                file = Checkpoint(FUNCTION, self.checkpoint, state, known, *self.corpus.place)
-        seen = self.corpus.seen_by_all(state.covered)
-        done = sum(end - begin for begin, end in seen)
-        with self.corpus.reading(), contextlib.ExitStack() as stack:
-            if file is not None:
-                stack.callback(file.write)
-            report = stack.enter_context(reporter(self.progress, done, self.corpus.rows, FUNCTION))
-            blocks = stack.enter_context(contextlib.closing(read_ahead(self.corpus.unseen(seen, self.block_rows))))
-            for begin, block in blocks:
-                state.update(block, begin)
-                done += len(block)
-                if file is not None:
-                    file.write_now_and_then()
-                report(done, self.corpus.rows)
-        self.corpus.complete(state)
-        return state.finalize(), state.statistics
-
-    def _choose(self, rows: Tensor, top: TopK, first: int) -> tuple[Tensor, Tensor]:
-        """The negatives of some queries among their candidates, and their scores."""
-        indices = torch.full((len(rows), self.wanted), -1, dtype=torch.int64, device=rows.device)
-        scores = top.values.new_full(indices.shape, -torch.inf)
-        step = max(1, LIST_ELEMENTS // max(top.values.shape[1], 1))
-        for begin in range(0, len(rows), step):
-            part = slice(begin, begin + step)
-            candidates, values = top.indices[part, first:], top.values[part, first:]
-            taken = self._taken(rows[part], candidates, values)
-            # Candidates come by score, and so do those of them that are taken.
-            row, slot = taken.nonzero(as_tuple=True)
-            place = (taken.cumsum(1) - 1)[row, slot]
-            indices[begin + row, place] = candidates[row, slot]
-            scores[begin + row, place] = values[row, slot]
-        return indices, scores
-
-    def _taken(self, rows: Tensor, candidates: Tensor, values: Tensor) -> Tensor:
-        """True for the candidates that are taken."""
-        valid = candidates >= 0
-        if self.selected.upper is not None:
-            valid &= values <= self.selected.upper[rows, None]
-        if self.selected.lower is not None:
-            valid &= values >= self.selected.lower
-        ids = self.sampling.ids
-        documents = candidates.clamp_min(0)
-        documents = documents if ids is None or not len(ids[1]) else ids[1][documents]
-        key = keys(self.sampling, values, self.positive[rows], rows if ids is None else ids[0][rows], documents)
-        order = None if key is None else order_of(key, documents, valid)
-        if order is not None:
-            valid = valid.gather(1, order)
-        if self.rules.near_duplicate is None:
-            taken = valid & (valid.cumsum(1) <= self.wanted)
-        else:
-            ordered = candidates if order is None else candidates.gather(1, order)
-            distinct = Distinct(FUNCTION, self.corpus, self.metric, self.rules.near_duplicate, self.backend)
-            taken = distinct.take(ordered.masked_fill(~valid, -1), self.positives, rows, self.wanted)
-        return taken if order is None else torch.zeros_like(taken).scatter(1, order, taken)
