@@ -33,6 +33,9 @@ struct DistillProblems {
                 "student and teacher must have the same numbers of rows");
     CHECK_VALUE(student.sets.size() == 1 && student.folds.empty() && dims >= 0 && dims <= 3,
                 "similarity_distill takes one set and no fold");
+    CHECK_VALUE(student.raw.self == teacher.raw.self, "y and teacher_y must be given both, or none");
+    CHECK_VALUE(!student.raw.self || (dims == 1 && kind != "reverse_kl" && kind != "js"),
+                "y must be given for lines of columns, and for kinds whose entries may be decided");
     student.keep(kept, 0, 2);
     teacher.keep(kept, 1, 2);
     raw = {student.raw, teacher.raw, distill_kind_of(kind), delta, (dims & 1) != 0, (dims & 2) != 0};
@@ -50,8 +53,8 @@ struct DistillProblems {
 };
 
 std::tuple<Tensor, Tensor, Tensor> similarity_distill_forward(
-    const Tensor& x, const Tensor& y, const Tensor& scale, const Optional& row_bias, const Optional& col_bias,
-    const Tensor& teacher_x, const Tensor& teacher_y, const Tensor& teacher_scale, const Optional& teacher_row_bias,
+    const Tensor& x, const Optional& y, const Tensor& scale, const Optional& row_bias, const Optional& col_bias,
+    const Tensor& teacher_x, const Optional& teacher_y, const Tensor& teacher_scale, const Optional& teacher_row_bias,
     const Optional& teacher_col_bias, const TensorList& pair_data, const Integers& spec, const std::string& kind,
     double delta, int64_t dims, int64_t kept_size) {
   const Tensor kept = empty({kept_size}, accumulator(x.type));
@@ -68,8 +71,8 @@ std::tuple<Tensor, Tensor, Tensor> similarity_distill_forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> similarity_distill_backward(
-    const Tensor& x, const Tensor& y, const Tensor& scale, const Optional& row_bias, const Optional& col_bias,
-    const Tensor& teacher_x, const Tensor& teacher_y, const Tensor& teacher_scale, const Optional& teacher_row_bias,
+    const Tensor& x, const Optional& y, const Tensor& scale, const Optional& row_bias, const Optional& col_bias,
+    const Tensor& teacher_x, const Optional& teacher_y, const Tensor& teacher_scale, const Optional& teacher_row_bias,
     const Optional& teacher_col_bias, const TensorList& pair_data, const Integers& spec, const std::string& kind,
     double delta, int64_t dims, const Tensor& statistics, const Tensor& d_values, const Tensor& kept, int64_t needs) {
   const DistillProblems p(x, y, scale, row_bias, col_bias, teacher_x, teacher_y, teacher_scale, teacher_row_bias,

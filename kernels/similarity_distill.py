@@ -204,12 +204,12 @@ class _Both:
     def __init__(
         self,
         x: Tensor,
-        y: Tensor,
+        y: Tensor | None,
         scale: Tensor,
         row_bias: Tensor | None,
         col_bias: Tensor | None,
         teacher_x: Tensor,
-        teacher_y: Tensor,
+        teacher_y: Tensor | None,
         teacher_scale: Tensor,
         teacher_row_bias: Tensor | None,
         teacher_col_bias: Tensor | None,
@@ -219,6 +219,7 @@ class _Both:
         delta: float,
         dims: int,
     ) -> None:
+        y, teacher_y = x if y is None else y, teacher_x if teacher_y is None else teacher_y
         self.p = Problem.of(x, y, scale, row_bias, col_bias, None, pair_data, spec, arch_of(x))
         self.teacher = dense_rows(teacher_x), dense_rows(teacher_y)
         per_row = teacher_scale.shape[0] != 1
@@ -340,11 +341,13 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
             by_cols += of_blocks.sum(0, dtype=torch.float64)
         if needs & 1:
             weights.product(dx[chunk.rows], right, add=False)
-        if needs & 2:
+        if needs & 2 or problem[1] is None:
             weights.product(dy, left[chunk.rows], add=number > 0, of_columns=True)
     own = b.p.layout.sets[0]
     sign = -1.0 if own.negate else 1.0
     dscale = sign * (of_scale if own.scale_of == ScaleOf.ROWS else in_parts(of_scale).reshape(1).float())
+    if problem[1] is None:
+        dx += dy
     full = (dx, dy, dscale, sign * of_bias, sign * by_cols)
     return tuple(g if needs >> bit & 1 else g.new_empty((0, *g.shape[1:])) for bit, g in enumerate(full))
 

@@ -112,11 +112,52 @@ def test_scales_of_rows(divergence, backend):
     check(both(value), truth, [sides.x, sides.y, scale])
 
 
-def test_rows_with_each_other(backend):
-    sides = Sides(30, 30)
-    keep = ~torch.eye(30, dtype=torch.bool)
+@pytest.mark.parametrize("rule", ["none", "diagonal", "differ", "same", "exclude"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_rows_with_each_other(divergence, rule, backend):
+    """One block, several, several chunks; with what belongs to rows or columns alone, so that nothing is symmetric."""
+    for n in (1, 30, 150, 530, 1100) if rule == "none" else (30, 530):
+        sides, scale = Sides(n, n), leaf(n)
+        pairs, keep = rules(n, n)[rule]
+        options = {"scale": scale, "teacher_scale": torch.rand(n, dtype=torch.float64)}
+        options["teacher_bias"] = torch.randn(n, dtype=torch.float64)
+        given = {"divergence": divergence, "pairs": pairs, "backend": backend, **options}
+        dense = {**options, "teacher_scale": options["teacher_scale"][:, None]}
+        s, t = logits_of(sides.x, sides.x, sides.teacher[0], sides.teacher[0], keep, **dense)
+        truth = divergence_of(s, t, divergence, 1)
+        check(similarity_distill(sides.x, None, sides.teacher[0], **given), truth, [sides.x, scale])
+        if n == 530:
+            columns = similarity_distill(sides.x, None, sides.teacher[0], dim=0, **given)
+            torch.testing.assert_close(columns, divergence_of(s, t, divergence, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("divergence", ["kl", "ce"])
+def test_rows_with_each_other_are_as_with_their_copies(divergence, dtype, backend):
+    """Both halves of the matrix, or one that is read twice; kept or computed again."""
+    sides, upstream = Sides(700, 700, depth=64, dtype=dtype), torch.rand(700)
+    options = {"divergence": divergence, "scale": 0.3, "pairs": Pairs(diagonal=0), "backend": backend}
+    found = []
+    for budget in (None, 0, 700 * 300 * 4):
+        value = similarity_distill(sides.x, None, sides.teacher[0], memory_budget=budget, **options)
+        found.append((value, *torch.autograd.grad(value @ upstream, sides.x)))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    x, teacher = (each.detach().double() for each in (sides.x, sides.teacher[0]))
+    x.requires_grad_()
+    whole = similarity_distill(x, x, teacher, teacher, **{**options, "backend": "reference"})
+    (gradient,) = torch.autograd.grad(whole @ upstream.double(), x)
+    assert relative_error(found[0][0], whole) < TOLERANCE[torch.float32]
+    assert relative_error(found[0][1], gradient) < TOLERANCE[dtype]
+
+
+def test_a_bound_and_a_guide_of_rows_with_each_other(backend):
+    n = 150
+    sides, guide, bound = Sides(n, n), torch.randn(n, 3, dtype=torch.float64), torch.rand(n, dtype=torch.float64) + 1
+    pairs = Pairs(below=bound, guide=Guide(guide, None, 1.5))
+    keep = ((sides.x @ sides.x.T) <= bound[:, None]) & (guide @ guide.T <= 1.5)
     s, t = logits_of(sides.x, sides.x, sides.teacher[0], sides.teacher[0], keep)
-    value = similarity_distill(sides.x, None, sides.teacher[0], pairs=Pairs(diagonal=0), backend=backend)
+    value = similarity_distill(sides.x, None, sides.teacher[0], pairs=pairs, backend=backend)
     check(value, divergence_of(s, t, "kl", 1), [sides.x])
 
 

@@ -233,7 +233,7 @@ def _between_all(student: Tensor, teacher: Tensor, kind: str, delta: float, **op
     sides = []
     for each in (student, teacher):
         square = each.square().sum(1)
-        sides.append((each, each, torch.full((1,), -2.0, dtype=each.dtype, device=each.device), square, square))
+        sides.append((each, None, torch.full((1,), -2.0, dtype=each.dtype, device=each.device), square, square))
     layout = Layout((LogitSet(diagonal=0),), ())
     return run(sides[0], sides[1], layout, kind=kind, delta=delta, **options)[0]  # type: ignore[arg-type]
 

@@ -16,7 +16,7 @@ from ..core.problem import Layout, LogitSets, Problem
 from ..core.rules import Pairs, Slot
 from ..reference import similarity_distill as reference
 from ._idle_rows import clean_rows
-from .similarity_reduce import KEEP_FROM_DIMENSION, budget_bytes, directions, needs_gradient
+from .similarity_reduce import KEEP_FROM_DIMENSION, budget_bytes, directions, most_kept, needs_gradient
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # comes with torch
@@ -48,13 +48,15 @@ BACKENDS = enrol(
 
 def _shapes(given: Named) -> Shapes:
     by_rows, by_cols = bool(given["dims"] & reference.ROWS), bool(given["dims"] & reference.COLS)
+    columns = given["x"] if given["y"] is None else given["y"]
     # No product with a bool, which sizes of torch before 2.7 do not have.
-    lines = (given["x"].shape[0] if by_rows else 0) + (given["y"].shape[0] if by_cols else 0)
+    lines = (given["x"].shape[0] if by_rows else 0) + (columns.shape[0] if by_cols else 0)
     return (lines,), (5, 0 if given["kind"] in reference.PAIRWISE else lines), (given["kept_size"],)
 
 
-# The teacher is a constant. `statistics` are what backward reads of each row and column.
-_SIDE = "Tensor {0}x, Tensor {0}y, Tensor {0}scale, Tensor? {0}row_bias, Tensor? {0}col_bias"
+# The teacher is a constant. `statistics` are what backward reads of each row and column. Without y, of both sides, only
+# lines of rows, and kinds that have no decided entries.
+_SIDE = "Tensor {0}x, Tensor? {0}y, Tensor {0}scale, Tensor? {0}row_bias, Tensor? {0}col_bias"
 _NAMES = "{0}x {0}y {0}scale {0}row_bias {0}col_bias"
 
 declare(
@@ -141,7 +143,7 @@ def similarity_distill(
 
     Args:
         x: (N, D) the student's rows: float32, bfloat16, float16 or float64.
-        y: (M, D) of the same dtype; None for y = x.
+        y: (M, D) of the same dtype; None for y = x, at half the work with ``dim=1`` of "kl" and "ce".
         teacher_x: (N, D') the teacher's rows, with a dimension of its own. A constant. Where its dtype is another one,
             both are multiplied in float32 (in float64 for a float64 student).
         teacher_y: (M, D'); None for ``teacher_x``, where y is None.
@@ -225,6 +227,7 @@ def compare(
     teacher_x, teacher_y = teacher_sides(problem.names, x, y, teacher_x, teacher_x if y_or_none is None else teacher_y)
     x, y, teacher_x, teacher_y = common_dtype(x, y, teacher_x, teacher_y)
     sets = LogitSets(Problem(problem.names, x, None if y_or_none is None else y))
+    mirrored = y_or_none is None and by_rows and not by_cols and kind not in reference.DECIDES
     sets.add(scale, pairs)
     _check_rules(function, sets)
     teacher = checks.scale_tensor(function, teacher_scale, x_name, x, "teacher_scale").detach()
@@ -232,8 +235,8 @@ def compare(
         checks.check_vector(function, "teacher_bias", teacher_bias, y.shape[0], x_name, x)
         teacher_bias = teacher_bias.detach().to(teacher.dtype)
     return run(
-        (x, y, *sets.arguments()[2:]),
-        (teacher_x, teacher_y, teacher.reshape(-1), None, teacher_bias),
+        (x, None if mirrored else y, *sets.arguments()[2:]),
+        (teacher_x, None if mirrored else teacher_y, teacher.reshape(-1), None, teacher_bias),
         sets.layout(),
         kind=kind,
         dims=reference.ROWS * by_rows | reference.COLS * by_cols,
@@ -255,7 +258,10 @@ def run(
     function: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Call the operator: (rows, cols). Both sides are matrices, scale (a vector) and biases, checked and cast."""
+    """Call the operator: (rows, cols). Both sides are matrices, scale (a vector) and biases, checked and cast.
+
+    The second matrix of both may be None, where rows are compared with each other by a kind that decides no entry.
+    """
     x, y = student[:2]
     budget = budget_bytes(function, memory_budget, x.device.type)  # type: ignore[union-attr]
     chosen = choose(function, BACKENDS, x, backend)  # type: ignore[arg-type]
@@ -307,9 +313,8 @@ def _check_rules(function: str, sets: LogitSets) -> None:
             )
 
 
-def _kept_size(x: Tensor, y: Tensor, teacher_x: Tensor, budget: int) -> int:
+def _kept_size(x: Tensor, y: Tensor | None, teacher_x: Tensor, budget: int) -> int:
     """How many inner products forward may keep for backward: as many of the student as of the teacher."""
     if x.shape[1] + teacher_x.shape[1] < 2 * KEEP_FROM_DIMENSION:
         return 0
-    whole = (x.shape[0] + 32) * (y.shape[0] + 128)  # tiles are padded
-    return 2 * min(budget // (2 * checks.accumulator(x.dtype).itemsize), whole)
+    return 2 * min(budget // (2 * checks.accumulator(x.dtype).itemsize), most_kept(x, y))

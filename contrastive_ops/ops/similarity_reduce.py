@@ -392,9 +392,13 @@ def kept_size(x: Tensor, y: Tensor | None, budget: int, backend: str) -> int:
     if budget == 0 or x.shape[1] < KEEP_FROM_DIMENSION:
         return 0
     size = budget // checks.accumulator(x.dtype).itemsize
-    rows, columns = x.shape[0], x.shape[0] if y is None else y.shape[0]
     if backend == "reference":  # all or nothing
-        return rows * columns if rows * columns <= size else 0
-    # Upper bounds: tiles are padded, and self-similarity keeps what lies on and above the diagonal.
-    whole = (rows + 512) * (rows + 512) // 2 if y is None else (rows + 32) * (columns + 128)
-    return min(size, whole)
+        whole = x.shape[0] * (x if y is None else y).shape[0]
+        return whole if whole <= size else 0
+    return min(size, most_kept(x, y))
+
+
+def most_kept(x: Tensor, y: Tensor | None) -> int:
+    """How many inner products there are to keep, at most: tiles are padded, those below the diagonal not there."""
+    rows = x.shape[0]
+    return (rows + 512) * (rows + 512) // 2 if y is None else (rows + 32) * (y.shape[0] + 128)

@@ -189,12 +189,12 @@ class _Problem:
     def __init__(
         self,
         x: Tensor,
-        y: Tensor,
+        y: Tensor | None,
         scale: Tensor,
         row_bias: Tensor | None,
         col_bias: Tensor | None,
         teacher_x: Tensor,
-        teacher_y: Tensor,
+        teacher_y: Tensor | None,
         teacher_scale: Tensor,
         teacher_row_bias: Tensor | None,
         teacher_col_bias: Tensor | None,
@@ -204,6 +204,7 @@ class _Problem:
         delta: float,
         dims: int,
     ) -> None:
+        y, teacher_y = x if y is None else y, teacher_x if teacher_y is None else teacher_y
         self.x, self.y, self.kind, self.delta = x, y, kind, delta
         self.rows, self.cols = bool(dims & ROWS), bool(dims & COLS)
         self.dtype = accumulator(x.dtype)
@@ -351,6 +352,8 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         dcol_bias += student.sign * e.sum(0)
         of_scale = student.scale_gradient(times(e, student.dots))
         dscale[part if of_rows_scale else slice(0, 1)] += of_scale
+    if problem[1] is None:
+        dx, dy = dx + dy, dy[:0]
     full = (dx, dy, dscale, drow_bias, dcol_bias)
     return tuple(g if needs >> bit & 1 else g[:0] for bit, g in enumerate(full))  # type: ignore[return-value]
 

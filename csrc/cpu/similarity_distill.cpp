@@ -34,21 +34,24 @@ class TwoSweeps {
   struct Logits {
     A *student, *teacher;
   };
-  // Logits of a block, -inf in both where a pair takes no part. `known`: kept inner products are there already.
-  Logits logits(const Chunk& chunk, const Block& block, bool known, Scratch& s) {
-    A* dots = products(student, chunk, block, known, s);
-    // Bounds on the similarity look at inner products after the logits are formed.
-    A* l = student.place(chunk, block) || student.rules[0].looks() ? student.block_buffer(s.e) : dots;
-    return {l, logits(chunk, block, known, dots, student.guide_block(chunk, block, s), l, s)};
+  // Logits of a block, -inf in both where a pair takes no part. `known`: kept inner products are there already;
+  // `mirrored`: of the pairs below the diagonal, after those above it.
+  Logits logits(const Chunk& chunk, const Block& block, bool known, bool mirrored, Scratch& s) {
+    A* dots = products(student, chunk, block, known, mirrored, s);
+    // Bounds on the similarity look at inner products after the logits are formed, and mirrored logits once more.
+    const bool again = student.place(chunk, block) || student.rules[0].looks() || p.student.self;
+    A* l = again ? student.block_buffer(s.e) : dots;
+    return {l, logits(chunk, block, known, mirrored, dots, student.guide_block(chunk, block, s), l, s)};
   }
   // The same where the student's inner products are given, its logits go to `l`, and the teacher's are returned.
-  A* logits(const Chunk& chunk, const Block& block, bool known, const A* dots, const A* guide, A* l, Scratch& s) {
+  A* logits(const Chunk& chunk, const Block& block, bool known, bool mirrored, const A* dots, const A* guide, A* l,
+            Scratch& s) {
     Scratch& own = teacher_.scratch(s.thread);
-    A* teacher_dots = products(teacher_, chunk, block, known, own);
-    A* t = teacher_.place(chunk, block) ? teacher_.block_buffer(own.e) : teacher_dots;
-    student.logits_block(block, 0, false, false, dots, guide, l, s.view, [](A*) {});
-    teacher_.logits_block(block, 0, false, false, teacher_dots, nullptr, t, own.view, [](A*) {});
-    exclude(l, t, block.rows, block.cols);
+    A* teacher_dots = products(teacher_, chunk, block, known, mirrored, own);
+    A* t = teacher_.place(chunk, block) || p.student.self ? teacher_.block_buffer(own.e) : teacher_dots;
+    student.logits_block(block, 0, mirrored, false, dots, guide, l, s.view, [](A*) {});
+    teacher_.logits_block(block, 0, mirrored, false, teacher_dots, nullptr, t, own.view, [](A*) {});
+    exclude(l, t, mirrored ? block.mirrored : block.rows, block.cols);
     return t;
   }
 
@@ -56,9 +59,10 @@ class TwoSweeps {
   Sweep<C> student;
 
  private:
-  static A* products(Sweep<C>& sweep, const Chunk& chunk, const Block& block, bool known, Scratch& s) {
+  // `there`: those of the block that this thread had last.
+  static A* products(Sweep<C>& sweep, const Chunk& chunk, const Block& block, bool known, bool there, Scratch& s) {
     A *place = sweep.place(chunk, block), *dots = place ? place : sweep.block_buffer(s.dots);
-    if (!known || !place) sweep.multiply_block(chunk, block, s, dots);
+    if (!there && !(known && place)) sweep.multiply_block(chunk, block, s, dots);
     return dots;
   }
   static void exclude(const A* s, A* t, int64_t rows, int64_t cols) {
@@ -97,10 +101,12 @@ class Comparer {
       rows_ = outputs_of<A>(out, lines, 0);
       parts_.allocate(blocks * chunk_rows + kLanes<A>);
     }
-    if (p.cols) {
-      cols_ = outputs_of<A>(out, lines, N * p.rows);
+    if (p.cols || p.student.self) {
       parts_of_chunk_ = (chunk_rows + kFoldRows - 1) / kFoldRows;
       counted_.allocate(both_.student.padded_columns, (N + chunk_rows - 1) / chunk_rows * parts_of_chunk_);
+    }
+    if (p.cols) {
+      cols_ = outputs_of<A>(out, lines, N * p.rows);
       lines_.allocate(both_.student.padded_columns);
       lines_.clear();
     }
@@ -121,25 +127,41 @@ class Comparer {
 
   void sweep(const Folding& f) {
     const int64_t chunk_rows = both_.student.chunk_rows;
-    both_.for_each_chunk(softmax() && !f.lines, [&](const Chunk& chunk) {
+    const bool known = softmax() && !f.lines;
+    both_.for_each_chunk(known, [&](const Chunk& chunk) {
       both_.student.for_each_tile(chunk, [&](const Block& block, auto& s) {
-        const auto l = both_.logits(chunk, block, softmax() && !f.lines, s);
-        with_comparison(p.kind, [&](auto k) {
-          constexpr DistillKind K = decltype(k)::value;
-          if (p.rows) {
+        const auto l = both_.logits(chunk, block, known, false, s);
+        if (p.rows) {
+          with_comparison(p.kind, [&](auto k) {
+            constexpr DistillKind K = decltype(k)::value;
             compare_rows<A, K>(l.student, l.teacher, block.rows, block.cols, f,
                                is_softmax(K) ? rows_.at(chunk.begin) : rows_, parts_.at(block.index * chunk_rows));
-          }
-          for (int64_t i = 0; p.cols && i < block.rows; i += kFoldRows) {
-            compare_columns<A, K>(l.student + i * kBlock, l.teacher + i * kBlock, minimum(kFoldRows, block.rows - i),
-                                  block.cols, f, lines_.at(block.j),
-                                  chunk.begin / chunk_rows * parts_of_chunk_ + i / kFoldRows, block.j, counted_);
-          }
-        });
+          });
+        }
+        if (p.cols) fold_columns(chunk, block, block.rows, l, f);
+        if (!p.student.self) return;
+        // Rows below the block's diagonal have these columns in blocks before.
+        clear_lines(parts_.at(block.index * chunk_rows + block.rows), chunk.rows - block.rows);
+        if (block.mirrored > 0) {
+          fold_columns(chunk, block, block.mirrored, both_.logits(chunk, block, known, true, s), f);
+        }
       });
       if (p.rows) finish_rows(chunk, f);
     });
     if (p.cols) finish_columns(f);
+  }
+
+  // Adds the first rows of a block to the lines of its columns.
+  void fold_columns(const Chunk& chunk, const Block& block, int64_t rows, typename TwoSweeps<C>::Logits l,
+                    const Folding& f) {
+    const int64_t first = chunk.begin / both_.student.chunk_rows * parts_of_chunk_;
+    with_comparison(p.kind, [&](auto k) {
+      for (int64_t i = 0; i < rows; i += kFoldRows) {
+        compare_columns<A, decltype(k)::value>(
+            l.student + i * kBlock, l.teacher + i * kBlock, minimum(kFoldRows, rows - i), block.cols, f,
+            p.cols ? lines_.at(block.j) : Lines<A>{}, first + i / kFoldRows, block.j, counted_);
+      }
+    });
   }
 
   // Merges the parts of all columns.
@@ -157,15 +179,19 @@ class Comparer {
     });
   }
 
-  // Merges the parts of the chunk's rows, in the order of the blocks.
+  // Merges the parts of the chunk's rows, in the order of the blocks, and what blocks before had of them as columns.
   void finish_rows(const Chunk& chunk, const Folding& f) {
     constexpr int W = kLanes<A>;
     const int64_t chunk_rows = both_.student.chunk_rows;
     both_.student.run((chunk.rows + W - 1) / W, chunk.rows * chunk.blocks() * kWorkOfFold, [&](int64_t group, int) {
-      alignas(64) A numbers[6][W] = {};
+      alignas(64) A numbers[6][2 * W] = {};
       const Lines<A> line{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]};
       with_comparison(p.kind, [&](auto k) {
-        merge_parts_of_lines<A, decltype(k)::value>(f, chunk.blocks(), parts_.at(group * W), chunk_rows, line);
+        constexpr DistillKind K = decltype(k)::value;
+        merge_parts_of_lines<A, K>(f, chunk.blocks(), parts_.at(group * W), chunk_rows, line);
+        if (!p.student.self) return;
+        counted_.template finish<K>(f, chunk.begin + group * W, line.at(W));
+        merge_parts_of_lines<A, K>(f, 2, line, W, line);
       });
       for (int64_t q = 0; q < minimum<int64_t>(W, chunk.rows - group * W); ++q) {
         write(line.at(q), rows_, chunk.begin + group * W + q, f);
@@ -303,19 +329,22 @@ void distill_backward(const DistillProblem& p, const DistillBackward& b, const P
   }
   both.for_each_chunk(true, [&](const Chunk& chunk) {
     if (has_rows) decided_rows.begin(chunk.begin, chunk.rows);
-    const auto weigh = [&](const Block& block, int, bool, bool scaled, const A* dots, const A* guide, A* e,
+    const auto weigh = [&](const Block& block, int, bool mirrored, bool scaled, const A* dots, const A* guide, A* e,
                            Scratch& s) {
-      const A* t = both.logits(chunk, block, true, dots, guide, e, s);
+      const A* t = both.logits(chunk, block, true, mirrored, dots, guide, e, s);
       const A *scale_i = scaled ? s.view.scale_i : nullptr, *scale_j = s.view.scale_j;
-      const Lines<A> of_rows = rows.at(p.rows ? chunk.begin : 0), of_cols = cols.at(p.cols ? block.j : 0);
+      // Columns of a mirrored view are rows.
+      const bool by_rows = p.rows && !mirrored, by_cols = p.cols || mirrored;
+      const Lines<A> of_rows = rows.at(by_rows ? chunk.begin : 0);
+      const Lines<A> of_cols = by_cols ? (mirrored ? rows : cols).at(block.j) : Lines<A>{};
       with_comparison(p.kind, [&](auto k) {
         constexpr DistillKind K = decltype(k)::value;
         const auto run = [&](auto function) {
-          function(e, t, dots, chunk.begin, block.j, block.rows, block.cols, delta, of_rows, of_cols,
-                   decided_rows.part(block.index, 0), decided_cols.part(0, block.j), scale_i, scale_j, e);
+          function(e, t, dots, chunk.begin, block.j, mirrored ? block.mirrored : block.rows, block.cols, delta, of_rows,
+                   of_cols, decided_rows.part(block.index, 0), decided_cols.part(0, block.j), scale_i, scale_j, e);
         };
-        if (p.rows && p.cols) return run(slopes<A, K, true, true>);
-        p.rows ? run(slopes<A, K, true, false>) : run(slopes<A, K, false, true>);
+        if (by_rows && by_cols) return run(slopes<A, K, true, true>);
+        by_rows ? run(slopes<A, K, true, false>) : run(slopes<A, K, false, true>);
       });
     };
     gradients.add_chunk(chunk, weigh);
