@@ -139,6 +139,30 @@ def test_rules_are_for_the_embeddings_that_were_mined():
     assert (labels[anchors] == labels[positives]).all() and (anchors != positives).all() and len(negatives)
 
 
+@pytest.mark.parametrize("rows", [40, 70])
+def test_lists_of_the_memory_leave_out_the_rows_own_copies(rows):
+    """Where the memory begins again in the middle of a batch, too."""
+    mine, theirs = (module.CrossBatchMemory(each, 8, memory_size=70) for module, each in losses_of_both())
+    for x, labels in batches(3, rows, torch.float32):
+        given = []
+        for memory in (mine, theirs):
+            memory.add_to_memory(x, labels, len(x))
+            kept = (memory.embedding_memory, memory.label_memory)
+            given.append(memory.create_indices_tuple(x, labels, *kept, None, True))
+        assert isinstance(given[0], rules.Picked) and len(given[0][0]) > 0
+        for (a, b), (c, d) in zip(pairs_of(given[0]), pairs_of(given[1]), strict=True):
+            assert set(zip(a.tolist(), b.tolist(), strict=True)) == set(zip(c.tolist(), d.tolist(), strict=True))
+
+
+def losses_of_both():
+    return ((module, module.ContrastiveLoss(**COSINE)) for module in (ours, original))
+
+
+def pairs_of(lists):
+    a, p, b, n = lists
+    return (a, p), (b, n)
+
+
 def test_numbers_of_pairs_are_counted_where_they_are_asked_for():
     mine, theirs = (module.MultiSimilarityMiner(collect_stats=True) for module in (ours, miners))
     for x, labels in batches(1):

@@ -54,6 +54,7 @@ class Picked(Sequence[Tensor]):
         normalize: whether the distance takes rows of length 1.
         positives: rules of the positives.
         negatives: rules of the negatives.
+        own: (N,) the place of each row among those that it is compared with, where it is one of them and not picked.
     """
 
     def __init__(self, distance: Any, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> None:
@@ -62,6 +63,7 @@ class Picked(Sequence[Tensor]):
         ids = classes(labels, ref_labels)
         self.positives = Pairs(same=ids, diagonal=0 if self.alone else None)
         self.negatives = Pairs(differ=ids)
+        self.own: Tensor | None = None
         self._lists: tuple[Tensor, ...] | None = None
 
     def suits(self, distance: Any, embeddings: Tensor, ref_emb: Tensor) -> bool:
@@ -78,9 +80,9 @@ class Picked(Sequence[Tensor]):
         x = unit_rows(x) if self.normalize else x
         return x, None if self.alone else unit_rows(y) if self.normalize else y
 
-    def fold(self, *folds: Fold, **options: Any) -> Any:
+    def fold(self, *folds: str | Fold, **options: Any) -> Any:
         """`similarity_reduce` of the rows."""
-        return similarity_reduce(*self.rows(), reduce=folds, **options)
+        return similarity_reduce(*self.rows(), reduce=folds, target=self.own, **options)
 
     def lists(self) -> tuple[Tensor, ...]:
         """The four lists."""
@@ -93,7 +95,10 @@ class Picked(Sequence[Tensor]):
             for begin in range(0, max(len(x), 1), step):
                 block = x[begin : begin + step].detach() @ y.detach().T
                 rows = torch.arange(begin, begin + len(block), device=block.device)
-                listed = [_kept(pairs, block, rows).nonzero().unbind(1) for pairs in (self.positives, self.negatives)]
+                kept = [_kept(pairs, block, rows) for pairs in (self.positives, self.negatives)]
+                if self.own is not None:
+                    kept[0][rows - begin, self.own[rows]] = False  # its label is that of the row
+                listed = [each.nonzero().unbind(1) for each in kept]
                 found.append(tuple(part for row, column in listed for part in (row + begin, column)))
             self._lists = tuple(torch.cat(parts) for parts in zip(*found, strict=True))
         return self._lists
@@ -114,8 +119,6 @@ def _kept(pairs: Pairs, block: Tensor, rows: Tensor) -> Tensor:
         kept &= pairs.differ[0][rows, None] != pairs.differ[1]
     if pairs.diagonal is not None:
         kept &= rows[:, None] + pairs.diagonal != torch.arange(block.shape[1], device=rows.device)
-    if pairs.exclude is not None:
-        kept[rows - rows[:1], pairs.exclude[1][rows]] = False  # one column a row
     bounds: Any = ((pairs.below, 1), (pairs.above, -1))
     for bound, sign in bounds:
         if isinstance(bound, Tensor):
@@ -297,6 +300,5 @@ class CrossBatchMemory(losses.CrossBatchMemory):
             return picked
         if not isinstance(picked, Picked):
             return utils.remove_self_comparisons(picked, self.curr_batch_idx, self.memory_size)
-        one = torch.arange(len(labels) + 1, device=labels.device)
-        picked.positives = changed(picked.positives, exclude=(one, self.curr_batch_idx))
+        picked.own = self.curr_batch_idx
         return picked

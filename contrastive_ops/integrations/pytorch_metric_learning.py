@@ -143,11 +143,12 @@ class SupConLoss(_PairLoss, losses.SupConLoss):
     def folded(self, picked: Picked) -> Any:
         """The loss of the pairs that rules pick."""
         scale, of_same = 1.0 / self.temperature, picked.positives
-        folds = Fold("logsumexp", scale, of_same), Fold("sum", scale, of_same), Fold("count", scale, of_same)
-        lse, total, count, others = picked.fold(*folds, Fold("logsumexp", scale, picked.negatives)).rows
-        counted = (count > 0) & (others > -torch.inf).any()  # without any negative the original says 0
-        rows = torch.logaddexp(lse.masked_fill(~counted, 0.0), others) - total / count.clamp_min(1.0)
-        return _of_rows(rows.masked_fill(~counted, 0.0))
+        folds = "logsumexp", "sum", "count", Fold("logsumexp", pairs=picked.negatives)
+        lse, total, count, others = picked.fold(*folds, scale=scale, pairs=of_same).rows
+        count = count.detach()
+        alone = (count == 0) | (others == -torch.inf).all()  # without any negative the original says 0
+        rows = torch.logaddexp(lse.masked_fill(alone, 0.0), others) - total / count.clamp_min(1.0)
+        return _of_rows(rows.masked_fill(alone, 0.0))
 
 
 class NTXentLoss(_PairLoss, losses.NTXentLoss):
@@ -180,7 +181,7 @@ class NTXentLoss(_PairLoss, losses.NTXentLoss):
         bias = -others.masked_fill(alone, 0.0)
         folds = Fold("sum_softplus", pairs=of_same, negate=True), Fold("count", pairs=of_same)
         total, count = picked.fold(*folds, scale=scale, row_bias=bias).rows
-        return _reduced(loss=total.masked_fill(alone, 0.0).sum() / count.sum().clamp_min(1.0))
+        return _reduced(loss=total.masked_fill(alone, 0.0).sum() / count.detach().sum().clamp_min(1.0))
 
 
 class MultiSimilarityLoss(_PairLoss, losses.MultiSimilarityLoss):
@@ -265,12 +266,12 @@ class ContrastiveLoss(_PairLoss, losses.ContrastiveLoss):
         dtype = torch.promote_types(picked.given[0].dtype, torch.float32)
         pulled = _with_bound(picked.positives, "below", inside_number(low, -torch.inf, dtype))
         pushed = _with_bound(picked.negatives, "above", inside_number(high, torch.inf, dtype))
-        folds = [Fold(name, pairs=pairs) for pairs in (pulled, pushed) for name in ("sum", "count")]
+        folds: list[str | Fold] = ["sum", "count", *(Fold(name, pairs=pushed) for name in ("sum", "count"))]
         several = getattr(self.reducer, "reducers", dict.fromkeys(("pos_loss", "neg_loss"), self.reducer))
         of_all = [type(several[name]) is reducers.MeanReducer for name in ("pos_loss", "neg_loss")]
         if any(of_all):
             folds += [Fold("count", pairs=pairs) for pairs in (picked.positives, picked.negatives)]
-        near, near_count, far, far_count, *numbers = picked.fold(*folds).rows
+        near, near_count, far, far_count, *numbers = picked.fold(*folds, pairs=pulled).rows
         sides = (("pos_loss", near, near_count, low), ("neg_loss", far, far_count, high))
         values = {}
         for at, (name, total, violating, margin) in enumerate(sides):
