@@ -162,6 +162,19 @@ def info_nce_distances(b):
     return co.info_nce, (q, k, h, whole), (qp, kp, hp, part)
 
 
+def nt_xent_distances(b):
+    (x, xp), (y, yp), (i, ip) = b.rows("z0", 16), b.rows("z1", 16), b.ids(5)
+    common = {"metric": "sqeuclidean", "temperature": 0.5}
+    whole, part = ({**common, "pairs": co.Pairs(differ=(j.repeat(2), j.repeat(2)))} for j in (i, ip))
+    return co.nt_xent, (x, y, whole), (xp, yp, part)
+
+
+def sup_con_distances(b):
+    (x, xp), (l, lp), (s, sp) = b.rows("x", 16), b.ids(4), b.number("scale", 2.0)
+    common = {"metric": "sqeuclidean", "normalize": False}
+    return co.sup_con, (x, l, {"scale": s, **common}), (xp, lp, {"scale": sp, **common})
+
+
 def nt_xent_plain(b):
     (x, xp), (y, yp), (s, sp) = b.rows("z0", 16), b.rows("z1", 16), b.number("scale", 4.0)
     return co.nt_xent, (x, y, {"scale": s}), (xp, yp, {"scale": sp})
@@ -294,6 +307,8 @@ CASES = {
         siglip_plain,
         siglip_rules,
         nt_xent_plain,
+        nt_xent_distances,
+        sup_con_distances,
         nt_xent_everything,
         sup_con_plain,
         sup_con_log_mean,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from contrastive_ops import Pairs, clip, info_nce, nt_xent
+from contrastive_ops import Pairs, clip, info_nce, nt_xent, sup_con
 from contrastive_ops.testing.compare import check, leaf, number, reduced
 
 DOUBLE = torch.float64
@@ -137,6 +137,78 @@ def test_scale_of_euclidean_distances_and_rows_that_are_alike():
     assert not torch.autograd.grad(value, same)[0].any()
 
 
+def rooted(x, y):
+    squared = (x[:, None] - y).square().sum(2)
+    return -torch.where(squared > 0, squared, 1.0).sqrt() * (squared > 0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_clip_and_nt_xent_of_euclidean_distances(normalize, reduction, weighted, monkeypatch):
+    monkeypatch.setattr("contrastive_ops.losses._one_pass.ELEMENTS", 24)
+    a, b, scale = far(N, D), far(N, D), number(1.3)
+    weight = torch.rand(N, dtype=DOUBLE) if weighted else None
+    options = {"scale": scale, "normalize": normalize, "reduction": reduction, "weight": weight, "metric": "euclidean"}
+    x, y = sides(normalize, a, b)
+    both = [F.cross_entropy(scale * rooted(*each), TARGET, reduction="none") for each in ((x, y), (y, x))]
+    check(clip(a, b, **options), reduced((both[0] + both[1]) / 2, reduction, weight), [a, b, scale])
+    z, partner = torch.cat(sides(normalize, a, b)), torch.arange(2 * N).roll(N)
+    logits = (scale * rooted(z, z)).masked_fill(torch.eye(2 * N, dtype=torch.bool), -torch.inf)
+    truth = F.cross_entropy(logits, partner, reduction="none")
+    twice = None if weight is None else weight.repeat(2)
+    check(nt_xent(a, b, **options), reduced(truth, reduction, twice), [a, b, scale])
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
+@pytest.mark.parametrize("positives", ["mean_log", "log_mean"])
+@pytest.mark.parametrize("with_columns", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_sup_con_of_distances(normalize, with_columns, positives, metric, monkeypatch):
+    monkeypatch.setattr("contrastive_ops.losses._one_pass.ELEMENTS", 24)
+    x, y, scale = far(9, D), far(6, D), number(0.7)
+    labels, col_labels = torch.tensor([0, 1, 0, 2, -1, 1, 3, 0, -1]), torch.tensor([1, 0, 0, -1, 2, 1])
+    weight = torch.rand(9, dtype=DOUBLE)
+    rows, columns = sides(normalize, x, y if with_columns else x)
+    known = col_labels if with_columns else labels
+    itself = torch.zeros(9, len(known), dtype=torch.bool) if with_columns else torch.eye(9, dtype=torch.bool)
+    logits = scale * (apart if metric == "sqeuclidean" else rooted)(rows, columns)
+    log_p = logits.masked_fill(itself, -torch.inf).log_softmax(1)
+    same = (labels[:, None] == known) & (labels[:, None] != -1) & ~itself
+    count = same.sum(1)
+    if positives == "mean_log":
+        losses = -log_p.masked_fill(~same, 0.0).sum(1) / count.clamp_min(1)
+    else:
+        losses = count.clamp_min(1).log() - log_p.masked_fill(~same, -1e30).logsumexp(1)
+    counted = count > 0
+    truth = (losses * weight)[counted].sum() / weight[counted].sum()
+    others = (y, col_labels) if with_columns else (None, None)
+    options = {"scale": scale, "weight": weight, "normalize": normalize, "positives": positives, "metric": metric}
+    check(sup_con(x, labels, *others, **options), truth, [x, scale, *([y] if with_columns else [])])
+    total = sup_con(x, labels, *others, **{**options, "weight": None, "reduction": "sum"})
+    torch.testing.assert_close(total, losses[counted].sum())
+
+
+def test_sup_con_of_squared_distances_takes_rules_and_biases(backend):
+    x, labels, bias = far(9, D), torch.arange(9) % 3, leaf(9)
+    logits = (0.7 * apart(x, x) + bias).masked_fill(torch.eye(9, dtype=torch.bool), -torch.inf)
+    same = (labels[:, None] == labels) & ~torch.eye(9, dtype=torch.bool)
+    log_p = logits.masked_fill((apart(x, x) > -6.0) & ~same, -torch.inf).log_softmax(1)
+    truth = -log_p.masked_fill(~same, 0.0).sum(1) / 2
+    options = {"scale": 0.7, "normalize": False, "reduction": "none", "metric": "sqeuclidean", "col_bias": bias}
+    value = sup_con(x, labels, pairs=Pairs(below=-6.0), backend=backend, **options)
+    check(value, truth, [x, bias])
+
+
+def test_no_positives_or_columns_by_distance():
+    for metric in ("sqeuclidean", "euclidean"):
+        x = torch.randn(4, D, requires_grad=True)
+        alone = sup_con(x, torch.arange(4), metric=metric)
+        assert alone == 0 and not torch.autograd.grad(alone, x)[0].any()
+        assert sup_con(x, torch.arange(4), x[:0], torch.arange(0), metric=metric) == 0
+        assert sup_con(x[:0], torch.arange(0), metric=metric) == 0
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -152,11 +224,25 @@ def test_scale_of_euclidean_distances_and_rows_that_are_alike():
 def test_what_euclidean_distances_do_not_take(options, message):
     with pytest.raises(NotImplementedError, match="info_nce: " + re.escape(message)):
         info_nce(torch.randn(3, 4), torch.randn(3, 4), metric="euclidean", **options)
+    if "in_batch" in options:
+        return
+    x = torch.randn(3, 4)
+    for loss in (clip, nt_xent):
+        with pytest.raises(NotImplementedError, match=f"{loss.__name__}: " + re.escape(message)):
+            loss(x, x, metric="euclidean", **options)
+    if not {"label_smoothing", "diagnostics"} & set(options):
+        with pytest.raises(NotImplementedError, match="sup_con: " + re.escape(message)):
+            sup_con(x, torch.zeros(3, dtype=torch.int64), metric="euclidean", **options)
 
 
-@pytest.mark.parametrize("loss", [info_nce, clip, nt_xent])
+def test_clip_by_distance_has_no_negatives_of_its_own():
+    x = torch.randn(3, 4)
+    with pytest.raises(NotImplementedError, match="clip: text_negatives must be None with metric='euclidean'"):
+        clip(x, x, x, metric="euclidean")
+
+
+@pytest.mark.parametrize("loss", [info_nce, clip, nt_xent, sup_con])
 def test_a_metric_that_there_is_not(loss):
-    with pytest.raises(
-        ValueError, match=f"{loss.__name__}: metric must be one of 'dot', 'sqeuclidean'.*, got 'cosine'"
-    ):
-        loss(torch.randn(3, 4), torch.randn(3, 4), metric="cosine")
+    message = f"{loss.__name__}: metric must be one of 'dot', 'sqeuclidean', 'euclidean', got 'cosine'"
+    with pytest.raises(ValueError, match=message):
+        loss(torch.randn(3, 4), torch.arange(3) if loss is sup_con else torch.randn(3, 4), metric="cosine")

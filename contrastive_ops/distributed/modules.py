@@ -33,7 +33,7 @@ class InfoNCELoss(nn.InfoNCELoss):
 class NTXentLoss(nn.NTXentLoss):
     """`distributed.nt_xent` as a module: ``NTXentLoss(0.1)(view0, view1)``."""
 
-    function = staticmethod(nt_xent)  # type: ignore[assignment]
+    function = staticmethod(nt_xent)
 
 
 class SupConLoss(nn.SupConLoss):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
@@ -22,6 +23,7 @@ def nt_xent(
     *,
     smooth: str = ...,
     hardness: float = ...,
+    metric: str = ...,
     diagnostics: Literal[False] = ...,
     **options: Unpack[FilteredOptions],
 ) -> Tensor: ...
@@ -34,12 +36,13 @@ def nt_xent(
     *,
     smooth: str = ...,
     hardness: float = ...,
+    metric: str = ...,
     diagnostics: Literal[True],
     **options: Unpack[FilteredOptions],
 ) -> tuple[Tensor, Diagnostics]: ...
 
 
-@over_ranks(losses.nt_xent, without=("metric",))
+@over_ranks(losses.nt_xent)
 def nt_xent(z0: Tensor, z1: Tensor, **options: Any) -> Any:
     """`losses.nt_xent` of the two views of the samples of all ranks.
 
@@ -52,7 +55,7 @@ def nt_xent(z0: Tensor, z1: Tensor, **options: Any) -> Any:
     Args:
         z0: (N, D) the first view of this rank's samples; see `clip` for what all ranks share.
         z1: (N, D) the second view.
-        options: as in `losses.nt_xent`, and group, schedule, average and check; see `clip`.
+        options: as in `losses.nt_xent`, and group, schedule, average and check; see `clip`, also of ``metric``.
 
     Returns:
         As `losses.nt_xent`: 0-d, or this rank's rows for ``reduction="none"``; with ``diagnostics`` a pair.
@@ -64,4 +67,4 @@ def nt_xent(z0: Tensor, z1: Tensor, **options: Any) -> Any:
         6 (2 N_local) (2 N_all) D operations for "gather", 8 for "ring": a pair of samples on different ranks is
         computed on both of them.
     """
-    return loss_over_ranks(losses.nt_xent, prepared_nt_xent, (z0, z1), options)
+    return loss_over_ranks(losses.nt_xent, functools.partial(prepared_nt_xent, shifted=False), (z0, z1), options)

@@ -14,6 +14,7 @@ from ..core.numerics import softplus
 from ..core.rules import Pairs
 from ..losses import _arguments
 from ..losses._columns import check_filters
+from ..losses._distances import METRICS, as_products
 from ..losses._labels import labelled, one_positive, other_labels
 from ..losses.multi_positive import TEMPERATURE
 from ._agreement import Agreement
@@ -38,7 +39,7 @@ def sup_con(
         labels: (N,) int64; the labels of all ranks are compared. -1 is no label.
         y: (M, D), this rank's part of the columns to compare with; None compares the rows of all ranks.
         col_labels: (M,) int64, the labels of y; given together with it.
-        options: as in `losses.sup_con`, and group, schedule, average and check; see `clip`.
+        options: as in `losses.sup_con`, and group, schedule, average and check; see `clip`, also of ``metric``.
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs).
@@ -65,6 +66,11 @@ def sup_con(
         of_others = other_labels(name, pairs, of_others, y is None)
         columns = x if y is None else y
         check_filters(name, None, options["col_bias"], columns.shape[0], "x", x)
+        checks.check_choice(name, "metric", options["metric"], METRICS)
+        unit = _arguments.in_sweep(normalize, x)
+        if options["metric"] == "sqeuclidean":
+            x, columns = as_products([x], [columns], unit, shifted=False)
+            unit = False
         shown = {each: value for each, value in options.items() if each != "pairs"}
         agreed.compare(x, columns, of_others, schedule=schedule, average=average, **shown)
     x, columns = agreed.with_gradients(x, columns)
@@ -75,7 +81,7 @@ def sup_con(
         scale,
         pairs=of_others,
         col_bias=options["col_bias"],
-        unit=_arguments.in_sweep(normalize, x),
+        unit=unit,
         memory_budget=options["memory_budget"],
         backend=options["backend"],
     )

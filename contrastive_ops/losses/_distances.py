@@ -19,8 +19,9 @@ from ..ops.similarity_reduce import fold
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
 
 
-# What losses compare rows by, beside the distances above: similarities.
+# What logits are made of: what sweeps can do, and what softmaxes can.
 METRICS = ("dot", "sqeuclidean")
+LOGITS = (*METRICS, "euclidean")
 
 
 def as_products(

@@ -17,8 +17,9 @@ from ..core.rules import RULES, Pairs
 from ..core.rules import given as given_rules
 from . import _arguments
 from ._columns import check_filters, check_pairs, smoothing_share
-from ._distances import METRICS, as_products
+from ._distances import LOGITS, METRICS, as_products
 from ._eager import PARTNERS, eager_loss, is_off
+from ._euclidean import check_plain, euclidean_softmax
 from ._hardness import checked_hardness
 from ._row_softmax import both_softmaxes, softmaxes_of_blocks
 from ._rules import refuse
@@ -114,7 +115,8 @@ def clip(
         normalize: scale all rows to length 1 first; O(N D). False where they have it already, or lengths shall count.
         metric: "dot": inner products, cosines where rows are normalised. "sqeuclidean": minus the squared distances, of
             the normalised rows unless ``normalize=False``, in the dtype of sums; bounds of
-            ``pairs`` and diagnostics are of that.
+            ``pairs`` and diagnostics are of that. "euclidean": minus the distances, of which a mean or a sum with a
+            constant ``weight``, and no other option, is formed in 12 N^2 D operations; differentiable once.
         diagnostics: also return `Diagnostics` of both directions from the same sweep.
         memory_budget: bytes of inner products kept for backward: 0 keeps none (8 N^2 D), 4 N^2 keeps all of them
             (6 N^2 D). None: 128 MiB, on a GPU 1 GiB. Does not change the result.
@@ -167,11 +169,17 @@ def clip(
     given: dict[str, Any] = {"temperature": temperature, "scale": scale, "pairs": pairs, "col_bias": col_bias}
     given.update({"label_smoothing": label_smoothing, "smooth": smooth, "hardness": hardness, "weight": weight})
     given.update({"reduction": reduction, "normalize": normalize, "diagnostics": diagnostics})
+    checks.check_choice(name, "metric", metric, LOGITS)
+    if metric == "euclidean":
+        given_off = {each: given[each] for each in ("pairs", "col_bias", "label_smoothing", "smooth", "hardness")}
+        of_side = {"text_negatives": text_negatives, "image_negatives": image_negatives}
+        check_plain(name, reduction, diagnostics=diagnostics, **given_off, **of_side)
     problem = prepared_clip(image, text, **given, memory_budget=memory_budget, backend=backend)
+    if metric == "euclidean":
+        return euclidean_softmax(problem, both=True)
     if text_negatives is None and image_negatives is None:
         check_filters(name, pairs, col_bias, problem.x.shape[0], "image", problem.x)
         return by_metric(problem, metric).loss()
-    checks.check_choice(name, "metric", metric, METRICS)
     sides = problem.sweep, problem.x, problem.y
     given = {"normalize": normalize, "metric": metric, **problem.options}
     return _with_negatives(*sides, text_negatives, image_negatives, **given)  # type: ignore[arg-type]

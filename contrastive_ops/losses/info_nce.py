@@ -27,7 +27,7 @@ from ._columns import (
     wide,
     with_margin,
 )
-from ._distances import METRICS, as_products, take_rows
+from ._distances import LOGITS, METRICS, as_products, take_rows
 from ._eager import COLUMNS, eager_loss, is_off
 from ._euclidean import euclidean_info_nce
 from ._hardness import checked_hardness
@@ -216,7 +216,7 @@ def info_nce(
     given.update({"negative_pairs": negative_pairs, "col_bias": col_bias, "margin": margin, "smooth": smooth})
     given.update({"label_smoothing": label_smoothing, "hardness": hardness, "z_loss": z_loss, "weight": weight})
     given.update({"metric": metric, "reduction": reduction, "normalize": normalize, "diagnostics": diagnostics})
-    checks.check_choice("info_nce", "metric", metric, (*METRICS, "euclidean"))
+    checks.check_choice("info_nce", "metric", metric, LOGITS)
     if metric == "euclidean":
         del given["metric"]
         return euclidean_info_nce(query, key, negatives, **given)

@@ -15,8 +15,9 @@ from ..core.records import changed
 from ..core.rules import Pairs
 from . import _arguments
 from ._columns import smoothing_share
-from ._distances import METRICS, as_products
+from ._distances import LOGITS, METRICS, as_products
 from ._eager import STACKED, eager_loss, is_off
+from ._euclidean import check_plain, euclidean_softmax
 from ._hardness import checked_hardness
 from ._row_softmax import row_softmax
 from ._sweep import Prepared
@@ -96,7 +97,8 @@ def nt_xent(
             is close counts more. Not with label smoothing, nor with a ``col_bias`` that requires a gradient.
         metric: "dot": inner products, cosines where rows are normalised. "sqeuclidean": minus the squared distances, of
             the normalised rows unless ``normalize=False``, in the dtype of sums; bounds of ``pairs`` and diagnostics
-            are of that. It takes twice as long.
+            are of that. It takes twice as long. "euclidean": minus the distances, of which a mean or a sum with a
+            constant ``weight``, and no other option, is formed in 24 N^2 D operations; differentiable once.
         weight: (N,) weight of each sample, or (2 N,) of each row; the mean divides by its sum. Differentiable.
             0 leaves it out.
         reduction: "mean", "sum" or "none".
@@ -147,7 +149,12 @@ def nt_xent(
     given.update(
         normalize=normalize, metric=metric, diagnostics=diagnostics, memory_budget=memory_budget, backend=backend
     )
-    return prepared_nt_xent(z0, z1, **given).loss()
+    checks.check_choice("nt_xent", "metric", metric, LOGITS)
+    if metric != "euclidean":
+        return prepared_nt_xent(z0, z1, **given).loss()
+    off = ("pairs", "col_bias", "label_smoothing", "smooth", "hardness", "diagnostics")
+    check_plain("nt_xent", reduction, **{each: given[each] for each in off})
+    return euclidean_softmax(prepared_nt_xent(z0, z1, **{**given, "metric": "dot"}))
 
 
 def prepared_nt_xent(
@@ -158,10 +165,11 @@ def prepared_nt_xent(
     smooth: str,
     hardness: float,
     diagnostics: bool,
-    metric: str = "dot",
+    metric: str,
+    shifted: bool = True,
     **shared: Any,
 ) -> Prepared:
-    """`nt_xent`, checked; all of its options are given."""
+    """`nt_xent`, checked; all of its options are given, and whether distances are of rows less a common one."""
     name = "nt_xent"
     checks.check_choice(name, "metric", metric, METRICS)
     views = stacked(name, z0, z1, 0.5, **shared)
@@ -178,6 +186,6 @@ def prepared_nt_xent(
     if metric == "dot":
         return Prepared(row_softmax, views.sweep, views.z, None, options)
     # Rows and columns are not alike, and no half of the matrix is the mirror of the other.
-    x, y = as_products([views.z], [views.z], views.sweep.unit)
+    x, y = as_products([views.z], [views.z], views.sweep.unit, shifted)
     sweep = changed(views.sweep, unit=False)
     return Prepared(row_softmax, sweep, x, y, {**options, "target": views.partner})
