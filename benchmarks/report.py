@@ -32,6 +32,7 @@ class Measurement:
     rounds: int = 0
     peak_extra_mib: float | None = None
     errors: Errors | None = None
+    first_call: float = 0.0  # seconds of the call that was checked
 
 
 def to_row(case: Case, found: Measurement, matmul_gflops: float | None, version: str) -> Row:

@@ -77,7 +77,9 @@ def _checked(provider: Provider, inputs: Inputs, truth: Truth, tolerance: float)
     found = Measurement(provider)
     try:
         step = provider.build(inputs)
+        began = time.monotonic()
         answer = step()
+        found.first_call = time.monotonic() - began
     except ImportError as error:
         found.status = "missing"
         found.note = f"{provider.name}: not installed ({provider.package}): {error}"
@@ -130,7 +132,8 @@ def _measure_time(case: Case, options: Options) -> list[Measurement]:
         if step is not None:
             steps[provider.name] = step
     del truth
-    timings = measure.interleave(steps, rounds=options.rounds, device=case.device, until=options.until)
+    warm = {found.provider.name: found.first_call for found in measurements if case.device == "cpu"}
+    timings = measure.interleave(steps, rounds=options.rounds, device=case.device, until=options.until, warm=warm)
     for found in measurements:
         if found.provider.name in timings:
             found.timing = timings[found.provider.name]

@@ -77,6 +77,10 @@ def test_a_run_ends_with_its_minutes(capsys: pytest.CaptureFixture[str]) -> None
     calls: list[int] = []
     timings = measure.interleave({"a": lambda: calls.append(1) or time.sleep(0.06)}, rounds=5, until=time.monotonic())
     assert len(calls) == 2 and timings["a"].samples == 1  # once warm and one round
+    for seconds, expected in ((1.0, 1), (0.001, 2)):  # a long call that was made is not made again; a short one is
+        calls.clear()
+        measure.interleave({"a": lambda: calls.append(1) or time.sleep(0.06)}, rounds=1, warm={"a": seconds})
+        assert len(calls) == expected
     options = run.Options(rounds=9, quick=True, memory=False, until=time.monotonic())
     assert run.run([TINY], options) == []
     assert "2 not measured" in capsys.readouterr().out
