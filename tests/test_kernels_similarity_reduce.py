@@ -116,7 +116,7 @@ def test_sets_targets_and_lists_in_one_sweep(monkeypatch, itself, seed):
         "logsumexp",
         Fold("logsumexp", scale=inputs.leaf(inputs.n), pairs=inputs.pairs("differ", "log_weight")),
         Fold("max", pairs=inputs.pairs("exclude"), negate=True),
-        Fold("sum_softplus", scale=-0.5, negate=True),
+        Fold("sum_softplus", scale=-0.5, negate=True, bias=0.3),
     )
     options = {
         "x": inputs.x,

@@ -359,6 +359,44 @@ def test_folds_of_one_sweep_equal_single_calls(backend):
         assert torch.equal(value, alone)
 
 
+@pytest.mark.parametrize("dim", [(0, 1), (1,), (0,)])
+@pytest.mark.parametrize("self_similarity", [False, True])
+def test_a_bias_of_each_fold(backend, self_similarity, dim):
+    """Numbers and vectors; folds that share one share a set, and its target and lists have the call's bias alone."""
+    inputs = Inputs(70, 61, 5, self_similarity=self_similarity, seed=4)
+    scale, bias = torch.tensor(0.9, dtype=DOUBLE, requires_grad=True), inputs.leaf(inputs.n)
+    of_rows, pairs = inputs.random(inputs.n), Pairs(**inputs.pairs("differ"))
+    folds = (
+        "logsumexp",
+        Fold("sum_relu", bias=0.7),
+        Fold("sum_relu", bias=torch.tensor(-0.4, dtype=DOUBLE), negate=True, pairs=Pairs(diagonal=0)),
+        Fold("logsumexp", bias=of_rows, scale=inputs.leaf(inputs.n)),
+        Fold("sum_softplus", bias=of_rows, pairs=pairs),
+        Fold("max", bias=of_rows, pairs=pairs),
+        Fold("count", bias=0.7),
+    )
+    options = {"scale": scale, "row_bias": bias, "reduce": folds, "dim": dim, "linear": inputs.lists(5, weights=True)}
+    target = torch.randint(inputs.m, (inputs.n,), generator=inputs.generator)
+    check(inputs, backend, [scale, bias, folds[3].scale], target=target, **options)
+    found = similarity_reduce(inputs.x, inputs.y, reduce=(Fold("logsumexp", bias=1e-3), "logsumexp"), backend=backend)
+    torch.testing.assert_close(found.rows[0] - found.rows[1], torch.full((inputs.n,), 1e-3, dtype=DOUBLE))
+
+
+def test_biases_of_folds_that_there_are_not():
+    x = torch.randn(3, 4)
+    with pytest.raises(ValueError, match="Fold: bias must"):
+        Fold("sum", bias=float("nan"))
+    with pytest.raises(ValueError, match="Fold: bias must not require a gradient"):
+        Fold("sum", bias=torch.zeros(3, requires_grad=True))
+    with pytest.raises(ValueError, match=r"similarity_reduce: bias of a fold must be one number or have shape \(3,\)"):
+        similarity_reduce(x, reduce=(Fold("sum", bias=torch.zeros(4)),))
+    weights = Pairs(
+        log_weight=(torch.zeros(1, 1), torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
+    )
+    with pytest.raises(NotImplementedError, match="similarity_reduce: pairs.log_weight must be None for a fold with a"):
+        similarity_reduce(x, reduce=(Fold("sum", bias=1.0, pairs=weights),))
+
+
 def test_gradcheck(backend):
     inputs = Inputs(5, 6, 3)
     ids = inputs.ids(5, 2), inputs.ids(6, 2)

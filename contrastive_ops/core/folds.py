@@ -15,7 +15,7 @@ from .rules import Pairs
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """One fold of a similarity matrix, with a scale, pairs and a sign of its own.
+    """One fold of a similarity matrix, with a scale, a bias, pairs and a sign of its own.
 
     Args:
         name: what a row (or column) of logits becomes; ``l`` are the logits of the pairs that take part:
@@ -35,18 +35,25 @@ class Fold:
         pairs: replaces the call's pairs for this fold.
         negate: fold -l in place of l: ``Fold("max", negate=True)`` is minus the smallest logit, and
             ``Fold("sum_softplus", negate=True)`` the sum of -log sigmoid(l).
+        bias: added to the logits of this fold, beside the call's biases: float, 0-d or (N,) tensor; a constant, such as
+            a margin. What needs a gradient is a ``row_bias`` of the call. Not with ``log_weight`` in its pairs.
     """
 
     name: str
     scale: float | Tensor | None = None
     pairs: Pairs | None = None
     negate: bool = False
+    bias: float | Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check what does not depend on the matrices."""
         checks.check_choice("Fold", "name", self.name, tuple(FOLDS))
         if self.pairs is not None and not isinstance(self.pairs, Pairs):
             raise TypeError(f"Fold: pairs must be Pairs or None, got {type(self.pairs).__name__}")
+        if isinstance(self.bias, Tensor):
+            checks.check_constant("Fold", "bias", self.bias)
+        elif self.bias is not None:
+            checks.number("Fold", "bias", self.bias, "(-inf, inf)")
 
 
 @named

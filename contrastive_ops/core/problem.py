@@ -19,7 +19,7 @@ import enum
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -204,7 +204,7 @@ class LogitSets:
         self.problem, self.unit = problem, unit
         self.sets: list[LogitSet] = []
         self._scales: list[Tensor] = []
-        self._known: list[tuple[float | Tensor, Pairs | None, bool, bool]] = []
+        self._known: list[tuple[Any, ...]] = []
         self._resolved: list[tuple[Pairs, dict[Slot, Tensor]]] = []
 
     def add(
@@ -214,13 +214,12 @@ class LogitSets:
         negate: bool = False,
         of_columns: bool = False,
         linear: tuple[Tensor, ...] | None = None,
+        bias: float | Tensor | None = None,
     ) -> int:
         """Return the number of the set, which is made if there is none like it."""
-        for index, (known_scale, known_pairs, *known) in enumerate(self._known):
-            # Identity of tensors by `is`: a traced program would be bound to the number that id() returns.
-            same_number = isinstance(scale, (float, int)) and isinstance(known_scale, (float, int))
-            same_scale = scale == known_scale if same_number else scale is known_scale
-            if same_scale and pairs is known_pairs and tuple(known) == (negate, of_columns):
+        for index, (known_scale, known_bias, known_pairs, *known) in enumerate(self._known):
+            same = _is_same(scale, known_scale) and _is_same(bias, known_bias)
+            if same and pairs is known_pairs and tuple(known) == (negate, of_columns):
                 return index
         (function, x_name, y_name), x = self.problem.names, self.problem.x
         data = {Slot.UNIT: x.new_empty((0,))} if self.unit and not self.sets else {}
@@ -228,6 +227,8 @@ class LogitSets:
         if pairs is not None:
             data.update(self._rules(pairs))
             diagonal = pairs.diagonal
+        if bias is not None:
+            data.update(self._bias(bias, data))
         if linear is not None:
             data.update(_linear_lists(function, linear, x, self.problem.columns))  # |= cannot be traced by torch 2.6
         if of_columns:
@@ -237,7 +238,7 @@ class LogitSets:
         per_item = ScaleOf.COLUMNS if of_columns else ScaleOf.ROWS
         self.sets.append(LogitSet(per_item if tensor.dim() else ScaleOf.ALL, negate, diagonal, data))
         self._scales.append(tensor.reshape(-1))
-        self._known.append((scale, pairs, negate, of_columns))
+        self._known.append((scale, bias, pairs, negate, of_columns))
         return len(self.sets) - 1
 
     def arguments(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
@@ -262,6 +263,20 @@ class LogitSets:
         self._resolved.append((pairs, data))
         return data
 
+    def _bias(self, bias: float | Tensor, data: dict[Slot, Tensor]) -> dict[Slot, Tensor]:
+        """One more bias of rows, as a table of a class for each row and one of all columns."""
+        function, x = self.problem.names[0], self.problem.x
+        if Slot.LOG_WEIGHT in data:
+            raise NotImplementedError(
+                f"{function}: pairs.log_weight must be None for a fold with a bias, got one\n"
+                "  add the bias to its table"
+            )
+        rows, columns = x.shape[0], self.problem.columns.shape[0]
+        table = checks.scale_tensor(function, bias, self.problem.names[1], x, "bias of a fold")
+        of_rows = torch.arange(rows, device=x.device)
+        of_rows, of_columns = of_rows if table.dim() else torch.zeros_like(of_rows), of_rows.new_zeros(columns)
+        return {Slot.CLASS_ROWS: of_rows, Slot.CLASS_COLS: of_columns, Slot.LOG_WEIGHT: table.reshape(-1, 1)}
+
     def _check_guide(self, function: str, guide: Guide) -> None:
         if self.problem.y is None and guide.gy is not None:
             raise ValueError(
@@ -274,6 +289,12 @@ class LogitSets:
                 f"{function}: pairs.guide must be one guide for all folds of a sweep, got another gx\n"
                 "  call similarity_reduce once per guide"
             )
+
+
+def _is_same(a: object, b: object) -> bool:
+    """Equal numbers, or one tensor: by `is`, for a traced program would be bound to the number that id() returns."""
+    both_numbers = isinstance(a, (float, int)) and isinstance(b, (float, int))
+    return a == b if both_numbers else a is b
 
 
 def _linear_lists(function: str, linear: object, x: Tensor, y: Tensor) -> dict[Slot, Tensor]:

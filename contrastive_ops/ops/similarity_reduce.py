@@ -221,7 +221,7 @@ def similarity_reduce(
         x: (N, D) float32, bfloat16, float16 or float64.
         y: (M, D) of the same dtype; None for self-similarity (y = x) at half the work.
         reduce: what a row or column becomes: "logsumexp", "max", "sum_softplus", "sum_relu", "sum", "count", or a
-            `Fold` with a scale, pairs or sign of its own; a tuple of these shares one sweep and its matmul.
+            `Fold` with a scale, bias, pairs or sign of its own; a tuple of these shares one sweep and its matmul.
         dim: 1 folds each row, 0 folds each column, (0, 1) does both in one sweep.
         scale: float, 0-d tensor, or (N,) tensor with one scale per row. Differentiable.
         col_scale: the scale of the folds of columns where it is another one: float, 0-d or (M,). Differentiable.
@@ -342,11 +342,12 @@ def fold(
         own_scale = scale if each.scale is None else each.scale
         own_pairs = pairs if each.pairs is None else each.pairs
         if by_rows:
-            folds.append(SetFold(sets.add(own_scale, own_pairs, each.negate), each.name, cols=False))
+            folds.append(SetFold(sets.add(own_scale, own_pairs, each.negate, bias=each.bias), each.name, cols=False))
         if by_cols and each.scale is None and col_scale is not None:
-            folds.append(SetFold(sets.add(col_scale, own_pairs, each.negate, of_columns=True), each.name, cols=True))
+            of_columns = sets.add(col_scale, own_pairs, each.negate, of_columns=True, bias=each.bias)
+            folds.append(SetFold(of_columns, each.name, cols=True))
         elif by_cols:
-            folds.append(SetFold(sets.add(own_scale, own_pairs, each.negate), each.name, cols=True))
+            folds.append(SetFold(sets.add(own_scale, own_pairs, each.negate, bias=each.bias), each.name, cols=True))
     layout = sets.layout(*folds)
     arguments = (*sets.arguments(), problem.target, *layout.encode())
     chosen = choose(function, BACKENDS, x, backend, layout)

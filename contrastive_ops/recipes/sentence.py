@@ -340,9 +340,8 @@ def cluster_ns(
     loss = info_nce(x, y, centroids[nearest[:, 1]], temperature=temperature)
     cluster, own = nearest[:, 0], (a * b).sum(1)
     same, size = Pairs(diagonal=0, same=(cluster, cluster)), a.shape[0]
-    sweep = Sweep(("cluster_ns", "x", "y"), 1.0, same)
-    (above,) = sweep.fold(a, b, "sum_relu", row_bias=alpha - own).rows
-    (below,) = sweep.fold(a, b, Fold("sum_relu", negate=True), row_bias=beta - own).rows
+    folds = Fold("sum_relu", bias=alpha), Fold("sum_relu", bias=beta, negate=True)
+    above, below = Sweep(("cluster_ns", "x", "y"), 1.0, same).fold(a, b, *folds, row_bias=-own).rows
     members = torch.bincount(cluster, minlength=centroids.shape[0])
     outside = size**2 - (members * (members - 1)).sum()
     return loss + weight * (above.sum() + below.sum() + alpha * outside) / size**2

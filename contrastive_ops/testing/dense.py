@@ -121,6 +121,9 @@ def dense_reduce(
             if direction == 0 and each.scale is None and col_scale is not None:
                 factor, of_columns = col_scale, True
             logits = logits_of(factor, rules, of_columns)
+            if each.bias is not None:
+                by_row = isinstance(each.bias, Tensor) and each.bias.dim() == 1
+                logits = logits + (each.bias[:, None] if by_row else each.bias)  # type: ignore[index]
             logits = -logits if each.negate else logits
             takes_part = keep
             if rules is not None and rules.fill is not None:
