@@ -6,6 +6,7 @@ Change the import and nothing else:
     from contrastive_ops.integrations.open_clip import ClipLoss
     from contrastive_ops.integrations.lightly import NTXentLoss
     from contrastive_ops.integrations.pytorch_metric_learning import SupConLoss
+    from contrastive_ops.integrations.pylate import Contrastive
     import contrastive_ops.integrations.transformers  # experts_implementation="contrastive_ops"
 
 A class here is a subclass of the one it is named after: constructors, `isinstance`, configurations, state dicts and
