@@ -194,6 +194,10 @@ CALLS = {
         {"n": 3, "m": 4, "d": 5},
         lambda n, m, d, backend: mining.csls(fixed(n, d), fixed(m, d), 2, backend=backend),
     ),
+    "mixtures": (
+        {"n": 3, "k": 2, "d": 5},
+        lambda n, k, d: mining.mixtures(rows(4, d), ids(n, k, 2, below=4), 0.3),
+    ),
     "ratio_margin": (
         {"n": 3, "m": 4, "d": 5},
         lambda n, m, d, backend: mining.ratio_margin(fixed(n, d), fixed(m, d), 2, backend=backend),

@@ -3,6 +3,7 @@
 from ..core.lists import first_of_each
 from ._collapse import collapse
 from ._margins import csls, ratio_margin
+from ._mixtures import mixtures
 from ._rules import NegativeRules
 from ._sampling import Sampling
 from .bank import Entries, MemoryBank
@@ -23,6 +24,7 @@ __all__ = [
     "csls",
     "first_of_each",
     "mine_hard_negatives",
+    "mixtures",
     "ratio_margin",
     "search",
     "still_exact",
