@@ -180,9 +180,9 @@ ROWS = [
      "contrast by an f-divergence: chi squared, Donsker-Varadhan, Jensen-Shannon", "PAPER", [
         ("spectral_contrastive(x, y)",
          "-2 * (x @ y.T).diagonal().mean() + (x @ y.T)[off].square().mean()"),
-        ("similarity_reduce(x, y, pairs=Pairs(diagonal=0)).logsumexp(0) - math.log(N * (N - 1)) - (x * y).sum(1).mean()",
+        ("spectral_contrastive(x, y, divergence='kl')",
          "(x @ y.T)[off].exp().mean().log() - (x @ y.T).diagonal().mean()"),
-        ("F.softplus(-(x * y).sum(1)).mean() + similarity_reduce(x, y, reduce='sum_softplus', pairs=Pairs(diagonal=0)).sum() / (N * (N - 1))",
+        ("spectral_contrastive(x, y, divergence='js')",
          "F.softplus(-(x @ y.T).diagonal()).mean() + F.softplus((x @ y.T)[off]).mean()"),
     ]),
     ("S040", "Contrast Is All You Need",

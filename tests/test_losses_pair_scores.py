@@ -1,5 +1,7 @@
 """Losses of graded pairs, multi-similarity and spectral contrastive, against dense formulas and the libraries."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -128,9 +130,36 @@ def test_spectral_contrastive(normalize):
     check_derivatives(lambda x, y: spectral_contrastive(x, y, normalize=normalize), (leaf(4, 3), leaf(4, 3)))
 
 
+@pytest.mark.parametrize("divergence", ["kl", "js"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_contrast_by_other_divergences(normalize, divergence):
+    x, y = leaf(N, D), leaf(N, D)
+    s = F.normalize(x) @ F.normalize(y).T if normalize else x @ y.T
+    own, others = s.diagonal(), s[~torch.eye(N, dtype=torch.bool)]
+    truth = F.softplus(-own).mean() + F.softplus(others).mean()
+    if divergence == "kl":
+        truth = others.exp().mean().log() - own.mean()
+    options = {"normalize": normalize, "divergence": divergence}
+    check(spectral_contrastive(x, y, **options), truth, [x, y])
+    assert abs(spectral_contrastive(x * 1.001, y * 1.001, divergence=divergence) - truth) > 1e-9
+    check_derivatives(lambda x, y: spectral_contrastive(x, y, **options), (leaf(4, 3), leaf(4, 3)))
+    low = [each.detach().to(torch.bfloat16) for each in (x, y)]
+    wide = spectral_contrastive(*(each.double() for each in low), **options)
+    torch.testing.assert_close(spectral_contrastive(*low, **options).double(), wide, rtol=1e-5, atol=1e-5)
+    large = 1000 * torch.eye(4)
+    found = spectral_contrastive(large, large, divergence=divergence)
+    torch.testing.assert_close(found, torch.tensor(-1e6 if divergence == "kl" else math.log(2)))
+
+
 def test_spectral_contrastive_of_few_rows():
-    assert spectral_contrastive(torch.ones(0, 3), torch.ones(0, 3)).isnan()
-    assert spectral_contrastive(torch.ones(1, 3), torch.ones(1, 3)) == -6
+    for divergence, alone in (("chi2", -6.0), ("kl", -3.0), ("js", math.log1p(math.exp(-3.0)))):
+        assert spectral_contrastive(torch.ones(0, 3), torch.ones(0, 3), divergence=divergence).isnan()
+        x = torch.ones(1, 3, requires_grad=True)
+        found = spectral_contrastive(x, torch.ones(1, 3), divergence=divergence)
+        torch.testing.assert_close(found, torch.tensor(alone))
+        assert torch.autograd.grad(found, x)[0].isfinite().all()
+    with pytest.raises(ValueError, match="spectral_contrastive: divergence must be one of 'chi2', 'kl', 'js'"):
+        spectral_contrastive(torch.ones(2, 3), torch.ones(2, 3), divergence="hellinger")
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------------------
