@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.errors import Errors, errors
 from benchmarks.registry import Answer, Case, Provider, Step, all_cases
-from benchmarks.truth import Errors, errors
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20

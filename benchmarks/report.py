@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks.errors import Errors
 from benchmarks.measure import Timing
 from benchmarks.registry import DTYPE_NAMES, Case, Provider, Target
 from benchmarks.results import Row
-from benchmarks.truth import Errors
 
 # The column a target's metric reads.
 METRIC_COLUMN = {

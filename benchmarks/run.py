@@ -45,9 +45,9 @@ from benchmarks import (
     results,
     small_batches,
 )
+from benchmarks.errors import errors
 from benchmarks.registry import FLOORS, Case, Inputs, Provider, Step, Truth, representatives, select
 from benchmarks.report import Measurement
-from benchmarks.truth import errors
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.errors import errors
 from benchmarks.registry import all_cases, representatives
-from benchmarks.truth import errors
 
 # Several registered cases shrink to one shape; each is measured once, under its shrunk name.
 TIMED = representatives(c for c in all_cases().values() if c.device == "cpu" and "time" in c.measure)

@@ -31,6 +31,7 @@ from benchmarks import (
     tables_reliability,
     targets,
 )
+from benchmarks.errors import Errors, errors
 from benchmarks.registry import (
     FLOORS,
     OURS,
@@ -44,7 +45,6 @@ from benchmarks.registry import (
     all_cases,
     representatives,
 )
-from benchmarks.truth import Errors, errors
 
 CASES = all_cases()
 ON_CPU = [case for case in CASES.values() if case.device == "cpu"]
