@@ -223,6 +223,8 @@ ROWS = [
      "hinge of cosines of drawn negatives", "CODE", [
         ("triplet(x, y, z, margin=0.15, distance='cosine', reduction='sum')",
          "(0.15 - F.cosine_similarity(x, y) + F.cosine_similarity(x, z)).relu().sum()"),
+        ("triplet(F.normalize(x), 0.8 * F.normalize(y), 1.2 * F.normalize(z), margin=0.15, distance='dot')  # a weight of either side",
+         "(0.15 - 0.8 * F.cosine_similarity(x, y) + 1.2 * F.cosine_similarity(x, z)).relu().mean()"),
     ]),
     ("S090", "ConFit v2: Improving Resume-Job Matching using Hypothetical Resume Embedding and Runner-Up Hard-Negative Mining",
      "both directions with negatives of their own; negatives from a band of ranks", "CODE", [

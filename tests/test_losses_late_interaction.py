@@ -181,6 +181,19 @@ def test_a_positive_without_tokens_is_found_nowhere(backend):
     assert all(gradient.isfinite().all() for gradient in found)
 
 
+def test_a_positive_without_tokens_is_found_nowhere_among_others_without_tokens(backend):
+    """Infinite, as for any negatives; other rows do not see it."""
+    q, d = torch.randn(3, 2, 4, requires_grad=True), torch.randn(3, 2, 4, requires_grad=True)
+    nothing = torch.zeros(3, 2, dtype=torch.bool)
+    found = late_interaction(q, TokenSets(d, nothing), reduction="none", backend=backend)
+    assert (found == INF).all()
+    some = torch.tensor([[False] * 2, [True] * 2, [False] * 2])
+    found = late_interaction(q, TokenSets(d, some), reduction="none", backend=backend)
+    assert found.tolist() == [INF, 0.0, INF]
+    dq, dd = torch.autograd.grad(found[1], (q, d))
+    assert dq.isfinite().all() and dd.isfinite().all()
+
+
 def test_gradcheck_and_gradgradcheck(backend):
     queries, documents, own = leaf(3, 2, 4), leaf(3, 3, 4), leaf(3, 2, 2, 4)
 

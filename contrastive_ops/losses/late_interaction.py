@@ -184,7 +184,12 @@ def _row_losses(scores: Tensor, target: Tensor, scale: Tensor) -> Tensor:
     empty = scores == -torch.inf
     logits = (factor[:, None] * scores.masked_fill(empty, 0.0)).masked_fill(empty, -torch.inf)
     positive = logits.gather(1, target[:, None]).squeeze(1)
-    return softplus(_lse(logits.scatter(1, target[:, None], -torch.inf)) - positive)
+    others = _lse(logits.scatter(1, target[:, None], -torch.inf))
+    # Neither its document nor any negative has a token: not the difference of two infinities.
+    nowhere = (positive == -torch.inf) & (others == -torch.inf)
+    return torch.where(
+        nowhere, torch.inf, softplus(torch.where(nowhere, 0.0, others) - positive.masked_fill(nowhere, 0.0))
+    )
 
 
 def _lse(logits: Tensor) -> Tensor:
