@@ -23,7 +23,7 @@ BUILD_INPUTS := $(wildcard setup*.py) pyproject.toml $(shell find csrc -type f 2
 CPP_FILES := $(shell find csrc tests/cuda_host -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
 .DEFAULT_GOAL := help
-.PHONY: help install peers demo limoe limoe-ablation simclr distributed moe-embeddings distill test fuzz mutate docs notebooks wheel lint format bench cores processes bench-peers peer-suites gpu matrix aarch64 clean
+.PHONY: help install peers demo limoe limoe-ablation simclr distributed moe-embeddings distill test fuzz mutate docs notebooks wheel hf-kernels lint format bench cores processes bench-peers peer-suites gpu matrix aarch64 clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -116,6 +116,9 @@ wheel: $(VENV)/.dev ## what `pip install` takes from an index, in dist: a wheel,
 	CONTRASTIVE_OPS_EXT=0 $(RUN) -m pip wheel -q --no-build-isolation --no-deps -w dist .
 	$(RUN) -m build -q --sdist --no-isolation --outdir dist .
 	@ls -l dist
+
+hf-kernels: ## the package as Hugging Face's kernels loads it, pure Python with its Triton kernels, in build/hf-kernels
+	$(PYTHON) .ci/hf_kernels.py $(ARGS)
 
 lint: install ## ruff, mypy and clang-format, nothing is changed
 	$(BIN)/ruff check .

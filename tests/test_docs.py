@@ -43,8 +43,8 @@ def test_blocks_are_python_and_import_what_exists(page):
         tree = ast.parse(block)
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "contrastive_ops":
-                if "integrations" in node.module:
-                    pytest.importorskip(node.module.split(".")[2])
+                if "integrations" in node.module and not importlib.util.find_spec(node.module.split(".")[2]):
+                    continue
                 for name in node.names:
                     assert hasattr(importlib.import_module(node.module), name.name), (node.module, name.name)
 

@@ -66,4 +66,4 @@ def unsupported(x: Tensor) -> list[str]:
 @functools.cache
 def functions(stem: str) -> ModuleType:
     """Return the module with a primitive's launchers, which have the names and arguments of its reference."""
-    return importlib.import_module(f"contrastive_ops.kernels.{stem}")
+    return importlib.import_module(f"..kernels.{stem}", __package__)
