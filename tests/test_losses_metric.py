@@ -101,14 +101,19 @@ def test_distances_of_16_bits_are_those_of_their_numbers(backend):
         torch.testing.assert_close(each, wanted, rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("metric, power", [("sqeuclidean", 2), ("euclidean", 1)])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_distances_of_pytorch_metric_learning(normalize):
-    theirs = pytest.importorskip("pytorch_metric_learning.losses").NTXentLoss
+def test_distances_of_pytorch_metric_learning(normalize, metric, power):
+    theirs = pytest.importorskip("pytorch_metric_learning.losses")
     distance = pytest.importorskip("pytorch_metric_learning.distances").LpDistance
     a, b, labels = far(N, D), far(N, D), torch.arange(N).repeat(2)
-    squared = distance(normalize_embeddings=normalize, p=2, power=2)
-    wanted = theirs(temperature=0.5, distance=squared)(torch.cat([a, b]), labels)
-    check(nt_xent(a, b, temperature=0.5, normalize=normalize, **METRIC), wanted, [a, b])
+    apart_as_theirs = distance(normalize_embeddings=normalize, p=2, power=power)
+    options = {"temperature": 0.5, "normalize": normalize, "metric": metric}
+    wanted = theirs.NTXentLoss(temperature=0.5, distance=apart_as_theirs)(torch.cat([a, b]), labels)
+    check(nt_xent(a, b, **options), wanted, [a, b])
+    labels = labels % 3
+    wanted = theirs.SupConLoss(temperature=0.5, distance=apart_as_theirs)(torch.cat([a, b]), labels)
+    check(sup_con(torch.cat([a, b]), labels, **options), wanted, [a, b])
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
