@@ -196,6 +196,27 @@ def test_winners():
     ranks(3).run(winners)
 
 
+def biased(rank, size):
+    """Folds with biases of their own: one for all rows, and those of this rank's rows."""
+    x, y, bias = torch.randn(5 * size, 4), torch.randn(5 * size, 4), torch.randn(5 * size)
+    here = slice(5 * rank, 5 * rank + 5)
+
+    def folds(own):
+        return co.Fold("sum_relu", bias=0.7, negate=True), co.Fold("logsumexp", bias=own), "logsumexp"
+
+    truth = co.similarity_reduce(x, y, reduce=folds(bias), dim=(0, 1))
+    for schedule in ("gather", "ring"):
+        given = {"reduce": folds(bias[here]), "dim": (0, 1), "schedule": schedule}
+        found = distributed.similarity_reduce(x[here], y[here], **given)
+        for name in ("rows", "cols"):
+            for one, other in zip(getattr(found, name), getattr(truth, name), strict=True):
+                torch.testing.assert_close(one, other[here])
+
+
+def test_biases_of_folds():
+    ranks(3).run(biased)
+
+
 def dies(rank, size, schedule):
     """Rank 1 ends in the middle of a step; what the others are told."""
     x, y = (each.requires_grad_() for each in _pair())
