@@ -17,7 +17,7 @@ from .core import autocast, checks
 from .core.lists import NONE, first_of_each, ranks
 from .core.ordered import in_float64, segment_rows, segment_sums, wide_dtype
 from .core.unit_rows import unit_rows
-from .losses.decorrelation import effective_rank
+from .losses.log_det import effective_rank
 from .ops.similarity_topk import TopK
 
 __all__ = [

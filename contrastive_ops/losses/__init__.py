@@ -15,8 +15,6 @@ from .decorrelation import (
     RunningCovariance,
     barlow_twins,
     covariance_penalty,
-    effective_rank,
-    log_det,
     variance_hinge,
     vicreg,
 )
@@ -31,6 +29,7 @@ from .info_nce import info_nce
 from .late_interaction import late_interaction
 from .linear_softmax import CrossEntropy, LogProb, linear_cross_entropy, linear_kl, linear_log_prob
 from .list_labels import listwise_cross_entropy
+from .log_det import effective_rank, log_det
 from .margin_softmax import arc_face, cos_face, margin_softmax
 from .matryoshka import matryoshka_clip, matryoshka_info_nce, matryoshka_nt_xent
 from .mined import mined_info_nce
