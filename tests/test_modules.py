@@ -114,6 +114,38 @@ def test_meta_device_then_reset_is_a_plain_construction(module):
             torch.testing.assert_close(got[name], value, rtol=0, atol=0)
 
 
+def loaded(module):
+    made = make(type(module))
+    made.load_state_dict(module.state_dict())
+    return made
+
+
+def pickled(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+def value_of(module):
+    """What a module computes, and its state."""
+    torch.manual_seed(5)
+    a, b = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    found = module(*INPUTS[type(module)](a, b)) if type(module) in INPUTS else ()
+    tensors = [each for each in torch.utils._pytree.tree_leaves(found) if isinstance(each, torch.Tensor)]
+    return [each.detach() for each in tensors] + list(state_of(module).values())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, loaded])
+@pytest.mark.parametrize("module", MODULES)
+def test_copies_compute_the_same(module, copied):
+    made = make(module)
+    with torch.no_grad():
+        for each in made.parameters():
+            each.mul_(1.25)  # not what a construction gives
+    other = copied(made)
+    assert other is not made and type(other) is module
+    for mine, theirs in zip(value_of(other), value_of(made), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.fixture(scope="module")
 def mesh():
     from torch.distributed.device_mesh import init_device_mesh

@@ -119,8 +119,9 @@ class VICRegLoss(lightly.VICRegLoss):
 class BarlowTwinsLoss(lightly.BarlowTwinsLoss):
     """`lightly.loss.BarlowTwinsLoss`; see `contrastive_ops.losses.barlow_twins`.
 
-    The original adds 1e-5 to variances. Of rows at least half as many as features the matrix of features against
-    features is the smaller one, nothing can be saved, and the original runs.
+    The original adds 1e-5 to variances. Of rows at least half as many as features nearly all time goes to three
+    products with the matrix of features against features, which is the smaller one: nothing can be saved, and the
+    original runs.
 
     Args:
         *args: as of the original.
