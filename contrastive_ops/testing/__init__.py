@@ -12,6 +12,8 @@ from .samples import (
     dense,
     relative_error,
     sample_problem,
+    sum_error,
+    weight_error,
 )
 
 __all__ = [
@@ -30,4 +32,6 @@ __all__ = [
     "resident_bytes",
     "sample_problem",
     "saved_bytes",
+    "sum_error",
+    "weight_error",
 ]

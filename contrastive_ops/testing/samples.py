@@ -19,6 +19,23 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-6, torch.bfloat16: 4e-3, to
 GRADIENT_ERROR_16_BIT = 5e-3
 
 
+def weight_error(dtype: torch.dtype, lse: float) -> float:
+    """Bound on the relative error of the weights of a row, all alike, where a logsumexp is as large as that.
+
+    Half a unit in the last place is its own, and half of one that of logits, which may all be equal. Gradients may be
+    off by as much of the terms that they are sums of.
+    """
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps * lse
+
+
+def sum_error(dtype: torch.dtype, terms: int) -> float:
+    """What a sum of so many terms, one after the other, may be off by; above `TOLERANCE` from some 600 on.
+
+    Twice the usual: squares of bfloat16 numbers leave one remainder more often than others, and round alike.
+    """
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps * terms**0.5
+
+
 def relative_error(value: Tensor, truth: Tensor) -> float:
     """2-norm of the difference relative to the truth; inf where the two differ in what is not finite."""
     value, truth = value.detach().double(), truth.detach().double()

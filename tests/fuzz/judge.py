@@ -2,7 +2,10 @@
 
     |ours - truth| <= 2 |torch in the same precision - truth| + tolerance
 
-Torch is asked a few times, for numbers that differ in their last digit: one answer may be exact by chance.
+relative to the truth. Torch is asked a few times, for numbers that differ in their last digit: one answer may be exact
+by chance. A gradient that is a sum over results of random weights may be small by chance: then errors are relative to
+the usual size of such a sum. Weights of rows of large logits have an error of their own, `testing.weight_error`,
+and so have long sums, `testing.sum_error`. Differences below the smallest normal number are none.
 """
 
 from __future__ import annotations
@@ -15,12 +18,13 @@ import torch
 from similarity_cases import leaves, mapped
 from torch import Tensor
 
-from contrastive_ops.testing import TOLERANCE
+from contrastive_ops.testing import TOLERANCE, sum_error, weight_error
 
 DOUBLE = torch.float64
 # Gradients that are this small next to results over inputs are what rounding leaves of 0.
 SMALL = 0.1
 DRAWS = 3
+WEIGHTS = 8  # how many random weights of results are drawn for the usual size of a gradient
 
 
 class Difference(AssertionError):
@@ -36,6 +40,8 @@ class Call:
             Results of integers must be equal, the others near, as must their gradients.
         finite: whether gradients are compared; not of numbers that are NaN or infinite.
         size: of what results are differences of, where those may be next to nothing.
+        lse: how large a logsumexp of logits may be.
+        length: of an input, next to which gradients are as large as `size` over it.
         rounds: weights of 16-bit inputs may be rounded as their gradients are, so results are judged alike.
     """
 
@@ -44,6 +50,8 @@ class Call:
     dense: Callable[[Any], Sequence[Tensor]]
     finite: bool = True
     size: float = 0.0
+    lse: float = 1.0
+    length: Callable[[Tensor], float] = lambda t: _size([t])
     rounds: bool = False
 
 
@@ -83,11 +91,14 @@ def _answers(function: Callable[[Any], Sequence[Tensor]], inputs: Any, finite: b
 
 def _distance(value: Tensor, truth: Tensor, floor: float) -> float:
     """2-norm of the difference relative to the truth, or to `floor`; inf where they differ in what is not finite."""
+    smallest = torch.finfo(torch.promote_types(value.dtype, torch.float32)).tiny
     value, truth = value.detach().double(), truth.detach().double()
     finite = truth.isfinite()
     if not torch.equal(value.isfinite(), finite):
         return float("inf")
-    difference, size = (value - truth)[finite].norm().item(), max(truth[finite].norm().item(), floor)
+    # Instructions take what is smaller for 0, or give 0 for it.
+    apart = ((value - truth)[finite].abs() - smallest).clamp(min=0)
+    difference, size = apart.norm().item(), max(truth[finite].norm().item(), floor)
     return difference / size if size else difference
 
 
@@ -99,8 +110,8 @@ def judge(call: Call, seed: int) -> int:
         raise Difference(f"{len(ours)} results and gradients instead of {len(truth)}")
     count = len(truth) - (len(leaves(call.inputs)) if call.finite else 0)
     size = max(_size(truth[:count]), call.size)
-    floors = [SMALL * call.size] * count + [SMALL * size / max(_size([t]), 1e-300) for t in leaves(call.inputs)]
-    dtypes = _dtypes(call)
+    floors = [SMALL * call.size] * count + [SMALL * size / max(call.length(t), 1e-300) for t in leaves(call.inputs)]
+    dtypes, longest = _dtypes(call), _longest_row(call)
     others: list[list[Tensor]] = []
     for at, (value, expected, floor) in enumerate(zip(ours, truth, floors[: len(truth)], strict=True)):
         what = f"result {at}" if at < count else f"gradient {at - count}"
@@ -112,15 +123,29 @@ def judge(call: Call, seed: int) -> int:
             continue
         error = _distance(value, expected, floor)
         rounded = at >= count or call.rounds
-        tolerance = TOLERANCE[value.dtype] if not rounded else max(TOLERANCE[each] for each in dtypes | {value.dtype})
+        tolerance = max(TOLERANCE[value.dtype], sum_error(value.dtype, longest))
+        if rounded:
+            tolerance = max(tolerance, *(TOLERANCE[each] for each in dtypes))
         if error <= tolerance:
             continue
+        if at >= count:
+            if _distance(value, expected, floor / SMALL) <= weight_error(value.dtype, call.lse):
+                continue
+            floor = max(floor, _usual_size(call, at, seed))
+            error = _distance(value, expected, floor)
         others = others or _in_torch(call, seed)
         # A gradient is rounded to the inputs' precision, and so are what it is a sum of.
         usual = max(_distance(other[at], expected, floor) for other in (others if rounded else others[:DRAWS]))
         if not error <= 2 * usual + tolerance:
             raise Difference(f"{what} ({value.dtype}) is off by {error:.1e}, plain torch by {usual:.1e}")
     return sum(t.numel() for t in truth[:count])
+
+
+def _usual_size(call: Call, at: int, seed: int) -> float:
+    """Of the true gradient, over random weights of results: root of the mean square."""
+    draws = range(seed + 1, seed + 1 + WEIGHTS)
+    found = [_answers(call.dense, converted(call.inputs, DOUBLE), call.finite, each)[at] for each in draws]
+    return _size(found) / WEIGHTS**0.5
 
 
 def _size(tensors: Sequence[Tensor]) -> float:
@@ -133,6 +158,13 @@ def _dtypes(call: Call) -> set[torch.dtype]:
     found: set[torch.dtype] = set()
     mapped(call.inputs, lambda t: found.add(t.dtype) if t.is_floating_point() else None)
     return found
+
+
+def _longest_row(call: Call) -> int:
+    """The depth of the longest inner product that a call may form."""
+    found = [1]
+    mapped(call.inputs, lambda t: found.append(t.shape[-1]) if t.is_floating_point() and t.dim() > 1 else None)
+    return max(found)
 
 
 def _in_torch(call: Call, seed: int) -> list[list[Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,13 @@ from .cases import One, Refused, Subject
 from .formulas import FORMULAS
 from .judge import Call
 from .layouts import BACKENDS, DTYPES, laid_out, needing
+
+
+def length_of_first_numbers(t: Tensor) -> float:
+    """Of rows whose shortest prefix is one number: gradients are as large as the inverse of that."""
+    if t.dim() < 2 or not t.numel():
+        return t.detach().double().norm().item()
+    return len(t) / t.detach().double()[:, 0].abs().clamp(min=1e-6).reciprocal().norm().item()
 
 
 class Losses(Subject):
@@ -56,5 +64,8 @@ class Losses(Subject):
                 return [case(g, reduction, "reference")]
 
         logits = float(drawn["scale"].detach().max()) if rows and "scale" in drawn else 1.0
-        logits *= 1 if reduction == "mean" else max(rows, 1) ** 0.5
-        return Call(given, lambda g: [case(g, reduction, backend)], dense, size=logits)
+        size = logits * (1 if reduction == "mean" else max(rows, 1) ** 0.5)
+        own = {"length": length_of_first_numbers} if "matryoshka" in loss else {}
+        return Call(
+            given, lambda g: [case(g, reduction, backend)], dense, size=size, lse=logits + math.log(max(rows, 1)), **own
+        )
