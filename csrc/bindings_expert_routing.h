@@ -8,11 +8,14 @@
 namespace contrastive_ops {
 namespace {
 
+// Products and sums of a few sizes below it do not overflow.
+constexpr int64_t kMostCells = INT64_MAX / 16;
+
 void check_range(const Tensor& index, int64_t low, int64_t high, const char* name) {
   const int64_t *at = index.as<int64_t>(), count = index.numel();
   bool outside = false;  // found without a branch, and only then told
   for (int64_t e = 0; e < count; ++e)
-    outside |= static_cast<uint64_t>(at[e] - low) >= static_cast<uint64_t>(high - low);
+    outside |= static_cast<uint64_t>(at[e]) - static_cast<uint64_t>(low) >= static_cast<uint64_t>(high - low);
   for (int64_t e = 0; outside && e < count; ++e) {
     CHECK_VALUE(at[e] >= low && at[e] < high, name, " must be in [", low, ", ", high, "), got ", at[e]);
   }
@@ -58,6 +61,7 @@ struct Router {
     raw.segments = spec.data[6];
     raw.load = spec.data[7] != 0;
     CHECK_VALUE(raw.k >= 1 && raw.k <= E && raw.segments >= 1, "k must be in [1, ", E, "], got ", raw.k);
+    CHECK_VALUE(raw.segments <= kMostCells / std::max<int64_t>(E, 1), "segments must be fewer, got ", raw.segments);
     CHECK_VALUE(raw.expert_groups >= 1 && E % raw.expert_groups == 0, "groups must divide the experts");
     CHECK_VALUE(raw.kept_groups >= 1 && raw.kept_groups <= raw.expert_groups, "kept groups must be in [1, ",
                 raw.expert_groups, "], got ", raw.kept_groups);
@@ -132,7 +136,11 @@ struct Slots {
     const int64_t T = raw.T, group = raw.group_size;
     CHECK_VALUE(group >= 0 && (group ? T % group == 0 : T == 0) && raw.segments >= 1, "groups must divide the tokens");
     CHECK_VALUE(!raw.padded || raw.capacity >= 0, "the padded layout needs a capacity");
-    const int64_t places = raw.E * (group ? T / group : 1) * raw.capacity;
+    const int64_t groups = group ? T / group : 1, few = kMostCells / std::max<int64_t>({groups, raw.segments, 1});
+    CHECK_VALUE(raw.E >= 0 && raw.E <= few, "experts, groups and segments must be fewer, got ", raw.E, " experts");
+    if (!raw.padded) raw.capacity = std::min(raw.capacity, T);  // no expert has more
+    CHECK_VALUE(raw.capacity <= few / std::max<int64_t>(raw.E, 1), "capacity must be less, got ", raw.capacity);
+    const int64_t places = raw.E * groups * std::max<int64_t>(raw.capacity, 0);  // without one below 0
     raw.rows = raw.capacity < 0 ? T * raw.k : raw.padded ? places : std::min(T * raw.k, places);
     slots = empty({T, raw.k}, Type::int64);
     order = empty({raw.rows}, Type::int64);

@@ -48,7 +48,7 @@ struct PrefixTensors {
     raw.normalize = normalize;
     raw.target = target.as<int64_t>();
     raw.has_diagonal = diagonal.has_value();
-    raw.diagonal = diagonal.value_or(0);
+    raw.diagonal = std::clamp(diagonal.value_or(0), -kNoColumn, kNoColumn);
     raw.differ_rows = differ_rows.as<int64_t>();
     raw.differ_cols = differ_cols.as<int64_t>();
   }

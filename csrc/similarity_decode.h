@@ -6,6 +6,7 @@
 //           per fold: set, kind, cols]
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "array.h"
@@ -13,6 +14,9 @@
 #include "slots.h"
 
 namespace contrastive_ops {
+
+// Diagonals are brought within it: beyond every column, and sums with numbers of rows do not overflow.
+constexpr int64_t kNoColumn = INT64_MAX / 2;
 
 // A SimilarityProblem with the sets and folds that it points to. The arrays of pair_data must be contiguous, and live
 // as long as this.
@@ -58,7 +62,7 @@ struct DecodedProblem {
       set.scale_of = static_cast<ScaleOf>(scale_of);
       set.negate = next() != 0;
       set.has_diagonal = next() != 0;
-      set.diagonal = next();
+      set.diagonal = std::clamp(next(), -kNoColumn, kNoColumn);
       Seen seen;
       for (int64_t entries = next(); entries > 0; --entries) {
         const int64_t slot = next();

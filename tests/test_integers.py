@@ -20,7 +20,7 @@ from contrastive_ops import (
 from contrastive_ops.losses import mined_info_nce
 from contrastive_ops.losses.negative_sampling import UnigramSampler
 from contrastive_ops.mining import MemoryBank
-from contrastive_ops.ops import TokenSets, dispatch, grouped_matmul, maxsim, maxsim_pairs, xtr
+from contrastive_ops.ops import TokenSets, dispatch, grouped_matmul, maxsim, maxsim_pairs, similarity_prefix, xtr
 from contrastive_ops.testing.losses import LOSSES
 
 DTYPES = [torch.int32, torch.int16, torch.uint8]
@@ -144,3 +144,23 @@ def test_more_than_there_are():
     assert (held.topk(X, 6).indices[:, 4:] == -1).all()
     torch.testing.assert_close(mined_info_nce(X, X, Y, 20), mined_info_nce(X, X, Y, 9))
     assert UnigramSampler(torch.ones(2))(torch.tensor([0]), 50).eq(1).all()
+
+
+@pytest.mark.parametrize("diagonal", [2**63 - 1, 2**62, 3, -(2**62), -(2**63)])
+def test_a_diagonal_of_any_number(backend, diagonal):
+    """One beyond all columns drops nothing; C++ must not add it to the number of a row."""
+    x, y = torch.randn(2, 3, 4).unbind()
+    pairs = Pairs(diagonal=diagonal)
+    call = {"dim": 1, "backend": backend}
+    assert torch.equal(similarity_reduce(x, y, pairs=pairs, **call), similarity_reduce(x, y, **call))
+    with_pairs, without = (similarity_prefix(x, y, dims=(2, 4), pairs=each, **call) for each in (pairs, None))
+    assert torch.equal(with_pairs.rows, without.rows)
+
+
+@pytest.mark.parametrize("capacity", [2**62, 2**63 - 1])
+def test_a_capacity_of_any_number(backend, capacity):
+    """As many places as there are tokens are enough; C++ must not multiply them by the number of experts."""
+    logits = torch.randn(6, 3)
+    huge, none = (route(logits, 2, capacity=each, backend=backend) for each in (capacity, None))
+    for name in ("experts", "slots", "offsets"):
+        assert torch.equal(getattr(huge, name), getattr(none, name)), name
