@@ -23,7 +23,7 @@ BUILD_INPUTS := $(wildcard setup*.py) pyproject.toml $(shell find csrc -type f 2
 CPP_FILES := $(shell find csrc tests/cuda_host -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
 .DEFAULT_GOAL := help
-.PHONY: help install peers demo limoe limoe-ablation simclr distributed moe-embeddings distill test fuzz mutate docs notebooks wheel hf-kernels lint format bench cores processes bench-peers peer-suites gpu matrix aarch64 clean
+.PHONY: help install peers demo limoe limoe-ablation simclr distributed moe-embeddings distill test fuzz mutate sanitize coverage docs notebooks wheel hf-kernels lint format bench cores processes bench-peers peer-suites gpu matrix aarch64 clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +97,13 @@ fuzz: install ## random calls of everything against dense formulas: CASES (1000)
 
 mutate: install ## plant small faults in a copy of the sources, and say which no test notices; ARGS="--kinds cuda --resume"
 	PYTHONPATH=tests $(RUN) -m faults $(ARGS)
+
+sanitize: install ## the C++ extension under sanitizers: tests of the primitives, the fuzzer; ARGS="--kinds thread --cases 50"
+	PYTHONPATH=tests $(RUN) -m sanitizers $(ARGS)
+
+coverage: install ## which lines of Python and of C++ the tests run, in build/coverage; ARGS="tests/test_maxsim.py"
+	$(RUN) -m pip install --no-compile --disable-pip-version-check -q -r requirements/coverage.txt
+	$(RUN) .ci/covered.py $(ARGS)
 
 docs: install ## the documentation site, in build/site; a link or an argument that does not exist is an error
 	$(RUN) -m pip install --no-compile --disable-pip-version-check -q -r requirements/docs.txt

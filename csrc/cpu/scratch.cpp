@@ -14,8 +14,12 @@
 namespace contrastive_ops {
 namespace {
 
-constexpr size_t kLine = 64;  // in front of what is handed out: its size, and the next block of the list
+constexpr size_t kLine = 64;       // in front of what is handed out: its size, and the next block of the list
+#if defined(__SANITIZE_ADDRESS__)  // a sanitizer sees the bounds of fresh memory alone
+constexpr size_t kMostKept = 0, kLargest = kMostKept / 4;
+#else
 constexpr size_t kMostKept = size_t{64} << 20, kLargest = kMostKept / 4;
+#endif
 constexpr int kSteps = 4;  // sizes from one power of two to the next: a quarter is lost at most
 constexpr int kSizes = 4 * 24;
 

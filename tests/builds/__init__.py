@@ -110,7 +110,7 @@ class Build:
             libraries += [f"-Wl,-rpath,{path}" for path in arguments["library_dirs"]]
             libraries += [f"-l{library}" for library in arguments["libraries"]]
         new = target.with_suffix(".new")
-        run([*_compiler(), "-shared", *self.flags, *objects, *libraries, "-o", str(new)], self.tree)
+        run([*compiler(), "-shared", *self.flags, *objects, *libraries, "-o", str(new)], self.tree)
         new.replace(target)  # a process that has the old one keeps it
         made_of.write_text("\n".join(objects))
 
@@ -161,11 +161,11 @@ class Build:
             f"-D{name}={value}" for name, value in (*setup_cpu.amx_macro(), *setup_cpu.has_macros(setup_cpu.levels()))
         ]
         places = [word for path in includes for word in (("-isystem", path) if system else (f"-I{path}",))]
-        return (*_compiler(), *flags, *self.flags, *macros, *places)
+        return (*compiler(), *flags, *self.flags, *macros, *places)
 
 
 @functools.cache
-def _compiler() -> tuple[str, ...]:
+def compiler() -> tuple[str, ...]:
     found = setup_cpu.find_compiler()
     if found is None:
         raise RuntimeError("a C++ compiler must be found")
