@@ -27,9 +27,8 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 X86_LEVELS["avx512"] = [*X86_LEVELS["avx2"], *AVX512]
 X86_LEVELS["avx512_bf16"] = [*X86_LEVELS["avx512"], "-mavx512bf16"]
 X86_LEVELS["amx"] = [*X86_LEVELS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
-# Every processor of this architecture has NEON. GCC notes each pair of numbers that a function returns: compilers of
-# before GCC 10 passed them in other registers, and their objects are not linked with these.
-ARM_LEVELS: dict[str, list[str]] = {"neon": ["-Wno-psabi"], "neon_bf16": ["-Wno-psabi", "-march=armv8.2-a+bf16"]}
+# Every processor of this architecture has NEON.
+ARM_LEVELS: dict[str, list[str]] = {"neon": [], "neon_bf16": ["-march=armv8.2-a+bf16"]}
 # What the sources are told about a level beside LEVEL, its namespace. LEVEL_BELOW has what a level leaves to another.
 LEVEL_MACROS: dict[str, list[tuple[str, str]]] = {
     "default": [("VECTOR_BYTES", "16")],
@@ -108,6 +107,11 @@ def first_error(output: str, status: int) -> str:
 def architecture() -> str:
     """What is built for, which is not always this machine: x86_64, aarch64 or arm64, universal2 (both), or another."""
     return sysconfig.get_platform().rpartition("-")[2]
+
+
+# GCC notes each pair of numbers that a function returns: compilers of before GCC 10 passed them in other registers, and
+# their objects are not linked with these.
+COMMON_FLAGS += ["-Wno-psabi"] if architecture() in ("aarch64", "arm64") else []
 
 
 @functools.cache
