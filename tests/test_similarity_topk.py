@@ -163,6 +163,14 @@ def test_a_row_gets_its_k_best_wherever_there_are_so_many(backend):
     assert found.indices[:, 0].tolist() == [199, 60, 49]
 
 
+def test_excluded_columns_of_the_first_block_set_no_threshold(backend):
+    """The best of the first columns are excluded: whatever is left lies below what those would ask for."""
+    x, y = torch.ones(3, 1), 2000 - torch.arange(2000.0)[:, None]
+    listed = torch.tensor([0, 40, 40, 60]), torch.cat([torch.arange(40), torch.arange(20)])
+    found = similarity_topk(x, y, 5, pairs=Pairs(exclude=listed), backend=backend)
+    assert found.indices.tolist() == [[*range(first, first + 5)] for first in (40, 0, 20)]
+
+
 def test_scale_and_biases(backend):
     x, y = integers(9, 5), integers(200, 5, seed=1)
     scale = torch.tensor([1.0, 2.0, -1.0, 0.0, 4.0, -2.0, 1.0, 1.0, 8.0])

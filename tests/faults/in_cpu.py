@@ -151,8 +151,8 @@ FAULTS = [
         "csrc/cpu/similarity_gradients.h",
         "for (int64_t q = d; q < count; ++q) to[q] += weight * last[q - d];",
         "for (int64_t q = d; q + 1 < count; ++q) to[q] += weight * last[q - d];",
-        ("tests/test_decided_rows.py", REDUCE, "-k", "cpu and (decided or rows or values_and_gradients)"),
-        stems=("similarity_reduce",),
+        ("tests/test_similarity_values.py", "-k", "cpu and (sums_and_gradients or bounds)"),
+        stems=("similarity_values",),
     ),
     Fault(
         "a maximum that fill made and that has a gradient",
@@ -214,7 +214,7 @@ FAULTS = [
         "csrc/cpu/similarity_topk.cpp",
         "return out.k + set.has_diagonal + (lists ? lists[owner + 1] - lists[owner] : 0);",
         "return out.k + set.has_diagonal;",
-        (TOPK, "-k", "cpu and (wherever or any_rules)"),
+        (TOPK, "-k", "cpu and (wherever or any_rules or set_no_threshold)"),
     ),
     # ---- Experts -----------------------------------------------------------------------------------------------------
     Fault(
