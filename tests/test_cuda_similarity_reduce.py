@@ -236,11 +236,13 @@ def test_chunks_of_several_tiles(monkeypatch, n, m, rules):
 
 @pytest.mark.parametrize("dim", [(1,), (0,), (0, 1)])
 @pytest.mark.parametrize("kind", ["logsumexp", "sum_softplus", "sum_relu"])
-def test_tiles_of_more_rows_than_warps_take_at_a_time(monkeypatch, kind, dim):
+@pytest.mark.parametrize("rules", [(), ("differ",)], ids=["plain", "general"])
+def test_tiles_of_more_rows_than_warps_take_at_a_time(monkeypatch, rules, kind, dim):
     large_chunks(monkeypatch)
     monkeypatch.setattr(_chunks, "BLOCKS", 1)
     inputs = Inputs(69, 35, 3)
     options = {"reduce": (kind,), "dim": dim, "target": inputs.target(), "row_bias": inputs.leaf(69)}
+    options["pairs"] = inputs.pairs(*rules) if rules else None
     check({"x": inputs.x, "y": inputs.y, "scale": inputs.leaf(69), **options})
 
 
