@@ -95,7 +95,7 @@ def interleave(
     calls = {}
     for name in names:
         seconds = (warm or {}).get(name, 0.0)
-        if seconds < SLICE_SECONDS:
+        if seconds < max(SLICE_SECONDS, 1e-9):
             seconds = max(_timed(steps[name], device), 1e-9)
         calls[name] = min(MAX_CALLS, max(1, round(SLICE_SECONDS / seconds)))
     samples: dict[str, list[float]] = {name: [] for name in names}

@@ -363,7 +363,7 @@ def test_calls_from_hooks(backend):
         loss = clip(leaf, y, scale=3.0, backend=backend)
     loss.backward()
     assert torch.equal(leaf.grad, expected)
-    whole = search(x, y, 3, backend=backend)
+    whole = search(x, y, 3, block_rows=7, backend=backend)  # torch's products of other blocks may differ by rounding
     found = search(x, y, 3, block_rows=7, progress=lambda *_: again(search(x, y, 3, backend=backend)), backend=backend)
     assert same(found[:2], whole[:2]) and len(seen) > 3 and all(seen)
 

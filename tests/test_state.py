@@ -4,6 +4,7 @@ The modules with state are the subclasses of `core.state.State`, found by import
 that is registered as a buffer anywhere must be one that such a class names.
 """
 
+import contextlib
 import copy
 import importlib
 import pathlib
@@ -66,7 +67,8 @@ def packages():
 
 def test_all_state_is_known():
     for name in packages():
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError) if ".integrations." in name else contextlib.nullcontext():
+            importlib.import_module(name)
     found, todo = set(), [State]
     while todo:
         todo.extend(each for each in todo.pop().__subclasses__() if each.__module__.startswith("contrastive_ops"))
