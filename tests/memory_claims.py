@@ -397,7 +397,7 @@ def _routed(tokens: int, experts: int, backend: str) -> Any:
     logits = leaf(tokens, experts)
     losses_of = ("switch", "z", "importance")
     run = lambda: co.route(logits, 2, losses=losses_of, backend=backend).loss  # noqa: E731
-    return run, 4 * size(logits) + numbers(20 * tokens) + numbers(16 * experts)  # a block is up to 16 tokens
+    return run, 4 * size(logits) + numbers(20 * tokens + 4 * experts)  # the last: of a block of tokens, with slack
 
 
 def _chosen(tokens: int, experts: int, backend: str) -> Any:

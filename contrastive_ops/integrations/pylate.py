@@ -27,8 +27,10 @@ scores = third_party("pylate.scores", "pylate")
 __all__ = ["CachedContrastive", "ColBERTScores", "Contrastive", "Distillation", "colbert_kd_scores"]
 
 
-def _runs_elsewhere(name: str, backend: str | None) -> bool:
-    """Whether another implementation of the scores is asked for by name."""
+def _runs_elsewhere(name: str, embeddings: tuple[Any, Any], backend: str | None) -> bool:
+    """Whether the original is to run: of what is no tensor, or where another implementation is asked for by name."""
+    if not all(isinstance(each, Tensor) for each in embeddings):
+        return True
     asked = (backend or os.environ.get("PYLATE_SCORES_BACKEND", "auto")).lower()
     if asked != "auto":
         runs_original(name, f"backend={asked!r}")
@@ -61,10 +63,9 @@ class ColBERTScores(scores.ColBERTScores):
         documents_mask: Tensor | None = None,
         backend: str | None = None,
     ) -> Tensor:
-        tensors = isinstance(queries_embeddings, Tensor) and isinstance(documents_embeddings, Tensor)
-        if not tensors or _runs_elsewhere("ColBERTScores", backend):
-            given = queries_embeddings, documents_embeddings, queries_mask, documents_mask, backend
-            found: Tensor = super().__call__(*given)
+        given = queries_embeddings, documents_embeddings
+        if _runs_elsewhere("ColBERTScores", given, backend):
+            found: Tensor = super().__call__(*given, queries_mask, documents_mask, backend)
             return found
         mask = None if documents_mask is None else documents_mask.flatten(0, 1)
         documents = _sets(documents_embeddings.flatten(0, 1), mask)
@@ -80,10 +81,9 @@ def colbert_kd_scores(
     backend: str | None = None,
 ) -> Tensor:
     """`pylate.scores.colbert_kd_scores`: the scores of each query with its own (N, K, L, D) documents."""
-    tensors = isinstance(queries_embeddings, Tensor) and isinstance(documents_embeddings, Tensor)
-    if not tensors or _runs_elsewhere("colbert_kd_scores", backend):
-        given = queries_embeddings, documents_embeddings, queries_mask, documents_mask, backend
-        found: Tensor = scores.colbert_kd_scores(*given)
+    given = queries_embeddings, documents_embeddings
+    if _runs_elsewhere("colbert_kd_scores", given, backend):
+        found: Tensor = scores.colbert_kd_scores(*given, queries_mask, documents_mask, backend)
         return found
     queries = _sets(queries_embeddings, queries_mask)
     return _of_empty(maxsim_pairs(queries, _sets(documents_embeddings, documents_mask)))
