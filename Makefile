@@ -56,8 +56,8 @@ $(VENV)/.install: $(BUILD_INPUTS) $(VENV)/.dev
 	@$(BUILD)
 	@touch $@ $(VENV)/.demo
 
-# What the demo needs: the SIMD levels of this processor, and no kernel for a GPU where none is seen. It is no `install`:
-# the next one compiles the rest.
+# What the demo needs: one SIMD level, and no kernel for a GPU where none is seen. It is no `install`: the next one
+# compiles the rest.
 SEES_GPU := $(wildcard /dev/nvidia*)$(shell command -v nvidia-smi 2>/dev/null)
 $(VENV)/.demo: $(BUILD_INPUTS) $(VENV)/.dev
 	@rm -f $(VENV)/.install

@@ -10,7 +10,8 @@ its Python. Four environment variables steer the build:
                           its major version is found, else CPU only; 1: fail without them; 0: CPU only
     CONTRASTIVE_OPS_WHEEL auto (default): for this machine; 1: one extension for every Python from 3.10 on and
                           for every Linux from glibc 2.28 on (`make wheel`)
-    CONTRASTIVE_OPS_NATIVE auto (default): every SIMD level; 1: those that this processor uses (`make demo`)
+    CONTRASTIVE_OPS_NATIVE auto (default): everything; 1: what is compiled soonest (`make demo`): one SIMD level, that
+                          of this processor, and no module with torch headers, without which small batches take longer
 
 CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LIST the GPUs (see ``setup_cuda.py``). The torch is that
 of the interpreter that gets the package, in an isolated build too (see ``setup_torch.py``).
@@ -364,7 +365,7 @@ def build_arguments() -> dict:
     if PLAN.reason is None:
         print(f"contrastive_ops: building {PLAN.summary}", flush=True)
         return {
-            "ext_modules": [make_extension(PLAN), *make_eager(ROOT, IS_WHEEL)],
+            "ext_modules": [make_extension(PLAN), *([] if IS_NATIVE else make_eager(ROOT, IS_WHEEL))],
             "libraries": make_libraries(PLAN),
             "cmdclass": {**commands, "build_clib": BuildClib, "build_ext": BuildExt},
         }

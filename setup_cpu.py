@@ -136,17 +136,12 @@ def levels() -> dict[str, list[str]]:
 
 
 # What /proc/cpuinfo calls what the sources ask the processor for.
-PROC_FLAGS = {
-    "avx2": {"avx2", "fma"},
-    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
-    "avx512_bf16": {"avx512_bf16"},
-    "amx": {"amx_tile", "amx_bf16"},
-}
+PROC_FLAGS: dict[str, set[str]] = {"default": set(), "avx2": {"avx2", "fma"}}
+PROC_FLAGS["avx512"] = {*PROC_FLAGS["avx2"], "avx512f", "avx512bw", "avx512vl", "avx512dq"}
 
 
 def native_levels(cpuinfo: str) -> dict[str, list[str]]:
-    """Of the levels of a build the best of this processor, what it leaves to another, and the lowest; all where it is
-    not known, as on ARM, which has two.
+    """Of the levels of a build the best of this processor that leaves nothing to another; all where it is not known.
 
     Args:
         cpuinfo: what Linux says in /proc/cpuinfo; empty elsewhere.
@@ -155,13 +150,10 @@ def native_levels(cpuinfo: str) -> dict[str, list[str]]:
     found = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
     if found is None or architecture() != "x86_64":
         return every
-    names, has = ["default"], set(found[1].split())
-    for level in [*every][1:]:
-        if not PROC_FLAGS[level] <= has:
-            break
-        names.append(level)
-    below = dict(LEVEL_MACROS[names[-1]]).get("LEVEL_BELOW", "").removeprefix("level_")
-    return {name: flags for name, flags in every.items() if name in ("default", below, names[-1])}
+    has = set(found[1].split())
+    whole = [level for level in every if "LEVEL_BELOW" not in dict(LEVEL_MACROS[level])]
+    best = [level for level in whole if PROC_FLAGS[level] <= has][-1]
+    return {best: every[best]}
 
 
 # Has the compiler write down the headers of an object. Not on macOS, where one command may be for two architectures.

@@ -236,6 +236,10 @@ PyMODINIT_FUNC PyInit__C() {
                     "  torch serves one interpreter; start a process in place of an interpreter");
     return nullptr;
   }
+  if (const std::string why = contrastive_ops::why_not_this_processor(); !why.empty()) {
+    PyErr_SetString(PyExc_ImportError, why.c_str());
+    return nullptr;
+  }
   try {
     contrastive_ops::use_running_torch();
     contrastive_ops::between_tasks = contrastive_ops::run_signal_handlers;

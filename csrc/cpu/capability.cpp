@@ -22,20 +22,23 @@ namespace contrastive_ops {
 namespace {
 constexpr const char* kNames[] = {"default", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16"};
 
-// The build says by CONTRASTIVE_OPS_HAS_<LEVEL> which levels it has beside the lowest.
+// The build says by CONTRASTIVE_OPS_HAS_<LEVEL> which levels it has.
 #if defined(__x86_64__)
-constexpr Capability kLevels[] = {Capability::standard,
+constexpr Capability kLevels[] = {
+#ifdef CONTRASTIVE_OPS_HAS_DEFAULT
+    Capability::standard,
+#endif
 #ifdef CONTRASTIVE_OPS_HAS_AVX2
-                                  Capability::avx2,
+    Capability::avx2,
 #endif
 #ifdef CONTRASTIVE_OPS_HAS_AVX512
-                                  Capability::avx512,
+    Capability::avx512,
 #endif
 #ifdef CONTRASTIVE_OPS_HAS_AVX512_BF16
-                                  Capability::avx512_bf16,
+    Capability::avx512_bf16,
 #endif
 #ifdef CONTRASTIVE_OPS_HAS_AMX
-                                  Capability::amx
+    Capability::amx
 #endif
 };
 #elif defined(__aarch64__)
@@ -98,6 +101,13 @@ Capability detected_capability() {
 #endif
 }
 
+std::string why_not_this_processor() {
+  if (detected_capability() >= kLevels[0]) return "";
+  return "contrastive_ops._C: the processor must have " + std::string(capability_name(kLevels[0])) +
+         ", the lowest SIMD level that was built, got " + capability_name(detected_capability()) +
+         "\n  install again on this machine: `make install` builds every level";
+}
+
 std::string capability_names() {
   std::string names;
   for (const Capability level : kLevels) names += std::string(names.empty() ? "" : " ") + capability_name(level);
@@ -128,6 +138,13 @@ Capability capability() {
 }
 
 // The functions of a primitive for the level in use.
+#ifdef CONTRASTIVE_OPS_HAS_DEFAULT
+#define CONTRASTIVE_OPS_CASE_DEFAULT(stem) \
+  case Capability::standard:               \
+    return level_default::stem();
+#else
+#define CONTRASTIVE_OPS_CASE_DEFAULT(stem)
+#endif
 #ifdef CONTRASTIVE_OPS_HAS_AVX2
 #define CONTRASTIVE_OPS_CASE_AVX2(stem) \
   case Capability::avx2:                \
@@ -169,8 +186,9 @@ Capability capability() {
   CONTRASTIVE_OPS_CASE_AVX512_BF16(stem) \
   CONTRASTIVE_OPS_CASE_AVX512(stem)      \
   CONTRASTIVE_OPS_CASE_AVX2(stem)        \
+  CONTRASTIVE_OPS_CASE_DEFAULT(stem)     \
   default:                               \
-    return level_default::stem();
+    break;
 #elif defined(__aarch64__)
 #define CONTRASTIVE_OPS_LEVELS(stem)   \
   CONTRASTIVE_OPS_CASE_NEON_BF16(stem) \
@@ -184,6 +202,7 @@ Capability capability() {
 #define CONTRASTIVE_OPS_OF_LEVEL(Functions, stem)          \
   Functions stem##_cpu() {                                 \
     switch (capability()) { CONTRASTIVE_OPS_LEVELS(stem) } \
+    throw std::logic_error("a level that was not built");  \
   }
 CONTRASTIVE_OPS_PRIMITIVES(CONTRASTIVE_OPS_OF_LEVEL)
 

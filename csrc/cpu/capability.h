@@ -13,6 +13,8 @@ Capability detected_capability();
 // value that is no level.
 Capability capability();
 const char* capability_name(Capability level);
+// Why nothing of this build can run here; empty where something can.
+std::string why_not_this_processor();
 // Names of the levels of this build, the lowest first, with spaces between.
 std::string capability_names();
 
