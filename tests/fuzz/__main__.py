@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import provenance
 from contrastive_ops.core import extension
 
-from .children import Report, run_in_children
+from .children import SECONDS_OF_A_CASE, Report, run_in_children
 from .subjects import SUBJECTS
 
 
@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("--backend", help="one backend alone; triton needs TRITON_INTERPRET=1")
     parser.add_argument("--dtype", help="one dtype alone")
     parser.add_argument("--level", help="at most this SIMD level in all cases")
+    parser.add_argument("--seconds", type=int, default=SECONDS_OF_A_CASE, help="of one case; one that takes more fails")
     parser.add_argument("--save", type=Path, help="a JSON file, such as benchmarks/results/fuzz.json")
     given = parser.parse_args()
     names = ("backend", "dtype", "level")
@@ -43,12 +44,17 @@ def main() -> int:
     subjects = {name: SUBJECTS[name] for name in given.subjects}
     module: Any = extension.load()
     level = "no extension" if module is None else module.cpu_capability()
+    if given.backend is not None:
+        level = f"{given.backend} alone"  # a run of its own beside that of the same seed
 
     def keep(report: Report) -> None:
         if given.save:
             save(given.save, given.seed, level, report)
 
-    report = run_in_children(subjects, given.cases, given.seed, fixed, lambda text: print(text, flush=True), keep)
+    def tell(text: str) -> None:
+        print(text, flush=True)
+
+    report = run_in_children(subjects, given.cases, given.seed, fixed, tell, keep, given.seconds)
     print(
         f"seed {given.seed}, {level}: {report.drawn} cases drawn, {report.refused} refused, {report.empty} without a "
         f"number, {report.compared.total()} compared, {len(report.failed)} failed: {dict(report.compared)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import json
 import os
 import random
@@ -21,10 +22,11 @@ CASES_OF_A_CHILD = 250
 SECONDS_OF_A_CASE = 300
 
 
-def _in_child(cases: Sequence[Case]) -> Iterator[str | None]:
+def _in_child(cases: Sequence[Case], seconds: int = SECONDS_OF_A_CASE) -> Iterator[str | None]:
     """What `attempt` says of one case after another; the last may be the signal that ended the child.
 
-    The process that calls must not have used threads: its children would wait for them.
+    A case that takes more seconds is ended by SIGALRM. The process that calls must not have used threads: its
+    children would wait for them.
     """
     source, to = os.pipe()
     child = os.fork()
@@ -33,7 +35,7 @@ def _in_child(cases: Sequence[Case]) -> Iterator[str | None]:
         code = 1
         try:
             for case in cases:
-                signal.alarm(SECONDS_OF_A_CASE)
+                signal.alarm(seconds)
                 said = attempt(case)
                 signal.alarm(0)
                 os.write(to, f"{json.dumps(said)}\n".encode())
@@ -56,9 +58,9 @@ def _in_child(cases: Sequence[Case]) -> Iterator[str | None]:
         yield "ended the process"
 
 
-def attempt_in_child(case: Case) -> str | None:
+def attempt_in_child(case: Case, seconds: int = SECONDS_OF_A_CASE) -> str | None:
     """As `attempt`, also where the case ends the process."""
-    return next(iter(_in_child([case])), None)
+    return next(iter(_in_child([case], seconds)), None)
 
 
 @dataclass
@@ -107,19 +109,23 @@ def run_in_children(
     fixed: Mapping[str, Any] | None = None,
     tell: Callable[[str], object] = lambda text: None,
     progress: Callable[[Report], object] = lambda report: None,
+    seconds: int = SECONDS_OF_A_CASE,
 ) -> Report:
-    """Draw cases until as many were compared; `progress` is called now and then with what was found so far."""
+    """Draw cases until as many were compared; `progress` is called now and then with what was found so far.
+
+    A case that takes more than `seconds` is a finding.
+    """
     rng, report, began = random.Random(seed), Report(), time.monotonic()
     while report.compared.total() < cases:
         todo = [draw_case(subjects, rng, fixed) for _ in range(CASES_OF_A_CHILD)]
         while todo and report.compared.total() < cases:
             at = 0
-            for said in _in_child(todo):
+            for said in _in_child(todo, seconds):
                 case, at = todo[at], at + 1
                 report.add(case, said)
                 if said not in FINE:
                     tell(f"{case.reproducer()}\n    {said}")
-                    simple, message = shrunk(case, attempt=attempt_in_child)
+                    simple, message = shrunk(case, attempt=functools.partial(attempt_in_child, seconds=seconds))
                     report.failed.append((simple.reproducer(), message))
                     tell(f"  simpler: {simple.reproducer()}\n    {message}")
                 if report.compared.total() >= cases:
