@@ -84,6 +84,18 @@ def reduce_cases(backend, dtype):
                 )
 
 
+def vector_cases(backend, dtype):
+    """One number for each row or column, in a single fold: soon done where an interpreter is slow."""
+    n, m, d = SIZES[0]
+    inputs = Inputs(n, m, d, dtype=dtype)
+    vectors = {"row_bias": torch.randn(n), "col_bias": torch.randn(m)}
+    for of, size in (("scale", n), ("col_scale", m)):
+        same(
+            lambda **given: [similarity_reduce(**given, backend=backend)],
+            {"x": inputs.x.detach(), "y": inputs.y.detach(), **vectors, of: torch.rand(size) + 0.5},
+        )
+
+
 def topk_cases(backend, dtype):
     wide = torch.promote_types(dtype, torch.float32)
     for n, m, d in SIZES:
@@ -166,6 +178,7 @@ def stored_cases(backend, dtype):
 
 
 CASES = {
+    "vectors": vector_cases,
     "reduce": reduce_cases,
     "topk": topk_cases,
     "routing": routing_cases,

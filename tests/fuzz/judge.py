@@ -51,7 +51,7 @@ class Call:
     finite: bool = True
     size: float = 0.0
     lse: float = 1.0
-    length: Callable[[Tensor], float] = lambda t: _size([t])
+    length: Callable[[Tensor], float] = lambda t: size_of([t])
     rounds: bool = False
 
 
@@ -109,7 +109,7 @@ def judge(call: Call, seed: int) -> int:
     if len(ours) != len(truth):
         raise Difference(f"{len(ours)} results and gradients instead of {len(truth)}")
     count = len(truth) - (len(leaves(call.inputs)) if call.finite else 0)
-    size = max(_size(truth[:count]), call.size)
+    size = max(size_of([t for t in truth[:count] if t.is_floating_point()]), call.size)
     floors = [SMALL * call.size] * count + [SMALL * size / max(call.length(t), 1e-300) for t in leaves(call.inputs)]
     dtypes, longest = _dtypes(call), _longest_row(call)
     others: list[list[Tensor]] = []
@@ -145,10 +145,10 @@ def _usual_size(call: Call, at: int, seed: int) -> float:
     """Of the true gradient, over random weights of results: root of the mean square."""
     draws = range(seed + 1, seed + 1 + WEIGHTS)
     found = [_answers(call.dense, converted(call.inputs, DOUBLE), call.finite, each)[at] for each in draws]
-    return _size(found) / WEIGHTS**0.5
+    return size_of(found) / WEIGHTS**0.5
 
 
-def _size(tensors: Sequence[Tensor]) -> float:
+def size_of(tensors: Sequence[Tensor]) -> float:
     """2-norm of all finite numbers."""
     return sum(t.detach().double().nan_to_num(0.0, 0.0, 0.0).square().sum().item() for t in tensors) ** 0.5
 

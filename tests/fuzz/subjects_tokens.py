@@ -25,7 +25,7 @@ from contrastive_ops.ops import (
 )
 
 from .cases import One, Refused, Subject
-from .judge import Call
+from .judge import Call, size_of
 from .layouts import BACKENDS, DEPTHS, DTYPES, Numbers, laid_out, needing
 
 FEW = One((1, 2, 3, 0, 5, 7, 9))
@@ -211,7 +211,9 @@ class Route(Subject):
             mixed = (gates * kept[0]).sum(1, keepdim=True) * g["rows"]
             return [chosen, gates, loss, mixed]
 
-        return Call(given, ours, dense)
+        # The unit of a logit is 1, however large all of them are: one more makes a probability e times as large.
+        units = {id(given["logits"]): max(tokens, 1) ** 0.5}
+        return Call(given, ours, dense, length=lambda t: units.get(id(t)) or size_of([t]))
 
 
 class Layers(Subject):
