@@ -4,7 +4,7 @@
 that no test notices survives: somebody could make it by accident. Each is one line that is replaced; `test_faults.py`
 sees to it that every line is still there, once.
 
-Faults are in files by the code that they are in: `in_cpu.py` and `in_cpu_rules.py` (csrc, one SIMD level), `in_cuda.py`
+Faults are in files by the code that they are in: `in_cpu.py` (csrc, one SIMD level), `in_cuda.py`
 (csrc/cuda, executed on the host), `in_hopper.py` (csrc/cuda/hopper, the same), `in_triton.py` (kernels, in the
 interpreter), `in_python.py`.
 """
