@@ -55,8 +55,7 @@ def check_tensor(function: str, name: str, x: object) -> Tensor:
 def unreadable(x: Tensor) -> tuple[str, str] | None:
     """What kind of tensor `x` is and what to do with it, if no operator can read it."""
     kind = type(x)
-    plain = (kind is Tensor or kind is torch.nn.Parameter) and x.layout is torch.strided and not x.is_nested
-    if plain or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return None
     if x.is_nested:
         return "a nested tensor", "pad it, torch.nested.to_padded_tensor, or give its values() and offsets()"

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ..core import autocast, checks
-from ..core.numerics import softplus
+from ..core.numerics import merge_lse, softplus
 from ..core.rules import Pairs, given
-from ..ops.similarity_reduce import merge_lse
 from . import _arguments
 from ._blocks import DIRECTIONS, Blocks
 from ._columns import check_pairs, partner_similarity

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.folds import Fold
-from ..core.numerics import lse_of_rows, softplus
+from ..core.numerics import lse_of_rows, merge_lse, softplus
 from ..core.records import changed
 from ..core.rules import Pairs
-from ..ops.similarity_reduce import budget_bytes, merge_lse
+from ..ops.similarity_reduce import budget_bytes
 from ..reference.similarity_loss import usual_target
 from . import _arguments
 from ._columns import (

@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from ..core.folds import Fold, Folded, as_fold
+from ..core.numerics import merge_lse
 from ..core.problem import Problem
 from ..core.records import changed
 from ..core.rules import Pairs
 from ..ops.similarity_loss import similarity_loss
-from ..ops.similarity_reduce import fold, merge_lse
+from ..ops.similarity_reduce import fold
 
 
 @dataclass(frozen=True, eq=False)

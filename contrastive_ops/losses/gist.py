@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..core import checks
-from ..core.numerics import softplus
+from ..core.numerics import merge_lse, softplus
 from ..core.rules import Pairs
 from ..core.unit_rows import unit_rows
-from ..ops.similarity_reduce import merge_lse
 from . import _arguments
 from ._blocks import DIRECTIONS, Blocks
 from ._columns import partner_similarity

@@ -305,8 +305,7 @@ def prepared_info_nce(
         return Prepared(row_softmax, sweep, query, columns, {**options, "target": target})
     with autocast.disabled(query):
         sweep, query, *given, biases = _without_batch(sweep, query, key, more, target, weight)
-    options.update({"positive": given[0], "positive_bias": biases})
-    return Prepared(_given, sweep, query, given[1], options)
+    return Prepared(_given, sweep, query, given[1], {**options, "positive": given[0], "positive_bias": biases})
 
 
 def _given(
@@ -332,10 +331,10 @@ def rules_of_columns(
     if negatives is None and negative_pairs is not None:
         raise ValueError("info_nce: negatives must be given with negative_pairs, got None")
     if in_batch:
-        of_keys, size = ("pairs", pairs, key.shape[0]), 0 if negatives is None else negatives.shape[0]
         if negatives is None:
             return pairs, None
-        return of_blocks("info_nce", query, of_keys, ("negative_pairs", negative_pairs, size))
+        blocks = ("pairs", pairs, key.shape[0]), ("negative_pairs", negative_pairs, negatives.shape[0])
+        return of_blocks("info_nce", query, *blocks)
     if negatives is None and row_negatives is None:
         raise ValueError("info_nce: negatives or row_negatives must be given with in_batch=False, got neither")
     if pairs is not None:

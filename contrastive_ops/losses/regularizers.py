@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..core import autocast, checks, extension
 from ..core.backends import choose
+from ..core.numerics import merge_lse
 from ..core.offsets import from_common_row
 from ..core.ordered import ordered_logsumexp
 from ..core.problem import Problem
 from ..core.rules import Pairs
 from ..core.unit_rows import unit_rows
 from ..ops.coarse import Coarse
-from ..ops.similarity_reduce import fold, merge_lse
+from ..ops.similarity_reduce import fold
 from ..ops.similarity_topk import BACKENDS, similarity_topk
 from . import _arguments
 from ._distances import distance_between, points

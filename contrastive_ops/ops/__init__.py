@@ -9,10 +9,11 @@ from .expert_routing import Routing, combine, dispatch, route
 from .gating import Capacity, Gating
 from .grouped_matmul import grouped_matmul
 from .maxsim import maxsim, maxsim_pairs
+from .merging import merge_lse
 from .router_losses import RouterLoss
 from .similarity_distill import similarity_distill
 from .similarity_prefix import PrefixFolds, similarity_prefix
-from .similarity_reduce import merge_lse, similarity_reduce
+from .similarity_reduce import similarity_reduce
 from .similarity_topk import TopK, similarity_topk
 from .similarity_values import similarity_values
 from .sinkhorn import sinkhorn

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, overload
 import torch
 from torch import Tensor
 
-from ..core import checks, cuda_kernels, extension, numerics, triton_kernels
+from ..core import checks, cuda_kernels, extension, triton_kernels
 from ..core.backends import NEVER_ON_A_DEVICE, Backend, choose, enrol, unsupported_by_cpu
 from ..core.fold_kinds import WithoutWinner
 from ..core.folds import Fold, Folded, Reduced, as_fold
@@ -67,32 +67,6 @@ register(BACKENDS)
 DEFAULT_MEMORY_BUDGET, DEFAULT_MEMORY_BUDGET_OF_GPU = 128 << 20, 1 << 30
 # Below this dimension reading a kept inner product costs as much as computing it.
 KEEP_FROM_DIMENSION = 64
-
-
-def merge_lse(*lse: Tensor) -> Tensor:
-    """Merge the logsumexp of several blocks of columns into that of their union.
-
-    Equivalent to::
-
-        torch.logsumexp(torch.stack(lse), dim=0)
-
-    but with gradient 0 instead of NaN where every block is empty (-inf).
-
-    Args:
-        lse: one or more tensors of one shape.
-
-    Returns:
-        A tensor of that shape.
-    """
-    if not lse:
-        raise ValueError("merge_lse: lse must be at least one tensor, got none")
-    for tensor in lse:
-        checks.check_tensor("merge_lse", "lse", tensor)
-        if tensor.shape != lse[0].shape:
-            raise ValueError(
-                f"merge_lse: lse must have one shape, got {checks.shape(lse[0])} and {checks.shape(tensor)}"
-            )
-    return numerics.merge_lse(*lse)
 
 
 class _Options(TypedDict, total=False):
