@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import json
 import os
 import random
 import subprocess
@@ -13,9 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from fuzz import SUBJECTS, check, draw_case, run, shrunk
+from fuzz.__main__ import save
 from fuzz.cases import FINE, Case, attempt
+from fuzz.children import Report
 from fuzz.formulas import FORMULAS
 
+from benchmarks import tables_reliability
 from contrastive_ops.core import extension
 from contrastive_ops.testing import LOSSES
 
@@ -94,6 +98,24 @@ def test_a_case_that_ends_the_process_has_a_reproducer():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
     done = subprocess.run([sys.executable, "-c", CRASH], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def test_runs_are_kept_by_seed_and_level_and_counted_where_they_ran(tmp_path):
+    path, rng = tmp_path / "runs.json", random.Random(0)
+    for level, fixed in (
+        ("avx2", {"backend": "cpu", "level": "avx512"}),
+        ("triton alone", {"backend": "triton"}),
+        ("avx2", {"backend": "cpu", "level": "default"}),
+        ("amx", {"backend": "cpu", "level": "avx512"}),
+    ):
+        report = Report()
+        report.add(draw_case({"grouped_matmul": SUBJECTS["grouped_matmul"]}, rng, fixed), None)
+        save(path, 4, level, report)
+        table = tables_reliability.fuzz(json.loads(path.read_text())["runs"])
+        if level == "avx2":  # the processor has no higher one
+            ran_at = {"avx512": "avx2"}.get(fixed["level"], fixed["level"])
+            assert f"| {ran_at} | 1 |" in table and "avx512" not in table
+    assert "| triton, interpreted | 1 |" in table and "| avx512 | 1 |" in table and table.count("| 4 |") == 3
 
 
 def test_formulas_are_those_of_the_registry_in_float64():

@@ -170,10 +170,10 @@ class Tree:
     def result(self, fault: Fault, seconds: float) -> str:
         """What becomes of a fault."""
         level = fault.level or builds.usual_level()
+        if not builds.runs(level, ROOT):
+            return f"skipped: this processor has no {level}"
         if fault.kind != "cpu" or level not in self.objects:
             self.ready(fault, level)
-        if not builds.runs(level, TREE):
-            return f"skipped: this processor has no {level}"
         path = TREE / fault.file
         text = path.read_text()
         path.write_text(fault.planted(text))

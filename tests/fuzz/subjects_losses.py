@@ -14,7 +14,7 @@ from contrastive_ops.testing import LOSSES
 from .cases import One, Refused, Subject
 from .formulas import FORMULAS
 from .judge import Call
-from .layouts import BACKENDS, DTYPES, laid_out, needing
+from .layouts import BACKENDS, DTYPES, affordable, laid_out, needing
 
 
 def length_of_first_numbers(t: Tensor) -> float:
@@ -31,8 +31,8 @@ class Losses(Subject):
     weight = 8
     space = {
         "loss": One(tuple(sorted(LOSSES, key=lambda name: name not in FORMULAS))),
-        "rows": One((3, 2, 1, 0, 5, 8, 16, 17, 31, 33, 64, 65, 130, 260)),
-        "d": One((1, 2, 3, 5, 8, 16, 17, 64, 65, 100)),
+        "rows": affordable(3, 2, 1, 0, 5, 8, 16, 17, 31, 33, 64, 65, 130, 260),
+        "d": affordable(1, 2, 3, 5, 8, 16, 17, 64, 65, 100),
         "reduction": One(("mean", "sum", "none")),
         "scale": One((None, 0.1, 1.0, 30.0, 100.0, 200.0)),
         "equal": One((False, True)),

@@ -20,7 +20,7 @@ from contrastive_ops.testing import dense_keep, dense_reduce
 
 from .cases import One, Refused, Some, Subject
 from .judge import Call
-from .layouts import BACKENDS, COLUMNS, DEPTHS, DTYPES, ROWS, Numbers, laid_out, needing
+from .layouts import BACKENDS, COLUMNS, DEPTHS, DTYPES, ROWS, Numbers, affordable, laid_out, needing
 
 SIZES = {"n": ROWS, "m": COLUMNS, "d": DEPTHS, "backend": BACKENDS}
 BUDGET = One((0, None, 5000))
@@ -114,7 +114,7 @@ class TopK(Subject):
     weight = 3
     space = {
         **SIZES,
-        "k": One((1, 2, 3, 5, 8, 16, 17, 40, 64, 130, 400)),
+        "k": affordable(1, 2, 3, 5, 8, 16, 17, 40, 64, 130, 400),
         "itself": One((False, True)),
         "rules": Some(tuple(r for r in RULES if r != "fill"), 3),
         "metric": One(("dot", "sqeuclidean", "cosine")),
@@ -320,7 +320,7 @@ class Values(Subject):
     space = {
         **SIZES,
         "itself": One((False, True)),
-        "width": One((1, 2, 3, 8, 17, 64, 130)),
+        "width": affordable(1, 2, 3, 8, 17, 64, 130),
         "rules": Some(("diagonal", "differ", "same", "exclude", "below", "above", "guide"), 2),
         "scale": One((1.0, 0.5, 4.0)),
         "col_bias": One((False, True)),

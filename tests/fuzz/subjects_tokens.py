@@ -26,10 +26,10 @@ from contrastive_ops.ops import (
 
 from .cases import One, Refused, Subject
 from .judge import Call, size_of
-from .layouts import BACKENDS, DEPTHS, DTYPES, Numbers, laid_out, needing
+from .layouts import BACKENDS, DEPTHS, DTYPES, Numbers, affordable, laid_out, needing
 
 FEW = One((1, 2, 3, 0, 5, 7, 9))
-LENGTHS = One((1, 2, 3, 5, 8, 17, 33, 70))
+LENGTHS = affordable(1, 2, 3, 5, 8, 17, 33, 70)
 
 
 class Sets(Numbers):
@@ -72,7 +72,7 @@ class MaxSim(Subject):
         "query_length": LENGTHS,
         "document_length": LENGTHS,
         "d": DEPTHS,
-        "k": One((1, 2, 3, 10, 100)),
+        "k": affordable(1, 2, 3, 10, 100),
         "call": One(("maxsim", "pairs", "xtr", "xtr impute")),
         "reduce": One(("sum", "mean")),
         "packed": One((False, True)),
@@ -116,7 +116,7 @@ class Grouped(Subject):
     space = {
         "sizes": One(((1,), (0,), (3, 0, 5), (0, 0, 33, 1, 0), (129, 7), (1, 1, 1, 1), (64, 64), (65, 63, 17), (300,))),
         "d": DEPTHS,
-        "f": One((1, 2, 3, 8, 15, 16, 17, 33, 64, 130)),
+        "f": affordable(1, 2, 3, 8, 15, 16, 17, 33, 64, 130),
         "around": One((0, 3)),
         "bias": One((False, True)),
         "transposed": One((False, True)),
@@ -150,9 +150,9 @@ class Route(Subject):
     name = "route"
     weight = 3
     space = {
-        "tokens": One((1, 2, 3, 0, 12, 20, 33, 64, 130)),
+        "tokens": affordable(1, 2, 3, 0, 12, 20, 33, 64, 130),
         "experts": One((1, 2, 3, 5, 8, 16, 17, 33)),
-        "k": One((1, 2, 3, 8)),
+        "k": affordable(1, 2, 3, 8),
         "d": DEPTHS,
         "limit": One((None, 0, 1, 3, 1000)),
         "factor": One((None, 0.5, 1.0, 1.3)),
