@@ -2,7 +2,7 @@
 // functions of bindings.cpp have the same names for the CPU.
 //
 // A function of cuda/functions.h gets its tensors as pointers, None as null, a tuple of tensors as Arrays, a list of
-// integers as Integers, and the current stream of the tensors' device.
+// integers as Integers, one of numbers as Doubles, and the current stream of the tensors' device.
 #include <cuda_runtime_api.h>
 
 #include <vector>
@@ -88,6 +88,15 @@ struct CudaArgument<Integers> {
   std::vector<int64_t> numbers;
   Integers get(CudaCall&, PyObject* object) {
     numbers = Argument<Integers>(object).numbers;
+    return {numbers.data(), static_cast<int64_t>(numbers.size())};
+  }
+};
+
+template <>
+struct CudaArgument<Doubles> {
+  std::vector<double> numbers;
+  Doubles get(CudaCall&, PyObject* object) {
+    numbers = Argument<Doubles>(object).numbers;
     return {numbers.data(), static_cast<int64_t>(numbers.size())};
   }
 };

@@ -11,7 +11,7 @@ from contrastive_ops import route
 from contrastive_ops.core import cuda_kernels
 from contrastive_ops.core.routing import ScoreSpec
 from contrastive_ops.cuda import expert_routing as launchers
-from contrastive_ops.ops import Capacity, Gating, RouterLoss, combine, dispatch, expert_choice
+from contrastive_ops.ops import Capacity, Gating, RouterLoss, Routing, combine, dispatch, expert_choice
 from contrastive_ops.testing import TOLERANCE, relative_error
 
 HAS_GPU = torch.cuda.is_available() and cuda_kernels.why_missing() is None
@@ -204,6 +204,13 @@ def test_what_has_no_kernel_is_refused_with_a_reason(cuda):
         cuda.scores((torch.zeros(1, 4097, device=DEVICE), *[None] * 6, spec, 1.0))
     with pytest.raises(NotImplementedError, match="load loss only with noise"):
         cuda.scores((torch.zeros(1, 3, device=DEVICE), *[None] * 6, spec._replace(load=1), 1.0))
+    for experts in (4097, 131_072):
+        with pytest.raises(NotImplementedError, match=f"no kernel for more than 4096 experts, got {experts}"):
+            route(torch.zeros(1, experts, device=DEVICE), losses=["importance"], capacity=1.0, backend="cuda")
+    chosen, gates = torch.tensor([[8191], [0], [8191]], device=DEVICE), torch.ones(3, 1, device=DEVICE)
+    assert Routing.from_choices(chosen, gates, 8192, backend="cuda").slots.tolist() == [[1], [0], [2]]
+    with pytest.raises(NotImplementedError, match="no room for more than 8192 experts, got 131072"):
+        Routing.from_choices(chosen, gates, 131_072, backend="cuda")
     with pytest.raises(NotImplementedError, match=r"supported: float32, bfloat16, float16"):
         route(torch.zeros(3, 2, dtype=torch.float64, device=DEVICE), backend="cuda")
 
@@ -226,6 +233,11 @@ LARGER = [
     (1200, 2, 6, None, -1, 0, 1),
     (40, 2, 1030, None, 1, 0, 5),
     (300, 1, 4100, None, 2, 0, 2),
+    # More choices of an expert than a warp orders.
+    (1500, 2, 3, None, 400, 0, 2),
+    (1500, 2, 3, None, 400, 1, 2),
+    (1500, 1, 2, 750, 300, 1, 1),
+    (1500, 1, 2, 750, 0, 0, 1),
 ]
 
 
@@ -349,6 +361,130 @@ def test_a_layer_without_experts(name, cuda):
         assert torch.equal(getattr(routings[0], field), getattr(routings[1], field)), field
     for value, truth in zip(*results, strict=True):
         assert relative_error(value, truth) <= 4 * TOLERANCE[torch.float32]
+
+
+ALL_LOSSES = {
+    "plain": (1, ["importance", "switch", "z", "local_entropy", "global_entropy"], {}),
+    "noise": (1, ["importance", "load", "switch", RouterLoss("z", 0)], {"noise_std": 1.5}),
+    "segments": (3, ["importance", "switch", RouterLoss("z", [0.5, 0, 2]), RouterLoss("local_entropy", [0, 0.1, 1]),
+                     RouterLoss("global_entropy", [1, 2, 3], [0.1, 1.2, 9])], {}),
+    "pooled": (3, [RouterLoss("importance", 0.5, pooled=True), "importance", RouterLoss("z", pooled=True),
+                   RouterLoss("load", pooled=True), RouterLoss("switch", 2, pooled=True),
+                   RouterLoss("global_entropy", 0.2, 1.7, pooled=True)], {"noise_std": 1.0}),
+    "sigmoid": (2, ["importance", "switch", "z", RouterLoss("local_entropy", [1, 0]), "global_entropy"],
+                {"score": "sigmoid", "renormalize": True}),
+    "none": (1, [], {}),
+}  # fmt: skip
+
+
+def routed_with_gradients(logits, backend, losses, segments, gating, noise, *, upstream=True, **options):
+    """A routing with its losses, and gradients of gates, of each loss, and of the total, apart and together."""
+    leaf = logits.clone().requires_grad_()
+    labels = None if segments == 1 else torch.arange(len(logits), device=DEVICE) % (segments + 1) % segments
+    noise = None if noise is None else noise.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    routed = route(leaf, min(2, logits.shape[1]), gating=Gating(**gating), segments=labels, num_segments=segments,
+                   losses=losses, noise=noise, backend=backend, **options)  # fmt: skip
+    generator = torch.Generator(DEVICE).manual_seed(5)
+    weights = torch.randn(routed.gates.shape, generator=generator, device=DEVICE)
+    totals = [(routed.gates * weights).sum()]
+    if losses:
+        each = sum((place + 2) * loss.sum() for place, loss in enumerate(routed.losses.values()))
+        totals += [routed.loss, each, routed.loss - 3 * each + totals[0]]
+    gradients = [torch.autograd.grad(total, leaf, retain_graph=True)[0] for total in totals] if upstream else []
+    return routed, gradients
+
+
+def check_whole(logits, losses, segments, gating, tolerance=TOLERANCE[torch.float32], **options):
+    """Losses, sums and gradients are those of the reference in float64."""
+    noise = torch.randn(logits.shape, device=DEVICE) if "noise_std" in gating else None
+    asked = (losses, segments, gating, noise)
+    found, gradients = routed_with_gradients(logits, "cuda", *asked, **options)
+    truth, expected = routed_with_gradients(logits.double(), "reference", *asked, **options)
+    for name in ("experts", "slots", "order", "offsets", "counts"):
+        assert torch.equal(getattr(found, name), getattr(truth, name)), name
+    assert relative_error(found.sums, truth.sums) <= tolerance
+    for name, loss in truth.losses.items():
+        assert relative_error(found.losses[name], loss) <= 4 * tolerance, name
+    torch.testing.assert_close(found.loss.double(), truth.loss, rtol=1e-5, atol=1e-6)
+    room = {torch.float32: 4 * TOLERANCE[torch.float32], torch.bfloat16: 4e-3, torch.float16: 1e-3}[logits.dtype]
+    for gradient, each in zip(gradients, expected, strict=True):
+        assert gradient.dtype == logits.dtype
+        assert relative_error(gradient, each) <= room
+
+
+@pytest.mark.parametrize("shape", [(50, 6), (9, 40)], ids=str)
+@pytest.mark.parametrize("name", ALL_LOSSES)
+def test_losses_and_gradients_of_whole_routers(name, shape, cuda):
+    segments, losses, gating = ALL_LOSSES[name]
+    check_whole(2 * torch.randn(shape, device=DEVICE), losses, segments, gating)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("experts", [5, 8, 12, 40])
+def test_logits_of_16_bits_are_read_and_written_as_such(experts, dtype, cuda):
+    segments, losses, gating = ALL_LOSSES["segments"]
+    check_whole(2 * torch.randn(30, experts, device=DEVICE).to(dtype), losses, segments, gating)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (7, 1), (1, 3), (3, 1100)], ids=str)
+def test_losses_of_few_tokens_and_experts(shape, cuda):
+    segments, losses, gating = ALL_LOSSES["segments"]
+    check_whole(torch.randn(shape, device=DEVICE), losses, segments, gating)
+
+
+def test_losses_of_several_parts(cuda, monkeypatch):
+    """Columns of sums have several blocks, and blocks several rows."""
+    monkeypatch.setattr(launchers, "PARTS", 3)
+    segments, losses, gating = ALL_LOSSES["pooled"]
+    check_whole(2 * torch.randn(70, 24, device=DEVICE), losses, segments, gating)
+
+
+def test_nan_reaches_losses_and_gradients(cuda):
+    logits = torch.randn(20, 4, device=DEVICE)
+    logits[3, 1] = NAN
+    losses = ALL_LOSSES["plain"][1]
+    routed, (gates, loss, *_) = routed_with_gradients(logits, "cuda", losses, 1, {}, None)
+    assert all(value.isnan().all() for value in (*routed.losses.values(), routed.loss))
+    assert gates.isnan().any(1).nonzero().tolist() == [[3]]  # losses that nobody differentiates reach nothing
+    assert loss.isnan().any(1).all()
+
+
+def test_what_kernels_have_no_room_for_is_made_by_torch(cuda, monkeypatch):
+    """More segments than they take: losses of their sums, and slopes, are the same."""
+    segments, losses, gating = ALL_LOSSES["segments"]
+    monkeypatch.setattr(launchers, "MOST_SEGMENTS", 2)
+    check_whole(2 * torch.randn(40, 5, device=DEVICE), losses, segments, gating)
+
+
+def test_whole_routers_have_the_same_bits_in_every_order_of_threads(check_bits):
+    segments, losses, gating = ALL_LOSSES["pooled"]
+    logits, noise = torch.randn(70, 24, device=DEVICE), torch.randn(70, 24, device=DEVICE)
+
+    def outputs():
+        routed, gradients = routed_with_gradients(logits, "cuda", losses, segments, gating, noise, capacity=0.9)
+        return [
+            routed.gates,
+            routed.slots,
+            routed.sums,
+            routed.counts,
+            routed.loss,
+            *routed.losses.values(),
+            *gradients,
+        ]
+
+    check_bits(outputs)
+
+
+def test_memory_that_was_something_else_before(cuda, monkeypatch):
+    """Nothing is taken to be 0 that no kernel wrote."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    segments, losses, gating = ALL_LOSSES["segments"]
+    torch.use_deterministic_algorithms(True)
+    try:
+        for capacity in (None, 0.8):
+            check_whole(2 * torch.randn(70, 5, device=DEVICE), losses, segments, gating, capacity=capacity)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_noise_is_that_of_the_generator(cuda):

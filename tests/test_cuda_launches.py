@@ -14,10 +14,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from contrastive_ops import clip, info_nce, siglip
+from contrastive_ops import clip, info_nce, route, siglip
 from contrastive_ops.core import checks, cuda_kernels, eager, operators, unit_rows
 from contrastive_ops.cuda import _products
-from contrastive_ops.ops import _similarity_loss_autograd
+from contrastive_ops.moe import Router
+from contrastive_ops.ops import Capacity, RouterLoss, _similarity_loss_autograd
 
 if cuda_host.why_missing() is not None:
     pytest.skip(cuda_host.why_missing(), allow_module_level=True)
@@ -128,6 +129,58 @@ def test_a_step_through_python(monkeypatch, kernels, name, normalize):
     loss, dtype, *expected = STEPS[name]
     found = started_by(monkeypatch, kernels, loss, dtype, normalize)
     assert all(number <= most for number, most in zip(found, expected[normalize], strict=True)), found
+
+
+# ---- Routers ---------------------------------------------------------------------------------------------------------
+
+ROUTER_LOSSES = ["importance", "switch", "z", RouterLoss("local_entropy", [0.1, 0.5]),
+                 RouterLoss("global_entropy", threshold=1.5, pooled=True)]  # fmt: skip
+ROUTERS = {
+    "dropless": {},
+    "capacity": {"capacity": 0.8},
+    "by position": {"capacity": 0.8, "priority": "position"},
+    "groups": {"capacity": Capacity(factor=0.8, group_size=12)},
+    "padded": {"capacity": Capacity(factor=0.8, group_size=12, padded=True)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_router_is_three_launches_and_its_gradient_one(monkeypatch, kernels, name, dtype):
+    """Scores, their sums with all losses, and slots; torch starts the upstream gradient alone, and metrics wait."""
+    monkeypatch.setattr(operators, "seen_by_autograd_alone", lambda arguments: True)
+    logits = torch.randn(48, 6).to(dtype).requires_grad_()
+    segments = torch.arange(48) % 2
+    with cuda_kernels.on_host(kernels):
+        started = Started()
+        count_kernels(monkeypatch, started, kernels)
+        monkeypatch.setattr(checks, "check_index_values", lambda *arguments, **options: None)
+        with started:
+            routed = route(logits, 2, segments=segments, num_segments=2, losses=ROUTER_LOSSES, backend="cuda",
+                           **ROUTERS[name])  # fmt: skip
+            assert (started.torch, started.ours) == ([], 3)
+            routed.loss.backward()
+        assert (started.torch, started.ours) == (["ones_like"], 4)
+    assert logits.grad.dtype == dtype and logits.grad.ne(0).any()
+
+
+def test_the_router_of_a_layer(monkeypatch, kernels):
+    """Beside the three launches there is the product that makes logits, and for its gradients two."""
+    monkeypatch.setattr(operators, "seen_by_autograd_alone", lambda arguments: True)
+    router = Router(16, 6, k=2, capacity=1.0, losses=["importance", "z"])
+    tokens = torch.randn(48, 16, requires_grad=True)
+    with cuda_kernels.on_host(kernels):
+        started = Started()
+        count_kernels(monkeypatch, started, kernels)
+        with started:
+            routed = router(tokens, backend="cuda")
+            forward = list(started.torch)
+            assert started.ours == 3
+            routed.loss.backward()
+        backward = started.torch[len(forward) :]
+        assert started.ours == 4
+    assert forward.count("mm") == 1 and backward.count("mm") == 2, (forward, backward)
+    assert len(forward) <= 2 and len(backward) <= 4, (forward, backward)
 
 
 # ---- Launches from C++ -----------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def register(backends: Mapping[str, Backend]) -> None:
     """Define the operators; `backends` says where each backend's functions are."""
     for name, schema, fake, setup, derivative in (
         ("route", _ROUTE, _route_fake, _route_setup, _route_derivative),
-        ("route_backward", _ROUTE_BACKWARD, _backward_fake, None, None),
+        ("route_backward", _ROUTE_BACKWARD, _route_backward_fake, None, None),
         ("scores", _SCORES, _scores_fake, _scores_setup, _scores_derivative),
         ("scores_backward", _SCORES_BACKWARD, _backward_fake, _backward_setup, _backward_derivative),
         ("slots", _SLOTS, _slots_fake, None, None),
@@ -65,7 +65,9 @@ def register(backends: Mapping[str, Backend]) -> None:
         ("combine", _COMBINE, _combine_fake, _moved_setup, _combine_derivative),
         ("dots", _DOTS, _dots_fake, _dots_setup, _dots_derivative),
     ):
-        define(f"expert_routing_{name}", schema, backend_function(backends, name), fake, setup, derivative)
+        function = backend_function(backends, name)
+        function = _as_logits(function) if name == "route_backward" else function
+        define(f"expert_routing_{name}", schema, function, fake, setup, derivative)
 
 
 class InParts:
@@ -97,7 +99,31 @@ class InParts:
         return gradient
 
 
+class Whole(InParts):
+    """The same of a backend that has kernels for a whole router, but returns None where they have no room."""
+
+    def route(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """Scores, slots and losses."""
+        found: tuple[Tensor, ...] | None = self._functions.route(*arguments)
+        return super().route(*arguments) if found is None else found
+
+    def route_backward(self, *arguments: Any) -> Tensor:
+        """The gradient by the logits, in their dtype or in the accumulation dtype."""
+        found: Tensor | None = self._functions.route_backward(*arguments)
+        return super().route_backward(*arguments) if found is None else found
+
+
 # ---- route ---------------------------------------------------------------------------------------------------------
+
+
+def _as_logits(function: Any) -> Any:
+    """The gradient in the dtype of the logits: some backends write it so, others in the accumulation dtype."""
+
+    def run(logits: Tensor, *arguments: Any) -> Tensor:
+        gradient: Tensor = function(logits, *arguments)
+        return gradient.to(logits.dtype)
+
+    return run
 
 
 def _route_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -133,7 +159,7 @@ def _route_derivative(ctx: Any, *d_outputs: Any) -> tuple[Any, ...]:
         gradient = call.expert_routing_route_backward(
             *problem, *ctx.rules, *ctx.losses, experts, sums, counts, *upstream, ctx.backend
         )
-    return (gradient.to(problem[0].dtype), *(None,) * 13)
+    return (gradient, *(None,) * 13)
 
 
 def _differentiable_gradient(ctx: Any, problem: list[Any], experts: Tensor, upstream: tuple[Any, ...]) -> Tensor:
@@ -195,6 +221,10 @@ def _scores_derivative(ctx: Any, *d_outputs: Any) -> tuple[Any, ...]:
     ]
     gradient = call.expert_routing_scores_backward(*problem, ctx.spec, ctx.sigma, experts, *upstream, ctx.backend)
     return (gradient.to(logits.dtype), *(None,) * 9)
+
+
+def _route_backward_fake(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
 
 
 def _backward_fake(logits: Tensor, *_: Any) -> Tensor:

@@ -16,7 +16,7 @@ from ..core.operators import call
 from ..core.recompute import must_reach
 from ..core.results import pytree
 from ..reference import expert_routing as reference
-from ._expert_routing_autograd import InParts, register
+from ._expert_routing_autograd import InParts, Whole, register
 from .gating import Capacity, Gating, RouterProblem, as_capacity, check_gating
 from .router_losses import RouterLoss, Statistics, encode, summary
 from .router_losses import keys as loss_keys
@@ -43,7 +43,7 @@ BACKENDS = enrol(
         ),
         "cuda": Backend(
             source="csrc/cuda/expert_routing.cu",
-            functions=functools.cache(lambda: InParts(cuda_kernels.functions("expert_routing"))),
+            functions=functools.cache(lambda: Whole(cuda_kernels.functions("expert_routing"))),
             unsupported=cuda_kernels.unsupported,
         ),
     },

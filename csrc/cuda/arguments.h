@@ -1,9 +1,9 @@
 // What functions of the CUDA kernels take: bindings.cpp and tests/cuda_host/driver.cpp read their types.
 //
 // A function takes, in any order, a Stream, integers, doubles, pointers to float, int64_t, int32_t and bool (null where
-// there is no tensor; const ones are inputs), Arrays and Integers (lists that are on the host), and the types in here.
-// All tensors are contiguous and on the stream's device; sizes are arguments of their own, and Python code, which knows
-// them, is the only caller.
+// there is no tensor; const ones are inputs), Arrays, Integers and Doubles (lists that are on the host), and the types
+// in here. All tensors are contiguous and on the stream's device; sizes are arguments of their own, and Python code,
+// which knows them, is the only caller.
 #pragma once
 
 #include "../array.h"

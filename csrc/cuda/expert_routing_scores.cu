@@ -1,10 +1,11 @@
 // Scores of a router on a GPU: choices, gates, and the sums of all losses and metrics from one read of the logits.
 //
 // Bound by memory: 2 to 4 bytes per logit, and 8 to 12 per choice. A constant number of blocks has tokens next to each
-// other; each writes one row of sums, and a second kernel adds the rows in their order.
+// other; each writes one row of sums, and a second kernel adds the rows in their order and makes losses of them.
 #include "expert_routing.h"
 
 #include "expert_routing_sums.h"
+#include "expert_routing_totals.h"
 
 namespace contrastive_ops {
 namespace {
@@ -13,17 +14,8 @@ struct ScoresOut {
   int64_t* experts;
   float* gates;
   float* priority;
-};
-
-// What a block writes: `sums`, in float64, (kinds, segments, E) and (3, segments) for squared lse, entropy and margin;
-// `counts` (segments, E) of choices and (segments) of tokens. `tables`: memory for tables that shared memory has no
-// room for.
-struct Parts {
-  double* sums;
-  int32_t* counts;
-  float* tables;
-  int64_t count;
-  int kinds;
+  int32_t* state;  // of the kernels that follow, which begin with 0
+  int64_t state_size;
 };
 
 // ---- Choices ------------------------------------------------------------------------------------------------------
@@ -211,10 +203,6 @@ __device__ inline void write_part(const Router& p, const BlockMemory& memory, in
   }
 }
 
-// Blocks that a multiprocessor has registers for: loads of others go on while one of them computes.
-template <int N, bool kNoise>
-constexpr int kBlocksAtOnce = N > kRun ? 1 : (kNoise ? 4 : 5);
-
 template <class Team, int N, bool kNoise>
 __global__ void __launch_bounds__(Team::kThreads, kBlocksAtOnce<N, kNoise>)
     scores_kernel(Router p, ScoresOut out, Parts parts, int lanes) {
@@ -233,6 +221,9 @@ __global__ void __launch_bounds__(Team::kThreads, kBlocksAtOnce<N, kNoise>)
   for (int64_t c = threadIdx.x; c < memory.units * table_size; c += blockDim.x) tables[c] = 0.0f;
   for (int64_t c = threadIdx.x; c < width; c += blockDim.x) part_sums[c] = 0.0;
   for (int64_t c = threadIdx.x; c < cells + p.segments; c += blockDim.x) counts[c] = 0;
+  for (int64_t c = part * blockDim.x + threadIdx.x; c < out.state_size; c += int64_t{gridDim.x} * blockDim.x) {
+    out.state[c] = 0;
+  }
   __syncthreads();
 
   Sums<Team, N, kNoise ? 3 : 1> sums(team, tables + team.unit * table_size, memory.width, parts.kinds);
@@ -293,84 +284,28 @@ __global__ void __launch_bounds__(Team::kThreads, kBlocksAtOnce<N, kNoise>)
   for (int64_t c = threadIdx.x; c < cells + p.segments; c += blockDim.x) part_counts[c] = counts[c];
 }
 
-// ---- Sums of all blocks -------------------------------------------------------------------------------------------
-
-struct Totals {
-  float* sums;       // (3, segments, E)
-  float* totals;     // (2, segments)
-  float* margin;     // (segments)
-  int64_t* choices;  // (segments, E)
-  int64_t* tokens;   // (segments)
-};
-
-constexpr int kMostTotalsThreads = 1024;
-
-// The sum of a column of `rows` rows, of which each warp has some; the first one gets the sum.
-template <class To, class From>
-__device__ To column_sum(const From* column, int64_t rows, int64_t width, bool wanted) {
-  const int slices = static_cast<int>(blockDim.x) / kWarp;
-  To* each = shared_memory<To>();
-  To sum = 0;
-  if (wanted) {
-#pragma unroll 4
-    for (int64_t row = threadIdx.x / kWarp; row < rows; row += slices) sum += column[row * width];
-  }
-  each[threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.x >= kWarp) return 0;
-  for (int slice = 1; slice < slices; ++slice) sum += each[slice * kWarp + threadIdx.x];
-  return sum;
-}
-
-// Each block adds up 32 columns, in double and in an order that depends on the number of rows alone.
-__global__ void __launch_bounds__(kMostTotalsThreads)
-    totals_kernel(Parts parts, Totals out, int64_t segments, int64_t E, int64_t float_blocks) {
-  const int64_t cells = segments * E;
-  if (blockIdx.x < float_blocks) {
-    const int64_t column = int64_t{blockIdx.x} * kWarp + threadIdx.x % kWarp;
-    const int64_t width = parts.kinds * cells + 3 * segments;
-    // Sums that were not asked for are 0.
-    const bool is_sum = column < 3 * cells,
-               wanted = is_sum ? column < parts.kinds * cells : column < 3 * (cells + segments);
-    const int64_t from = is_sum ? column : column - (3 - parts.kinds) * cells;
-    const auto sum = static_cast<float>(column_sum<double>(parts.sums + from, parts.count, width, wanted));
-    if (threadIdx.x >= kWarp) return;
-    const int64_t other = column - 3 * cells;
-    if (is_sum) out.sums[column] = sum;
-    if (other >= 0 && other < 2 * segments) out.totals[other] = sum;
-    if (other >= 2 * segments && other < 3 * segments) out.margin[other - 2 * segments] = sum;
-  } else {
-    const int64_t column = (blockIdx.x - float_blocks) * kWarp + threadIdx.x % kWarp, width = cells + segments;
-    const auto sum = column_sum<int64_t>(parts.counts + column, parts.count, width, column < width);
-    if (threadIdx.x >= kWarp || column >= width) return;
-    (column < cells ? out.choices[column] : out.tokens[column - cells]) = sum;
-  }
-}
-
 }  // namespace
 
 void expert_routing_scores(Stream stream, Input logits, const float* noise, const float* bias, const bool* allowed,
                            const int64_t* given, const int64_t* segment, const bool* valid, int64_t* experts,
                            float* gates, float* priority, float* sums, float* totals, int64_t* choices, int64_t* tokens,
-                           float* margin, double* part_sums, int32_t* part_counts, float* tables, Integers spec,
-                           Integers plan, int64_t T, int64_t E, double sigma) {
+                           float* margin, int64_t* kept, float* values, float* total, int32_t* state, double* part_sums,
+                           int32_t* part_counts, float* tables, Integers spec, Integers plan, Integers losses,
+                           Doubles numbers, int64_t T, int64_t E, double sigma) {
   const Router p(logits, noise, bias, allowed, given, segment, valid, spec, T, E, sigma);
-  const int64_t lanes = plan.data[0], items = plan.data[1], cells = p.segments * E;
+  const int64_t lanes = plan.data[0], items = plan.data[1];
   const Parts parts{part_sums, part_counts, tables, plan.data[2], static_cast<int>(plan.data[3])};
   const size_t bytes = BlockMemory(p, parts.kinds, lanes, items, tables == nullptr).bytes();
+  const ScoresOut out{experts, gates, priority, state, plan.data[4]};
   with_team(lanes, items, [&](auto team) {
     with_noise(noise != nullptr, [&](auto is_noisy) {
       using Team = decltype(team);
       const auto kernel = scores_kernel<typename Team::Type, Team::kItems, decltype(is_noisy)::value>;
-      launch(kernel, parts.count, threads_of(lanes), bytes, stream, p, ScoresOut{experts, gates, priority}, parts,
-             lanes);
+      launch(kernel, parts.count, threads_of(lanes), bytes, stream, p, out, parts, lanes);
     });
   });
-  const int64_t float_blocks = ceil_divide(3 * (cells + p.segments), kWarp);
-  const int threads = static_cast<int>(min(max(parts.count, int64_t{1}) * kWarp, int64_t{kMostTotalsThreads}));
-  launch(totals_kernel, float_blocks + ceil_divide(cells + p.segments, kWarp), threads,
-         static_cast<size_t>(threads) * sizeof(double), stream, parts, Totals{sums, totals, margin, choices, tokens},
-         p.segments, E, float_blocks);
+  const Totals of_all{sums, totals, margin, choices, tokens, kept, values, total, state};
+  launch_totals(stream, parts, of_all, LossTerms(losses, numbers, p.segments, E, noise != nullptr));
 }
 
 }  // namespace contrastive_ops

@@ -1,8 +1,10 @@
 // Derivative of the scores of a router on a GPU: one read of the logits, one write of their gradient.
 //
-// Bound by memory: 2 or 4 bytes per logit that are read, 4 that are written. The scores are computed again.
+// Bound by memory: 2 or 4 bytes per logit that are read, and as many that are written. The scores are computed again.
+// Where losses are told, each block forms their slopes, a few numbers of each expert, before its first token.
 #include "expert_routing.h"
 
+#include "expert_routing_losses.h"
 #include "expert_routing_token.h"
 
 namespace contrastive_ops {
@@ -10,10 +12,11 @@ namespace {
 
 struct Gradients {
   const int64_t* experts;  // (T, k) as chosen
-  const float* d_gates;    // (T, k)
+  const float* d_gates;    // (T, k), or null
   const float* d_sums;     // (3, segments, E) of the sums of p, of p with noise, and of the chances
   const float* d_totals;   // (2, segments) of the squared lse and the entropy
-  float* d_logits;         // (T, E)
+  Output d_logits;         // (T, E)
+  int kinds;               // of sums of which d_sums has room where the block forms it
   bool wide_sums, wide_logits;
 };
 
@@ -44,6 +47,7 @@ struct Derivative {
 
   // Adds the derivatives by the gates, before they are scaled to sum to 1.
   __device__ void add_d_gates(const Softmax& chosen, float (&to)[N]) const {
+    if (g.d_gates == nullptr) return;
     float total = 1.0f, mean = 0.0f;
     if (p.renormalize) {
       total = 0.0f;
@@ -158,46 +162,80 @@ struct Derivative {
     for (int i = 0; i < N; ++i) {
       if (token.z[i] == kNever) dz[i] = 0.0f;
     }
+    if (g.d_logits.dtype == DType::float32) {
+      store_as<float>();
+    } else if (g.d_logits.dtype == DType::bfloat16) {
+      store_as<BFloat16>();
+    } else {
+      store_as<Float16>();
+    }
+  }
+  template <class T>
+  __device__ void store_as() const {
 #pragma unroll
     for (int first = 0; first < N; first += kRun) {
       const int expert = expert_of(team, first);
-      store_run(dz + first, p.E - expert, g.wide_logits, g.d_logits + at * p.E + expert);
+      store_run(dz + first, p.E - expert, g.wide_logits, static_cast<T*>(g.d_logits.data) + at * p.E + expert);
     }
   }
 };
 
 template <class Team, int N, bool kNoise>
-__global__ void __launch_bounds__(Team::kThreads) scores_backward_kernel(Router p, Gradients g, int lanes) {
+__global__ void __launch_bounds__(Team::kThreads, kBlocksAtOnce<N, kNoise>)
+    scores_backward_kernel(const __grid_constant__ Router p, Gradients g, const __grid_constant__ LossSums sums,
+                           const __grid_constant__ LossGradients upstream, const __grid_constant__ LossTerms losses,
+                           int lanes) {
   const Team team(shared_memory<float>(), lanes);
-  Derivative<Team, N, kNoise> derivative(p, g, team, int64_t{blockIdx.x} * team.count + team.index);
-  const Softmax clean = derivative.through_clean();
-  if (kNoise) derivative.through_noisy();
-  if (p.sigmoid) derivative.through_sigmoids(clean);
-  if (p.load) derivative.through_chances();
-  derivative.write();
+  if (g.d_sums == nullptr) {
+    float *d_totals = shared_memory<float>() + 2 * kWarp, *d_sums = d_totals + ceil_divide(2 * p.segments, 4) * 4;
+    write_slopes(losses, sums, upstream, g.kinds, d_sums, d_totals);
+    g.d_sums = d_sums;
+    g.d_totals = d_totals;
+  }
+  const int64_t tiles = ceil_divide(p.T, team.count);
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    Derivative<Team, N, kNoise> derivative(p, g, team, tile * team.count + team.index);
+    const Softmax clean = derivative.through_clean();
+    if (kNoise) derivative.through_noisy();
+    if (p.sigmoid) derivative.through_sigmoids(clean);
+    if (p.load) derivative.through_chances();
+    derivative.write();
+  }
 }
+
+// Blocks that form slopes: as many as a GPU has at once, or a few more.
+constexpr int64_t kMostSlopes = 1024;
 
 }  // namespace
 
 void expert_routing_scores_backward(Stream stream, Input logits, const float* noise, const bool* allowed,
                                     const int64_t* segment, const bool* valid, const int64_t* experts,
-                                    const float* d_gates, const float* d_sums, const float* d_totals, float* d_logits,
-                                    Integers spec, Integers plan, int64_t T, int64_t E, double sigma) {
+                                    const float* d_gates, const float* d_sums, const float* d_totals, const float* sums,
+                                    const float* totals, const int64_t* choices, const int64_t* tokens,
+                                    const float* d_values, const float* d_total, Output d_logits, Integers spec,
+                                    Integers plan, Integers losses, Doubles numbers, int64_t T, int64_t E,
+                                    double sigma) {
   const Router p(logits, noise, nullptr, allowed, nullptr, segment, valid, spec, T, E, sigma);
+  const int64_t lanes = plan.data[0], items = plan.data[1], tiles = ceil_divide(T, tokens_at_once(lanes));
+  const bool forms = d_sums == nullptr;
+  const int kinds = forms ? 1 + (noise != nullptr) + p.load : 0;
   const Gradients g{experts,
                     d_gates,
                     d_sums,
                     d_totals,
                     d_logits,
+                    kinds,
                     is_aligned16(d_sums) && E % 4 == 0,
-                    is_aligned16(d_logits) && E % 4 == 0};
-  const int64_t lanes = plan.data[0], items = plan.data[1];
+                    is_aligned16(d_logits.data) && E % (d_logits.dtype == DType::float32 ? 4 : 8) == 0};
+  const int64_t slopes = forms ? kinds * p.segments * E + ceil_divide(2 * p.segments, 4) * 4 : 0;
+  const size_t bytes = static_cast<size_t>(2 * kWarp + slopes) * sizeof(float);
   with_team(lanes, items, [&](auto team) {
     with_noise(noise != nullptr, [&](auto is_noisy) {
       using Team = decltype(team);
       const auto kernel = scores_backward_kernel<typename Team::Type, Team::kItems, decltype(is_noisy)::value>;
-      launch(kernel, ceil_divide(T, tokens_at_once(lanes)), threads_of(lanes), 2 * kWarp * sizeof(float), stream, p, g,
-             lanes);
+      launch(kernel, forms ? min(tiles, kMostSlopes) : tiles, threads_of(lanes), bytes, stream, p, g,
+             LossSums{sums, totals, choices, tokens}, LossGradients{d_values, d_total},
+             LossTerms(losses, numbers, p.segments, E, noise != nullptr), lanes);
     });
   });
 }

@@ -191,20 +191,21 @@ __device__ void load_run(const T* from, int count, bool wide, float fill, float*
   }
 }
 
-__device__ inline void store_run(const float* from, int count, bool wide, float* to) {
+template <class T>
+__device__ void store_run(const float* from, int count, bool wide, T* to) {
   if (wide) {
 #pragma unroll
-    for (int first = 0; first < kRun; first += kPack<float>) {
+    for (int first = 0; first < kRun; first += kPack<T>) {
       if (first >= count) return;
-      Pack16<float> values;
+      Pack16<T> values;
 #pragma unroll
-      for (int q = 0; q < kPack<float>; ++q) values.at[q] = from[first + q];
-      *reinterpret_cast<Pack16<float>*>(to + first) = values;
+      for (int q = 0; q < kPack<T>; ++q) values.at[q] = from_float<T>(from[first + q]);
+      *reinterpret_cast<Pack16<T>*>(to + first) = values;
     }
   } else {
 #pragma unroll
     for (int q = 0; q < kRun; ++q) {
-      if (q < count) to[q] = from[q];
+      if (q < count) to[q] = from_float<T>(from[q]);
     }
   }
 }
@@ -368,6 +369,10 @@ __device__ float logsumexp_of(const Team& team, const Softmax& s, const float (&
 __device__ inline float inverse_sigma(const Router& p) { return fminf(1.0f / p.sigma, 1e30f); }
 
 // ---- Which kernel -------------------------------------------------------------------------------------------------
+
+// Blocks that a multiprocessor has registers for: loads of others go on while one of them computes.
+template <int N, bool kNoise>
+constexpr int kBlocksAtOnce = N > kRun ? 1 : (kNoise ? 4 : 5);
 
 // Calls function(Team type, items, whether there is noise) with the kernel's template arguments.
 template <class Team, int N>

@@ -201,6 +201,8 @@ def _encoded(value: Any) -> bytes:
         return b"i" + struct.pack("<q", value)
     if isinstance(value, tuple):
         return b"t" + struct.pack("<I", len(value)) + b"".join(map(_tensor, value))
+    if isinstance(value, list) and value and isinstance(value[0], float):
+        return b"f" + struct.pack(f"<I{len(value)}d", len(value), *value)
     if isinstance(value, list):
         return b"l" + struct.pack(f"<I{len(value)}q", len(value), *value)
-    raise TypeError(f"an argument must be a tensor, a number, a tuple of tensors or a list of integers, got {value!r}")
+    raise TypeError(f"an argument must be a tensor, a number, a tuple of tensors or a list of numbers, got {value!r}")

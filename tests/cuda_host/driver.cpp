@@ -63,6 +63,7 @@ struct Value {
   Memory memory;
   std::vector<Memory> memories;
   std::vector<int64_t> integers;
+  std::vector<double> numbers;
 
   void read_body() {
     using contrastive_ops::read;
@@ -77,6 +78,10 @@ struct Value {
     if (tag == 'l') {
       integers.resize(read<uint32_t>());
       read(integers.data(), integers.size() * sizeof(int64_t));
+    }
+    if (tag == 'f') {
+      numbers.resize(read<uint32_t>());
+      read(numbers.data(), numbers.size() * sizeof(double));
     }
   }
 };
@@ -157,6 +162,14 @@ struct Argument<Integers> {
   Integers get(Value& v) {
     if (v.tag != 'l') refuse("a list of integers is wanted");
     return {v.integers.data(), static_cast<int64_t>(v.integers.size())};
+  }
+};
+template <>
+struct Argument<Doubles> {
+  static constexpr bool kOutput = false;
+  Doubles get(Value& v) {
+    if (v.tag != 'f' && (v.tag != 'l' || !v.integers.empty())) refuse("a list of numbers is wanted");
+    return {v.numbers.data(), static_cast<int64_t>(v.numbers.size())};
   }
 };
 template <>

@@ -152,10 +152,31 @@ FAULTS = [
     # ---- Experts -----------------------------------------------------------------------------------------------------
     Fault(
         "an expert that takes one token beyond its capacity",
-        "csrc/cuda/expert_routing_slots.cu",
-        "if (!without_gaps && slot >= p.capacity) slot = -1;",
-        "if (!without_gaps && slot > p.capacity) slot = -1;",
+        "csrc/cuda/expert_routing_order.h",
+        "const bool kept = rank < p.capacity;",
+        "const bool kept = rank <= p.capacity;",
         (ROUTING, "-k", "slots_are_those or slots_of_several"),
+    ),
+    Fault(
+        "an expert with many tokens that takes one beyond its capacity",
+        "csrc/cuda/expert_routing_order.h",
+        "const bool kept = key < prefix || (shares && rank < wanted);",
+        "const bool kept = key < prefix || (shares && rank <= wanted);",
+        (ROUTING, "-k", "slots_of_several"),
+    ),
+    Fault(
+        "a bin that begins where the one before it is just enough",
+        "csrc/cuda/expert_routing_order.h",
+        "while (above + counts[d] < wanted) above += counts[d++];",
+        "while (above + counts[d] <= wanted) above += counts[d++];",
+        (ROUTING, "-k", "slots_of_several"),
+    ),
+    Fault(
+        "a digit that forgets those that come before it",
+        "csrc/cuda/expert_routing_order.h",
+        "    wanted -= bin.above;\n",
+        "",
+        (ROUTING, "-k", "slots_of_several"),
     ),
     Fault(
         "counts of earlier blocks that have their own in them",
@@ -166,11 +187,46 @@ FAULTS = [
     ),
     Fault(
         "lanes that do not wait for each other's next place",
-        "csrc/cuda/expert_routing_slots.cu",
-        """    __syncwarp();
-    if (expert >= 0 && peers.before == 0) *next += __popc(peers.all);""",
-        "    if (expert >= 0 && peers.before == 0) *next += __popc(peers.all);",
+        "csrc/cuda/expert_routing_order.h",
+        """  __syncwarp();
+  if (expert >= 0 && peers.before == 0) *next += __popc(peers.all);""",
+        "  if (expert >= 0 && peers.before == 0) *next += __popc(peers.all);",
         (ROUTING, "-k", "slots_are_those or slots_have"),
+    ),
+    Fault(
+        "a ticket that begins with what the memory had",
+        "csrc/cuda/expert_routing_scores.cu",
+        "    out.state[c] = 0;\n",
+        "    out.state[c] += 0;\n",
+        (ROUTING, "-k", "something_else"),
+    ),
+    Fault(
+        "losses of the block that comes before the last one",
+        "csrc/cuda/expert_routing_totals.h",
+        "*last = atomicAdd(ticket, 1) == static_cast<int32_t>(gridDim.x) - 1;",
+        "*last = atomicAdd(ticket, 1) == static_cast<int32_t>(gridDim.x) - 2;",
+        (ROUTING, "-k", "several_parts or whole_routers"),
+    ),
+    Fault(
+        "sums of blocks that are folded before all warps have theirs",
+        "csrc/cuda/expert_routing_totals.h",
+        "  __syncthreads();\n  if (threadIdx.x >= kWarp) return 0;\n",
+        "  if (threadIdx.x >= kWarp) return 0;\n",
+        (ROUTING, "-k", "several_parts or whole_routers_have"),
+    ),
+    Fault(
+        "a gradient of 16 bits whose last pack has no end",
+        "csrc/cuda/expert_routing_scores_backward.cu",
+        "is_aligned16(d_logits.data) && E % (d_logits.dtype == DType::float32 ? 4 : 8) == 0",
+        "is_aligned16(d_logits.data) && E % 4 == 0",
+        (ROUTING, "-k", "16_bits_are"),
+    ),
+    Fault(
+        "a slope of the spread that goes up with the mean",
+        "csrc/cuda/expert_routing_losses.h",
+        "const double shift = spread.mean + (none ? 0 : spread.variance / spread.mean);",
+        "const double shift = spread.mean - (none ? 0 : spread.variance / spread.mean);",
+        (ROUTING, "-k", "losses_and_gradients"),
     ),
     Fault(
         "a NaN that comes back where a choice was dropped",
