@@ -252,6 +252,15 @@ def test_slots_of_several_blocks(layout, cuda):
     cuda.check_slots(layout, "ties")
 
 
+@pytest.mark.parametrize("capacity", [299, 300, 301])
+def test_a_capacity_at_the_edge_of_a_bin(capacity, cuda):
+    """The higher 300 of the priorities share their upper bits, and so do the lower ones."""
+    high, low = 0.5 + 0.12 * torch.rand(300), 0.0625 + 0.0155 * torch.rand(300)
+    priority = torch.cat([high, low])[torch.randperm(600)].to(DEVICE)
+    chosen = torch.zeros(600, 1, dtype=torch.int64, device=DEVICE)
+    cuda.check_slots_of(chosen, priority, None, [1, 600, capacity, 0, 1])
+
+
 def test_slots_of_experts_that_are_not_contiguous(cuda):
     cuda.check_slots_of(torch.randint(5, (3, 40), device=DEVICE).T, None, None, [5, 40, 9, 0, 1])
 

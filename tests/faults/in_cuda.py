@@ -169,7 +169,7 @@ FAULTS = [
         "csrc/cuda/expert_routing_order.h",
         "while (above + counts[d] < wanted) above += counts[d++];",
         "while (above + counts[d] <= wanted) above += counts[d++];",
-        (ROUTING, "-k", "slots_of_several"),
+        (ROUTING, "-k", "edge_of_a_bin"),
     ),
     Fault(
         "a digit that forgets those that come before it",
