@@ -43,8 +43,9 @@ def made(tmp_path_factory):
     return found
 
 
-# How many kernels each file has (types, and kinds of slopes), and the width of their tiles.
-COUNTS, WIDTHS = {"fold": 2, "weigh": 4}, {"fold": 192, "weigh": 128}
+# How many kernels each file has (types, kinds of slopes, and of two matrices or of one with itself), and the width of
+# their tiles.
+COUNTS, WIDTHS = {"fold": 4, "weigh": 8}, {"fold": 192, "weigh": 128}
 each_file = pytest.mark.parametrize("name", COUNTS)
 
 

@@ -107,6 +107,16 @@ def without(part):
     return filled(STORE, *("" if each == part else each for each in STORE_PARTS))
 
 
+# Rows, columns and the width of tiles of a sweep, and its first row where it is above the diagonal.
+PLANS = [
+    (2500, 2900, 192, -1),
+    (2500, 2500, 192, 0),
+    (700, 2900, 128, 512),
+    (700, 1900, 192, 768),
+    (1, 1, 192, 0),
+    (5000, 5000, 128, 0),
+]
+
 KERNELS = {
     "load": filled(LOAD, WAIT) + READ,
     "load_without_a_wait": filled(LOAD, "") + READ,
@@ -182,6 +192,19 @@ KERNELS = {
           out[rank * 4 + 3] = rounded_pair<Float16>(1.0f, -2.0f) == 0xc0003c00u;
         }
     """,
+    # Tiles in the order in which a sweep goes through them.
+    "places": """
+        if (threadIdx.x == 0 && rank == 0) {
+          for (const Plan& plan : {PLANS}) {
+            *out++ = plan.tiles();
+            for (int at = 0; at < plan.tiles(); ++at) {
+              const TilePlace tile(plan, at, 1);
+              *out++ = tile.row_tile, *out++ = tile.col_tile;
+            }
+            for (int tile = 0; tile < plan.col_tiles; ++tile) *out++ = Span(plan, true, tile * plan.tile_cols).end;
+          }
+        }
+    """.replace("PLANS", ", ".join(f"Plan({rows}, {cols}, 64, {tile}, {first})" for rows, cols, tile, first in PLANS)),
 }
 
 # Those without a defect.
@@ -189,8 +212,8 @@ RIGHT = ("load", "multicast", "multiply", "store", "ping_pong", "registers", "cl
 
 MAIN = """
     #include <vector>
-    #include "hopper/clusters.h"
-    namespace contrastive_ops::hopper {
+    #include "hopper/sweep.h"
+    namespace contrastive_ops::hopper::test {
     #ifdef __CUDACC__
     template <class T>
     T* on_device(const std::vector<T>& from) {
@@ -244,9 +267,9 @@ MAIN = """
       for (const float each : out) printf("%%g ", each);
       for (const BFloat16 each : stored) printf("%%g ", to_float(each));
     }
-    }  // namespace contrastive_ops::hopper
+    }  // namespace contrastive_ops::hopper::test
     int main(int, char** words) {
-      using namespace contrastive_ops::hopper;
+      using namespace contrastive_ops::hopper::test;
       const std::string name = words[1];
       set_schedule(words[2]);
       %s
@@ -366,6 +389,23 @@ def test_tiles_are_stored_one_after_another(program):
             # Even columns hold the row, odd ones the column before.
             expected = round_ * 100 + (row % 50 + i // 128 if col % 2 == 0 else col - 1)
             assert stored[i * 96 + j] == expected
+
+
+@pytest.mark.skipif(ON_GPU, reason="plans are made by the host")
+def test_tiles_that_a_sweep_goes_through(program):
+    """Each once: all, or, of a matrix compared with itself, those with a pair on the diagonal or above it."""
+    found = [int(each) for each in right(program, "places")[0]]
+    for rows, cols, width, first in PLANS:
+        across, pairs = -(-cols // width), -(-rows // 256)
+        expected = [
+            (p, c) for p in range(pairs) for c in range(across) if first < 0 or (c + 1) * width > first + 256 * p
+        ]
+        count, tiles = found[0], found[1 : 1 + 2 * found[0]]
+        assert all(row % 2 == 1 for row in tiles[::2])  # of the second block of a cluster
+        assert count == len(expected)
+        assert sorted((row // 2, col) for row, col in zip(tiles[::2], tiles[1::2], strict=True)) == expected
+        of_columns, found = found[1 + 2 * count :][:across], found[1 + 2 * count + across :]
+        assert of_columns == [2 * sum(col == c for _, col in expected) for c in range(across)]
 
 
 def test_groups_take_turns(program):

@@ -15,7 +15,7 @@ import similarity_cases
 import torch
 from similarity_cases import exact, flat, gradients_of, leaves, winners
 
-from contrastive_ops import Fold, Pairs, clip, info_nce, siglip, similarity_reduce
+from contrastive_ops import Fold, Pairs, clip, info_nce, nt_xent, siglip, similarity_reduce
 from contrastive_ops.core import cuda_kernels
 from contrastive_ops.core.problem import Layout, LogitSet, ScaleOf, SetFold
 from contrastive_ops.core.rules import Slot
@@ -240,14 +240,6 @@ def test_every_subset_of_gradients(wanted):
     check_gradients({"x": x, "y": y, "scale": scale, "target": inputs.target()}, torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_matrix_that_is_compared_with_itself(dtype):
-    inputs = problem(200, 200, 64, dtype)
-    options = {"pairs": Pairs(diagonal=0), "target": inputs.target()}
-    check_values({"x": inputs.x.detach(), "y": None, **options})
-    check_gradients({"x": inputs.x, "y": None, **options}, dtype)
-
-
 def test_bands_of_rows(monkeypatch):
     """Several launches, each with weights of some of the rows."""
     monkeypatch.setattr(hopper, "FOLDED_ROWS", 256)
@@ -256,6 +248,125 @@ def test_bands_of_rows(monkeypatch):
     options = {"scale": inputs.leaf(600), "target": inputs.target()}
     check_values({"x": inputs.x, "y": inputs.y, **options})
     check_gradients({"x": inputs.x, "y": inputs.y, **options}, torch.bfloat16)
+
+
+# ---- A matrix that is compared with itself ---------------------------------------------------------------------------
+
+
+def itself(n, d=64, dtype=torch.bfloat16, seed=0):
+    inputs = Inputs(n, n, d, itself=True, dtype=dtype, seed=seed)
+    inputs.x = unit_leaf(inputs.x, 4.0)
+    return inputs
+
+
+def check_itself(inputs, dim=(1,), **options):
+    """Values and gradients; `options` are made of the inputs."""
+    given = {"y": None, "dim": dim, **options}
+    check_values({"x": inputs.x.detach(), **given})
+    check_gradients({"x": inputs.x, **given}, inputs.x.dtype)
+
+
+@every_schedule
+@pytest.mark.parametrize("n", [1, 97, 129, 257, 705])
+def test_tiles_above_the_diagonal(n, schedule):
+    """One tile and less, tiles that the diagonal crosses, and those that only their mirror has; targets anywhere."""
+    inputs = itself(n, dtype=DTYPES[n // 97 % 2])
+    scale = torch.tensor(2.0, device=DEVICE).requires_grad_()
+    check_itself(inputs, scale=scale, pairs=Pairs(diagonal=0), target=inputs.target())
+
+
+@pytest.mark.parametrize("dim", [(1,), (0,), (0, 1)])
+@pytest.mark.parametrize("kind", ["logsumexp", "sum_softplus"])
+def test_directions_of_a_matrix_with_itself(kind, dim):
+    """A diagonal that is not in the middle, so that (i, j) is left out and (j, i) is not."""
+    inputs = itself(300, seed=1)
+    kept = Pairs(diagonal=2 if dim == (1,) else -131)
+    check_itself(inputs, dim, reduce=(kind,), pairs=kept, target=inputs.target())
+
+
+@pytest.mark.parametrize("dim", [(1,), (0,)])
+def test_every_kind_of_a_matrix_with_itself(dim):
+    inputs = itself(210)
+    options = {"dim": dim, "pairs": inputs.pairs("diagonal", "differ"), "target": inputs.target()}
+    check_values({"x": inputs.x, "y": None, "reduce": similarity_cases.KINDS, **options})
+
+
+@pytest.mark.parametrize("dim", [(1,), (0,)])
+@pytest.mark.parametrize("rules", [("differ",), ("same",), ("below",), ("above",), ("diagonal", "differ", "below")])
+def test_rules_of_a_matrix_with_itself(rules, dim):
+    """Vectors of rows that are not those of columns."""
+    inputs = itself(290, seed=3)
+    check_itself(inputs, dim, pairs=inputs.pairs(*rules), target=inputs.target())
+
+
+@pytest.mark.parametrize("target", ["before", "behind", "own", "one"])
+def test_targets_of_a_matrix_with_itself(target):
+    """In the half that is not multiplied, in the other, on the diagonal, and one of all rows."""
+    inputs, rows = itself(400), torch.arange(400, device=DEVICE)
+    columns = {"before": (rows - 150).clamp(min=0), "behind": (rows + 150).clamp(max=399), "own": rows}
+    check_itself(inputs, target=columns.get(target, torch.full_like(rows, 201)))
+
+
+@pytest.mark.parametrize("option", ["scale", "row_bias", "col_bias"])
+def test_logits_that_are_not_symmetric(option):
+    """Then all tiles are multiplied."""
+    inputs = itself(150)
+    check_itself(inputs, target=inputs.target(), **{option: inputs.leaf(150)})
+
+
+@pytest.mark.parametrize("dim", [(1,), (0,)])
+def test_a_matrix_with_itself_whose_logits_lie_far_apart(dim):
+    inputs = itself(300)
+    inputs.x = (inputs.x.detach() * torch.linspace(0.01, 8, 300)[:, None].to(DEVICE)).to(torch.bfloat16)
+    options = {"dim": dim, "scale": 4.0, "pairs": inputs.pairs("differ"), "target": inputs.target()}
+    check_values({"x": inputs.x, "y": None, **options})
+
+
+def test_bands_of_a_matrix_with_itself(monkeypatch):
+    """Rows of which earlier bands have a part, and weights that begin with the band's columns."""
+    monkeypatch.setattr(hopper, "FOLDED_ROWS", 256)
+    monkeypatch.setattr(hopper, "WEIGHT_BYTES", 1)
+    inputs = itself(700)
+    check_itself(inputs, pairs=Pairs(diagonal=0), target=inputs.target())
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nt_xent_where_weights_cancel(dtype, normalize):
+    z0, z1 = (t.to(DEVICE) for t in clustered_pairs(150, 64, 0.1, dtype=dtype, scale=100.0))
+    options = {"scale": 100.0, "normalize": normalize}
+    got = loss_gradients(nt_xent, z0, z1, **options, backend="hopper")
+    truth = loss_gradients(nt_xent, z0.double(), z1.double(), **options, backend="reference")
+    for value, expected in zip(got, truth, strict=True):
+        assert relative_error(value, expected) <= GRADIENT_ERROR_16_BIT
+
+
+def test_half_of_the_tiles_is_multiplied(monkeypatch):
+    """And half of the numbers of the products behind them."""
+    names, products = [], []
+
+    class Recorded:
+        def __getattr__(self, name):
+            def call(*arguments):
+                names.append((name, [each for each in arguments if isinstance(each, int)]))
+                return getattr(cuda_kernels.kernels() if ON_GPU else kernels(SCHEDULES[-1]), name)(*arguments)
+
+            return call
+
+    def multiplied(out, a, b, *, add):
+        products.append(a.numel())
+        return set_or_add(out, a, b, add=add)
+
+    set_or_add = hopper._products.set_or_add
+    monkeypatch.setattr(hopper._products, "set_or_add", multiplied)
+    monkeypatch.setattr(hopper, "WEIGHT_BYTES", 1)
+    monkeypatch.setattr(hopper, "kernels", Recorded)
+    inputs = itself(1100)
+    reduced = similarity_reduce(inputs.x, target=inputs.target(), backend="hopper")
+    torch.autograd.grad(sum(value.sum() for value in flat(reduced)), inputs.x)
+    called = [numbers for name, numbers in names if name.startswith("cuda_hopper")]
+    assert all(numbers[-1] == 1 for numbers in called) and len(called) == 6
+    assert sum(products) == 2 * sum(min(256, 1100 - i) * (1100 - i) for i in range(0, 1100, 256))
 
 
 # ---- Losses ----------------------------------------------------------------------------------------------------------

@@ -78,10 +78,27 @@ def no_room(layout: Layout) -> list[str]:
     return reasons
 
 
-def _problem(x: Tensor, y: Tensor | None, *rest: Tensor | Sequence[Tensor] | Sequence[int] | None) -> Problem:
-    """A matrix that is compared with itself is one that is compared with another; copies read 16 bytes at once."""
-    rows = _aligned(x)
-    return Problem.of(rows, rows if y is None else _aligned(y), *rest)  # type: ignore[arg-type]
+def _problem(
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
+    target: Tensor | None,
+    pair_data: Sequence[Tensor],
+    spec: Sequence[int],
+) -> Problem:
+    """The problem of rows that are read 16 bytes at once.
+
+    A matrix that is compared with itself is one that is compared with another where the logits of (i, j) and (j, i)
+    differ, and where both directions are folded, which tiles above the diagonal would have to be read twice for.
+    """
+    rows, columns = _aligned(x), None if y is None else _aligned(y)
+    layout = Layout.decode(pair_data, spec)
+    is_symmetric = layout.sets[0].scale_of == ScaleOf.ALL and row_bias is None and col_bias is None
+    if y is None and not (is_symmetric and len({fold.cols for fold in layout.folds}) == 1):
+        columns = rows
+    return Problem.of(rows, columns, scale, row_bias, col_bias, target, pair_data, spec)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -106,7 +123,9 @@ def _fold(p: Problem, folding: chunked.Folding, rows: slice) -> None:
     target_logit = folding.target_logit if len(folding.target_logit) else None
     count, D = rows.stop - rows.start, p.shape[2]
     parts = _parts(p, rows, FOLD_COLUMNS, 2, 2)
-    kernels().cuda_hopper_fold(p.x, p.y, D, rows.start, count, *p.arguments, parts, target_logit, folding.state)
+    kernels().cuda_hopper_fold(
+        p.x, p.y, D, rows.start, count, *p.arguments, int(p.itself), parts, target_logit, folding.state
+    )
 
 
 def forward(
@@ -141,30 +160,33 @@ class _Weighing:
         fitting = WEIGHT_BYTES // max(1, 2 * self.pitch) // CLUSTER_ROWS * CLUSTER_ROWS
         self.rows = max(1, min(max(fitting, CLUSTER_ROWS), p.shape[0], most))
         self.weights = p.x.new_empty((self.rows * self.pitch if gradients.has_product else 0,))
+        if p.itself and gradients.has_product:  # below the diagonal, where nothing is written
+            self.weights.view(self.rows, self.pitch)[:, : self.rows].zero_()
 
     def add(self, rows: slice, target_logit: Tensor | None = None, state: Tensor | None = None) -> None:
         """Add what the pairs of some rows give."""
         p, up = self.p, self.gradients.upstream
         count, has_product = rows.stop - rows.start, self.gradients.has_product
         kernels().cuda_hopper_weigh(
-            p.x, p.y, p.shape[2], rows.start, count, *p.arguments, up.values, up.d_values, up.d_target, up.norm,
-            self.weights if has_product else None, self.gradients.sums(p),
+            p.x, p.y, p.shape[2], rows.start, count, *p.arguments, int(p.itself), up.values, up.d_values, up.d_target,
+            up.norm, self.weights if has_product else None, self.gradients.sums(p),
             _parts(p, rows, WEIGH_COLUMNS, ROW_PARTS, COL_PARTS), target_logit, self.gradients.totals, state,
         )  # fmt: skip
         if has_product:
-            matrix = self.weights[: count * self.pitch].view(count, self.pitch)[:, : p.shape[1]]
-            self.gradients.multiply(p, rows, slice(0, p.shape[1]), matrix)
+            columns = slice(rows.start if p.itself else 0, p.shape[1])
+            matrix = self.weights[: count * self.pitch].view(count, self.pitch)[:, : columns.stop - columns.start]
+            self.gradients.multiply(p, rows, columns, matrix)
 
 
-def _both(needs: int, y: Tensor | None) -> int:
-    """What is needed of both sides where they are one."""
-    return needs | (needs & 1) << 1 if y is None else needs
+def _both(p: Problem, y: Tensor | None, needs: int) -> int:
+    """What is needed of both sides where they are one but for the sweep."""
+    return needs | (needs & 1) << 1 if y is None and not p.itself else needs
 
 
-def _as_one(gradients: tuple[Tensor, ...], y: Tensor | None) -> tuple[Tensor, ...]:
+def _as_one(p: Problem, y: Tensor | None, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Gradients of two sides as that of one, where they are one."""
     dx, dy, *rest = gradients
-    return (dx + dy, dy[:0], *rest) if y is None else gradients
+    return (dx + dy, dy[:0], *rest) if y is None and not p.itself else gradients
 
 
 def _has_weights(layout: Layout, needs: int) -> bool:
@@ -197,17 +219,17 @@ def backward(
     arriving = (folds, argmax, d_folds, d_target, d_linear)
     if not _has_weights(p.layout, needs):
         return chunked.backward(x, y, *problem, *arriving, kept, needs)
-    wanted = Wanted.of(p, target, _both(needs, y))
+    wanted = Wanted.of(p, target, _both(p, y, needs))
     gradients = Gradients.of(p, wanted, Upstream.of(p, scale, *arriving))
     weighing = _Weighing(p, gradients)
     for rows in _bands(p, weighing.rows):
         weighing.add(rows)
-    return _as_one(gradients.finish(p, scale, target, needs), y)
+    return _as_one(p, y, gradients.finish(p, scale, target, needs))
 
 
 def total(
     x: Tensor,
-    y: Tensor | None,
+    y: Tensor,
     scale: Tensor,
     row_bias: Tensor | None,
     col_bias: Tensor | None,
@@ -229,7 +251,7 @@ def total(
         return chunked.total(x, y, *problem, weight, extra, target_weight, needs)
     kind, folding = kind_of(p.layout), chunked.Folding.of(p, target)
     of_rows = chunked.RowLosses.of(p, kind, weight, extra, target_weight)
-    wanted = Wanted.of(p, target, _both(needs, y))
+    wanted = Wanted.of(p, target, needs)
     upstream = Upstream.of(p, scale, of_rows.fold, target.new_empty((0,)), *of_rows.bounds(), None)
     if kind == "sigmoid":
         upstream = upstream._replace(d_values=dense(weight), d_target=dense(target_weight))
@@ -248,5 +270,5 @@ def total(
         fold, _ = folding.finish(p)
         of_rows.fold.copy_(fold)
         of_rows.losses.copy_(row_losses(kind, (fold,), folding.target_logit, Terms(extra=extra)))
-    found = _as_one(gradients.finish(p, scale, target, needs), y)
+    found = gradients.finish(p, scale, target, needs)
     return of_rows.losses, folding.target_logit, *found, of_rows.dextra

@@ -16,6 +16,11 @@ SCALES = (TESTS, "-k", "scales_and_biases or gradients_of_one_direction")
 APART = (TESTS, "-k", "far_apart or not_finite or every_kind")
 LOSSES = (TESTS, "-k", "test_losses or weights_cancel")
 BANDS = (TESTS, "-k", "bands_of_rows")
+ITSELF = (TESTS, "-k", "tiles_above_the_diagonal and shuffled-705")
+ITS_TARGETS = (TESTS, "-k", "targets_of_a_matrix_with_itself")
+ITS_RULES = (TESTS, "-k", "rules_of_a_matrix_with_itself or directions_of_a_matrix")
+ITS_BANDS = (TESTS, "-k", "bands_of_a_matrix_with_itself")
+PLACES = ("tests/test_hopper_primitives.py", "-k", "tiles_that_a_sweep_goes_through")
 
 FAULTS = [
     # ---- Waits, phases and barriers ----------------------------------------------------------------------------------
@@ -93,8 +98,8 @@ FAULTS = [
     Fault(
         "a row tile that both blocks take",
         SWEEP,
-        "row_tile = (first + in_band % height) * kCluster + rank;",
-        "row_tile = (first + in_band % height) * kCluster;",
+        "row_tile = (first + at % height) * kCluster + rank,",
+        "row_tile = (first + at % height) * kCluster,",
         SHAPES,
     ),
     Fault(
@@ -182,8 +187,8 @@ FAULTS = [
     Fault(
         "a reference that is not that of the warp",
         FOLD,
-        "add_up(sums, own, tile, group, reference * kLn2);",
-        "add_up(sums, own, tile, group, reference);",
+        "const float top = reference * kLn2;",
+        "const float top = reference;",
         SHAPES,
     ),
     Fault(
@@ -203,8 +208,8 @@ FAULTS = [
     Fault(
         "a winner that counts from the first row of its tile",
         FOLD,
-        "running.add(logits[r][c], p.first_row + own.row_of(r));",
-        "running.add(logits[r][c], own.row_of(r) % kRows);",
+        "running.add(logit(apart.of_cols, r, c), p.first_row + own.row_of(r));",
+        "running.add(logit(apart.of_cols, r, c), own.row_of(r) % kRows);",
         APART,
     ),
     # ---- Weights -----------------------------------------------------------------------------------------------------
@@ -270,7 +275,7 @@ FAULTS = [
     Fault(
         "targets without what arrives at them",
         WEIGH,
-        "          if (drops.any && c == drops.wanted[r]) e = rows.target[r];\n",
+        "            if (drops.any && c == drops.direct.wanted[r]) e = rows.target[r];\n",
         "",
         GRADIENTS,
     ),
@@ -309,5 +314,107 @@ FAULTS = [
         "rows.target[r] -= rows.gain[r] * sigmoid(-z);",
         "rows.target[r] -= sigmoid(-z);",
         LOSSES,
+    ),
+    # ---- A matrix that is compared with itself -----------------------------------------------------------------------
+    Fault(
+        "tiles from the one behind the diagonal on",
+        SWEEP,
+        "(diagonal + pair * kCluster * kRows) / tile_cols;",
+        "(diagonal + pair * kCluster * kRows) / tile_cols + (pair > 0);",
+        ITSELF,
+    ),
+    Fault(
+        "tiles below the diagonal that are multiplied",
+        SWEEP,
+        "(diagonal + pair * kCluster * kRows) / tile_cols;",
+        "diagonal / tile_cols;",
+        PLACES,
+    ),
+    Fault(
+        "columns without the last tiles of rows",
+        SWEEP,
+        "pairs = (rows + kCluster * kRows - 1) / (kCluster * kRows);",
+        "pairs = rows / (kCluster * kRows);",
+        ITSELF,
+    ),
+    Fault("a diagonal that both halves have", RULES, "other.behind = 1,", "other.behind = 0,", ITS_RULES),
+    Fault(
+        "pairs below the diagonal that take part",
+        RULES,
+        "      rows[r] |= (uint64_t{1} << before) - 1;\n",
+        "",
+        ITSELF,
+    ),
+    Fault(
+        "targets below the diagonal that are found twice",
+        RULES,
+        "      if (wanted[r] < before) wanted[r] = -1;\n",
+        "",
+        ITS_TARGETS,
+    ),
+    Fault(
+        "targets of the mirrored half that are pairs",
+        RULES,
+        "        mirrored[r] |= targets[r];\n",
+        "",
+        ITS_TARGETS,
+    ),
+    Fault("a diagonal that is not mirrored", RULES, "other.diagonal = -pairs.diagonal;", "(void)pairs;", ITS_RULES),
+    Fault(
+        "ids of rows and columns that are not mirrored",
+        RULES,
+        "std::swap(other.differ_rows, other.differ_cols), ",
+        "",
+        ITS_RULES,
+    ),
+    Fault("bounds that are not mirrored", RULES, "  std::swap(other.below_rows, other.below_cols), ", "  ", ITS_RULES),
+    Fault(
+        "a fold of columns that has the rows' pairs",
+        FOLD,
+        "return rows != task.of_cols ? drops",
+        "return rows ? drops",
+        ITS_RULES,
+    ),
+    Fault(
+        "what is left out of one of two that both leave out",
+        FOLD,
+        "if (itself && drops.differ) {",
+        "if (itself && !drops.differ) {",
+        ITSELF,
+    ),
+    Fault(
+        "mirrored targets without a logit",
+        FOLD,
+        "if (both.targets[r] >> c & 1) task",
+        "if (both.targets[r] >> c & 2) task",
+        ITS_TARGETS,
+    ),
+    Fault(
+        "weights of columns for the pairs of rows",
+        WEIGH,
+        "(first != task.of_cols ? drops.direct.has(r, c)",
+        "(first ? drops.direct.has(r, c)",
+        ITS_RULES,
+    ),
+    Fault(
+        "mirrored targets without what arrives at them",
+        WEIGH,
+        "task.d_target == nullptr ? 0.0f : task.d_target[col];",
+        "0.0f;",
+        ITS_TARGETS,
+    ),
+    Fault(
+        "weights of a band that begin with the first column",
+        WEIGH,
+        "panel * kDepth - task.first_col;",
+        "panel * kDepth;",
+        ITS_BANDS,
+    ),
+    Fault(
+        "residuals of rows alone",
+        WEIGH,
+        "    if (itself && what == SumOf::residual) task.col_residuals = take(true, totals + sum[3], 1);\n",
+        "",
+        (TESTS, "-k", "nt_xent_where_weights_cancel"),
     ),
 ]

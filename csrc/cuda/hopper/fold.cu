@@ -22,21 +22,25 @@ struct alignas(1024) Shared {
 
 struct FoldTask {
   FoldKind kind;
+  bool of_cols;  // of a matrix that is compared with itself, whose one fold gets the parts of rows and of columns
   Part *row_parts, *col_parts;  // (tiles across, rows), (tiles down, cols); null for none
   float* target_logit;
 };
 
-template <class T>
+template <class T, bool itself>
 struct FoldEpilogue {
+  const Views<itself>& views;
   const SweepPairs& p;
   const FoldTask& task;
-  const Plan& plan;
   Shared<T>& shared;
   using Sums = float[2][kCols / 2];
+  using Both = BothDrops<kCols, itself>;
 
   __device__ void operator()(Sums& sums, const TilePlace& tile, int group) const {
     const Own<kCols> own(tile);
-    make_logits(sums, own);
+    multiply_factors(p, own, sums);
+    const Both drops(views, own, tile, sums);
+    make_logits(sums, own, drops);
     const float reference = task.kind == FoldKind::logsumexp ? common_reference(sums) : kInfinity;
     if (reference < kInfinity) {
       CONTRASTIVE_OPS_UNROLL
@@ -44,9 +48,14 @@ struct FoldEpilogue {
         CONTRASTIVE_OPS_UNROLL
         for (int k = 0; k < kCols / 2; ++k) sums[m][k] = fast_exp2(sums[m][k] - reference);
       }
-      add_up(sums, own, tile, group, reference * kLn2);
+      const float top = reference * kLn2;
+      if (itself && drops.differ) {
+        add_up<itself>(sums, own, tile, group, top, drops);
+      } else {
+        add_up<false>(sums, own, tile, group, top, drops);
+      }
     } else {
-      fold_apart(sums, own, tile, group);
+      fold_apart(sums, own, tile, group, drops);
     }
     join_columns(tile, group);
   }
@@ -71,9 +80,7 @@ struct FoldEpilogue {
   }
 
   // Logits in the place of inner products, -inf for what is left out; for logsumexp times log2(e).
-  __device__ void make_logits(Sums& sums, const Own<kCols>& own) const {
-    multiply_factors(p, own, sums);
-    const Drops<kCols> drops(p, own, sums);
+  __device__ void make_logits(Sums& sums, const Own<kCols>& own, const Both& drops) const {
     const float unit = task.kind == FoldKind::logsumexp ? kLog2E : 1.0f;
     if (drops.any && task.target_logit != nullptr) write_targets(sums, own, drops);
     float factor[4], bias[4];
@@ -102,7 +109,8 @@ struct FoldEpilogue {
     }
   }
 
-  __device__ void write_targets(Sums& sums, const Own<kCols>& own, const Drops<kCols>& drops) const {
+  __device__ void write_targets(Sums& sums, const Own<kCols>& own, const Both& both) const {
+    const Drops<kCols>& drops = both.direct;
     CONTRASTIVE_OPS_UNROLL
     for (int r = 0; r < 4; ++r) {
       const float dot = drops.target_dot(sums, r);
@@ -111,6 +119,23 @@ struct FoldEpilogue {
       const float bias = p.bias(row) + p.bias_of_col(own.col_of(drops.wanted[r]));
       task.target_logit[int64_t{p.first_row} + row] = fmaf(dot, p.factor(row), bias);
     }
+    if constexpr (itself) {
+      if (!both.any_target) return;
+      CONTRASTIVE_OPS_UNROLL
+      for (int c = 0; c < kColumns; ++c) {
+        CONTRASTIVE_OPS_UNROLL
+        for (int r = 0; r < 4; ++r) {
+          if (both.targets[r] >> c & 1) task.target_logit[own.col_of(c)] = own.number(sums, r, c) * p.factor(0);
+        }
+      }
+    }
+  }
+
+  // Of a pair of a row and a column, what its row's sum gets, and its column's: both views of it have one logit.
+  template <bool differ>
+  __device__ bool left_out_of(bool rows, const Both& drops, int r, int c) const {
+    if constexpr (!differ) return false;
+    return rows != task.of_cols ? drops.direct.has(r, c) : drops.mirrored[r] >> c & 1;
   }
 
   __device__ void write_row(const TilePlace& tile, int row, const Part& part) const {
@@ -119,14 +144,19 @@ struct FoldEpilogue {
   __device__ Part* cols_of_warp(int group) const { return shared.cols[group][threadIdx.x % kGroup / kWarp]; }
 
   // Sums of powers of two, which stand in the place of inner products.
-  __device__ void add_up(Sums& sums, const Own<kCols>& own, const TilePlace& tile, int group, float top) const {
+  template <bool differ>
+  __device__ void add_up(Sums& sums, const Own<kCols>& own, const TilePlace& tile, int group, float top,
+                         const Both& drops) const {
+    const auto power = [&](bool rows, int r, int c) {
+      return left_out_of<differ>(rows, drops, r, c) ? 0.0f : own.number(sums, r, c);
+    };
     const auto part_of = [&](float sum) { return Part{{sum == 0.0f ? 0.0f : top, sum}}; };
     if (task.row_parts != nullptr) {
       CONTRASTIVE_OPS_UNROLL
       for (int r = 0; r < 4; ++r) {
         float sum = 0.0f;
         CONTRASTIVE_OPS_UNROLL
-        for (int c = 0; c < kColumns; ++c) sum += own.number(sums, r, c);
+        for (int c = 0; c < kColumns; ++c) sum += power(true, r, c);
         write_row(tile, own.row_of(r), part_of(fold_row_lanes(sum, sum_of)));
       }
     }
@@ -137,8 +167,8 @@ struct FoldEpilogue {
       float values[kShared];
       CONTRASTIVE_OPS_UNROLL
       for (int k = 0; k < kShared; ++k) {
-        values[k] = (own.number(sums, 0, begin + k) + own.number(sums, 1, begin + k)) +
-                    (own.number(sums, 2, begin + k) + own.number(sums, 3, begin + k));
+        values[k] = (power(false, 0, begin + k) + power(false, 1, begin + k)) +
+                    (power(false, 2, begin + k) + power(false, 3, begin + k));
       }
       const int first = add_columns(values);
       CONTRASTIVE_OPS_UNROLL
@@ -146,34 +176,48 @@ struct FoldEpilogue {
     }
   }
 
-  // Every row and every column by itself, whichever kind.
-  __device__ void fold_apart(Sums& sums, const Own<kCols>& own, const TilePlace& tile, int group) const {
-    const float unit = task.kind == FoldKind::logsumexp ? kLn2 : 1.0f;
+  // What is in memory of the thread: logits, and of a matrix that is compared with itself which pairs are not the
+  // row's, and which not the column's.
+  struct Apart {
     float logits[4][kColumns];
+    uint64_t of_rows[4], of_cols[4];
+  };
+
+  // Every row and every column by itself, whichever kind.
+  __device__ void fold_apart(Sums& sums, const Own<kCols>& own, const TilePlace& tile, int group,
+                             const Both& drops) const {
+    const float unit = task.kind == FoldKind::logsumexp ? kLn2 : 1.0f;
+    Apart apart;
     CONTRASTIVE_OPS_UNROLL
     for (int r = 0; r < 4; ++r) {
+      if constexpr (itself) {
+        apart.of_rows[r] = task.of_cols ? drops.mirrored[r] : drops.direct.rows[r];
+        apart.of_cols[r] = task.of_cols ? drops.direct.rows[r] : drops.mirrored[r];
+      }
       CONTRASTIVE_OPS_UNROLL
-      for (int c = 0; c < kColumns; ++c) logits[r][c] = own.number(sums, r, c) * unit;
+      for (int c = 0; c < kColumns; ++c) apart.logits[r][c] = own.number(sums, r, c) * unit;
     }
     switch (task.kind) {
       case FoldKind::logsumexp:
-        return fold_one_by_one<FoldKind::logsumexp>(logits, own, tile, group);
+        return fold_one_by_one<FoldKind::logsumexp>(apart, own, tile, group);
       case FoldKind::max:
-        return fold_one_by_one<FoldKind::max>(logits, own, tile, group);
+        return fold_one_by_one<FoldKind::max>(apart, own, tile, group);
       case FoldKind::sum_softplus:
-        return fold_one_by_one<FoldKind::sum_softplus>(logits, own, tile, group);
+        return fold_one_by_one<FoldKind::sum_softplus>(apart, own, tile, group);
       case FoldKind::sum_relu:
-        return fold_one_by_one<FoldKind::sum_relu>(logits, own, tile, group);
+        return fold_one_by_one<FoldKind::sum_relu>(apart, own, tile, group);
       case FoldKind::sum:
-        return fold_one_by_one<FoldKind::sum>(logits, own, tile, group);
+        return fold_one_by_one<FoldKind::sum>(apart, own, tile, group);
       default:
-        return fold_one_by_one<FoldKind::count>(logits, own, tile, group);
+        return fold_one_by_one<FoldKind::count>(apart, own, tile, group);
     }
   }
 
   template <FoldKind kind>
-  __device__ void fold_one_by_one(const float (&logits)[4][kColumns], const Own<kCols>& own, const TilePlace& tile,
-                                  int group) const {
+  __device__ void fold_one_by_one(const Apart& apart, const Own<kCols>& own, const TilePlace& tile, int group) const {
+    const auto logit = [&](const uint64_t (&left_out)[4], int r, int c) {
+      return itself && (left_out[r] >> c & 1) ? -kInfinity : apart.logits[r][c];
+    };
     // With those of the lanes whose number differs in bits `from` to `to`.
     const auto with_lanes = [](Part part, int from, int to) {
 #pragma unroll 1
@@ -188,7 +232,7 @@ struct FoldEpilogue {
     for (int r = 0; task.row_parts != nullptr && r < 4; ++r) {
       running.start();
 #pragma unroll 1
-      for (int c = 0; c < kColumns; ++c) running.add(logits[r][c], own.col_of(c));
+      for (int c = 0; c < kColumns; ++c) running.add(logit(apart.of_rows, r, c), own.col_of(c));
       write_row(tile, own.row_of(r), with_lanes(running.part(), 1, 4));
     }
     Part* to = cols_of_warp(group) + threadIdx.x % 4 * 2;
@@ -196,7 +240,7 @@ struct FoldEpilogue {
     for (int c = 0; task.col_parts != nullptr && c < kColumns; ++c) {
       running.start();
 #pragma unroll 1
-      for (int r = 0; r < 4; ++r) running.add(logits[r][c], p.first_row + own.row_of(r));
+      for (int r = 0; r < 4; ++r) running.add(logit(apart.of_cols, r, c), p.first_row + own.row_of(r));
       const Part part = with_lanes(running.part(), 4, kWarp);
       if (threadIdx.x % kWarp < 4) to[c / 2 * 8 + c % 2] = part;
     }
@@ -217,22 +261,24 @@ struct FoldEpilogue {
   }
 };
 
-template <class T>
+template <class T, bool itself>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     fold_kernel(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y,
-                const __grid_constant__ SweepPairs p, const __grid_constant__ FoldTask task, const Plan plan) {
+                const __grid_constant__ Views<itself> views, const __grid_constant__ FoldTask task, const Plan plan) {
 #ifdef CONTRASTIVE_OPS_HAS_HOPPER
   auto& shared = shared_tiles<Shared<T>>();
-  sweep<T, kCols, kStages>(&x, &y, plan, shared.stages, FoldEpilogue<T>{p, task, plan, shared});
+  sweep<T, kCols, kStages>(&x, &y, plan, shared.stages, FoldEpilogue<T, itself>{views, views.at[0], task, shared});
 #endif
 }
 
 // Adds the parts of all tiles to a state, tile after tile; one thread for each row and each column.
-__global__ void merge_parts_kernel(FoldKind kind, const Part* parts, int tiles, int64_t count, State* state) {
+__global__ void merge_parts_kernel(FoldKind kind, const Part* parts, const Plan plan, bool cols, int64_t count,
+                                   State* state) {
   const int64_t place = int64_t{blockIdx.x} * kGroup + threadIdx.x;
   if (place >= count) return;
   State total = state[place];
-  for (int t = 0; t < tiles; ++t) merge_into(total, kind, parts[t * count + place]);
+  const Span tiles(plan, cols, static_cast<int>(place));
+  for (int t = tiles.begin; t < tiles.end; ++t) merge_into(total, kind, parts[t * count + place]);
   state[place] = total;
 }
 
@@ -241,14 +287,14 @@ struct Pass {
   int rows, cols;
 };
 
-// The first folds that are not done yet.
-Pass next_pass(const PairArguments& p, bool (&done)[kMostFolds]) {
+// The first folds that are not done yet; one of them where rows and columns are both needed for each.
+Pass next_pass(const PairArguments& p, bool itself, bool (&done)[kMostFolds]) {
   Pass pass{-1, -1};
   int first = -1;
   for (int f = 0; f < p.fold_count; ++f) {
     if (done[f] || (first >= 0 && p.folds[f].kind != p.folds[first].kind)) continue;
     int& own = p.folds[f].cols ? pass.cols : pass.rows;
-    if (own >= 0) continue;
+    if (own >= 0 || (itself && first >= 0)) continue;
     own = f, done[f] = true;
     if (first < 0) first = f;
   }
@@ -260,21 +306,25 @@ Pass next_pass(const PairArguments& p, bool (&done)[kMostFolds]) {
 
 void hopper_fold(Stream stream, Input x, Input y, int64_t D, int64_t first_row, int64_t rows, Arrays pair_data,
                  Integers spec, const float* scale, const float* row_bias, const float* col_bias, const int64_t* target,
-                 int64_t N, int64_t M, float* parts, float* target_logit, double* state) {
+                 int64_t N, int64_t M, int64_t itself, float* parts, float* target_logit, double* state) {
   using namespace hopper;
   const PairArguments p = pairs_of(pair_data, spec, scale, row_bias, col_bias, target, N, M);
   const SweepPairs pairs = sweep_pairs(p, first_row, rows);
+  const Views<true> views = itself ? both_views(p, pairs) : Views<true>{};
   if (rows == 0 || M == 0 || p.fold_count == 0) return;
-  const Plan plan(rows, M, D, kCols);
+  const Plan plan(rows, M, D, kCols, itself ? first_row : -1);
   bool done[kMostFolds] = {};
   const auto state_of = [&](int fold) {
     auto* begin = reinterpret_cast<State*>(state);
     for (int f = 0; f < fold; ++f) begin += p.folds[f].cols ? M : N;
     return begin;
   };
-  for (Pass pass = next_pass(p, done); pass.rows >= 0 || pass.cols >= 0; pass = next_pass(p, done)) {
+  const auto next = [&] { return next_pass(p, itself != 0, done); };
+  for (Pass pass = next(); pass.rows >= 0 || pass.cols >= 0; pass = next()) {
     FoldTask task{};
-    task.kind = p.folds[pass.rows >= 0 ? pass.rows : pass.cols].kind;
+    const int any = pass.rows >= 0 ? pass.rows : pass.cols;
+    task.kind = p.folds[any].kind, task.of_cols = p.folds[any].cols;
+    if (itself) pass = {any, any};
     task.row_parts = pass.rows < 0 ? nullptr : reinterpret_cast<Part*>(parts);
     task.col_parts = pass.cols < 0 ? nullptr : reinterpret_cast<Part*>(parts) + plan.col_tiles * rows;
     task.target_logit = target_logit;
@@ -283,18 +333,25 @@ void hopper_fold(Stream stream, Input x, Input y, int64_t D, int64_t first_row, 
       if constexpr (sizeof(T) == 2) {
         const TensorMap of_x = tensor_map(x.as<T>() + first_row * D, x.dtype, rows, D, D, kRows);
         const TensorMap of_y = tensor_map(y.data, y.dtype, M, D, D, kCols / kCluster);
-        launch_clusters(fold_kernel<T>, plan.tiles(), kBlockThreads, sizeof(Shared<T>), stream, of_x, of_y, pairs, task,
-                        plan);
+        const auto start = [&](auto kernel, const auto& given) {
+          launch_clusters(kernel, plan.tiles(), kBlockThreads, sizeof(Shared<T>), stream, of_x, of_y, given, task,
+                          plan);
+        };
+        if (itself) {
+          start(fold_kernel<T, true>, views);
+        } else {
+          start(fold_kernel<T, false>, Views<false>{{pairs}});
+        }
       } else {
         throw std::invalid_argument("x: it must be of 16 bits");
       }
     };
     with_type(x.dtype, run);
-    const auto merge = [&](const Part* from, int tiles, int64_t count, State* to) {
-      launch(merge_parts_kernel, ceil_divide(count, kGroup), kGroup, 0, stream, task.kind, from, tiles, count, to);
+    const auto merge = [&](const Part* from, bool cols, int64_t count, State* to) {
+      launch(merge_parts_kernel, ceil_divide(count, kGroup), kGroup, 0, stream, task.kind, from, plan, cols, count, to);
     };
-    if (pass.rows >= 0) merge(task.row_parts, plan.col_tiles, rows, state_of(pass.rows) + first_row);
-    if (pass.cols >= 0) merge(task.col_parts, plan.row_tiles(), M, state_of(pass.cols));
+    if (pass.rows >= 0) merge(task.row_parts, false, rows, state_of(pass.rows) + first_row);
+    if (pass.cols >= 0) merge(task.col_parts, true, M, state_of(pass.cols));
   }
 }
 

@@ -6,6 +6,8 @@
 // of other kernels.
 #pragma once
 
+#include <utility>
+
 #include "../similarity_pairs.h"
 #include "sweep.h"
 
@@ -23,6 +25,8 @@ struct SweepPairs {
   const int64_t *differ_rows, *differ_cols, *same_rows, *same_cols;
   const float *below_rows, *below_cols, *above_rows, *above_cols;
   const float *row_factor, *col_factor;  // of inner products, both or none
+  // Of a matrix that is compared with itself: how far behind the diagonal the columns begin that a row has; -1 for all.
+  int behind;
 
   // dlogit / d(inner product) of a row of the sweep, and what is added to its logits.
   __device__ float factor(int row) const { return sign * scale[scale_of_rows ? first_row + min(row, rows - 1) : 0]; }
@@ -68,7 +72,27 @@ inline SweepPairs sweep_pairs(const PairArguments& p, int64_t first_row, int64_t
   to.row_factor = p.row_factor, to.col_factor = p.col_factor;
   to.has_ids = set.differ_rows || set.same_rows;
   to.has_bounds = set.below_rows || set.below_cols || set.above_rows || set.above_cols;
+  to.behind = -1;
   return to;
+}
+
+// Of a matrix that is compared with itself: the pairs (i, j) on the diagonal and above it, and what (j, i) would be of
+// those above it, without targets. Logits of the two are one number, as there are no scales of rows and no biases.
+template <bool itself>
+struct Views {
+  SweepPairs at[1 + itself];
+};
+
+inline Views<true> both_views(const PairArguments& p, SweepPairs pairs) {
+  if (p.N != p.M || pairs.scale_of_rows || pairs.row_bias || pairs.col_bias) {
+    throw std::invalid_argument("itself: a matrix compared with itself must have one scale, and no biases");
+  }
+  pairs.behind = 0;
+  SweepPairs other = pairs;
+  other.behind = 1, other.target = nullptr, other.diagonal = -pairs.diagonal;
+  std::swap(other.differ_rows, other.differ_cols), std::swap(other.same_rows, other.same_cols);
+  std::swap(other.below_rows, other.below_cols), std::swap(other.above_rows, other.above_cols);
+  return {{pairs, other}};
 }
 
 // Inner products with their factors.
@@ -92,8 +116,8 @@ struct Drops {
   static constexpr int kColumns = Own<kCols>::kColumns;
   static_assert(kColumns <= 64, "one bit for each column");
   uint64_t rows[4] = {};
-  int wanted[4];  // which of its columns is the row's target, or -1
-  bool any;       // for any lane of the warp
+  int wanted[4] = {-1, -1, -1, -1};  // which of its columns is the row's target
+  bool any = false;                  // for any lane of the warp
 
   __device__ bool has(int r, int c) const { return rows[r] >> c & 1; }
   // The inner product of a row with its target, where the thread has it.
@@ -104,6 +128,7 @@ struct Drops {
     return found;
   }
 
+  Drops() = default;
   __device__ Drops(const SweepPairs& p, const Own<kCols>& own, float (&dots)[2][kCols / 2]) {
     const int inside = own.below(p.cols);
     const uint64_t beyond = inside == kColumns ? 0 : ~uint64_t{0} << inside;
@@ -118,6 +143,10 @@ struct Drops {
       rows[r] = real ? beyond : ~uint64_t{0};
       if (wanted[r] >= 0) rows[r] |= uint64_t{1} << wanted[r];
       if (diagonal >= 0) rows[r] |= uint64_t{1} << diagonal;
+      if (p.behind < 0) continue;
+      const int before = own.below(static_cast<int>(i) + p.behind);
+      rows[r] |= (uint64_t{1} << before) - 1;
+      if (wanted[r] < before) wanted[r] = -1;
     }
     if (p.has_ids) look_at_ids(p, own, inside);
     if (p.has_bounds) look_at_bounds(p, own, inside, dots);
@@ -165,6 +194,73 @@ struct Drops {
       for (int r = 0; r < 4; ++r) {
         const float dot = Own<kCols>::number(dots, r, c);
         if (dot < least[r] || dot < low || dot > most[r] || dot > high) rows[r] |= uint64_t{1} << c;
+      }
+    }
+  }
+};
+
+// What no fold sees of a pair (i, j) and of (j, i); the second only of a matrix that is compared with itself.
+template <int kCols, bool itself>
+struct BothDrops {
+  static constexpr int kColumns = Own<kCols>::kColumns;
+  Drops<kCols> direct;
+  uint64_t mirrored[4] = {}, targets[4] = {};  // and which of these have the row as the target of the column
+  // For any lane of the warp; differ: what is left out of the two is not the same.
+  bool any = false, differ = false, any_target = false;
+
+  __device__ BothDrops(const Views<itself>& views, const Own<kCols>& own, const TilePlace& tile,
+                       float (&dots)[2][kCols / 2]) {
+    if constexpr (!itself) {
+      direct = Drops<kCols>(views.at[0], own, dots), any = direct.any;
+    } else {
+#pragma unroll 1
+      for (int view = 0; view < 2; ++view) {  // a loop, so that rules are compiled once
+        const Drops<kCols> found(views.at[view], own, dots);
+        any |= found.any;
+        CONTRASTIVE_OPS_UNROLL
+        for (int r = 0; r < 4; ++r) mirrored[r] = found.rows[r];
+        if (view == 0) direct = found;
+      }
+      const SweepPairs& p = views.at[0];
+      any_target = p.target != nullptr && has_targets(p, tile);
+      if (any_target) find_targets(p, own);
+      bool other = false;
+      CONTRASTIVE_OPS_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        mirrored[r] |= targets[r];
+        other |= mirrored[r] != direct.rows[r];
+      }
+      differ = __any_sync(kFullWarp, other), any |= differ;
+    }
+  }
+
+  __device__ bool has(int r, int c) const {
+    if constexpr (itself) return direct.has(r, c) && (mirrored[r] >> c & 1);
+    return direct.has(r, c);
+  }
+
+ private:
+  // Whether a row of the tile is the target of one of its columns; the same for a warp.
+  __device__ bool has_targets(const SweepPairs& p, const TilePlace& tile) const {
+    bool found = false;
+    const int64_t first = int64_t{p.first_row} + tile.row_tile * kRows;
+    for (int c = static_cast<int>(threadIdx.x) % kWarp; c < kCols; c += kWarp) {
+      const int col = tile.col_tile * kCols + c;
+      const int64_t row = col < p.cols ? p.target[col] - first : -1;
+      found |= row >= 0 && row < kRows;
+    }
+    return __any_sync(kFullWarp, found);
+  }
+
+  __device__ void find_targets(const SweepPairs& p, const Own<kCols>& own) {
+    const int inside = own.below(p.cols);
+#pragma unroll 1
+    for (int c = 0; c < inside; ++c) {
+      const int64_t j = own.col_of(c), row = p.target[j] - p.first_row;
+      CONTRASTIVE_OPS_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        const bool found = row == own.row_of(r) && row < p.rows && row + p.first_row < j;
+        if (found) targets[r] |= uint64_t{1} << c;
       }
     }
   }

@@ -20,18 +20,38 @@ constexpr int kTurns = 1, kGroups = 3;
 // Pairs of row tiles whose columns are gone through together, so that both operands are found in the cache.
 constexpr int kRaster = 8;
 
-// How tiles are gone through.
+// How tiles are gone through: all of them, or, of a matrix that is compared with itself, what two tiles of rows have on
+// and above the diagonal. Tiles that the diagonal crosses are multiplied whole, and rules leave out what is below it.
 struct Plan {
-  int row_pairs, col_tiles, steps;
+  int row_pairs, col_tiles, steps, tile_cols, count;
+  int diagonal;  // its column in the first row; -1 where all tiles are gone through
 
-  __host__ Plan(int64_t rows, int64_t cols, int64_t D, int tile_cols) {
-    const int64_t pairs = ceil_divide(rows, kCluster * kRows), across = ceil_divide(cols, tile_cols);
+  __host__ Plan(int64_t rows, int64_t cols, int64_t D, int columns, int64_t from = -1) {
+    const int64_t pairs = ceil_divide(rows, kCluster * kRows), across = ceil_divide(cols, columns);
     if (pairs * across > kMostBlocks) throw std::invalid_argument("rows and columns: there must be fewer tiles");
     row_pairs = static_cast<int>(pairs), col_tiles = static_cast<int>(across);
-    steps = static_cast<int>(ceil_divide(D, kDepth));
+    steps = static_cast<int>(ceil_divide(D, kDepth)), tile_cols = columns, diagonal = static_cast<int>(from);
+    count = row_pairs * col_tiles;
+    for (int pair = 0; diagonal >= 0 && pair < row_pairs; ++pair) count -= first_tile(pair);
   }
-  __host__ __device__ int tiles() const { return row_pairs * col_tiles; }
+  __host__ __device__ int tiles() const { return count; }
   __host__ __device__ int row_tiles() const { return row_pairs * kCluster; }
+  // The first tile of columns that a pair of row tiles has, and how many tiles of rows have a tile of columns.
+  __host__ __device__ int first_tile(int pair) const {
+    return diagonal < 0 ? 0 : (diagonal + pair * kCluster * kRows) / tile_cols;
+  }
+  __host__ __device__ int row_tiles_of(int col_tile) const {
+    const int rows = (col_tile + 1) * tile_cols - diagonal, pairs = (rows + kCluster * kRows - 1) / (kCluster * kRows);
+    return diagonal < 0 || pairs > row_pairs ? row_tiles() : rows <= 0 ? 0 : pairs * kCluster;
+  }
+};
+
+// The tiles that have a part of a row, or of a column.
+struct Span {
+  int begin, end;
+  __device__ Span(const Plan& plan, bool cols, int place)
+      : begin(cols ? 0 : plan.first_tile(place / (kCluster * kRows))),
+        end(cols ? plan.row_tiles_of(place / plan.tile_cols) : plan.col_tiles) {}
 };
 
 struct TilePlace {
@@ -39,10 +59,27 @@ struct TilePlace {
 
   // Tile `at` of those that clusters go through, and the block of the cluster.
   __device__ TilePlace(const Plan& plan, int at, int rank) {
-    const int band = kRaster * plan.col_tiles, first = at / band * kRaster, in_band = at % band;
-    const int height = min(kRaster, plan.row_pairs - first);
-    row_tile = (first + in_band % height) * kCluster + rank;
-    col_tile = in_band / height;
+    const bool cut = plan.diagonal >= 0;
+    int first = cut ? 0 : at / (kRaster * plan.col_tiles) * kRaster;
+    at -= first * plan.col_tiles;
+    for (;; first += kRaster) {
+      const int height = min(kRaster, plan.row_pairs - first), begin = plan.first_tile(first + height - 1);
+      // Tiles that not all pairs of the band have, one pair after another, and then those of all.
+      for (int pair = first; cut && pair < first + height; ++pair) {
+        const int before = begin - plan.first_tile(pair);
+        if (at < before) {
+          row_tile = pair * kCluster + rank, col_tile = begin - before + at;
+          return;
+        }
+        at -= before;
+      }
+      const int count = height * (plan.col_tiles - begin);
+      if (at < count) {
+        row_tile = (first + at % height) * kCluster + rank, col_tile = begin + at / height;
+        return;
+      }
+      at -= count;
+    }
   }
 };
 

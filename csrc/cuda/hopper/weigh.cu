@@ -31,7 +31,8 @@ struct WeighTask {
   // (tiles across, rows), and of columns (tiles down, cols); null for none.
   float *row_residuals, *row_bias, *scale, *col_residuals, *losses;
   float* target_logit;
-  bool stores;
+  bool stores, of_cols;  // of_cols: of a matrix that is compared with itself, whether its folds are of columns
+  int first_col;         // of the weights
 };
 
 // log2(1 + t) for t from 0 to 1, with as many digits where it is small.
@@ -56,13 +57,15 @@ struct Rows {
   float residual[4] = {}, slope[4] = {}, scale[4] = {}, loss[4] = {};
 };
 
-template <class T, Slopes slopes>
+template <class T, Slopes slopes, bool itself>
 struct WeighEpilogue {
   const TensorMap* map;
+  const Views<itself>& views;
   const SweepPairs& p;
   const WeighTask& task;
   Shared<T>& shared;
   using Sums = float[2][kCols / 2];
+  using Both = BothDrops<kCols, itself>;
 
   __device__ void operator()(Sums& sums, const TilePlace& tile, int group) const {
     const Own<kCols> own(tile);
@@ -70,9 +73,9 @@ struct WeighEpilogue {
     if (thread == 0) store_wait_read();  // of the weights of the tile before
     read_columns(tile, group, thread);
     multiply_factors(p, own, sums);
-    const Drops<kCols> drops(p, own, sums);
+    const Both drops(views, own, tile, sums);
     Rows rows;
-    read_rows(sums, own, drops, rows);
+    read_rows(sums, own, drops.direct, rows);
     named_sync(kGroups + group, kGroup);
     weigh(sums, own, drops, rows, group, thread);
     write_rows(tile, own, rows);
@@ -81,7 +84,8 @@ struct WeighEpilogue {
     if (thread == 0 && task.stores) {
       CONTRASTIVE_OPS_UNROLL
       for (int panel = 0; panel < kPanels; ++panel) {
-        store_tile(map, shared.weights[group][panel], tile.col_tile * kCols + panel * kDepth, tile.row_tile * kRows);
+        const int col = tile.col_tile * kCols + panel * kDepth - task.first_col;
+        store_tile(map, shared.weights[group][panel], col, tile.row_tile * kRows);
       }
       store_commit();
     }
@@ -143,8 +147,26 @@ struct WeighEpilogue {
     return fmaf(col_gain, fast_exp2(z - col_value), gain * fast_exp2(z - value));
   }
 
-  __device__ void weigh(Sums& sums, const Own<kCols>& own, const Drops<kCols>& drops, Rows& rows, int group,
-                        int thread) const {
+  // The same of a pair (i, j) and of (j, i), each of which may be left out or have a target.
+  __device__ float slope_of_both(float z, const Rows& rows, const Both& drops, int r, int c, float col_value,
+                                 float col_gain, int col) const {
+    const auto left_out = [&](bool first) {
+      return drops.any && (first != task.of_cols ? drops.direct.has(r, c) : drops.mirrored[r] >> c & 1);
+    };
+    const bool first = left_out(true), second = left_out(false);
+    float e, unused = 0.0f;
+    if constexpr (slopes == Slopes::sigmoid) {
+      e = slope_of(z, 0.0f, (first ? 0.0f : rows.gain[r]) + (second ? 0.0f : col_gain), 0.0f, 0.0f, unused);
+    } else {
+      e = slope_of(z, first ? kInfinity : rows.value[r], rows.gain[r], second ? kInfinity : col_value, col_gain,
+                   unused);
+    }
+    if (drops.any && c == drops.direct.wanted[r]) e += rows.target[r];
+    if (drops.any_target && (drops.targets[r] >> c & 1)) e += task.d_target == nullptr ? 0.0f : task.d_target[col];
+    return e;
+  }
+
+  __device__ void weigh(Sums& sums, const Own<kCols>& own, const Both& drops, Rows& rows, int group, int thread) const {
     const int lane = thread % kWarp, warp = thread / kWarp;
     const float unit = kLn2 * (task.norm == nullptr ? 1.0f : *task.norm);
     float residuals[kShared];
@@ -162,9 +184,14 @@ struct WeighEpilogue {
           const float dot = own.number(sums, r, c);
           float z = fmaf(dot, rows.factor[r], rows.bias[r] + shared.bias[group][at + q]);
           if (drops.any && drops.has(r, c)) z = -kInfinity;
-          float e = slope_of(z, rows.value[r], rows.gain[r], shared.value[group][at + q], shared.gain[group][at + q],
-                             rows.loss[r]);
-          if (drops.any && c == drops.wanted[r]) e = rows.target[r];
+          const float value = shared.value[group][at + q], gain = shared.gain[group][at + q];
+          float e;
+          if constexpr (itself) {
+            e = slope_of_both(z, rows, drops, r, c, value, gain, own.col_of(c));
+          } else {
+            e = slope_of(z, rows.value[r], rows.gain[r], value, gain, rows.loss[r]);
+            if (drops.any && c == drops.direct.wanted[r]) e = rows.target[r];
+          }
           rows.slope[r] += e;
           rows.scale[r] += e == 0.0f ? 0.0f : e * dot;
           weights[q] = e == 0.0f ? 0.0f : e * rows.factor[r] * unit;
@@ -234,23 +261,26 @@ struct WeighEpilogue {
   }
 };
 
-template <class T, Slopes slopes>
+template <class T, Slopes slopes, bool itself>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     weigh_kernel(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y,
-                 const __grid_constant__ TensorMap weights, const __grid_constant__ SweepPairs p,
+                 const __grid_constant__ TensorMap weights, const __grid_constant__ Views<itself> views,
                  const __grid_constant__ WeighTask task, const Plan plan) {
 #ifdef CONTRASTIVE_OPS_HAS_HOPPER
   auto& shared = shared_tiles<Shared<T>>();
-  sweep<T, kCols, kStages>(&x, &y, plan, shared.stages, WeighEpilogue<T, slopes>{&weights, p, task, shared});
+  const WeighEpilogue<T, slopes, itself> epilogue{&weights, views, views.at[0], task, shared};
+  sweep<T, kCols, kStages>(&x, &y, plan, shared.stages, epilogue);
 #endif
 }
 
 // Adds the parts of all tiles to totals that are `step` apart, tile after tile, in float64.
-__global__ void add_tiles_kernel(const float* parts, int tiles, int64_t count, double* totals, int step) {
+__global__ void add_tiles_kernel(const float* parts, const Plan plan, bool cols, int64_t count, double* totals,
+                                 int step) {
   const int64_t place = int64_t{blockIdx.x} * kGroup + threadIdx.x;
   if (place >= count) return;
   double total = totals[place * step];
-  for (int t = 0; t < tiles; ++t) total += static_cast<double>(parts[t * count + place]);
+  const Span tiles(plan, cols, static_cast<int>(place));
+  for (int t = tiles.begin; t < tiles.end; ++t) total += static_cast<double>(parts[t * count + place]);
   totals[place * step] = total;
 }
 
@@ -275,10 +305,21 @@ Slopes read_folds(const PairArguments& p, const float* values, const float* d_va
   return slopes;
 }
 
+// Of a matrix that is compared with itself, whose folds have one direction: what a row has it has as a column, too.
+void mirror_folds(bool has_losses, int64_t first_row, WeighTask& task) {
+  if ((task.row_gain != nullptr && task.col_gain != nullptr) || has_losses || first_row % kCols != 0) {
+    throw std::invalid_argument("itself: folds must have one direction, no losses, and bands whole tiles");
+  }
+  task.of_cols = task.col_gain != nullptr;
+  (task.of_cols ? task.row_gain : task.col_gain) = task.of_cols ? task.col_gain : task.row_gain;
+  (task.of_cols ? task.row_value : task.col_value) = task.of_cols ? task.col_value : task.row_value;
+  task.first_col = static_cast<int>(first_row);
+}
+
 // A sum that the kernel leaves as one part for each tile, and where they are added up.
 struct Parts {
-  const float* from;
-  int tiles;
+  float* from;
+  bool cols;
   int64_t count;
   double* to;
   int step;
@@ -289,29 +330,30 @@ struct Parts {
 
 void hopper_weigh(Stream stream, Input x, Input y, int64_t D, int64_t first_row, int64_t rows, Arrays pair_data,
                   Integers spec, const float* scale, const float* row_bias, const float* col_bias,
-                  const int64_t* target, int64_t N, int64_t M, const float* values, const float* d_values,
-                  const float* d_target, const float* norm, Output weights, Integers sums, float* parts,
-                  float* target_logit, double* totals, double* state) {
+                  const int64_t* target, int64_t N, int64_t M, int64_t itself, const float* values,
+                  const float* d_values, const float* d_target, const float* norm, Output weights, Integers sums,
+                  float* parts, float* target_logit, double* totals, double* state) {
   using namespace hopper;
   const PairArguments p = pairs_of(pair_data, spec, scale, row_bias, col_bias, target, N, M);
   const SweepPairs pairs = sweep_pairs(p, first_row, rows);
+  const Views<true> views = itself ? both_views(p, pairs) : Views<true>{};
   WeighTask task{};
   const Slopes slopes = read_folds(p, values, d_values, state != nullptr, task);
+  if (itself) mirror_folds(state != nullptr, first_row, task);
   task.d_target = d_target, task.norm = norm, task.target_logit = target_logit, task.stores = weights.data != nullptr;
   if (rows == 0 || M == 0) return;
-  const Plan plan(rows, M, D, kCols);
+  const Plan plan(rows, M, D, kCols, itself ? first_row : -1);
   std::vector<Parts> found;
   const auto take = [&](bool cols, double* to, int step) {
-    const int tiles = cols ? plan.row_tiles() : plan.col_tiles;
-    float* own = parts;
-    found.push_back({own, tiles, cols ? M : rows, cols ? to : to + step * first_row, step});
-    parts += tiles * (cols ? M : rows);
-    return own;
+    found.push_back({parts, cols, cols ? M : rows, cols ? to : to + step * first_row, step});
+    parts += cols ? plan.row_tiles() * M : plan.col_tiles * rows;
+    return found.back().from;
   };
   for (int64_t at = 0; at + 3 < sums.size; at += 4) {
     const int64_t* sum = sums.data + at;
     const auto what = static_cast<SumOf>(sum[0]);
     if (sum[2] != 0 && what != SumOf::residual) throw std::invalid_argument("sums: of columns there is the residual");
+    if (itself && what == SumOf::residual) task.col_residuals = take(true, totals + sum[3], 1);
     float*& own = what == SumOf::scale  ? task.scale
                   : what == SumOf::bias ? task.row_bias
                   : sum[2] != 0         ? task.col_residuals
@@ -324,19 +366,26 @@ void hopper_weigh(Stream stream, Input x, Input y, int64_t D, int64_t first_row,
     if constexpr (sizeof(T) == 2) {
       const TensorMap of_x = tensor_map(x.as<T>() + first_row * D, x.dtype, rows, D, D, kRows);
       const TensorMap of_y = tensor_map(y.data, y.dtype, M, D, D, kCols / kCluster);
-      const TensorMap to =
-          task.stores ? tensor_map(weights.data, x.dtype, rows, M, ceil_divide(M, 8) * 8, kRows) : of_x;
-      const auto kernel =
-          slopes == Slopes::sigmoid ? weigh_kernel<T, Slopes::sigmoid> : weigh_kernel<T, Slopes::softmax>;
-      launch_clusters(kernel, plan.tiles(), kBlockThreads, sizeof(Shared<T>), stream, of_x, of_y, to, pairs, task,
-                      plan);
+      const int64_t cols = M - task.first_col, pitch = ceil_divide(M, 8) * 8;
+      const TensorMap to = task.stores ? tensor_map(weights.data, x.dtype, rows, cols, pitch, kRows) : of_x;
+      const bool sigmoid = slopes == Slopes::sigmoid;
+      const auto start = [&](auto kernel, const auto& given) {
+        launch_clusters(kernel, plan.tiles(), kBlockThreads, sizeof(Shared<T>), stream, of_x, of_y, to, given, task,
+                        plan);
+      };
+      if (itself) {
+        start(sigmoid ? weigh_kernel<T, Slopes::sigmoid, true> : weigh_kernel<T, Slopes::softmax, true>, views);
+      } else {
+        const auto kernel = sigmoid ? weigh_kernel<T, Slopes::sigmoid, false> : weigh_kernel<T, Slopes::softmax, false>;
+        start(kernel, Views<false>{{pairs}});
+      }
     } else {
       throw std::invalid_argument("x: it must be of 16 bits");
     }
   };
   with_type(x.dtype, run);
   for (const Parts& each : found) {
-    launch(add_tiles_kernel, ceil_divide(each.count, kGroup), kGroup, 0, stream, each.from, each.tiles, each.count,
+    launch(add_tiles_kernel, ceil_divide(each.count, kGroup), kGroup, 0, stream, each.from, plan, each.cols, each.count,
            each.to, each.step);
   }
 }
