@@ -108,7 +108,8 @@ def test_exponentials_are_as_few_as_can_be(made):
             continue
         assert pairs <= found < pairs + 8, symbol
         assert pairs <= count(instructions, r"MUFU\.RCP") < pairs + 32
-        assert pairs <= count(instructions, r"MUFU\.LG2") < pairs + 8
+        folds = "Lb0E" in symbol  # of one with itself, losses are folded before
+        assert pairs * folds <= count(instructions, r"MUFU\.LG2") < pairs * folds + 8
 
 
 @each_file

@@ -14,10 +14,12 @@ constexpr int kCols = 192, kStages = 4, kColumns = kCols / 4, kGroupWarps = kGro
 // Below the largest logit of a warp, times log2(e): beyond it powers of two would lose digits.
 constexpr float kReach = 120.0f;
 
-template <class T>
+template <class T, bool itself>
 struct alignas(1024) Shared {
   Stages<T, kCols, kStages> stages;
   Part cols[2][kGroupWarps][kCols];  // of each group
+  // Of each thread's rows and columns: which pairs their folds do not see, where the two differ.
+  uint64_t left_out[itself ? 2 * kGroup : 1][2][4];
 };
 
 struct FoldTask {
@@ -32,15 +34,23 @@ struct FoldEpilogue {
   const Views<itself>& views;
   const SweepPairs& p;
   const FoldTask& task;
-  Shared<T>& shared;
+  Shared<T, itself>& shared;
   using Sums = float[2][kCols / 2];
   using Both = BothDrops<kCols, itself>;
 
   __device__ void operator()(Sums& sums, const TilePlace& tile, int group) const {
     const Own<kCols> own(tile);
     multiply_factors(p, own, sums);
-    const Both drops(views, own, tile, sums);
+    const Both drops(views, own, tile, sums, left_out(group)[1]);
     make_logits(sums, own, drops);
+    const bool differ = itself && drops.differ;
+    if (differ) {
+      CONTRASTIVE_OPS_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        left_out(group)[task.of_cols][r] = drops.direct.rows[r];
+        left_out(group)[!task.of_cols][r] = drops.mirrored[r];
+      }
+    }
     const float reference = task.kind == FoldKind::logsumexp ? common_reference(sums) : kInfinity;
     if (reference < kInfinity) {
       CONTRASTIVE_OPS_UNROLL
@@ -49,13 +59,13 @@ struct FoldEpilogue {
         for (int k = 0; k < kCols / 2; ++k) sums[m][k] = fast_exp2(sums[m][k] - reference);
       }
       const float top = reference * kLn2;
-      if (itself && drops.differ) {
-        add_up<itself>(sums, own, tile, group, top, drops);
+      if (differ) {
+        add_up<itself>(sums, own, tile, group, top);
       } else {
-        add_up<false>(sums, own, tile, group, top, drops);
+        add_up<false>(sums, own, tile, group, top);
       }
     } else {
-      fold_apart(sums, own, tile, group, drops);
+      fold_apart(sums, own, tile, group, differ);
     }
     join_columns(tile, group);
   }
@@ -120,22 +130,21 @@ struct FoldEpilogue {
       task.target_logit[int64_t{p.first_row} + row] = fmaf(dot, p.factor(row), bias);
     }
     if constexpr (itself) {
-      if (!both.any_target) return;
+      if (!both.has_targets) return;
       CONTRASTIVE_OPS_UNROLL
       for (int c = 0; c < kColumns; ++c) {
         CONTRASTIVE_OPS_UNROLL
         for (int r = 0; r < 4; ++r) {
-          if (both.targets[r] >> c & 1) task.target_logit[own.col_of(c)] = own.number(sums, r, c) * p.factor(0);
+          const int row = own.row_of(r), col = own.col_of(c);
+          if (Both::is_target_of(p, row, col)) task.target_logit[col] = own.number(sums, r, c) * p.factor(row);
         }
       }
     }
   }
 
-  // Of a pair of a row and a column, what its row's sum gets, and its column's: both views of it have one logit.
-  template <bool differ>
-  __device__ bool left_out_of(bool rows, const Both& drops, int r, int c) const {
-    if constexpr (!differ) return false;
-    return rows != task.of_cols ? drops.direct.has(r, c) : drops.mirrored[r] >> c & 1;
+  // Of a thread: what the folds of its rows do not see, and those of its columns.
+  __device__ uint64_t (&left_out(int group) const)[2][4] {
+    return shared.left_out[itself ? group * kGroup + threadIdx.x % kGroup : 0];
   }
 
   __device__ void write_row(const TilePlace& tile, int row, const Part& part) const {
@@ -145,10 +154,10 @@ struct FoldEpilogue {
 
   // Sums of powers of two, which stand in the place of inner products.
   template <bool differ>
-  __device__ void add_up(Sums& sums, const Own<kCols>& own, const TilePlace& tile, int group, float top,
-                         const Both& drops) const {
-    const auto power = [&](bool rows, int r, int c) {
-      return left_out_of<differ>(rows, drops, r, c) ? 0.0f : own.number(sums, r, c);
+  __device__ void add_up(Sums& sums, const Own<kCols>& own, const TilePlace& tile, int group, float top) const {
+    // Of a row or a column: both views of a pair have one logit.
+    const auto power = [&](bool of_col, int r, int c) {
+      return differ && (left_out(group)[of_col][r] >> c & 1) ? 0.0f : own.number(sums, r, c);
     };
     const auto part_of = [&](float sum) { return Part{{sum == 0.0f ? 0.0f : top, sum}}; };
     if (task.row_parts != nullptr) {
@@ -156,7 +165,7 @@ struct FoldEpilogue {
       for (int r = 0; r < 4; ++r) {
         float sum = 0.0f;
         CONTRASTIVE_OPS_UNROLL
-        for (int c = 0; c < kColumns; ++c) sum += power(true, r, c);
+        for (int c = 0; c < kColumns; ++c) sum += power(false, r, c);
         write_row(tile, own.row_of(r), part_of(fold_row_lanes(sum, sum_of)));
       }
     }
@@ -167,8 +176,8 @@ struct FoldEpilogue {
       float values[kShared];
       CONTRASTIVE_OPS_UNROLL
       for (int k = 0; k < kShared; ++k) {
-        values[k] = (power(false, 0, begin + k) + power(false, 1, begin + k)) +
-                    (power(false, 2, begin + k) + power(false, 3, begin + k));
+        values[k] = (power(true, 0, begin + k) + power(true, 1, begin + k)) +
+                    (power(true, 2, begin + k) + power(true, 3, begin + k));
       }
       const int first = add_columns(values);
       CONTRASTIVE_OPS_UNROLL
@@ -176,24 +185,19 @@ struct FoldEpilogue {
     }
   }
 
-  // What is in memory of the thread: logits, and of a matrix that is compared with itself which pairs are not the
-  // row's, and which not the column's.
+  // What is in memory of the thread.
   struct Apart {
     float logits[4][kColumns];
-    uint64_t of_rows[4], of_cols[4];
+    bool differ;
   };
 
   // Every row and every column by itself, whichever kind.
-  __device__ void fold_apart(Sums& sums, const Own<kCols>& own, const TilePlace& tile, int group,
-                             const Both& drops) const {
+  __device__ void fold_apart(Sums& sums, const Own<kCols>& own, const TilePlace& tile, int group, bool differ) const {
     const float unit = task.kind == FoldKind::logsumexp ? kLn2 : 1.0f;
     Apart apart;
+    apart.differ = differ;
     CONTRASTIVE_OPS_UNROLL
     for (int r = 0; r < 4; ++r) {
-      if constexpr (itself) {
-        apart.of_rows[r] = task.of_cols ? drops.mirrored[r] : drops.direct.rows[r];
-        apart.of_cols[r] = task.of_cols ? drops.direct.rows[r] : drops.mirrored[r];
-      }
       CONTRASTIVE_OPS_UNROLL
       for (int c = 0; c < kColumns; ++c) apart.logits[r][c] = own.number(sums, r, c) * unit;
     }
@@ -215,8 +219,9 @@ struct FoldEpilogue {
 
   template <FoldKind kind>
   __device__ void fold_one_by_one(const Apart& apart, const Own<kCols>& own, const TilePlace& tile, int group) const {
-    const auto logit = [&](const uint64_t (&left_out)[4], int r, int c) {
-      return itself && (left_out[r] >> c & 1) ? -kInfinity : apart.logits[r][c];
+    const auto logit = [&](bool of_col, int r, int c) {
+      const bool out = itself && apart.differ && (left_out(group)[of_col][r] >> c & 1);
+      return out ? -kInfinity : apart.logits[r][c];
     };
     // With those of the lanes whose number differs in bits `from` to `to`.
     const auto with_lanes = [](Part part, int from, int to) {
@@ -232,7 +237,7 @@ struct FoldEpilogue {
     for (int r = 0; task.row_parts != nullptr && r < 4; ++r) {
       running.start();
 #pragma unroll 1
-      for (int c = 0; c < kColumns; ++c) running.add(logit(apart.of_rows, r, c), own.col_of(c));
+      for (int c = 0; c < kColumns; ++c) running.add(logit(false, r, c), own.col_of(c));
       write_row(tile, own.row_of(r), with_lanes(running.part(), 1, 4));
     }
     Part* to = cols_of_warp(group) + threadIdx.x % 4 * 2;
@@ -240,7 +245,7 @@ struct FoldEpilogue {
     for (int c = 0; task.col_parts != nullptr && c < kColumns; ++c) {
       running.start();
 #pragma unroll 1
-      for (int r = 0; r < 4; ++r) running.add(logit(apart.of_cols, r, c), p.first_row + own.row_of(r));
+      for (int r = 0; r < 4; ++r) running.add(logit(true, r, c), p.first_row + own.row_of(r));
       const Part part = with_lanes(running.part(), 4, kWarp);
       if (threadIdx.x % kWarp < 4) to[c / 2 * 8 + c % 2] = part;
     }
@@ -266,7 +271,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     fold_kernel(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y,
                 const __grid_constant__ Views<itself> views, const __grid_constant__ FoldTask task, const Plan plan) {
 #ifdef CONTRASTIVE_OPS_HAS_HOPPER
-  auto& shared = shared_tiles<Shared<T>>();
+  auto& shared = shared_tiles<Shared<T, itself>>();
   sweep<T, kCols, kStages>(&x, &y, plan, shared.stages, FoldEpilogue<T, itself>{views, views.at[0], task, shared});
 #endif
 }
@@ -333,9 +338,9 @@ void hopper_fold(Stream stream, Input x, Input y, int64_t D, int64_t first_row, 
       if constexpr (sizeof(T) == 2) {
         const TensorMap of_x = tensor_map(x.as<T>() + first_row * D, x.dtype, rows, D, D, kRows);
         const TensorMap of_y = tensor_map(y.data, y.dtype, M, D, D, kCols / kCluster);
+        const size_t bytes = itself ? sizeof(Shared<T, true>) : sizeof(Shared<T, false>);
         const auto start = [&](auto kernel, const auto& given) {
-          launch_clusters(kernel, plan.tiles(), kBlockThreads, sizeof(Shared<T>), stream, of_x, of_y, given, task,
-                          plan);
+          launch_clusters(kernel, plan.tiles(), kBlockThreads, bytes, stream, of_x, of_y, given, task, plan);
         };
         if (itself) {
           start(fold_kernel<T, true>, views);

@@ -205,31 +205,32 @@ struct BothDrops {
   static constexpr int kColumns = Own<kCols>::kColumns;
   Drops<kCols> direct;
   uint64_t mirrored[4] = {}, targets[4] = {};  // and which of these have the row as the target of the column
-  // For any lane of the warp; differ: what is left out of the two is not the same.
-  bool any = false, differ = false, any_target = false;
+  // For any lane of the warp; differ: what is left out of the two is not the same; has_targets: a row of the tile is
+  // the target of one of its columns.
+  bool any = false, differ = false, has_targets = false;
 
+  // What is left out of (j, i) is found first, and waits in `memory` for the other.
   __device__ BothDrops(const Views<itself>& views, const Own<kCols>& own, const TilePlace& tile,
-                       float (&dots)[2][kCols / 2]) {
+                       float (&dots)[2][kCols / 2], uint64_t (&memory)[4]) {
     if constexpr (!itself) {
       direct = Drops<kCols>(views.at[0], own, dots), any = direct.any;
     } else {
 #pragma unroll 1
-      for (int view = 0; view < 2; ++view) {  // a loop, so that rules are compiled once
+      for (int view = 1; view >= 0; --view) {  // a loop, so that rules are compiled once
         const Drops<kCols> found(views.at[view], own, dots);
         any |= found.any;
         CONTRASTIVE_OPS_UNROLL
-        for (int r = 0; r < 4; ++r) mirrored[r] = found.rows[r];
-        if (view == 0) direct = found;
+        for (int r = 0; r < 4; ++r) {
+          if (view == 1) memory[r] = found.rows[r];
+        }
+        direct = found;
       }
-      const SweepPairs& p = views.at[0];
-      any_target = p.target != nullptr && has_targets(p, tile);
-      if (any_target) find_targets(p, own);
+      CONTRASTIVE_OPS_UNROLL
+      for (int r = 0; r < 4; ++r) mirrored[r] = memory[r];
+      look_at_targets(views.at[0], own, tile);
       bool other = false;
       CONTRASTIVE_OPS_UNROLL
-      for (int r = 0; r < 4; ++r) {
-        mirrored[r] |= targets[r];
-        other |= mirrored[r] != direct.rows[r];
-      }
+      for (int r = 0; r < 4; ++r) other |= mirrored[r] != direct.rows[r];
       differ = __any_sync(kFullWarp, other), any |= differ;
     }
   }
@@ -238,29 +239,27 @@ struct BothDrops {
     if constexpr (itself) return direct.has(r, c) && (mirrored[r] >> c & 1);
     return direct.has(r, c);
   }
+  // Whether a row is the target of a column behind it, of a tile that has such rows.
+  static __device__ bool is_target_of(const SweepPairs& p, int row, int col) {
+    return col < p.cols && row < p.rows && p.first_row + row < col && p.target[col] == p.first_row + row;
+  }
 
  private:
-  // Whether a row of the tile is the target of one of its columns; the same for a warp.
-  __device__ bool has_targets(const SweepPairs& p, const TilePlace& tile) const {
-    bool found = false;
+  __device__ void look_at_targets(const SweepPairs& p, const Own<kCols>& own, const TilePlace& tile) {
+    if (p.target == nullptr) return;
     const int64_t first = int64_t{p.first_row} + tile.row_tile * kRows;
     for (int c = static_cast<int>(threadIdx.x) % kWarp; c < kCols; c += kWarp) {
       const int col = tile.col_tile * kCols + c;
       const int64_t row = col < p.cols ? p.target[col] - first : -1;
-      found |= row >= 0 && row < kRows;
+      has_targets |= row >= 0 && row < kRows;
     }
-    return __any_sync(kFullWarp, found);
-  }
-
-  __device__ void find_targets(const SweepPairs& p, const Own<kCols>& own) {
-    const int inside = own.below(p.cols);
+    has_targets = __any_sync(kFullWarp, has_targets);
 #pragma unroll 1
-    for (int c = 0; c < inside; ++c) {
-      const int64_t j = own.col_of(c), row = p.target[j] - p.first_row;
+    for (int c = 0; has_targets && c < kColumns; ++c) {
       CONTRASTIVE_OPS_UNROLL
       for (int r = 0; r < 4; ++r) {
-        const bool found = row == own.row_of(r) && row < p.rows && row + p.first_row < j;
-        if (found) targets[r] |= uint64_t{1} << c;
+        const bool found = is_target_of(p, own.row_of(r), own.col_of(c));
+        targets[r] |= uint64_t{found} << c, mirrored[r] |= uint64_t{found} << c;
       }
     }
   }

@@ -102,14 +102,11 @@ struct Stages {
 // Which stage is next, and in which round of the ring.
 template <int kStages>
 struct Turn {
-  int stage = 0, parity = 0;
+  int stage, parity;
+  // After so many stages.
+  __device__ explicit Turn(int before) : stage(before % kStages), parity(before / kStages % 2) {}
   __device__ void advance() {
     if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-  __device__ void advance(int steps) {
-    stage += steps;
-    parity ^= stage / kStages % 2;
-    stage %= kStages;
   }
 };
 
@@ -118,7 +115,7 @@ __device__ void bring_tiles(const TensorMap* x, const TensorMap* y, const Plan& 
                             int rank) {
   constexpr int kShare = kCols / kCluster, kBytes = (kRows + kCols) * kDepth * static_cast<int>(sizeof(T));
   constexpr uint16_t kBoth = (1u << kCluster) - 1;
-  Turn<kStages> turn;
+  Turn<kStages> turn(0);
   for (int at = static_cast<int>(blockIdx.x) / kCluster; at < plan.tiles();
        at += static_cast<int>(gridDim.x) / kCluster) {
     const TilePlace tile(plan, at, rank);
@@ -150,12 +147,12 @@ __device__ void sweep(const TensorMap* x, const TensorMap* y, const Plan& plan, 
   } else {
     take_registers<kManyRegisters>();
     if (group == 1) named_arrive(kTurns, 2 * kGroup);  // the first group begins
-    Turn<kStages> turn;
-    turn.advance(group * plan.steps);
+    int before = group * plan.steps;                   // stages of this tile are behind so many
     const int clusters = static_cast<int>(gridDim.x) / kCluster;
 #pragma unroll 1
     for (int at = static_cast<int>(blockIdx.x) / kCluster + group * clusters; at < plan.tiles(); at += 2 * clusters) {
       float sums[2][kCols / 2];
+      Turn<kStages> turn(before);
       named_sync(kTurns + group, 2 * kGroup);
       const auto multiply = [&](auto first) {
         barrier_wait(&s.full[turn.stage], turn.parity);
@@ -178,16 +175,16 @@ __device__ void sweep(const TensorMap* x, const TensorMap* y, const Plan& plan, 
       multiply(std::true_type());
 #pragma unroll 1
       for (int step = 1; step < plan.steps; ++step) {
-        const int before = turn.stage;
+        const int last = turn.stage;
         turn.advance();
         multiply(std::false_type());
         mma_wait<1>();
-        release(before);
+        release(last);
       }
       mma_wait<0>();
       release(turn.stage);
       named_arrive(kTurns + 1 - group, 2 * kGroup);
-      turn.advance(1 + plan.steps);
+      before += 2 * plan.steps;
       epilogue(sums, TilePlace(plan, at, rank), group);
     }
     epilogue.finish();
@@ -204,7 +201,7 @@ struct Own {
   int row, col;  // of its first number, among the rows of the sweep and all columns
 
   __device__ explicit Own(const TilePlace& tile) {
-    const int thread = static_cast<int>(threadIdx.x) % kGroup, lane = thread % kWarp;
+    const int thread = hidden(static_cast<int>(threadIdx.x)) % kGroup, lane = thread % kWarp;
     row = tile.row_tile * kRows + thread / kWarp * 16 + lane / 4;
     col = tile.col_tile * kCols + lane % 4 * 2;
   }

@@ -73,7 +73,8 @@ struct WeighEpilogue {
     if (thread == 0) store_wait_read();  // of the weights of the tile before
     read_columns(tile, group, thread);
     multiply_factors(p, own, sums);
-    const Both drops(views, own, tile, sums);
+    uint64_t memory[4];
+    const Both drops(views, own, tile, sums, memory);
     Rows rows;
     read_rows(sums, own, drops.direct, rows);
     named_sync(kGroups + group, kGroup);
@@ -162,7 +163,7 @@ struct WeighEpilogue {
                    unused);
     }
     if (drops.any && c == drops.direct.wanted[r]) e += rows.target[r];
-    if (drops.any_target && (drops.targets[r] >> c & 1)) e += task.d_target == nullptr ? 0.0f : task.d_target[col];
+    if (drops.has_targets && (drops.targets[r] >> c & 1)) e += task.d_target == nullptr ? 0.0f : task.d_target[col];
     return e;
   }
 
