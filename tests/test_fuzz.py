@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from fuzz import SUBJECTS, check, draw_case, run, shrunk
-from fuzz.__main__ import save
+from fuzz.__main__ import save, saved
 from fuzz.cases import FINE, Case, attempt
 from fuzz.children import Report
 from fuzz.formulas import FORMULAS
@@ -94,6 +94,27 @@ assert said == "ended by SIGSEGV" and "f=3)" in simple and "bias" not in simple,
 """
 
 
+RESUMED = """
+import copy
+from fuzz import SUBJECTS
+from fuzz.children import run_in_children
+
+drawn, kept = {"grouped_matmul": SUBJECTS["grouped_matmul"]}, []
+fixed = {"backend": "reference", "d": 2, "f": 2, "sizes": (1,)}
+whole = run_in_children(drawn, 300, 3, fixed, progress=lambda report: kept.append(copy.deepcopy(report)))
+assert 0 < kept[0].compared.total() < 300 and kept[0].drawn == 250
+rest = run_in_children(drawn, 300, 3, fixed, before=kept[0])
+rest.seconds = whole.seconds
+assert rest == whole
+"""
+
+
+def test_a_run_that_was_stopped_goes_on():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", RESUMED], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
 def test_a_case_that_ends_the_process_has_a_reproducer():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
     done = subprocess.run([sys.executable, "-c", CRASH], env=environment, capture_output=True, text=True, check=False)
@@ -110,7 +131,9 @@ def test_runs_are_kept_by_seed_and_level_and_counted_where_they_ran(tmp_path):
     ):
         report = Report()
         report.add(draw_case({"grouped_matmul": SUBJECTS["grouped_matmul"]}, rng, fixed), None)
+        report.failed.append(("a call", "is off"))
         save(path, 4, level, report)
+        assert saved(path, 4, level) == report and saved(path, 5, level) is None
         table = tables_reliability.fuzz(json.loads(path.read_text())["runs"])
         if level == "avx2":  # the processor has no higher one
             ran_at = {"avx512": "avx2"}.get(fixed["level"], fixed["level"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ def save(path: Path, seed: int, level: str, report: Report) -> None:
     path.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
 
 
+def saved(path: Path, seed: int, level: str) -> Report | None:
+    """What the file says of this seed at this level, None where it says nothing."""
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    for run in runs:
+        if (run["seed"], run["processor_level"]) == (seed, level):
+            counts = (Counter(run[name]) for name in ("subjects", "cpu_levels", "backends"))
+            failed = [tuple(said.split("  # ", 1)) for said in run["failed"]]
+            return Report(run["drawn"], *counts, run["refused"], run["empty"], failed, run["seconds"])
+    return None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="fuzz", description=__doc__)
     parser.add_argument("--cases", type=int, default=1000, help="that are compared; others are drawn beside them")
@@ -38,6 +50,7 @@ def main() -> int:
     parser.add_argument("--level", help="at most this SIMD level in all cases")
     parser.add_argument("--seconds", type=int, default=SECONDS_OF_A_CASE, help="of one case; one that takes more fails")
     parser.add_argument("--save", type=Path, help="a JSON file, such as benchmarks/results/fuzz.json")
+    parser.add_argument("--resume", action="store_true", help="go on where the run in this file was stopped")
     given = parser.parse_args()
     names = ("backend", "dtype", "level")
     fixed: dict[str, Any] = {n: getattr(given, n) for n in names if getattr(given, n) is not None}
@@ -47,6 +60,8 @@ def main() -> int:
     if given.backend is not None:
         level = f"{given.backend} alone"  # a run of its own beside that of the same seed
 
+    before = saved(given.save, given.seed, level) if given.save and given.resume else None
+
     def keep(report: Report) -> None:
         if given.save:
             save(given.save, given.seed, level, report)
@@ -54,7 +69,7 @@ def main() -> int:
     def tell(text: str) -> None:
         print(text, flush=True)
 
-    report = run_in_children(subjects, given.cases, given.seed, fixed, tell, keep, given.seconds)
+    report = run_in_children(subjects, given.cases, given.seed, fixed, tell, keep, given.seconds, before)
     print(
         f"seed {given.seed}, {level}: {report.drawn} cases drawn, {report.refused} refused, {report.empty} without a "
         f"number, {report.compared.total()} compared, {len(report.failed)} failed: {dict(report.compared)}"

@@ -19,14 +19,15 @@ from .cases import FINE, Case, Subject, attempt, draw_case, shrunk
 
 # A child is begun anew after as many cases, so that what one leaves behind does not last.
 CASES_OF_A_CHILD = 250
-SECONDS_OF_A_CASE = 300
+SECONDS_OF_A_CASE = 300  # of computing; one that waits for ever ends after WAITS times as many
+WAITS = 24
 
 
 def _in_child(cases: Sequence[Case], seconds: int = SECONDS_OF_A_CASE) -> Iterator[str | None]:
     """What `attempt` says of one case after another; the last may be the signal that ended the child.
 
-    A case that takes more seconds is ended by SIGALRM. The process that calls must not have used threads: its
-    children would wait for them.
+    A case that computes for more seconds is ended by SIGPROF, one that waits by SIGALRM: a busy machine is no fault.
+    The process that calls must not have used threads: its children would wait for them.
     """
     source, to = os.pipe()
     child = os.fork()
@@ -35,9 +36,11 @@ def _in_child(cases: Sequence[Case], seconds: int = SECONDS_OF_A_CASE) -> Iterat
         code = 1
         try:
             for case in cases:
-                signal.alarm(seconds)
+                signal.setitimer(signal.ITIMER_PROF, seconds)
+                signal.alarm(seconds * WAITS)
                 said = attempt(case)
                 signal.alarm(0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
                 os.write(to, f"{json.dumps(said)}\n".encode())
             code = 0
         finally:
@@ -110,12 +113,17 @@ def run_in_children(
     tell: Callable[[str], object] = lambda text: None,
     progress: Callable[[Report], object] = lambda report: None,
     seconds: int = SECONDS_OF_A_CASE,
+    before: Report | None = None,
 ) -> Report:
     """Draw cases until as many were compared; `progress` is called now and then with what was found so far.
 
-    A case that takes more than `seconds` is a finding.
+    A case that takes more than `seconds` is a finding. `before` is what `progress` was last given by a run that was
+    stopped: its cases are drawn, and not run again.
     """
-    rng, report, began = random.Random(seed), Report(), time.monotonic()
+    rng, report = random.Random(seed), before or Report()
+    began = time.monotonic() - report.seconds
+    for _ in range(report.drawn):
+        draw_case(subjects, rng, fixed)
     while report.compared.total() < cases:
         todo = [draw_case(subjects, rng, fixed) for _ in range(CASES_OF_A_CHILD)]
         while todo and report.compared.total() < cases:
