@@ -41,14 +41,15 @@ class SlotPlan {
   SlotPlan(const RouterSlots& s, const Parallel& parallel)
       : s_(s),
         parallel_(parallel),
+        limited_(s.capacity >= 0),
         groups_(s.group_size ? s.T / s.group_size : 1),
         lists_(s.E * s.k),
         step_(tokens_of_part(s.group_size)),
         parts_of_group_((s.group_size + step_ - 1) / step_) {}
 
   void run() {
-    count();
-    if (s_.capacity >= 0 && find_lists()) {
+    if (limited_) count();
+    if (limited_ && find_lists()) {
       fill_lists();
       s_.dtype == DType::float64 ? decide<double>() : decide<float>();
     }
@@ -58,11 +59,10 @@ class SlotPlan {
  private:
   // Choices of each expert as the first, second, ... of a token: (parts, E, k).
   void count() {
-    const bool limited = s_.capacity >= 0;
-    if (limited) next_.allocate(groups_ * parts_of_group_ * lists_);
-    auto task = [this, limited](int64_t part, int) {
-      int64_t* counts = limited ? next_.get() + part * lists_ : nullptr;
-      if (limited) std::fill(counts, counts + lists_, 0);
+    next_.allocate(groups_ * parts_of_group_ * lists_);
+    auto task = [this](int64_t part, int) {
+      int64_t* counts = next_.get() + part * lists_;
+      std::fill(counts, counts + lists_, 0);
       const int64_t k = s_.k;
       const auto [begin, end] = tokens_of(part);
       const int64_t* experts = s_.experts;
@@ -71,7 +71,7 @@ class SlotPlan {
         for (int64_t j = 0; j < k; ++j) {
           const int64_t expert = experts[t * k + j];
           slots[t * k + j] = expert < 0 ? -1 : 0;
-          if (limited && expert >= 0) ++counts[expert * k + j];
+          if (expert >= 0) ++counts[expert * k + j];
         }
       }
     };
@@ -160,10 +160,12 @@ class SlotPlan {
     auto count = [&](int64_t part, int) {
       int64_t* here = kept.get() + part * cells;
       std::fill(here, here + cells, 0);
-      const int64_t k = s_.k, *experts = s_.experts, *slots = s_.slots;
+      const int64_t k = s_.k, *experts = s_.experts;
+      int64_t* slots = s_.slots;
       for (int64_t t = part * step; t < minimum(s_.T, (part + 1) * step); ++t) {
         int64_t* of_segment = here + (s_.segment ? s_.segment[t] : 0) * s_.E;
         for (int64_t c = t * k; c < (t + 1) * k; ++c) {
+          if (!limited_) slots[c] = experts[c] < 0 ? -1 : 0;  // nothing has been dropped
           if (slots[c] >= 0) ++of_segment[experts[c]];
         }
       }
@@ -208,6 +210,7 @@ class SlotPlan {
 
   const RouterSlots& s_;
   const Parallel& parallel_;
+  const bool limited_;
   const int64_t groups_, lists_, step_, parts_of_group_;
   bool listed_ = false;
   Buffer<int64_t> next_, begin_;  // (parts, E, k); (groups, E, k), and the end
