@@ -13,6 +13,7 @@ from benchmarks import cores, cores_plot
 from benchmarks import virtual_cores as virtual
 from contrastive_ops import grouped_matmul, similarity_reduce, similarity_topk
 from contrastive_ops.core import extension
+from contrastive_ops.moe import Router
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILED = pytest.mark.skipif(extension.load() is None, reason="needs the C++ extension")
@@ -70,6 +71,25 @@ def test_as_many_threads_as_virtual_cores(virtual_cores):
         similarity_topk(x, y, 5, backend="cpu")
         counts.append(len(virtual_cores(0)[0][-1]))
     assert 8 <= counts[0] < counts[1]  # of which most pack the columns
+
+
+@COMPILED
+def test_a_large_map_of_a_router_is_cut_into_tasks(virtual_cores):
+    """Forward and backward; a small one, and that of another backend, is torch's."""
+    gate = Router(64, 32, 2)
+    for rows, backend, own in ((2100, "auto", True), (2100, "reference", False), (1900, "auto", False)):
+        tokens = torch.randn(rows, 64, requires_grad=True)
+        upstream = torch.randn(rows, 32)
+        virtual_cores(4)
+        logits = gate.logits(tokens, backend=backend)
+        forward = virtual_cores(4)
+        found = torch.autograd.grad(logits, [tokens, gate.weight], upstream)
+        backward = virtual_cores(0)
+        expected = tokens @ gate.weight.T
+        assert (bool(forward), bool(backward)) == (own, own)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+        truth = torch.autograd.grad(expected, [tokens, gate.weight], upstream)
+        torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
 
 
 @COMPILED

@@ -55,6 +55,13 @@ def experts(dtype):
     return [out, *torch.autograd.grad(out.float().square().sum(), [tokens, *layer.parameters()])]
 
 
+def router(dtype):
+    """Of more products than `moe.router.LARGE`."""
+    gate, tokens = co.moe.Router(700, 11, 2, learned_noise=True).to(dtype), leaf(1100, 700, dtype=dtype)
+    logits = gate.logits(tokens, torch.Generator().manual_seed(1))
+    return [logits, *torch.autograd.grad(logits.square().sum(), [tokens, *gate.parameters()])]
+
+
 def groups(dtype):
     a, b, bias = leaf(1100, 300, dtype=dtype), leaf(5, 300, 700, dtype=dtype), leaf(5, 700, dtype=dtype)
     out = ops.grouped_matmul(a, b, torch.tensor([0, 3, 3, 600, 611, 1000]), bias, backend="cpu")
@@ -87,6 +94,7 @@ CALLS = {
     "topk with statistics": (statistics, RULES),
     "topk of equal columns": (nothing_but_ties, 77),
     **{f"SparseMoE {dtype}": (experts, dtype) for dtype in DTYPES},
+    **{f"Router {dtype}": (router, dtype) for dtype in DTYPES},
     **{f"grouped_matmul {dtype}": (groups, dtype) for dtype in DTYPES},
     "route": (route,),
     **{f"maxsim {dtype}": (interact, dtype) for dtype in DTYPES},

@@ -11,16 +11,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core import autocast, checks
+from ..core.backends import choose, unsupported_by_cpu
 from ..core.masks import left_out
 from ..core.numerics import softplus
+from ..core.operators import call
 from ..core.recompute import random_options
 from ..core.records import changed
 from ..core.state import State
 from ..ops import Capacity, Gating, RouterLoss, Routing, route
 from ..ops.expert_routing import DEFAULT, PRIORITIES
 from ..ops.gating import as_capacity, check_gating, described
+from ..ops.grouped_matmul import BACKENDS
 
 BALANCING = ("sign", "zscore")
+# Products from which on a linear map of tokens takes longer than the call of an operator.
+LARGE = 1 << 22
 
 
 def balanced_bias(bias: Tensor, choices: Tensor, rate: float = 1e-3, rule: str = "sign") -> Tensor:
@@ -80,6 +85,8 @@ class Router(State):
         logits = F.linear(tokens, weight)
         logits = logits + torch.randn_like(logits) * F.softplus(F.linear(tokens, noise_weight))     # learned_noise
         allowed = torch.rand_like(logits) >= expert_dropout
+
+    Where `route` runs in C++ a large map does, too, with the same bits for any number of threads.
 
     Args:
         dim: D of the tokens.
@@ -173,7 +180,7 @@ class Router(State):
         if self.expert_bias is not None:
             self.expert_bias.zero_()
 
-    def logits(self, tokens: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, generator: torch.Generator | None = None, backend: str = "auto") -> Tensor:
         """(T, E) of tokens (T, D), in training with jitter and learned noise."""
         dtype = checks.accumulator(tokens.dtype)
         random = random_options("Router", generator) if self.training else {}
@@ -182,10 +189,10 @@ class Router(State):
             if self.training and self.jitter:
                 uniform = torch.rand(tokens.shape, dtype=dtype, device=tokens.device, **random)
                 tokens = tokens * (1 + self.jitter * (2 * uniform - 1))
-            logits = F.linear(tokens, self.weight.to(dtype))
+            logits = _linear(tokens, self.weight.to(dtype), backend)
             if self.training and self.noise_weight is not None:
                 noise = torch.randn(logits.shape, dtype=dtype, device=logits.device, **random)
-                logits = logits + noise * softplus(F.linear(tokens, self.noise_weight.to(dtype)))
+                logits = logits + noise * softplus(_linear(tokens, self.noise_weight.to(dtype), backend))
             return logits
 
     def asked(self, tokens: Tensor, labels: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -198,7 +205,8 @@ class Router(State):
             some = allowed if allowed.dtype == torch.bool else allowed >= 0
             some = some.any(1) if some.dim() == 2 else some
             valid = some if valid is None else valid & some
-        logits = self.logits(tokens if valid is None else left_out(tokens, valid), labels.get("generator"))
+        tokens = tokens if valid is None else left_out(tokens, valid)
+        logits = self.logits(tokens, labels.get("generator"), labels.get("backend", "auto"))
         given = allowed is not None and allowed.dtype != torch.bool
         if self.training and self.expert_dropout and not given:
             labels = {**labels, "allowed": self._kept(logits, allowed, labels.get("generator"))}
@@ -244,3 +252,19 @@ class Router(State):
         """Sizes and rules."""
         experts, dim = self.weight.shape
         return f"{dim}, {experts}, k={self.k}, capacity={self.capacity}, priority={self.priority!r}"
+
+
+def _linear(tokens: Tensor, weight: Tensor, backend: str) -> Tensor:
+    """``F.linear(tokens, weight)`` of (T, D) and (E, D); a large one on a CPU as the product of a single group.
+
+    So it is cut into tasks like the layers of the experts, and forward and backward do not depend on threads.
+    """
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    plain = all(type(each) in (Tensor, nn.Parameter) for each in (tokens, weight))  # no DTensor
+    if traced or not plain or backend not in ("auto", "cpu"):
+        return F.linear(tokens, weight)
+    large = tokens.shape[0] * weight.numel() >= LARGE and not unsupported_by_cpu(tokens)
+    if not large or choose("Router", BACKENDS, tokens, backend) != "cpu":
+        return F.linear(tokens, weight)
+    rows = torch.tensor([0, tokens.shape[0]])
+    return call.grouped_matmul_forward(tokens, weight.t().unsqueeze(0), rows, None, None, None, "cpu")
