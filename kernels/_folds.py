@@ -59,13 +59,18 @@ def planes(kind: int) -> int:
 
 
 @triton.jit
-def softplus(z):
-    """log(1 + exp(z)) with its relative accuracy where it is small: log(1 + u) is 2 atanh(u / (2 + u))."""
-    u = tl.exp2(-tl.abs(z) * LOG2_E)
+def log_of_1_plus(u):
+    """log(1 + u) for u from 0 to 1, with its relative accuracy where it is small: it is 2 atanh(u / (2 + u))."""
     s = u / (2.0 + u)
     q = s * s
     series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13))))))
-    return tl.where(z < 0, 0.0, z) + 2.0 * s * series
+    return 2.0 * s * series
+
+
+@triton.jit
+def softplus(z):
+    """log(1 + exp(z)), exact on both sides."""
+    return tl.where(z < 0, 0.0, z) + log_of_1_plus(tl.exp2(-tl.abs(z) * LOG2_E))
 
 
 @triton.jit

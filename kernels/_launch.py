@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,12 +40,14 @@ class Launch:
         arguments: every argument of the kernel by its name; None is a compile-time value, and so is a tuple of
             structures (named tuples), whose elements kernels hand on to the functions that they call.
         options: "num_warps", "num_stages".
+        descriptors: whether the kernel makes tensor descriptors, for which Triton asks for memory.
     """
 
     kernel: Any
     programs: int
     arguments: Mapping[str, Any]
     options: Mapping[str, int]
+    descriptors: bool = False
 
     def run(self) -> None:
         """Enqueue the kernel on the device of its tensors; nothing to do for no programs."""
@@ -54,7 +57,14 @@ class Launch:
             _recording.launches.append(self)
             return
         with torch.cuda.device_of(next(each for each in self.arguments.values() if isinstance(each, Tensor))):
-            self.kernel[(self.programs,)](**self._passed(), **self.options)
+            # In a copy of the context, so that an allocator of the program's own stays where it is.
+            run = contextvars.copy_context().run if self.descriptors else _call
+            run(self._start)
+
+    def _start(self) -> None:
+        if self.descriptors:
+            triton.set_allocator(_scratch)
+        self.kernel[(self.programs,)](**self._passed(), **self.options)
 
     def _passed(self) -> dict[str, Any]:
         """The arguments as Triton takes them."""
@@ -74,6 +84,15 @@ class Launch:
             if n not in compiled_in
         }
         return Variant(name, self.kernel, types, constants, self.options, has_dot)
+
+
+def _call(function: Callable[[], None]) -> None:
+    function()
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory of the current device; what is launched later on its stream may have it again."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, options: Mapping[str, Any], **constants: Any) -> None:

@@ -96,6 +96,28 @@ def vector_cases(backend, dtype):
         )
 
 
+def persistent_cases(backend, dtype):
+    """Calls that persistent sweeps have; rows are whole steps of 16 bytes."""
+    for n, m, d in ((19, 37, 24), (3, 2, 8)):
+        inputs = Inputs(n, m, d, dtype=dtype)
+        options = {
+            "x": inputs.x,
+            "y": inputs.y,
+            "scale": inputs.leaf(n),
+            "row_bias": inputs.leaf(n),
+            "col_bias": inputs.leaf(m),
+            "target": inputs.target(),
+            "pairs": inputs.pairs("differ", "same", "below", "above"),
+        }
+        for kind in ("logsumexp", "sum_softplus"):
+            same(
+                lambda kind=kind, **given: flat(
+                    similarity_reduce(**given, reduce=(kind,), dim=(0, 1), backend=backend)
+                ),
+                options,
+            )
+
+
 def topk_cases(backend, dtype):
     wide = torch.promote_types(dtype, torch.float32)
     for n, m, d in SIZES:
@@ -186,6 +208,8 @@ CASES = {
     "maxsim": maxsim_cases,
     "stored": stored_cases,
 }
+# Of one backend alone.
+PERSISTENT = {"persistent": persistent_cases}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -202,4 +226,4 @@ if __name__ == "__main__":
         for kind in sys.argv[3].split(","):
             print(case, kind, flush=True)
             torch.manual_seed(0)
-            CASES[case](sys.argv[1], DTYPES[kind])
+            {**CASES, **PERSISTENT}[case](sys.argv[1], DTYPES[kind])

@@ -80,7 +80,7 @@ CASES = [
     (
         lambda: similarity_reduce(X, Y, backend="gpu"),
         ValueError,
-        "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', 'hopper', got 'gpu'",
+        "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'triton_persistent', 'cuda', 'hopper', got 'gpu'",
     ),
     (
         lambda: similarity_reduce(X.to("meta"), Y.to("meta"), backend="cpu"),
@@ -239,7 +239,8 @@ LOSS_CASES = [
     (
         lambda: clip(X, X, backend="gpu"),
         ValueError,
-        "clip: backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', 'hopper', got 'gpu'",
+        "clip: backend must be one of 'auto', 'reference', 'cpu', 'triton', 'triton_persistent', 'cuda', 'hopper', "
+        "got 'gpu'",
     ),
     (
         lambda: nt_xent(X, X, memory_budget=-5),

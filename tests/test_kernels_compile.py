@@ -16,8 +16,9 @@ import triton
 from contrastive_ops.kernels import _cover, _variants
 
 STEMS = ("similarity_reduce", "similarity_topk", "expert_routing", "grouped_matmul")
-# Passes between products of the library, and maxsim: one combination of options on each target, another on the next.
-SPREAD = ("similarity_values", "similarity_prefix", "similarity_distill", "maxsim")
+# Passes between products of the library, maxsim, persistent sweeps: one combination of options on each target, another
+# on the next.
+SPREAD = ("similarity_values", "similarity_prefix", "similarity_distill", "maxsim", "similarity_persistent")
 
 
 def variants(arch, *combine):
@@ -43,7 +44,8 @@ CASES += [
     for number, arch in enumerate((*_variants.TARGETS, *_variants.NEWER))
     for v in spread_variants(arch, number)
     # The newest, whose compilation takes longest, gets the kernels with the most in registers.
-    if arch not in _variants.NEWER or v.name.endswith(("weights_kernel", "slopes_kernel", "best_kernel"))
+    if arch not in _variants.NEWER
+    or v.name.endswith(("weights_kernel", "slopes_kernel", "best_kernel", "persistent_fold_kernel"))
 ]
 
 

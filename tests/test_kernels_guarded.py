@@ -16,3 +16,7 @@ if not triton_kernels.interprets() or not sys.platform.startswith("linux"):
 @pytest.mark.parametrize("name", guarded_cases.CASES)
 def test_nothing_is_read_behind_the_end_of_a_tensor(name):
     guarded_cases.ends_well("triton", [name], ["float32"])
+
+
+def test_persistent_sweeps_read_nothing_behind_the_end_of_a_tensor():
+    guarded_cases.ends_well("triton_persistent", guarded_cases.PERSISTENT, ["bfloat16"])

@@ -216,7 +216,7 @@ def test_never_run_on_a_device_is_taken_by_name_only():
     fused = ("similarity_reduce", "similarity_loss")
     assert {name: list(found) for name, found in reasons.items() if found} == {
         **dict.fromkeys(stored, ["triton"]),
-        **dict.fromkeys(fused, ["hopper"]),
+        **dict.fromkeys(fused, ["triton_persistent", "hopper"]),
     }
     assert reasons["similarity_values"]["triton"] == NEVER_ON_A_DEVICE
     x = torch.empty(3, 4, device="meta")

@@ -120,7 +120,8 @@ def clip(
         diagnostics: also return `Diagnostics` of both directions from the same sweep.
         memory_budget: bytes of inner products kept for backward: 0 keeps none (8 N^2 D), 4 N^2 keeps all of them
             (6 N^2 D). None: 128 MiB, on a GPU 1 GiB. Does not change the result.
-        backend: "auto", "reference", "cpu", "triton", "cuda" or "hopper"; as in `similarity_reduce`.
+        backend: "auto", "reference", "cpu", "triton", "triton_persistent", "cuda" or "hopper"; as in
+            `similarity_reduce`.
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs); with ``diagnostics`` the pair

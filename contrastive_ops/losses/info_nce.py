@@ -161,7 +161,8 @@ def info_nce(
         reduction: "mean", "sum" or "none".
         normalize: scale all rows to length 1 first; O(N D). False where they have it already, or lengths shall count.
         memory_budget: bytes kept for backward with ``reduction="none"``; see `similarity_reduce`.
-        backend: "auto", "reference", "cpu", "triton", "cuda" or "hopper"; as in `similarity_reduce`.
+        backend: "auto", "reference", "cpu", "triton", "triton_persistent", "cuda" or "hopper"; as in
+            `similarity_reduce`.
 
     Returns:
         0-d, or (N,) for ``reduction="none"``, in float32 (float64 for float64 inputs); with ``diagnostics`` the pair

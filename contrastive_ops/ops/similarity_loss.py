@@ -62,6 +62,7 @@ BACKENDS = enrol(
             keeps=True,
         ),
         "triton": _over("triton"),
+        "triton_persistent": _over("triton_persistent"),
         "cuda": _over("cuda"),
         "hopper": _over("hopper"),
     },

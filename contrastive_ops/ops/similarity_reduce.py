@@ -17,6 +17,7 @@ from ..core.problem import LogitSets, Problem, SetFold
 from ..core.rules import Pairs
 from ..cuda import _pairs, _products, hopper
 from ..reference import similarity_reduce as reference
+from . import _persistent
 from ._similarity_reduce_autograd import register
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ BACKENDS = enrol(
             functions=functools.cache(lambda: triton_kernels.functions("similarity_reduce")),
             unsupported=triton_kernels.unsupported,
         ),
+        "triton_persistent": _persistent.BACKEND,
         "cuda": Backend(
             source="csrc/cuda/similarity_reduce.cu",
             functions=functools.cache(lambda: cuda_kernels.functions("similarity_reduce")),
@@ -211,8 +213,9 @@ def similarity_reduce(
         memory_budget: bytes of inner products to keep between forward and backward, so that backward need not
             compute them again; 0 keeps none. None: 128 MiB, on a GPU 1 GiB. Does not change
             results. Of use to "cpu" and "cuda", and to "reference" where it suffices for all of them.
-        backend: "auto", "reference", "cpu", "triton", "cuda" or "hopper". An explicit backend runs or raises. "hopper"
-            is for 16-bit rows on GPUs of compute capability 9.0 and taken by name only: it has not run on a device.
+        backend: "auto", "reference", "cpu", "triton", "triton_persistent", "cuda" or "hopper". An explicit backend runs
+            or raises. "hopper" is for 16-bit rows on GPUs of compute capability 9.0, "triton_persistent" for 16-bit
+            rows on any GPU that Triton has; both are taken by name only: they have not run on a device.
 
     Returns:
         (N,) for ``dim=1``, (M,) for ``dim=0``; a `Reduced` for ``dim=(0, 1)``, "max", several folds, a target or

@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import Fault
 
 TOPK, REDUCE = "tests/test_kernels_similarity_topk.py", "tests/test_kernels_similarity_reduce.py"
+PERSISTENT = "tests/test_kernels_persistent.py"
 ROUTING, GROUPED = "tests/test_kernels_expert_routing.py", "tests/test_kernels_grouped_matmul.py"
 
 FAULTS = [
@@ -140,5 +141,47 @@ FAULTS = [
         "    at = tl.min(tl.where(wins, place, _NONE), 1)\n",
         "    at = tl.max(tl.where(wins, place, -1), 1)\n",
         ("tests/test_kernels_maxsim.py", "-k", "winners or numbers"),
+    ),
+    Fault(
+        "tiles of which the last group has as many as the others",
+        "kernels/_persistent_tiles.py",
+        "    height = tl.minimum(down - first, GROUP)\n",
+        "    height = GROUP\n",
+        (PERSISTENT, "-k", "shapes_around"),
+    ),
+    Fault(
+        "logits that lie too far apart and share a reference",
+        "kernels/_persistent_fold.py",
+        "        far = 1 - (largest - smallest <= REACH).to(tl.int32)",
+        "        far = 0 * (largest - smallest <= REACH).to(tl.int32)",
+        (PERSISTENT, "-k", "far_apart"),
+    ),
+    Fault(
+        "a small sum that keeps the reference of its tile",
+        "kernels/_persistent_fold.py",
+        "    power = tl.where((total > 0) & (total < SMALL), power, 0)\n",
+        "    power = tl.where((total > 0) & (total < 0), power, 0)\n",
+        (PERSISTENT, "-k", "far_below"),
+    ),
+    Fault(
+        "parts of rows that are those of the matrix, not of the band",
+        "kernels/_persistent_weigh.py",
+        "            store_sum(at, total, i - first_row, count)\n",
+        "            store_sum(at, total, i, last_row)\n",
+        (PERSISTENT, "-k", "shapes_around or softplus_is_one_sweep"),
+    ),
+    Fault(
+        "a target's slope without what its own loss adds",
+        "kernels/_persistent_weigh.py",
+        "                e = tl.where(own, by_target - of_target, e)\n",
+        "                e = tl.where(own, by_target, e)\n",
+        (PERSISTENT, "-k", "softplus_is_one_sweep"),
+    ),
+    Fault(
+        "a gradient of columns that forgets the bands before",
+        "kernels/similarity_persistent.py",
+        "products.set_or_add(dy, weights[:, :M].T, p.x[rows], add=rows.start > 0)",
+        "products.set_or_add(dy, weights[:, :M].T, p.x[rows], add=False)",
+        (PERSISTENT, "-k", "shapes_around or losses"),
     ),
 ]
