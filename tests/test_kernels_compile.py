@@ -18,7 +18,7 @@ from contrastive_ops.kernels import _cover, _variants
 STEMS = ("similarity_reduce", "similarity_topk", "expert_routing", "grouped_matmul")
 # Passes between products of the library, maxsim, persistent sweeps: one combination of options on each target, another
 # on the next.
-SPREAD = ("similarity_values", "similarity_prefix", "similarity_distill", "maxsim", "similarity_persistent")
+SPREAD = ("similarity_values", "similarity_prefix", "similarity_distill", "maxsim", "similarity_reduce_persistent")
 
 
 def variants(arch, *combine):

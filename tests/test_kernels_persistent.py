@@ -21,7 +21,7 @@ if not (triton_kernels.interprets() or torch.cuda.is_available()):
 import similarity_cases
 from similarity_cases import exact, flat, gradients_of, leaves
 
-from contrastive_ops.kernels import _persistent_tiles, similarity_persistent
+from contrastive_ops.kernels import _persistent_tiles, similarity_reduce_persistent
 from contrastive_ops.kernels._launch import Launch
 
 DEVICE = "cpu" if triton_kernels.interprets() else "cuda"
@@ -36,7 +36,7 @@ WEIGHT_ERROR = {torch.bfloat16: 5e-3, torch.float16: 6e-4}
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch):
     """Several tiles for a program and several launches, on small matrices; random numbers of the CPU."""
-    monkeypatch.setattr(similarity_persistent, "BAND_ROWS", 32)
+    monkeypatch.setattr(similarity_reduce_persistent, "BAND_ROWS", 32)
     monkeypatch.setattr(_persistent_tiles, "GROUP", 2)
     torch.manual_seed(0)
 
@@ -223,7 +223,9 @@ def test_a_loss_of_softplus_is_one_sweep(launched):
 
 
 @pytest.mark.parametrize(
-    "loss,normalize,dtype", [(clip, False, torch.bfloat16), (info_nce, True, torch.float16)], ids=str
+    "loss,normalize,dtype",
+    [(clip, False, torch.bfloat16), (info_nce, True, torch.float16)],
+    ids=["clip-bfloat16", "info_nce-unit-float16"],
 )
 def test_gradients_where_weights_cancel(loss, normalize, dtype):
     """Near convergence, in clusters: what rounding takes from weights is given back."""

@@ -39,8 +39,8 @@ def no_room(layout: Layout) -> list[str]:
 
 
 BACKEND = Backend(
-    source="kernels/similarity_persistent.py",
-    functions=functools.cache(lambda: triton_kernels.functions("similarity_persistent")),
+    source="kernels/similarity_reduce_persistent.py",
+    functions=functools.cache(lambda: triton_kernels.functions("similarity_reduce_persistent")),
     unsupported=unsupported,
     no_room=no_room,
     by_name=NEVER_ON_A_DEVICE,

@@ -179,7 +179,7 @@ FAULTS = [
     ),
     Fault(
         "a gradient of columns that forgets the bands before",
-        "kernels/similarity_persistent.py",
+        "kernels/similarity_reduce_persistent.py",
         "products.set_or_add(dy, weights[:, :M].T, p.x[rows], add=rows.start > 0)",
         "products.set_or_add(dy, weights[:, :M].T, p.x[rows], add=False)",
         (PERSISTENT, "-k", "shapes_around or losses"),

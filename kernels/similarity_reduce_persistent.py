@@ -288,7 +288,7 @@ def variants(arch: str, combine: Combine = pairwise_cover) -> Iterator[Variant]:
         shown = "-".join(str(value).removeprefix("torch.") for value in choice.values())
         for number, each in enumerate(record.launches):
             if each.kernel in (persistent_fold_kernel, persistent_weights_kernel):
-                name = f"similarity_persistent-{shown}-{number} {each.kernel.__name__}"
+                name = f"similarity_reduce_persistent-{shown}-{number} {each.kernel.__name__}"
                 yield each.variant(name, has_dot=True)
 
 
