@@ -36,7 +36,7 @@ WEIGHT_ERROR = {torch.bfloat16: 5e-3, torch.float16: 6e-4}
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch):
     """Several tiles for a program and several launches, on small matrices; random numbers of the CPU."""
-    monkeypatch.setattr(similarity_reduce_persistent, "BAND_ROWS", 32)
+    monkeypatch.setattr(similarity_reduce_persistent, "BAND_ROWS", 96)
     monkeypatch.setattr(_persistent_tiles, "GROUP", 2)
     torch.manual_seed(0)
 
@@ -91,7 +91,7 @@ def check(options, dtype, gradients=True):
 
 
 @pytest.mark.usefixtures("_both_ways")
-@pytest.mark.parametrize("n,m,d", [(1, 1, 8), (33, 3, 24), (68, 50, 40)])
+@pytest.mark.parametrize("n,m,d", [(1, 1, 8), (33, 3, 24), (100, 50, 24)])
 def test_shapes_around_tiles(n, m, d):
     """Tiles at every edge, several for each program, several bands, and dimensions that end within a step."""
     dtype = DTYPES[n % 2]
@@ -157,7 +157,7 @@ def test_logits_that_lie_far_apart(launched):
     inputs = problem(40, 45, 16)
     x = (inputs.x.detach() * torch.linspace(0.01, 16, 40, device=DEVICE)[:, None]).to(torch.bfloat16)
     check({"x": x, "y": inputs.y.detach(), "scale": 8.0, "target": inputs.target()}, torch.bfloat16, gradients=False)
-    assert launched.count("persistent_fold_kernel") == 4
+    assert launched.count("persistent_fold_kernel") == 2
 
 
 def test_a_row_far_below_its_first_tile_meets_its_own_logits_in_the_next():
@@ -211,8 +211,9 @@ def test_losses(loss, options):
         assert relative_error(value, expected) <= WEIGHT_ERROR[torch.bfloat16]
 
 
-def test_a_loss_of_softplus_is_one_sweep(launched):
+def test_a_loss_of_softplus_is_one_sweep(launched, monkeypatch):
     """The inner products are formed once: a launch for each band, and none that folds."""
+    monkeypatch.setattr(similarity_reduce_persistent, "BAND_ROWS", 32)
     inputs = problem(40, 40, 24, torch.float16, longest=3.0)
     options = {"scale": 10.0, "bias": -3.0}
     got = loss_gradients(siglip, inputs.x, inputs.y, backend=NAME, **options)

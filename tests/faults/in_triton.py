@@ -143,10 +143,10 @@ FAULTS = [
         ("tests/test_kernels_maxsim.py", "-k", "winners or numbers"),
     ),
     Fault(
-        "tiles of which the last group has as many as the others",
+        "tiles of a last, smaller group that are taken for those of a whole one",
         "kernels/_persistent_tiles.py",
-        "    height = tl.minimum(down - first, GROUP)\n",
-        "    height = GROUP\n",
+        "    return first + within % height, within // height\n",
+        "    return first + within % height, within // GROUP\n",
         (PERSISTENT, "-k", "shapes_around"),
     ),
     Fault(
