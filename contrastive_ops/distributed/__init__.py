@@ -9,7 +9,7 @@ What DDP and FSDP make of the gradients, their mean over ranks, is the gradient 
 which schedule to take when.
 """
 
-from ..ops.similarity_reduce import merge_lse
+from ..ops.merging import merge_lse
 from ._bank import unique_ids
 from ._experts import spread_parameters
 from .cached_step import cached_step
