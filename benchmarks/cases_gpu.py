@@ -92,7 +92,7 @@ def topk_case(n: int, m: int, d: int, k: int) -> Case:
         make_inputs=search_inputs,
         truth=topk_truth,
         providers=(
-            *(providers_topk.ours(of_backend(backend), backend=backend) for backend in BACKENDS),
+            *(providers_topk.ours(of_backend(backend), backend=backend) for backend in (*BACKENDS, "hopper")),
             providers_topk.mm_topk(TOPK_ROWS),
             providers.matmuls("NT"),
         ),

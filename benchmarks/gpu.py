@@ -140,7 +140,7 @@ def test_stages(why: dict[str, str | None]) -> list[Stage]:
 
     Those for Hopper GPUs begin with their instructions, one by one: nothing above them makes sense before.
     """
-    of_hopper = {"hopper parts": "primitives", "hopper": "similarity"}
+    of_hopper = {"hopper parts": "primitives", "hopper": "similarity", "hopper top-k": "topk"}
     first = {ROOT / "tests" / f"test_kernels_{name}.py" for name in ("stored", "maxsim")}
     files = {
         "triton": {*ROOT.glob("tests/test_kernels_*.py")} - first - {ROOT / "tests" / "test_kernels_compile.py"},

@@ -28,7 +28,7 @@ def made(tmp_path_factory):
     except setup_cuda.NoCuda as why:
         pytest.skip(str(why))
     tool, folder, found = cuobjdump(), tmp_path_factory.mktemp("hopper_build"), {}
-    for name in ("fold", "weigh"):
+    for name in COUNTS:
         target = str(folder / f"{name}.o")
         command = [*nvcc.command(str(FOLDER / f"{name}.cu"), target), "-Xptxas=-v"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -45,7 +45,7 @@ def made(tmp_path_factory):
 
 # How many kernels each file has (types, kinds of slopes, and of two matrices or of one with itself), and the width of
 # their tiles.
-COUNTS, WIDTHS = {"fold": 4, "weigh": 8}, {"fold": 192, "weigh": 128}
+COUNTS, WIDTHS = {"fold": 4, "weigh": 8, "topk": 2}, {"fold": 192, "weigh": 128, "topk": 192}
 each_file = pytest.mark.parametrize("name", COUNTS)
 
 
@@ -90,8 +90,9 @@ def test_weights_leave_by_blocks_and_tiles(made):
     for symbol, instructions in kernels(made, "weigh"):
         assert count(instructions, r"STSM\.16\.M88\.4 ") == WIDTHS["weigh"] // 8, symbol
         assert count(instructions, r"UTMASTG\.2D ") == WIDTHS["weigh"] // 64
-    for _, instructions in kernels(made, "fold"):
-        assert count(instructions, "STSM|UTMASTG") == 0
+    for name in ("fold", "topk"):
+        for _, instructions in kernels(made, name):
+            assert count(instructions, "STSM|UTMASTG") == 0
 
 
 def test_exponentials_are_as_few_as_can_be(made):
@@ -110,6 +111,14 @@ def test_exponentials_are_as_few_as_can_be(made):
         assert pairs <= count(instructions, r"MUFU\.RCP") < pairs + 32
         folds = "Lb0E" in symbol  # of one with itself, losses are folded before
         assert pairs * folds <= count(instructions, r"MUFU\.LG2") < pairs * folds + 8
+
+
+def test_a_score_is_compared_with_the_largest_first(made):
+    """A maximum takes one instruction for each of a thread's pairs; an atomic, for each of its rows, is in a loop."""
+    for symbol, instructions in kernels(made, "topk"):
+        assert WIDTHS["topk"] <= count(instructions, "FMNMX") < WIDTHS["topk"] + 16, symbol
+        assert count(instructions, "ATOMG") == 4, symbol
+        assert count(instructions, "MUFU") == 0, symbol
 
 
 @each_file

@@ -1,18 +1,23 @@
-"""similarity_reduce by the kernels for Hopper GPUs against the reference in float64.
+"""similarity_reduce by the kernels for Hopper GPUs against the reference in float64; see hopper_cases.py."""
 
-Without such a GPU the kernels run on the processor, under sanitizers, with the instructions of tests/cuda_host and in a
-schedule that each test names: how threads are ordered, and when copies, products and stores happen.
-"""
-
-import contextlib
 import functools
 import re
 from pathlib import Path
 
-import cuda_host
 import pytest
 import similarity_cases
 import torch
+from hopper_cases import (  # noqa: F401 - fixtures
+    DEVICE,
+    DTYPES,
+    ON_GPU,
+    SCHEDULES,
+    close_kernels,
+    every_schedule,
+    kernels,
+    running,
+    schedule,
+)
 from similarity_cases import exact, flat, gradients_of, leaves, winners
 
 from contrastive_ops import Fold, Pairs, clip, info_nce, nt_xent, siglip, similarity_reduce
@@ -23,46 +28,10 @@ from contrastive_ops.cuda import hopper
 from contrastive_ops.ops.similarity_reduce import BACKENDS
 from contrastive_ops.testing import GRADIENT_ERROR_16_BIT, clustered_pairs, relative_error
 
-ON_GPU = (
-    torch.cuda.is_available()
-    and cuda_kernels.why_missing() is None
-    and not hopper.unsupported(torch.empty(0, 64, device="cuda", dtype=torch.bfloat16))
-)
-if not ON_GPU and cuda_host.why_missing() is not None:
-    pytest.skip(cuda_host.why_missing(), allow_module_level=True)
-
-DEVICE = "cuda" if ON_GPU else "cpu"
-SCHEDULES = ("gpu",) if ON_GPU else ("ascending", "descending", "shuffled")
-DTYPES = (torch.bfloat16, torch.float16)
 Inputs = functools.partial(similarity_cases.Inputs, device=DEVICE)
 VALUE_ERROR = 2e-5
 # Of gradients before they are rounded to the dtype of the inputs, whose weights have 8 or 11 bits.
 WEIGHT_ERROR = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
-
-
-@functools.cache
-def kernels(schedule):
-    return None if ON_GPU else cuda_host.HostKernels(schedule)
-
-
-@pytest.fixture(autouse=True)
-def schedule(request):
-    """Tests that do not name a schedule get a shuffled one."""
-    name = getattr(request, "param", SCHEDULES[-1])
-    torch.manual_seed(0)
-    with contextlib.nullcontext() if ON_GPU else cuda_kernels.on_host(kernels(name)):
-        yield name
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _close():
-    yield
-    for name in SCHEDULES:
-        if not ON_GPU:
-            kernels(name).close()
-
-
-every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, indirect=True)
 
 
 def folded(options, backend):
@@ -100,7 +69,7 @@ SHAPES = [(1, 1, 64), (130, 3, 72), (5, 200, 128), (300, 500, 64), (257, 385, 20
 
 @every_schedule
 @pytest.mark.parametrize("n,m,d", SHAPES)
-def test_logsumexp_of_rows_and_columns(n, m, d, schedule):
+def test_logsumexp_of_rows_and_columns(n, m, d):
     """Tiles at every edge, several for each block, and dimensions that end within a step."""
     inputs = problem(n, m, d, DTYPES[n % 2])
     check_values({"x": inputs.x, "y": inputs.y, "scale": 2.0, "target": inputs.target()})
@@ -149,7 +118,7 @@ def test_scales_and_biases(of_rows, negate):
 
 
 @every_schedule
-def test_logits_that_lie_far_apart(schedule):
+def test_logits_that_lie_far_apart():
     """Rows and columns then have maxima of their own."""
     inputs = problem(200, 210, 64)
     inputs.x = (inputs.x.detach() * torch.linspace(0.01, 16, 200)[:, None]).to(torch.bfloat16)
@@ -202,7 +171,7 @@ def check_gradients(options, dtype):
 
 @every_schedule
 @pytest.mark.parametrize("n,m,d", [(1, 1, 64), (130, 3, 72), (300, 500, 64), (600, 261, 136)])
-def test_gradients_of_rows_and_columns(n, m, d, schedule):
+def test_gradients_of_rows_and_columns(n, m, d):
     inputs = problem(n, m, d, DTYPES[n % 2])
     scale = torch.tensor(2.0, device=DEVICE).requires_grad_()
     check_gradients({"x": inputs.x, "y": inputs.y, "scale": scale, "target": inputs.target()}, DTYPES[n % 2])
@@ -382,7 +351,7 @@ def loss_gradients(loss, x, y, **options):
 @pytest.mark.parametrize(
     "loss,options", [(clip, {}), (info_nce, {}), (siglip, {"bias": -3.0})], ids=lambda v: str(v)[:20]
 )
-def test_losses(loss, options, schedule):
+def test_losses(loss, options):
     """With rows that count as if they had length 1, as losses have them by default."""
     inputs = problem(300, 300, 64, longest=3.0)
     got = loss_gradients(loss, inputs.x, inputs.y, scale=10.0, backend="hopper", **options)
@@ -427,7 +396,7 @@ def test_results_do_not_depend_on_the_schedule():
     target = inputs.target()
     found = []
     for name in SCHEDULES:
-        with contextlib.nullcontext() if ON_GPU else cuda_kernels.on_host(kernels(name)):
+        with running(name):
             options = {"reduce": ("logsumexp",), "dim": (0, 1), "target": target}
             reduced = similarity_reduce(inputs.x, inputs.y, **options, backend="hopper")
             values = flat(reduced)

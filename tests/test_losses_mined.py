@@ -378,7 +378,7 @@ BAD = [
     (
         lambda: mined_info_nce(X, X, C, 2, backend="gpu"),
         ValueError,
-        "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'gpu'",
+        "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', 'hopper', got 'gpu'",
     ),
 ]
 

@@ -461,8 +461,8 @@ BAD = {
     "exclude indices must be in [0, 4), got 4 in the list of row 1": lambda x: similarity_topk(
         x, x, 1, pairs=Pairs(exclude=(torch.tensor([0, 0, 1, 1, 1]), torch.tensor([4])))
     ),
-    "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', got 'gpu'": lambda x: similarity_topk(
-        x, x, 1, backend="gpu"
+    "backend must be one of 'auto', 'reference', 'cpu', 'triton', 'cuda', 'hopper', got 'gpu'": lambda x: (
+        similarity_topk(x, x, 1, backend="gpu")
     ),
 }
 

@@ -29,7 +29,7 @@ class Backend:
         functions: returns the object with the launchers; called only when the backend is used.
         unsupported: reasons why these inputs cannot run; alone chooses, refuses and explains.
         keeps: whether forward can keep inner products, so that backward need not compute them again.
-        no_room: reasons why the sets and folds of a call (a `Layout`) cannot run.
+        no_room: reasons why the sets and folds of a call (a `Layout`), or what a search asks for, cannot run.
         by_name: why "auto" leaves it out, or None: it runs where it is named, and nowhere else.
     """
 

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from . import autocast, checks
-from .column_lists import check_lists
+from .column_lists import check_lists, lists_of_rows, with_own_column
 from .fold_kinds import FOLDS
-from .rules import Guide, Pairs, Slot, resolve
+from .records import changed
+from .rules import RULES, Guide, Pairs, Slot, resolve
 
 # The names of all folds. The position is the number in `spec`.
 KINDS = tuple(FOLDS)
@@ -124,6 +125,37 @@ class Layout:
     def has_linear(self) -> bool:
         """Whether the first set has linear lists."""
         return bool(self.sets) and Slot.LINEAR_INDPTR in self.sets[0].data
+
+
+def take_rows(
+    rows: Tensor,
+    shape: tuple[int, int],
+    scale: Tensor,
+    row_bias: Tensor | None,
+    pair_data: Sequence[Tensor],
+    spec: Sequence[int],
+) -> tuple[Tensor, Tensor | None, list[Tensor], list[int]]:
+    """Return (scale, row_bias, pair_data, spec) of some of the rows of an (N, M) problem without folds."""
+    layout = Layout.decode(pair_data, spec)
+    scales = [
+        scale[own][rows] if each.scale_of == ScaleOf.ROWS else scale[own]
+        for each, own in zip(layout.sets, layout.scale_slices(*shape), strict=True)
+    ]
+    sets = tuple(_rows_of_set(each, rows, shape[1]) for each in layout.sets)
+    bias = None if row_bias is None else row_bias[rows]
+    return torch.cat(scales), bias, *Layout(sets, ()).encode()
+
+
+def _rows_of_set(each: LogitSet, rows: Tensor, columns: int) -> LogitSet:
+    row_slots = {slot for rule in RULES.values() for slot in rule.rows}
+    data = {slot: tensor[rows] if slot in row_slots else tensor for slot, tensor in each.data.items()}
+    lists = (data[Slot.EXCLUDE_INDPTR], data[Slot.EXCLUDE_INDICES]) if Slot.EXCLUDE_INDPTR in data else None
+    lists = None if lists is None else lists_of_rows(*lists, rows)
+    if each.diagonal is not None:
+        lists = with_own_column(lists, rows + each.diagonal, columns)
+    if lists is not None:
+        data[Slot.EXCLUDE_INDPTR], data[Slot.EXCLUDE_INDICES] = lists
+    return changed(each, diagonal=None, data=data)
 
 
 def with_factors(residual: Tensor, partner: Tensor, own: Tensor | None, other: Tensor | None) -> Tensor:

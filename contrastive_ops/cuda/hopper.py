@@ -93,7 +93,7 @@ def _problem(
     A matrix that is compared with itself is one that is compared with another where the logits of (i, j) and (j, i)
     differ, and where both directions are folded, which tiles above the diagonal would have to be read twice for.
     """
-    rows, columns = _aligned(x), None if y is None else _aligned(y)
+    rows, columns = aligned(x), None if y is None else aligned(y)
     layout = Layout.decode(pair_data, spec)
     is_symmetric = layout.sets[0].scale_of == ScaleOf.ALL and row_bias is None and col_bias is None
     if y is None and not (is_symmetric and len({fold.cols for fold in layout.folds}) == 1):
@@ -101,7 +101,8 @@ def _problem(
     return Problem.of(rows, columns, scale, row_bias, col_bias, target, pair_data, spec)
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
+    """The same rows, one behind another, where 16 bytes of them are read at once."""
     rows = x.detach().contiguous()
     return rows.clone() if rows.data_ptr() % 16 else rows
 

@@ -155,19 +155,24 @@ class _Sweep:
 
     def select(self, values: Tensor, indices: Tensor, counts: Tensor) -> None:
         """Write what is known of the rows that were searched last."""
-        cut, k = self.cut, self.k
-        size = _power_of_two(min(k, cut.parts * cut.capacity, len(self.problem.y)))
-        size = size if size <= MOST_SORTED else 0
-        found = (values, indices, counts)
-        kernels().cuda_similarity_topk_select(
-            self.keys, self.counts, *found, len(values), cut.parts, cut.capacity, k, size
-        )
-        if size == 0:
-            values[:], indices[:] = reference.order(values, indices, k)
+        best_of_lists(self.keys, self.counts, self.cut.parts, self.k, len(self.problem.y), values, indices, counts)
 
     def statistics(self) -> Tensor:
         """(STATISTICS, rows) of the rows that were searched last."""
         return self.counted.view(len(STATISTICS), -1, self.cut.parts).sum(2)
+
+
+def best_of_lists(
+    keys: Tensor, lengths: Tensor, parts: int, k: int, columns: int, values: Tensor, indices: Tensor, counts: Tensor
+) -> None:
+    """Write what some rows have in their lists, `parts` for each row and so long; keys are (lists, capacity)."""
+    rows, capacity = len(values), keys.shape[1]
+    size = _power_of_two(min(k, parts * capacity, columns))
+    size = size if size <= MOST_SORTED else 0
+    found = (values, indices, counts)
+    kernels().cuda_similarity_topk_select(keys, lengths, *found, rows, parts, capacity, k, size)
+    if size == 0:
+        values[:], indices[:] = reference.order(values, indices, k)
 
 
 def _multiply(x: Tensor, y: Tensor, tile: Tensor) -> None:

@@ -20,14 +20,13 @@ from torch import Tensor
 from ..core import autocast
 from ..core.backends import Backend
 from ..core.checks import accumulator
-from ..core.column_lists import lists_of_rows, with_own_column
 from ..core.numerics import chunks_of_rows
 from ..core.offsets import common_row
 from ..core.operators import call, define
-from ..core.problem import Layout, LogitSet, ScaleOf
+from ..core.problem import Layout, LogitSet, ScaleOf, take_rows
 from ..core.records import changed
 from ..core.rule_kinds import Places
-from ..core.rules import RULES, STATISTICS, Slot, bound_rules
+from ..core.rules import STATISTICS, Slot, bound_rules
 from ..reference.similarity_topk import logits_of_listed
 from ._listed_distances import CHUNK_ELEMENTS, distances, listed_distances
 
@@ -124,28 +123,10 @@ class Search:
 
     def take_rows(self, rows: Tensor) -> Search:
         """The same for some of the rows."""
-        layout, columns = self.layout, self.y.shape[0]
-        slices = layout.scale_slices(self.x.shape[0], columns)
-        scales = [
-            self.scale[own][rows] if each.scale_of == ScaleOf.ROWS else self.scale[own]
-            for each, own in zip(layout.sets, slices, strict=True)
-        ]
-        sets = tuple(_rows_of_set(each, rows, columns) for each in layout.sets)
-        bias = None if self.row_bias is None else self.row_bias[rows]
-        encoded = Layout(sets, ()).encode()
-        return Search(self.functions, self.x[rows], self.y, torch.cat(scales), bias, self.col_bias, *encoded)
-
-
-def _rows_of_set(each: LogitSet, rows: Tensor, columns: int) -> LogitSet:
-    row_slots = {slot for rule in RULES.values() for slot in rule.rows}
-    data = {slot: tensor[rows] if slot in row_slots else tensor for slot, tensor in each.data.items()}
-    lists = (data[Slot.EXCLUDE_INDPTR], data[Slot.EXCLUDE_INDICES]) if Slot.EXCLUDE_INDPTR in data else None
-    lists = None if lists is None else lists_of_rows(*lists, rows)
-    if each.diagonal is not None:
-        lists = with_own_column(lists, rows + each.diagonal, columns)
-    if lists is not None:
-        data[Slot.EXCLUDE_INDPTR], data[Slot.EXCLUDE_INDICES] = lists
-    return changed(each, diagonal=None, data=data)
+        shape = self.x.shape[0], self.y.shape[0]
+        own = take_rows(rows, shape, self.scale, self.row_bias, self.pair_data, self.spec)
+        scale, row_bias, pair_data, spec = own
+        return Search(self.functions, self.x[rows], self.y, scale, row_bias, self.col_bias, pair_data, spec)
 
 
 @dataclass

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ..core import checks, cuda_kernels, extension, triton_kernels
-from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core.backends import NEVER_ON_A_DEVICE, Backend, choose, enrol, unsupported_by_cpu
 from ..core.declarations import Declaration, Named, Shapes, declare
 from ..core.operators import call
 from ..core.problem import LogitSets, Problem
 from ..core.results import named
 from ..core.rules import STATISTICS, Pairs, Slot
 from ..core.unit_rows import unit_rows
-from ..cuda import _products
+from ..cuda import _products, hopper_topk
 from ..reference import similarity_topk as reference
 from . import _nearest
 from .coarse import Coarse, search
@@ -44,6 +44,13 @@ BACKENDS = enrol(
             source="csrc/cuda/similarity_topk.cu",
             functions=functools.cache(lambda: cuda_kernels.functions("similarity_topk")),
             unsupported=lambda x: [*cuda_kernels.unsupported(x), *_products.unsupported(x)],
+        ),
+        "hopper": Backend(
+            source="csrc/cuda/hopper/topk.cu",
+            functions=functools.cache(lambda: cuda_kernels.functions("hopper_topk")),
+            unsupported=hopper_topk.unsupported,
+            no_room=hopper_topk.no_room,
+            by_name=NEVER_ON_A_DEVICE,
         ),
     },
 )
@@ -165,7 +172,9 @@ def similarity_topk(
         coarse: torch.bfloat16 or torch.int8 make a first pass in that precision, after which scores are computed again
             from x and y; `Coarse.of(y, dtype)` rounds a corpus once for many calls. The lists are those of the full
             precision, and `TopK.certified` says for which rows the first pass was enough.
-        backend: "auto", "reference", "cpu", "triton" or "cuda". An explicit backend runs or raises.
+        backend: "auto", "reference", "cpu", "triton", "cuda" or "hopper". An explicit backend runs or raises. "hopper"
+            is for 16-bit rows on GPUs of compute capability 9.0 and lists that are much shorter than there are columns,
+            and taken by name only: it has not run on a device.
 
     Returns:
         `TopK` (values (N, k), indices (N, k), counts (N,), certified). Order: score descending, then index ascending,
@@ -242,8 +251,10 @@ def select(
         sets.add(scale, count_pairs)
     if code_scale is not None:
         sets.sets[0].data[Slot.CODE_SCALE] = code_scale
-    arguments = (*sets.arguments(), *sets.layout().encode())
-    chosen = choose(problem.names[0], BACKENDS, problem.x, backend)
+    layout = sets.layout()
+    arguments = (*sets.arguments(), *layout.encode())
+    asked = hopper_topk.Asked(layout, problem.columns.shape[0], k, count_above is not None)
+    chosen = choose(problem.names[0], BACKENDS, problem.x, backend, asked)
     found = _nearest.select if metric == "sqeuclidean" else call.similarity_topk_forward
     values, indices, counts, statistics = found(*arguments, k, floor, count_above, chosen)
     by_name = {} if count_above is None else dict(zip(STATISTICS, statistics.unbind(0), strict=True))
@@ -279,14 +290,14 @@ def logits_at(
 
 def merge(top: TopK, other: TopK, backend: str = "auto") -> TopK:
     """The best of two lists of every row, as long as the first. Not differentiable."""
-    functions = BACKENDS[choose("similarity_topk", BACKENDS, top.values, backend)].functions()
+    functions = BACKENDS[choose("similarity_topk", BACKENDS, top.values[:0], backend)].functions()
     values, indices = functions.merge(top.values, top.indices, other.values, other.indices)
     return TopK(values, indices, (indices >= 0).sum(1))
 
 
 def order(values: Tensor, indices: Tensor, k: int, backend: str = "auto") -> TopK:
     """The k best of a list of every row that is in no order. Not differentiable."""
-    functions = BACKENDS[choose("similarity_topk", BACKENDS, values, backend)].functions()
+    functions = BACKENDS[choose("similarity_topk", BACKENDS, values[:0], backend)].functions()
     values, indices = functions.order(values, indices, k)
     return TopK(values, indices, (indices >= 0).sum(1))
 

@@ -3,6 +3,7 @@
 
 #include "expert_routing.h"
 #include "hopper/fold.h"
+#include "hopper/topk.h"
 #include "hopper/weigh.h"
 #include "similarity_loss.h"
 #include "similarity_reduce.h"
@@ -20,6 +21,7 @@ namespace contrastive_ops {
   use(expert_routing_scores_backward)       \
   use(expert_routing_slots)                 \
   use(hopper_fold)                          \
+  use(hopper_topk)                          \
   use(hopper_weigh)                         \
   use(similarity_loss_finish)               \
   use(similarity_loss_multiply)             \

@@ -6,6 +6,7 @@ from . import Fault
 
 SWEEP, RULES = "csrc/cuda/hopper/sweep.h", "csrc/cuda/hopper/rules.h"
 FOLD, WEIGH = "csrc/cuda/hopper/fold.cu", "csrc/cuda/hopper/weigh.cu"
+TOPK, TOPK_LAUNCHERS = "csrc/cuda/hopper/topk.cu", "contrastive_ops/cuda/hopper_topk.py"
 TESTS = "tests/test_hopper_similarity.py"
 SHAPES = (TESTS, "-k", "logsumexp_of_rows_and_columns and 257-385")
 EDGES = (TESTS, "-k", "logsumexp_of_rows_and_columns and (130-3 or 257-385)")
@@ -21,6 +22,10 @@ ITS_TARGETS = (TESTS, "-k", "targets_of_a_matrix_with_itself")
 ITS_RULES = (TESTS, "-k", "rules_of_a_matrix_with_itself or directions_of_a_matrix")
 ITS_BANDS = (TESTS, "-k", "bands_of_a_matrix_with_itself")
 PLACES = ("tests/test_hopper_primitives.py", "-k", "tiles_that_a_sweep_goes_through")
+TOPK_TESTS = "tests/test_hopper_topk.py"
+THRESHOLDS = (TOPK_TESTS, "-k", "threshold_is_a_score or fewer_than_k_groups or floor_is_exclusive")
+LISTS = (TOPK_TESTS, "-k", "many_ties or no_room or bands_of_rows")
+SCORES = (TOPK_TESTS, "-k", "scales_and_biases or drop_the_best or nan_never")
 
 FAULTS = [
     # ---- Waits, phases and barriers ----------------------------------------------------------------------------------
@@ -420,5 +425,140 @@ FAULTS = [
         "    if (itself && what == SumOf::residual) task.col_residuals = take(true, totals + sum[3], 1);\n",
         "",
         (TESTS, "-k", "nt_xent_where_weights_cancel"),
+    ),
+    # ---- Lists of the best columns -----------------------------------------------------------------------------------
+    Fault(
+        "a threshold that is one too high",
+        TOPK,
+        "groups}, k, memory);",
+        "groups}, k - (k > 1), memory);",
+        (TOPK_TESTS, "-k", "threshold_is_a_score or lengths_of_lists"),
+    ),
+    Fault(
+        "a group of the best that has no part in the threshold",
+        TOPK,
+        "group < groups; group += ",
+        "group < groups - 1; group += ",
+        THRESHOLDS,
+    ),
+    Fault(
+        "rules that apply after a maximum has counted",
+        TOPK,
+        "    make_logits(p, own, drops, 1.0f, sums);\n    float best[4];\n",
+        """    float best[4];
+    for (int r = 0; r < 4; ++r) best[r] = kNoLogit;
+    for (int k = 0; k < 4 * kColumns; ++k) {
+      best[k % 4] = fmaxf(best[k % 4], own.number(sums, k % 4, k / 4) * p.factor(own.row_of(k % 4)));
+    }
+    if (task.maxima != nullptr) return write_maxima(tile, own, best);
+    make_logits(p, own, drops, 1.0f, sums);
+""",
+        SCORES,
+    ),
+    Fault(
+        "the maximum of one thread for a row of four",
+        TOPK,
+        "      if (task.of_tile == 1) largest = fold_row_lanes(",
+        "      if (task.of_tile == 4) largest = fold_row_lanes(",
+        THRESHOLDS,
+    ),
+    Fault(
+        "maxima of all tiles in the place of the first",
+        TOPK,
+        "tile.col_tile * task.of_tile + lane] = largest;",
+        "lane] = largest;",
+        THRESHOLDS,
+    ),
+    Fault(
+        "maxima of rows behind the last",
+        TOPK,
+        "if (row >= p.rows || lane >= task.of_tile) continue;",
+        "if (lane >= task.of_tile) continue;",
+        THRESHOLDS,
+    ),
+    Fault(
+        "the threshold of the next row",
+        TOPK,
+        "kNoLogit : task.thresholds[row];",
+        "kNoLogit : task.thresholds[(row + 1) % p.rows];",
+        THRESHOLDS,
+    ),
+    Fault(
+        "a floor that begins with the first row of a band",
+        TOPK,
+        "task.floor[p.first_row + row]",
+        "task.floor[row]",
+        LISTS,
+    ),
+    Fault(
+        "a score that must exceed the threshold",
+        TOPK,
+        "return score >= least && score > floor;",
+        "return score > least && score > floor;",
+        THRESHOLDS,
+    ),
+    Fault(
+        "a floor that a score may equal",
+        TOPK,
+        "return score >= least && score > floor;",
+        "return score >= least && score >= floor;",
+        THRESHOLDS,
+    ),
+    Fault(
+        "a last column of a thread that is not listed",
+        TOPK,
+        "c < kColumns; ++c) passing",
+        "c < kColumns - 1; ++c) passing",
+        THRESHOLDS,
+    ),
+    Fault(
+        "columns that count from their tile",
+        TOPK,
+        "key_of(score, own.col_of(column));",
+        "key_of(score, own.col_of(column) % kCols);",
+        THRESHOLDS,
+    ),
+    Fault(
+        "ties in another order",
+        TOPK,
+        "key_of(score, own.col_of(column));",
+        "key_of(score, own.col_of(column ^ 1));",
+        LISTS,
+    ),
+    Fault(
+        "the score of another column",
+        TOPK,
+        "score = c == column ?",
+        "score = c == column - column % 2 ?",
+        THRESHOLDS,
+    ),
+    Fault("a list that is longer than its room", TOPK, "        if (place >= task.capacity) continue;\n", "", LISTS),
+    Fault(
+        "lists without room whose rows are not searched again",
+        TOPK_LAUNCHERS,
+        "return lengths > cut.capacity",
+        "return lengths < 0",
+        LISTS,
+    ),
+    Fault(
+        "rows that are searched again without what belongs to them",
+        TOPK_LAUNCHERS,
+        "some = take_rows(rows, shape,",
+        "some = take_rows(rows * 0, shape,",
+        LISTS,
+    ),
+    Fault(
+        "a tail of columns that has no pairs",
+        TOPK,
+        "  const Plan plan(rows, M, D, kCols);\n  const int64_t of_tile",
+        "  const Plan plan(rows, M - M % kCols + (M < kCols ? kCols : 0), D, kCols);\n  const int64_t of_tile",
+        SCORES,
+    ),
+    Fault(
+        "a sweep that does not wait for the tiles of its turn",
+        SWEEP,
+        "        barrier_wait(&s.full[turn.stage], turn.parity);\n        mma_fence();",
+        "        mma_fence();",
+        (TOPK_TESTS, "-k", "test_shapes and 257-577"),
     ),
 ]

@@ -93,30 +93,7 @@ struct FoldEpilogue {
   __device__ void make_logits(Sums& sums, const Own<kCols>& own, const Both& drops) const {
     const float unit = task.kind == FoldKind::logsumexp ? kLog2E : 1.0f;
     if (drops.any && task.target_logit != nullptr) write_targets(sums, own, drops);
-    float factor[4], bias[4];
-    CONTRASTIVE_OPS_UNROLL
-    for (int r = 0; r < 4; ++r) factor[r] = unit * p.factor(own.row_of(r)), bias[r] = unit * p.bias(own.row_of(r));
-    CONTRASTIVE_OPS_UNROLL
-    for (int c = 0; c < kColumns; ++c) {
-      CONTRASTIVE_OPS_UNROLL
-      for (int r = 0; r < 4; ++r) own.number(sums, r, c) = fmaf(own.number(sums, r, c), factor[r], bias[r]);
-    }
-    if (p.col_bias != nullptr) {
-      CONTRASTIVE_OPS_UNROLL
-      for (int c = 0; c < kColumns; ++c) {
-        const float added = unit * p.bias_of_col(own.col_of(c));
-        CONTRASTIVE_OPS_UNROLL
-        for (int r = 0; r < 4; ++r) own.number(sums, r, c) += added;
-      }
-    }
-    if (!drops.any) return;
-    CONTRASTIVE_OPS_UNROLL
-    for (int c = 0; c < kColumns; ++c) {
-      CONTRASTIVE_OPS_UNROLL
-      for (int r = 0; r < 4; ++r) {
-        if (drops.has(r, c)) own.number(sums, r, c) = -kInfinity;
-      }
-    }
+    hopper::make_logits(p, own, drops, unit, sums);
   }
 
   __device__ void write_targets(Sums& sums, const Own<kCols>& own, const Both& both) const {

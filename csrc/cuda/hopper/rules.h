@@ -14,6 +14,8 @@
 namespace contrastive_ops::hopper {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+// Of pairs that are left out.
+constexpr float kNoLogit = -__builtin_huge_valf();
 
 struct SweepPairs {
   int first_row, rows, cols;  // rows of the sweep, and all columns
@@ -264,5 +266,36 @@ struct BothDrops {
     }
   }
 };
+
+// Logits times `unit` in the place of inner products.
+template <int kCols, class Left>
+__device__ void make_logits(const SweepPairs& p, const Own<kCols>& own, const Left& drops, float unit,
+                            float (&sums)[2][kCols / 2]) {
+  constexpr int kColumns = Own<kCols>::kColumns;
+  float factor[4], bias[4];
+  CONTRASTIVE_OPS_UNROLL
+  for (int r = 0; r < 4; ++r) factor[r] = unit * p.factor(own.row_of(r)), bias[r] = unit * p.bias(own.row_of(r));
+  CONTRASTIVE_OPS_UNROLL
+  for (int c = 0; c < kColumns; ++c) {
+    CONTRASTIVE_OPS_UNROLL
+    for (int r = 0; r < 4; ++r) own.number(sums, r, c) = fmaf(own.number(sums, r, c), factor[r], bias[r]);
+  }
+  if (p.col_bias != nullptr) {
+    CONTRASTIVE_OPS_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      const float added = unit * p.bias_of_col(own.col_of(c));
+      CONTRASTIVE_OPS_UNROLL
+      for (int r = 0; r < 4; ++r) own.number(sums, r, c) += added;
+    }
+  }
+  if (!drops.any) return;
+  CONTRASTIVE_OPS_UNROLL
+  for (int c = 0; c < kColumns; ++c) {
+    CONTRASTIVE_OPS_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      if (drops.has(r, c)) own.number(sums, r, c) = kNoLogit;
+    }
+  }
+}
 
 }  // namespace contrastive_ops::hopper
