@@ -140,7 +140,7 @@ def test_stages(why: dict[str, str | None]) -> list[Stage]:
 
     Those for Hopper GPUs begin with their instructions, one by one: nothing above them makes sense before.
     """
-    of_hopper = {"hopper parts": "primitives", "hopper": "similarity", "hopper top-k": "topk"}
+    of_hopper = {"hopper parts": ("primitives",), "hopper": ("similarity", "topk")}
     first = {ROOT / "tests" / f"test_kernels_{name}.py" for name in ("stored", "maxsim")}
     files = {
         "triton": {*ROOT.glob("tests/test_kernels_*.py")} - first - {ROOT / "tests" / "test_kernels_compile.py"},
@@ -150,8 +150,8 @@ def test_stages(why: dict[str, str | None]) -> list[Stage]:
     nobody = None if None in why.values() else "no backend can run"
     stages = [
         *(
-            (f"tests {name}", {ROOT / "tests" / f"test_hopper_{stem}.py"}, 20, why.get("hopper"))
-            for name, stem in of_hopper.items()
+            (f"tests {name}", {ROOT / "tests" / f"test_hopper_{stem}.py" for stem in stems}, 20, why.get("hopper"))
+            for name, stems in of_hopper.items()
         ),
         ("tests first run", first, 40, why["triton"]),
         ("tests graphs", {ROOT / "tests" / "test_graphs.py"}, 30, nobody),
