@@ -237,7 +237,7 @@ def check_itself(inputs, dim=(1,), **options):
 
 @every_schedule
 @pytest.mark.parametrize("n", [1, 97, 129, 257, 705])
-def test_tiles_above_the_diagonal(n, schedule):
+def test_tiles_above_the_diagonal(n):
     """One tile and less, tiles that the diagonal crosses, and those that only their mirror has; targets anywhere."""
     inputs = itself(n, dtype=DTYPES[n // 97 % 2])
     scale = torch.tensor(2.0, device=DEVICE).requires_grad_()
