@@ -219,6 +219,96 @@ def test_bands_of_rows(monkeypatch):
     check_gradients({"x": inputs.x, "y": inputs.y, **options}, torch.bfloat16)
 
 
+# ---- Kept logits -----------------------------------------------------------------------------------------------------
+
+# With logits that are off by up to 2^-11.
+KEPT_ERROR = {torch.bfloat16: 4e-3, torch.float16: 8e-4}
+ALL = 1 << 30
+
+
+def weighed(inputs, scale, budget, **options):
+    """Values, and gradients of x, y and the scale for one cotangent, formed twice."""
+    factor = torch.tensor(scale, device=DEVICE).requires_grad_()
+    given = {"x": inputs.x, "y": inputs.y, "scale": factor, "reduce": ("logsumexp",), "dim": (0, 1), **options}
+    values = flat(similarity_reduce(**given, memory_budget=budget, backend="hopper"))
+    truth = exact(given)
+    expected = flat(similarity_reduce(**truth, backend="reference"))
+    cotangents = [torch.randn(len(v), generator=torch.Generator().manual_seed(len(v))).to(DEVICE) for v in values]
+    found = [gradients_of(values, cotangents, leaves(given)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))  # what was kept is as it was
+    errors = [
+        float(relative_error(g, e))
+        for g, e in zip(found[0], gradients_of(expected, cotangents, leaves(truth)), strict=True)
+    ]
+    return values, found[0], errors
+
+
+def same(a, b):
+    return all(torch.equal(u, v) for u, v in zip(a, b, strict=True))
+
+
+@every_schedule
+@pytest.mark.parametrize("n,m", [(1, 1), (97, 150), (130, 3), (300, 500)])
+def test_gradients_from_kept_logits(n, m, schedule):
+    """Which values are those that forward has without."""
+    dtype = DTYPES[n % 2]
+    inputs = problem(n, m, 64, dtype)
+    options = {"pairs": Pairs(diagonal=1), "target": inputs.target()}
+    values, kept, errors = weighed(inputs, 2.0, ALL, **options)
+    others, again, _ = weighed(inputs, 2.0, 0, **options)
+    assert same(values, others) and max(errors) <= KEPT_ERROR[dtype]
+    assert n == 1 or not same(kept, again)
+
+
+@pytest.mark.parametrize("dim", [(1,), (0,)])
+def test_kept_logits_of_one_direction_under_rules(dim):
+    inputs = problem(150, 230, 64, seed=3)
+    options = {"dim": dim, "pairs": inputs.pairs("differ", "below"), "target": inputs.target()}
+    assert max(weighed(inputs, 2.0, ALL, **options)[2]) <= KEPT_ERROR[torch.bfloat16]
+
+
+def test_logits_that_lie_too_far_apart_are_not_kept():
+    """The gradients are those without, bit for bit."""
+    inputs = problem(300, 210, 64)
+    target = inputs.target()
+    found = [weighed(inputs, 8.0, budget, target=target) for budget in (ALL, 0)]
+    assert same(found[0][1], found[1][1]) and max(found[0][2]) <= WEIGHT_ERROR[torch.bfloat16]
+
+
+@pytest.mark.parametrize("rows", [256, 512])
+def test_kept_logits_of_some_rows(rows, monkeypatch):
+    """The others are multiplied again, as are bands with a pair of tiles that is wide."""
+    monkeypatch.setattr(hopper, "WEIGHT_BYTES", 1)
+    inputs = problem(600, 130, 64)
+    x = inputs.x.detach().clone()
+    x[300] *= 16
+    inputs.x = x.requires_grad_()
+    budget, target = 4 * sum(hopper.Kept.sizes(600, 130, rows // 256)), inputs.target()
+    values, kept, errors = weighed(inputs, 2.0, budget, target=target)
+    others, again, _ = weighed(inputs, 2.0, 0, target=target)
+    assert same(values, others) and max(errors) <= KEPT_ERROR[torch.bfloat16]
+    assert not torch.equal(kept[0][:256], again[0][:256]) and torch.equal(kept[0][256:], again[0][256:])
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_kept_logits_where_weights_cancel(normalize):
+    x, y = (t.to(DEVICE) for t in clustered_pairs(256, 64, 0.1, dtype=torch.bfloat16, scale=30.0))
+    options = {"scale": 30.0, "normalize": normalize}
+    got = loss_gradients(clip, x, y, **options, memory_budget=ALL, backend="hopper")
+    truth = loss_gradients(clip, x.double(), y.double(), **options, backend="reference")
+    for value, expected in zip(got, truth, strict=True):
+        assert relative_error(value, expected) <= GRADIENT_ERROR_16_BIT
+
+
+def test_values_that_are_not_finite_are_not_kept():
+    inputs = problem(40, 50, 64)
+    x = inputs.x.detach().clone()
+    x[7, 3] = torch.nan
+    rows = similarity_reduce(x.requires_grad_(), inputs.y, memory_budget=ALL, backend="hopper")
+    (dx,) = torch.autograd.grad(rows.nan_to_num().sum() + rows[7], x)
+    assert dx[7].isnan().all()
+
+
 # ---- A matrix that is compared with itself ---------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ the operators take them. Gradients of other folds than the second has, and of bi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,10 +107,13 @@ def aligned(x: Tensor) -> Tensor:
     return rows.clone() if rows.data_ptr() % 16 else rows
 
 
-def _bands(p: Problem, most: int) -> Iterator[slice]:
-    """Rows, at most so many at a time."""
+def _bands(p: Problem, most: int, kept: Kept | None = None) -> Iterator[tuple[slice, Kept | None]]:
+    """Rows, at most so many at a time, with what is kept of them: those that are kept come first."""
     N = p.shape[0] if p.shape[1] > 0 else 0
-    return (slice(i, min(i + most, N)) for i in range(0, N, most))
+    ends = [N] if kept is None else [kept.rows, N]
+    for begin, end, own in zip([0, *ends], ends, [kept, None][-len(ends) :], strict=False):
+        for i in range(begin, end, most):
+            yield slice(i, min(i + most, end)), own
 
 
 def _parts(p: Problem, rows: slice, columns: int, of_rows: int, of_cols: int) -> Tensor:
@@ -120,13 +123,74 @@ def _parts(p: Problem, rows: slice, columns: int, of_rows: int, of_cols: int) ->
     return p.x.new_empty((of_rows * across * count + of_cols * down * M,), dtype=torch.float32)
 
 
-def _fold(p: Problem, folding: chunked.Folding, rows: slice) -> None:
+class Kept(NamedTuple):
+    """Logits of the first rows as 16-bit fixed point, in the memory that forward gives backward; see hopper/kept.h.
+
+    Attributes:
+        rows: how many, in pairs of row tiles.
+        wide: one for each pair of row tiles of the matrix, int64.
+        target_logit: (N,).
+        heads: where the logits of a warp begin, and their step.
+        logits: (rows, columns padded), of the size of x's numbers.
+    """
+
+    rows: int
+    wide: Tensor
+    target_logit: Tensor
+    heads: Tensor
+    logits: Tensor
+
+    @staticmethod
+    def sizes(N: int, M: int, pairs: int) -> tuple[int, int, int, int]:
+        """Numbers of 4 bytes for each of the tensors, where so many pairs of row tiles are kept."""
+        across, all_pairs = -(-M // FOLD_COLUMNS), -(-N // CLUSTER_ROWS)
+        heads = pairs * CLUSTER_ROWS // 32 * across * 2
+        return padded(2 * all_pairs), padded(N), padded(heads), pairs * CLUSTER_ROWS * padded(M) // 2
+
+    @classmethod
+    def most(cls, N: int, M: int) -> int:
+        """Numbers of 4 bytes that there are to keep, at most."""
+        return sum(cls.sizes(N, M, -(-N // CLUSTER_ROWS)))
+
+    @classmethod
+    def of(cls, p: Problem, memory: Tensor) -> Kept | None:
+        """As many rows as there is memory for, or None."""
+        N, M, _ = p.shape
+        pairs = -(-N // CLUSTER_ROWS)
+        fixed, whole = sum(cls.sizes(N, M, 0)), cls.most(N, M)
+        pairs = 0 if whole == fixed else min(pairs, (len(memory) - fixed) * pairs // (whole - fixed))
+        while pairs > 0 and sum(cls.sizes(N, M, pairs)) > len(memory):
+            pairs -= 1
+        if pairs <= 0 or not _is_kept(p):
+            return None
+        sizes = cls.sizes(N, M, pairs)
+        wide, target_logit, heads, logits = memory[: sum(sizes)].split(sizes)
+        rows = min(pairs * CLUSTER_ROWS, N)
+        return cls(rows, wide.view(torch.int64), target_logit[:N], heads, logits.view(p.x.dtype))
+
+    def from_row(self, p: Problem, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, heads and which are wide from a row on that begins a pair of row tiles."""
+        M = p.shape[1]
+        heads = row // 32 * -(-M // FOLD_COLUMNS) * 2
+        return self.logits[row * padded(M) :], self.heads[heads:], self.wide[row // CLUSTER_ROWS :]
+
+
+def _is_kept(p: Problem) -> bool:
+    """Whether logits are those of one logsumexp, of rows, of columns or of both."""
+    _, _, _, row_bias, col_bias, *_ = p.arguments
+    folds = p.layout.folds
+    softmax = {fold.kind for fold in folds} == {"logsumexp"} and len({fold.cols for fold in folds}) == len(folds)
+    return softmax and not p.itself and row_bias is None and col_bias is None
+
+
+def _fold(p: Problem, folding: chunked.Folding, rows: slice, kept: Kept | None = None) -> None:
     target_logit = folding.target_logit if len(folding.target_logit) else None
     count, D = rows.stop - rows.start, p.shape[2]
     parts = _parts(p, rows, FOLD_COLUMNS, 2, 2)
     kernels().cuda_hopper_fold(
-        p.x, p.y, D, rows.start, count, *p.arguments, int(p.itself), parts, target_logit, folding.state
-    )
+        p.x, p.y, D, rows.start, count, *p.arguments, int(p.itself), parts, target_logit, folding.state,
+        *((None, None, None) if kept is None else kept.from_row(p, rows.start)),
+    )  # fmt: skip
 
 
 def forward(
@@ -143,10 +207,16 @@ def forward(
     """Return (folds, argmax, target_logit, linear, kept); what was not asked for is empty."""
     p = _problem(x, y, scale, row_bias, col_bias, target, pair_data, spec)
     folding = chunked.Folding.of(p, target)
-    for rows in _bands(p, FOLDED_ROWS):
-        _fold(p, folding, rows)
+    memory = folding.target_logit.new_empty((kept_size if y is not None else 0,))
+    kept = Kept.of(p, memory)
+    if kept is not None:
+        kept.wide.zero_()
+    for rows, own in _bands(p, FOLDED_ROWS, kept):
+        _fold(p, folding, rows, own)
+    if kept is not None and target is not None:
+        kept.target_logit.copy_(folding.target_logit)
     nothing = folding.target_logit.new_empty((0,))
-    return *folding.finish(p), folding.target_logit, nothing, nothing.clone()
+    return *folding.finish(p), folding.target_logit, nothing, memory if kept is not None else nothing.clone()
 
 
 # ---- Gradients -------------------------------------------------------------------------------------------------------
@@ -164,14 +234,24 @@ class _Weighing:
         if p.itself and gradients.has_product:  # below the diagonal, where nothing is written
             self.weights.view(self.rows, self.pitch)[:, : self.rows].zero_()
 
-    def add(self, rows: slice, target_logit: Tensor | None = None, state: Tensor | None = None) -> None:
-        """Add what the pairs of some rows give."""
-        p, up = self.p, self.gradients.upstream
+    def add(
+        self, rows: slice, kept: Kept | None = None, target_logit: Tensor | None = None, state: Tensor | None = None
+    ) -> None:
+        """Add what the pairs of some rows give, from what is kept of them unless one of their tiles is wide."""
+        p, up, wide = self.p, self.gradients.upstream, None
         count, has_product = rows.stop - rows.start, self.gradients.has_product
+        arriving = (up.values, up.d_values, up.d_target, up.norm)
+        weights, sums = self.weights if has_product else None, self.gradients.sums(p)
+        parts, totals = _parts(p, rows, WEIGH_COLUMNS, ROW_PARTS, COL_PARTS), self.gradients.totals
+        if kept is not None:
+            logits, heads, wide = kept.from_row(p, rows.start)
+            kernels().cuda_hopper_weigh_kept(
+                rows.start, count, *p.arguments, *arriving, logits, heads, wide, kept.target_logit, weights, sums,
+                parts, totals,
+            )  # fmt: skip
         kernels().cuda_hopper_weigh(
-            p.x, p.y, p.shape[2], rows.start, count, *p.arguments, int(p.itself), up.values, up.d_values, up.d_target,
-            up.norm, self.weights if has_product else None, self.gradients.sums(p),
-            _parts(p, rows, WEIGH_COLUMNS, ROW_PARTS, COL_PARTS), target_logit, self.gradients.totals, state,
+            p.x, p.y, p.shape[2], rows.start, count, *p.arguments, int(p.itself), *arriving, wide, weights, sums,
+            parts, target_logit, totals, state,
         )  # fmt: skip
         if has_product:
             columns = slice(rows.start if p.itself else 0, p.shape[1])
@@ -223,8 +303,8 @@ def backward(
     wanted = Wanted.of(p, target, _both(p, y, needs))
     gradients = Gradients.of(p, wanted, Upstream.of(p, scale, *arriving))
     weighing = _Weighing(p, gradients)
-    for rows in _bands(p, weighing.rows):
-        weighing.add(rows)
+    for rows, own in _bands(p, weighing.rows, Kept.of(p, kept)):
+        weighing.add(rows, own)
     return _as_one(p, y, gradients.finish(p, scale, target, needs))
 
 
@@ -260,9 +340,9 @@ def total(
         upstream = upstream._replace(d_values=of_rows.d_fold, d_target=of_rows.d_target)
     gradients = Gradients.of(p, wanted, upstream)
     weighing = _Weighing(p, gradients)
-    for rows in _bands(p, weighing.rows):
+    for rows, _ in _bands(p, weighing.rows):
         if kind == "sigmoid":
-            weighing.add(rows, folding.target_logit, folding.state)
+            weighing.add(rows, None, folding.target_logit, folding.state)
             continue
         _fold(p, folding, rows)
         of_rows.complete(p, rows, folding)

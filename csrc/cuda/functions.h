@@ -3,6 +3,7 @@
 
 #include "expert_routing.h"
 #include "hopper/fold.h"
+#include "hopper/kept.h"
 #include "hopper/topk.h"
 #include "hopper/weigh.h"
 #include "similarity_loss.h"
@@ -23,6 +24,7 @@ namespace contrastive_ops {
   use(hopper_fold)                          \
   use(hopper_topk)                          \
   use(hopper_weigh)                         \
+  use(hopper_weigh_kept)                    \
   use(similarity_loss_finish)               \
   use(similarity_loss_multiply)             \
   use(similarity_loss_prepare)              \

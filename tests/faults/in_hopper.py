@@ -7,6 +7,7 @@ from . import Fault
 SWEEP, RULES = "csrc/cuda/hopper/sweep.h", "csrc/cuda/hopper/rules.h"
 FOLD, WEIGH = "csrc/cuda/hopper/fold.cu", "csrc/cuda/hopper/weigh.cu"
 TOPK, TOPK_LAUNCHERS = "csrc/cuda/hopper/topk.cu", "contrastive_ops/cuda/hopper_topk.py"
+KEEP, OF_KEPT, WEIGHTS = (f"csrc/cuda/hopper/{name}" for name in ("keep.h", "kept.cu", "weights.h"))
 TESTS = "tests/test_hopper_similarity.py"
 SHAPES = (TESTS, "-k", "logsumexp_of_rows_and_columns and 257-385")
 EDGES = (TESTS, "-k", "logsumexp_of_rows_and_columns and (130-3 or 257-385)")
@@ -21,6 +22,9 @@ ITSELF = (TESTS, "-k", "tiles_above_the_diagonal and 257-shuffled")
 ITS_TARGETS = (TESTS, "-k", "targets_of_a_matrix_with_itself")
 ITS_RULES = (TESTS, "-k", "rules_of_a_matrix_with_itself or directions_of_a_matrix")
 ITS_BANDS = (TESTS, "-k", "bands_of_a_matrix_with_itself")
+KEPT = (TESTS, "-k", "from_kept_logits and (97 or 300) and shuffled")
+KEPT_RANGES = (TESTS, "-k", "too_far_apart_are_not_kept or not_finite_are_not_kept")
+KEPT_BANDS = (TESTS, "-k", "kept_logits_of_some_rows")
 PLACES = ("tests/test_hopper_primitives.py", "-k", "tiles_that_a_sweep_goes_through")
 TOPK_TESTS = "tests/test_hopper_topk.py"
 THRESHOLDS = (TOPK_TESTS, "-k", "threshold_is_a_score or fewer_than_k_groups or floor_is_exclusive")
@@ -421,8 +425,8 @@ FAULTS = [
     ),
     Fault(
         "residuals of rows alone",
-        WEIGH,
-        "    if (itself && what == SumOf::residual) task.col_residuals = take(true, totals + sum[3], 1);\n",
+        WEIGHTS,
+        "      if (itself && what == SumOf::residual) task.col_residuals = take(true, totals + sum[3], 1);\n",
         "",
         (TESTS, "-k", "nt_xent_where_weights_cancel"),
     ),
@@ -560,5 +564,33 @@ FAULTS = [
         "        barrier_wait(&s.full[turn.stage], turn.parity);\n        mma_fence();",
         "        mma_fence();",
         (TOPK_TESTS, "-k", "test_shapes and 257-577"),
+    ),
+    # ---- Kept logits -------------------------------------------------------------------------------------------------
+    Fault(
+        "logits that are kept however far apart", KEEP, "if (!fits) atomicMax(", "if (false) atomicMax(", KEPT_RANGES
+    ),
+    Fault("two logits in the other order", KEEP, "words[1] << 16 | words[0];", "words[0] << 16 | words[1];", KEPT),
+    Fault("weights that both kernels make", WEIGHTS, "any != runs_if_wide;", "any != any;", KEPT),
+    Fault("logits below those of the first warp", OF_KEPT, "* kGroupWarps + warp];", "* kGroupWarps];", KEPT),
+    Fault(
+        "rows of a warp one after another",
+        OF_KEPT,
+        "of_warp / 16 * 64 + warp * 16 + of_warp % 16;",
+        "warp * 32 + of_warp;",
+        KEPT,
+    ),
+    Fault(
+        "targets whose logit was left out",
+        OF_KEPT,
+        "z = own.target_logit, e = own.of_target;",
+        "e = own.of_target;",
+        KEPT,
+    ),
+    Fault(
+        "bands that begin with what is kept of the first row",
+        "contrastive_ops/cuda/hopper.py",
+        "self.heads[heads:]",
+        "self.heads[0 * heads :]",
+        KEPT_BANDS,
     ),
 ]

@@ -3,7 +3,7 @@
 // That is exact as long as no logit lies too far below the largest; otherwise rows and columns are folded apart.
 #include "fold.h"
 
-#include "../similarity_folds.h"
+#include "keep.h"
 #include "rules.h"
 
 namespace contrastive_ops {
@@ -27,6 +27,7 @@ struct FoldTask {
   bool of_cols;  // of a matrix that is compared with itself, whose one fold gets the parts of rows and of columns
   Part *row_parts, *col_parts;  // (tiles across, rows), (tiles down, cols); null for none
   float* target_logit;
+  KeptLogits kept;
 };
 
 template <class T, bool itself>
@@ -51,7 +52,11 @@ struct FoldEpilogue {
         left_out(group)[!task.of_cols][r] = drops.mirrored[r];
       }
     }
-    const float reference = task.kind == FoldKind::logsumexp ? common_reference(sums) : kInfinity;
+    float low = kInfinity;
+    const float reference = task.kind == FoldKind::logsumexp ? common_reference(sums, low) : kInfinity;
+    if constexpr (!itself) {
+      if (task.kept.logits != nullptr) keep_logits(p, task.kept, own, tile, sums, reference, low);
+    }
     if (reference < kInfinity) {
       CONTRASTIVE_OPS_UNROLL
       for (int m = 0; m < 2; ++m) {
@@ -73,8 +78,8 @@ struct FoldEpilogue {
 
  private:
   // The largest logit of a warp, 0 where there is no pair; infinity where it is none for all of them.
-  __device__ float common_reference(const Sums& sums) const {
-    float top = -kInfinity, low = kInfinity;
+  __device__ float common_reference(const Sums& sums, float& low) const {
+    float top = -kInfinity;
     CONTRASTIVE_OPS_UNROLL
     for (int m = 0; m < 2; ++m) {
       CONTRASTIVE_OPS_UNROLL
@@ -288,7 +293,8 @@ Pass next_pass(const PairArguments& p, bool itself, bool (&done)[kMostFolds]) {
 
 void hopper_fold(Stream stream, Input x, Input y, int64_t D, int64_t first_row, int64_t rows, Arrays pair_data,
                  Integers spec, const float* scale, const float* row_bias, const float* col_bias, const int64_t* target,
-                 int64_t N, int64_t M, int64_t itself, float* parts, float* target_logit, double* state) {
+                 int64_t N, int64_t M, int64_t itself, float* parts, float* target_logit, double* state, Output logits,
+                 float* heads, int64_t* wide) {
   using namespace hopper;
   const PairArguments p = pairs_of(pair_data, spec, scale, row_bias, col_bias, target, N, M);
   const SweepPairs pairs = sweep_pairs(p, first_row, rows);
@@ -310,6 +316,12 @@ void hopper_fold(Stream stream, Input x, Input y, int64_t D, int64_t first_row, 
     task.row_parts = pass.rows < 0 ? nullptr : reinterpret_cast<Part*>(parts);
     task.col_parts = pass.cols < 0 ? nullptr : reinterpret_cast<Part*>(parts) + plan.col_tiles * rows;
     task.target_logit = target_logit;
+    if (logits.data != nullptr) {
+      if (task.kind != FoldKind::logsumexp || itself || pairs.row_bias || pairs.col_bias) {
+        throw std::invalid_argument("logits: those are kept of logsumexp of two matrices without biases");
+      }
+      task.kept = {logits.as<uint16_t>(), reinterpret_cast<Part*>(heads), wide, ceil_divide(M, 8) * 8, plan.col_tiles};
+    }
     const auto run = [&](auto type) {
       using T = decltype(type);
       if constexpr (sizeof(T) == 2) {

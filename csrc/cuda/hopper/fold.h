@@ -19,8 +19,11 @@ namespace contrastive_ops {
 //   down twice ceil(rows / 256)
 //   target_logit (N,) or null: of the rows that have a target among the columns
 //   state: as for similarity_reduce_fold
+//   logits, heads, wide: null, or where logits of logsumexp without biases are kept (kept.h), of rows from first_row on
+//   (rows, M rounded up to 8), (tiles down, tiles across, 4, 2), and 1 of each two tiles down that are wide
 void hopper_fold(Stream stream, Input x, Input y, int64_t D, int64_t first_row, int64_t rows, Arrays pair_data,
                  Integers spec, const float* scale, const float* row_bias, const float* col_bias, const int64_t* target,
-                 int64_t N, int64_t M, int64_t itself, float* parts, float* target_logit, double* state);
+                 int64_t N, int64_t M, int64_t itself, float* parts, float* target_logit, double* state, Output logits,
+                 float* heads, int64_t* wide);
 
 }  // namespace contrastive_ops

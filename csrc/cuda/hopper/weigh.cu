@@ -3,10 +3,7 @@
 // docs/design.md says.
 #include "weigh.h"
 
-#include <vector>
-
-#include "../similarity_sums.h"
-#include "rules.h"
+#include "weights.h"
 
 namespace contrastive_ops {
 namespace hopper {
@@ -14,9 +11,6 @@ namespace {
 
 constexpr int kCols = 128, kStages = 4, kGroupWarps = kGroup / kWarp;
 constexpr int kPanels = kCols / kDepth;  // a store takes 64 columns
-
-// What pairs add: those of logsumexp of rows and of columns, or those of sum_softplus of rows.
-enum class Slopes { softmax, sigmoid };
 
 template <class T>
 struct alignas(1024) Shared {
@@ -26,29 +20,9 @@ struct alignas(1024) Shared {
   float residuals[2][kGroupWarps][kCols];
 };
 
-struct WeighTask {
-  const float *row_value, *row_gain, *col_value, *col_gain, *d_target, *norm;  // null for none
-  // (tiles across, rows), and of columns (tiles down, cols); null for none.
-  float *row_residuals, *row_bias, *scale, *col_residuals, *losses;
-  float* target_logit;
-  bool stores, of_cols;  // of_cols: of a matrix that is compared with itself, whether its folds are of columns
-  int first_col;         // of the weights
-};
-
 // log2(1 + t) for t from 0 to 1, with as many digits where it is small.
 __device__ inline float log2_of_1_plus(float t) {
   return t < 0.015625f ? kLog2E * t * fmaf(t, fmaf(t, 1.0f / 3.0f, -0.5f), 1.0f) : fast_log2(1.0f + t);
-}
-
-// 1 / x of a power of two, without a division, which is a call.
-__device__ inline float inverse_of_power(float x) { return __uint_as_float((254u << 23) - __float_as_uint(x)); }
-
-template <class T>
-__device__ float widened(uint32_t bits) {
-  const auto half = static_cast<uint16_t>(bits);
-  T number;
-  memcpy(&number, &half, sizeof(number));
-  return to_float(number);
 }
 
 // What belongs to the four rows of a thread; logits and values are times log2(e).
@@ -266,44 +240,13 @@ template <class T, Slopes slopes, bool itself>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     weigh_kernel(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y,
                  const __grid_constant__ TensorMap weights, const __grid_constant__ Views<itself> views,
-                 const __grid_constant__ WeighTask task, const Plan plan) {
+                 const __grid_constant__ WeighTask task, const Guard guard, const Plan plan) {
 #ifdef CONTRASTIVE_OPS_HAS_HOPPER
+  if (guard.off()) return;
   auto& shared = shared_tiles<Shared<T>>();
   const WeighEpilogue<T, slopes, itself> epilogue{&weights, views, views.at[0], task, shared};
   sweep<T, kCols, kStages>(&x, &y, plan, shared.stages, epilogue);
 #endif
-}
-
-// Adds the parts of all tiles to totals that are `step` apart, tile after tile, in float64.
-__global__ void add_tiles_kernel(const float* parts, const Plan plan, bool cols, int64_t count, double* totals,
-                                 int step) {
-  const int64_t place = int64_t{blockIdx.x} * kGroup + threadIdx.x;
-  if (place >= count) return;
-  double total = totals[place * step];
-  const Span tiles(plan, cols, static_cast<int>(place));
-  for (int t = tiles.begin; t < tiles.end; ++t) total += static_cast<double>(parts[t * count + place]);
-  totals[place * step] = total;
-}
-
-// The folds, and what arrives at them.
-Slopes read_folds(const PairArguments& p, const float* values, const float* d_values, bool folds, WeighTask& task) {
-  Slopes slopes = Slopes::softmax;
-  int64_t begin = 0;
-  for (int f = 0; f < p.fold_count; ++f) {
-    const PairFold& fold = p.folds[f];
-    const bool sigmoid = fold.kind == FoldKind::sum_softplus && !fold.cols && p.fold_count == 1;
-    const float*& gain = fold.cols ? task.col_gain : task.row_gain;
-    if ((fold.kind != FoldKind::logsumexp && !sigmoid) || gain != nullptr || (folds && !sigmoid)) {
-      throw std::invalid_argument("spec: folds must be logsumexp of rows and of columns, or sum_softplus of rows");
-    }
-    if (sigmoid) slopes = Slopes::sigmoid;
-    if (d_values != nullptr) {
-      gain = d_values + begin;
-      if (!folds) (fold.cols ? task.col_value : task.row_value) = values + begin;
-    }
-    begin += fold.cols ? p.M : p.N;
-  }
-  return slopes;
 }
 
 // Of a matrix that is compared with itself, whose folds have one direction: what a row has it has as a column, too.
@@ -317,23 +260,14 @@ void mirror_folds(bool has_losses, int64_t first_row, WeighTask& task) {
   task.first_col = static_cast<int>(first_row);
 }
 
-// A sum that the kernel leaves as one part for each tile, and where they are added up.
-struct Parts {
-  float* from;
-  bool cols;
-  int64_t count;
-  double* to;
-  int step;
-};
-
 }  // namespace
 }  // namespace hopper
 
 void hopper_weigh(Stream stream, Input x, Input y, int64_t D, int64_t first_row, int64_t rows, Arrays pair_data,
                   Integers spec, const float* scale, const float* row_bias, const float* col_bias,
                   const int64_t* target, int64_t N, int64_t M, int64_t itself, const float* values,
-                  const float* d_values, const float* d_target, const float* norm, Output weights, Integers sums,
-                  float* parts, float* target_logit, double* totals, double* state) {
+                  const float* d_values, const float* d_target, const float* norm, const int64_t* wide, Output weights,
+                  Integers sums, float* parts, float* target_logit, double* totals, double* state) {
   using namespace hopper;
   const PairArguments p = pairs_of(pair_data, spec, scale, row_bias, col_bias, target, N, M);
   const SweepPairs pairs = sweep_pairs(p, first_row, rows);
@@ -344,24 +278,10 @@ void hopper_weigh(Stream stream, Input x, Input y, int64_t D, int64_t first_row,
   task.d_target = d_target, task.norm = norm, task.target_logit = target_logit, task.stores = weights.data != nullptr;
   if (rows == 0 || M == 0) return;
   const Plan plan(rows, M, D, kCols, itself ? first_row : -1);
-  std::vector<Parts> found;
-  const auto take = [&](bool cols, double* to, int step) {
-    found.push_back({parts, cols, cols ? M : rows, cols ? to : to + step * first_row, step});
-    parts += cols ? plan.row_tiles() * M : plan.col_tiles * rows;
-    return found.back().from;
-  };
-  for (int64_t at = 0; at + 3 < sums.size; at += 4) {
-    const int64_t* sum = sums.data + at;
-    const auto what = static_cast<SumOf>(sum[0]);
-    if (sum[2] != 0 && what != SumOf::residual) throw std::invalid_argument("sums: of columns there is the residual");
-    if (itself && what == SumOf::residual) task.col_residuals = take(true, totals + sum[3], 1);
-    float*& own = what == SumOf::scale  ? task.scale
-                  : what == SumOf::bias ? task.row_bias
-                  : sum[2] != 0         ? task.col_residuals
-                                        : task.row_residuals;
-    own = take(sum[2] != 0, totals + sum[3], 1);
-  }
-  if (state != nullptr) task.losses = take(false, state, 2);
+  const Guard guard{wide, plan.row_pairs, true};
+  TileSums found(plan, first_row, rows, M, parts);
+  found.take(sums, totals, itself != 0, task);
+  if (state != nullptr) task.losses = found.take(false, state, 2);
   const auto run = [&](auto type) {
     using T = decltype(type);
     if constexpr (sizeof(T) == 2) {
@@ -372,7 +292,7 @@ void hopper_weigh(Stream stream, Input x, Input y, int64_t D, int64_t first_row,
       const bool sigmoid = slopes == Slopes::sigmoid;
       const auto start = [&](auto kernel, const auto& given) {
         launch_clusters(kernel, plan.tiles(), kBlockThreads, sizeof(Shared<T>), stream, of_x, of_y, to, given, task,
-                        plan);
+                        guard, plan);
       };
       if (itself) {
         start(sigmoid ? weigh_kernel<T, Slopes::sigmoid, true> : weigh_kernel<T, Slopes::softmax, true>, views);
@@ -385,10 +305,7 @@ void hopper_weigh(Stream stream, Input x, Input y, int64_t D, int64_t first_row,
     }
   };
   with_type(x.dtype, run);
-  for (const Parts& each : found) {
-    launch(add_tiles_kernel, ceil_divide(each.count, kGroup), kGroup, 0, stream, each.from, plan, each.cols, each.count,
-           each.to, each.step);
-  }
+  found.add(stream, guard);
 }
 
 }  // namespace contrastive_ops

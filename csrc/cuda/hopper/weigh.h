@@ -13,6 +13,7 @@ namespace contrastive_ops {
 //   values, d_values: of all folds, one after another; d_values null for none
 //   d_target (N,) or null: what arrives at the targets' logits
 //   norm: a power of two that weights are multiplied with before they are rounded, or null
+//   wide: null; or of each pair of row tiles whether it is wide (kept.h): then nothing is done if none is
 //   weights (rows, M rounded up to 8), or null
 //   sums: per sum what (of SumOf), set, cols, and where it begins in `totals`, which is added to; of columns only the
 //   residual
@@ -22,7 +23,7 @@ namespace contrastive_ops {
 void hopper_weigh(Stream stream, Input x, Input y, int64_t D, int64_t first_row, int64_t rows, Arrays pair_data,
                   Integers spec, const float* scale, const float* row_bias, const float* col_bias,
                   const int64_t* target, int64_t N, int64_t M, int64_t itself, const float* values,
-                  const float* d_values, const float* d_target, const float* norm, Output weights, Integers sums,
-                  float* parts, float* target_logit, double* totals, double* state);
+                  const float* d_values, const float* d_target, const float* norm, const int64_t* wide, Output weights,
+                  Integers sums, float* parts, float* target_logit, double* totals, double* state);
 
 }  // namespace contrastive_ops
