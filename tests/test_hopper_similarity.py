@@ -249,7 +249,7 @@ def same(a, b):
 
 @every_schedule
 @pytest.mark.parametrize("n,m", [(1, 1), (97, 150), (130, 3), (300, 500)])
-def test_gradients_from_kept_logits(n, m, schedule):
+def test_gradients_from_kept_logits(n, m):
     """Which values are those that forward has without."""
     dtype = DTYPES[n % 2]
     inputs = problem(n, m, 64, dtype)
