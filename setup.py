@@ -11,7 +11,7 @@ its Python. Four environment variables steer the build:
     CONTRASTIVE_OPS_WHEEL auto (default): for this machine; 1: one extension for every Python from 3.10 on and
                           for every Linux from glibc 2.28 on (`make wheel`)
     CONTRASTIVE_OPS_NATIVE auto (default): everything; 1: what is compiled soonest (`make demo`): one SIMD level, that
-                          of this processor, and no module with torch headers, without which small batches take longer
+                          of this processor, and not ``_eager``, without which small batches take longer
 
 CUDA_HOME names the toolkit, TORCH_CUDA_ARCH_LIST the GPUs (see ``setup_cuda.py``). The torch is that
 of the interpreter that gets the package, in an isolated build too (see ``setup_torch.py``).
@@ -58,9 +58,7 @@ from setup_torch import EAGER, NoTorch, advice, import_torch, make_eager  # noqa
 
 MIN_SETUPTOOLS = 77  # the first that reads the license expression in pyproject.toml
 REPORT = "_build_report.json"  # read when the package is imported: pip hides build output
-
 CUDA_LIBRARY = "contrastive_ops_cuda"
-
 
 if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
     fail(
@@ -211,7 +209,7 @@ PLAN = Plan()
 
 
 class BuildPy(build_py):
-    """Also writes the build report, for a reader who never sees pip's output."""
+    """Also writes the build report, because pip hides build output."""
 
     def run(self) -> None:
         super().run()

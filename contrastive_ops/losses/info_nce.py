@@ -309,9 +309,7 @@ def prepared_info_nce(
     return Prepared(_given, sweep, query, given[1], {**options, "positive": given[0], "positive_bias": biases})
 
 
-def _given(
-    sweep: Sweep, x: Tensor, y: Tensor, *, positive: Tensor, positive_bias: Tensor | None, **options: Any
-) -> Any:
+def _given(sweep: Sweep, x: Tensor, y: Tensor, *, positive: Tensor, positive_bias: Any, **options: Any) -> Any:
     with autocast.disabled(x):  # the gradients of a row meet in float32
         return given_softmax(sweep, x, positive, y, positive_bias, **options)
 
