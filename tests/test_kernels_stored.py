@@ -213,10 +213,11 @@ def test_never_run_on_a_device_is_taken_by_name_only():
     """ "auto" passes it by, says why, and `backends` has nothing against it where it is named."""
     reasons = by_name()
     stored = ("maxsim", "similarity_values", "similarity_prefix", "similarity_distill")
-    fused = ("similarity_reduce", "similarity_loss", "similarity_topk")
+    fused = ("similarity_reduce", "similarity_loss")
     assert {name: list(found) for name, found in reasons.items() if found} == {
         **dict.fromkeys(stored, ["triton"]),
         **dict.fromkeys(fused, ["triton_persistent", "hopper"]),
+        "similarity_topk": ["hopper"],
     }
     assert reasons["similarity_values"]["triton"] == NEVER_ON_A_DEVICE
     x = torch.empty(3, 4, device="meta")
