@@ -21,7 +21,7 @@ def unsupported(x: Tensor) -> list[str]:
     reasons = [*triton_kernels.unsupported(x), *_products.unsupported(x)]
     if len(x) and x.dtype == torch.float32:
         reasons.append(f"dtype={x.dtype} (supported: bfloat16, float16)")
-    if len(x) and (x.shape[-1] % STEP or not x.shape[-1]):
+    if len(x) and (x.shape[-1] % STEP or x.shape[-1] == 0):
         reasons.append(f"D={x.shape[-1]} (supported: a multiple of {STEP})")
     return reasons
 
