@@ -258,6 +258,7 @@ def ask(find: Callable[[str], list[str]]) -> None:
 
 def run_demo(args: argparse.Namespace) -> tuple[Result, Callable[[str], list[str]]]:
     """Collect, train, measure; the result and the search with the encoder that contrastive_ops trained."""
+    say("collecting the documented functions that are installed")
     pairs = collect_pairs(stdlib_only=args.quick, progress=progress)
     bags = (make_bags([p.signature for p in pairs]), make_bags([p.sentence for p in pairs]))
     generator = torch.Generator().manual_seed(args.seed)
