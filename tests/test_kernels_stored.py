@@ -218,6 +218,7 @@ def test_never_run_on_a_device_is_taken_by_name_only():
         **dict.fromkeys(stored, ["triton"]),
         **dict.fromkeys(fused, ["triton_persistent", "hopper"]),
         "similarity_topk": ["hopper"],
+        "expert_routing": ["cuda"],
     }
     assert reasons["similarity_values"]["triton"] == NEVER_ON_A_DEVICE
     x = torch.empty(3, 4, device="meta")

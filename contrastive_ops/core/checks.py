@@ -45,8 +45,7 @@ def check_tensor(function: str, name: str, x: object) -> Tensor:
     if not isinstance(x, Tensor):
         advice = "\n  torch.fx.symbolic_trace cannot trace it, torch.export can" if kind.__name__ == "Proxy" else ""
         raise TypeError(f"{function}: {name} must be a tensor, got {kind.__name__}{advice}")
-    found = unreadable(x)
-    if found is not None:
+    if (found := unreadable(x)) is not None:
         got, advice = found
         raise NotImplementedError(f"{function}: {name} must be a plain tensor, got {got}\n  {advice}")
     return x
@@ -55,7 +54,8 @@ def check_tensor(function: str, name: str, x: object) -> Tensor:
 def unreadable(x: Tensor) -> tuple[str, str] | None:
     """What kind of tensor `x` is and what to do with it, if no operator can read it."""
     kind = type(x)
-    if torch.compiler.is_compiling():
+    plain = (kind is Tensor or kind is torch.nn.Parameter) and x.layout is torch.strided and not x.is_nested
+    if plain or torch.compiler.is_compiling():
         return None
     if x.is_nested:
         return "a nested tensor", "pad it, torch.nested.to_padded_tensor, or give its values() and offsets()"

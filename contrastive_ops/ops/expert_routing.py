@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core import checks, cuda_kernels, extension, triton_kernels
-from ..core.backends import Backend, choose, enrol, unsupported_by_cpu
+from ..core.backends import NEVER_ON_A_DEVICE, Backend, choose, enrol, unsupported_by_cpu
 from ..core.operators import call
 from ..core.recompute import must_reach
 from ..core.results import pytree
@@ -45,6 +45,7 @@ BACKENDS = enrol(
             source="csrc/cuda/expert_routing.cu",
             functions=functools.cache(lambda: Whole(cuda_kernels.functions("expert_routing"))),
             unsupported=cuda_kernels.unsupported,
+            by_name=NEVER_ON_A_DEVICE,
         ),
     },
 )
@@ -210,7 +211,8 @@ def route(
         generator: for the noise and what is ``sampled``; by default torch's own.
         noise: (T, E) normal numbers to use instead of drawing them, such as those of an earlier pass over the same
             tokens that must take the same decisions.
-        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        backend: "auto", "reference", "cpu", "triton" or "cuda", which is taken by name only: its kernels have not run
+            on a device.
 
     Returns:
         `Routing`.
