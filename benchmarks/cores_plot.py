@@ -14,12 +14,26 @@ from benchmarks.plot import save
 from benchmarks.results import Row
 
 SUFFIX = " virtual cores"
+# One of each kind of sweep; the rest is in the table, where lines would hide each other.
+SHOWN = (
+    "clip",
+    "siglip",
+    "sup_con",
+    "linear_cross_entropy",
+    "similarity_topk",
+    "maxsim",
+    "gist",
+    "hn_nce",
+    "SparseMoE",
+    "route",
+)
 
 
 def curves(rows: Sequence[Row], size: str = "large") -> dict[str, dict[int, Row]]:
-    """By case of a size, the rows of its newest run by their number of cores."""
+    """By case of a size and an op of `SHOWN`, the rows of its newest run by their number of cores."""
     found: dict[str, dict[int, Row]] = {}
-    cases = {row["case"] for row in rows if row["kind"] == "modelled" and row["case"].endswith(f"-{size}")}
+    modelled = [row for row in rows if row["kind"] == "modelled" and row["op"] in SHOWN]
+    cases = {row["case"] for row in modelled if row["case"].endswith(f"-{size}")}
     for case in sorted(cases):
         newest = results.newest(rows, case, "min_ms", [f"1{SUFFIX}"])
         if newest is not None:

@@ -181,11 +181,11 @@ def test_stages_wait_for_each_other(tmp_path, sanitizer):
 
 
 def test_the_picture_is_of_the_newest_run():
-    def row(run, cores_, ms, case="cores-x-large"):
+    def row(run, cores_, ms, op="clip", size="large"):
         named = {"provider": f"{cores_} virtual cores", "kind": "modelled", "status": "ok", "min_ms": ms}
-        return {"run": run, "case": case, "op": "x", "shapes": "8x8", **named}
+        return {"run": run, "case": f"cores-{op}-{size}", "op": op, "shapes": "8x8", **named}
 
-    rows = [row("1", 1, "9"), row("1", 2, "9"), row("2", 1, "8"), row("2", 2, "4"), row("2", 1, "3", "cores-x-small")]
-    found = cores_plot.curves(rows)
-    assert list(found) == ["cores-x-large"]
-    assert {count: each["min_ms"] for count, each in found["cores-x-large"].items()} == {1: "8", 2: "4"}
+    rows = [row("1", 1, "9"), row("1", 2, "9"), row("2", 1, "8"), row("2", 2, "4"), row("2", 1, "3", size="small")]
+    found = cores_plot.curves([*rows, row("2", 1, "7", op="one that is not shown")])
+    assert list(found) == ["cores-clip-large"]
+    assert {count: each["min_ms"] for count, each in found["cores-clip-large"].items()} == {1: "8", 2: "4"}
