@@ -4,24 +4,18 @@
 // `loss` returns None for whatever it does not know or would have to refuse: a traced or transformed call, another
 // device, an argument that does not fit. Python then makes the same call by the operator, which words the error.
 // Results have the same bits both ways. The kernels come from contrastive_ops._C, in a capsule.
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
-#include <torch/csrc/autograd/saved_variable.h>
-#include <torch/csrc/autograd/variable.h>
 
 #include <vector>
 
 #include "eager_arguments.h"
 #include "eager_cuda.h"
+#include "eager_unit_rows.h"
 
 namespace contrastive_ops {
 namespace {
 
-using torch::autograd::SavedVariable;
-using torch::autograd::variable_list;
-
-PyObject* second_derivative = nullptr;  // of Python: called where gradients are differentiated again
+PyObject* loss_again = nullptr;
 
 // ---- Autograd
 // ----------------------------------------------------------------------------------------------------------
@@ -51,25 +45,6 @@ struct SimilarityLossBackward : torch::autograd::Node {
               const Tensor& bias_gradient, const Tensor& inverse_of_x, const Tensor& inverse_of_y, variable_list& out);
   variable_list again(const Inputs& in, const Tensor& d_loss);
 };
-
-// A node behind the pointer that this torch has for them: std::shared_ptr, and c10::intrusive_ptr in newer ones.
-template <class Pointer>
-struct NodeOwner;
-template <class Node>
-struct NodeOwner<std::shared_ptr<Node>> {
-  template <class Derived>
-  static std::shared_ptr<Derived> own(Derived* node) {
-    return std::shared_ptr<Derived>(node, [](auto* each) { deleteNode(each); });
-  }
-};
-template <class Node>
-struct NodeOwner<c10::intrusive_ptr<Node>> {
-  template <class Derived>
-  static c10::intrusive_ptr<Derived> own(Derived* node) {
-    return c10::intrusive_ptr<Derived>::unsafe_steal_from_new(node);
-  }
-};
-using Owner = NodeOwner<decltype(torch::autograd::Edge::function)>;
 
 // ``gradient * factor``, or the gradient itself where it may be given away.
 Tensor times(const Tensor& gradient, const Tensor& factor, bool give) {
@@ -188,8 +163,6 @@ void SimilarityLossBackward::finish(const Inputs& in, Tensor x_gradient, Tensor 
   }
 }
 
-PyObject* or_none(const Tensor& t) { return t.defined() ? THPVariable_Wrap(t) : Py_NewRef(Py_None); }
-
 variable_list SimilarityLossBackward::again(const Inputs& in, const Tensor& d_loss) {
   pybind11::gil_scoped_acquire gil;
   const Options& o = options;
@@ -199,13 +172,10 @@ variable_list SimilarityLossBackward::again(const Inputs& in, const Tensor& d_lo
       Py_BuildValue("(NNiiiOOddL)", tensors, or_none(d_loss), static_cast<int>(o.kind), static_cast<int>(o.form),
                     static_cast<int>(o.reduction), o.normalize ? Py_True : Py_False, o.inverted ? Py_True : Py_False,
                     o.number, o.bias_number, static_cast<long long>(o.memory_budget));
-  PyObject* result = arguments ? PyObject_CallObject(second_derivative, arguments) : nullptr;
-  Py_XDECREF(arguments);
-  if (result == nullptr) throw pybind11::error_already_set();
-  const auto owned = pybind11::reinterpret_steal<pybind11::object>(result);
+  const auto result = call_python(loss_again, arguments);
   variable_list out(kDifferentiable);
   for (int i = 0; i < kDifferentiable; ++i) {
-    PyObject* each = PyTuple_GetItem(result, i);
+    PyObject* each = PyTuple_GetItem(result.ptr(), i);
     if (each != nullptr && each != Py_None) out[i] = THPVariable_Unpack(each);
   }
   return out;
@@ -346,21 +316,30 @@ PyObject* py_loss(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// connect(capsule of the kernels, function for second derivatives): true, or false where they were built from other
-// sources.
-PyObject* py_connect(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 2) {
-    PyErr_SetString(PyExc_TypeError, "connect takes 2 arguments");
-    return nullptr;
-  }
-  const void* found = PyCapsule_GetPointer(arguments[0], kKernelsCapsule);
+// connect(capsule of the kernels): true, or false where they were built from other sources.
+PyObject* py_connect(PyObject*, PyObject* capsule) {
+  const void* found = PyCapsule_GetPointer(capsule, kKernelsCapsule);
   if (found == nullptr) return nullptr;
   const auto* given = static_cast<const Kernels*>(found);
   if (given->layout != kKernelsLayout) Py_RETURN_FALSE;
   kernels = given;
-  Py_XDECREF(second_derivative);
-  second_derivative = Py_NewRef(arguments[1]);
   Py_RETURN_TRUE;
+}
+
+// differentiate_again(name of a function here, what it calls where its gradients are differentiated again)
+PyObject* py_differentiate_again(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  const char* name = count == 2 && PyUnicode_Check(arguments[0]) ? PyUnicode_AsUTF8(arguments[0]) : "";
+  if (name == nullptr) return nullptr;
+  PyObject** to = std::strcmp(name, "loss") == 0        ? &loss_again
+                  : std::strcmp(name, "unit_rows") == 0 ? &unit_rows_again
+                                                        : nullptr;
+  if (to == nullptr) {
+    PyErr_SetString(PyExc_TypeError, "differentiate_again takes loss or unit_rows, and a function");
+    return nullptr;
+  }
+  Py_XDECREF(*to);
+  *to = Py_NewRef(arguments[1]);
+  Py_RETURN_NONE;
 }
 
 // on_host(address of CudaKernels, or 0): from now on they run backend="cuda" for tensors on the CPU. For tests.
@@ -371,11 +350,18 @@ PyObject* py_on_host(PyObject*, PyObject* address) {
   Py_RETURN_NONE;
 }
 
-PyMethodDef functions[] = {
-    {"loss", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_loss)), METH_FASTCALL, nullptr},
-    {"connect", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(py_connect)), METH_FASTCALL, nullptr},
-    {"on_host", py_on_host, METH_O, nullptr},
-    {nullptr, nullptr, 0, nullptr}};
+// A function of Python with positional arguments, as a method table has it.
+template <class Function>
+PyCFunction fast(Function function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef functions[] = {{"loss", fast(py_loss), METH_FASTCALL, nullptr},
+                           {"unit_rows", py_unit_rows, METH_O, nullptr},
+                           {"connect", py_connect, METH_O, nullptr},
+                           {"differentiate_again", fast(py_differentiate_again), METH_FASTCALL, nullptr},
+                           {"on_host", py_on_host, METH_O, nullptr},
+                           {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_eager", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace

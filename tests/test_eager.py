@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from contrastive_ops import clip, info_nce, nt_xent, siglip, sup_con
 from contrastive_ops.core import eager
+from contrastive_ops.core.unit_rows import unit_rows
 from contrastive_ops.losses import _eager as doors
 from contrastive_ops.testing import saved_bytes
 
@@ -281,3 +282,46 @@ def test_without_the_module(monkeypatch):
     monkeypatch.setattr(doors, "_LOSS", None)
     loss = clip(x, y, scale=scale)
     assert loss.grad_fn.name() != "SimilarityLossBackward" and torch.equal(loss, expected)
+
+
+@built
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (2000, 256)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_unit_rows_have_the_same_bits(dtype, shape):
+    """In ranges of rows, too, and for a row of zeros."""
+    torch.manual_seed(0)
+    x, cotangent = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    x[0] = 0
+    x.requires_grad_()
+
+    def call():
+        unit = unit_rows(x)
+        return unit.grad_fn.name(), [unit, *gradients(unit, [x], cotangent)]
+
+    (made_by, got), (made_by_operator, expected) = both_ways(call)
+    assert made_by == "UnitRowsBackward" != made_by_operator
+    assert_same(got, expected)
+
+
+@built
+def test_unit_rows_are_differentiable_twice_and_in_batches():
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(unit_rows, x) and torch.autograd.gradgradcheck(unit_rows, x)
+    cotangents = torch.randn(3, 6, 4, dtype=torch.float64)
+    got, expected = both_ways(lambda: gradients(unit_rows(x), [x], cotangents, is_grads_batched=True))
+    assert_same(got, expected)
+
+
+@built
+def test_a_unit_row_that_nothing_depends_on_has_no_gradient():
+    x, cotangent = torch.randn(ROWS, DEPTH), torch.randn(ROWS, DEPTH)
+    x[3], cotangent[3] = torch.nan, 0
+    x.requires_grad_()
+    got, expected = both_ways(lambda: gradients(unit_rows(x), [x], cotangent))
+    assert_same(got, expected)
+    assert torch.equal(got[0][3], torch.zeros(DEPTH)) and got[0].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(3,), (2, 3, 4), (0, 4)], ids=str)
+def test_other_rows_go_by_the_operator(size):
+    assert unit_rows(torch.randn(size, requires_grad=True)).grad_fn.name() != "UnitRowsBackward"

@@ -222,6 +222,8 @@ def may_read(tensor: Tensor, *, waits: bool = False) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() and _in_vmap(tensor):
         return False
+    if torch._C._functorch.is_legacy_batchedtensor(tensor):  # of torch.autograd.grad(..., is_grads_batched=True)
+        return False
     return waits or tensor.device.type != "cuda"
 
 

@@ -1,7 +1,7 @@
 """The compiled module contrastive_ops._eager, or why it is not used.
 
-It makes whole losses of plain tensors on the CPU, with checks and autograd in C++. Without it, or with one that was
-built for another torch, the same calls go through the operators, with the same results; only host time differs.
+It makes whole losses, and unit rows, of plain tensors on the CPU, with checks and autograd in C++. Without it, or with
+one that was built for another torch, the same calls go through the operators and give the same; only host time differs.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, f"{file} does not load with torch {torch.__version__}: {error}"
     if module.torch != str(torch.__version__):
         return None, f"{file} was built for torch {module.torch}, and this is {torch.__version__}"
+    if not module.connect(kernels.kernels()):
+        return None, "it was built from other C++ sources than the kernels"
     return module, None
 
 
@@ -47,21 +49,18 @@ def reason() -> str | None:
     return _REASON
 
 
-def connect(second_derivative: Callable[..., Any]) -> Callable[..., Any] | None:
-    """Return the module's function `loss` (csrc/eager.cpp), or None without it.
+def function(name: str, second_derivative: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Return a function of the module (csrc/eager.cpp), or None without it.
 
     Args:
-        second_derivative: what it calls where gradients are differentiated again.
+        name: of the function.
+        second_derivative: what it calls where its gradients are differentiated again.
     """
-    global _MODULE, _REASON
-    kernels = extension.load()
-    if _MODULE is None or kernels is None:
+    if _MODULE is None:
         return None
-    if not _MODULE.connect(kernels.kernels(), second_derivative):
-        _MODULE, _REASON = None, "it was built from other C++ sources than the kernels"
-        return None
-    loss: Callable[..., Any] = _MODULE.loss
-    return loss
+    _MODULE.differentiate_again(name, second_derivative)
+    found: Callable[..., Any] = getattr(_MODULE, name)
+    return found
 
 
 def on_host(kernels: int) -> None:

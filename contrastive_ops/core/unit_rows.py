@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autocast, checks
+from . import autocast, checks, eager
 from .checks import may_read
 from .masks import left_out
 from .operators import call, define
@@ -23,7 +23,12 @@ SHORTEST = 1e-12
 
 def unit_rows(x: Tensor) -> Tensor:
     """``F.normalize(x, dim=-1)``, with the length computed in at least float32; differentiable twice."""
-    return call.unit_rows(x)[0]
+    if _EAGER is not None and eager.is_open() and not torch.compiler.is_compiling():
+        unit: Tensor | None = _EAGER(x)  # None for what it does not know
+        if unit is not None:
+            return unit
+    found: Tensor = call.unit_rows(x)[0]
+    return found
 
 
 def inverse_lengths(x: Tensor) -> Tensor:
@@ -55,22 +60,32 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _derivative(ctx: Any, d_unit: Tensor | None, d_inverse: Tensor | None) -> Tensor | None:
-    """What remains of the gradient across the row, over its length; made of operations that can be differentiated."""
     x, inverse = ctx.saved_tensors
     with autocast.disabled(x):
-        unit = x.to(inverse.dtype) * inverse
-        dx = None
-        if d_unit is not None:
-            d_unit = d_unit.to(inverse.dtype)
-            along, beside = parts_of(d_unit, unit)
-            dx = beside * inverse
-            if not may_read(along) or not math.isfinite(along.detach().sum().item()):
-                # A row that nothing depends on has no gradient, whatever it holds.
-                dx = left_out(dx, (d_unit != 0).any(-1))
+        dx = None if d_unit is None else _by_rows(x, inverse, d_unit)
         if d_inverse is not None:
-            of_length = -d_inverse * inverse.square() * unit
+            of_length = -d_inverse * inverse.square() * (x.to(inverse.dtype) * inverse)
             dx = of_length if dx is None else dx + of_length
     return None if dx is None else dx.to(x.dtype)
 
 
+def _by_rows(x: Tensor, inverse: Tensor, d_unit: Tensor) -> Tensor:
+    """What remains of the gradient across the row, over its length; made of operations that can be differentiated."""
+    d_unit, unit = d_unit.to(inverse.dtype), x.to(inverse.dtype) * inverse
+    along, beside = parts_of(d_unit, unit)
+    dx = beside * inverse
+    if not may_read(along) or not math.isfinite(along.detach().sum().item()):
+        # A row that nothing depends on has no gradient, whatever it holds.
+        dx = left_out(dx, (d_unit != 0).any(-1))
+    return dx
+
+
+def _again(x: Tensor, d_unit: Tensor) -> Tensor:
+    """The gradient by rows, to be differentiated: what csrc/eager_unit_rows.h calls."""
+    with autocast.disabled(x):
+        return _by_rows(x, inverse_lengths(x.to(checks.accumulator(x.dtype))), d_unit).to(x.dtype)
+
+
 define("unit_rows", "(Tensor x) -> (Tensor unit, Tensor inverse)", _forward, _fake, _setup, _derivative)
+
+_EAGER = eager.function("unit_rows", _again)

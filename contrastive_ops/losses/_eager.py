@@ -108,5 +108,5 @@ def _second_derivative(tensors: tuple[Tensor | None, ...], d_loss: Tensor, *call
     return gradients_again(Call(*call), tensors, d_loss, "cpu" if d_loss.device.type == "cpu" else "cuda")
 
 
-_LOSS = eager.connect(_second_derivative)
+_LOSS = eager.function("loss", _second_derivative)
 _NUMBERS = {kind: number for number, kind in enumerate(KINDS)}
