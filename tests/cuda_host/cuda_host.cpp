@@ -2,7 +2,9 @@
 #include "cuda_host.h"
 
 #include <sys/mman.h>
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <algorithm>
 #include <cstdlib>
@@ -13,7 +15,37 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
+#endif
+
+#if defined(__x86_64__)
+// Of swapcontext, most of the time of a test went into signal masks, two calls of the system each time, and under
+// AddressSanitizer into shadow memory of a whole stack. What a function must keep goes on the stack that is left.
+extern "C" void cuda_host_switch(void** left, void* entered);
+asm(R"(
+  .text
+  .hidden cuda_host_switch
+  .globl cuda_host_switch
+  .type cuda_host_switch, @function
+cuda_host_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+  .size cuda_host_switch, . - cuda_host_switch
+)");
 #endif
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -27,8 +59,36 @@ constexpr int kWarp = 32;
 
 enum class State { ready, at_barrier, at_exchange, waits, returned };
 
-struct Fiber {
+#if defined(__x86_64__)
+// Where a fiber, or who resumes fibers, goes on: the top of its stack.
+struct Context {
+  void* top = nullptr;
+
+  void begin(void* stack, size_t size, void (*function)()) {
+    auto** place = reinterpret_cast<void**>(static_cast<unsigned char*>(stack) + size) - 1;
+    *place = nullptr;                              // the address that the function, which never returns, returns to
+    *--place = reinterpret_cast<void*>(function);  // that of the switch
+    top = place - 6;                               // registers, whatever they are
+  }
+  void leave_for(const Context& other) { cuda_host_switch(&top, other.top); }
+};
+#else
+struct Context {
   ucontext_t context{};
+
+  void begin(void* stack, size_t size, void (*function)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = size;
+    context.uc_link = nullptr;
+    makecontext(&context, function, 0);
+  }
+  void leave_for(const Context& other) { swapcontext(&context, &other.context); }
+};
+#endif
+
+struct Fiber {
+  Context context;
   void* stack = nullptr;
   void* fake_stack = nullptr;  // of AddressSanitizer
   State state = State::returned;
@@ -45,7 +105,7 @@ std::vector<std::unique_ptr<Fiber>> fibers;
 int thread_count = 0, block_threads = 0, running = -1;  // threads of a cluster, and of a block
 unsigned first_block = 0;
 int64_t clusters_begun = 0;
-ucontext_t scheduler;
+Context scheduler;
 void* scheduler_fake_stack = nullptr;
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_size = 0;
@@ -86,7 +146,7 @@ void resume(int thread) {
   Fiber& fiber = *fibers[thread];
   choose(thread);
   before_switch(&scheduler_fake_stack, fiber.stack, kStack);
-  swapcontext(&scheduler, &fiber.context);
+  scheduler.leave_for(fiber.context);
   after_switch(scheduler_fake_stack, nullptr, nullptr);
   running = -1;
 }
@@ -95,7 +155,7 @@ void resume(int thread) {
 void yield(bool last) {
   Fiber& fiber = *fibers[running];
   before_switch(last ? nullptr : &fiber.fake_stack, scheduler_stack, scheduler_stack_size);
-  swapcontext(&fiber.context, &scheduler);
+  fiber.context.leave_for(scheduler);
   after_switch(fiber.fake_stack, &scheduler_stack, &scheduler_stack_size);
 }
 
@@ -112,13 +172,12 @@ void start(int thread) {
     fibers.back()->stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   }
   Fiber& fiber = *fibers[thread];
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack;
-  fiber.context.uc_stack.ss_size = kStack;
-  fiber.context.uc_link = nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(fiber.stack, kStack);  // of the thread that had it before, and left it in its midst
+#endif
+  fiber.context.begin(fiber.stack, kStack, run_thread);
   fiber.state = State::ready;
   fiber.fake_stack = nullptr;
-  makecontext(&fiber.context, run_thread, 0);
 }
 
 std::vector<int64_t> order_of(int64_t count) {
