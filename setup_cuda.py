@@ -22,9 +22,15 @@ OLDEST = (8, 0)
 
 # Subnormal float32 numbers become 0: an exponential, of which kernels take one or two per pair, is then 2 instructions
 # and not 5. Probabilities below 1e-38 are lost; those of 16 bits stay as they are.
-FLAGS = ["-std=c++17", "-O3", "-ftz=true", "--expt-relaxed-constexpr", "-lineinfo"]
+FLAGS = ["-std=c++17", "-O3", "-ftz=true", "--expt-relaxed-constexpr", "-lineinfo", "-Xptxas=-v"]
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-fno-lto"]
 RUNTIME_HEADER = "cuda_runtime_api.h"
+
+# What -Xptxas=-v adds: for the file beside the object, not for whoever installs.
+RESOURCES = re.compile(
+    r"ptxas info +: (Compiling entry function|Function properties|Used \d+ registers|Compile time|\d+ bytes )"
+    r"| +\d+ bytes (stack frame|cumulative stack)"
+)
 
 
 class NoCuda(Exception):
@@ -206,25 +212,34 @@ class Nvcc:
             *(f"--threads={self.threads}", "-c", source, "-o", target),
         ]
 
-    def compile(self, source: str, target: str, depends: Iterable[str]) -> bool:
-        """Makes the object unless one of the same command is newer than its files; returns whether it did."""
-        command = self.command(source, target)
-        # Threads change no object.
-        said = "\n".join([self.toolkit.version, *(word for word in command if not word.startswith("--threads"))])
+    def is_current(self, source: str, target: str, depends: Iterable[str]) -> bool:
+        """Whether an object was made by the command for it and is newer than its files."""
         record = Path(f"{target}.command")
-        if is_current(target, [source, *depends]) and record.exists() and record.read_text() == said:
+        if not is_current(target, [source, *depends]) or not record.exists():
             return False
+        return record.read_text() == self._made_by(self.command(source, target))
+
+    def _made_by(self, command: Sequence[str]) -> str:
+        """What decides about an object beside its files; threads change none."""
+        return "\n".join([self.toolkit.version, *(word for word in command if not word.startswith("--threads"))])
+
+    def compile(self, source: str, target: str, depends: Iterable[str]) -> bool:
+        """Makes the object unless it is current; returns whether it did. What nvcc said is in the file X.o.said."""
+        if self.is_current(source, target, depends):
+            return False
+        command, record = self.command(source, target), Path(f"{target}.command")
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         record.unlink(missing_ok=True)
         print(f"contrastive_ops: {' '.join(command)}", flush=True)
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         output = (run.stdout + run.stderr).strip()
-        if output:
-            print(output, file=sys.stderr, flush=True)
+        Path(f"{target}.said").write_text(output)
+        if heard := "\n".join(line for line in output.splitlines() if not RESOURCES.match(line)):
+            print(heard, file=sys.stderr, flush=True)
         if run.returncode:
             errors = [line.strip() for line in output.splitlines() if "error" in line.lower()]
             raise NoCuda(f"nvcc rejected {source}: {errors[0] if errors else f'exit status {run.returncode}'}")
-        record.write_text(said)
+        record.write_text(self._made_by(command))
         return True
 
 

@@ -215,6 +215,27 @@ def test_a_failed_compilation_says_the_first_error_and_is_tried_again(setup_cuda
             changed.compile(source, target, [])
 
 
+def test_registers_are_kept_beside_the_object_and_warnings_are_shown(setup_cuda, tmp_path, capfd) -> None:
+    home = make_toolkit(tmp_path / "cuda")
+    usual = [
+        "ptxas info    : 0 bytes gmem",
+        "ptxas info    : Compiling entry function 'f' for 'sm_90a'",
+        "ptxas info    : Function properties for f",
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads",
+        "ptxas info    : Used 168 registers, used 4 barriers",
+        "ptxas info    : Compile time = 3.456 ms",
+    ]
+    odd = ["ptxas info    : (C7510) Potential Performance Loss: wgmma is serialized", "a.cu(1): warning #177-D: unused"]
+    lines = "".join(f'echo "{line}" >&2\n' for line in (*usual, *odd))
+    script(home / "bin" / "nvcc", f"#!/bin/sh\n{lines}for word; do target=$word; done\necho object > $target\n")
+    source, target = str(tmp_path / "a.cu"), str(tmp_path / "a.o")
+    Path(source).touch()
+    nvcc = setup_cuda.Nvcc(setup_cuda.Toolkit(home, "13.0.88", ()), ["sm_90a"])
+    assert nvcc.compile(source, target, []) and nvcc.is_current(source, target, [])
+    assert Path(f"{target}.said").read_text().splitlines() == [*usual, *odd]
+    assert capfd.readouterr().err.splitlines() == odd
+
+
 @pytest.mark.parametrize("name", ["NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"])
 def test_a_chosen_host_compiler_is_kept(setup_cuda, monkeypatch, name) -> None:
     nvcc = setup_cuda.Nvcc(setup_cuda.Toolkit(Path("/cuda"), "13.0", ()), ["sm_80"], ["g++"])
