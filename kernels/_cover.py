@@ -39,6 +39,21 @@ def _gain(missing: set[tuple[str, int, str, int]], row: Mapping[str, int], name:
     return sum((a, i, name, index) in missing or (name, index, a, i) in missing for a, i in row.items())
 
 
+def half_of_cover(number: int) -> Combine:
+    """Every second combination of a pairwise cover from a number on, and those with a value that none of these has."""
+
+    def combine(choices: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+        rows = list(pairwise_cover(choices))
+        missing = {(name, index) for name, values in choices.items() for index in range(len(values))}
+        for row in rows[number::2] + rows[1 - number :: 2]:
+            own = {(name, list(choices[name]).index(value)) for name, value in row.items()}
+            if rows.index(row) % 2 == number or own & missing:
+                missing -= own
+                yield row
+
+    return combine
+
+
 def spread(number: int) -> Combine:
     """One combination: of every name its value of this number, so that some numbers together have each value."""
 
