@@ -12,6 +12,7 @@ starves the text: the entropy losses of LIMoE keep both modalities alive.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import time
@@ -217,6 +218,19 @@ class Run:
         return found
 
 
+def resume(run: Run, checkpoint: Path) -> None:
+    """Go on where the file ends; with one that is cut short, changed or hostile, end with a reason."""
+    try:
+        run.restore(torch.load(checkpoint, weights_only=True))
+    except Exception as error:  # not torch's words: they advise to load it in a way that runs the code in it
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is of some files that are cut short
+            raise
+        raise SystemExit(
+            f"the checkpoint must be a file that this example wrote, got {checkpoint}, which cannot be read "
+            f"({type(error).__name__}); delete it to train anew"
+        ) from None
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the example."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -240,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.dense or not each.dense:
             run, start, checkpoint = Run(each), time.process_time(), None if each.dense else args.checkpoint
             if checkpoint and checkpoint.exists():
-                run.restore(torch.load(checkpoint, weights_only=True))
+                resume(run, checkpoint)
             found = run.train(checkpoint).evaluate() | {"history": run.history}
             results[name] = found | {"cpu_seconds": time.process_time() - start}
             print(f"{name}\n{describe(results[name], HELD_OUT)}\n")

@@ -18,6 +18,7 @@ from contrastive_ops import clip, route, similarity_topk
 from contrastive_ops.core import extension
 from contrastive_ops.losses import info_nce
 from contrastive_ops.mining import MemoryBank, search, streaming
+from contrastive_ops.mining import bank as bank_of_memory
 
 compiled = pytest.mark.skipif(extension.load() is None, reason=str(extension.why_missing()))
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and clocks of Linux")
@@ -80,6 +81,39 @@ def test_a_search_that_is_killed_goes_on_and_searches_nothing_twice(tmp_path):
     assert same(
         torch.load(f"{file}.found", weights_only=True), similarity_topk(query, rows, 7, backend="reference")[:2]
     )
+
+
+WRITE = """
+import os
+usual = os.fsync
+def wait(number):
+    print("writing", os.listdir(os.path.dirname(sys.argv[1])), flush=True)
+    input()
+    usual(number)
+"""
+
+
+def test_a_search_that_is_killed_while_it_writes_keeps_the_write_before(tmp_path):
+    """SIGKILL between the last byte of the second checkpoint and its name."""
+    file = tmp_path / "search.pt"
+    script = WRITE + SEARCH.replace("torch.manual_seed(0)", "os.fsync = wait\ntorch.manual_seed(0)", 1)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline().startswith("writing") and not file.exists()
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "200\n"
+    said = process.stdout.readline()
+    process.kill()
+    process.communicate()
+    assert said.startswith("writing") and "search.pt'" in said and len(os.listdir(tmp_path)) == 2
+    told = [int(line) for line in child(SEARCH, file).split()]
+    assert told == list(range(400, 4001, 200))  # from what the first write knew
+    torch.manual_seed(0)
+    query, rows = torch.randn(5, 8), torch.randn(4000, 8)
+    found = torch.load(f"{file}.found", weights_only=True)
+    assert same(found, similarity_topk(query, rows, 7, backend="reference")[:2])
 
 
 MINE = """
@@ -214,7 +248,7 @@ def test_no_memory_in_the_middle_leaves_nothing_broken():
 
 INTERRUPT = """
 import os, signal, threading, time, torch
-from contrastive_ops import clip, info_nce, similarity_topk, similarity_reduce
+from contrastive_ops import clip, info_nce, ops, similarity_topk, similarity_reduce
 from contrastive_ops.core import eager
 from contrastive_ops.ops import grouped_matmul, maxsim, TokenSets
 torch.set_num_threads(int(__import__("sys").argv[1]))
@@ -240,6 +274,9 @@ calls = {
     "search": lambda: similarity_topk(x, x, 10),
     "tokens": lambda: maxsim(TokenSets(tokens), TokenSets(tokens)),
     "groups": lambda: grouped_matmul(a, b, torch.tensor([0, 50_000, 100_000, 150_000, 200_000])),
+    "prefixes": lambda: ops.similarity_prefix(x, x, dims=(32, 128, 256)),
+    "divergence": lambda: ops.similarity_distill(x, x, x, x),
+    "values": lambda: ops.similarity_values(x, x, x),
 }
 def interrupt():
     while name == "backward" and not begun: time.sleep(0.01)
@@ -268,7 +305,7 @@ assert torch.equal(clip(small, small, scale=2.0), clip(small, small, scale=2.0))
 @pytest.mark.parametrize("threads", [1, 2])
 def test_ctrl_c_ends_a_long_call_within_a_second(threads):
     took = dict(line.split() for line in child(INTERRUPT, threads, seconds=600).splitlines())
-    assert len(took) == 6 and all(each != "ended" and float(each) < 1 for each in took.values()), took
+    assert len(took) == 9 and all(each != "ended" and float(each) < 1 for each in took.values()), took
 
 
 # ---- Threads, forks, hooks -------------------------------------------------------------------------------------------
@@ -389,12 +426,46 @@ def test_an_exception_in_a_hook_leaves_the_next_call_right(backend):
 
 
 def test_an_interrupted_enqueue_of_a_bank_is_seen_whole_or_not_at_all():
-    bank = MemoryBank(10, 4)
-    bank.enqueue(torch.ones(3, 4))
-    before = {k: v.clone() for k, v in bank.state_dict().items()}
-    with pytest.raises(ValueError, match="MemoryBank.enqueue"):
-        bank.enqueue(torch.ones(3, 5))
-    assert all(torch.equal(v, before[k]) for k, v in bank.state_dict().items())
+    """Ctrl-C before each line that the bank runs; the next batch is stored as if there had been no interrupt."""
+    lines, wanted = [], 0
+
+    def filled():
+        bank = MemoryBank(5, 2)
+        bank.enqueue(torch.arange(8.0).view(4, 2), torch.arange(4), torch.arange(4))
+        return bank
+
+    def entries(bank):
+        return [value.clone() for value in bank.state_dict().values()]
+
+    def watch(frame, event, argument):
+        if frame.f_code.co_filename != bank_of_memory.__file__:
+            return None
+        if event == "line":
+            lines.append(frame.f_lineno)
+            if len(lines) == wanted:
+                raise KeyboardInterrupt
+        return watch
+
+    rows = torch.arange(6.0).view(3, 2) - 9
+    whole = filled()
+    before = entries(whole)
+    whole.enqueue(rows, torch.arange(3))
+    for line in range(1, 200):
+        wanted = line
+        bank, usual = filled(), sys.gettrace()
+        lines.clear()
+        sys.settrace(watch)
+        try:
+            bank.enqueue(rows, torch.arange(3))
+            break
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(usual)
+        assert same(entries(bank), before), lines[-1]
+        bank.enqueue(rows, torch.arange(3))
+        assert same(entries(bank), entries(whole)), lines[-1]
+    assert wanted > 25 and same(entries(bank), entries(whole))
 
 
 INTERPRETER = """

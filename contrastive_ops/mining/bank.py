@@ -167,18 +167,19 @@ class MemoryBank(State):
         count = min(rows.shape[0], self.capacity)
         finite, order = finite[rows.shape[0] - count :], order[rows.shape[0] - count :]
         slots = (end - count + torch.arange(count, device=rows.device)) % self.capacity
-        self.step += 1
         none = torch.full((), -1, dtype=torch.int64, device=rows.device)
-        for stored, given in (
+        entries = (
             (self.rows, rows[order]),
             (self.ids, none if ids is None else ids[order]),
             (self.labels, none if labels is None else labels[order]),
-            (self.born, self.step),
-        ):
-            before = stored[slots]
-            stored[slots] = torch.where(finite.view(-1, *(1,) * (before.dim() - 1)), given, before)
-        self.pointer.copy_(end % self.capacity)
-        self.filled.copy_((self.filled + finite.sum()).clamp_max(self.capacity))
+            (self.born, self.step + 1),
+        )
+        counters = (
+            (self.step, self.step + 1),
+            (self.pointer, end % self.capacity),
+            (self.filled, (self.filled + finite.sum()).clamp_max(self.capacity)),
+        )
+        _write(slots, finite, entries, counters)
 
     def entries(self, max_age: int | None = None) -> Entries:
         """What the bank holds.
@@ -304,6 +305,24 @@ class MemoryBank(State):
         """The size, the dtype and how much is filled."""
         capacity, dim = self.rows.shape
         return f"capacity={capacity}, dim={dim}, dtype={self.rows.dtype}, filled={len(self)}"
+
+
+Written = tuple[tuple[Tensor, Tensor], ...]
+
+
+def _write(slots: Tensor, finite: Tensor, entries: Written, counters: Written) -> None:
+    """Put entries into slots, where they are finite, and set counters: all or, if Ctrl-C comes between, nothing."""
+    before: list[tuple[Tensor, Any, Tensor]] = [(stored, slots, stored[slots]) for stored, _ in entries]
+    before += [(counter, ..., counter.clone()) for counter, _ in counters]
+    try:
+        for (stored, _, old), (_, given) in zip(before, entries, strict=False):
+            stored[slots] = torch.where(finite.view(-1, *(1,) * (old.dim() - 1)), given, old)
+        for counter, value in counters:
+            counter.copy_(value)
+    except BaseException:
+        for stored, at, old in before:
+            stored[at] = old
+        raise
 
 
 # ---- Two rules of one kind -----------------------------------------------------------------------------------------

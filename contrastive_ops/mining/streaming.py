@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import time
@@ -216,9 +217,9 @@ class Checkpoint:
         try:
             saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             found, corpus = saved["state"], saved["corpus"]
-        except OSError:
-            raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is of some files that are cut short
+                raise
             # Not torch's words: they advise to load what was refused in a way that runs the code in it.
             raise ValueError(
                 f"{self.function}: checkpoint must be a file that {self.function} wrote, got one that cannot be read "

@@ -91,9 +91,10 @@ class Build:
         _write_if_other(self.tree / "csrc" / "missing_levels.cpp", self._missing_levels())
         wanted = {"_C": self._of_c()} | ({"_eager": self._of_eager()} if self.eager else {})
         every = [each for objects in wanted.values() for each in objects]
-        found = {each: path for each, path in (made or {}).items() if stems and Path(each.source).stem not in stems}
-        for path in found.values():
+        there = {each: path for each, path in (made or {}).items() if Path(path).exists()}
+        for path in there.values():
             os.utime(path)  # objects that were not used for long are removed when new ones are made
+        found = {each: path for each, path in there.items() if stems and Path(each.source).stem not in stems}
         rest = [each for each in every if each not in found]
         found.update(zip(rest, compile_all(rest, self.objects, self.tree), strict=True))
         for name, objects in wanted.items():

@@ -189,20 +189,28 @@ class Tree:
 
 
 def save(path: Path, faults: list[Fault], results: dict[str, str]) -> None:
-    """Write the results with where they come from."""
+    """Write the results with where they come from; what the file has of faults that did not run now stays."""
     sys.path.append(str(ROOT))
     from benchmarks import provenance
 
-    found = [results.get(fault.state(TREE), "not run") for fault in faults]
-    counts = {word: sum(each.startswith(word) for each in found) for word in ("caught", "survived", "skipped", "error")}
-    kinds = {kind: sum(fault.kind == kind for fault in faults) for kind in KINDS}
-    rows = [
-        {"name": fault.name, "file": fault.file, "kind": fault.kind, "result": each.split(":")[0]}
-        for fault, each in zip(faults, found, strict=True)
-    ]
-    where = {**provenance.gather(), "capability": builds.usual_level()}
-    content = {"faults": len(faults), **counts, "kinds": kinds, "provenance": where}
-    path.write_text(json.dumps({**content, "results": rows}, indent=1) + "\n")
+    known = json.loads(path.read_text()) if path.exists() else {"runs": [], "results": []}
+    runs = [*known["runs"], {**provenance.gather(), "capability": builds.usual_level()}]
+    stored = {(row["file"], row["name"]): row for row in known["results"]}
+    chosen, rows = set(faults), []
+    for fault in all_faults():
+        row = {"name": fault.name, "file": fault.file, "kind": fault.kind}
+        old = stored.get((fault.file, fault.name), {"result": "not run"})
+        new = results.get(fault.state(TREE), "not run") if fault in chosen else "not run"
+        kept = {"result": old["result"], "run": old.get("run")}
+        lacking = new == "not run" or (new.startswith("skipped") and old["result"] != "not run")
+        rows.append({**row, **(kept if lacking else {"result": new.split(":")[0], "run": len(runs) - 1})})
+    used = sorted({row["run"] for row in rows if row["run"] is not None})
+    for row in rows:
+        row["run"] = None if row["run"] is None else used.index(row["run"])
+    words = ("caught", "survived", "skipped", "error", "not run")
+    counts = {word: sum(row["result"] == word for row in rows) for word in words}
+    content = {"faults": len(rows), **counts, "runs": [runs[number] for number in used], "results": rows}
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def main() -> int:

@@ -129,8 +129,8 @@ FAULTS = [
     Fault(
         "a bank that holds more entries than it has slots",
         "contrastive_ops/mining/bank.py",
-        "self.filled.copy_((self.filled + finite.sum()).clamp_max(self.capacity))",
-        "self.filled.copy_(self.filled + finite.sum())",
+        "(self.filled, (self.filled + finite.sum()).clamp_max(self.capacity)),",
+        "(self.filled, self.filled + finite.sum()),",
         (BANK, "-k", "enqueue or end"),
     ),
     Fault(
