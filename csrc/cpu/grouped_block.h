@@ -126,6 +126,19 @@ struct BlockSize {
   int64_t rows, cols;
 };
 
+template <class A, class To>
+void narrow(const A* from, int64_t size, To* to) {
+  constexpr int W = kLanes<A>;
+  int64_t q = 0;
+  for (; q + W <= size; q += W) store_as(to + q, load(from + q));
+  if (q == size) return;
+  alignas(64) A tail[W] = {};
+  To rounded[W];
+  memcpy(tail, from + q, static_cast<size_t>(size - q) * sizeof(A));
+  store_as(rounded, load(tail));
+  memcpy(to + q, rounded, static_cast<size_t>(size - q) * sizeof(To));
+}
+
 // Computes blocks in the memory of one thread, on cache lines of its own. C: what is multiplied, T: the type of the
 // matrices.
 template <class C, class T>
@@ -134,8 +147,11 @@ class alignas(64) BlockProduct {
   using A = typename C::Acc;
   using U = typename C::Unit;
 
-  // All blocks of a thread are within the same size.
-  void run(const Operand<T>& left, const Operand<T>& right, int64_t depth, const OutputBlock<T>& out,
+  static constexpr int64_t kDepthStep = kUnits * C::kDepth;
+
+  // All blocks of a thread are within the same size. Out: T, or the type of sums.
+  template <class Out>
+  void run(const Operand<T>& left, const Operand<T>& right, int64_t depth, const OutputBlock<Out>& out,
            const BlockSize& size) {
     const int64_t units = minimum(depth_units<C>(depth), kUnits), task_rows = round_up(size.rows, kLaneGroup<C>);
     left_panels_.once(task_rows * kUnits);
@@ -170,7 +186,6 @@ class alignas(64) BlockProduct {
   }
 
  private:
-  static constexpr int64_t kDepthStep = kUnits * C::kDepth;
   struct Step {
     int64_t depth, units;  // units from one lane group of a panel to the next: those of the longest step
     bool first, last;
@@ -200,7 +215,8 @@ class alignas(64) BlockProduct {
 
   // One panel of columns times all rows. Tiles are whole ones, on sums of their own: what an output's sum is rounded
   // to does not depend on where it lies.
-  void multiply_panel(const OutputBlock<T>& out, int64_t j, const Step& s, const U* columns, A* sums,
+  template <class Out>
+  void multiply_panel(const OutputBlock<Out>& out, int64_t j, const Step& s, const U* columns, A* sums,
                       ReadAhead<T>& ahead, int64_t lines) {
     const int64_t cols = minimum<int64_t>(kCols<C>, out.cols - j), units = depth_units<C>(s.depth);
     if (s.first && out.initial) {
@@ -222,16 +238,17 @@ class alignas(64) BlockProduct {
     } while (u < units);
   }
 
-  void write_rows(const OutputBlock<T>& out, int64_t begin, int64_t j, int64_t cols, const A* sums) const {
-    constexpr int64_t bytes = kCols<C> * sizeof(T), line = 64;
+  template <class Out>
+  void write_rows(const OutputBlock<Out>& out, int64_t begin, int64_t j, int64_t cols, const A* sums) const {
+    constexpr int64_t bytes = kCols<C> * sizeof(Out), line = 64;
     for (int64_t r = begin; r < minimum<int64_t>(begin + kRows<C>, out.rows); ++r, sums += kCols<C>) {
-      T* to = out.data + r * out.stride + j;
+      Out* to = out.data + r * out.stride + j;
       const bool whole_lines = bytes % line == 0 && reinterpret_cast<uintptr_t>(to) % line == 0 && cols == kCols<C>;
       if (!out.stream || !whole_lines) {
         narrow(sums, cols, to);
         continue;
       }
-      alignas(64) T rounded[kCols<C>];
+      alignas(64) Out rounded[kCols<C>];
       narrow(sums, kCols<C>, rounded);
       for (int64_t at = 0; at < bytes; at += line) {
         stream_line(reinterpret_cast<char*>(to) + at, reinterpret_cast<const char*>(rounded) + at);
@@ -253,29 +270,18 @@ class alignas(64) BlockProduct {
     for (int64_t q = 0; q < lanes; ++q) sums[q] += part[q];
   }
 
-  static void widen_row(const T* from, int64_t size, A* to) {
+  template <class From>
+  static void widen_row(const From* from, int64_t size, A* to) {
     constexpr int W = kLanes<A>;
     int64_t q = 0;
     for (; q + W <= size; q += W) store(to + q, to_accumulator<A>(from + q));
     if (q == size) return;
-    T tail[W] = {};
+    From tail[W] = {};
     alignas(64) A wide[W];
-    memcpy(tail, from + q, static_cast<size_t>(size - q) * sizeof(T));
-    store(wide, to_accumulator<A>(tail));
+    memcpy(tail, from + q, static_cast<size_t>(size - q) * sizeof(From));
+    store(wide, to_accumulator<A>(static_cast<const From*>(tail)));
     memcpy(to + q, wide, static_cast<size_t>(size - q) * sizeof(A));
   }
-  static void narrow(const A* from, int64_t size, T* to) {
-    constexpr int W = kLanes<A>;
-    int64_t q = 0;
-    for (; q + W <= size; q += W) store_as(to + q, load(from + q));
-    if (q == size) return;
-    alignas(64) A tail[W] = {};
-    T rounded[W];
-    memcpy(tail, from + q, static_cast<size_t>(size - q) * sizeof(A));
-    store_as(rounded, load(tail));
-    memcpy(to + q, rounded, static_cast<size_t>(size - q) * sizeof(T));
-  }
-
   Buffer<U> left_panels_, right_panels_;
   Buffer<A> all_sums_, panel_sums_, lane_sums_;
 };

@@ -128,7 +128,8 @@ void grouped_forward(const GroupedForward& p, const Parallel& parallel) {
     b.data += e * p.b_group_stride;
     const T* bias = p.bias ? static_cast<const T*>(p.bias) + e * p.F + j : nullptr;
     const int64_t rows = block.end - block.begin, columns = minimum(task_cols, p.F - j);
-    products[thread].run(a, b, p.D, {out + row * p.F + j, p.F, rows, columns, bias, nullptr, stream}, size);
+    const OutputBlock<T> block_out{out + row * p.F + j, p.F, rows, columns, bias, nullptr, stream};
+    products[thread].run(a, b, p.D, block_out, size);
   };
   run_longest_first(parallel, row_blocks * col_blocks, cost, task);
 
@@ -142,35 +143,119 @@ void grouped_forward(const GroupedForward& p, const Parallel& parallel) {
   run_parallel(parallel.run, before + ceil_divide(after, kTaskRows), clear);
 }
 
+// In how many parts the rows of each group are summed where there are too few blocks for many cores, as in the gradient
+// of a router's weight. Threads have no say in it, because the order of a sum is that of its parts.
+template <class C>
+int64_t parts_of_rows(const RowGroups& rows, int64_t D, int64_t F, int64_t step) {
+  constexpr int64_t kEnoughBlocks = 64;
+  const int64_t blocks = rows.groups * ceil_divide(D, kFewestRows) * ceil_divide(F, kPackedCols);
+  int64_t longest = 0;
+  for (int64_t e = 0; e < rows.groups; ++e) longest = maximum(longest, rows.offsets[e + 1] - rows.offsets[e]);
+  if (blocks == 0 || 2 * blocks > kEnoughBlocks) return 1;
+  return maximum<int64_t>(1, minimum(ceil_divide(kEnoughBlocks, blocks), ceil_divide(longest, step)));
+}
+
+template <class C, class T>
+class OuterSums {
+  using A = typename C::Acc;
+  using Product = BlockProduct<C, T>;
+
+ public:
+  OuterSums(const GroupedOuter& p, const Parallel& parallel)
+      : p_(p),
+        D_(p.db ? p.D : 0),
+        parts_(parts_of_rows<C>(p.rows, D_, p.F, Product::kDepthStep)),
+        size_(block_size(p.F, parallel.threads,
+                         [this](int64_t block_rows) { return p_.rows.groups * parts_ * blocks_of(block_rows); })),
+        row_blocks_(blocks_of(size_.rows)),
+        col_blocks_(ceil_divide(p.F, size_.cols)),
+        numbers_(round_up((D_ + 1) * p.F, kLanes<A>)),
+        products_(new Product[parallel.threads]) {}
+
+  void run(const Parallel& parallel) {
+    const int64_t blocks = p_.rows.groups * parts_ * row_blocks_ * col_blocks_;
+    if (parts_ == 1) {
+      const auto cost = [this](int64_t index) { return cost_of_block(block(index)); };
+      auto task = [this](int64_t index, int thread) { write(block(index), thread); };
+      return run_longest_first(parallel, blocks, cost, task);
+    }
+    sums_.allocate(p_.rows.groups * parts_ * numbers_);
+    const int first[] = {0};
+    const int64_t ranges = ceil_divide((D_ + 1) * p_.F, kRange);
+    const Stage stages[] = {{blocks}, {p_.rows.groups * ranges, first, 1}};
+    auto task = [&](int64_t index, int thread) {
+      if (index < blocks) return sum(block(index), thread);
+      add_up((index - blocks) / ranges, (index - blocks) % ranges * kRange);
+    };
+    run_stages(parallel, 2, stages, task);
+  }
+
+ private:
+  static constexpr int64_t kRange = 2048;  // outputs of a task that adds up parts
+  struct Block {
+    int64_t group, part, i, j, rows, cols, begin, end;  // outputs, and the rows of the group's part
+  };
+
+  // Sums of g alone are those of a product without rows.
+  int64_t blocks_of(int64_t block_rows) const { return maximum<int64_t>(ceil_divide(D_, block_rows), 1); }
+  Block block(int64_t index) const {
+    const int64_t j = index % col_blocks_ * size_.cols, i = index / col_blocks_ % row_blocks_ * size_.rows;
+    const int64_t part = index / (col_blocks_ * row_blocks_) % parts_, e = index / (col_blocks_ * row_blocks_ * parts_);
+    const int64_t first = p_.rows.offsets[e], last = p_.rows.offsets[e + 1];
+    const int64_t step = parts_ == 1 ? last - first : round_up(ceil_divide(last - first, parts_), Product::kDepthStep);
+    const int64_t begin = minimum(first + part * step, last), end = minimum(begin + step, last);
+    return {e, part, i, j, minimum(size_.rows, D_ - i), minimum(size_.cols, p_.F - j), begin, end};
+  }
+  int64_t cost_of_block(const Block& b) const {
+    return cost_of(b.rows, b.cols, b.end - b.begin, b.j == 0 ? b.rows * p_.F : 0);
+  }
+
+  void write(const Block& b, int thread) {
+    T* to = p_.db ? static_cast<T*>(p_.db) + (b.group * D_ + b.i) * p_.F + b.j : nullptr;
+    T* bias = p_.dbias && b.i == 0 ? static_cast<T*>(p_.dbias) + b.group * p_.F + b.j : nullptr;
+    multiply(b, OutputBlock<T>{to, p_.F, b.rows, b.cols, nullptr, bias, streams<T>(p_.rows.groups * D_ * p_.F)},
+             thread);
+  }
+  // The sums of the bias come behind those of the matrix.
+  void sum(const Block& b, int thread) {
+    A* own = sums_.get() + (b.group * parts_ + b.part) * numbers_;
+    A* bias = p_.dbias && b.i == 0 ? own + D_ * p_.F + b.j : nullptr;
+    multiply(b, OutputBlock<A>{own + b.i * p_.F + b.j, p_.F, b.rows, b.cols, nullptr, bias, false}, thread);
+  }
+  template <class Out>
+  void multiply(const Block& b, const OutputBlock<Out>& out, int thread) {
+    const Operand<T> a = lanes_are_columns<T>(p_.a).from(b.i, b.begin);
+    products_[thread].run(a, lanes_are_columns<T>(p_.g).from(b.j, b.begin), b.end - b.begin, out, size_);
+  }
+
+  // A range of a group's sums over its parts, in order.
+  void add_up(int64_t group, int64_t from) {
+    alignas(64) A total[kRange];
+    const int64_t outputs = D_ * p_.F, end = minimum(from + kRange, p_.dbias ? outputs + p_.F : outputs);
+    const A* sums = sums_.get() + group * parts_ * numbers_;
+    for (int64_t k = from; k < end; k += kLanes<A>) {
+      Vec<A> all = load(sums + k);
+      for (int64_t part = 1; part < parts_; ++part) all += load(sums + part * numbers_ + k);
+      store(total + (k - from), all);
+    }
+    const int64_t of_matrix = maximum<int64_t>(0, minimum(end, outputs) - from);
+    if (of_matrix) narrow(total, of_matrix, static_cast<T*>(p_.db) + group * outputs + from);
+    if (end <= outputs) return;
+    const int64_t begin = maximum(from, outputs);
+    narrow(total + (begin - from), end - begin, static_cast<T*>(p_.dbias) + group * p_.F + (begin - outputs));
+  }
+
+  const GroupedOuter& p_;
+  const int64_t D_, parts_;
+  const BlockSize size_;
+  const int64_t row_blocks_, col_blocks_, numbers_;
+  const std::unique_ptr<Product[]> products_;
+  Buffer<A> sums_;  // (groups, parts, numbers)
+};
+
 template <class C, class T>
 void grouped_outer(const GroupedOuter& p, const Parallel& parallel) {
-  const int64_t* offsets = p.rows.offsets;
-  const int64_t D = p.db ? p.D : 0;
-  // Sums of g alone are those of a product without rows.
-  const auto blocks_of = [&](int64_t block_rows) { return maximum<int64_t>(ceil_divide(D, block_rows), 1); };
-  const BlockSize size =
-      block_size(p.F, parallel.threads, [&](int64_t block_rows) { return p.rows.groups * blocks_of(block_rows); });
-  const int64_t row_blocks = blocks_of(size.rows), task_cols = size.cols, col_blocks = ceil_divide(p.F, task_cols);
-
-  const std::unique_ptr<BlockProduct<C, T>[]> products(new BlockProduct<C, T>[parallel.threads]);
-  const bool stream = streams<T>(p.rows.groups * p.D * p.F);
-  const auto cost = [&](int64_t index) {
-    const int64_t e = index / (row_blocks * col_blocks), i = index / col_blocks % row_blocks * size.rows;
-    const int64_t rows = minimum(size.rows, D - i), j = index % col_blocks * task_cols;
-    return cost_of(rows, minimum(task_cols, p.F - j), offsets[e + 1] - offsets[e], j == 0 ? rows * p.F : 0);
-  };
-  auto task = [&](int64_t index, int thread) {
-    const int64_t e = index / (row_blocks * col_blocks), row_block = index / col_blocks % row_blocks;
-    const int64_t i = row_block * size.rows, j = index % col_blocks * task_cols;
-    const Operand<T> a = lanes_are_columns<T>(p.a).from(i, offsets[e]);
-    const Operand<T> g = lanes_are_columns<T>(p.g).from(j, offsets[e]);
-    T* to = p.db ? static_cast<T*>(p.db) + (e * p.D + i) * p.F + j : nullptr;
-    T* sums = p.dbias && row_block == 0 ? static_cast<T*>(p.dbias) + e * p.F + j : nullptr;
-    products[thread].run(a, g, offsets[e + 1] - offsets[e],
-                         {to, p.F, minimum(size.rows, D - i), minimum(task_cols, p.F - j), nullptr, sums, stream},
-                         size);
-  };
-  run_longest_first(parallel, p.rows.groups * row_blocks * col_blocks, cost, task);
+  OuterSums<C, T>(p, parallel).run(parallel);
 }
 
 void grouped_forward_any(const GroupedForward& p, const Parallel& parallel) {
