@@ -6,11 +6,12 @@
     python -m benchmarks.cores --check                   two virtual cores against two real ones
     python -m benchmarks.cores --save                    appended to results/<machine>-cores.csv
 
-A step is forward and backward in float32. Tasks run one after another on one thread, in its CPU time without that of
-the clock, and each is charged to the virtual core that is free first; a region costs REGION_SECONDS more. Where cuts do
-not depend on the number of cores, tasks are timed once for all numbers, and the least of all rounds counts for each:
-see benchmarks/virtual_cores.py. All that is outside of regions, torch's element-wise passes too, is counted as if one
-core did it. Bandwidth, shared caches and clocks are not modelled, so that real cores will be slower.
+A step is forward and backward in float32; of a search and of `route` it is forward alone, and `route_and_back` is both,
+with two losses. Tasks run one after another on one thread, in its CPU time without that of the clock, and each is
+charged to the virtual core that is free first; a region costs REGION_SECONDS more. Where cuts do not depend on the
+number of cores, tasks are timed once for all numbers, and the least of all rounds counts for each: see
+benchmarks/virtual_cores.py. All that is outside of regions, torch's element-wise passes too, is counted as if one core
+did it. Bandwidth, shared caches and clocks are not modelled, so that real cores will be slower.
 """
 
 from __future__ import annotations
@@ -114,6 +115,21 @@ def _route(tokens: int) -> Step:
     return lambda: ops.route(logits, 2)
 
 
+def _route_and_back(tokens: int) -> Step:
+    logits, upstream, one = _leaf(tokens, 32), torch.randn(tokens, 2), torch.ones(())
+
+    def step() -> object:
+        routing = ops.route(logits, 2, losses=("switch", "z"))
+        return torch.autograd.grad((routing.gates, routing.loss), logits, (upstream, one))
+
+    return step
+
+
+def _router(rows: int) -> Step:
+    router, tokens = moe.Router(512, 32, 2), _leaf(rows, 512)
+    return _backward(lambda: router(tokens).gates, (tokens, router.weight))
+
+
 def _interact(queries: int) -> Step:
     x, y = _leaf(queries, 32, 128), _leaf(8 * queries, 128, 128)
     return _backward(lambda: ops.maxsim(x, y), (x, y))
@@ -126,6 +142,8 @@ PRIMITIVES: dict[str, tuple[tuple[int, ...], str, Callable[[int], Step]]] = {
     "similarity_distill": (ROWS, "{}x512", _distill),
     "similarity_topk": ((16, 1000, 10_000), "{}x100k d=128 k=100", _search),
     "route": ((1024, 8192, 65_536), "{}x32", _route),
+    "route_and_back": ((1024, 8192, 65_536), "{}x32", _route_and_back),
+    "Router": (ROWS, "{}x512 e=32", _router),
     "grouped_matmul": (ROWS, "{}x512 e=16", _groups),
     "SparseMoE": (ROWS, "{}x512 e=16", _experts),
     "maxsim": ((8, 32, 64), "{}x8*{}", _interact),

@@ -132,4 +132,17 @@ inline void check_array(const Array& array, const Shape& shape, Type type, const
   CHECK_TYPE(array.type == type, name, " must have dtype ", type, ", got ", array.type);
 }
 
+inline void check_on_cpu(const Array& array, const char* name) {
+  CHECK_VALUE(array.device == kOnCpu, name, " must be on the CPU, got one on GPU ", array.device);
+}
+
+// A tensor of this shape and dtype, contiguous; none where there is none.
+template <class Tensor>
+auto shaped(const Tensor& tensor, const Shape& shape, Type type, const char* name) {
+  if (!tensor) return tensor.contiguous();
+  check_array(tensor, shape, type, name);
+  check_on_cpu(tensor, name);
+  return tensor.contiguous();
+}
+
 }  // namespace contrastive_ops

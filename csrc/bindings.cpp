@@ -100,7 +100,8 @@ PyObject* release_kept_scratch(PyObject*, PyObject*) { return PyLong_FromSize_t(
 
 // The functions of the kernels for contrastive_ops._eager: kernels.h.
 PyObject* kernels(PyObject*, PyObject*) {
-  static Kernels table{kKernelsLayout, similarity_reduce_cpu, parallel, cuda_kernels(), current_stream};
+  static Kernels table{kKernelsLayout, similarity_reduce_cpu, expert_routing_cpu, parallel,
+                       one_thread,     cuda_kernels(),        current_stream};
   return PyCapsule_New(&table, kKernelsCapsule, nullptr);
 }
 

@@ -22,18 +22,6 @@ void run(Function function, const Arguments&... arguments) {
   run_on(parallel(), function, arguments...);
 }
 
-void check_on_cpu(const Array& array, const char* name) {
-  CHECK_VALUE(array.device == kOnCpu, name, " must be on the CPU, got one on GPU ", array.device);
-}
-
-// A tensor of this shape and dtype, contiguous; none where there is none.
-Tensor shaped(const Tensor& tensor, const Shape& shape, Type type, const char* name) {
-  if (!tensor) return tensor;
-  check_array(tensor, shape, type, name);
-  check_on_cpu(tensor, name);
-  return tensor.contiguous();
-}
-
 bool wants(int64_t needs, int bit) { return (needs >> bit & 1) != 0; }
 
 // A DecodedProblem with the tensors that it points into.

@@ -1,5 +1,5 @@
 // The module contrastive_ops._eager: a loss with checks, mode test and autograd in C++, on the CPU and, by
-// backend="cuda", on a GPU (eager_cuda.h).
+// backend="cuda", on a GPU (eager_cuda.h); and a router on the CPU (eager_route.h).
 //
 // `loss` returns None for whatever it does not know or would have to refuse: a traced or transformed call, another
 // device, an argument that does not fit. Python then makes the same call by the operator, which words the error.
@@ -10,6 +10,7 @@
 
 #include "eager_arguments.h"
 #include "eager_cuda.h"
+#include "eager_route.h"
 #include "eager_unit_rows.h"
 
 namespace contrastive_ops {
@@ -190,7 +191,7 @@ Tensor forward(const Options& o, const Inputs& in, const Place& place) {
   if (at::GradMode::is_enabled()) {
     for (int i = 0; i < kDifferentiable; ++i) any |= wants[i] = in[i].defined() && in[i].requires_grad();
   }
-  decltype(Owner::own(std::declval<SimilarityLossBackward*>())) node;
+  Owned<SimilarityLossBackward> node;
   if (any) {
     node = Owner::own(new SimilarityLossBackward());
     node->set_next_edges(torch::autograd::collect_next_edges(in[kX], in[kY], in[kScale], in[kBias], in[kWeight]));
@@ -202,9 +203,7 @@ Tensor forward(const Options& o, const Inputs& in, const Place& place) {
     auto loss = std::make_unique<CudaLoss>(o, in);
     result = cuda_forward(*loss, in, wants, any);
     if (node) {
-      for (int i = 0; i < kInputs; ++i) {
-        if (in[i].defined()) node->inputs[i] = SavedVariable(in[i], false);
-      }
+      for (int i = 0; i < kInputs; ++i) save(node->inputs[i], in[i]);
       node->cuda = std::move(loss);
     }
   } else {
@@ -249,9 +248,6 @@ Tensor forward(const Options& o, const Inputs& in, const Place& place) {
     gradients.through_lengths(p);
     if (node) {
       node->one_pass = one_pass;
-      const auto save = [](SavedVariable& to, const Tensor& t) {
-        if (t.defined()) to = SavedVariable(t, false);
-      };
       for (int i = 0; i < kInputs; ++i) save(node->inputs[i], in[i]);
       save(node->inverse_x, p.inverse_x);
       save(node->inverse_y, p.inverse_y);
@@ -266,17 +262,6 @@ Tensor forward(const Options& o, const Inputs& in, const Place& place) {
   }
   if (node) torch::autograd::set_history(result, node);
   return result;
-}
-
-// A SIMD level that is asked for and does not exist is for Python to refuse.
-bool level_is_known() {
-  if (kernels == nullptr) return false;
-  try {
-    kernels->similarity_reduce();
-    return true;
-  } catch (const std::invalid_argument&) {
-    return false;
-  }
 }
 
 // loss(kind, form, x, y, scale, temperature, default_temperature, bias, target, labels, col_labels, weight, reduction,
@@ -331,10 +316,11 @@ PyObject* py_differentiate_again(PyObject*, PyObject* const* arguments, Py_ssize
   const char* name = count == 2 && PyUnicode_Check(arguments[0]) ? PyUnicode_AsUTF8(arguments[0]) : "";
   if (name == nullptr) return nullptr;
   PyObject** to = std::strcmp(name, "loss") == 0        ? &loss_again
+                  : std::strcmp(name, "route") == 0     ? &route_again
                   : std::strcmp(name, "unit_rows") == 0 ? &unit_rows_again
                                                         : nullptr;
   if (to == nullptr) {
-    PyErr_SetString(PyExc_TypeError, "differentiate_again takes loss or unit_rows, and a function");
+    PyErr_SetString(PyExc_TypeError, "differentiate_again takes loss, route or unit_rows, and a function");
     return nullptr;
   }
   Py_XDECREF(*to);
@@ -357,6 +343,7 @@ PyCFunction fast(Function function) {
 }
 
 PyMethodDef functions[] = {{"loss", fast(py_loss), METH_FASTCALL, nullptr},
+                           {"route", fast(py_route), METH_FASTCALL, nullptr},
                            {"unit_rows", py_unit_rows, METH_O, nullptr},
                            {"connect", py_connect, METH_O, nullptr},
                            {"differentiate_again", fast(py_differentiate_again), METH_FASTCALL, nullptr},

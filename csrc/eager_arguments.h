@@ -16,6 +16,17 @@
 namespace contrastive_ops {
 namespace {
 
+// A SIMD level that is asked for and does not exist is for Python to refuse.
+bool level_is_known() {
+  if (kernels == nullptr) return false;
+  try {
+    kernels->similarity_reduce();
+    return true;
+  } catch (const std::invalid_argument&) {
+    return false;
+  }
+}
+
 // Where the matrices of a call are, and what runs it.
 struct Place {
   c10::Device device = c10::Device(at::kCPU);

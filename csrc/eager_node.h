@@ -35,6 +35,12 @@ struct NodeOwner<c10::intrusive_ptr<Node>> {
   }
 };
 using Owner = NodeOwner<decltype(torch::autograd::Edge::function)>;
+template <class Node>
+using Owned = decltype(Owner::own(std::declval<Node*>()));
+
+void save(SavedVariable& to, const Tensor& t) {
+  if (t.defined()) to = SavedVariable(t, false);
+}
 
 PyObject* or_none(const Tensor& t) { return t.defined() ? THPVariable_Wrap(t) : Py_NewRef(Py_None); }
 

@@ -3,6 +3,7 @@
 
 #include "cuda/similarity_loss.h"
 #include "cuda/similarity_reduce.h"
+#include "expert_routing.h"
 #include "similarity_reduce.h"
 
 namespace contrastive_ops {
@@ -30,15 +31,18 @@ struct CudaKernels {
 struct Kernels {
   int64_t layout;  // `kKernelsLayout` of who filled it in
   SimilarityReduce (*similarity_reduce)();
+  ExpertRouting (*expert_routing)();
   Parallel (*parallel)();
+  Parallel (*one_thread)();
   const CudaKernels* cuda;                // null in builds without them
   int64_t (*current_stream)(int device);  // of a GPU; with the interpreter's lock
 };
 
 // Two modules that were built from different sources would read each other's structures wrongly.
-constexpr int64_t kKernelsLayout = sizeof(SimilarityProblem) + 1000 * sizeof(SimilaritySet) +
-                                   1000000 * sizeof(SimilarityBackward) + 1000000000 * sizeof(SimilarityTotal) +
-                                   10000000000 * sizeof(Kernels) + 1000000000000 * sizeof(CudaKernels) +
-                                   100000000000000 * sizeof(Parallel);
+constexpr int64_t kKernelsLayout =
+    sizeof(SimilarityProblem) + 1000 * sizeof(SimilaritySet) + 1000000 * sizeof(SimilarityBackward) +
+    1000000000 * sizeof(SimilarityTotal) + 10000000000 * sizeof(Kernels) + 1000000000000 * sizeof(CudaKernels) +
+    100000000000000 * sizeof(Parallel) +
+    10000000000000000 * (sizeof(RouterProblem) + sizeof(RouterScores) + sizeof(RouterGradients) + sizeof(RouterSlots));
 
 }  // namespace contrastive_ops

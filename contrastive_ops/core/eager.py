@@ -1,7 +1,8 @@
 """The compiled module contrastive_ops._eager, or why it is not used.
 
-It makes whole losses, and unit rows, of plain tensors on the CPU, with checks and autograd in C++. Without it, or with
-one that was built for another torch, the same calls go through the operators and give the same; only host time differs.
+It makes whole losses and unit rows of plain tensors on the CPU, and routes tokens, with checks and autograd in C++.
+Without it, or with one that was built for another torch, the same calls go through the operators and give the same;
+only host time differs.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import eager
+
 
 class _Library(torch.library.Library):
     """A library whose derivatives go through `_guarded` first."""
@@ -45,8 +47,12 @@ def define(
     fake: Callable[..., Any],
     setup: Callable[..., None] | None = None,
     derivative: Callable[..., Any] | None = None,
+    in_cpp: Callable[..., Any] | None = None,
 ) -> None:
-    """Define contrastive_ops::name for all devices; without `derivative` it has none."""
+    """Define contrastive_ops::name for all devices; without `derivative` it has none.
+
+    `in_cpp`, of contrastive_ops._eager, does the same for eager calls with autograd, or returns None.
+    """
     qualified = f"contrastive_ops::{name}"
     LIBRARY.define(name + schema)
     LIBRARY.impl(name, _without_grad_mode(function), "CompositeExplicitAutograd")
@@ -58,7 +64,7 @@ def define(
     else:
         LIBRARY.impl(name, _without_derivative(operator), "Autograd", with_keyset=True)
     torch.library.register_vmap(qualified, _one_by_one(operator), lib=LIBRARY)
-    setattr(call, name, _direct(name, operator, function, setup, derivative))
+    setattr(call, name, _direct(name, operator, function, setup, derivative, in_cpp))
 
 
 # ---- Eager calls ---------------------------------------------------------------------------------------------------
@@ -117,6 +123,7 @@ def _direct(
     function: Callable[..., Any],
     setup: Callable[..., None] | None,
     derivative: Callable[..., Any] | None,
+    in_cpp: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
     """`operator`, or what it would do where nobody sees the difference."""
     below_autograd = _without_grad_mode(function)
@@ -137,7 +144,11 @@ def _direct(
     apply = type(name, (torch.autograd.Function,), parts).apply  # type: ignore[attr-defined]
 
     def run(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or not seen_by_autograd_alone(arguments):
+        if torch.compiler.is_compiling():
+            return operator(*arguments)
+        if in_cpp is not None and eager.is_open() and (found := in_cpp(*arguments)) is not None:
+            return found
+        if not seen_by_autograd_alone(arguments):
             return operator(*arguments)
         if derivative is not None and torch.is_grad_enabled() and _any_requires_grad(*arguments):
             return apply(*arguments)

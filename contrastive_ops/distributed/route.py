@@ -13,8 +13,8 @@ from ..core import checks
 from ..core.backends import choose
 from ..core.operators import call
 from ..ops import Capacity, Gating, RouterLoss, Routing
-from ..ops.expert_routing import BACKENDS, DEFAULT, router_problem, routing_in_parts
-from ..ops.gating import RouterProblem
+from ..ops.expert_routing import BACKENDS, routing_in_parts
+from ..ops.gating import DEFAULT, RouterProblem, router_problem
 from ._agreement import Agreement
 from ._collectives import gather_rows, sum_over_ranks
 from ._groups import Group, Shards, Team, find_team, local_tensor

@@ -19,8 +19,7 @@ from ..core.recompute import random_options
 from ..core.records import changed
 from ..core.state import State
 from ..ops import Capacity, Gating, RouterLoss, Routing, route
-from ..ops.expert_routing import DEFAULT, PRIORITIES
-from ..ops.gating import as_capacity, check_gating, described
+from ..ops.gating import DEFAULT, PRIORITIES, as_capacity, check_gating, described
 from ..ops.grouped_matmul import BACKENDS
 
 BALANCING = ("sign", "zscore")
@@ -228,8 +227,9 @@ class Router(State):
         if self.expert_bias is not None:
             gating = changed(gating, bias=self.expert_bias)
         losses = self.losses
-        if not self.training:
+        if not self.training and (gating.noise_std or gating.sampled):
             gating = changed(gating, noise_std=0.0, sampled=False)
+        if not self.training:
             losses = tuple(loss for loss in losses if loss.name != "load")
         capacity = self.capacity if self.training else self.eval_capacity
         return {"capacity": capacity, "gating": gating, "losses": losses}

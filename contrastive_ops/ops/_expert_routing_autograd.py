@@ -8,13 +8,13 @@ any number of times.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core import autocast
+from ..core import autocast, eager
 from ..core.backends import Backend
 from ..core.checks import accumulator
 from ..core.declarations import backend_function
@@ -67,7 +67,8 @@ def register(backends: Mapping[str, Backend]) -> None:
     ):
         function = backend_function(backends, name)
         function = _as_logits(function) if name == "route_backward" else function
-        define(f"expert_routing_{name}", schema, function, fake, setup, derivative)
+        in_cpp = IN_CPP if name == "route" else None
+        define(f"expert_routing_{name}", schema, function, fake, setup, derivative, in_cpp)
 
 
 class InParts:
@@ -142,7 +143,7 @@ def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     experts, _, slots, order, offsets, values, total, sums, counts = output
     ctx.save_for_backward(logits, noise, bias, allowed, segment, valid, experts, sums, counts)
     ctx.set_materialize_grads(False)
-    ctx.rules, ctx.losses, ctx.backend = (spec, sigma), (losses, numbers), backend
+    ctx.rules, ctx.backend = (spec, sigma, losses, numbers), backend
     constant = () if losses else (values, total)
     ctx.mark_non_differentiable(experts, slots, order, offsets, sums, counts, *constant)
 
@@ -152,28 +153,41 @@ def _route_derivative(ctx: Any, *d_outputs: Any) -> tuple[Any, ...]:
     upstream = (d_gates, d_values, d_total)
     if all(d is None for d in upstream):
         return (None,) * 14
-    *problem, experts, sums, counts = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        gradient = _differentiable_gradient(ctx, problem, experts, upstream)
-    else:
-        gradient = call.expert_routing_route_backward(
-            *problem, *ctx.rules, *ctx.losses, experts, sums, counts, *upstream, ctx.backend
-        )
+    spec, sigma, losses, numbers = ctx.rules
+    gradient = _gradient(ctx.saved_tensors, spec, sigma, losses, numbers, upstream, ctx.backend)
     return (gradient, *(None,) * 13)
 
 
-def _differentiable_gradient(ctx: Any, problem: list[Any], experts: Tensor, upstream: tuple[Any, ...]) -> Tensor:
-    """The gradient as a function of the logits and of what comes from upstream: by the operators of the parts."""
+def _gradient(
+    tensors: Sequence[Any],
+    spec: Any,
+    sigma: float,
+    losses: list[int],
+    numbers: list[float],
+    upstream: tuple[Any, ...],
+    backend: str = "cpu",
+) -> Any:
+    """The gradient by the logits; under grad mode, as a function of them and of what comes from upstream."""
+    *problem, experts, sums, counts = tensors
     logits, noise, bias, allowed, segment, valid = problem
-    with torch.enable_grad(), autocast.disabled(logits):
+    if not torch.is_grad_enabled():
+        return call.expert_routing_route_backward(
+            *problem, spec, sigma, losses, numbers, experts, sums, counts, *upstream, backend
+        )
+    # By the operators of the parts, which have a derivative.
+    with autocast.disabled(logits):
         leaf = alias(logits)
         _, gates, _, *scores = call.expert_routing_scores(
-            leaf, noise, bias, allowed, experts, segment, valid, *ctx.rules, ctx.backend
+            leaf, noise, bias, allowed, experts, segment, valid, spec, sigma, backend
         )
-        values, total, *_ = summary(scores, scores[2], decode(*ctx.losses), noise is not None)
+        values, total, *_ = summary(scores, scores[2], decode(losses, numbers), noise is not None)
         pairs = [(output, d) for output, d in zip((gates, values, total), upstream, strict=True) if d is not None]
         (gradient,) = grad([output for output, _ in pairs], [leaf], [d for _, d in pairs])
     return logits.new_zeros(logits.shape) if gradient is None else gradient
+
+
+# The same with all of this in C++, for plain tensors on the CPU; or None.
+IN_CPP = eager.function("route", _gradient)
 
 
 # ---- scores --------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from ..core import checks
 from ..core.backends import choose
 from ..core.operators import call
 from ..core.routing import SlotSpec, smaller
-from .expert_routing import BACKENDS, DEFAULT, Routing, routing_in_parts
-from .gating import Capacity, Gating, RouterProblem, as_capacity, check_gating
+from .expert_routing import BACKENDS, Routing, routing_in_parts
+from .gating import DEFAULT, Capacity, Gating, RouterProblem, as_capacity, check_gating
 from .router_losses import RouterLoss
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import checks, cuda_kernels, extension, triton_kernels
+from ..core import checks, cuda_kernels, eager, extension, triton_kernels
 from ..core.backends import NEVER_ON_A_DEVICE, Backend, choose, enrol, unsupported_by_cpu
 from ..core.operators import call
 from ..core.recompute import must_reach
 from ..core.results import pytree
 from ..reference import expert_routing as reference
-from ._expert_routing_autograd import InParts, Whole, register
-from .gating import Capacity, Gating, RouterProblem, as_capacity, check_gating
+from ._expert_routing_autograd import IN_CPP, InParts, Whole, register
+from .gating import DEFAULT, Capacity, Gating, RouterProblem, plan_of, router_problem
 from .router_losses import RouterLoss, Statistics, encode, summary
 from .router_losses import keys as loss_keys
 
@@ -51,9 +51,6 @@ BACKENDS = enrol(
 )
 
 register(BACKENDS)
-
-PRIORITIES = ("gate", "position")
-DEFAULT = Gating()
 
 
 @pytree
@@ -243,6 +240,10 @@ def route(
         (torch.Size([12, 2]), torch.Size([3]), torch.Size([3]))
     """
     function = "route"
+    given = (segments, num_segments, valid, allowed, generator, noise)
+    usual = gating is DEFAULT and all(each is None for each in given)
+    if usual and (found := _in_cpp(logits, k, capacity, priority, losses, backend)) is not None:
+        return found
     asked = (k, priority, gating, segments, num_segments, valid, allowed, losses, generator, noise)
     k, limits, problem = router_problem(function, logits, capacity, *asked)
     taken, group = limits.slots(function, logits.shape[0], logits.shape[1], k)
@@ -259,33 +260,20 @@ def route(
     return routing_in_parts(problem, chosen, gates, scores, found)
 
 
-def router_problem(
-    function: str,
-    logits: Tensor,
-    capacity: int | float | Capacity | None,
-    k: int,
-    priority: str,
-    gating: Gating,
-    *labels: Any,
-) -> tuple[int, Capacity, RouterProblem]:
-    """The arguments of `route`, checked: k, what experts take, and the rest."""
-    checks.check_matrix(function, "logits", logits)
-    k = checks.integer(function, "k", k, 1)
-    checks.check_choice(function, "priority", priority, PRIORITIES)
-    experts = logits.shape[1]
-    if k > experts:
-        raise ValueError(f"{function}: k must be at most the number of experts, got k={k} and {experts} experts")
-    if gating is not DEFAULT:
-        check_gating(function, gating)
-        gating = gating.checked(function, k, experts, logits)
-    limits = as_capacity(function, capacity)
-    problem = RouterProblem.of(function, logits, k, gating, *labels)
-    if problem.asks("load") and (gating.noise_std == 0 or gating.bias is not None or gating.expert_groups > 1):
-        raise ValueError(
-            f'{function}: losses must not have "load" without noise, or with a bias or groups of experts, got '
-            f"noise_std={gating.noise_std}: it is the chance to be chosen when the noise is drawn again"
-        )
-    return k, limits, problem
+def _in_cpp(logits: Any, k: Any, capacity: Any, priority: Any, losses: Any, backend: Any) -> Routing | None:
+    """`route` of usual options past Python (csrc/eager_route.h), or None: what they come to is worked out once."""
+    plain = isinstance(losses, (tuple, list)) and type(k) is int and type(capacity) in (type(None), int, float)
+    if IN_CPP is None or not plain or torch.compiler.is_compiling() or not eager.is_open():
+        return None
+    checks.check_matrix("route", "logits", logits)
+    if not (type(logits) is Tensor or type(logits) is torch.nn.Parameter) or type(logits.shape[0]) is not int:
+        return None
+    try:
+        problem, *arguments = plan_of(*logits.shape, k, capacity, priority, *losses)
+    except TypeError:  # of weights in lists, which may change, or of what does not fit
+        return None
+    found = IN_CPP(logits, None, None, None, None, None, None, *arguments, backend)
+    return None if found is None else as_routing(problem, found)
 
 
 def as_routing(problem: RouterProblem, outputs: Sequence[Tensor], served: Tensor | None = None) -> Routing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from ..core.masks import left_out
 from ..core.recompute import random_options
 from ..core.records import changed
 from ..core.routing import GROUP_SCORES, SCORES, ScoreSpec
-from .router_losses import PLAIN, RouterLoss
+from .router_losses import PLAIN, RouterLoss, encode
 
+PRIORITIES = ("gate", "position")
 # Of labels that are read: each is a row of every metric.
 MOST_SEGMENTS = 1 << 24
 
@@ -75,6 +77,9 @@ class Gating:
         if noise_std is self.noise_std and groups is self.expert_groups and kept is self.kept_groups:
             return self
         return changed(self, noise_std=noise_std, expert_groups=groups, kept_groups=kept)
+
+
+DEFAULT = Gating()
 
 
 @dataclass(frozen=True)
@@ -218,6 +223,52 @@ class RouterProblem:
         sigma = g.noise_std / max(self.logits.shape[1], 1)
         given = self.given if given is None else given
         return self.logits, self.noise, bias, self.mask, given, self.segment, self.valid, list(spec), sigma
+
+
+def router_problem(
+    function: str,
+    logits: Tensor,
+    capacity: int | float | Capacity | None,
+    k: int,
+    priority: str,
+    gating: Gating,
+    *labels: Any,
+) -> tuple[int, Capacity, RouterProblem]:
+    """The arguments of `route`, checked: k, what experts take, and the rest."""
+    checks.check_matrix(function, "logits", logits)
+    k = checks.integer(function, "k", k, 1)
+    checks.check_choice(function, "priority", priority, PRIORITIES)
+    experts = logits.shape[1]
+    if k > experts:
+        raise ValueError(f"{function}: k must be at most the number of experts, got k={k} and {experts} experts")
+    if gating is not DEFAULT:
+        check_gating(function, gating)
+        gating = gating.checked(function, k, experts, logits)
+    limits = as_capacity(function, capacity)
+    problem = RouterProblem.of(function, logits, k, gating, *labels)
+    if problem.asks("load") and (gating.noise_std == 0 or gating.bias is not None or gating.expert_groups > 1):
+        raise ValueError(
+            f'{function}: losses must not have "load" without noise, or with a bias or groups of experts, got '
+            f"noise_std={gating.noise_std}: it is the chance to be chosen when the noise is drawn again"
+        )
+    return k, limits, problem
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def plan_of(
+    tokens: int, experts: int, k: int, capacity: int | float | None, priority: str, *losses: str | RouterLoss
+) -> tuple[Any, ...]:
+    """What a call without labels and noise comes to: a problem without numbers, and what the operator takes of it."""
+    function, like = "route", torch.empty((tokens, experts), device="meta")
+    k, limits, problem = router_problem(
+        function, like, capacity, k, priority, DEFAULT, None, None, None, None, losses, None, None
+    )
+    taken, group = limits.slots(function, tokens, experts, k)
+    encoded = encode(problem.losses)
+    if encoded is None:
+        raise TypeError(f"{function}: losses must have numbers for weights here, got tensors")
+    *_, spec, sigma = problem.arguments(k)
+    return problem, spec, sigma, [experts, group, taken, 0, 1], priority == "gate" and taken >= 0, *encoded
 
 
 def check_gating(function: str, gating: object) -> None:

@@ -40,10 +40,10 @@ template <class A, class S>
 void router_scores(const RouterProblem& p, const RouterScores& out, const Parallel& parallel) {
   using Block = RouterBlock<A, S>;
   const int64_t step = tokens_of_part(p.T), parts = (p.T + step - 1) / step, cells = p.segments * p.E;
-  // Of a part: three sums of each cell, then two totals and the margin of each segment.
-  const int64_t width = 3 * cells + 3 * p.segments, count_width = cells + p.segments;
-  // Sums that nobody makes are not touched in the lanes: with very many experts they would be most of the memory.
-  const int64_t made = (p.load ? 3 : p.noise ? 2 : 1) * cells, totals = 3 * cells;
+  // Lanes have three sums of each cell, then two totals and the margin of each segment; sums that nobody makes are not
+  // touched: with very many experts they would be most of the memory. Parts have those that are made.
+  const int64_t made = (p.load ? 3 : p.noise ? 2 : 1) * cells, of_totals = 3 * cells, totals = 3 * p.segments;
+  const int64_t width = made + totals, lanes = of_totals + totals, count_width = cells + p.segments;
   Buffer<double> sums(parts * width);
   Buffer<int64_t> counts(parts * count_width);
   A *gates = static_cast<A*>(out.gates), *priority = static_cast<A*>(out.priority);
@@ -53,12 +53,12 @@ void router_scores(const RouterProblem& p, const RouterScores& out, const Parall
     std::fill(sum, sum + width, 0.0);
     std::fill(count, count + count_width, 0);
     Block block(p);
-    Buffer<A> strip(width * kLanes<A>);
+    Buffer<A> strip(lanes * kLanes<A>);
     std::fill(strip.get(), strip.get() + made * kLanes<A>, A(0));
-    std::fill(strip.get() + totals * kLanes<A>, strip.get() + width * kLanes<A>, A(0));
+    std::fill(strip.get() + of_totals * kLanes<A>, strip.get() + lanes * kLanes<A>, A(0));
     const auto move = [&] {
       move_sums(strip.get(), sum, made);
-      move_sums(strip.get() + totals * kLanes<A>, sum + totals, width - totals);
+      move_sums(strip.get() + of_totals * kLanes<A>, sum + made, totals);
     };
     const int64_t end = minimum(p.T, (part + 1) * step);
     int64_t blocks = 0;
@@ -80,21 +80,23 @@ void router_scores(const RouterProblem& p, const RouterScores& out, const Parall
     move();
   };
   run_parallel(parallel.run, parts, task);
-  const auto in_order = [parts](const auto* from, int64_t stride, int64_t at) {
-    std::decay_t<decltype(*from)> sum = 0;
-    for (int64_t part = 0; part < parts; ++part) sum += from[part * stride + at];
-    return sum;
+  const auto add_up = [parts](auto* all, int64_t size) {
+    if (parts == 0) std::fill(all, all + size, 0);
+    for (int64_t part = 1; part < parts; ++part) {
+      for (int64_t c = 0; c < size; ++c) all[c] += all[part * size + c];
+    }
   };
-  for (int64_t c = 0; c < 3 * cells; ++c) {
-    static_cast<A*>(out.sums)[c] = parts ? static_cast<A>(in_order(sums.get(), width, c)) : A(0);
-  }
-  for (int64_t c = 0; c < 3 * p.segments; ++c) {
-    A* to = c < 2 * p.segments ? static_cast<A*>(out.totals) + c : static_cast<A*>(out.margin) + c - 2 * p.segments;
-    *to = parts ? static_cast<A>(in_order(sums.get(), width, totals + c)) : A(0);
-  }
-  for (int64_t c = 0; c < count_width; ++c) {
-    (c < cells ? out.choices[c] : out.tokens[c - cells]) = parts ? in_order(counts.get(), count_width, c) : 0;
-  }
+  if (parts == 0) sums.allocate(width), counts.allocate(count_width);
+  add_up(sums.get(), width);
+  add_up(counts.get(), count_width);
+  A *to_sums = static_cast<A*>(out.sums), *to_totals = static_cast<A*>(out.totals);
+  const double* found = sums.get();
+  for (int64_t c = 0; c < 3 * cells; ++c) to_sums[c] = c < made ? static_cast<A>(found[c]) : A(0);
+  found += made;
+  for (int64_t c = 0; c < 2 * p.segments; ++c) to_totals[c] = static_cast<A>(found[c]);
+  for (int64_t s = 0; s < p.segments; ++s) static_cast<A*>(out.margin)[s] = static_cast<A>(found[2 * p.segments + s]);
+  std::copy(counts.get(), counts.get() + cells, out.choices);
+  std::copy(counts.get() + cells, counts.get() + count_width, out.tokens);
 }
 
 template <class A, class S>

@@ -81,23 +81,32 @@ class SlotPlan {
   // Where each list begins, and in it the choices of each part; false where no expert needs one.
   bool find_lists() {
     begin_.allocate(groups_ * lists_ + 1);
+    Buffer<int64_t> next(lists_);  // of a list; below 0 where its expert needs none
     int64_t before = 0;
-    for (int64_t list = 0; list < groups_ * lists_; ++list) {
-      int64_t* counts = next_.get() + list / lists_ * parts_of_group_ * lists_;
-      const int64_t expert = list % lists_ / s_.k * s_.k;
-      if (list % s_.k == 0) {
-        int64_t wanted = 0;
-        for (int64_t part = 0; part < parts_of_group_; ++part) {
-          for (int64_t j = 0; j < s_.k; ++j) wanted += counts[part * lists_ + expert + j];
-        }
-        listed_ = s_.padded || wanted > s_.capacity;
-      }
-      begin_.get()[list] = before;
+    for (int64_t group = 0; group < groups_; ++group) {
+      int64_t *counts = next_.get() + group * parts_of_group_ * lists_, *begin = begin_.get() + group * lists_;
+      std::fill(begin, begin + lists_, 0);
       for (int64_t part = 0; part < parts_of_group_; ++part) {
-        int64_t* at = counts + part * lists_ + list % lists_;
-        const int64_t here = *at;
-        *at = listed_ ? before : -1;
-        if (listed_) before += here;
+        for (int64_t list = 0; list < lists_; ++list) begin[list] += counts[part * lists_ + list];
+      }
+      for (int64_t first = 0; first < lists_; first += s_.k) {
+        int64_t wanted = 0;
+        for (int64_t j = 0; j < s_.k; ++j) wanted += begin[first + j];
+        const bool listed = s_.padded || wanted > s_.capacity;
+        for (int64_t list = first; list < first + s_.k; ++list) {
+          const int64_t here = begin[list];
+          begin[list] = before;
+          next.get()[list] = listed ? before : -1;
+          if (listed) before += here;
+        }
+      }
+      for (int64_t part = 0; part < parts_of_group_; ++part) {
+        for (int64_t list = 0; list < lists_; ++list) {
+          int64_t &at = counts[part * lists_ + list], &to = next.get()[list];
+          const int64_t here = at;
+          at = to;
+          if (to >= 0) to += here;
+        }
       }
     }
     begin_.get()[groups_ * lists_] = before;
@@ -160,6 +169,7 @@ class SlotPlan {
     auto count = [&](int64_t part, int) {
       int64_t* here = kept.get() + part * cells;
       std::fill(here, here + cells, 0);
+      if (s_.padded) clear_rows(0, part, parts);
       const int64_t k = s_.k, *experts = s_.experts;
       int64_t* slots = s_.slots;
       for (int64_t t = part * step; t < minimum(s_.T, (part + 1) * step); ++t) {
@@ -172,25 +182,28 @@ class SlotPlan {
     };
     run_parallel(parallel_.run, parts, count);
     std::fill(s_.kept, s_.kept + cells, 0);
+    for (int64_t part = 0; part < parts; ++part) {
+      for (int64_t cell = 0; cell < cells; ++cell) s_.kept[cell] += kept.get()[part * cells + cell];
+    }
+    Buffer<int64_t> first(s_.E);  // row of each expert's choices in a part
     int64_t row = 0;
     for (int64_t e = 0; e < s_.E; ++e) {
-      s_.offsets[e] = row;
-      for (int64_t part = 0; part < parts; ++part) {
-        next.get()[part * s_.E + e] = row;
-        for (int64_t cell = e; cell < cells; cell += s_.E) {
-          const int64_t here = kept.get()[part * cells + cell];
-          s_.kept[cell] += here;
-          if (!s_.padded) row += here;
-        }
-      }
+      s_.offsets[e] = first.get()[e] = row;
+      for (int64_t cell = e; cell < cells && !s_.padded; cell += s_.E) row += s_.kept[cell];
       if (s_.padded) row += groups_ * s_.capacity;
     }
     s_.offsets[s_.E] = row;
-    // Without gaps, rows are only empty behind the last expert.
-    std::fill(s_.order + (s_.padded ? 0 : row), s_.order + s_.rows, -1);
+    for (int64_t part = 0; part < parts; ++part) {
+      std::copy(first.get(), first.get() + s_.E, next.get() + part * s_.E);
+      for (int64_t cell = 0; cell < cells && !s_.padded; cell += s_.E) {
+        for (int64_t e = 0; e < s_.E; ++e) first.get()[e] += kept.get()[part * cells + cell + e];
+      }
+    }
+    if (parts == 0) clear_rows(0, 0, 1);
     auto place = [&](int64_t part, int) {
       const int64_t k = s_.k, *experts = s_.experts;
       int64_t *slots = s_.slots, *order = s_.order, *to = next.get() + part * s_.E;
+      if (!s_.padded) clear_rows(row, part, parts);  // without gaps, rows are only empty behind the last expert
       for (int64_t t = part * step; t < minimum(s_.T, (part + 1) * step); ++t) {
         const int64_t group = s_.padded ? t / s_.group_size * s_.capacity : 0;
         for (int64_t c = t * k; c < (t + 1) * k; ++c) {
@@ -203,6 +216,11 @@ class SlotPlan {
     run_parallel(parallel_.run, parts, place);
   }
 
+  // A part of the rows from `begin` on is empty.
+  void clear_rows(int64_t begin, int64_t part, int64_t parts) {
+    const int64_t count = s_.rows - begin;
+    std::fill(s_.order + begin + part * count / parts, s_.order + begin + (part + 1) * count / parts, -1);
+  }
   std::pair<int64_t, int64_t> tokens_of(int64_t part) const {
     const int64_t group = part / parts_of_group_, begin = group * s_.group_size + part % parts_of_group_ * step_;
     return {begin, minimum(begin + step_, (group + 1) * s_.group_size)};
@@ -212,7 +230,6 @@ class SlotPlan {
   const Parallel& parallel_;
   const bool limited_;
   const int64_t groups_, lists_, step_, parts_of_group_;
-  bool listed_ = false;
   Buffer<int64_t> next_, begin_;  // (parts, E, k); (groups, E, k), and the end
   Buffer<uint32_t> members_;
 };
