@@ -29,6 +29,8 @@ FLAGS = ("--coverage", "-fprofile-update=atomic", "-g0")
 # Kernels for GPUs run in programs of their own, and in an interpreter.
 USUAL = ("--ignore-glob=tests/test_cuda_*", "--ignore-glob=tests/test_hopper_*", "--ignore-glob=tests/test_kernels_*")
 USUAL = (*USUAL, "--ignore-glob=tests/test_distributed_*", "--ignore=tests/test_install.py")
+# Levels that were not compiled end the process.
+USUAL = (*USUAL, "--deselect=tests/test_small_batches.py::test_every_level_of_this_processor")
 CONFIGURATION = """[run]
 source = contrastive_ops
 data_file = {folder}/python

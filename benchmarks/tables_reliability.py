@@ -77,7 +77,7 @@ def faults(found: dict[str, Any]) -> str:
     table = _markdown(["faults in", "planted", "caught", "not caught", "not run"], [*rows, counted("all", every)])
     missed = [row for row in every if row["result"] not in ("caught", "not run", "skipped")]
     lines = "".join(f"- {row['name']} (`{row['file']}`): {row['result']}\n" for row in missed)
-    return "\n".join(filter(None, [table, lines, "<br>\n".join(map(_origin, found["runs"]))]))
+    return "\n".join(filter(None, [table, lines, "<br>\n".join(dict.fromkeys(map(_origin, found["runs"])))]))
 
 
 def numerics(found: dict[str, Any]) -> str:

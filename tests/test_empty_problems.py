@@ -514,3 +514,16 @@ def test_what_linear_algebra_refuses_is_nan(function):
     x = torch.randn(6, 4)
     x[2, 1] = torch.nan
     assert function(x.requires_grad_()).isnan().all()
+
+
+def test_tokens_of_no_set(backend):
+    """Offsets that begin no set: all tokens are beside them, and have no gradient."""
+    for queries, documents in (([2], [1, 3, 5]), ([0, 2], [4]), ([5], [0])):
+        leaves = [torch.randn(6, 4).requires_grad_() for _ in "qd"]
+        sets = (
+            ops.ops.TokenSets(leaf, offsets=torch.tensor(o))
+            for leaf, o in zip(leaves, (queries, documents), strict=True)
+        )
+        value = ops.maxsim(*sets, backend=backend)
+        assert value.shape == (len(queries) - 1, len(documents) - 1)
+        assert all((gradient == 0).all() for gradient in torch.autograd.grad(value.sum(), leaves))

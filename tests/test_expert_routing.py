@@ -353,6 +353,22 @@ def test_a_token_that_is_given_no_expert_is_left_out(backend):
     assert both.metrics["tokens"].tolist() == [3]
 
 
+@pytest.mark.parametrize("live", [0, 1, 30], ids=str)
+def test_many_tokens_in_a_row_that_are_not_routed(live, backend):
+    """Gradients of whole blocks without a token that is."""
+    logits, valid = torch.full((70, 5), NAN), torch.arange(70) >= 70 - live
+    logits[valid] = torch.randn(live, 5)
+    short, logits = logits[valid].requires_grad_(), logits.requires_grad_()
+    options = {"gating": Gating(noise_std=0.0), "losses": LOSSES, "backend": backend}
+    padded, alone = route(logits, 2, valid=valid, **options), route(short, 2, **options)
+    found, expected = (
+        torch.autograd.grad((each.gates * torch.tensor([1.0, 3.0])).sum() + each.loss, leaf)[0]
+        for each, leaf in ((padded, logits), (alone, short))
+    )
+    assert (found[~valid] == 0).all()
+    torch.testing.assert_close(found[valid], expected)
+
+
 @pytest.mark.parametrize("priority", GOLDEN)
 @pytest.mark.parametrize("padding", [NAN, 0.0, INF])
 def test_padding_changes_nothing(padding, priority, backend):

@@ -405,3 +405,17 @@ def test_the_compiled_functions_protect_memory():
         functions.forward(a, b, torch.tensor([0, 2, 5]), torch.zeros(2, 3), None, None)
     with pytest.raises(ValueError):
         functions.outer(a, g[:4], torch.tensor([0, 2, 4]), None, None, False, True, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_outputs_that_go_past_the_caches(dtype):
+    """16 MiB and more are stored in whole lines where these are aligned; at the ends of rows and groups as others."""
+    columns = 1024 if dtype == torch.float32 else 2048
+    for width in (columns, columns + 5):
+        a, b = torch.randint(-3, 4, (4210, 3)), torch.randint(-3, 4, (2, 3, width))
+        offsets = torch.tensor([7, 1500, 4203])
+        out = grouped_matmul(a.to(dtype), b.to(dtype), offsets)
+        expected = torch.zeros(4210, width, dtype=torch.int64)
+        for begin, end, matrix in ((7, 1500, b[0]), (1500, 4203, b[1])):
+            expected[begin:end] = a[begin:end] @ matrix
+        assert out.numel() * out.element_size() >= 2**24 and torch.equal(out.long(), expected)

@@ -497,3 +497,17 @@ def test_a_loss_is_the_same_whatever_else_is_asked_for(names, backend):
         alone = route(logits, 2, losses=[name], generator=draw((1, 1))[1], **options)
         assert torch.equal(alone.losses[name], pair.losses[name])
         assert torch.equal(alone.gates, pair.gates)
+
+
+@pytest.mark.parametrize("loss", ["importance", "switch", "load", "global_entropy"])
+def test_a_loss_that_nobody_asks_for_reaches_no_gradient(loss, backend):
+    """A token with NaN makes the sums of the losses NaN, and only its own gates."""
+    logits = torch.randn(12, 5)
+    logits[4, 2] = torch.nan
+    gating = Gating(noise_std=0.5) if loss == "load" else Gating()
+    leaf, others = logits.requires_grad_(), torch.arange(12) != 4
+    routing = route(leaf, 2, gating=gating, losses=[loss, "z"], backend=backend)
+    weight = torch.randn(12, 2)
+    found = torch.autograd.grad((routing.gates * weight).sum(), leaf, retain_graph=True)[0]
+    assert found[others].isfinite().all() and found[others].any(1).all()
+    assert torch.autograd.grad(routing.loss, leaf)[0].isnan().any()

@@ -197,7 +197,8 @@ class Statistics:
             else:
                 of_noise = loss.name == "switch" and self.noisy is not self.probability
                 table = 2 if loss.name == "load" else int(of_noise)
-                d_sums[table] += d[:, None] * sums._slope(loss)
+                # A slope may be NaN where nobody asks for the loss.
+                d_sums[table] += torch.where(d[:, None] != 0, d[:, None] * sums._slope(loss), 0.0)
         return d_sums, d_totals
 
     def _divisor(self) -> Tensor:

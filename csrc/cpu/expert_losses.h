@@ -39,6 +39,7 @@ class RouterBalance {
     for_each([&](const Term& term, int64_t s, int64_t at) {
       const double weight = term.weights.of(s);
       const double d = (d_values ? d_values[at] : 0.0) + (d_total && weight != 0 ? weight * *d_total : 0.0);
+      if (d == 0) return;  // a slope may be NaN where nobody asks for the loss
       const int64_t begin = term.pooled ? 0 : s, end = term.pooled ? l_.segments : s + 1;
       if (term.loss == RouterLoss::z || term.loss == RouterLoss::local_entropy) {
         A* to = d_totals + (term.loss == RouterLoss::z ? 0 : l_.segments);
