@@ -33,7 +33,7 @@ case " $* " in *" -c "*) ;; *) exec {real} "$@" ;; esac
 # A source is compiled in a folder for each SIMD level, and for each module.
 name=$(echo "$target" | sed 's|.*/\\([a-z0-9_]*/csrc/\\)|\\1|')
 object={cache}/$(echo "$name" | tr / +)
-[ -e "$object" ] || {{ {real} "$@" && cp "$target" "$object"; }} || exit 1
+[ -e "$object" ] || {{ {real} "$@" {flags} && cp "$target" "$object"; }} || exit 1
 cp "$object" "$target"
 """
 
@@ -117,8 +117,13 @@ def setuptools_wheel(folder: Path) -> Path:
     return folder
 
 
-def caching_compiler(folder: Path) -> Path:
-    """A C++ compiler that keeps objects; it begins with those of `make install`, if they are up to date."""
+def caching_compiler(folder: Path, flags: str = "") -> Path:
+    """A C++ compiler that keeps objects; it begins with those of `make install`, if they are up to date.
+
+    Args:
+        folder: where it and its objects are.
+        flags: after those that it is called with, for what it compiles.
+    """
     cache = folder / "objects"
     cache.mkdir(parents=True, exist_ok=True)
     built = ROOT / "build" / f"editable.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
@@ -127,7 +132,7 @@ def caching_compiler(folder: Path) -> Path:
     for path in [*built.glob("contrastive_ops_*/csrc/cpu/*.o"), *built.glob("eager/csrc/*.o")]:
         if path.stat().st_mtime > newest:
             shutil.copy(path, cache / "+".join(path.relative_to(built).parts))
-    compiler = folder / "c++"
-    compiler.write_text(CACHING_COMPILER.format(real=shutil.which("g++") or shutil.which("c++"), cache=cache))
+    compiler, real = folder / "c++", shutil.which("g++") or shutil.which("c++")
+    compiler.write_text(CACHING_COMPILER.format(real=real, flags=flags, cache=cache))
     compiler.chmod(0o755)
     return compiler
