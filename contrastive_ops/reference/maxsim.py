@@ -201,7 +201,7 @@ def backward(
         return row.flatten(), of_queries.flatten(0, 1), column.flatten(), of_documents.flatten(0, 2)
 
     run = recomputed(one_chunk)
-    for part in _chunks(winners, queries, documents) if d_scores.numel() else ():  # tokens may be of no query
+    for part in _chunks(winners, queries, documents) if d_scores.numel() > 0 else ():  # tokens may be of no query
         row, of_queries, column, of_documents = run(part)
         add_segments(dqueries, of_queries, row)
         add_segments(ddocuments, of_documents, column)
