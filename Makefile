@@ -154,7 +154,7 @@ bench-peers: install $(VENV)/.peers ## the same against the packages in requirem
 	$(RUN) -m benchmarks.run --peers $(ARGS)
 
 # With the torch of $(PYTHON) where that is named, else of .venv where there is one: nothing is installed.
-gpu: ## on a machine with an NVIDIA GPU: build, tests, compute-sanitizer and benchmarks in nine minutes, no network
+gpu: ## on a machine with an NVIDIA GPU: build, tests, experiments, compute-sanitizer and benchmarks in eight minutes, no network
 	$(if $(findstring file,$(origin PYTHON)),$(or $(wildcard $(RUN)),$(PYTHON)),$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 matrix: $(VENV)/.dev ## the extension with every compiler and Python of this machine: build, check, tests of the primitives

@@ -1,8 +1,9 @@
-"""All that needs a GPU, in one command and nine minutes: build, tests, compute-sanitizer, benchmarks.
+"""All that needs a GPU, in one command and eight minutes: build, tests, experiments, compute-sanitizer, benchmarks.
 
     make gpu                                     or: python -m benchmarks.gpu
     make gpu ARGS="--output folder"              logs, results and the summary (default: gpu-results)
     make gpu ARGS="--only tests --minutes 5"     the stages whose names contain a word; a limit for all together
+    make gpu ARGS="--only experiment"            what single sweeps and steps take, and who is faster at which shape
     make gpu ARGS="--rehearse"                   the same on a machine without a GPU, on what stands in for it
 
 It runs on the torch of this Python, installs nothing and needs no network: the package is built into
@@ -25,6 +26,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks import gpu_tables
 from benchmarks.gpu_stages import (
     Result,
     Stage,
@@ -37,8 +39,21 @@ from benchmarks.gpu_stages import (
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "gpu"
-MINUTES = 9.0
+MINUTES = 8.0
 BACKENDS = ("triton", "cuda")
+# Seconds of each of `gpu_trials.EXPERIMENTS`, in the order in which they decide what comes after; each may be cut.
+EXPERIMENTS = {
+    "folds": 22,
+    "weights": 18,
+    "products": 12,
+    "clip": 25,
+    "host": 15,
+    "siglip": 18,
+    "topk": 18,
+    "persistent": 25,
+    "grouped": 15,
+    "router": 12,
+}
 
 # Run by a Python of their own: a crash there must not end this one. Each prints one line of JSON at last.
 ASK_DEVICE = """
@@ -122,7 +137,7 @@ def build_stage(capability: Sequence[int]) -> Stage:
     wanted = {"TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", own)}
     command = [sys.executable, str(ROOT / "setup.py"), "-q", "build", "--build-base", str(WORK / "objects")]
     command += ["--build-lib", str(WORK / "site")]
-    return Stage("build", command, limit=200, cwd=ROOT, env=wanted, essential=True)
+    return Stage("build", command, limit=150, cwd=ROOT, env=wanted, essential=True)
 
 
 def pytest_command(files: Iterable[Path], *options: str) -> list[str]:
@@ -141,7 +156,7 @@ def test_stages(why: dict[str, str | None]) -> list[Stage]:
     Those for Hopper GPUs begin with their instructions, one by one: nothing above them makes sense before.
     """
     of_hopper = {"hopper parts": ("primitives",), "hopper": ("similarity", "topk")}
-    first = {ROOT / "tests" / f"test_kernels_{name}.py" for name in ("stored", "maxsim")}
+    first = {ROOT / "tests" / f"test_kernels_{name}.py" for name in ("stored", "maxsim", "persistent")}
     files = {
         "triton": {*ROOT.glob("tests/test_kernels_*.py")} - first - {ROOT / "tests" / "test_kernels_compile.py"},
         "cuda": {*ROOT.glob("tests/test_cuda_*.py"), ROOT / "tests" / "test_extension_cuda.py"},
@@ -154,7 +169,7 @@ def test_stages(why: dict[str, str | None]) -> list[Stage]:
             for name, stems in of_hopper.items()
         ),
         ("tests first run", first, 40, why["triton"]),
-        ("tests graphs", {ROOT / "tests" / "test_graphs.py"}, 30, nobody),
+        ("tests graphs", {ROOT / "tests" / "test_graphs.py"}, 20, nobody),
         *((f"tests {name}", files[name], 85, why[name]) for name in BACKENDS),
     ]
     return [
@@ -174,12 +189,28 @@ def sanitizer_stages(why: dict[str, str | None]) -> list[Stage]:
         Stage(
             f"sanitizer {name}",
             [tool or "compute-sanitizer", "--tool", name, *options, *calls],
-            limit=60,
+            limit=30,
             env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             verdict=verdict_of_sanitizer,
             skip=skip,
         )
         for name in ("memcheck", "racecheck")
+    ]
+
+
+def experiment_stages(output: Path, why: dict[str, str | None]) -> list[Stage]:
+    """Each in a process of its own, so that a kernel that hangs takes no other with it."""
+    nobody = None if None in why.values() else "no backend can run"
+    command = [sys.executable, "-m", "benchmarks.gpu_experiments", "--csv", str(output / "experiments.csv")]
+    return [
+        Stage(
+            f"experiment {name}",
+            [*command, "--seconds", str(limit / 2), name],
+            limit=limit,
+            may_be_cut=True,
+            skip=nobody,
+        )
+        for name, limit in EXPERIMENTS.items()
     ]
 
 
@@ -189,6 +220,15 @@ def benchmark_stage(output: Path, why: dict[str, str | None]) -> Stage:
     command += ["--csv", str(output / "benchmarks.csv")]
     nobody = None if None in why.values() else "no backend can run"
     return Stage("benchmarks", command, limit=300, may_be_cut=True, skip=nobody)
+
+
+def plan(output: Path, why: dict[str, str | None]) -> list[Stage]:
+    """What follows the build: what has never run on a device, what it takes, and then what has run before."""
+    tests = test_stages(why)
+    new = [stage for stage in tests if stage.name.startswith("tests hopper")]
+    known = [stage for stage in tests if stage not in new]
+    last = [*known, *sanitizer_stages(why), benchmark_stage(output, why)]
+    return [*new, *experiment_stages(output, why), *last]
 
 
 def rehearsed(stage: Stage) -> Stage:
@@ -204,34 +244,21 @@ def rehearsed(stage: Stage) -> Stage:
     elif stage.name == "benchmarks":
         command[command.index("cuda")] = "cpu"
         command += ["--quick", "--no-memory", "--no-peers"]
+    elif stage.name.startswith("experiment"):
+        command.append("--rehearse")
     return replace(stage, command=command, verdict=verdict, skip=None, may_be_cut=True)
 
 
 # ---- The command
 
 
-def short_table(path: Path) -> list[str]:
-    """Time and share of the matmul rate of each provider, from the CSV of the benchmarks."""
-    if not path.exists():
-        return []
-    import csv
-
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    lines = [f"{'case':<34} {'provider':<28} {'ms':>9} {'of matmul':>9}"]
-    for row in rows:
-        share = f"{float(row['of_matmul_rate']):.0%}" if row["of_matmul_rate"] else ""
-        said = row["min_ms"] if row["status"] == "ok" else row["status"]
-        lines.append(f"{row['case']:<34} {row['provider']:<28} {said:>9} {share:>9}")
-    return lines
-
-
 def summary(results: Sequence[Result], facts: dict, output: Path) -> str:
     """The table that is printed last."""
     keys = ("gpu", "driver", "torch", "cuda", "triton", "nvcc", "commit")
-    lines = [*short_table(output / "benchmarks.csv"), ""]
+    lines = [*gpu_tables.of_experiments(gpu_tables.read(output / "experiments.csv")), ""]
+    lines += [*gpu_tables.of_benchmarks(gpu_tables.read(output / "benchmarks.csv")), ""]
     lines += [f"{key}: {facts.get(key) or 'none'}" for key in keys]
-    lines += ["", *(f"{r.name:<20} {r.status:<10} {r.seconds:>6.1f} s  {r.note}".rstrip() for r in results)]
+    lines += ["", *(f"{r.name:<22} {r.status:<10} {r.seconds:>6.1f} s  {r.note}".rstrip() for r in results)]
     return "\n".join(lines)
 
 
@@ -239,7 +266,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("gpu-results"), help="folder of logs and results")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all stages together (default: 9)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all stages together (default: 8)")
     parser.add_argument("--only", help="the stages whose names contain this, after the build")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, on what stands in for it")
     return parser.parse_args(arguments)
@@ -260,7 +287,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     output = args.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
-    (output / "benchmarks.csv").unlink(missing_ok=True)
+    for name in ("experiments", "benchmarks"):
+        (output / f"{name}.csv").unlink(missing_ok=True)
     facts = provenance(facts)
     print(json.dumps(facts, indent=1), flush=True)
 
@@ -269,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         facts["backends"] = found
         failed = found.get("error")
         why = dict.fromkeys(BACKENDS, f"the package does not import: {failed}") if failed else found["why"]
-        stages = [*test_stages(why), *sanitizer_stages(why), benchmark_stage(output, why)]
+        stages = plan(output, why)
         chosen = [stage for stage in stages if args.only is None or args.only in stage.name]
         return [rehearsed(stage) for stage in chosen] if args.rehearse else chosen
 

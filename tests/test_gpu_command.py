@@ -15,7 +15,7 @@ import pytest
 # The suite is part of the checkout only. At the end: an installed package stays the one under test.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import gpu, gpu_stages
+from benchmarks import gpu, gpu_stages, gpu_tables
 from benchmarks.gpu_stages import Result, Stage, run_stages, verdict_of_pytest, verdict_of_sanitizer
 
 
@@ -178,12 +178,26 @@ def test_the_built_package_comes_before_the_checkout(monkeypatch) -> None:
     assert "TRITON_INTERPRET" not in env
 
 
-def test_limits_fit_into_nine_minutes() -> None:
+def test_limits_fit_into_eight_minutes(tmp_path: Path) -> None:
     works = dict.fromkeys(gpu.BACKENDS)
     stages = [gpu.build_stage((9, 0)), *gpu.test_stages(works), *gpu.sanitizer_stages(works)]
-    # At their limits; what they leave is for the benchmarks.
-    assert gpu.MINUTES <= 9 and all(0 < stage.limit <= 240 for stage in stages)
-    assert sum(stage.limit for stage in stages) <= 60 * gpu.MINUTES + 60
+    experiments = gpu.experiment_stages(tmp_path, works)
+    assert gpu.MINUTES <= 8 and all(0 < stage.limit <= 150 for stage in stages)
+    # At their limits; experiments may be cut, and what all leave is for the benchmarks.
+    assert sum(stage.limit for stage in stages) <= 60 * gpu.MINUTES
+    assert all(stage.may_be_cut and stage.limit <= 25 for stage in experiments)
+    assert sum(stage.limit for stage in experiments) <= 180
+
+
+def test_experiments_come_behind_the_tests_of_what_they_time(tmp_path: Path) -> None:
+    plan = gpu.plan(tmp_path, dict.fromkeys(gpu.BACKENDS))
+    names = [stage.name for stage in plan]
+    experiments = [f"experiment {name}" for name in gpu.EXPERIMENTS]
+    assert names[:2] == ["tests hopper parts", "tests hopper"] and names[2 : 2 + len(experiments)] == experiments
+    assert names[-1] == "benchmarks" and len(set(names)) == len(names)
+    assert all(stage.command[-1] == stage.name.split()[1] for stage in plan[2 : 2 + len(experiments)])
+    nobody = gpu.experiment_stages(tmp_path, {"triton": "old", "cuda": "not built"})
+    assert {stage.skip for stage in nobody} == {"no backend can run"}
 
 
 # ---- The command
@@ -216,6 +230,17 @@ def test_without_a_gpu_it_says_so_and_stops(facts, folders, monkeypatch, capsys)
 DEVICE = {"python": "3.12", "torch": "2.11.0", "cuda": "13.0", "gpu": "a GPU", "capability": [9, 0], "memory_gib": 80.0}
 
 
+EXPERIMENT = [
+    {"experiment": "grouped", "shape": "E=32", "what": what, "kind": kind, "status": status, "min_ms": ms}
+    for what, kind, status, ms in (
+        ("torch grouped_mm", "way", "ok", "2.0"),
+        ("grouped_matmul", "way", "ok", "1.6"),
+        ("another", "way", "wrong", ""),
+        ("one dense matmul", "floor", "ok", "1.0"),
+    )
+]
+
+
 def fake_stages(monkeypatch, folders: Path, tests: str, why=None) -> None:
     """A build that works, tests that say something, and benchmarks that write one row."""
     monkeypatch.setattr(gpu, "ask", answers(DEVICE, {"why": why or {"triton": "old", "cuda": None}, "built": "13.0"}))
@@ -227,6 +252,12 @@ def fake_stages(monkeypatch, folders: Path, tests: str, why=None) -> None:
     row = "case,provider,status,min_ms,of_matmul_rate\\nclip,contrastive_ops cuda,ok,3.5,0.62\\nclip,peer,wrong,,\\n"
     write = f"open({str(folders / 'benchmarks.csv')!r}, 'w').write('{row}')"
     monkeypatch.setattr(gpu, "benchmark_stage", lambda output, why: python("benchmarks", write))
+    rows = [dict.fromkeys(gpu_tables.COLUMNS, "") | row for row in EXPERIMENT]
+    found = (
+        f"from benchmarks import gpu_tables; gpu_tables.append(Path({str(folders / 'experiments.csv')!r}), {rows!r})"
+    )
+    timed = python("experiment grouped", f"from pathlib import Path; {found}", cwd=gpu.ROOT)
+    monkeypatch.setattr(gpu, "experiment_stages", lambda output, why: [timed])
 
 
 def test_the_whole_command(folders, monkeypatch, capsys) -> None:
@@ -237,14 +268,23 @@ def test_the_whole_command(folders, monkeypatch, capsys) -> None:
     assert said.endswith(f"\n{summary}")
     for line in ("gpu: a GPU", "torch: 2.11.0", "3 passed in 0.1s", "not here"):
         assert line in summary
-    assert [line.split() for line in summary.splitlines()[1:3]] == [
+    lines = [line.split() for line in summary.splitlines()]
+    first = lines.index(["case", "provider", "ms", "of", "matmul"])
+    assert lines[first + 1 : first + 3] == [
         ["clip", "contrastive_ops", "cuda", "3.5", "62%"],
         ["clip", "peer", "wrong"],
     ]
+    assert lines[1:4] == [
+        ["grouped", "E=32", "torch", "grouped_mm", "2.0"],
+        ["grouped", "E=32", "grouped_matmul", "1.6"],
+        ["grouped", "E=32", "another", "wrong"],
+    ]
+    assert ["grouped", "E=32", "grouped_matmul", "1.25x", "of", "torch", "grouped_mm"] in lines
     facts = json.loads((folders / "provenance.json").read_text())
     assert facts["capability"] == [9, 0] and facts["backends"]["why"]["triton"] == "old"
     assert {path.name for path in folders.iterdir()} == {
-        *("build.log", "tests-cuda.log", "benchmarks.log", "benchmarks.csv", "provenance.json", "summary.txt")
+        *("build.log", "tests-cuda.log", "experiment-grouped.log", "experiments.csv"),
+        *("benchmarks.log", "benchmarks.csv", "provenance.json", "summary.txt"),
     }
 
 
@@ -273,14 +313,14 @@ def test_each_result_is_there_before_the_next_stage(folders, monkeypatch) -> Non
 def test_a_rehearsal_runs_the_stages_without_a_gpu(folders, monkeypatch) -> None:
     """The same plan, on what stands in for the device; no stage is left out."""
     works = dict.fromkeys(gpu.BACKENDS)
-    plan = [gpu.build_stage((9, 0)), *gpu.test_stages(works), *gpu.sanitizer_stages(works)]
-    plan.append(gpu.benchmark_stage(folders, works))
+    plan = [gpu.build_stage((9, 0)), *gpu.plan(folders, works)]
     for stage in plan:
         found = gpu.rehearsed(stage)
         assert (found.name, found.limit, found.skip, found.may_be_cut) == (stage.name, stage.limit, None, True)
         assert "setup.py" not in str(found.command) and "compute-sanitizer" not in str(found.command)
         assert not any(word == "cuda" for word in found.command)
         assert ("--quick" in found.command) == (stage.name == "benchmarks")
+        assert ("--rehearse" in found.command) == stage.name.startswith("experiment")
     monkeypatch.setattr(gpu, "ask", answers({"torch": "2.11.0", "gpu": None}))
     monkeypatch.setattr(
         gpu, "rehearsed", lambda stage: python(stage.name, "import os; print(os.environ['TRITON_INTERPRET'])")

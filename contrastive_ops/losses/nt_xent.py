@@ -105,7 +105,7 @@ def nt_xent(
         normalize: scale all rows to length 1 first, as the paper does; O(N D).
         diagnostics: also return `Diagnostics` (accuracy, ranks, mean similarities) from the same sweep.
         memory_budget: bytes of inner products kept for backward; see `similarity_reduce`.
-        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        backend: "auto", "reference", "cpu", "triton", "cuda" or "hopper"; as in `similarity_reduce`.
 
     Returns:
         0-d, or (2 N,) for ``reduction="none"`` (first the rows of ``z0``), in float32 (float64 for float64 inputs);

@@ -163,7 +163,8 @@ def mine_hard_negatives(
             ".1", ".2", ... behind it from the second rank on.
         progress: True shows a bar for each pass where tqdm is installed; or a function of (rows done, rows of the
             corpus) that is called after each block that this process has read.
-        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        backend: "auto", "reference", "cpu", "triton" or "cuda". "hopper" of `similarity_topk` does not count, as the
+            statistics here need it.
         group: search a corpus that is spread over the ranks of a ProcessGroup or a DeviceMesh of one dimension. Then
             `corpus` is what this rank has of it: one shard after another in the order of the ranks, or a list of (first
             row, rows) that says where each part belongs. All else is the same on all ranks, with rows numbered over

@@ -48,7 +48,8 @@ class TopKState:
         rows: M, the number of rows of the whole corpus. `finalize` then refuses to answer before all were seen.
         count_above: (N,) asks for `statistics`; "higher" counts the columns with a similarity above this.
         count_pairs: rules that statistics are counted under where they are not `pairs`.
-        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        backend: "auto", "reference", "cpu", "triton", "cuda" or "hopper", as in `similarity_topk`; "hopper" is for
+            lists that are much shorter than a block, and without `count_above`.
 
     Raises:
         ValueError: shapes, devices or values that do not fit, k below 1.

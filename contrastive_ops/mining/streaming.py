@@ -70,7 +70,8 @@ def search(
             anew.
         progress: True shows a bar where tqdm is installed; or a function that is called after each block with the
             rows that are done and the rows of the corpus (None where an iterable does not tell).
-        backend: "auto", "reference", "cpu", "triton" or "cuda".
+        backend: "auto", "reference", "cpu", "triton", "cuda" or "hopper", as in `similarity_topk`; "hopper" is for
+            lists that are much shorter than a block.
 
     Returns:
         `TopK` (values (N, k), indices (N, k), counts (N,)), without gradients: `similarity_topk` on the rows that were

@@ -26,9 +26,12 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
+# "0" leaves sanitizers out, and optimises no kernel, which would take most of the time: `make mutate` changes one after
+# the other, and looks at numbers first.
+SANITIZED = os.environ.get("CUDA_HOST_SANITIZERS", "1") != "0"
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-FLAGS = ("-std=c++17", "-O1", "-g1", *WARNINGS, *SANITIZERS)
+FLAGS = ("-std=c++17", "-O1", *WARNINGS, *(("-g1", *SANITIZERS) if SANITIZED else ()))
 # What contrastive_ops._eager calls is in its process, which has no sanitizer.
 LIBRARY_FLAGS = ("-std=c++17", "-O1", *WARNINGS, "-fPIC", "-shared", "-fvisibility=hidden")
 
@@ -62,7 +65,11 @@ def compile_program(sources: Sequence[Path], program: Path, flags: Sequence[str]
     """
     command = (_compiler() or "c++", *flags, f"-I{HERE}", f"-I{SOURCES}")
     folder = program.parent / "objects"
-    wanted = [Object(os.path.relpath(source, HERE), (*command, "-x", "c++")) for source in sources]
+    fast = () if SANITIZED else ("-O0",)
+    wanted = [
+        Object(os.path.relpath(source, HERE), (*command, *(fast if source.suffix == ".cu" else ()), "-x", "c++"))
+        for source in sources
+    ]
     run([*command, *compile_all(wanted, folder, HERE), "-o", str(program)], HERE)
 
 

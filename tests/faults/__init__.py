@@ -29,7 +29,7 @@ class Fault:
         new: what stands there instead.
         tests: files and options for pytest; options may contain spaces.
         level: the SIMD level that it is in, where it is not in all.
-        stems: the C++ files whose objects the tests need; without, all that include the file.
+        stems: the C++ or CUDA files whose objects the tests need; without, all that include the file.
     """
 
     name: str
@@ -48,6 +48,11 @@ class Fault:
         if self.file.startswith("csrc/"):
             return "cpu"
         return "triton" if self.file.startswith("kernels/") else "python"
+
+    @property
+    def on_host(self) -> bool:
+        """Whether its tests execute CUDA kernels on the host."""
+        return self.file.startswith(("csrc/cuda/", "contrastive_ops/cuda/"))
 
     @property
     def digest(self) -> str:

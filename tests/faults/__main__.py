@@ -5,6 +5,8 @@ make mutate ARGS="--kinds cuda triton"           cpu, cuda, triton, python
 make mutate ARGS="--only barrier 'tie order'"    those whose name or file has one of these words
 make mutate ARGS="--resume"                      but for those that were caught before, of which no file has changed
 make mutate ARGS="--list"                        only names
+
+Tests of CUDA kernels run without sanitizers first, which is three times as fast; what no number shows runs under them.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ import argparse
 import compileall
 import filecmp
 import json
+import math
 import os
 import py_compile
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads OpenMP
@@ -33,13 +36,15 @@ import pytest
 import torch  # noqa: F401
 from builds.objects import Object
 
-from . import ROOT, Fault, all_faults
+from . import ROOT, Fault, all_faults, hosts
+from .hosts import HOSTS, PLAIN, SANITIZED
 
 FOLDER = ROOT / "build" / "faults"
 TREE = FOLDER / "tree"
 KINDS = ("python", "triton", "cuda", "cpu")
 # What pytest returns: 0 all passed, 1 some failed, 2 a file does not import, 5 no test was selected.
 PASSED, FAILED, BROKEN, INTERNAL = 0, 1, 2, 3
+UNDER = "caught under sanitizers"
 
 
 def parse() -> argparse.Namespace:
@@ -52,12 +57,28 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--seconds", type=float, default=600, help="of the tests of one fault; longer is a hang")
-    parser.add_argument("--save", type=Path, help="a file for the results")
+    parser.add_argument("--save", type=Path, help="a file whose results of these faults are replaced")
     return parser.parse_args()
 
 
-def run_tests(kind: str, level: str, tests: tuple[str, ...], seconds: float) -> tuple[int | None, str]:
+def run_tests(
+    kind: str, level: str, tests: tuple[str, ...], seconds: float, host: str | None = None
+) -> tuple[int | None, str]:
     """What pytest returns, None where it did not end in time, and the last of what it says.
+
+    `host` says how CUDA kernels are compiled for the host: one of `HOSTS`, or None where no test needs them.
+    """
+
+    def run() -> int:
+        if host is not None:
+            hosts.choose(host)
+        return int(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *tests]))
+
+    return forked(kind, level, seconds, run)
+
+
+def forked(kind: str, level: str, seconds: float, run: Callable[[], int]) -> tuple[int | None, str]:
+    """What a function returns in the copy, None where it did not end in time, and the last of what it prints.
 
     In a fork of this process, which has imported torch and nothing of the package: that saves seconds of each.
     """
@@ -71,7 +92,7 @@ def run_tests(kind: str, level: str, tests: tuple[str, ...], seconds: float) -> 
             os.dup2(file.fileno(), 2)
         try:
             enter_tree(kind, level)
-            os._exit(int(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", *tests])))
+            os._exit(run())
         finally:
             os._exit(INTERNAL)
     ends = time.monotonic() + seconds
@@ -101,7 +122,7 @@ def enter_tree(kind: str, level: str) -> None:
 
 def failed_tests(found: str) -> tuple[str, ...]:
     """The test that a verdict names; none where it names none."""
-    word = found.removeprefix("caught: ")
+    word = found.partition(": ")[2]
     return (word,) if word.startswith("tests/") else ()
 
 
@@ -124,6 +145,7 @@ class Tree:
         FOLDER.mkdir(parents=True, exist_ok=True)
         builds.copy_sources(TREE)
         self.objects: dict[str, dict[Object, str]] = {}  # of a level, without a fault
+        self.hosts: set[str] = set()  # that have been built without a fault
         # The hash of a source is looked at, not its time, which may be the same before and after a fault.
         by_hash = py_compile.PycInvalidationMode.CHECKED_HASH
         for place in ("contrastive_ops", "kernels", "tests"):
@@ -148,24 +170,40 @@ class Tree:
 
     def confirm(self, caught: dict[Fault, str], seconds: float) -> Iterator[tuple[Fault, bool]]:
         """Whether the tests that failed with each fault pass without it: all at once, and alone where that fails."""
-        groups: dict[tuple[str, str], list[Fault]] = {}
-        for fault in caught:
-            groups.setdefault((fault.kind, fault.level or builds.usual_level()), []).append(fault)
-        for (kind, level), faults in groups.items():
-            self.ready(faults[0], level)
+        groups: dict[tuple[str, str, str | None], list[Fault]] = {}
+        for fault, found in caught.items():
+            host = (SANITIZED if found.startswith(UNDER) else PLAIN) if fault.on_host else None
+            groups.setdefault((fault.kind, fault.level or builds.usual_level(), host), []).append(fault)
+        for (kind, level, host), faults in groups.items():
+            self.ready(faults[0], level, host)
             names = {fault: failed_tests(caught[fault]) for fault in faults}
             named = tuple(dict.fromkeys(name for each in names.values() for name in each))
-            well = all(names.values()) and run_tests(kind, level, named, seconds * len(faults))[0] == PASSED
+            well = all(names.values()) and run_tests(kind, level, named, seconds * len(faults), host)[0] == PASSED
             for fault in faults:
                 tests = names[fault] or fault.tests
-                yield fault, well or run_tests(kind, level, tests, seconds)[0] == PASSED
+                yield fault, well or run_tests(kind, level, tests, seconds, host)[0] == PASSED
 
-    def ready(self, fault: Fault, level: str) -> None:
-        """The extension without a fault."""
+    def ready(self, fault: Fault, level: str, host: str | None) -> None:
+        """The extension, and the kernels on the host, without a fault."""
         if fault.kind == "cpu":
             self.build(level)
         else:
             self.take_installed()
+        if host is not None:
+            self.build_host(host, (), is_base=True)
+
+    def build_host(self, host: str, stems: tuple[str, ...], *, is_base: bool = False) -> None:
+        """The kernels of the copy on the host, in as long as that takes: limits are those of tests.
+
+        Raises:
+            RuntimeError: with the message of the compiler.
+        """
+        record = FOLDER / f"{host}.json"
+        status, said = forked(
+            "cuda", builds.usual_level(), math.inf, lambda: hosts.build(host, TREE, stems, record, is_base)
+        )
+        if status != 0:
+            raise RuntimeError(said)
 
     def result(self, fault: Fault, seconds: float) -> str:
         """What becomes of a fault."""
@@ -173,19 +211,30 @@ class Tree:
         if not builds.runs(level, ROOT):
             return f"skipped: this processor has no {level}"
         if fault.kind != "cpu" or level not in self.objects:
-            self.ready(fault, level)
+            self.ready(fault, level, None)
+        for host in HOSTS if fault.on_host else (None,):
+            found = self._result(fault, level, seconds, host)
+            if found != "survived":
+                break
+        return found.replace("caught", UNDER, 1) if host == SANITIZED and found.startswith("caught") else found
+
+    def _result(self, fault: Fault, level: str, seconds: float, host: str | None) -> str:
+        if host is not None and host not in self.hosts:
+            self.build_host(host, (), is_base=True)
+            self.hosts.add(host)
         path = TREE / fault.file
         text = path.read_text()
         path.write_text(fault.planted(text))
         try:
             if fault.kind == "cpu":
                 self.build(level, fault.stems)
-            status, said = run_tests(fault.kind, level, fault.tests, seconds)
+            if host is not None:
+                self.build_host(host, fault.stems)
+            return verdict(*run_tests(fault.kind, level, fault.tests, seconds, host))
         except RuntimeError as error:
             return f"error: does not compile: {str(error)[-600:]}"
         finally:
             path.write_text(text)
-        return verdict(status, said)
 
 
 def save(path: Path, faults: list[Fault], results: dict[str, str]) -> None:
@@ -201,6 +250,7 @@ def save(path: Path, faults: list[Fault], results: dict[str, str]) -> None:
         row = {"name": fault.name, "file": fault.file, "kind": fault.kind}
         old = stored.get((fault.file, fault.name), {"result": "not run"})
         new = results.get(fault.state(TREE), "not run") if fault in chosen else "not run"
+        new = new.replace(UNDER, "caught", 1)
         kept = {"result": old["result"], "run": old.get("run")}
         lacking = new == "not run" or (new.startswith("skipped") and old["result"] != "not run")
         rows.append({**row, **(kept if lacking else {"result": new.split(":")[0], "run": len(runs) - 1})})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from . import Fault
 
 SWEEP, RULES = "csrc/cuda/hopper/sweep.h", "csrc/cuda/hopper/rules.h"
@@ -31,7 +33,17 @@ THRESHOLDS = (TOPK_TESTS, "-k", "threshold_is_a_score or fewer_than_k_groups or 
 LISTS = (TOPK_TESTS, "-k", "many_ties or no_room or bands_of_rows")
 SCORES = (TOPK_TESTS, "-k", "scales_and_biases or drop_the_best or nan_never")
 
-FAULTS = [
+
+def _stems(tests: tuple[str, ...]) -> tuple[str, ...]:
+    """The kernels that tests run."""
+    if tests in (SHAPES, EDGES, APART, PLACES):
+        return ("fold",)
+    if tests[0] == TOPK_TESTS:
+        return ("topk",)
+    return ("fold", "weigh", "kept") if tests in (KEPT, KEPT_RANGES, KEPT_BANDS) else ("fold", "weigh")
+
+
+_FAULTS = [
     # ---- Waits, phases and barriers ----------------------------------------------------------------------------------
     Fault(
         "tiles that are brought before their stage is free",
@@ -594,3 +606,5 @@ FAULTS = [
         KEPT_BANDS,
     ),
 ]
+
+FAULTS = [replace(fault, stems=_stems(fault.tests)) for fault in _FAULTS]
