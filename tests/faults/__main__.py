@@ -4,6 +4,7 @@ make mutate                                      all; those that were caught bef
 make mutate ARGS="--kinds cuda triton"           cpu, cuda, triton, python
 make mutate ARGS="--only barrier 'tie order'"    those whose name or file has one of these words
 make mutate ARGS="--resume"                      but for those that were caught before, of which no file has changed
+make mutate ARGS="--minutes 30"                  for as long, and --resume goes on
 make mutate ARGS="--list"                        only names
 
 Tests of CUDA kernels run without sanitizers first, which is three times as fast; what no number shows runs under them.
@@ -22,6 +23,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -57,6 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--seconds", type=float, default=600, help="of the tests of one fault; longer is a hang")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no other fault is planted")
     parser.add_argument("--save", type=Path, help="a file whose results of these faults are replaced")
     return parser.parse_args()
 
@@ -93,6 +96,9 @@ def forked(kind: str, level: str, seconds: float, run: Callable[[], int]) -> tup
         try:
             enter_tree(kind, level)
             os._exit(run())
+        except Exception:
+            traceback.print_exc()
+            sys.stderr.flush()
         finally:
             os._exit(INTERNAL)
     ends = time.monotonic() + seconds
@@ -280,14 +286,17 @@ def main() -> int:
     results = {k: v for k, v in known.get("results", {}).items() if v.startswith("caught")}
     confirmed = [key for key in known.get("confirmed", []) if key in results]
     seen = {fault: fault.state(TREE) for fault in chosen}
+    until = time.monotonic() + 60 * given.minutes
     for number, fault in enumerate(chosen, 1):
         begun = time.monotonic()
         if seen[fault] not in results:
+            if begun > until:
+                continue
             results[seen[fault]] = tree.result(fault, given.seconds)
             kept.write_text(json.dumps({"results": results, "confirmed": confirmed}, indent=1))
         spent = time.monotonic() - begun
         print(f"{number}/{len(chosen)} {fault.file}: {fault.name}: {results[seen[fault]]} ({spent:.0f} s)", flush=True)
-    caught_now = {f: results[seen[f]] for f in chosen if results[seen[f]].startswith("caught")}
+    caught_now = {f: results[seen[f]] for f in chosen if results.get(seen[f], "").startswith("caught")}
     for fault, well in tree.confirm({f: r for f, r in caught_now.items() if seen[f] not in confirmed}, given.seconds):
         if well:
             confirmed.append(seen[fault])
@@ -295,7 +304,7 @@ def main() -> int:
             results[seen[fault]] = f"error: without the fault, too: {results[seen[fault]]}"
             print(f"{fault.file}: {fault.name}: {results[seen[fault]]}", flush=True)
         kept.write_text(json.dumps({"results": results, "confirmed": confirmed}, indent=1))
-    found = [results[seen[fault]] for fault in chosen]
+    found = [results.get(seen[fault], "not run") for fault in chosen]
     caught = sum(each.startswith("caught") for each in found)
     skipped = sum(each.startswith("skipped") for each in found)
     print(f"{len(chosen)} faults: {caught} caught, {skipped} skipped, {len(chosen) - caught - skipped} not caught")

@@ -17,7 +17,11 @@ PLAIN, SANITIZED = HOSTS = ("plain", "sanitized")
 
 
 def choose(host: str) -> None:
-    """Has tests of this process, and of those that it starts, run on that program."""
+    """Has tests of this process, and of those that it starts, run on that program.
+
+    They need no plugin of pytest; to import all that are installed would take most of their time.
+    """
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     os.environ["CUDA_HOST_SANITIZERS"] = str(int(host == SANITIZED))
 
 
@@ -39,9 +43,10 @@ def build(host: str, tree: Path, stems: Sequence[str], record: Path, is_base: bo
     compile_all = cuda_host.compile_all
 
     def compile_some(wanted, folder, at):
-        kept = {each: known[each.source] for each in wanted if each.source in known and _stem(each) not in stems}
-        for path in kept.values():
+        there = {source: path for source, path in known.items() if Path(path).exists()}
+        for path in there.values():
             os.utime(path)  # objects that were not used for long are removed when new ones are made
+        kept = {each: there[each.source] for each in wanted if each.source in there and _stem(each) not in stems}
         rest = [each for each in wanted if each not in kept]
         found = {**kept, **dict(zip(rest, compile_all(rest, folder, at), strict=True))}
         if is_base:

@@ -139,7 +139,7 @@ FAULTS = [
         "what rounding took is not given back where rows are packs",
         "csrc/cuda/similarity_gradients.cu",
         "values.at[q] += weight * to_float(mate.at[q]);",
-        "values.at[q] += 0.0f * to_float(mate.at[q]);",
+        "values.at[q] += 0.0f * weight * to_float(mate.at[q]);",
         (REDUCE, "-k", "gradient_error"),
     ),
     Fault(

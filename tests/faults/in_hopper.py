@@ -71,7 +71,7 @@ _FAULTS = [
         "a stage that is free while it is multiplied",
         SWEEP,
         "        mma_wait<1>();\n        release(last);",
-        "        release(turn.stage);\n        mma_wait<1>();",
+        "        release(last);\n        mma_wait<1>();",
         SHAPES,
     ),
     Fault("a stage that is released before its products", SWEEP, "mma_wait<1>();", "mma_wait<2>();", SHAPES),
@@ -130,7 +130,7 @@ _FAULTS = [
     Fault(
         "a last band of tiles as high as the others", SWEEP, "min(kRaster, plan.row_pairs - first)", "kRaster", EDGES
     ),
-    Fault("sums that keep those of the tile before", SWEEP, "!first.value || k > 0", "true", SHAPES),
+    Fault("sums that keep those of the tile before", SWEEP, "!first.value || k > 0", "first.value || k >= 0", SHAPES),
     Fault(
         "rows of the second half in the place of the first",
         SWEEP,
@@ -186,7 +186,13 @@ _FAULTS = [
         "dot >= most[r] || dot < high",
         UNDER_RULES,
     ),
-    Fault("a bound of rows that nobody keeps", RULES, "if (dot < least[r] || dot < low", "if (dot < low", UNDER_RULES),
+    Fault(
+        "a bound of rows that nobody keeps",
+        RULES,
+        "if (dot < least[r] || dot < low",
+        "if ((dot < least[r] && dot < low) || dot < low",
+        UNDER_RULES,
+    ),
     Fault(
         "a scale of rows that begins with the first of all",
         RULES,
@@ -425,7 +431,7 @@ _FAULTS = [
         "mirrored targets without what arrives at them",
         WEIGH,
         "task.d_target == nullptr ? 0.0f : task.d_target[col];",
-        "0.0f;",
+        "task.d_target == nullptr ? 0.0f : 0.0f * task.d_target[col];",
         ITS_TARGETS,
     ),
     Fault(
@@ -439,7 +445,7 @@ _FAULTS = [
         "residuals of rows alone",
         WEIGHTS,
         "      if (itself && what == SumOf::residual) task.col_residuals = take(true, totals + sum[3], 1);\n",
-        "",
+        "      (void)itself;\n",
         (TESTS, "-k", "nt_xent_where_weights_cancel"),
     ),
     # ---- Lists of the best columns -----------------------------------------------------------------------------------
@@ -482,7 +488,7 @@ _FAULTS = [
         "maxima of all tiles in the place of the first",
         TOPK,
         "tile.col_tile * task.of_tile + lane] = largest;",
-        "lane] = largest;",
+        "tile.col_tile * 0 + lane] = largest;",
         THRESHOLDS,
     ),
     Fault(
