@@ -79,3 +79,18 @@ def test_routers(experts, at_once, segments, monkeypatch):
     monkeypatch.setattr(expert_routing, "PARTS", 1)
     scores, several = Subject("cuda", DEVICE).scores, at_once > 4
     sums_cases.check_router(scores, DEVICE, experts, at_once, segments, **STEPS[several])
+
+
+@pytest.mark.parametrize("columns", [64, 63])  # by packs, and one by one
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_what_rounding_took_is_given_back(dtype, columns):
+    """To rows with a partner that exists, along it."""
+    torch.manual_seed(0)
+    gradient, other = torch.randn(5, columns, device=DEVICE), torch.randn(4, columns, device=DEVICE).to(dtype)
+    residual = torch.randn(5, dtype=torch.float64, device=DEVICE)
+    partner = torch.tensor([2, -1, 0, 4, 3], device=DEVICE)
+    expected = gradient.clone()
+    for row, mate in ((0, 2), (2, 0), (4, 3)):
+        expected[row] += residual[row].float() * other[mate].float()
+    cuda_kernels.kernels().cuda_similarity_reduce_give_back(gradient, residual, partner, other, 5, columns, 4)
+    torch.testing.assert_close(gradient, expected)

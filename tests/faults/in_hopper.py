@@ -446,7 +446,7 @@ _FAULTS = [
         WEIGHTS,
         "      if (itself && what == SumOf::residual) task.col_residuals = take(true, totals + sum[3], 1);\n",
         "      (void)itself;\n",
-        (TESTS, "-k", "nt_xent_where_weights_cancel"),
+        (TESTS, "-k", "given_back"),
     ),
     # ---- Lists of the best columns -----------------------------------------------------------------------------------
     Fault(
