@@ -402,7 +402,7 @@ def test_nt_xent_where_weights_cancel(dtype, normalize):
 
 
 def test_rounding_is_given_back_to_rows_and_columns():
-    """The second half of the rows is met as columns, mostly; without theirs its error is 1.8 times that of the first."""
+    """The second half of the rows is mostly met as columns: without theirs its error is 1.8 times that of the first."""
     z0, z1 = (t.to(DEVICE) for t in clustered_pairs(150, 64, 0.1, dtype=torch.bfloat16, scale=20.0))
     got = loss_gradients(nt_xent, z0, z1, scale=20.0, normalize=False, backend="hopper")
     truth = loss_gradients(nt_xent, z0.double(), z1.double(), scale=20.0, normalize=False, backend="reference")
