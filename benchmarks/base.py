@@ -79,6 +79,7 @@ class Side:
             f"import sys; sys.path[:0] = [{str(package)!r}, {str(ROOT)!r}]; from benchmarks import base; base.serve()"
         )
         kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        kept["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # those of --threads
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
             cwd=BUILD,
