@@ -23,10 +23,6 @@ SHORTEST = 1e-12
 
 def unit_rows(x: Tensor) -> Tensor:
     """``F.normalize(x, dim=-1)``, with the length computed in at least float32; differentiable twice."""
-    if _EAGER is not None and eager.is_open() and not torch.compiler.is_compiling():
-        unit: Tensor | None = _EAGER(x)  # None for what it does not know
-        if unit is not None:
-            return unit
     found: Tensor = call.unit_rows(x)[0]
     return found
 
@@ -86,6 +82,13 @@ def _again(x: Tensor, d_unit: Tensor) -> Tensor:
         return _by_rows(x, inverse_lengths(x.to(checks.accumulator(x.dtype))), d_unit).to(x.dtype)
 
 
-define("unit_rows", "(Tensor x) -> (Tensor unit, Tensor inverse)", _forward, _fake, _setup, _derivative)
-
 _EAGER = eager.function("unit_rows", _again)
+
+
+def _in_cpp(x: Tensor) -> tuple[Tensor, None] | None:
+    unit = None if _EAGER is None else _EAGER(x)
+    return None if unit is None else (unit, None)  # nobody but the derivative of the operator reads inverse lengths
+
+
+_SCHEMA = "(Tensor x) -> (Tensor unit, Tensor inverse)"
+define("unit_rows", _SCHEMA, _forward, _fake, _setup, _derivative, _in_cpp)
